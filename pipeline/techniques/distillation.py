@@ -118,7 +118,8 @@ class Distillation(Technique):
     features. It costs a forward pass of a second backbone a step, and its memory.
 
     Raises:
-        ValueError: the scores are wanted, and the source has no head or lacks labels of the target.
+        ValueError: the scores are wanted, and the source has no head, lacks labels of the target,
+            or is of classification where the target is of multilabel, or the other way round.
     """
 
     source: Task | None = None
@@ -146,6 +147,12 @@ class Distillation(Technique):
             )
         check_has_classes("distillation", "the target's", task.objective)
         check_has_classes("distillation", "the source's", self.source.objective)
+        if has_one_class(self.source.objective) != has_one_class(task.objective):
+            raise ValueError(
+                f"distillation: logits: the source's {self.source.objective.registered_name} and "
+                f"the target's {task.objective.registered_name} turn scores into probabilities in "
+                "different ways: leave the weight of logits out"
+            )
         theirs, mine = (one.state["labels"] for one in (self.source.objective, task.objective))
         if lacking := [label for label in mine if label not in theirs]:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,19 +30,37 @@ class SideBackbone(Backbone):
     def forward(
         self, batch: Batch, *, token_mask: Tensor | None = None, want: tuple[str, ...] = ()
     ) -> Features:
-        share = self.mix.sigmoid()
-
-        def mixed(base: Tensor, side: Tensor) -> Tensor:
-            return share * base + (1 - share) * side
-
         with torch.no_grad():
             base = self.base(batch, token_mask=token_mask, want=want)
         side = self.side(batch, token_mask=token_mask, want=want)
-        tokens = None
-        if base.tokens is not None:
-            tokens = mixed(base.tokens, side.tokens)
-        stages = {name: mixed(stage, side.stages[name]) for name, stage in base.stages.items()}
-        return Features(mixed(base.pooled, side.pooled), tokens, base.mask, stages)
+        tokens = None if base.tokens is None else self._mixed(base.tokens, side.tokens)
+        latent = None if base.latent is None else self._mixed(base.latent, side.latent)
+        stages = {
+            name: self._mixed(stage, side.stages[name]) for name, stage in base.stages.items()
+        }
+        return Features(self._mixed(base.pooled, side.pooled), tokens, base.mask, stages, latent)
+
+    def _mixed(self, base: Tensor, side: Tensor) -> Tensor:
+        """Return the mean of two outputs.
+
+        Where both are equal it is exactly that, so the hours at which tokens end stay as they are.
+        """
+        if not base.is_floating_point():  # which tokens have events
+            return base
+        return side + self.mix.sigmoid() * (base - side)
+
+    def embedding(self) -> nn.Embedding:
+        """Return the token embedding of the base, which is frozen."""
+        return self.base.embedding()
+
+    def advance(
+        self, tokens: Tensor, mask: Tensor, positions: Tensor, past: Any = None
+    ) -> tuple[Tensor, Any]:
+        """Continue a sequence with both backbones (`Continues`)."""
+        base_past, side_past = past or (None, None)
+        base, base_past = self.base.advance(tokens, mask, positions, base_past)  # type: ignore[operator]
+        side, side_past = self.side.advance(tokens, mask, positions, side_past)  # type: ignore[operator]
+        return self._mixed(base, side), (base_past, side_past)
 
     def layers(self) -> dict[str, list[str]]:
         layers = self.base.layers()
@@ -62,7 +81,8 @@ class SideTuning(Technique):
     helps against forgetting, with few labels. It gains nothing over full fine-tuning where the
     target is far away. It costs twice the memory and time of one network in use, and one and a
     half times the time of full fine-tuning. Its bundle holds both networks, for ``predict``; it
-    cannot be the source of another job.
+    cannot be the source of another job. Of a language model with a tied output, the embedding that
+    scores the tokens is the frozen one.
     """
 
     keeps_modules = True

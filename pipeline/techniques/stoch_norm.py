@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pipeline.config.registry import LayerOptions, register
@@ -20,6 +20,15 @@ class StochNormOptions(LayerOptions):
         description="probability that a channel is normalised by its running statistics in a "
         "training step; 0: plain batch norm",
     )
+
+    @model_validator(mode="after")
+    def _mixes_statistics(self):
+        if self.freeze_norm_stats:
+            raise ValueError(
+                "stoch_norm mixes the statistics of the batch with the running ones, and with "
+                "frozen statistics there is nothing to mix; leave freeze_norm_stats out"
+            )
+        return self
 
 
 @register("technique", "stoch_norm", options=StochNormOptions)

@@ -435,10 +435,16 @@ def _write(
         item: storage.join(output, f"part-{number:05d}.{options.format}")
         for number, item in enumerate(items)
     }
-    todo = [item for item in items if not storage.exists(parts[item])]
+    done = {item: part for item, part in parts.items() if storage.exists(part)}
+    todo = [item for item in items if item not in done]
     readable = readable_columns(new.modality, new.columns)
     reader = manifests.Reader(new.manifest, list(dict.fromkeys(new.kept.values())))
-    bad = 0
+    bad = sum(
+        1
+        for part in done.values()
+        for row in prediction_files.read(part, ("error",))
+        if row["error"]
+    )
     for item, block in zip(todo, map_blocks(work, todo, _workers(len(todo))), strict=True):
         bad += sum(1 for reason in block["error"] if reason)
         ids = new.selection.ids(np.arange(item.start, item.stop))
@@ -456,9 +462,8 @@ def _write(
             item.stop == rows,
         )
     file_identity.check_unchanged(new.files_read)
-    before = len(items) - len(todo)
     text = f"{output}: {rows} rows in {len(items)} parts"
-    text += f", {before} of them from before" if before else ""
+    text += f", {len(done)} of them from before" if done else ""
     text += f"; {bad} rows could not be read, see column error" if bad else ""
     return text, list(parts.values())
 

@@ -277,19 +277,23 @@ class LivePage:
 
 def _standing_blocks(records: Sequence[TrialRecord]) -> list[Block]:
     """Return for each target the values so far, and the learning curves of its final trials."""
-    found: dict[str, dict[tuple[str, str, str], list[tuple[ResultRow, TrialRecord]]]]
-    found = defaultdict(lambda: defaultdict(list))
+    by_target: dict[str, dict[tuple[str, str, str, str], list[tuple[ResultRow, TrialRecord]]]]
+    by_target = defaultdict(lambda: defaultdict(list))
     for record in records:
         row = next((row for row in record.rows if row.metric and row.is_validation), None)
         if row is None or row.value is None or math.isnan(row.value):
             continue
-        key = row.label_fraction, row.source, results.technique(row)
-        found[row.target][key].append((row, record))
+        key = row.label_fraction, row.source, results.technique(row), row.backbone
+        by_target[row.target][key].append((row, record))
     out: list[Block] = []
-    for target, entries in sorted(found.items()):
-        standings = sorted(
-            (_Standing.of(*key, trials) for key, trials in entries.items()), key=_Standing.order
-        )
+    for target, entries in sorted(by_target.items()):
+        num_backbones = Counter(key[:3] for key in entries)
+        standings: list[_Standing] = []
+        for (fraction, source, technique, backbone), trials in entries.items():
+            has_others = num_backbones[fraction, source, technique] > 1
+            name = f"{source} · {technique}" + (f" · {backbone}" if has_others else "")
+            standings.append(_Standing.of(fraction, name, trials))
+        standings.sort(key=_Standing.order)
         out += [Heading(f"{target}: values so far"), _standing_table(standings)]
         curves = _curves(standings)
         if curves:
@@ -305,8 +309,8 @@ class _Standing:
     """How a source and technique stand on a target: final trials, or the search before them."""
 
     fraction: str
-    source: str
-    technique: str
+    name: str
+    """Source and technique; with the backbone where several have the same ones (scratch)."""
     metric: str
     higher_is_better: bool
     value: float
@@ -318,8 +322,7 @@ class _Standing:
     def of(
         cls,
         fraction: str,
-        source: str,
-        technique: str,
+        name: str,
         trials: Sequence[tuple[ResultRow, TrialRecord]],
     ) -> _Standing:
         """Return the mean of the final trials, or the best of the search where there is none."""
@@ -335,8 +338,7 @@ class _Standing:
         rows_of = " (rows of the source)" if first.split == results.SOURCE_VALIDATION else ""
         return cls(
             fraction,
-            source,
-            technique,
+            name,
             first.metric or "",
             higher,
             value,
@@ -362,10 +364,9 @@ def _standing_table(standings: Sequence[_Standing]) -> Table:
         # the first one of several
         leads = one.fraction != leading and bool(one.records) and final[one.fraction] > 1
         leading = one.fraction
-        name = f"{one.source} · {one.technique}"
         body.append(
             [
-                Value((name, "▲ leads"), WINS) if leads else Value((name,)),
+                Value((one.name, "▲ leads"), WINS) if leads else Value((one.name,)),
                 plots.fraction_label(one.fraction),
                 f"{one.value:.4g}",
                 one.what,
@@ -396,7 +397,7 @@ def _curves(standings: Sequence[_Standing]) -> dict[str, Points]:
                     by_step[step].append(value)
         points = [(float(step), fmean(values)) for step, values in sorted(by_step.items())]
         if len(points) > 1:
-            out[f"{one.source} · {one.technique}"] = points
+            out[one.name] = points
     return out
 
 

@@ -153,6 +153,11 @@ def find_overlap(target: TargetStage, sources: dict[str, SourceStage], folder: s
                     "not known here: none of its rows can be left out"
                 )
             continue
+        if mode != "none" and stage.checkpoint_text:
+            notes.append(
+                f"{name}: source {source_name} continues from a checkpoint, and what that was "
+                "trained on is not known here: none of those rows can be left out"
+            )
         shared, found = _shared_groups(target, source_name, stage)
         notes += found
         if mode == "group":

@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -121,19 +121,18 @@ def sample(selection: Selection) -> Selection:
 # ---------------------------------------------------------------- one source for one target
 
 
-def fewest_labels(shared: Shared, data: TargetData) -> np.ndarray:
-    """Return the positions of training rows in the target's smallest label fraction above 0.
+def rows_of_every_fraction(shared: Shared, data: TargetData) -> np.ndarray:
+    """Return the positions of the training rows whose labels every trial of seed 0 may use.
 
-    They are drawn as in the trials of seed 0. The fractions of one seed are nested, so every trial
-    of that seed may use these rows.
+    They are in the subsets of all label fractions above 0. The smallest subset may have more rows
+    of a class than another one, where some fractions are shares and others rows per class.
     """
+    fractions = [fraction for fraction in data.spec.label_fractions if fraction]
+    if not fractions:
+        return np.zeros(0, dtype=np.int64)
     seed = mix(shared.seed, 0)
-    subsets = [
-        label_subset(data.train, data.labels, fraction, seed)
-        for fraction in data.spec.label_fractions
-        if fraction
-    ]
-    return min(subsets, key=len, default=np.zeros(0, dtype=np.int64))
+    subsets = [label_subset(data.train, data.labels, fraction, seed) for fraction in fractions]
+    return reduce(partial(np.intersect1d, assume_unique=True), subsets)
 
 
 def score_pair(pair: Pair, shared: Shared, names: tuple[str, ...] = ()) -> PairScores:
@@ -234,7 +233,7 @@ class _Inputs:
 def _score_pair(pair: Pair, shared: Shared, wanted: Mapping[str, Score]) -> tuple[PairScores, bool]:
     """Score on at most SCORE_ROWS training rows of the target, evenly spread.
 
-    Only rows are read that the trials with the fewest labels may use too (`fewest_labels`). A
+    Only rows are read whose labels every trial may use (`rows_of_every_fraction`). A
     choice of sources by all labels would help trials that may use only 5 % of them.
 
     Returns:
@@ -358,7 +357,7 @@ def _add_target(
 ) -> None:
     """Add the features of the target's rows, their labels, and the source's classes for them."""
     objective = registry.get("objective", data.objective.name)
-    allowed = fewest_labels(shared, data)
+    allowed = rows_of_every_fraction(shared, data)
     if not len(allowed):  # whoever may use no label may still read the rows
         given.missing["labels"] = "label_fractions: 0 allows no label"
         allowed = np.arange(len(data.train))

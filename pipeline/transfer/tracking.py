@@ -15,6 +15,7 @@ import math
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -346,10 +347,9 @@ class Tracking:
         for key, values in by_trial.items():
             self._once(key, "gains", spec_hash(values), partial(self._log_values, values, now))
         means: dict[str, float | None] = {}
-        for one in outcome.entries:
-            place = "/".join((one.target, one.source, one.technique, one.label_fraction))
-            means |= _interval(f"{place}/{one.metric}", one.mean, one.low, one.high)
-            means |= _interval(f"{place}/gain", one.gain, one.gain_low, one.gain_high)
+        for name, entry in zip(_names_of(outcome.entries), outcome.entries, strict=True):
+            means |= _interval(f"{name}/{entry.metric}", entry.mean, entry.low, entry.high)
+            means |= _interval(f"{name}/gain", entry.gain, entry.gain_low, entry.gain_high)
         self._once(JOB, "means", spec_hash(means), partial(self._log_values, means, now))
         files = [outcome.report, outcome.report.removesuffix(".html") + ".md", outcome.results]
         for uri in files if outcome.report else ():
@@ -446,6 +446,22 @@ def _points(values: Mapping[str, Any], step: int, moment: float) -> list[Point]:
         for name, value in values.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     ]
+
+
+def _names_of(entries: Sequence[MatrixEntry]) -> list[str]:
+    """Return target/source/technique/label fraction of each entry.
+
+    The backbone follows the source where entries of several backbones are otherwise the same, as
+    those of scratch are.
+    """
+    keys = [(one.target, one.source, one.technique, one.label_fraction) for one in entries]
+    num_backbones = Counter(keys)
+    names: list[str] = []
+    for key, entry in zip(keys, entries, strict=True):
+        target, source, *rest = key
+        backbone = [entry.backbone] if num_backbones[key] > 1 else []
+        names.append("/".join([target, source, *backbone, *rest]))
+    return names
 
 
 def _interval(

@@ -235,6 +235,8 @@ def test_stoch_norm_trains_and_leaves_plain_norms(name):
 def test_stoch_norm_without_batch_norms_is_refused():
     with pytest.raises(ValueError, match="stoch_norm changes batch norms, and toys/net has none"):
         technique("stoch_norm").wrap(net_task())
+    with pytest.raises(ValueError, match="with frozen statistics there is nothing to mix"):
+        technique("stoch_norm", freeze_norm_stats=True)
 
 
 # ---------------------------------------------------------------- distillation
@@ -288,12 +290,18 @@ def test_divergences_are_those_of_torch():
     [
         (None, "the source has no head, since it is a checkpoint"),
         (["class 0", "x"], r"does not know 2 of the target's labels \(class 1, class 2\): use lwf"),
+        ("multilabel", "the source's multilabel and the target's classification turn scores into"),
     ],
 )
-def test_scores_of_unknown_labels_are_refused(source, message):
+def test_scores_of_unknown_labels_or_of_another_meaning_are_refused(source, message):
     task = net_task()
     used = technique("distillation", logits=1.0)
-    used.read_source(source and source_of(task, source))
+    if source == "multilabel":
+        state = {**label_state(), "positives": [1, 1, 1], "rows": 3}
+        other = registry.get("objective", source)
+        used.read_source(Task(task.backbone, other(task.backbone, other.options_class(), state)))
+    else:
+        used.read_source(source and source_of(task, source))
     with pytest.raises(ValueError, match=message):
         used.wrap(task)
 

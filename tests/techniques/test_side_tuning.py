@@ -1,8 +1,10 @@
 """Side-tuning starts as the source's network, keeps it, and is loaded again from its bundle."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from contract_rows import MODALITIES, classified
+from contract_rows import MODALITIES, OBJECTIVES, classified
 from toys import image_files, job_of, make_run, shared_of, take, trial_of, weights
 
 from pipeline.checkpoints import bundle
@@ -47,6 +49,26 @@ def test_it_starts_as_the_source_and_leaves_it_as_it_was(kind):
         both = [one.eval()(batch).pooled for one in (wrapped.backbone.base, wrapped.backbone.side)]
         found = wrapped.backbone.eval()(batch).pooled
     assert torch.allclose(found, share * both[0] + (1 - share) * both[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["hourly", "clm"])
+def test_other_outputs_than_features_are_those_of_both(name):
+    """The hours of tokens and whether they have events; the embedding of a tied output."""
+    case = OBJECTIVES[name]
+    built = replace(case, options={"generate": 3} if name == "clm" else {}).build(name)
+    batch = take(built.rows, range(4))
+    batch.data.pop("segments", None)  # rows of documents alone are continued
+    built.task.eval()
+    with torch.no_grad():
+        plain = built.task.objective.predict(built.task.backbone, batch)
+        wrapped = registry.get("technique", "side_tuning")().wrap(built.task).eval()
+        wrapped.backbone.mix.fill_(0.7)
+        found = wrapped.objective.predict(wrapped.backbone, batch)
+    for key, tensor in plain.items():
+        exact = dict(rtol=0, atol=0) if key in ("times", "label", "generated", "count") else {}
+        torch.testing.assert_close(found[key], tensor, equal_nan=True, **exact)
+    wrapped.train()(batch)[0].backward()
+    assert all(p.grad is not None for p in wrapped.backbone.side.parameters())
 
 
 def test_its_bundle_holds_both_networks(tmp_path):

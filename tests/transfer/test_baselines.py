@@ -143,10 +143,15 @@ def test_bag_of_words_is_tf_idf_and_logistic_regression():
     assert chosen.metrics["accuracy"] == accuracy_score(of_new, expected.argmax(1))
 
 
-def test_texts_of_a_pair_are_one_text():
-    columns = {"text": pa.array(["one", "two"]), "text_pair": pa.array(["a", None])}
+@pytest.mark.parametrize("kind", [pa.string(), pa.binary(), pa.list_(pa.binary())], ids=str)
+def test_texts_of_a_pair_are_one_text(kind):
+    """Also where they are stored as bytes, or as lists of words."""
+    texts, others = ["eins \u00fcber", "two"], ["a", None]
+    if pa.types.is_list(kind):
+        texts, others = ([one and one.split() for one in texts] for texts in (texts, others))
+    columns = {"text": pa.array(texts, kind), "text_pair": pa.array(others, kind)}
     rows = BaselineRows(2, {}, text_modality(), columns.get)
-    assert baseline("bag_of_words").inputs(rows) == ["one a", "two"]
+    assert baseline("bag_of_words").inputs(rows) == ["eins \u00fcber a", "two"]
 
 
 def test_nearest_pixels_are_those_of_the_images():

@@ -148,6 +148,19 @@ def test_the_best_search_trial_does_not_lead_a_mean_of_final_trials(running):
     assert text.index("0.605") < text.index("0.9 best of 1 search trial"), "after all final ones"
 
 
+def test_scratch_networks_of_two_backbones_are_two_lines(running):
+    rows, _, _ = trial("clothing", "none", "scratch", "1.0", 7, 0.9)
+    rows = [replace(rows[0], split="validation", value=0.5, backbone="timm/vit")]
+    one = planned_trial("none", "scratch", 7, rows[0].trial_id)
+    path, found = record(one, rows)
+    storage.write_json(storage.join(running.job.root, path), found)
+    running.progress.expect([one])
+    with served(running) as port:
+        text = text_of(ask(port)[1])
+    assert "none · scratch · timm/ resnet18 100 % 0.605 mean of 2 seeds" in text
+    assert "none · scratch · timm/ vit 100 % 0.5 mean of 1 seed" in text
+
+
 def test_a_trial_that_is_made_again_counts_when_its_new_record_is_there(running, monkeypatch):
     """The page leaves out its old record, one that it has shown before too."""
     one, root = running.planned[0], running.job.root

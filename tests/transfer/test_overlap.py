@@ -2,6 +2,8 @@
 their people; and how much is read to look for them.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -230,7 +232,8 @@ def test_groups_are_compared_where_both_sides_name_one(tmp_path):
     whole = stays(60)
     first = pa.array([i % 3 == 0 for i in range(60)])
     source, target = whole.filter(first), whole.filter(pc.invert(first))
-    assert looked(record_job(tmp_path, source, target, group=(None, "patient"))).notes == ()
+    state = record_job(tmp_path, source, target, group=(None, "patient"))
+    assert looked(state).notes == ()
     named = source.rename_columns(
         ["subject" if name == "patient" else name for name in source.column_names]
     )
@@ -243,6 +246,11 @@ def test_groups_are_compared_where_both_sides_name_one(tmp_path):
         "task: source stays names no group: of its rows only equal ones can be left out"
         in looked(state).notes
     )
+    assert not any("checkpoint" in note for note in looked(state).notes)
+    stage = state.sources["stays"]
+    continued = stage.spec.model_copy(update={"init": "bundle:other"})
+    state.sources["stays"] = replace(stage, spec=continued)
+    assert any("continues from a checkpoint, and what" in note for note in looked(state).notes)
     keys = {
         mode: record_job(tmp_path, source, target, drop_overlap=mode).targets["task"].key
         for mode in ("none", "exact", "group")

@@ -287,6 +287,8 @@ def test_embed_writes_the_features_of_each_row(tmp_path, monkeypatch):
     assert found.column_names == ["row", "file", "error", "features"]
     assert found.schema.field("features").type == pa.list_(pa.float32())
     features = np.array(found["features"].to_pylist(), dtype=np.float32)
+    again = ran("embed", uri, tmp_path / "photos", "-o", tmp_path / "out")
+    assert "1 of them from before" in again and "1 rows could not be read" in again
     expected = pipeline.embed(uri, str(tmp_path / "photos"))
     assert np.isnan(features[1]).all() and np.isfinite(features[[0, 2]]).all()
     assert np.array_equal(features, expected, equal_nan=True)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from contract_rows import OBJECTIVES
 from scipy.optimize import minimize
-from toys import image_files, job_of, label_state, shared_of, trial_of
+from toys import image_files, image_rows, job_of, label_state, shared_of, trial_of
 
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
@@ -313,7 +313,7 @@ def test_scores_read_no_label_that_the_poorest_trials_may_not(tmp_path, fraction
     job = job_of(tmp_path, paths, label_fractions=fractions)
     shared = shared_of(tmp_path, job, paths)
     (name, key), data_ = next(iter(shared.targets.items()))
-    allowed = scoring.fewest_labels(shared, data_)
+    allowed = scoring.rows_of_every_fraction(shared, data_)
     assert len(allowed) == rows
     for fraction in fractions:
         trial_rows = trial.resolve_training(
@@ -328,6 +328,15 @@ def test_scores_read_no_label_that_the_poorest_trials_may_not(tmp_path, fraction
         2  # labels of rows that may not be read
     )
     assert values(score_pair(Pair("src", key, name), shared)) == want
+
+
+def test_shares_and_rows_per_class_have_only_the_rows_that_both_have():
+    """Of 10 and 50 rows of two classes: 3 per class, or 1 and 5. Neither has all of the other's."""
+    rows, labels = image_rows(60, classes=2), np.repeat([0, 1], [10, 50])
+    spec = SimpleNamespace(label_fractions=[3, 0, 0.1])
+    shared, data_ = SimpleNamespace(seed=0), SimpleNamespace(train=rows, labels=labels, spec=spec)
+    allowed = scoring.rows_of_every_fraction(shared, data_)
+    assert np.bincount(labels[allowed]).tolist() == [1, 3]
 
 
 @pytest.mark.parametrize("of_all", [True, False])

@@ -27,6 +27,7 @@ from pipeline.config import yaml_loader
 from pipeline.config.schema import ComponentConfig, Job, JobError, spec_hash
 from pipeline.core.specs import ModalitySpec
 from pipeline.io import storage
+from pipeline.report import matrix
 from pipeline.report.trial_record import CurvePoint, TrialRecord
 from pipeline.train.source import SourceStage
 from pipeline.transfer import tracking
@@ -283,7 +284,7 @@ class Recorder:
     options = SimpleNamespace(bundles=True)
 
     def __init__(self):
-        self.begun, self.ended, self.files = [], [], []
+        self.begun, self.ended, self.files, self.points = [], [], [], []
 
     def begin(self, run, replaces=None):
         self.begun.append(run)
@@ -295,7 +296,7 @@ class Recorder:
     resume = exists
 
     def log(self, run_id, points):
-        pass
+        self.points += [(run_id, point.name, point.value) for point in points]
 
     def upload(self, run_id, path, folder=""):
         self.files.append((run_id, folder or path.name))
@@ -327,6 +328,23 @@ def test_what_cannot_be_read_is_left_out_and_all_else_is_logged(ended, recorder)
     (note,) = ended.state.progress.notes
     assert note.startswith("warning: tracking: not logged, as it cannot be read: source garments: ")
     assert "more)" in note
+
+
+def test_means_of_scratch_networks_of_two_backbones_are_all_logged(ended, recorder):
+    rows, tested, _ = trial("clothing", "none", "scratch", "1.0", 0, 0.6)
+    ended.outcome.entries = [
+        entry
+        for backbone in ("timm/resnet18", "timm/vit")
+        for entry in matrix.matrix_entries(
+            [replace(row, backbone=backbone) for row in rows], {rows[0].trial_id: tested}
+        )
+    ]
+    run(ended)
+    means = [name for _, name, _ in recorder.points if name.endswith("scratch/1.0/accuracy")]
+    assert sorted(means) == [
+        "clothing/none/timm/resnet18/scratch/1.0/accuracy",
+        "clothing/none/timm/vit/scratch/1.0/accuracy",
+    ]
 
 
 def test_a_long_upload_has_a_longer_patience(ended, recorder, monkeypatch):

@@ -12,6 +12,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Baseline, BaselineRows, LabelKind, Setting
+from pipeline.media.tagging_schemes import texts
 
 
 class BagOfWordsOptions(Options):
@@ -41,9 +42,12 @@ class BagOfWords(Baseline):
     def inputs(self, rows: BaselineRows) -> list[str]:
         """Return the text of each row; that of a pair follows it."""
         columns = [rows.read_column(role) for role in ("text", "text_pair")]
-        listed = [column.to_pylist() for column in columns if column is not None]
-        rows_of_parts = zip(*listed, strict=True)
-        return [" ".join(str(one) for one in parts if one is not None) for parts in rows_of_parts]
+        columns_of_texts = [texts(column) for column in columns if column is not None]
+        rows_of_texts = zip(*columns_of_texts, strict=True)
+        return [
+            " ".join(_plain_text(cell) for cell in cells if cell is not None)
+            for cells in rows_of_texts
+        ]
 
     def transformer(self) -> TfidfVectorizer:
         return _Words(
@@ -58,6 +62,11 @@ class BagOfWords(Baseline):
         if label_kind == "numbers":
             return Ridge(alpha=1 / (2 * setting["C"]))
         return LogisticRegression(C=setting["C"], max_iter=1000)
+
+
+def _plain_text(cell: Any) -> str:
+    """Return a cell as one text: of a list its words, of null ""."""
+    return " ".join(map(_plain_text, cell)) if isinstance(cell, list) else cell or ""
 
 
 class _Words(TfidfVectorizer):

@@ -9,6 +9,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 
 from pipeline.config.registry import register
 from pipeline.core.contracts import Baseline, BaselineRows, LabelKind, Setting
+from pipeline.media.tagging_schemes import texts
 
 
 @register("baseline", "tag_of_word")
@@ -26,9 +27,11 @@ class TagOfWord(Baseline):
     def inputs(self, rows: BaselineRows) -> list[str]:
         """Return the labelled words, row by row."""
         assert rows.positions is not None
-        texts = rows.read_column("text").to_pylist()
-        pairs = zip(texts, rows.positions, strict=True)
-        return [str(words[place]) for words, known in pairs for place in np.flatnonzero(known)]
+        words_of_rows = texts(rows.read_column("text"))
+        pairs = zip(words_of_rows, rows.positions, strict=True)
+        return [
+            words[place] or "" for words, labelled in pairs for place in np.flatnonzero(labelled)
+        ]
 
     def estimator(self, setting: Setting, seed: int, label_kind: LabelKind) -> Any:
         return _Tags()
