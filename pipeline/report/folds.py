@@ -18,6 +18,7 @@ from statistics import fmean
 
 import numpy as np
 
+from pipeline.core.groups import num_units
 from pipeline.core.metrics import catalog
 from pipeline.core.metrics.catalog import Predictions
 from pipeline.core.ragged import joined
@@ -104,28 +105,39 @@ def _pool_seed(
 
     Its pooled predictions are added to ``pooled_runs``.
     """
-    in_folds: dict[tuple[object, ...], list[ResultRow]] = defaultdict(list)
-    for row in done:
-        in_folds[row.split, row.metric].append(row)
-    out: list[ResultRow] = []
-    for found in in_folds.values():
-        found = sorted(found, key=lambda row: row.fold or 0)
-        name = "+".join(row.trial_id for row in found)
-        of_folds = [(row.fold or 0, runs[row.trial_id]) for row in found if row.trial_id in runs]
-        same_labels = len({run.labels for _, run in of_folds}) == 1
-        if name not in pooled_runs and len(of_folds) == len(found) and same_labels:
-            pooled_runs[name] = _pool_runs(of_folds, found[0].seed)
-        out.append(_pool_rows(found, name, pooled_runs.get(name)))
-    return out
+    fold_of_trial = {row.trial_id: row.fold or 0 for row in done}
+    trial_ids = sorted(fold_of_trial, key=lambda trial_id: fold_of_trial[trial_id])
+    name = "+".join(trial_ids)
+    run_of_fold = [(fold_of_trial[one], runs[one]) for one in trial_ids if one in runs]
+    has_same_labels = len({run.labels for _, run in run_of_fold}) == 1
+    pooled_run = None
+    if len(run_of_fold) == len(trial_ids) and has_same_labels:
+        pooled_run = pooled_runs[name] = _pool_runs(run_of_fold, done[0].seed)
+    rows_of_metric: dict[tuple[str | None, str | None], list[ResultRow]] = defaultdict(list)
+    for row in sorted(done, key=lambda row: row.fold or 0):
+        rows_of_metric[row.split, row.metric].append(row)
+    return [_pool_rows(found, name, pooled_run) for found in rows_of_metric.values()]
 
 
 def _pool_rows(found: list[ResultRow], name: str, run: RunPredictions | None) -> ResultRow:
-    first, metric = found[0], catalog.find(found[0].metric or "")
+    """Return the row of a split and a metric, which is that of all folds.
+
+    Args:
+        found: The rows of the folds that have it: of a rare label or type that may be some.
+        name: Name of the pooled trial.
+        run: Its predictions on all test rows; None where there are none.
+    """
+    first = found[0]
     value = _mean([row.value for row in found])
-    if first.split == "test" and metric is not None and run is not None:
-        # it may have no value on these rows, or read an array that they lack
+    n_eval = sum(row.n_eval or 0 for row in found)
+    n_units = sum(row.n_units or 0 for row in found)
+    if first.split == "test" and run is not None:
+        # the metric of a subgroup is no registered one; another may have no value on these rows,
+        # or read an array that they lack
         with suppress(KeyError, ValueError):
-            value = metric.value(run.predictions)
+            value = catalog.metric(first.metric or "", run.labels).value(run.predictions)
+            n_eval = len(run.rows)
+            n_units = num_units(n_eval, run.groups)
     trained, steps = _mean([row.n_train for row in found]), _mean([row.steps for row in found])
     return replace(
         first,
@@ -134,8 +146,8 @@ def _pool_rows(found: list[ResultRow], name: str, run: RunPredictions | None) ->
         value=value,
         value_low=None,
         value_high=None,
-        n_eval=sum(row.n_eval or 0 for row in found),
-        n_units=sum(row.n_units or 0 for row in found),
+        n_eval=n_eval,
+        n_units=n_units,
         n_train=None if trained is None else round(trained),
         steps=None if steps is None else round(steps),
         seconds=_mean([row.seconds for row in found]),

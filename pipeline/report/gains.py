@@ -33,7 +33,7 @@ from pipeline.report.matrix import (
     SCRATCH,
     WINS,
     MatrixEntry,
-    fraction_order,
+    most_labels_first,
 )
 from pipeline.report.source_scores import PairScores
 
@@ -72,12 +72,10 @@ def _over(entries: Sequence[MatrixEntry]) -> str:
 
 def _by_fraction(entries: Sequence[MatrixEntry]) -> dict[str, list[MatrixEntry]]:
     """Return the entries of each label fraction, the most labels first."""
-    out: dict[str, list[MatrixEntry]] = defaultdict(list)
-    for entry in sorted(
-        entries, key=lambda entry: fraction_order(entry.label_fraction), reverse=True
-    ):
+    out: dict[str, list[MatrixEntry]] = {name: [] for name in most_labels_first(entries)}
+    for entry in entries:
         out[entry.label_fraction].append(entry)
-    return dict(out)
+    return out
 
 
 # ---------------------------------------------------------------- where it hurts
@@ -266,20 +264,17 @@ def score_figures(
     labels that it was compared at.
     """
     by_pair: dict[tuple[str, str], list[MatrixEntry]] = defaultdict(list)
-    for group in _by_fraction(_compared(entries)).values():
-        found: dict[tuple[str, str], list[MatrixEntry]] = defaultdict(list)
-        for entry in group:
-            found[entry.target, entry.source].append(entry)
-        for pair, tried in found.items():
-            by_pair.setdefault(pair, tried)
+    for entry in _compared(entries):
+        by_pair[entry.target, entry.source].append(entry)
     out: list[Block] = []
     names = sorted({name for _, _, name in scores})
     for name in names:
         panels: dict[str, list[tuple[str, float, MatrixEntry]]] = defaultdict(list)
-        for (target, source), tried in sorted(by_pair.items()):
+        for (target, source), compared in sorted(by_pair.items()):
             value = scores.get((target, source, name), math.nan)
             if math.isfinite(value):
-                panels[target].append((source, value, chosen(tried)))
+                with_most_labels = next(iter(_by_fraction(compared).values()))
+                panels[target].append((source, value, chosen(with_most_labels)))
         shown = {target: points for target, points in panels.items() if len(points) > 1}
         if not shown:
             continue

@@ -454,6 +454,20 @@ def fraction_order(label_fraction: str) -> tuple[int, float, str]:
         return 2, 0.0, label_fraction
 
 
+def most_labels_first(entries: Iterable[MatrixEntry]) -> list[str]:
+    """Return the label fractions of entries, that with the most training rows first.
+
+    A number of rows may be more or fewer than a share of them: 50 a class are more than 1 % of
+    10,000 rows of ten classes.
+    """
+    num_rows: dict[str, int] = defaultdict(int)
+    for entry in entries:
+        num_rows[entry.label_fraction] = max(num_rows[entry.label_fraction], entry.n_train or 0)
+    return sorted(
+        num_rows, key=lambda fraction: (num_rows[fraction], fraction_order(fraction)), reverse=True
+    )
+
+
 def by_value(entry: MatrixEntry) -> float:
     """Return a sort key that puts the best mean on test rows first and those without one last."""
     if entry.mean is None:

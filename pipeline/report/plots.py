@@ -16,19 +16,22 @@ import math
 import re
 import warnings
 import zlib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from pipeline.report.matrix import LOSES, NOT_SHOWN, WINS, MatrixEntry, fraction_order
+from pipeline.report.matrix import LOSES, NOT_SHOWN, SCRATCH, WINS, MatrixEntry, fraction_order
+from pipeline.report.results import NO_BACKBONE, ResultRow
 
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Series = dict[tuple[str, str], list[tuple[float, float]]]
-"""(source, technique) -> points (step, value)."""
+Points = list[tuple[float, float]]
+"""Points (step, value) of a line."""
+Series = dict[tuple[str, str], Points]
+"""Lines by (source, technique), see `line_key`."""
 
 _INK, _SOFT, _LINE, _PAPER, _WINS, _LOSES = (
     "#010101",
@@ -162,18 +165,23 @@ def learning(panels: dict[str, Series], metric: str) -> str:
 def label_efficiency(entries: Sequence[MatrixEntry]) -> str:
     """Draw the test metric by number of labelled rows, with intervals.
 
-    There is one line for each (source, technique). It is horizontal where no row was trained on.
+    There is one line for each `line_key`. It is horizontal where no row was trained on.
     """
+    several = has_several_scratch_networks(entries)
+
+    def key_of(entry: MatrixEntry) -> tuple[str, str]:
+        return line_key(entry.source, entry.technique, entry.backbone, several)
+
     with _plot_settings():
         shown = [entry for entry in entries if entry.mean is not None and entry.n_train]
         untrained = [entry for entry in entries if entry.mean is not None and entry.n_train == 0]
-        keys = _unique_pairs((entry.source, entry.technique) for entry in [*shown, *untrained])
+        keys = _unique_pairs(key_of(entry) for entry in [*shown, *untrained])
         legend = _legend_entries(keys)
         figure, (axes,) = _figure(2.9 + _legend_inches(legend))
         sizes = {entry.label_fraction: entry.n_train or 0 for entry in shown}
         for i, key in enumerate(keys):
             line_entries = sorted(
-                (entry for entry in shown if (entry.source, entry.technique) == key),
+                (entry for entry in shown if key_of(entry) == key),
                 key=lambda entry: entry.n_train or 0,
             )
             # intervals of the same number of rows are plotted side by side
@@ -195,7 +203,7 @@ def label_efficiency(entries: Sequence[MatrixEntry]) -> str:
                 x, y, yerr=bars, marker="o", markersize=3.5, elinewidth=1, **_line_style(key, keys)
             )
         for entry in untrained:
-            axes.axhline(entry.mean or 0.0, **_line_style((entry.source, entry.technique), keys))
+            axes.axhline(entry.mean or 0.0, **_line_style(key_of(entry), keys))
         axes.set_xscale("log")
         ticks = sorted(set(sizes.values()))
         sizes_text = [
@@ -465,6 +473,26 @@ def labels_text(label_fraction: str) -> str:
     return "no labels" if shown == "none" else f"{shown} labels"
 
 
+def has_several_scratch_networks(trials: Iterable[MatrixEntry | ResultRow]) -> bool:
+    """Return whether trials without a source are of several backbones; baselines have none."""
+    backbones = {trial.backbone for trial in trials if trial.source == SCRATCH}
+    return len(backbones - {NO_BACKBONE}) > 1
+
+
+def line_key(source: str, technique: str, backbone: str, several: bool) -> tuple[str, str]:
+    """Return the (source, technique) that a figure has a line for.
+
+    Args:
+        source: A source has one backbone.
+        technique: The technique with its options.
+        backbone: It is named with the technique of a line without a source.
+        several: Whether there are `has_several_scratch_networks`.
+    """
+    if several and source == SCRATCH and backbone != NO_BACKBONE:
+        return source, f"{technique} ({backbone})"
+    return source, technique
+
+
 def _truncate(text: str, max_length: int) -> str:
     return text if len(text) <= max_length else text[: max_length - 1] + "…"
 
@@ -524,7 +552,7 @@ def _legend_entries(keys: list[tuple[str, str]]) -> Legend:
         if several
     ]
     return out + [
-        (_truncate(technique, 32), _line_style((source, technique), keys))
+        (_truncate(technique, 48), _line_style((source, technique), keys))
         for source, technique in keys
         if source == "none"
     ]

@@ -11,7 +11,8 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from statistics import fmean
+
+import numpy as np
 
 from pipeline.config import provenance, registry
 from pipeline.io import storage
@@ -63,6 +64,7 @@ from pipeline.report.matrix import (
     fraction_order,
     has_several_backbones,
     matrix_entries,
+    most_labels_first,
     over_best_scratch,
 )
 from pipeline.report.results import ResultRow
@@ -437,7 +439,10 @@ def _target_blocks(
     followed = _curve_metric(metric, target, rows, curves)
     panels = learning_curves(target, followed, rows, curves)
     if panels:
-        caption = f"{target}: validation {followed} while fine-tuning, mean over seeds."
+        caption = (
+            f"{target}: validation {followed} while fine-tuning, mean over seeds up to the last "
+            "step that all of them reached."
+        )
         if any(row.target == target and row.split == results.SOURCE_VALIDATION for row in rows):
             caption += " With 0 labels it is that on the source's validation rows."
         numbers = _curve_table(panels, followed, decimals)
@@ -460,14 +465,14 @@ def _target_blocks(
 def _value_tables(
     group: Sequence[MatrixEntry], comparable: Mapping[EntryKey, MatrixEntry], decimals: int
 ) -> list[Block]:
-    """Return a table for each label fraction of a target, the best value first.
+    """Return a table for each label fraction of a target, the most labels first.
 
     Args:
         group: Entries of the target.
         comparable: The entries of `over_best_scratch`, by key.
         decimals: Decimals of the target's values.
     """
-    fractions = sorted({entry.label_fraction for entry in group}, key=fraction_order, reverse=True)
+    fractions = most_labels_first(group)
     out: list[Block] = []
     for fraction in fractions:
         entries = sorted(
@@ -626,32 +631,48 @@ def learning_curves(
     """Return the learning curves of a target's final trials.
 
     Returns:
-        Label fraction to (source, technique) to points (step, mean over seeds of the metric).
+        A dict from each label fraction to its lines: a dict from (source, technique), as
+        `plots.line_key` names them, to points (step, mean over seeds of the metric).
     """
     trials = {
         row.trial_id: row
         for row in rows
         if row.target == target and row.trial_stage == "final" and row.status == "done"
     }
-    points: dict[tuple[str, str, str], dict[float, list[float]]] = defaultdict(
-        lambda: defaultdict(list)
-    )
+    several = plots.has_several_scratch_networks(trials.values())
+    seeds: dict[tuple[str, tuple[str, str]], list[plots.Points]] = defaultdict(list)
     for trial_id, row in trials.items():
         curve = curves.get(trial_id, ())
-        # a head that was solved has one point, whose step counts the solver's iterations
-        for point in curve if len(curve) > 1 else ():
-            value = point.metrics.get(metric)
+        points: plots.Points = [
+            (float(point.step), point.metrics[metric])
+            # a head that was solved has one point, whose step counts the solver's iterations
+            for point in (curve if len(curve) > 1 else ())
             # step 0: a trial without training has no curve
-            if value is None or not math.isfinite(value) or not point.step:
-                continue
-            line = points[row.label_fraction, row.source, results.technique(row)]
-            line[point.step].append(value)
-    out: dict[str, plots.Series] = defaultdict(dict)
-    for (fraction, source, technique), by_step in points.items():
-        out[fraction][source, technique] = [
-            (step, fmean(values)) for step, values in sorted(by_step.items())
+            if point.step and math.isfinite(point.metrics.get(metric, math.nan))
         ]
+        if points:
+            line = plots.line_key(row.source, results.technique(row), row.backbone, several)
+            seeds[row.label_fraction, line].append(points)
+    out: dict[str, plots.Series] = defaultdict(dict)
+    for (fraction, line), of_seeds in seeds.items():
+        if mean := _mean_curve(of_seeds):
+            out[fraction][line] = mean
     return dict(out)
+
+
+def _mean_curve(seeds: Sequence[plots.Points]) -> plots.Points:
+    """Return the mean of the seeds' curves at the steps at which any of them was validated.
+
+    At a step that a seed was not validated at, its value is interpolated. Steps before a seed's
+    first validation or after its last one are left out, so that each point is of all seeds.
+    """
+    first, last = max(points[0][0] for points in seeds), min(points[-1][0] for points in seeds)
+    steps = sorted({step for points in seeds for step, _ in points if first <= step <= last})
+    values = [
+        np.interp(steps, [step for step, _ in points], [value for _, value in points])
+        for points in seeds
+    ]
+    return list(zip(steps, np.mean(values, 0).tolist(), strict=True))
 
 
 def _curve_table(panels: dict[str, plots.Series], metric: str, decimals: int) -> blocks.Table:

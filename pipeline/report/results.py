@@ -268,13 +268,13 @@ def append(
 ) -> None:
     """Add rows to the table in the folder ``uri``. The whole file is replaced, atomically.
 
-    A row replaces an earlier one with the same (trial_id, split, metric, trial_stage). Earlier rows
-    of a trial with another status (it failed then and is done now, or the other way round) are
-    removed.
+    The rows of a trial replace all its earlier ones of the same stage: it may have failed then and
+    be done now, or the job may name other subgroups. Of rows with the same (trial_id, split,
+    metric, trial_stage) the last one is taken.
 
     Args:
         uri: The folder of the job.
-        rows: The rows to add.
+        rows: The rows to add, all those of each trial.
         current: Ids of all trials of the job as it is now. The column ``current`` of all rows, also
             of old ones, is set from it. Without it that column does not change.
         is_of_part: Whether a row is of the part of the job that ran. The column of rows of the
@@ -285,18 +285,12 @@ def append(
     """
     if not rows and current is None:
         return
-    new = _validate(rows)
-    status_now = {(row.trial_id, row.trial_stage): row.status for row in new}
-    kept: dict[tuple[str | None, ...], ResultRow] = {}
-    for row in _read_or_none(uri):
-        ended_as = status_now.get((row.trial_id, row.trial_stage), row.status)
-        if row.status == ended_as:
-            kept[_row_key(row)] = row
-    for row in new:
-        kept[_row_key(row)] = row
-    if not kept:
+    new = {_row_key(row): row for row in _validate(rows)}
+    trials = {(row.trial_id, row.trial_stage) for row in new.values()}
+    earlier = [row for row in _read_or_none(uri) if (row.trial_id, row.trial_stage) not in trials]
+    out = [*earlier, *new.values()]
+    if not out:
         return
-    out = list(kept.values())
     if current is not None:
         wanted = set(current)
         out = [

@@ -51,21 +51,13 @@ def winner(
     validated = [entry for entry in among if not entry.is_baseline and entry.validation is not None]
     if not validated:
         return None
-    labels = _most_labels(validated)
+    labels = matrix.most_labels_first(validated)[0]
     validated = [one for one in validated if one.label_fraction == labels or _uses_no_label(one)]
     most = max(_finished(entry) for entry in validated)
     whole = [entry for entry in validated if _finished(entry) == most]
     worse = _shown_to_be_worse(entries)
     whole = [entry for entry in whole if entry.key not in worse] or whole
     return max(whole, key=lambda entry: entry.validation or 0.0)
-
-
-def _most_labels(entries: Sequence[MatrixEntry]) -> str:
-    """Return the label fraction with the most training rows."""
-    return max(
-        entries,
-        key=lambda entry: (entry.n_train or 0, matrix.fraction_order(entry.label_fraction)),
-    ).label_fraction
 
 
 def _uses_no_label(entry: MatrixEntry) -> bool:
@@ -211,7 +203,7 @@ def blocks_of(
         places = decimals[target]
         usable = with_bundle(entries, rows)
         notes: list[str] = []
-        most_labels = _most_labels(entries)
+        most_labels = matrix.most_labels_first(entries)[0]
         if best.label_fraction != most_labels and not _uses_no_label(best):
             labels = plots.labels_text(most_labels)
             notes.append(f"no network with {labels} has a value on validation rows")

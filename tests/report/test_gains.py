@@ -143,6 +143,25 @@ def test_the_technique_of_a_heat_map_is_chosen_on_validation_rows(entries):
     }
 
 
+def test_the_most_labels_are_those_of_the_most_rows(entries):
+    """50 rows a class of ten classes are more than 1 % of 10,000 rows."""
+    labels = {"1.0": ("50/class", 500), "0.05": ("0.01", 100)}
+    entries = [
+        replace(entry, label_fraction=name, n_train=num_rows)
+        for entry in entries
+        for name, num_rows in [labels[entry.label_fraction]]
+    ]
+    assert matrix.most_labels_first(entries) == ["50/class", "0.01"]
+    _, _, first, *_ = gains.heat_maps(entries, DECIMALS)
+    assert isinstance(first, blocks.Table) and first.header[0] == "50/class labels"
+    figure, _ = gains.cost_figures({"clothing": by_target(entries)["clothing"]}, DECIMALS)
+    assert "with 50/class labels" in figure.caption
+    scores = {("clothing", "garments", "logme"): 0.5, ("clothing", "digits", "logme"): 0.1}
+    (figure,) = gains.score_figures(entries, scores, DECIMALS)
+    digits = find(entries, source="digits", fraction="50/class")
+    assert figure.numbers.rows[1][3] == gains._gain(digits, 3)
+
+
 def test_many_targets_stand_below_each_other(entries):
     full = [entry for entry in entries if entry.technique == "full" and entry.gain is not None]
     many = [replace(entry, target=f"{entry.target}{i}") for entry in full for i in range(4)]

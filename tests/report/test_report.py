@@ -926,6 +926,40 @@ def test_curves_are_means_over_seeds():
     assert report.learning_curves("clothing", "accuracy", rows, solved) == {}, "of one point each"
 
 
+def test_a_curve_is_of_all_seeds_at_each_step():
+    """Also where they were validated at other steps, or one of them stopped early."""
+    rows, _, _ = simulate({"clothing": {("garments", "full"): 0.8}}, ("1.0",), seeds=2)
+    ids = list(dict.fromkeys(row.trial_id for row in rows))
+    values = [{10: 0.2, 20: 0.4, 40: 0.8}, {20: 0.6, 30: 0.8}]
+    curves = {
+        trial_id: [CurvePoint(step, {"accuracy": value}) for step, value in of_seed.items()]
+        for trial_id, of_seed in zip(ids, values, strict=True)
+    }
+    panels = report.learning_curves("clothing", "accuracy", rows, curves)
+    points = panels["1.0"]["garments", "full"]
+    assert points == [(20, pytest.approx(0.5)), (30, pytest.approx(0.7))]
+
+
+def test_scratch_networks_of_two_backbones_are_two_lines():
+    rows, runs, curves = backbones()
+    panels = report.learning_curves("clothing", "accuracy", rows, curves)
+    scratch = {
+        technique: points
+        for (source, technique), points in panels["1.0"].items()
+        if source == "none"
+    }
+    of_backbone = {row.trial_id: row.backbone for row in rows if row.source == "none"}
+    for name in ("timm/resnet18", "timm/vit"):
+        of_seeds = [curves[one] for one, backbone in of_backbone.items() if backbone == name]
+        last = np.mean([curve[-1].metrics["accuracy"] for curve in of_seeds])
+        assert scratch[f"scratch ({name})"][-1] == (300, pytest.approx(last))
+    svg = plots.label_efficiency(report.matrix_entries(rows, runs))
+    assert all(f">scratch ({name})<" in svg for name in ("timm/resnet18", "timm/vit"))
+    alone = [row for row in rows if row.backbone == "timm/vit"]
+    panels = report.learning_curves("clothing", "accuracy", alone, curves)
+    assert ("none", "scratch") in panels["1.0"]
+
+
 def test_plots_leave_matplotlib_as_it_was():
     import matplotlib
 

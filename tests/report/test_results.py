@@ -97,20 +97,20 @@ def test_trials_are_listed_for_people(tmp_path):
     assert ",trials/c," in (tmp_path / "old" / "trials.csv").read_text()
 
 
-def test_same_key_is_superseded(tmp_path):
+def test_rows_of_a_trial_replace_all_its_earlier_ones(tmp_path):
+    """It was made again, or the job no longer names a subgroup."""
     uri = str(tmp_path)
-    results.append(uri, [row(value=0.1), row(metric="loss", value=2.0), row(value=0.2)])
-    results.append(
-        uri,
-        [row(value=0.3), row(split="validation", value=0.4), row(trial_stage="search", value=0.5)],
-    )
-    found = [(r.metric, r.split, r.trial_stage, r.value) for r in results.read(uri)]
+    subgroup = row(metric="accuracy@sex=female", value=0.6)
+    search = row(trial_stage="search", value=0.5)
+    results.append(uri, [row(value=0.1), subgroup, search, row("b"), row(value=0.2)])
+    results.append(uri, [row(value=0.3), row(split="validation", value=0.4)], current={"a", "b"})
+    found = [(r.trial_id, r.metric, r.split, r.trial_stage, r.value) for r in results.read(uri)]
     assert found == [
-        ("accuracy", "test", "final", 0.3),
-        ("loss", "test", "final", 2.0),
-        ("accuracy", "validation", "final", 0.4),
-        ("accuracy", "test", "search", 0.5),
-    ]  # the primary metric stays first
+        ("a", "accuracy", "test", "search", 0.5),
+        ("b", "accuracy", "test", "final", 0.5),
+        ("a", "accuracy", "test", "final", 0.3),
+        ("a", "accuracy", "validation", "final", 0.4),
+    ]
 
 
 def test_a_failure_is_superseded_by_the_rerun_that_is_done(tmp_path):

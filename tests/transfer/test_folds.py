@@ -13,7 +13,7 @@ from toys import image_files, result_rows
 
 from pipeline.config.schema import Job, spec_hash
 from pipeline.core.metrics import catalog
-from pipeline.report import advice, folds, matrix, results, shift, stats
+from pipeline.report import advice, folds, matrix, per_label, results, shift, stats
 from pipeline.report.source_scores import PairScores, ScoreValue
 from pipeline.train.source import data_key
 from pipeline.transfer import (
@@ -334,6 +334,53 @@ def test_a_fold_of_which_all_trials_failed_is_not_left_out():
     rows = [replace(row, **lost) if row.fold == 2 else row for row in rows]
     found = matrix.matrix_entries(rows, runs)
     assert {(one.verdict, one.n_failed) for one in found} == {(matrix.FAILED, 3)}
+
+
+def entities(seed: int, skill: float, n: int = 90) -> stats.RunPredictions:
+    """Counts of two types in sentences; none of the second type in the rows of the second fold."""
+    rng = np.random.default_rng(seed)
+    actual = rng.poisson(2, (n, 2))
+    actual[1::3, 1] = 0
+    hits = rng.binomial(actual, skill)
+    arrays = {"actual": actual, "hits": hits, "guessed": hits + (actual > hits)}
+    return stats.RunPredictions(np.arange(n), arrays, seed, labels=("PER", "MISC"))
+
+
+def test_a_type_that_a_fold_lacks_is_valued_on_the_rows_of_all_folds():
+    whole_rows, whole_runs, cut_rows, cut_runs = [], {}, [], {}
+    for seed in range(3):
+        for source, technique, skill in (("none", "scratch", 0.4), ("a", "full", 0.8)):
+            run = replace(entities(seed + 10 * (source == "a"), skill), seed=seed)
+            parts = {
+                fold: replace(
+                    run,
+                    rows=run.rows[fold::3],
+                    predictions={name: array[fold::3] for name, array in run.predictions.items()},
+                )
+                for fold in range(3)
+            }
+            for fold, part in {None: run, **parts}.items():
+                rows, runs = (whole_rows, whole_runs) if fold is None else (cut_rows, cut_runs)
+                (first,) = result_rows(source, technique, part, "entity_f1")
+                first = replace(first, fold=None if fold is None else fold + 1)
+                first = replace(first, trial_id=f"{first.trial_id}-{fold}")
+                runs[first.trial_id] = part
+                of_type = catalog.metric("entity_f1").per_label
+                found = of_type.values(part.predictions, part.labels)  # type: ignore[union-attr]
+                assert len(found) == (1 if fold == 1 else 2)
+                rows += [first]
+                rows += [replace(first, metric=f"entity_f1/{k}", value=v) for k, v in found.items()]
+    pooled_rows, pooled_runs = folds.pool(cut_rows, cut_runs)
+    assert len({row.trial_id for row in pooled_rows}) == 6, "one for each source and seed"
+    expected = {(row.source, row.seed, row.metric): row.value for row in whole_rows}
+    assert expected == {
+        (row.source, row.seed, row.metric): pytest.approx(row.value) for row in pooled_rows
+    }
+    assert {row.n_eval for row in pooled_rows} == {90}
+    entries = matrix.matrix_entries(cut_rows, cut_runs)
+    assert per_label.blocks("t", entries, pooled_rows, pooled_runs) == per_label.blocks(
+        "t", matrix.matrix_entries(whole_rows, whole_runs), whole_rows, whole_runs
+    )
 
 
 def test_rows_without_folds_stay_as_they_are():
