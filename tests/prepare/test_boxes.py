@@ -186,8 +186,9 @@ def test_the_rows_are_those_of_coco(tmp_path, settings):
         ("images/{split}/images/{name}.jpg", "images/{split}/labels/{name}.txt"),
         ("images/{split}2017/{name}.jpg", "labels/{split}2017/{name}.txt"),
         ("train/images/{split}/{name}.jpg", "train/labels/{split}/{name}.txt"),
+        ("obj_{split}_data/{name}.jpg", "obj_{split}_data/{name}.txt"),
     ],
-    ids=["Roboflow", "beside", "folders of one name", "years", "in a folder called train"],
+    ids=["Roboflow", "beside", "folders of one name", "years", "in a folder called train", "CVAT"],
 )
 def test_yolo_layouts(tmp_path, image, text):
     wanted = prepare("coco", coco(tmp_path / "coco"), tmp_path / "c")
@@ -292,8 +293,42 @@ def test_splits_of_yolo_that_no_folder_tells_are_refused(tmp_path):
     assert {row["split"] for row in found.values()} == {"train"}
     with (root / "data.yaml").open("a") as file:
         file.write("val: val.txt\n")
-    with pytest.raises(ValueError, match=r"states the splits.*no folder of images/a\.jpg"):
+    with pytest.raises(ValueError, match=r"of which split is images/a\.jpg.*'val': 'val.txt'"):
         prepare("yolo", root, tmp_path / "z")
+
+
+@pytest.mark.parametrize("held_out", ["valid.txt", "rest.txt"])
+def test_lists_of_darknet_tell_the_splits(tmp_path, held_out):
+    root = yolo(tmp_path / "yolo", "obj/{name}.jpg", "obj/{name}.txt")
+    (root / "data.yaml").unlink()
+    write(root / "obj.names", "\n".join(CLASSES))
+    write(root / "obj.data", f"classes = 3\ntrain = data/train.txt\nvalid = data/{held_out}\n")
+    write(root / "train.txt", "data/obj/a.jpg\ndata/obj/b.jpg\n")
+    write(root / held_out, "data/obj/c.jpg\n")
+    found = prepare("yolo", root, tmp_path / "y")
+    assert {name: row["split"] for name, row in found.items()} == {
+        "a.jpg": "train",
+        "b.jpg": "train",
+        "c.jpg": "validation",
+    }
+    write(root / held_out, "data/obj/b.jpg\n")
+    with pytest.raises(ValueError, match=r"obj/b\.jpg for .*another list for"):
+        prepare("yolo", root, tmp_path / "z")
+    write(root / held_out, "")
+    with pytest.raises(ValueError, match=r"of which split is obj/c\.jpg"):
+        prepare("yolo", root, tmp_path / "z")
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [("eval", "for validation or for test.*Rename the folder"), ("more", "of which split is")],
+)
+def test_a_folder_beside_train_that_tells_no_split_is_refused(tmp_path, folder, said):
+    root = yolo(tmp_path / "yolo")
+    for kind in ("images", "labels"):
+        (root / kind / "val").rename(root / kind / folder)
+    with pytest.raises(ValueError, match=said):
+        prepare("yolo", root, tmp_path / "y")
 
 
 def test_a_split_of_yolo_without_texts_is_refused(tmp_path):
@@ -443,6 +478,46 @@ def test_other_results_of_label_studio(tmp_path):
         "further annotations of a task, left out": 1,
         "tasks without an annotation, left out": 1,
     }
+
+
+def test_choices_of_a_region_are_no_tags_of_the_image(tmp_path):
+    box = {**percent(1, 2, 3, 4), "rectanglelabels": ["cat"]}
+    of_region = {"type": "choices", "id": "A", "value": {"choices": ["occluded"]}}
+    results = [
+        {**result("rectanglelabels", ["cat"], box), "id": "A"},
+        of_region,
+        {**of_region, "id": "B", "value": {**percent(1, 2, 3, 4), "choices": ["cut"]}},
+        {"type": "choices", "id": "C", "value": {"choices": ["night"]}},
+    ]
+    task = {"id": 1, "data": {"image": "a.jpg"}, "annotations": [{"result": results}]}
+    write(tmp_path / "in/export.json", json.dumps([task]))
+    write(tmp_path / "in/a.jpg", encoded(1, SIZE))
+    row, notes = only_row("labelstudio", tmp_path / "in", tmp_path)
+    assert (row["label_names"], row["tags"], row["tag"]) == (["cat"], ["night"], "night")
+    assert notes["choices of a region, left out"] == 2
+
+
+def test_tasks_of_several_images_say_which_one_is_meant(tmp_path):
+    results = [
+        {**result("rectanglelabels", [name], percent(1, 2, 3, 4)), "to_name": name}
+        for name in ("left", "right")
+    ]
+    data = {"thumbnail": "a.jpg", "photograph": "b.jpg"}
+    task = {"id": 1, "data": data, "annotations": [{"result": results}]}
+    write(tmp_path / "in/export.json", json.dumps([task]))
+    for number, name in enumerate("ab"):
+        write(tmp_path / f"in/{name}.jpg", encoded(number, SIZE))
+    chosen = ["image=photograph", "to_name=right"]
+    for pairs, said in (
+        (chosen[1:], r"2 fields.*thumbnail, photograph.*--set image="),
+        (chosen[:1], r"several objects \(left, right\).*--set to_name="),
+        (["image=text"], "no image in text"),
+        (["image=photograph", "to_name=rigth"], "no result is on rigth"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            prepare("labelstudio", tmp_path / "in", tmp_path / "none", *pairs)
+    found = prepare("labelstudio", tmp_path / "in", tmp_path / "out", *chosen)
+    assert {name: row["label_names"] for name, row in found.items()} == {"b.jpg": ["right"]}
 
 
 def test_images_of_one_name_in_several_subsets_of_cvat(tmp_path):

@@ -102,7 +102,7 @@ class AnnotatedImagesImporter(ImageImporter):
         annotated, listed = self.read(source, found, counts)
         used = {one.name for image in annotated for one in image.objects}
         names = [*listed, *sorted(used - set(listed))]
-        files = _ImagesByName(found.images)
+        files = ImagesByName(found.images)
         taken: dict[str, str] = {}
         rows, lost = [], []
         broken: list[InvalidRow] = []
@@ -174,8 +174,8 @@ def rotated(box: list[float], degrees: float, pivot: tuple[float, float]) -> lis
     )
 
 
-class _ImagesByName:
-    """Images by the name that an export has of them."""
+class ImagesByName:
+    """Images by the name that an export or a list has of them."""
 
     def __init__(self, images: list[archives.Entry]):
         self.by_path = {image.name: image for image in images}

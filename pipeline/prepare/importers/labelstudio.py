@@ -40,6 +40,16 @@ class LabelStudioOptions(MaskOptions):
     missing: Literal["refuse", "skip"] = Field(
         "refuse", description="skip: leave out and count images that are named but not there"
     )
+    image: str = Field(
+        "",
+        description="the field of a task's data that names its image; empty: the only one that "
+        "names an image",
+    )
+    to_name: str = Field(
+        "",
+        description="the object of the labelling interface (toName) whose results are read, where "
+        "there are results on several; those on others are left out and counted",
+    )
 
 
 @register("importer", "labelstudio", options=LabelStudioOptions)
@@ -53,8 +63,9 @@ class LabelStudio(AnnotatedImagesImporter):
     and `tag` (choices). Of polygons, ellipses and rotated boxes the bounds are taken; other shapes
     are left out and counted. With masks=instance also `masks`, of polygons and of brush masks,
     whose boxes are their bounds. An image with an object that has only a box or ellipse is then
-    left out, and counted: its mask is not known. Of several annotations of a task the one that is
-    marked as ground truth is taken, else the first; tasks without any are left out and counted.
+    left out, and counted: its mask is not known. Choices of a region are no tags: they are left out
+    and counted. Of several annotations of a task the one that is marked as ground truth is taken,
+    else the first; tasks without any are left out and counted.
     """
 
     def read(
@@ -96,11 +107,52 @@ class LabelStudio(AnnotatedImagesImporter):
             if results is None:
                 counts["tasks without an annotation, left out"] += 1
                 continue
+            names = self._names(task["data"], at)
             try:
-                images.append(_image(task["data"], results, kinds, at, counts))
-            except (KeyError, TypeError, IndexError) as error:
+                results = self._on_one_object(results, at, counts)
+                images.append(_image(names, results, kinds, at, counts))
+            except (AttributeError, KeyError, TypeError, IndexError) as error:
                 raise ValueError(f"{at}: a result of another form ({error!r})") from None
+        if self.options.to_name and not any(image.objects or image.tags for image in images):
+            raise ValueError(f"{where}: no result is on {self.options.to_name} (--set to_name=)")
         return images, []
+
+    def _names(self, data: dict[str, Any], where: str) -> tuple[str, ...]:
+        """Return the names that a task's image may have.
+
+        Raises ValueError where no field of its data names an image, or several do.
+        """
+        fields = [self.options.image] if self.options.image else list(data)
+        names = {field: named for field in fields if (named := _names_of(data.get(field)))}
+        if len(names) > 1:
+            raise ValueError(
+                f"{where}: {len(names)} fields of its data name images ({preview(names)}); say "
+                "which one the results are on: --set image=FIELD"
+            )
+        if not names:
+            raise ValueError(
+                f"{where}: no image in {self.options.image or 'its data'} ({preview(data)}); of "
+                "texts, export CSV or CONLL2003, and use prepare csv or conll"
+            )
+        return next(iter(names.values()))
+
+    def _on_one_object(self, results: list[Any], where: str, counts: Counter[str]) -> list[Any]:
+        """Return the results on the one object of the labelling interface that is read.
+
+        Raises ValueError for results on several, of which none is chosen.
+        """
+        wanted = self.options.to_name
+        objects = {result["to_name"] for result in results if result.get("to_name")}
+        if not wanted and len(objects) > 1:
+            raise ValueError(
+                f"{where}: results on several objects ({preview(sorted(objects))}); say which one "
+                "is the image: --set to_name=NAME"
+            )
+        if not wanted:
+            return results
+        kept = [result for result in results if result.get("to_name") == wanted]
+        counts["results on another object, left out"] += len(results) - len(kept)
+        return kept
 
 
 def _results(annotations: list[Any], counts: Counter[str]) -> list[Any] | None:
@@ -114,7 +166,7 @@ def _results(annotations: list[Any], counts: Counter[str]) -> list[Any] | None:
 
 
 def _image(
-    data: dict[str, Any],
+    names: tuple[str, ...],
     results: list[Any],
     kinds: tuple[str, ...],
     where: str,
@@ -124,22 +176,26 @@ def _image(
     tags: list[str] = []
     problem = ""
     size = UNKNOWN, UNKNOWN
-    for one in results:
-        kind, value = one["type"], one.get("value", {})
+    regions = {result.get("id") for result in results if result["type"] != "choices"} - {None}
+    for result in results:
+        kind, value = result["type"], result.get("value", {})
         if kind == "choices":
-            tags += value["choices"]
+            if result.get("id") in regions or "x" in value:
+                counts["choices of a region, left out"] += 1
+            else:
+                tags += value["choices"]
             continue
         if kind not in kinds:
             counts[f"results of kind {kind}, left out"] += 1
             continue
-        size = int(one["original_width"]), int(one["original_height"])
+        size = int(result["original_width"]), int(result["original_height"])
         try:
-            found = _object(kind, value, size, counts)
+            shape = _object(kind, value, size, counts)
         except ValueError as error:
             problem = f"a result of kind {kind} cannot be read: {error}"
             continue
-        objects += [found._replace(name=str(name)) for name in value[kind]]
-    return AnnotatedImage(_names(data, where), where, size, objects, tags, problem=problem)
+        objects += [shape._replace(name=str(name)) for name in value[kind]]
+    return AnnotatedImage(names, where, size, objects, tags, problem=problem)
 
 
 def _object(
@@ -227,27 +283,23 @@ def unpack_rle_pack(data: bytes, count: int) -> np.ndarray:
     return out
 
 
-def _names(data: dict[str, Any], where: str) -> tuple[str, ...]:
-    """Return the names that a task's image may have: of local files, an address or an upload.
+def _names_of(value: Any) -> tuple[str, ...]:
+    """Return the names that the image of a local file, an address or an upload may have, () for a
+    value that names no image.
 
     An upload has eight digits before its name, which the file itself has in Label Studio's folder
     of media, but not where it came from.
     """
-    for value in data.values():
-        if not isinstance(value, str):
-            continue
-        parts = urlsplit(value)
-        local = parse_qs(parts.query).get("d", [])
-        path = local[0] if local else unquote(parts.path)
-        if PurePosixPath(path).suffix.lower() not in IMAGE_SUFFIXES:
-            continue
-        whole = path.strip("/")
-        if local:
-            return (whole,)
-        name = PurePosixPath(path).name
-        is_upload = "/upload/" in path and re.match(r"[0-9a-f]{8}-", name)
-        return (whole, name, name[9:]) if is_upload else (whole, name)
-    raise ValueError(
-        f"{where}: no image in its data ({preview(data)}); of texts, export CSV or CONLL2003, and "
-        "use prepare csv or conll"
-    )
+    if not isinstance(value, str):
+        return ()
+    parts = urlsplit(value)
+    local = parse_qs(parts.query).get("d", [])
+    path = local[0] if local else unquote(parts.path)
+    if PurePosixPath(path).suffix.lower() not in IMAGE_SUFFIXES:
+        return ()
+    whole = path.strip("/")
+    if local:
+        return (whole,)
+    name = PurePosixPath(path).name
+    is_upload = "/upload/" in path and re.match(r"[0-9a-f]{8}-", name)
+    return (whole, name, name[9:]) if is_upload else (whole, name)

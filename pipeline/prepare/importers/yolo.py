@@ -4,6 +4,7 @@ image, in shares of the image.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import PurePosixPath
 from typing import Any
@@ -16,6 +17,7 @@ from pydantic import Field
 from pipeline.config.registry import MaskOptions, register
 from pipeline.io.threads import threaded_map
 from pipeline.prepare.engine import boxes
+from pipeline.prepare.engine.annotated_images import ImagesByName
 from pipeline.prepare.engine.images import ImageImporter
 from pipeline.prepare.engine.importing import (
     SPLITS,
@@ -23,6 +25,7 @@ from pipeline.prepare.engine.importing import (
     Row,
     place,
     preview,
+    split_of_folder,
     split_of_folders,
     table,
 )
@@ -33,7 +36,11 @@ ROUNDING = 1e-4
 """Share of an image by which publishers' rounding puts boxes outside."""
 FARTHEST = 2.0
 """A larger number is no share of an image: it is in pixels."""
-
+DATA_LINE = re.compile(r"^\s*(train|valid|test)\s*=\s*(\S.*?)\s*$", re.MULTILINE)
+"""A list of images that Darknet's obj.data names."""
+DARKNET_FOLDER = re.compile(r"\bobj_([a-z]+)_data/", re.IGNORECASE)
+STATED = ("train", "val", "valid", "test")
+"""Keys of places of images, in a .yaml (val) or in obj.data (valid)."""
 
 COLUMNS = {**boxes.COLUMNS, "_polygons": pa.list_(pa.list_(pa.float64()))}
 
@@ -49,9 +56,10 @@ class YoloOptions(MaskOptions):
 @register("importer", "yolo", options=YoloOptions)
 class Yolo(ImageImporter):
     """images/SPLIT/NAME.jpg with labels/SPLIT/NAME.txt, SPLIT/images with SPLIT/labels, or images
-    with label files (.txt) beside them, in a folder or archive. Folders called train, valid, test
-    or the like tell the splits, else all rows are in train; the places that a .yaml states are not
-    read, but one that states several needs such folders.
+    with label files (.txt) beside them, in a folder or archive. Folders called train, valid, test,
+    obj_train_data or the like tell the splits, or lists of images (train.txt, valid.txt, or those
+    that obj.data or the .yaml names); without any all rows are in train. An image whose split they
+    do not tell is refused where they tell that of others, or where several splits are stated.
 
     A line is `CLASS X Y WIDTH HEIGHT` (centre and size in shares of the image), or `CLASS X1 Y1 X2
     Y2 X3 Y3 ...` for a polygon, whose bounds are taken; where the .yaml has `kpt_shape`, keypoints
@@ -69,6 +77,7 @@ class Yolo(ImageImporter):
             entry.name: entry for entry in found.entries if entry.name.lower().endswith(".txt")
         }
         files = [texts.get(_text_of(image.name)) for image in found.images]
+        labels = {entry.name for entry in files if entry is not None}
         reader = archives.Reader()
 
         def read(entry: archives.Entry | None) -> str:
@@ -76,6 +85,11 @@ class Yolo(ImageImporter):
 
         try:
             name, stated = self._stated(source, found, reader)
+            lists = {
+                entry.name: (split, read(entry))
+                for entry in found.entries
+                if entry.name not in labels and (split := _split_of_list(entry, stated))
+            }
             contents = list(threaded_map(read, files))
         finally:
             reader.close()
@@ -85,7 +99,8 @@ class Yolo(ImageImporter):
                 f"{_text_of(found.images[0].name)} for {found.images[0].name}"
             )
         names, keypoints = _names(stated, f"{source}: {name}"), _keypoints(stated, source, name)
-        splits = _splits(found.images, files, stated, source, name)
+        splits = _splits(source, found.images, _listed(source, found.images, lists), stated)
+        _check_texts(source, splits, files)
         rows, counts = [], Counter[str]()
         counts["images without a label file"] = files.count(None)
         for image, split, text in zip(found.images, splits, contents, strict=True):
@@ -149,7 +164,9 @@ class Yolo(ImageImporter):
                     f"{source}: {name}: line {listed.index('') + 1} of the names is blank, and the "
                     "number of a class is that of its line; name it, or remove the line"
                 )
-            return name, {"names": listed}
+            data = [entry for entry in found.entries if entry.suffix == ".data"]
+            texts = [_decoded(reader.entry(entry)) for entry in data]
+            return name, {"names": listed, **dict(DATA_LINE.findall("\n".join(texts)))}
         try:
             stated = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -211,32 +228,75 @@ def _keypoints(stated: dict[str, Any], source: str, name: str) -> int:
     return points * each
 
 
+def _split_of_list(entry: archives.Entry, stated: dict[str, Any]) -> str:
+    """Return the split whose images a file lists, by its name or as it is stated; "" for none."""
+    path = PurePosixPath(entry.name)
+    if path.suffix.lower() != ".txt":
+        return ""
+    keys = [
+        key
+        for key in STATED
+        if isinstance(stated.get(key), str) and PurePosixPath(stated[key]).name == path.name
+    ]
+    return SPLITS[keys[0]] if keys else split_of_folder(path.stem)
+
+
+def _listed(
+    source: str, images: list[archives.Entry], lists: dict[str, tuple[str, str]]
+) -> dict[str, str]:
+    """Return the split of each image that a list names.
+
+    Args:
+        lists: the split and the text of each list, by its name.
+
+    Raises:
+        ValueError: two lists name an image for different splits.
+    """
+    by_name, splits = ImagesByName(images), dict[str, str]()
+    for name, (split, text) in lists.items():
+        for line in filter(None, map(str.strip, text.splitlines())):
+            parts = PurePosixPath(line.replace("\\", "/")).parts
+            image = by_name.find("/".join(parts[at:]) for at in range(len(parts)))
+            if image is not None and splits.setdefault(image.name, split) != split:
+                raise ValueError(
+                    f"{source}: {name} names {line} for {split}, and another list for "
+                    f"{splits[image.name]}; remove it from one of them"
+                )
+    return splits
+
+
 def _splits(
-    images: list[archives.Entry],
-    texts: list[archives.Entry | None],
-    stated: dict[str, Any],
-    source: str,
-    name: str,
+    source: str, images: list[archives.Entry], listed: dict[str, str], stated: dict[str, Any]
 ) -> list[str]:
-    """Return the split of each image."""
-    splits = [split_of_folders(image.name) for image in images]
-    places = {key: stated[key] for key in ("train", "val", "test") if stated.get(key)}
+    """Return the split of each image, by its folder, else by a list.
+
+    Raises ValueError for an image whose split nothing tells, where there are several splits.
+    """
+    splits = [
+        split_of_folders(DARKNET_FOLDER.sub(r"\1/", image.name)) or listed.get(image.name, "")
+        for image in images
+    ]
+    places = {key: stated[key] for key in STATED if stated.get(key)}
+    is_split = any(splits) or any(place != places.get("train") for place in places.values())
     unclear = [image.name for image, split in zip(images, splits, strict=True) if not split]
-    if unclear and any(one != places.get("train") for one in places.values()):
+    if unclear and is_split:
+        stated_too = f" The splits {places} are stated." if places else ""
         raise ValueError(
-            f"{source}: {name} states the splits {places}, but no folder of {preview(unclear)} is "
-            "called train, val or test; move these images and their texts into such folders"
+            f"{source}: of which split is {preview(unclear)}? No folder is called train, val or "
+            f"test, and no list (train.txt, val.txt, test.txt) names it.{stated_too} Move these "
+            "images and their texts into such folders, or add lists"
         )
-    splits = [split or "train" for split in splits]
-    without = set(splits) - {
-        split for split, text in zip(splits, texts, strict=True) if text is not None
-    }
-    if without:
+    return [split or "train" for split in splits]
+
+
+def _check_texts(source: str, splits: list[str], texts: list[archives.Entry | None]) -> None:
+    """Raise ValueError for a split of which no image has a text with its boxes."""
+    with_texts = {split for split, text in zip(splits, texts, strict=True) if text is not None}
+    if without := set(splits) - with_texts:
         raise ValueError(
             f"{source}: no image of {' and '.join(sorted(without))} has a text with its boxes; "
             f"add the texts, or move the images out of {source}"
         )
-    return splits
 
 
 def _parsed(
