@@ -59,10 +59,13 @@ def pytest_xdist_auto_num_workers(config):
     """Processes for the whole suite; none (0) for named files, which are done sooner in the process
     that is there.
 
-    They are one more than there are cores: the one with the tests of Ray waits most of its time.
+    They are one more than there are cores: the one with the tests of Ray waits most of its time. Of
+    the long tests each fills a core or two, and Ray does not start where too many do.
     """
-    is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
-    return min(MOST_PROCESSES, (os.cpu_count() or 1) + 1) if is_whole else 0
+    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
+        return 0
+    is_long_tier = config.option.markexpr == "slow"
+    return min(MOST_PROCESSES, (os.cpu_count() or 1) + (not is_long_tier))
 
 
 def pytest_collection_modifyitems(items):

@@ -18,14 +18,6 @@ from tests.e2e.conftest import SMALL, TINY
 ON_RAY = [pytest.mark.ray, pytest.mark.slow]
 
 
-@pytest.fixture(
-    scope="module", params=["onetomany_here", pytest.param("onetomany_on_ray", marks=ON_RAY)]
-)
-def command(request):
-    """The command, whose jobs run in this process, and in the long tier also on Ray."""
-    return request.getfixturevalue(request.param)
-
-
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     """The tiny job with pictures alone: a source on two ranks, and two targets."""

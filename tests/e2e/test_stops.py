@@ -199,10 +199,10 @@ def test_a_killed_fine_tune_goes_on_in_the_middle(sources, begin, onetomany_on_r
     )
 
 
-def test_two_runs_of_one_job_at_once_are_refused(sources, begin, onetomany_on_ray):
-    process = begin(sources, "run", SMALL, "--set", "fanout.seeds=40")
-    until(process, (sources / "runs/small/.run.json").exists, "lease")
-    second = onetomany_on_ray("run", SMALL, cwd=sources)
+def test_two_runs_of_one_job_at_once_are_refused(tmp_path, begin, onetomany):
+    process = begin(tmp_path, "run", SMALL, *LONG)
+    until(process, (tmp_path / "runs/small/.run.json").exists, "lease")
+    second = onetomany("run", SMALL, cwd=tmp_path)
     assert second.returncode == 2 and f"process {process.pid}" in second.stderr
     ctrl_c(process)
 
