@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, BinaryIO, Literal, TypedDict
 
@@ -47,6 +47,8 @@ WHOLE_FILE_BYTES = 4 << 20
 """Files of at most this many bytes are read whole, by one request on S3."""
 RANDOM_SECONDS = 0.5
 """Length of recordings that are made up."""
+MASK_OPTIONS = ("frequency_masks", "frequency_width", "time_masks", "time_width", "time_share")
+"""Options of SpecAugment."""
 NO_SOUND = np.zeros(0, dtype=np.int16)
 NEAR_RATE, NEAR_DECIBELS = 8000, 60.0
 """Samples a second, and how far below its loudest bin a recording is looked at, where recordings
@@ -167,11 +169,7 @@ class Audio(Modality):
         "speed",
         "noise",
         "noise_snr",
-        "frequency_masks",
-        "frequency_width",
-        "time_masks",
-        "time_width",
-        "time_share",
+        *MASK_OPTIONS,
     )
     cost_role = "seconds"
     cost_unit = "seconds"
@@ -204,17 +202,31 @@ class Audio(Modality):
         return self.state.get("features") or ("wave" if self.options.features == "wave" else "mel")
 
     @classmethod
+    def ineffective_options(cls, stated, inherited=None) -> str:
+        options = AudioOptions.model_construct(**{**(inherited or {}), **stated})
+        if "noise_snr" in stated and not options.noise:
+            return (
+                f"noise_snr {stated['noise_snr']} has no effect without noise: leave it out, or "
+                "give noise, the share of the rows with noise"
+            )
+        return _ineffective_masks(stated) if options.features == "wave" else ""
+
+    @classmethod
     def fit(cls, options, table, columns, backbone) -> AudioState:
         """Choose the features and measure mean and standard deviation of each mel bin.
 
         The features follow from the options, else from what the backbone wants. Raises ValueError
-        when no row can be decoded.
+        when no row can be decoded, or where the options have masks for mel bins and the backbone
+        reads samples.
         """
         wanted = wanted_inputs(backbone)
         features = options.features
         if features == "auto":
             features = wanted.get("features", "mel")
         if features == "wave":
+            stated = {name: getattr(options, name) for name in options.model_fields_set}
+            if problem := _ineffective_masks(stated):
+                raise ValueError(problem)
             normalize = options.normalize
             if normalize is None:
                 normalize = wanted.get("normalize", True)
@@ -530,6 +542,20 @@ class Audio(Modality):
 
 
 # ---------------------------------------------------------------- columns
+
+
+def _ineffective_masks(stated: Mapping[str, Any]) -> str:
+    """Describe an option of SpecAugment that recordings read as samples would ignore; "" for none.
+
+    To switch masks off (0) is no mistake.
+    """
+    for name in MASK_OPTIONS:
+        if stated.get(name):
+            return (
+                f"{name} {stated[name]} has no effect where the backbone reads samples (features: "
+                "wave), as SpecAugment masks mel bins: leave it out"
+            )
+    return ""
 
 
 def _rows(table: pa.Table, columns: dict[str, str]) -> Iterator[tuple[int, Any, Any, Any]]:

@@ -50,7 +50,11 @@ PREPARATION = """
 from PIL import Image, ImageOps
 
 size = {size}
-picture = ImageOps.exif_transpose(Image.open("picture.png")).convert("{mode}")
+picture = ImageOps.exif_transpose(Image.open("picture.png"))
+if picture.mode.startswith("I"):  # 16 bits: convert would clip them instead of scaling them
+    levels = (np.asarray(picture, np.int64) + 128) // 257
+    picture = Image.fromarray(levels.astype(np.uint8))
+picture = picture.convert("{mode}")
 width, height = picture.size
 {fit}
 picture = picture.resize((width, height), Image.Resampling.{filter})
@@ -206,14 +210,21 @@ class Image(Modality):
 
     @classmethod
     def ineffective_options(cls, stated, inherited=None) -> str:
-        fit = {"fit": "crop", **(inherited or {}), **stated}["fit"]
+        options = ImageOptions.model_construct(**{**(inherited or {}), **stated})
         share = stated.get("crop_share", 1.0)
-        if fit == "crop" or share == 1:
-            return ""
-        return (
-            f"crop_share {share:g} has no effect with fit: {fit}, which crops nothing: leave it "
-            "out, or say fit: crop"
-        )
+        if share != 1 and options.fit != "crop":
+            return (
+                f"crop_share {share:g} has no effect with fit: {options.fit}, which crops nothing: "
+                "leave it out, or say fit: crop"
+            )
+        crop = _training_crop(options)
+        for name in ("area", "scale"):
+            if name in stated and crop != "resized":
+                return (
+                    f"{name} {stated[name]} has no effect with crop: {crop} (crop: auto is shift "
+                    "up to 64 px): leave it out, or say crop: resized"
+                )
+        return ""
 
     @classmethod
     def fit(cls, options, table, columns, backbone) -> ImageState:
@@ -451,11 +462,7 @@ class Image(Modality):
 
     def _augmented(self, batch: Batch) -> Batch:
         options, x, keys = self.options, batch["image"], batch.keys
-        crop = (
-            options.crop
-            if options.crop != "auto"
-            else ("shift" if options.size <= 64 else "resized")
-        )
+        crop = _training_crop(options)
         dense = "boxes" in batch.data or "mask" in batch.data
         if not dense:  # nobody follows the frame
             batch = Batch(
@@ -609,6 +616,13 @@ def _published(options: ImageOptions) -> tuple[list[float], list[float]] | None:
             )
         found.append([float(v) for v in values])
     return found[0], found[1]
+
+
+def _training_crop(options: ImageOptions) -> str:
+    """Return how images are cropped in training, with ``auto`` resolved by their size."""
+    if options.crop != "auto":
+        return options.crop
+    return "shift" if options.size <= 64 else "resized"
 
 
 def _reason(error: Exception) -> str:

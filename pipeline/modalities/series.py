@@ -48,8 +48,8 @@ class SeriesOptions(Options):
     )
     missing: Literal["mean", "last"] = Field(
         "mean",
-        description="what stands in the place of a missing number: the mean of the row's numbers "
-        "of that channel, or the last one before it",
+        description="what stands in the place of a missing number, of the steps that are read: the "
+        "mean of the channel, or its last number before (where none is before, the mean)",
     )
     crop: bool = Field(
         False, description="training: the steps of a longer row are read from a random place"

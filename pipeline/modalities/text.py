@@ -133,6 +133,16 @@ class Text(Modality):
     target_options = ("length", "stride", "windows")
 
     @classmethod
+    def ineffective_options(cls, stated, inherited=None) -> str:
+        options = TextOptions.model_construct(**{**(inherited or {}), **stated})
+        if "stride" in stated and options.windows is None:
+            return (
+                f"stride {stated['stride']} has no effect without windows: leave it out, or give "
+                "windows, in how many a long text is read"
+            )
+        return ""
+
+    @classmethod
     def fit(cls, options, table, columns, backbone) -> TextState:
         if options.tokenizer is not None:
             beside = {"vocabulary", "algorithm", "lowercase"} & options.model_fields_set
@@ -160,6 +170,11 @@ class Text(Modality):
         algorithm = options.algorithm
         if algorithm == "auto":
             algorithm = wanted_inputs(backbone).get("tokenizer", "wordpiece")
+        if algorithm == "bpe" and "lowercase" in options.model_fields_set and options.lowercase:
+            raise ValueError(
+                "lowercase: true has no effect with byte-level BPE, which keeps capitals: leave it "
+                "out, or say algorithm: wordpiece"
+            )
         tokenizer = tokenization.train_tokenizer(
             tokenization.texts_of(documents), algorithm, options.vocabulary, options.lowercase
         )

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Objective
 from pipeline.core.inputs import SpaceInputs
-from pipeline.core.nn import action_heads
+from pipeline.core.nn import action_heads, all_gather
 from pipeline.core.specs import State
 
 STILL = 1e-3
@@ -50,8 +50,8 @@ class Dynamics(Objective):
 
     ``forward_heads.<space>``: from token t and action t (as it was executed, where rows have
     that), the change of the observation from t to t + 1, each number in the deviation of its own
-    changes (a running mean over the training rows, ``changes.<space>``). Squared error, averaged
-    over the observation's numbers.
+    changes (a running mean over the rows of earlier training steps, ``changes.<space>``). Squared
+    error, averaged over the observation's numbers.
 
     ``inverse_heads.<space>``: from tokens t and t + 1 that action. Of numbers the squared error
     averaged over them, of classes the cross entropy. The pass for it is given no actions at all:
@@ -207,6 +207,13 @@ class Dynamics(Objective):
         logs = {name: value.sum() for name, value in logs.items()}
         return total, counted.sum().float(), logs
 
+    def after_step(self, backbone: Backbone, step: int, steps: int) -> None:
+        """Update the deviations of changes with the rows of all ranks."""
+        if self.options.forward:
+            for scale in self.changes.values():
+                assert isinstance(scale, RunningScale)
+                scale.update()
+
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         """Return ``loss``, summed over the steps that have a next one, and their ``count``."""
         losses, counted, _ = self._rows(backbone, batch)
@@ -214,7 +221,11 @@ class Dynamics(Objective):
 
 
 class RunningScale(nn.Module):
-    """Divides changes by their root mean square, number by number, as seen in training so far."""
+    """Divides changes by their root mean square, number by number, over earlier training steps.
+
+    The rows of a training step count from the next step on. The loss of a step is then the same for
+    any number of ranks and micro-batches.
+    """
 
     def __init__(self, numbers: int):
         super().__init__()
@@ -222,23 +233,34 @@ class RunningScale(nn.Module):
         self.register_buffer("steps", torch.zeros(()))
         self.square: Tensor
         self.steps: Tensor
+        self.seen: Tensor | None = None
+        """(O + 1,) this rank's sums of squares since the last `update`, and over how many steps."""
 
     @torch.no_grad()
     def forward(self, change: Tensor, counted: Tensor) -> Tensor:
-        """Return the scaled changes; in training the scale is updated first.
+        """Return the scaled changes; in training they are also noted for `update`.
 
         Args:
             change: (n, T, O).
             counted: (n, T) which steps the scale is updated with.
         """
         change = change.float()
-        count = counted.sum()
-        if self.training and count > 0:
-            self.steps.copy_((self.steps + count).clamp(max=MOST_STEPS))
-            squares = change.square().masked_fill(~counted[..., None], 0.0)
-            mean = squares.sum((0, 1)) / count
-            self.square.lerp_(mean, (count / self.steps).clamp(max=1.0))
+        if self.training:
+            squares = change.square().masked_fill(~counted[..., None], 0.0).sum((0, 1))
+            seen = torch.cat([squares, counted.sum().float()[None]])
+            self.seen = seen if self.seen is None else self.seen + seen
         return change / self.square.sqrt().clamp(min=STILL)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Update the scale with what all ranks saw since the last call. Every rank must call it."""
+        seen = self.square.new_zeros(len(self.square) + 1) if self.seen is None else self.seen
+        self.seen = None
+        seen = all_gather.summed(seen)
+        squares, count = seen[:-1], seen[-1]
+        self.steps.copy_((self.steps + count).clamp(max=MOST_STEPS))
+        share = count / self.steps.clamp(min=1)
+        self.square.lerp_(squares / count.clamp(min=1), share.clamp(max=1))
 
 
 def _head(inputs: int, width: int, outputs: int) -> nn.Sequential:

@@ -44,11 +44,12 @@ class MaskedColumns(Objective):
     After VIME (Yoon et al., NeurIPS 2020) and the masked columns of TabTransformer (Huang et al.
     2020); VIME puts values of other rows in the place of what is hidden.
 
-    Logged: ``number_error``, 1 for who predicts the mean, and ``text_loss``.
+    Logged, as means over the rows that take part: ``number_error``, 0 in rows without a hidden
+    number; ``zero_error``, that of predicting 0, the column's mean; and ``text_loss``.
     """
 
     metrics = ("loss",)
-    log_names = ("number_error", "text_loss")
+    log_names = ("number_error", "zero_error", "text_loss")
 
     def __init__(self, backbone: Backbone, options: MaskedColumnsOptions, state: State):
         """Raise ValueError for a backbone of other rows than those of a table."""
@@ -78,8 +79,8 @@ class MaskedColumns(Objective):
         found = self.head(backbone(seen).pooled).float()
         numbers, logits = found.split([self.numbers, self.codes], 1)
 
-        squares = (numbers - batch["numbers"]).square() * hidden
-        number_error = squares.sum(1) / hidden.sum(1).clamp(min=1)
+        number_error = _mean_where((numbers - batch["numbers"]).square(), hidden)
+        zero_error = _mean_where(batch["numbers"].square(), hidden)
 
         places = torch.zeros(len(codes), self.codes + 1, device=codes.device)
         is_hidden = places.scatter_add_(1, codes, hidden_codes.float())[:, 1:] > 0
@@ -87,8 +88,9 @@ class MaskedColumns(Objective):
         text_loss = entropy.sum(1) / max(self.codes, 1)
 
         counts = hidden.any(1) | hidden_codes.any(1)
-        parts = {"number_error": number_error, "text_loss": text_loss * counts}
-        losses = parts["number_error"] + self.options.weight * parts["text_loss"]
+        text_loss = text_loss * counts
+        losses = number_error + self.options.weight * text_loss
+        parts = {"number_error": number_error, "zero_error": zero_error, "text_loss": text_loss}
         return losses, counts.float(), parts
 
     def loss(self, backbone: Backbone, batch: Batch):
@@ -100,3 +102,8 @@ class MaskedColumns(Objective):
         """Return ``loss`` and ``count``, 0 for rows of which nothing is hidden, both (B,)."""
         losses, counts, _ = self._losses(backbone, batch)
         return {"loss": losses, "count": counts}
+
+
+def _mean_where(values: Tensor, counted: Tensor) -> Tensor:
+    """Return (B,) means of the values (B, K) that are counted; 0 where none is."""
+    return (values * counted).sum(1) / counted.sum(1).clamp(min=1)

@@ -263,6 +263,8 @@ def _confusion(target: str, entry: MatrixEntry, runs: list[RunPredictions]) -> l
     sizes = counts.sum(1)
     shares = counts / np.maximum(sizes[:, None], 1)
     whose = f"{target}: {entry_label(entry)} of labels, {_seeds(len(runs))}"
+    if "threshold" in runs[0].predictions:
+        whose += ", at the decision threshold"
     if len(names) <= MAX_CLASSES:
         each = [f"{name} ({size // len(runs):,})" for name, size in zip(names, sizes, strict=True)]
         header = [_truncate(name) for name in names]
@@ -301,7 +303,7 @@ def recall_of(column: int) -> Metric:
 
     def units(p: Predictions) -> np.ndarray:
         is_class = p["label"] == column
-        return np.stack([is_class & (p["scores"].argmax(1) == column), is_class], axis=1)
+        return np.stack([is_class & (classes.predicted_class(p) == column), is_class], axis=1)
 
     return ratio(bounds=SHARE)(units)
 

@@ -84,7 +84,12 @@ from pipeline.transfer.grid import (
 )
 
 EVAL_ROWS = 256
-AT_THRESHOLD = ("precision_at_threshold", "sensitivity_at_threshold", "specificity_at_threshold")
+AT_THRESHOLD = (
+    "f1_at_threshold",
+    "precision_at_threshold",
+    "sensitivity_at_threshold",
+    "specificity_at_threshold",
+)
 """Metrics of test rows only, because their threshold is chosen on the validation rows."""
 RECORD, PREDICTIONS = "record.json", "predictions.npz"
 AGAIN = "the trial counts as not done, and the next run makes it again"

@@ -391,6 +391,10 @@ def test_a_silent_bin_has_no_tiny_deviation():
 def test_features_follow_from_the_backbone_unless_they_are_said(features, backbone, want):
     options = AudioOptions(features=features)
     state = Audio.fit(options, pa.table({"x": [saved(noise())]}), {"audio": "x"}, backbone)
+    if want == "wave":
+        masks = AudioOptions(features=features, time_masks=3)
+        with pytest.raises(ValueError, match="time_masks 3 has no effect where the backbone reads"):
+            Audio.fit(masks, pa.table({"x": []}), {"audio": "x"}, backbone)
     modality = Audio(options, state)
     assert state["features"] == want == modality.inputs()["features"]
     assert (

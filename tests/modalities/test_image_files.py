@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from pipeline.core.contracts import Batch
 from pipeline.io import storage
 from pipeline.modalities.image import Image, ImageOptions
 
@@ -353,6 +354,28 @@ def test_of_an_animation_the_first_picture_is_taken():
     assert bad == [""] and np.array_equal(
         np.moveaxis(found["image"][0], 0, -1), np.asarray(first.convert("RGB"))
     )
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize(("fit", "channels"), [("pad", 3), ("crop", 1), ("squash", 3)])
+def test_code_for_other_packages_prepares_the_same_input(
+    bits, fit, channels, tmp_path, monkeypatch
+):
+    y, x = np.mgrid[0:70, 0:50]
+    levels = (y * 3 + x) * (200 if bits == 16 else 1)
+    data = saved(levels.astype(np.uint16 if bits == 16 else np.uint8))
+    (tmp_path / "picture.png").write_bytes(data)
+    monkeypatch.chdir(tmp_path)
+    modality = Image(
+        ImageOptions(size=32, fit=fit, channels=channels),
+        {"mean": [0.4] * channels, "std": [0.2] * channels},
+    )
+    prepared = {"np": np}
+    exec(modality.preparation_code(), prepared)
+    arrays, _ = modality.decode(pa.table({"image": [data]}), {"image": "image"})
+    batch = modality.finish(Batch(np.arange(1), torch.arange(1), modality.collate(arrays)))
+    pixels = 255 * 0.2 * (prepared["inputs"]["image"] - batch["image"].numpy())
+    assert np.abs(pixels).max() <= 2.5
 
 
 # ---------------------------------------------------------------- where the image lies

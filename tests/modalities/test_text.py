@@ -73,6 +73,8 @@ def test_algorithm_follows_the_backbone():
         state = Text.fit(TextOptions(vocabulary=300, algorithm=algorithm), table, COLUMNS, backbone)
         kinds[backbone, algorithm] = json.loads(state["tokenizer"])["model"]["type"]
     assert list(kinds.values()) == ["WordPiece", "BPE", "BPE", "WordPiece"]
+    with pytest.raises(ValueError, match="lowercase: true has no effect with byte-level BPE"):
+        Text.fit(TextOptions(lowercase=True), table, COLUMNS, "transformers/gpt2")
 
 
 def test_fit_without_text_says_which_column():

@@ -2,6 +2,8 @@
 both are learned.
 """
 
+import copy
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -10,6 +12,7 @@ from toys import Net
 
 from pipeline.checkpoints import bundle
 from pipeline.core.contracts import Batch, Task
+from pipeline.core.nn import all_gather
 from pipeline.core.specs import Architecture, ObjectiveSpec
 from pipeline.data.stream import Decoder
 from pipeline.modalities.trajectory import Trajectory, TrajectoryOptions
@@ -272,8 +275,8 @@ def test_a_part_without_weight_is_not_made_and_its_pass_not_run(options, heads):
 
 
 def test_changes_are_measured_over_all_steps_that_count():
-    """Three batches of unequal length: the mean square of all real steps; evaluation reads it and
-    leaves it.
+    """Three batches of unequal length are scaled by the mean square of all real steps before;
+    evaluation reads it and leaves it.
     """
     rng = np.random.default_rng(0)
     parts = [
@@ -283,28 +286,59 @@ def test_changes_are_measured_over_all_steps_that_count():
         )
         for n in (4, 9, 2)
     ]
-    one, seen = RunningScale(2).train(), []
+    one, seen, square = RunningScale(2).train(), [], torch.ones(2)
     for change, there in parts:
-        out = one(change, there)
+        torch.testing.assert_close(one(change, there), change / square.sqrt())
+        one.update()
         seen.append(change[there])
         square = torch.cat(seen).square().mean(0)
         torch.testing.assert_close(one.square, square)
-        torch.testing.assert_close(out, change / square.sqrt())
     held = one.square.clone()
     one.eval()(torch.ones(1, 3, 2) * 50, torch.ones(1, 3, dtype=torch.bool))
+    one.update()
     assert torch.equal(one.square, held) and one.steps == sum(
         int(there.sum()) for _, there in parts
     )
 
 
+@torch.no_grad()
+def test_ranks_with_other_rows_have_one_scale_and_the_loss_of_one_rank(monkeypatch):
+    """Two ranks share a batch's rows; in the second step the first rank has none."""
+    whole, batch, _ = case()
+    whole.train()
+    ranks = [copy.deepcopy(whole) for _ in range(2)]
+
+    def update_ranks() -> None:
+        for name in ranks[0].objective.changes:
+            scales = [rank.objective.changes[name] for rank in ranks]
+            total = sum(scale.seen for scale in scales if scale.seen is not None)
+            monkeypatch.setattr(all_gather, "summed", lambda _, total=total: total)
+            for scale in scales:
+                scale.update()
+        monkeypatch.undo()
+
+    for parts in (batch.split(8), (batch.empty(), batch)):
+        losses = [rank(part)[0] for rank, part in zip(ranks, parts, strict=True)]
+        assert sum(losses).item() == pytest.approx(whole(batch)[0].item(), rel=1e-5)
+        whole.objective.after_step(whole.backbone, 0, 2)
+        update_ranks()
+    for name, scale in whole.objective.changes.items():
+        for rank in ranks:
+            torch.testing.assert_close(rank.objective.changes[name].square, scale.square)
+
+
 def test_what_stands_still_or_is_not_there_makes_no_number_infinite():
     one = RunningScale(2).train()
-    out = one(torch.zeros(1, 4, 2), torch.ones(1, 4, dtype=torch.bool))
-    assert torch.equal(out, torch.zeros(1, 4, 2)) and one(
-        torch.ones(1, 1, 2) * STILL, torch.zeros(1, 1, dtype=torch.bool)
-    ).tolist() == [[[1, 1]]]
+    one(torch.zeros(1, 4, 2), torch.ones(1, 4, dtype=torch.bool))
+    one.update()
+    assert one(torch.ones(1, 1, 2) * STILL, torch.zeros(1, 1, dtype=torch.bool)).tolist() == [
+        [[1, 1]]
+    ]
+    one.update()
+    assert not one.square.any() and one.steps == 4
     one.steps.fill_(MOST_STEPS)
     one(torch.ones(1, 10, 2), torch.ones(1, 10, dtype=torch.bool))
+    one.update()
     assert one.steps == MOST_STEPS and one.square[0].item() == pytest.approx(
         10 / MOST_STEPS, rel=1e-4
     )

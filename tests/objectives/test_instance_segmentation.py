@@ -370,6 +370,34 @@ def test_masks_are_compared_in_the_pixels_of_the_stored_image(monkeypatch):
 
 
 @torch.no_grad()
+def test_masks_are_predicted_in_the_boxes_cut_at_the_image(monkeypatch):
+    """The first picture, 80 x 60, has padding above and below, which its box reaches into."""
+    task, batch = task_of().eval(), batch_of()
+    reaching = {
+        "boxes": torch.tensor([[4.0, 0.0, 30.0, SIDE - 4.0], [2.0, 0.0, 9.0, 3.0]]),
+        "labels": torch.tensor([0, 1]),
+        "scores": torch.tensor([0.9, 0.8]),
+    }
+    nothing = {name: tensor[:0] for name, tensor in reaching.items()}
+    detector, pooled = task.objective.detector, []
+    masks_of = detector.masks
+
+    def masks(maps, detections, part):
+        pooled.append(detections[0]["boxes"])
+        return masks_of(maps, detections, part)
+
+    monkeypatch.setattr(detector, "detections", lambda maps, part: [reaching, *[nothing] * 3])
+    monkeypatch.setattr(detector, "masks", masks)
+    predicted = task.objective.predict(task.backbone, batch)
+    [boxes] = pooled
+    assert len(boxes) == 1, "the second lies wholly in the padding"
+    top = (SIDE - SIDE * 60 / 80) / 2
+    assert boxes[0].tolist() == [4.0, top, 30.0, SIDE - max(top, 4.0)]
+    again = box_detectors.to_shares(boxes[None], batch["frame"][:1].float())[0]
+    torch.testing.assert_close(predicted["boxes"][0, :1], again)
+
+
+@torch.no_grad()
 def test_written_masks_are_read_by_pycocotools_and_drawn(monkeypatch):
     task, batch = task_of().eval(), batch_of()
     truth_as_detections(monkeypatch, task)

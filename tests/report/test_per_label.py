@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import scipy.special
 import sklearn.metrics as theirs
 from toys import image_files, job_of, result_rows, shared_of, trial_of
 
@@ -93,6 +94,17 @@ def test_the_confusion_matrix_is_that_of_the_best_entry():
     assert heat.names == [
         f"{name} ({size // 2})" for name, size in zip(NAMES, want.sum(1), strict=True)
     ]
+
+
+def test_the_confusion_matrix_is_that_at_the_decision_threshold():
+    run = classes(90, NAMES[:2], 0, 1.0)
+    run.predictions["threshold"] = np.full(90, 0.12)
+    shown = said(*table("accuracy", {("src", "full"): [run]}))
+    [heat] = [block for block in shown if isinstance(block, blocks.Heatmap)]
+    probability = scipy.special.softmax(run.predictions["scores"], axis=1)[:, 1]
+    want = theirs.confusion_matrix(run.predictions["label"], probability >= 0.12, normalize="true")
+    assert np.allclose(heat.shares, want)
+    assert "one seed, at the decision threshold. Per cent" in heat.caption
 
 
 def test_all_tables_of_a_section_are_of_the_best_network():

@@ -1,5 +1,7 @@
 """Batches by cost are for rows that differ in length, told before any row is read."""
 
+import re
+
 import pytest
 
 from pipeline.config.schema import Data, Source, Train
@@ -42,22 +44,56 @@ def test_batch_cost_takes_no_weights():
     )
 
 
-def test_a_crop_share_is_for_a_crop():
-    def images(**options) -> Source:
-        data = {
-            "uri": "rows.parquet",
-            "modality": {"image": options},
-            "columns": {"image": "image", "label": "label"},
-        }
-        return Source.model_validate(
-            {"data": data, "objective": "classification", "backbone": "timm/test_resnet"}
-        )
+def source_of(modality: str, options: dict[str, object]) -> Source:
+    objective = {"audio": "classification", "text": "qa"}.get(modality, "classification")
+    data = {
+        "uri": "rows.parquet",
+        "modality": {modality: options},
+        "columns": {modality: modality, "label": "label"},
+    }
+    backbone = {"image": "timm/test_resnet", "text": "transformers/bert"}.get(
+        modality, "wavenet/wavenet"
+    )
+    return Source.model_validate({"data": data, "objective": objective, "backbone": backbone})
 
-    config_checks.source("sources.a", images(crop_share=0.5))
-    config_checks.source("sources.a", images(fit="squash"))
-    with pytest.raises(
-        ValueError,
-        match=r"sources\.a\.data\.modality: crop_share 0\.5 has no effect with fit: pad, which "
-        r"crops nothing",
-    ):
-        config_checks.source("sources.a", images(fit="pad", crop_share=0.5))
+
+@pytest.mark.parametrize(
+    ("modality", "fine", "ignored", "reason"),
+    [
+        (
+            "image",
+            {"fit": "crop", "crop_share": 0.5},
+            {"fit": "pad", "crop_share": 0.5},
+            "crop_share 0.5 has no effect with fit: pad, which crops nothing",
+        ),
+        (
+            "image",
+            {"area": [0.1, 1.0]},
+            {"size": 48, "area": [0.1, 1.0]},
+            "area [0.1, 1.0] has no effect with crop: shift",
+        ),
+        (
+            "image",
+            {"size": 48, "crop": "resized", "scale": [0.5, 2.0]},
+            {"crop": "none", "scale": [0.5, 2.0]},
+            "scale [0.5, 2.0] has no effect with crop: none",
+        ),
+        (
+            "audio",
+            {"noise": 0.1, "noise_snr": [5.0, 9.0]},
+            {"noise_snr": [5.0, 9.0]},
+            "noise_snr [5.0, 9.0] has no effect without noise",
+        ),
+        (
+            "audio",
+            {"features": "wave", "time_masks": 0},
+            {"features": "wave", "time_masks": 2},
+            "time_masks 2 has no effect where the backbone reads samples",
+        ),
+        ("text", {"windows": 4, "stride": 8}, {"stride": 8}, "stride 8 has no effect without"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(modality, fine, ignored, reason):
+    config_checks.source("sources.a", source_of(modality, fine))
+    with pytest.raises(ValueError, match=re.escape(f"sources.a.data.modality: {reason}")):
+        config_checks.source("sources.a", source_of(modality, ignored))

@@ -56,14 +56,27 @@ def top5_accuracy(p: Predictions) -> np.ndarray:
     return _among_best(p, 5)
 
 
+def predicted_class(p: Predictions) -> np.ndarray:
+    """Return the class that is predicted for each row (n,), or at each position of rows (n, M).
+
+    It is the one with the largest score. Where a decision threshold was chosen, it is the positive
+    one of two if its probability is at least the threshold.
+    """
+    scores = p["scores"]
+    if "threshold" not in p:
+        return scores.argmax(-1)
+    threshold = p["threshold"].reshape(-1, *[1] * (scores.ndim - 2))
+    return (calibration.softmax(scores)[..., 1] >= threshold).astype(np.int64)
+
+
 def confusion(p: Predictions) -> np.ndarray:
-    """Count the rows of each true class (first axis) by the class they were taken for (second).
+    """Count the rows of each true class (first axis) by their `predicted_class` (second).
 
     Returns:
         (C, C) int64.
     """
     classes = p["scores"].shape[1]
-    cell = p["label"].astype(np.int64) * classes + p["scores"].argmax(1)
+    cell = p["label"].astype(np.int64) * classes + predicted_class(p)
     return np.bincount(cell, minlength=classes * classes).reshape(classes, classes)
 
 
@@ -227,9 +240,19 @@ def ece(p: Predictions, counts: np.ndarray) -> np.ndarray:
 def _called(p: Predictions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (n,) or (n, M) bool: called positive, positive, and known."""
     known = p["label"] >= 0
-    threshold = p["threshold"].reshape(-1, *[1] * (known.ndim - 1))
-    called = (calibration.softmax(p["scores"])[..., 1] >= threshold) & known
+    called = (predicted_class(p) == 1) & known
     return called, p["label"] == 1, known
+
+
+@register("metric", "f1_at_threshold")
+@ratio(bounds=SHARE)
+def f1_at_threshold(p: Predictions) -> np.ndarray:
+    """F1 of the positive class at the threshold that was chosen on the validation rows: twice the
+    true positives, divided by the rows called positive plus the positive rows.
+    """
+    called, positive, _ = _called(p)
+    hits = called & positive
+    return summed(hits, called) + summed(hits, positive)
 
 
 @register("metric", "precision_at_threshold")

@@ -90,16 +90,18 @@ def to_shares(boxes: Tensor, frame: Tensor) -> Tensor:
 
 
 def without_padding(detections: Detections, frame: Tensor) -> Detections:
-    """Return the detections that do not lie wholly in the padding.
+    """Cut detections at the edge of their image, and leave out those wholly in the padding.
 
     Args:
         detections: ``boxes`` in pixels of the input, and others of each image.
         frame: (B, 4) where the images lie in the input.
     """
     kept = []
-    for i, found in enumerate(detections):
-        inside = has_area(to_shares(found["boxes"][None], frame[i : i + 1])[0])
-        kept.append({name: tensor[inside] for name, tensor in found.items()})
+    for detected, of_image in zip(detections, frame, strict=True):
+        lowest = of_image[2:].repeat(2)
+        boxes = detected["boxes"].clamp(lowest, lowest + of_image[:2].repeat(2))
+        inside = has_area(boxes)
+        kept.append({name: tensor[inside] for name, tensor in {**detected, "boxes": boxes}.items()})
     return kept
 
 

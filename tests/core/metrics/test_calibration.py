@@ -85,6 +85,7 @@ def test_two_classes_have_clinical_metrics_with_intervals(ran):
     )
     threshold = record.rows[0].settings["threshold"]
     called = chance >= threshold
+    assert rows["f1_at_threshold"].value == pytest.approx(theirs.f1_score(p["label"], called))
     assert rows["sensitivity_at_threshold"].value == pytest.approx(
         theirs.recall_score(p["label"], called)
     )

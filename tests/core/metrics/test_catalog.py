@@ -293,6 +293,7 @@ CLINICAL = (
     "brier",
     "ece",
     "loss",
+    "f1_at_threshold",
     "precision_at_threshold",
     "sensitivity_at_threshold",
     "specificity_at_threshold",
@@ -332,6 +333,7 @@ def clinical_of_theirs(p):
         "brier": theirs.brier_score_loss(y, chance),
         "loss": p["loss"].mean(),
         "ece": sum(len(b) / len(y) * abs(y[b].mean() - chance[b].mean()) for b in bins if len(b)),
+        "f1_at_threshold": theirs.f1_score(y, called, zero_division=np.nan),
         "precision_at_threshold": share(called & (y == 1), called),
         "sensitivity_at_threshold": share(called & (y == 1), y == 1),
         "specificity_at_threshold": share(~called & (y == 0), y == 0),
@@ -461,6 +463,7 @@ def flat(p):
         "macro_f1",
         "balanced_accuracy",
         "kappa",
+        "f1_at_threshold",
         "precision_at_threshold",
         "sensitivity_at_threshold",
         "specificity_at_threshold",
@@ -798,6 +801,9 @@ def test_confusion_equals_scikit_learn():
         classes.confusion(p),
         theirs.confusion_matrix(p["label"], p["scores"].argmax(1), labels=range(5)),
     )
+    p = risks(threshold=0.12)
+    called = softmax(p["scores"].astype(np.float64))[:, 1] >= 0.12
+    assert np.array_equal(classes.confusion(p), theirs.confusion_matrix(p["label"], called))
 
 
 def test_names_bounds_and_directions_are_known_without_torch():
