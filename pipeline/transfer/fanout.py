@@ -80,7 +80,9 @@ def _begin(pulses: Any, unit: int, every_seconds: float, waits_for_ranks: bool) 
     """Register this process as the one that runs a unit."""
     context = ray.get_runtime_context()
     pulse = Pulse(pulses, str(context.get_actor_id()), unit, every_seconds)
-    pulses.begin.remote(pulse.actor_id, context.current_actor, unit, waits_for_ranks)
+    # pickled: a handle would make the actor of `Pulses` import Ray Tune, and torch with it
+    actor = ray.cloudpickle.dumps(context.current_actor)
+    pulses.begin.remote(pulse.actor_id, actor, unit, waits_for_ranks)
     return pulse
 
 
@@ -132,7 +134,7 @@ class Watchdog:
                 self.reasons[unit] = reason
                 self.progress.note(f"warning: {self._name(unit)}: {reason}")
                 with suppress(RayError, ValueError):
-                    ray.kill(actor, no_restart=True)
+                    ray.kill(ray.cloudpickle.loads(actor), no_restart=True)
 
     def _reason(self, unit: int, why: str) -> str:
         if why == "time":

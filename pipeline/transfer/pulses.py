@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass
 class _Process:
     """A process that runs a unit."""
 
-    actor: Any
+    actor: bytes
+    """Its handle as an actor of Ray, pickled."""
     unit: int
     began: float
     """When it began, in seconds of `time.monotonic`."""
@@ -28,10 +28,13 @@ class Pulses:
     def __init__(self):
         self.running: dict[str, _Process] = {}
 
-    def begin(self, actor_id: str, actor: Any, unit: int, waits_for_ranks: bool = False) -> None:
+    def begin(self, actor_id: str, actor: bytes, unit: int, waits_for_ranks: bool = False) -> None:
         """Note that a process begins a unit.
 
         Args:
+            actor_id: Id of the process's actor, which its heartbeats carry.
+            actor: The handle of that actor, pickled.
+            unit: Index of the unit.
             waits_for_ranks: Count silence and time from the first heartbeat, which each rank sends
                 before anything else: a growing cluster may take long to place the ranks.
         """
@@ -51,7 +54,7 @@ class Pulses:
 
     def overdue(
         self, silence: float | None, limits: dict[int, float]
-    ) -> list[tuple[int, Any, str]]:
+    ) -> list[tuple[int, bytes, str]]:
         """List the processes that are silent or over their time limit, each of them once.
 
         Args:
@@ -59,7 +62,7 @@ class Pulses:
             limits: Seconds that a unit may take, where it has a limit.
 
         Returns:
-            Unit, process, and "silence" or "time".
+            Unit, pickled actor, and "silence" or "time".
         """
         now, out = time.monotonic(), []
         for actor_id, process in list(self.running.items()):

@@ -830,16 +830,16 @@ def test_silence_and_time_count_from_the_first_beat_where_ranks_must_find_their_
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     pulses = Pulses()
-    pulses.begin("a", "process a", 0)
-    pulses.begin("b", "process b", 1, True)
-    pulses.begin("c", "process c", 2)
+    pulses.begin("a", b"process a", 0)
+    pulses.begin("b", b"process b", 1, True)
+    pulses.begin("c", b"process c", 2)
     now[0] = 50.0
     pulses.beat("a", 0)
     pulses.beat("c", 7)  # a beat of a unit that has ended there
     pulses.end(2)
     now[0] = 100.0
     assert (
-        pulses.overdue(40.0, {}) == [(0, "process a", "silence")] and pulses.overdue(40.0, {}) == []
+        pulses.overdue(40.0, {}) == [(0, b"process a", "silence")] and pulses.overdue(40.0, {}) == []
     )
     pulses.beat("b", 1)
     now[0] = 145.0
@@ -849,7 +849,7 @@ def test_silence_and_time_count_from_the_first_beat_where_ranks_must_find_their_
     )
     now[0] = 225.0
     pulses.beat("b", 1)
-    assert pulses.overdue(60.0, {1: 120.0}) == [(1, "process b", "time")]
+    assert pulses.overdue(60.0, {1: 120.0}) == [(1, b"process b", "time")]
 
 
 def test_a_rank_is_heard_of_before_it_does_anything(monkeypatch):
