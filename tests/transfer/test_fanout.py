@@ -839,7 +839,8 @@ def test_silence_and_time_count_from_the_first_beat_where_ranks_must_find_their_
     pulses.end(2)
     now[0] = 100.0
     assert (
-        pulses.overdue(40.0, {}) == [(0, b"process a", "silence")] and pulses.overdue(40.0, {}) == []
+        pulses.overdue(40.0, {}) == [(0, b"process a", "silence")]
+        and pulses.overdue(40.0, {}) == []
     )
     pulses.beat("b", 1)
     now[0] = 145.0
