@@ -293,6 +293,7 @@ def test_amounts_of_inputs_in_other_units_are_left_out_and_counted(mimic, tmp_pa
     """An item's amounts are in one unit: what cannot be brought to it stands in no series."""
     (mimic / "D_ITEMS.csv").write_text(
         "ITEMID,LABEL,UNITNAME\n225158,NaCl 0.9%,mL\n225152,Heparin,units\n225000,Ringer,\n"
+        "225001,Albumin,L\n225002,Fentanyl,mcg\n225003,Tea,cups\n"
     )
     head = TABLES["INPUTEVENTS_MV"].splitlines()[0]
     given = [
@@ -305,9 +306,13 @@ def test_amounts_of_inputs_in_other_units_are_left_out_and_counted(mimic, tmp_pa
         ("225152", 3, "mL"),
         ("225152", 2, "U/hr"),
         ("225000", 20, "ml"),
+        ("225000", 21, ""),
+        ("225001", 1, ""),
+        ("225002", 250, ""),
+        ("225003", 2, ""),
     ]
     lines = [
-        f"2,200,2000,2150-06-02 00:00:00,2150-06-02 0{i}:30:00,{item},{amount},{unit},Finished"
+        f"2,200,2000,2150-06-02 00:00:00,2150-06-02 {i:02d}:30:00,{item},{amount},{unit},Finished"
         for i, (item, amount, unit) in enumerate(given)
     ]
     (mimic / "INPUTEVENTS_MV.csv").write_text("\n".join([head, *lines]) + "\n")
@@ -323,10 +328,13 @@ def test_amounts_of_inputs_in_other_units_are_left_out_and_counted(mimic, tmp_pa
         ("input: NaCl 0.9%", 30),
         ("input: Heparin", 5000),
         ("input: Ringer", 20),
+        ("input: Ringer", 21),
+        ("input: Albumin", 1000),
+        ("input: Fentanyl", 0.25),
     ]
     dropped = summary(tmp_path / "out")["notes"]["events dropped by reason"]
     assert {name: count for name, count in dropped.items() if "amount" in name} == {
-        "inputevents_mv: amount in an unknown unit": 2,
+        "inputevents_mv: amount in an unknown unit": 3,
         "inputevents_mv: amount in a unit that measures something else than its item's in "
         "D_ITEMS": 2,
     }

@@ -28,8 +28,8 @@ class NextCodesOptions(Options):
         3,
         ge=1,
         le=5,
-        description="leading characters of an ICD-9 code that are told apart; 3 are its category, "
-        "as of E and V codes too",
+        description="leading characters of an ICD-9 code that are told apart, and one more of E "
+        "codes; 3 are its category (428, V45, E888)",
     )
     exclude: Literal["benchmark", "none"] = Field(
         "none",
@@ -76,8 +76,7 @@ class NextCodes(CohortDefinition):
     def labels(self, table: pa.Table) -> dict[str, pa.Array]:
         found = column_array(table, "next_icd9")
         codes = [
-            (code or "").strip().replace(".", "").upper()[: self.options.characters]
-            for code in found.flatten().to_pylist()
+            _leading(code or "", self.options.characters) for code in found.flatten().to_pylist()
         ]
         pairs = sorted(
             {(row, code) for row, code in zip(rows_of(found).tolist(), codes, strict=True) if code}
@@ -90,3 +89,11 @@ class NextCodes(CohortDefinition):
                 counts, np.array([code for _, code in pairs], dtype=object), pa.string()
             )
         }
+
+
+def _leading(code: str, characters: int) -> str:
+    """Return the first characters of an ICD-9 code, one more of an E code: its categories have four
+    (E888), as in Doctor AI.
+    """
+    plain = code.strip().replace(".", "").upper()
+    return plain[: characters + plain.startswith("E")]

@@ -186,12 +186,12 @@ class Mimic3(GroupedImporter):
             out[table], units[table] = (items, codes, conversions), [row["unit"] for row in own]
         return names, out, units
 
-    def _labels(self) -> tuple[np.ndarray, list[str], np.ndarray]:
-        """Read D_ITEMS: (sorted item ids; their labels; the kind of quantity of each, an index in
-        AMOUNT_KINDS, -1 if unknown).
+    def _labels(self) -> tuple[np.ndarray, list[str], np.ndarray, np.ndarray]:
+        """Read D_ITEMS: (sorted item ids; their labels; the factor and the kind of each one's unit,
+        as `_amount_unit` has them).
         """
         if "d_items" not in self.tables or not self.options.inputs:
-            return np.empty(0, dtype=np.int64), [], np.empty(0, dtype=np.int64)
+            return np.empty(0, dtype=np.int64), [], np.empty(0), np.empty(0, dtype=np.int64)
         columns = {
             "itemid": Column("id"),
             "label": Column("text"),
@@ -199,16 +199,19 @@ class Mimic3(GroupedImporter):
         }
         with closing(Opener()) as opener:
             table = whole("d_items", self.tables["d_items"][0], columns, opener)
-        known = {}
+        labels: dict[int, str] = {}
+        units: dict[int, tuple[float, int]] = {}
         for row in table.select(list(columns)).to_pylist():
             label = " ".join((row["label"] or "").split())
             if row["itemid"] is not None and label:
-                known[row["itemid"]] = label, _amount_kind(row["unitname"])
-        items = sorted(known)
+                labels[row["itemid"]] = label
+                units[row["itemid"]] = _amount_unit(row["unitname"])
+        items = sorted(labels)
         return (
             np.array(items, dtype=np.int64),
-            [known[item][0] for item in items],
-            np.array([known[item][1] for item in items], dtype=np.int64),
+            [labels[item] for item in items],
+            np.array([units[item][0] for item in items], dtype=np.float64),
+            np.array([units[item][1] for item in items], dtype=np.int64),
         )
 
     # ---------------------------------------------------------------- events
@@ -291,7 +294,7 @@ class Mimic3(GroupedImporter):
             "amountuom": Column("text", False),
             "statusdescription": Column("text", False),
         }
-        items, labels, own_kinds = reader.keys["labels"]
+        items, labels, item_factors, item_kinds = reader.keys["labels"]
         names = [f"input: {label}" for label in labels]
         for batch in reader.batches(columns):
             reader.begin(len(batch))
@@ -304,10 +307,10 @@ class Mimic3(GroupedImporter):
             amount = plausible.numbers(batch["amount"])
             reader.drop_by_code(plausible.REASONS, amount.reasons)
             reader.drop(plausible.OUT_OF_RANGE, amount.values <= 0)
-            factors, kinds = _amount_units(batch["amountuom"])
-            own = np.append(own_kinds, -1)[at]
+            factors, kinds = _amount_units(batch["amountuom"], np.append(item_factors, 1.0)[at])
+            of_item = np.append(item_kinds, -1)[at]
             reader.drop(UNKNOWN_AMOUNT, np.isnan(factors))
-            reader.drop(OTHER_AMOUNT, (kinds >= 0) & (own >= 0) & (kinds != own))
+            reader.drop(OTHER_AMOUNT, (kinds >= 0) & (of_item >= 0) & (kinds != of_item))
             values = amount.values * factors
             batch, at, values = reader.keep(batch), at[reader.good], values[reader.good]
             time = pc.coalesce(batch["charttime"], batch["endtime"])
@@ -473,26 +476,29 @@ class _StayReader(EventReader):
         return stay, (seconds - self.keys["by_admission"].times[stay, 1]) / 3600
 
 
-def _amount_kind(unit: str | None) -> int:
-    """Return the kind of quantity of a unit as an index in AMOUNT_KINDS, -1 for no or an unknown
-    unit.
+def _amount_unit(unit: str | None) -> tuple[float, int]:
+    """Return (the factor of a unit as in AMOUNTS, 1 for no unit, NaN for an unknown one; its kind
+    of quantity as an index in AMOUNT_KINDS, -1 for none).
     """
-    known = AMOUNTS.get(plausible.plain_unit(unit or ""))
-    return AMOUNT_KINDS.index(known[0]) if known else -1
+    plain = plausible.plain_unit(unit or "")
+    if not plain:
+        return 1.0, -1
+    kind, factor = AMOUNTS.get(plain, ("", np.nan))
+    return factor, AMOUNT_KINDS.index(kind) if kind else -1
 
 
-def _amount_units(written: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return ((n,) factors of amounts by their unit, NaN if unknown; (n,) kinds as
-    `_amount_kind`).
+def _amount_units(written: Any, item_factors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return ((n,) factors and (n,) kinds of amounts by their unit, as `_amount_unit`).
 
-    No unit counts as the item's own.
+    Args:
+        written: the units.
+        item_factors: (n,) those of the items' own units, which count where an amount has none.
     """
     codes, dictionary = dictionary_codes(written)
     texts = [*dictionary.to_pylist(), None]  # code -1 is the last one
-    plain = [plausible.plain_unit(text or "") for text in texts]
-    factors = np.array([AMOUNTS.get(unit, ("", np.nan))[1] if unit else 1.0 for unit in plain])
-    kinds = np.array([_amount_kind(unit) for unit in plain])
-    return factors[codes], kinds[codes]
+    factors, kinds = map(np.array, zip(*map(_amount_unit, texts), strict=True))
+    has_unit = np.array([bool(plausible.plain_unit(text or "")) for text in texts])
+    return np.where(has_unit[codes], factors[codes], item_factors), kinds[codes]
 
 
 def _integers(column: Any) -> np.ndarray:
