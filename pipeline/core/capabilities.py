@@ -1,7 +1,8 @@
 """Optional protocols: what only some modalities offer.
 
-A modality has a capability by defining its members; nothing else is declared. Each is asked for by
-``isinstance``, of an instance or of a class, in one function: here, where several callers need it.
+A class has a capability by defining its members; nothing is declared. Callers test for it with
+``isinstance`` (runtime-checkable protocols). Where several callers need the test, it is a function
+below the protocol.
 """
 
 from __future__ import annotations

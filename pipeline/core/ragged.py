@@ -26,7 +26,7 @@ def lengths(rows: np.ndarray) -> np.ndarray:
     return np.full(len(rows), rows.shape[1], dtype=np.int64)
 
 
-def padded(rows: np.ndarray, least: int = 0, fill: int = 0) -> np.ndarray:
+def pad(rows: np.ndarray, least: int = 0, fill: int = 0) -> np.ndarray:
     """Return a ragged array as (B, n); shorter rows end in ``fill``.
 
     n is the length of the longest row, and at least ``least``.
@@ -38,7 +38,7 @@ def padded(rows: np.ndarray, least: int = 0, fill: int = 0) -> np.ndarray:
     return out
 
 
-def joined(arrays: list[np.ndarray]) -> np.ndarray:
+def concatenate_padded(arrays: list[np.ndarray]) -> np.ndarray:
     """Return plain arrays one behind the other.
 
     Where their rows are of other lengths, shorter ones end in -1 (whole numbers) or NaN.
@@ -58,7 +58,7 @@ def joined(arrays: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(arrays)
 
 
-def size(array: np.ndarray) -> int:
+def num_bytes(array: np.ndarray) -> int:
     """Return the bytes of an array, including those of its objects (rows, encoded files)."""
     if array.dtype != object:
         return array.nbytes

@@ -18,7 +18,7 @@ from pipeline.core.contracts.objective_capabilities import (
     invalid_label_reasons,
     untrainable_reasons,
 )
-from pipeline.core.ragged import ragged, size
+from pipeline.core.ragged import num_bytes, ragged
 from pipeline.core.specs import State
 from pipeline.data.length_buckets import BucketPlan
 from pipeline.data.manifests import READER_BYTES, Reader, Selection
@@ -60,7 +60,7 @@ class Decoder:
         if not len(indices):
             return 0
         arrays, _ = self(Reader(selection.manifest, self.names()).take(selection.ids(indices)))
-        return int(sum(map(size, arrays.values())) / len(indices) * len(selection))
+        return int(sum(map(num_bytes, arrays.values())) / len(indices) * len(selection))
 
     def __call__(self, table) -> tuple[Arrays, list[str]]:
         if self.encoded:

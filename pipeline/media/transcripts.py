@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from pipeline.core.ragged import lengths, padded, ragged
+from pipeline.core.ragged import lengths, pad, ragged
 
 BLANK = "<blank>"
 """Name of label 0, which means no label (Graves et al. 2006)."""
@@ -293,7 +293,7 @@ def edit_distances(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> 
         rows = order[start : start + ROWS_AT_ONCE]
         a, b = (ragged(side[row] for row in rows) for side in (ours, theirs))
         ends = lengths(a), lengths(b)
-        a, b = padded(a, fill=-1), padded(b, fill=-2)
+        a, b = pad(a, fill=-1), pad(b, fill=-2)
         ramp = np.arange(b.shape[1] + 1)
         table = np.broadcast_to(ramp, (len(rows), len(ramp)))
         out[rows] = ends[1]  # of those that are empty

@@ -20,7 +20,7 @@ from pipeline.core.arrow_lists import filled, floats, is_list, is_number, is_tex
 from pipeline.core.capabilities import NameDifference
 from pipeline.core.contracts import Arrays, Batch, Modality
 from pipeline.core.inputs import EventInputs
-from pipeline.core.ragged import padded, ragged
+from pipeline.core.ragged import pad, ragged
 from pipeline.core.rng import uniform
 from pipeline.core.specs import State
 from pipeline.media.deviation import divisors, rounded_mean
@@ -335,7 +335,7 @@ class Events(Modality):
         lengths = np.array([len(row) for row in own["times"]])
         width = max(1, int(lengths.max(initial=0)))
         out = {
-            name: torch.from_numpy(padded(array, 1 if name == "codes" else width))
+            name: torch.from_numpy(pad(array, 1 if name == "codes" else width))
             for name, array in own.items()
         }
         out["mask"] = torch.from_numpy(np.arange(width) < lengths[:, None])

@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Arrays, Modality
 from pipeline.core.inputs import TableInputs
-from pipeline.core.ragged import padded
+from pipeline.core.ragged import pad
 from pipeline.core.specs import State
 from pipeline.media.static_features import StaticFeatures, StaticState
 
@@ -91,7 +91,7 @@ class Table(Modality):
         return self.collate(self.decode(table, {"features": "features"})[0])
 
     def collate(self, arrays: Arrays) -> dict[str, Tensor]:
-        codes = torch.from_numpy(padded(arrays["codes"], 1))
+        codes = torch.from_numpy(pad(arrays["codes"], 1))
         return {
             "codes": codes,
             **super().collate({name: array for name, array in arrays.items() if name != "codes"}),

@@ -191,7 +191,7 @@ class BehaviourCloning(Objective):
         """
         name = columns["actions"]
         kind = action_heads.kind_of(table[name], name)
-        if not action_heads.counts(table[name]).any():
+        if not action_heads.num_actions(table[name]).any():
             raise ValueError(f"column {name}: none of {len(table)} training rows has an action")
         _check_head(options, kind, name)
         given = [role for role in cls.optional_roles if role in columns]
@@ -203,7 +203,7 @@ class BehaviourCloning(Objective):
             is_given = success in table.column_names and table[success].null_count < len(table)
             state["judged"] = is_given or all(has_success_criterion(world.id) for world in worlds)
         if kind == "discrete":
-            state["labels"] = action_heads.names_of(table[name])
+            state["labels"] = action_heads.class_names(table[name])
         return state
 
     @classmethod
@@ -223,13 +223,13 @@ class BehaviourCloning(Objective):
             )
         if kind == "discrete":
             known = state.get("labels", [])
-            new = sorted(set(action_heads.names_of(table[name])) - set(known))
+            new = sorted(set(action_heads.class_names(table[name])) - set(known))
             if new:
                 raise ValueError(
                     f"column {name}: action {new[0]!r} is in no training row "
                     f"({len(known)} actions known); {nearest(new[0], known)}"
                 )
-        return {"graded": action_heads.counts(table[name])}
+        return {"graded": action_heads.num_actions(table[name])}
 
     @classmethod
     def invalid_label_reasons(cls, table, columns, state: BehaviourCloningState):
@@ -237,7 +237,7 @@ class BehaviourCloning(Objective):
         name = columns.get("actions", "")
         if name not in table.column_names:
             return [""] * len(table)
-        counts = action_heads.counts(table[name])
+        counts = action_heads.num_actions(table[name])
         reasons = ["" if count else f"{name} holds no action" for count in counts]
         if not pc.list_flatten(table[name]).null_count:
             return reasons
@@ -360,7 +360,9 @@ class BehaviourCloning(Objective):
         [(name, decoder)] = self.decoders.items()
         tokens = backbone(batch, want=("tokens",)).tokens
         output = decoder(tokens).float().unflatten(-1, (self.options.chunk, -1))
-        likeliest = action_heads.likeliest(self.heads[name], output, self.options.components)
+        likeliest = action_heads.most_likely_action(
+            self.heads[name], output, self.options.components
+        )
         return {"actions": likeliest}
 
     def _losses(self, head: str, name: str, output: Tensor, rows: Tensor, batch: Batch) -> _Losses:
@@ -369,10 +371,10 @@ class BehaviourCloning(Objective):
         acts = batch["actions"][rows]
         std = batch["action_std"][rows]
         acts = acts[..., : self.spaces[name]["action"]]
-        target, counted = action_heads.chunks(acts, batch["mask"][rows], output.shape[2])
+        target, counted = action_heads.action_chunks(acts, batch["mask"][rows], output.shape[2])
         beta = options.beta if self.training else 0.0
         losses = action_heads.losses(head, output, target, options.components, beta)
-        best = action_heads.likeliest(head, output, options.components)
+        best = action_heads.most_likely_action(head, output, options.components)
         if head == "categorical":
             is_wrong = best.argmax(-1) != target.argmax(-1)
             errors = is_wrong.float()
@@ -456,7 +458,9 @@ class BehaviourCloning(Objective):
             width = self.spaces[name]["action"]
             own_action = output[:, :, 0]
             components = self.options.components
-            best[rows, :, :width] = action_heads.likeliest(heads[name], own_action, components)
+            best[rows, :, :width] = action_heads.most_likely_action(
+                heads[name], own_action, components
+            )
             if not has_actions:
                 continue
             found = self._losses(heads[name], name, output, rows, batch)
@@ -741,7 +745,7 @@ class Pilot(Actor):
         plan = np.zeros((n, objective.options.chunk, self.action_width), dtype=np.float32)
         for name, rows, output in decoded:
             head = objective.heads[name]
-            best = action_heads.likeliest(head, output[:, 0], objective.options.components)
+            best = action_heads.most_likely_action(head, output[:, 0], objective.options.components)
             if head == "categorical":
                 best = best.softmax(-1)
             width = best.shape[-1]

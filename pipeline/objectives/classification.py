@@ -225,7 +225,7 @@ class Classification(Objective):
         weight = None
         if self.options.class_weight != "none":
             assert "counts" in self.state
-            weight = losses.balanced(self.state["counts"], scores.device)
+            weight = losses.balanced_class_weights(self.state["counts"], scores.device)
         return losses.cross_entropies(
             scores, label, weight, self.options.focal, self.options.label_smoothing
         )

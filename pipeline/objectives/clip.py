@@ -23,9 +23,9 @@ from pipeline.config.registry import Options, register
 from pipeline.core.arrow_lists import is_bytes, is_text
 from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
 from pipeline.core.identity_numbers import identity_number, identity_numbers
-from pipeline.core.nn.all_gather import gather, loss_of_own_rows
-from pipeline.core.nn.losses import at_least_float32, exact
-from pipeline.core.ragged import lengths, padded, ragged
+from pipeline.core.nn.all_gather import all_gather_rows, loss_of_own_rows
+from pipeline.core.nn.losses import at_least_float32, without_autocast
+from pipeline.core.ragged import lengths, pad, ragged
 from pipeline.media import tokenization
 from pipeline.media.tagging_schemes import texts
 
@@ -221,7 +221,7 @@ class CLIP(Objective):
     @staticmethod
     def _losses(pairs: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return (N,) losses and hits of (N, 2, D) pairs, whose images have numbers (N,)."""
-        with exact(pairs):
+        with without_autocast(pairs):
             scores = pairs[:, 0] @ pairs[:, 1].T
         own = torch.arange(len(pairs), device=pairs.device)
         is_same_image = (images[:, None] == images) & (images >= 0)
@@ -231,8 +231,8 @@ class CLIP(Objective):
         return (of_rows + of_captions) / 2, scores.argmax(1) == own
 
     def loss(self, backbone: Backbone, batch: Batch):
-        pairs, first = gather(self._pairs(*self._embeddings(backbone, batch)))
-        images, _ = gather(batch["image_number"])
+        pairs, first = all_gather_rows(self._pairs(*self._embeddings(backbone, batch)))
+        images, _ = all_gather_rows(batch["image_number"])
         losses, hits = self._losses(pairs, images)
         own_rows = slice(first, first + len(batch))
         total = loss_of_own_rows(losses, own_rows)
@@ -240,8 +240,8 @@ class CLIP(Objective):
 
     def forward_without_rows(self, backbone: Backbone) -> None:
         """Gather no rows from this rank."""
-        gather(self.log_scale.new_zeros(0, 2, backbone.pooled_dim))
-        gather(torch.zeros(0, dtype=torch.int64, device=self.log_scale.device))
+        all_gather_rows(self.log_scale.new_zeros(0, 2, backbone.pooled_dim))
+        all_gather_rows(torch.zeros(0, dtype=torch.int64, device=self.log_scale.device))
 
     @torch.no_grad()
     def after_step(self, backbone: Backbone, step: int, steps: int) -> None:
@@ -274,7 +274,7 @@ class CLIP(Objective):
         # the head reads layer-normed features of length sqrt(D): divide by it to get cosines
         device = self.log_scale.device
         rows = _tokens(texts, self.state)
-        tokens = torch.as_tensor(padded(rows), device=device)
+        tokens = torch.as_tensor(pad(rows), device=device)
         vectors = centred_unit(self.text(tokens, torch.as_tensor(lengths(rows), device=device)))
         return self.log_scale.exp() * vectors / math.sqrt(vectors.shape[1])
 

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Objective, View
 from pipeline.core.contracts.backbone_capabilities import patch_size
-from pipeline.core.nn.all_gather import summed
+from pipeline.core.nn.all_gather import all_reduce_sum
 from pipeline.core.specs import State
 
 
@@ -278,7 +278,7 @@ class DINO(Objective):
         """
         k = len(outputs)
         own_count = outputs.new_full((1,), float(count))
-        sums = summed(torch.cat([outputs, targets, own_count]))
+        sums = all_reduce_sum(torch.cat([outputs, targets, own_count]))
         outputs, targets, counts = sums.tensor_split((k, 2 * k))
         mean = outputs / counts.clamp(min=1.0)
         is_usable = (counts > 0) & torch.isfinite(mean).all()

@@ -75,7 +75,7 @@ class Dynamics(Objective):
         """Raise ValueError where no row has an action; there is no state."""
         name = columns["actions"]
         action_heads.kind_of(table[name], name)
-        if not action_heads.counts(table[name]).any():
+        if not action_heads.num_actions(table[name]).any():
             raise ValueError(f"column {name}: none of {len(table)} training rows has an action")
         return {}
 
@@ -85,7 +85,7 @@ class Dynamics(Objective):
         name = columns.get("actions", "")
         if name not in table.column_names:
             return [""] * len(table)
-        counts = action_heads.counts(table[name])
+        counts = action_heads.num_actions(table[name])
         return ["" if count else f"{name} holds no action" for count in counts]
 
     def __init__(self, backbone: Backbone, options: DynamicsOptions, state: State):
@@ -256,7 +256,7 @@ class RunningScale(nn.Module):
         """Update the scale with what all ranks saw since the last call. Every rank must call it."""
         seen = self.square.new_zeros(len(self.square) + 1) if self.seen is None else self.seen
         self.seen = None
-        seen = all_gather.summed(seen)
+        seen = all_gather.all_reduce_sum(seen)
         squares, count = seen[:-1], seen[-1]
         self.steps.copy_((self.steps + count).clamp(max=MOST_STEPS))
         share = count / self.steps.clamp(min=1)

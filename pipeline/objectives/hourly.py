@@ -330,7 +330,7 @@ class Hourly(Objective):
         if self.training:
             gamma = self.options.focal
             if self.options.class_weight != "none":
-                weight = losses.balanced(self.state["counts"], scores.device)
+                weight = losses.balanced_class_weights(self.state["counts"], scores.device)
         row_losses = losses.cross_entropies(scores, label, weight, gamma)
         count = torch.full((), float(len(label)), device=scores.device)
         hits = scores.argmax(-1) == label

@@ -18,7 +18,7 @@ from pipeline.config.registry import LinearHeadOptions, register
 from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
 from pipeline.core.contracts.objective_capabilities import TransformersHead
 from pipeline.core.nn import losses
-from pipeline.core.nn.losses import exact
+from pipeline.core.nn.losses import without_autocast
 
 LOSSES = {"squared": F.mse_loss, "absolute": F.l1_loss, "huber": F.huber_loss}
 """Losses of a standardised number; Huber's is quadratic up to one standard deviation."""
@@ -125,7 +125,7 @@ class Regression(Objective):
         if self.options.norm:
             pooled = F.layer_norm(pooled, pooled.shape[-1:])
         pooled = F.dropout(pooled, self.options.dropout, self.training)
-        with exact(pooled):
+        with without_autocast(pooled):
             return self.head(pooled)
 
     def _losses(self, standardised: Tensor, value: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Objective, View
-from pipeline.core.nn.all_gather import gather, loss_of_own_rows
-from pipeline.core.nn.losses import exact
+from pipeline.core.nn.all_gather import all_gather_rows, loss_of_own_rows
+from pipeline.core.nn.losses import without_autocast
 from pipeline.core.specs import State
 
 
@@ -87,7 +87,7 @@ class SimCLR(Objective):
     def _losses(self, projected: Tensor) -> tuple[Tensor, Tensor]:
         """Return (N, 2) losses and hits of (N, 2, width) unit vectors."""
         n = len(projected)
-        with exact(projected):
+        with without_autocast(projected):
             flat = projected.reshape(2 * n, -1)
             logits = flat @ flat.T / self.options.temperature
         itself = torch.eye(2 * n, dtype=torch.bool, device=projected.device)
@@ -98,7 +98,7 @@ class SimCLR(Objective):
         return losses.view(n, 2), hits.view(n, 2)
 
     def loss(self, backbone: Backbone, batch: Batch):
-        everyone, first = gather(self._project(backbone, batch))
+        everyone, first = all_gather_rows(self._project(backbone, batch))
         losses, hits = self._losses(everyone)
         own_rows = slice(first, first + len(batch))
         total = loss_of_own_rows(losses, own_rows)
@@ -108,7 +108,7 @@ class SimCLR(Objective):
     def forward_without_rows(self, backbone: Backbone) -> None:
         """Gather no rows from this rank."""
         weight = next(self.head.parameters())
-        gather(weight.new_zeros(0, 2, self.options.width, dtype=torch.float32))
+        all_gather_rows(weight.new_zeros(0, 2, self.options.width, dtype=torch.float32))
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         """Return ``loss``, summed over both views, and ``count``, both (B,)."""

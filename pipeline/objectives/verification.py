@@ -148,7 +148,7 @@ class Verification(Objective):
         if self.options.norm:
             pooled = F.layer_norm(pooled, pooled.shape[-1:])
         pooled = F.dropout(pooled, self.options.dropout, self.training)
-        with losses.exact(pooled):
+        with losses.without_autocast(pooled):
             return F.normalize(self.projection(pooled), dim=-1)
 
     def _losses(self, embedding: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,7 +158,7 @@ class Verification(Objective):
             (B,) losses, 0 for rows of unknown identity.
             (B,) bool, whether the nearest identity is the row's own.
         """
-        with losses.exact(embedding):
+        with losses.without_autocast(embedding):
             cosines = embedding @ F.normalize(self.identities.to(embedding), dim=-1).T
         is_known = label >= 0
         known = label.clamp(min=0)

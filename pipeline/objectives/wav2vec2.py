@@ -342,7 +342,7 @@ class Wav2Vec2Pretraining(Objective):
         counts = torch.stack([count, found.squares, found.frames.float()])
         local = torch.cat([soft.flatten(), hard.flatten(), counts])
         # the value of all ranks with the gradient of this one's rows
-        of_other_ranks = all_gather.summed(local) - local.detach()
+        of_other_ranks = all_gather.all_reduce_sum(local) - local.detach()
         everyone = local + of_other_ranks
         soft, hard, sums = everyone.split([size, size, 3])
         num_hidden, squares, num_frames = sums[0], sums[1], sums[2]
@@ -372,14 +372,14 @@ class Wav2Vec2Pretraining(Objective):
         """Take part in the sum of the codes' shares without rows."""
         if self.training:
             size = 2 * self.options.groups * self.options.entries + 3
-            all_gather.summed(self.progress.new_zeros(size))
+            all_gather.all_reduce_sum(self.progress.new_zeros(size))
 
     def after_step(self, backbone: Backbone, step: int, steps: int) -> str | None:
         """Move the Gumbel temperature; warn once, on the first rank, of a collapsed quantiser."""
         self.progress.fill_((step + 1) / steps)
         is_early = step < 0.2 * steps
         is_between_checks = step % max(1, steps // 20) != 0
-        if self._has_warned or is_early or is_between_checks or all_gather.ranks()[0]:
+        if self._has_warned or is_early or is_between_checks or all_gather.rank_and_count()[0]:
             return None
         usage = float(self.usage)
         if usage >= min(COLLAPSED, 1 + 0.1 * (self.options.entries - 1)):

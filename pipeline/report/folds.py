@@ -21,7 +21,7 @@ import numpy as np
 from pipeline.core.groups import num_units
 from pipeline.core.metrics import catalog
 from pipeline.core.metrics.catalog import Predictions
-from pipeline.core.ragged import joined
+from pipeline.core.ragged import concatenate_padded
 from pipeline.report import results
 from pipeline.report.results import ResultRow
 from pipeline.report.shift import Shift
@@ -167,7 +167,7 @@ def _pool_runs(found: Sequence[tuple[int, RunPredictions]], seed: int) -> RunPre
     order = np.argsort(rows, kind="stable")
 
     def by_row(arrays: list[np.ndarray]) -> np.ndarray:
-        return joined(arrays)[order]
+        return concatenate_padded(arrays)[order]
 
     predictions: Predictions = {
         name: by_row([run.predictions[name] for run in runs]) for name in runs[0].predictions

@@ -15,8 +15,13 @@ from pipeline.core.contracts.objective_capabilities import (
     mixes_inputs,
 )
 from pipeline.core.latest_call import LatestCall
-from pipeline.core.nn.domain_adaptation import Features, TaskWithModule, gathered, of_all_rows
-from pipeline.core.nn.losses import exact
+from pipeline.core.nn.domain_adaptation import (
+    DomainFeatures,
+    TaskWithModule,
+    rows_of_all_ranks,
+    share_of_global_loss,
+)
+from pipeline.core.nn.losses import without_autocast
 
 
 class BiTuningOptions(LayerOptions):
@@ -58,7 +63,7 @@ def categorical_contrastive(projections: Tensor, label: Tensor, temperature: flo
         label: (N,) class numbers.
     """
     unit = F.normalize(projections, dim=-1)
-    with exact(unit):  # a bfloat16 product has errors of the size of a temperature
+    with without_autocast(unit):  # a bfloat16 product has errors of the size of a temperature
         similar = unit @ unit.T / temperature
     is_self = torch.eye(len(label), dtype=torch.bool, device=label.device)
     logs = similar - similar.masked_fill(is_self, -torch.inf).logsumexp(1, keepdim=True)
@@ -116,15 +121,15 @@ class BiTuning(Technique):
     def penalty(self, task, batch, streams):
         assert isinstance(task, TaskWithModule)
         features = self._features(task, batch)
-        scores = gathered(features.scores(task.objective))
-        projections = gathered(task.added(features.pooled).float())
-        label = gathered(batch["label"].float()).long()
+        scores = rows_of_all_ranks(features.scores(task.objective))
+        projections = rows_of_all_ranks(task.added(features.pooled).float())
+        label = rows_of_all_ranks(batch["label"].float()).long()
         total = self.options.classifier * contrastive_cross_entropy(scores, label)
         apart = categorical_contrastive(projections, label, self.options.temperature)
-        return of_all_rows(total + self.options.projector * apart)
+        return share_of_global_loss(total + self.options.projector * apart)
 
-    def _features(self, task: TaskWithModule, batch: Batch) -> Features:
+    def _features(self, task: TaskWithModule, batch: Batch) -> DomainFeatures:
         """Return what the loss has used; (0, D) features where this rank has no row."""
         if not len(batch):
-            return Features.of(task, batch)
-        return Features(batch, self.calls.take().features.pooled.float())
+            return DomainFeatures.of(task, batch)
+        return DomainFeatures(batch, self.calls.take().features.pooled.float())

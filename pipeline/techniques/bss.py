@@ -9,7 +9,7 @@ from torch import Tensor
 from pipeline.config.registry import LayerOptions, register
 from pipeline.core.contracts import Technique
 from pipeline.core.latest_call import LatestCall
-from pipeline.core.nn.domain_adaptation import gathered, of_all_rows
+from pipeline.core.nn.domain_adaptation import rows_of_all_ranks, share_of_global_loss
 
 
 class BSSOptions(LayerOptions):
@@ -49,8 +49,8 @@ class BSS(Technique):
         else:  # the other ranks wait for this one all the same
             device = next(task.parameters()).device
             pooled = torch.zeros(0, task.backbone.pooled_dim, device=device)
-        squares = smallest_squares(gathered(pooled), self.options.smallest)
-        return of_all_rows(self.options.weight * squares)
+        squares = smallest_squares(rows_of_all_ranks(pooled), self.options.smallest)
+        return share_of_global_loss(self.options.weight * squares)
 
 
 def smallest_squares(features: Tensor, count: int) -> Tensor:

@@ -8,20 +8,19 @@ from torch import Tensor
 
 from pipeline.config.registry import AdaptationOptions, register
 from pipeline.core.contracts import Task
-from pipeline.core.nn.all_gather import summed
+from pipeline.core.nn.all_gather import all_reduce_sum
 from pipeline.core.nn.domain_adaptation import (
     DomainAdaptation,
     DomainClassifier,
     TaskWithModule,
     layer_normed,
-    progress_ramp,
 )
 from pipeline.core.nn.domain_losses import (
     entropies,
     label_set_entropies,
     reversed_gradient,
 )
-from pipeline.core.nn.losses import exact
+from pipeline.core.nn.losses import without_autocast
 
 
 class CDANOptions(AdaptationOptions):
@@ -62,7 +61,7 @@ class ConditionalClassifier(DomainClassifier):
         if not self.is_random:
             return (features[:, :, None] * chances[:, None]).flatten(1)
         most = self.of_features.shape[1]
-        with exact(features):
+        with without_autocast(features):
             drawn = (features.float() @ self.of_features) * (chances.float() @ self.of_classes)
         return drawn / most**0.5
 
@@ -93,7 +92,7 @@ class CDAN(DomainAdaptation):
         assert source is not None and isinstance(task, TaskWithModule)
         classifier = task.added
         assert isinstance(classifier, ConditionalClassifier)
-        factor = progress_ramp(self)
+        factor = self.ramp()
         total = torch.zeros((), device=source.pooled.device)
         for rows, is_source in ((source, True), (target, False)):
             scores = rows.scores(task.objective).detach()
@@ -101,7 +100,9 @@ class CDAN(DomainAdaptation):
             features = classifier.products(layer_normed(rows.pooled), chances)
             losses = classifier.losses(reversed_gradient(features, factor), is_source)
             weights = self._weights(task, scores)
-            total = total + (weights * losses).sum() / summed(weights.sum()).clamp(min=1e-6) / 2
+            total = (
+                total + (weights * losses).sum() / all_reduce_sum(weights.sum()).clamp(min=1e-6) / 2
+            )
         return total
 
     def _weights(self, task: Task, scores: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ from pydantic import Field
 from pipeline.config.registry import AdaptationOptions, register
 from pipeline.core.nn.domain_adaptation import (
     DomainAdaptation,
-    gathered,
     layer_normed,
-    of_all_rows,
+    rows_of_all_ranks,
+    share_of_global_loss,
 )
 from pipeline.core.nn.domain_losses import coral
 
@@ -37,7 +37,7 @@ class Coral(DomainAdaptation):
 
     def alignment(self, task, source, target):
         assert source is not None
-        here, there = (gathered(layer_normed(rows.pooled)) for rows in (source, target))
+        here, there = (rows_of_all_ranks(layer_normed(rows.pooled)) for rows in (source, target))
         if min(len(here), len(there)) < 2:
             return (here.sum() + there.sum()) * 0.0
-        return of_all_rows(coral(here, there))
+        return share_of_global_loss(coral(here, there))

@@ -7,10 +7,10 @@ from __future__ import annotations
 from pipeline.config.registry import AdaptationOptions, register
 from pipeline.core.nn.domain_adaptation import (
     DomainAdaptation,
-    Features,
-    gathered,
+    DomainFeatures,
     layer_normed,
-    of_all_rows,
+    rows_of_all_ranks,
+    share_of_global_loss,
 )
 from pipeline.core.nn.domain_losses import joint_mmd
 
@@ -28,18 +28,19 @@ class DAN(DomainAdaptation):
     the shares of the classes differ.
     """
 
-    def layers(self, task, rows: Features):
+    def layers(self, task, rows: DomainFeatures):
         """Return the (B, D) outputs that are aligned together."""
         return [layer_normed(rows.pooled)]
 
     def alignment(self, task, source, target):
         assert source is not None
         here, there = (
-            [gathered(layer) for layer in self.layers(task, rows)] for rows in (source, target)
+            [rows_of_all_ranks(layer) for layer in self.layers(task, rows)]
+            for rows in (source, target)
         )
         if min(len(here[0]), len(there[0])) < 2:
             return sum(layer.sum() for layer in (*here, *there)) * 0.0
-        return of_all_rows(joint_mmd(here, there))
+        return share_of_global_loss(joint_mmd(here, there))
 
 
 @register("technique", "jan", options=AdaptationOptions)

@@ -11,8 +11,7 @@ from pipeline.core.nn.domain_adaptation import (
     DomainClassifier,
     TaskWithModule,
     layer_normed,
-    mean,
-    progress_ramp,
+    mean_over_ranks,
 )
 from pipeline.core.nn.domain_losses import reversed_gradient
 
@@ -45,9 +44,9 @@ class DANN(DomainAdaptation):
         assert source is not None and isinstance(task, TaskWithModule)
         classifier = task.added
         assert isinstance(classifier, DomainClassifier)
-        factor = progress_ramp(self)
+        factor = self.ramp()
         total = torch.zeros((), device=source.pooled.device)
         for rows, is_source in ((source, True), (target, False)):
             features = reversed_gradient(layer_normed(rows.pooled), factor)
-            total = total + mean(classifier.losses(features, is_source)) / 2
+            total = total + mean_over_ranks(classifier.losses(features, is_source)) / 2
         return total

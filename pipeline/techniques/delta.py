@@ -14,7 +14,7 @@ from pipeline.config.registry import LayerOptions, register
 from pipeline.core.contracts import Backbone, Batch, Phase, Task, Technique
 from pipeline.core.contracts.objective_capabilities import couples_rows
 from pipeline.core.latest_call import LatestCall
-from pipeline.core.nn.all_gather import summed
+from pipeline.core.nn.all_gather import all_reduce_sum
 from pipeline.core.nn.filter_maps import FilterMap, FilterMaps, filter_count
 
 
@@ -204,11 +204,11 @@ class Delta(Technique):
             return
         weights = task.weights()
         count = self.count.to(next(iter(weights.values())).device)
-        share = count / summed(count).clamp(min=1e-12)
+        share = count / all_reduce_sum(count).clamp(min=1e-12)
         for name, own in weights.items():
             gains = self.gains.get(name)
-            is_chosen = summed(torch.full_like(own[:1], gains is not None))
-            total = summed(torch.zeros_like(own) if gains is None else gains * share)
+            is_chosen = all_reduce_sum(torch.full_like(own[:1], gains is not None))
+            total = all_reduce_sum(torch.zeros_like(own) if gains is None else gains * share)
             if is_chosen:
                 own.copy_(total.softmax(0))
         self.gains = {}

@@ -19,7 +19,7 @@ from pipeline.core.contracts.objective_capabilities import (
     tensors_beside_features,
 )
 from pipeline.core.latest_call import LatestCall
-from pipeline.core.nn.all_gather import summed
+from pipeline.core.nn.all_gather import all_reduce_sum
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -327,7 +327,7 @@ class CoTunedTask(TwoHeadedTask):
     @torch.no_grad()
     def add_counted(self) -> None:
         """Add what all ranks have counted in a step; every rank calls it."""
-        total = summed(self._counted.to(self.sums.device))
+        total = all_reduce_sum(self._counted.to(self.sums.device))
         self.sums += total[:, :-1]
         self.rows += total[:, -1]
         self._counted.zero_()

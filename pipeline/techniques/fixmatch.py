@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from pipeline.config.registry import AdaptationOptions, register
 from pipeline.core.capabilities import makes_views
 from pipeline.core.contracts import View
-from pipeline.core.nn.domain_adaptation import DomainAdaptation, Features, mean
+from pipeline.core.nn.domain_adaptation import DomainAdaptation, DomainFeatures, mean_over_ranks
 
 STRONG = View(area=(0.3, 1.0), jitter=0.8, strength=1.0, grey=0.2, blur=0.5, solarize=0.2)
 
@@ -51,6 +51,6 @@ class FixMatch(DomainAdaptation):
         batch = target.batch
         if len(batch):
             batch = batch.replace(image=batch["view0"])
-        scores = Features.of(task, batch).scores(task.objective)
+        scores = DomainFeatures.of(task, batch).scores(task.objective)
         losses = F.cross_entropy(scores, label, reduction="none")
-        return mean(losses * (confidence >= self.options.threshold))
+        return mean_over_ranks(losses * (confidence >= self.options.threshold))

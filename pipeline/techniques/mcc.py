@@ -7,8 +7,8 @@ from pydantic import Field
 from pipeline.config.registry import AdaptationOptions, register
 from pipeline.core.nn.domain_adaptation import (
     DomainAdaptation,
-    gathered,
-    of_all_rows,
+    rows_of_all_ranks,
+    share_of_global_loss,
 )
 from pipeline.core.nn.domain_losses import class_confusion
 
@@ -37,7 +37,7 @@ class MCC(DomainAdaptation):
     needs_one_class = True
 
     def alignment(self, task, source, target):
-        scores = gathered(target.scores(task.objective))
+        scores = rows_of_all_ranks(target.scores(task.objective))
         if not len(scores):
             return target.pooled.sum() * 0.0
-        return of_all_rows(class_confusion(scores, self.options.temperature))
+        return share_of_global_loss(class_confusion(scores, self.options.temperature))

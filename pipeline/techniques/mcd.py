@@ -11,9 +11,9 @@ from pipeline.config.registry import AdaptationOptions, register
 from pipeline.core.contracts import Objective, Task
 from pipeline.core.nn.domain_adaptation import (
     DomainAdaptation,
-    Features,
+    DomainFeatures,
     TaskWithModule,
-    mean,
+    mean_over_ranks,
     probabilities,
 )
 from pipeline.core.nn.domain_losses import reversed_gradient
@@ -61,12 +61,12 @@ class MCD(DomainAdaptation):
         return super().source_loss(task, source) + second
 
     def alignment(self, task, source, target):
-        features = Features(target.batch, reversed_gradient(target.pooled))
+        features = DomainFeatures(target.batch, reversed_gradient(target.pooled))
         one, other = (
             probabilities(head, features.scores(head))
             for head in (task.objective, second_head(task))
         )
-        return -mean((one - other).abs().mean(-1))
+        return -mean_over_ranks((one - other).abs().mean(-1))
 
     def penalty(self, task, batch, streams):
         total = super().penalty(task, batch, streams)
@@ -74,7 +74,9 @@ class MCD(DomainAdaptation):
         if "target" in streams and batch is streams["target"]:
             return total
         # labelled rows of the target teach the second head, too
-        return total + super().source_loss(self._with_second_head(task), Features.of(task, batch))
+        return total + super().source_loss(
+            self._with_second_head(task), DomainFeatures.of(task, batch)
+        )
 
     def _with_second_head(self, task: Task) -> Task:
         return Task(task.backbone, second_head(task))

@@ -36,7 +36,7 @@ from torch.nn.utils import parametrize
 from pipeline.config.registry import LayerOptions, register
 from pipeline.core.contracts import Backbone, Task, Technique
 from pipeline.core.nn import four_bit
-from pipeline.core.nn.losses import exact
+from pipeline.core.nn.losses import without_autocast
 
 ADDED = "adapters"
 """Part of a layer that holds what a method adds to it: ``block00/adapters``."""
@@ -903,7 +903,7 @@ class _RankBudget(nn.Module):
         for layer in self._layers[0]:
             a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
             unit = torch.eye(len(a), device=a.device)
-            with exact(a):
+            with without_autocast(a):
                 distances += [(a @ a.T - unit).norm(), (b.T @ b - unit).norm()]
         return torch.stack(distances).mean()
 

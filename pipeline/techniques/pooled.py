@@ -6,7 +6,7 @@ from pydantic import Field
 
 from pipeline.config.registry import LayerOptions, register
 from pipeline.core.contracts.technique_capabilities import LABELLED_SOURCE
-from pipeline.core.nn.domain_adaptation import DomainAdaptation, Features
+from pipeline.core.nn.domain_adaptation import DomainAdaptation, DomainFeatures
 
 
 class PooledOptions(LayerOptions):
@@ -43,5 +43,5 @@ class Pooled(DomainAdaptation):
     def penalty(self, task, batch, streams):
         if not self.options.weight:
             return None
-        source = Features.of(task, streams[LABELLED_SOURCE])
+        source = DomainFeatures.of(task, streams[LABELLED_SOURCE])
         return self.options.weight * self.source_loss(task, source)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from pipeline.config.registry import AdaptationOptions, register
 from pipeline.core.nn.domain_adaptation import (
     DomainAdaptation,
-    mean,
+    mean_over_ranks,
     probabilities,
 )
 
@@ -47,7 +47,7 @@ class PseudoLabels(DomainAdaptation):
         factor = min(1.0, self.progress / ramp) if ramp else 1.0
         has_one_class = task.objective.class_tensor == "label"
         losses = class_losses if has_one_class else label_set_losses
-        return factor * mean(losses(scores, chances, self.options.threshold))
+        return factor * mean_over_ranks(losses(scores, chances, self.options.threshold))
 
 
 def class_losses(scores: Tensor, chances: Tensor, threshold: float) -> Tensor:

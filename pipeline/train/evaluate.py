@@ -21,7 +21,7 @@ from pipeline.core.contracts.objective_capabilities import (
     rolls_out,
 )
 from pipeline.core.metrics.catalog import Predictions, metric
-from pipeline.core.ragged import joined
+from pipeline.core.ragged import concatenate_padded
 from pipeline.data.manifests import Reader
 from pipeline.data.stream import LoadedBatch, Rows, eval_batches
 
@@ -76,8 +76,12 @@ def _as_array(tensor: Tensor, keeps_float64: bool) -> np.ndarray:
 
 
 def concatenate(parts: list[Predictions]) -> Predictions:
-    """Parts one behind the other, shorter rows filled up (`ragged.joined`)."""
-    return {name: joined([part[name] for part in parts]) for name in parts[0]} if parts else {}
+    """Parts one behind the other, shorter rows filled up (`concatenate_padded`)."""
+    return (
+        {name: concatenate_padded([part[name] for part in parts]) for name in parts[0]}
+        if parts
+        else {}
+    )
 
 
 class Postprocessor:

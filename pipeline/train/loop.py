@@ -31,7 +31,7 @@ from pipeline.core.contracts.technique_capabilities import (
     reads_gradients,
 )
 from pipeline.core.metrics.catalog import metric
-from pipeline.core.nn.all_gather import summed
+from pipeline.core.nn.all_gather import all_reduce_sum
 from pipeline.core.rng import mix
 from pipeline.data.stream import LoadedBatch
 from pipeline.io import heartbeat
@@ -572,7 +572,7 @@ def _backward(
             if adds_penalty(run.technique) and (gathers or has_rows):
                 penalty = run.technique.penalty(run.task, part, streams)
             # the sum over ranks is divided by the count of all of them
-            weight = summed(count) if gathers else count
+            weight = all_reduce_sum(count) if gathers else count
             objective = total if penalty is None else total + penalty * weight
             objective.backward()
             # without labels the penalty is the loss

@@ -25,7 +25,7 @@ from pipeline.core.contracts.objective_capabilities import (
     predicts_from_scores,
 )
 from pipeline.core.metrics.catalog import Predictions, metric
-from pipeline.core.ragged import joined, padded
+from pipeline.core.ragged import concatenate_padded, pad
 from pipeline.core.rng import mix
 from pipeline.data.loader import Loader
 from pipeline.data.manifests import Reader
@@ -132,7 +132,7 @@ def read(rows: Rows, baseline: Baseline, objective: Any, max_bad_rows: float) ->
         columns = partial(read_column, ids[-1])
         count, positions = len(ids[-1]), None
         if objective.label_kind == "position_classes":
-            labels[-1] = padded(labels[-1], fill=-1)
+            labels[-1] = pad(labels[-1], fill=-1)
         if _has_positions(objective):
             positions = _is_labelled(labels[-1])
             count = int(positions.sum())
@@ -140,7 +140,9 @@ def read(rows: Rows, baseline: Baseline, objective: Any, max_bad_rows: float) ->
         inputs.append(baseline.inputs(asked))
     check_bad_row_budget(bad, len(rows), max_bad_rows, rows.selection)
     beside = {name: np.concatenate(parts) for name, parts in tensors.items()}
-    return Part(np.concatenate(ids), _joined(inputs), joined(labels), tuple(bad), beside)
+    return Part(
+        np.concatenate(ids), _joined(inputs), concatenate_padded(labels), tuple(bad), beside
+    )
 
 
 def _blocks(rows: Rows) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray], list[str]]]:

@@ -24,7 +24,7 @@ from pipeline.core.contracts.objective_capabilities import (
     labels_positions,
     tensors_beside_features,
 )
-from pipeline.core.contracts.score import LabelKind, Score, interval_of_halves
+from pipeline.core.contracts.score import Score, ScoreTask, interval_of_halves
 from pipeline.core.groups import num_units, random_half
 from pipeline.core.metrics.calibration import softmax
 from pipeline.core.rng import mix
@@ -60,7 +60,7 @@ def scores() -> dict[str, Score]:
     return {name: one if isinstance(one, Score) else Score(one) for name, one in found.items()}
 
 
-def label_kinds(objective: type[Objective]) -> tuple[LabelKind, ...]:
+def label_kinds(objective: type[Objective]) -> tuple[ScoreTask, ...]:
     """Return what the labels of rows, or of their positions, can be.
 
     () where neither has features of its own (boxes, transcripts, answers): only scores without
@@ -80,7 +80,7 @@ def _label_tensor(objective: type[Objective]) -> str:
     return next(iter(tensors_beside_features(objective)), "") if label_kinds(objective) else ""
 
 
-def kind_of(labels: np.ndarray) -> LabelKind:
+def kind_of(labels: np.ndarray) -> ScoreTask:
     """Return which kind of labels an array holds."""
     if np.issubdtype(labels.dtype, np.floating):
         return "numbers"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pipeline.core.contracts import Batch, Modality, Objective, Task
-from pipeline.core.ragged import lengths, padded, ragged, size
+from pipeline.core.ragged import lengths, num_bytes, pad, ragged
 from pipeline.data import manifests as m
 from pipeline.data import stream
 from pipeline.data.stream import DataWorkers, Decoder, Rows
@@ -99,11 +99,15 @@ def test_ragged_arrays():
             np.array([3], dtype=np.int16),
         ]
     )
-    assert lengths(rows).tolist() == [2, 0, 1] and size(rows) == 6 and size(np.zeros((2, 3))) == 48
-    assert padded(rows).tolist() == [[1, 2], [0, 0], [3, 0]] and padded(rows).dtype == np.int16
-    assert padded(rows, least=3, fill=-1).tolist() == [[1, 2, -1], [-1, -1, -1], [3, -1, -1]]
+    assert (
+        lengths(rows).tolist() == [2, 0, 1]
+        and num_bytes(rows) == 6
+        and num_bytes(np.zeros((2, 3))) == 48
+    )
+    assert pad(rows).tolist() == [[1, 2], [0, 0], [3, 0]] and pad(rows).dtype == np.int16
+    assert pad(rows, least=3, fill=-1).tolist() == [[1, 2, -1], [-1, -1, -1], [3, -1, -1]]
     assert ragged([np.zeros(4), np.zeros(4)]).shape == (2,), "rows of one length are ragged too"
-    assert padded(rows[:0]).shape == (0, 0) and size(np.array([b"abc", b""], dtype=object)) == 3
+    assert pad(rows[:0]).shape == (0, 0) and num_bytes(np.array([b"abc", b""], dtype=object)) == 3
 
 
 @pytest.mark.parametrize("cost", [None, 40.0])

@@ -312,7 +312,7 @@ def test_ranks_with_other_rows_have_one_scale_and_the_loss_of_one_rank(monkeypat
         for name in ranks[0].objective.changes:
             scales = [rank.objective.changes[name] for rank in ranks]
             total = sum(scale.seen for scale in scales if scale.seen is not None)
-            monkeypatch.setattr(all_gather, "summed", lambda _, total=total: total)
+            monkeypatch.setattr(all_gather, "all_reduce_sum", lambda _, total=total: total)
             for scale in scales:
                 scale.update()
         monkeypatch.undo()

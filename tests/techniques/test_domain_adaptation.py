@@ -248,7 +248,7 @@ def batch_of(rows: Rows) -> Batch:
 
 
 def pair(task: Task, source: Batch, target: Batch):
-    return [domain_adaptation.Features.of(task, batch) for batch in (source, target)]
+    return [domain_adaptation.DomainFeatures.of(task, batch) for batch in (source, target)]
 
 
 def adapting_run(technique, rows: Rows, source: Rows, task: Task, *, labelled=True, **words):
@@ -326,7 +326,7 @@ def test_pseudo_labels_are_confident_predictions():
     with torch.no_grad():
         task.objective.head.weight.mul_(8)
     batch = batch_of(without_labels(image_rows(12)))
-    target = domain_adaptation.Features.of(task, batch)
+    target = domain_adaptation.DomainFeatures.of(task, batch)
     scores = target.scores(task.objective)
     confidence, label = scores.softmax(-1).max(-1)
     threshold = float(confidence.detach().median())
@@ -346,7 +346,7 @@ def test_two_heads_disagree_more_and_the_backbone_less(world):
     technique = MCD()
     torch.manual_seed(0)
     task = technique.wrap(world.task()).eval()
-    target = domain_adaptation.Features.of(task, world.batch())
+    target = domain_adaptation.DomainFeatures.of(task, world.batch())
     heads = (task.objective, task.added)
     one, other = (head.scores(target.pooled).softmax(-1) for head in heads)
     discrepancy = (one - other).abs().mean()

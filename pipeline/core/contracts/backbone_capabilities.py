@@ -1,7 +1,7 @@
 """What single objectives need of a backbone, as protocols of one to three members each.
 
-A backbone has a capability by having its members; nothing is declared. Each is asked for by
-``isinstance`` in the function below it, when an objective is built.
+A class has a capability by defining its members; nothing is declared. Callers test for it with
+``isinstance`` (runtime-checkable protocols), by the function below each protocol.
 
     `CutsPatches`: an image is cut into patches that can be left out (``mae``, ``dino``).
     `CutsSeries`: a series is cut into patches, one a token (``masked_series``).

@@ -58,7 +58,7 @@ from torch import Tensor
 from pipeline.config.registry import Registered
 from pipeline.core.batch import Batch
 from pipeline.core.inputs import Inputs
-from pipeline.core.ragged import lengths, padded
+from pipeline.core.ragged import lengths, pad
 from pipeline.core.specs import State
 
 Arrays = dict[str, np.ndarray]
@@ -145,7 +145,7 @@ class Modality(Registered, ABC):
         out: dict[str, np.ndarray] = {}
         for name, array in arrays.items():
             is_ragged = array.dtype == object
-            out[name] = padded(array) if is_ragged else array
+            out[name] = pad(array) if is_ragged else array
             if is_ragged:
                 out[f"{name}_lengths"] = lengths(array)
         return {name: torch.as_tensor(np.ascontiguousarray(array)) for name, array in out.items()}

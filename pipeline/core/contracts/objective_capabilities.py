@@ -1,8 +1,8 @@
 """What some objectives can do, as protocols of one or two members each.
 
-An objective has a capability by having its members; nothing is declared. Each is asked for by
-``isinstance``, of an instance or of a class, in one function: the last ones below, where several
-callers need the answer.
+A class has a capability by defining its members; nothing is declared. Callers test for it with
+``isinstance`` (runtime-checkable protocols). Where several callers need the test, it is a function
+at the end of this file.
 
 Training and transfer:
     `CachedHead`, `MixesInputs`: the head needs pooled features alone, unless inputs are mixed.
@@ -89,31 +89,34 @@ class CachedHead(Protocol):
 
 @runtime_checkable
 class MixesInputs(Protocol):
-    """Options by which inputs can be mixed with other rows', so cached features will not do."""
+    """Options of an objective that may mix the inputs of several rows (mixup, CutMix).
+
+    Cached features cannot be used then.
+    """
 
     @property
     def mixes_inputs(self) -> bool:
-        """Whether they are."""
+        """Whether inputs are mixed."""
         ...
 
 
 @runtime_checkable
 class DropsFeatures(Protocol):
-    """Options by which a head can drop features in training, so that its loss is random."""
+    """Options of a head that may drop features in training, so that its loss is random."""
 
     @property
     def drops_features(self) -> bool:
-        """Whether it does."""
+        """Whether features are dropped."""
         ...
 
 
 @runtime_checkable
 class BalancesLabels(Protocol):
-    """Options by which rows can weigh by how frequent their labels are in the training rows."""
+    """Options by which rows are weighted by the frequency of their labels in the training rows."""
 
     @property
     def balances_labels(self) -> bool:
-        """Whether they do."""
+        """Whether rows are weighted."""
         ...
 
 
@@ -130,7 +133,7 @@ class CouplesRows(Protocol):
 class ComparesViews(Protocol):
     """An objective whose loss compares random views of a row, made instead of augmenting.
 
-    Of a technique: they stand beside the augmented rows, in training.
+    A technique may have this too: the views are then added to the augmented training rows.
     """
 
     def views(self) -> tuple[View, ...]:
@@ -521,8 +524,9 @@ class RescalesScores(Protocol):
         ...
 
     def take_scale_of(self, state: State) -> None:
-        """Change a head that was loaded from an objective with ``state``: the same numbers in the
-        unit of this one.
+        """Convert a head loaded from an objective with ``state`` to this objective's scale.
+
+        It then predicts the same numbers.
         """
         ...
 

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     import numpy as np
 
-LabelKind = Literal["classes", "label sets", "numbers"]
+ScoreTask = Literal["classes", "label sets", "numbers"]
 """Of a target's rows: (n,) class numbers; (n, L) 0 or 1; (n,) or (n, T) real numbers."""
 INPUTS = ("features", "labels", "probabilities", "source_features")
 """Parameters of scores: (n, D) features of the target's rows, their labels, (n, Z) probabilities of
@@ -53,7 +53,7 @@ class Score:
     """A transferability score. `score` makes one of a function."""
 
     function: Callable[..., float | Estimate]
-    tasks: tuple[LabelKind, ...] = ("classes", "label sets")
+    tasks: tuple[ScoreTask, ...] = ("classes", "label sets")
     higher_is_better: bool = True
     bounds: tuple[float, float] = UNBOUNDED
     registered_name: str = ""
@@ -73,7 +73,7 @@ class Score:
         parameters = inspect.signature(self.function).parameters.values()
         return tuple(one.name for one in parameters if one.default is one.empty)
 
-    def takes(self, kind: LabelKind | None) -> bool:
+    def takes(self, kind: ScoreTask | None) -> bool:
         """Return whether it is defined for targets with such labels; one without labels for all."""
         return "labels" not in self.inputs or kind in self.tasks
 
@@ -88,7 +88,7 @@ class Score:
 
 
 def score(
-    tasks: tuple[LabelKind, ...] = ("classes", "label sets"),
+    tasks: tuple[ScoreTask, ...] = ("classes", "label sets"),
     higher_is_better: bool = True,
     bounds: tuple[float, float] = UNBOUNDED,
 ) -> Callable[[Callable[..., float | Estimate]], Score]:

@@ -100,9 +100,10 @@ class Technique(Registered):
     """The weights that a trial starts with: the source's, random ones (a baseline), or what
     ``after_fanout`` makes of finished trials."""
     frozen: ClassVar[bool] = False
-    """True: nothing of the backbone ever changes, so its features may be computed once.
-    ``penalty``, ``streams`` and ``at_test`` would not be used then: one that has any of them is
-    refused.
+    """Whether the backbone never changes, so that its features are computed once.
+
+    Such a technique must not have ``penalty``, ``streams`` or ``at_test``: they would never be
+    called.
     """
 
     def __init__(self, options: Any = None):

@@ -1,7 +1,8 @@
 """What some techniques can do, as protocols of one member each.
 
-A technique has a capability by having its member; nothing is declared. Each is asked for by
-``isinstance`` in one function: here, where several callers need it.
+A class has a capability by defining its members; nothing is declared. Callers test for it with
+``isinstance`` (runtime-checkable protocols). Where several callers need the test, it is a function
+at the end of this file.
 
     `AddsPenalty`: something is added to the loss of a batch (L2-SP, distillation).
     `AddsModules`: the tensors of the backbone have other names in training (LoRA).
@@ -218,8 +219,8 @@ class ReadsGradients(Protocol):
         """Look at ``grad`` of the task's parameters before an optimiser step.
 
         It is called on every rank, also on one without rows, so it may add up over ranks what
-        ``penalty`` has seen (`pipeline.core.nn.all_gather.summed`). Gradients are the same on every
-        rank. They are those of the summed loss, not of its mean.
+        ``penalty`` has seen (`pipeline.core.nn.all_gather.all_reduce_sum`). Gradients are the same
+        on every rank. They are those of the summed loss, not of its mean.
         What is decided must be in a buffer of the task, so that resume points have it.
 
         Args:
@@ -241,11 +242,6 @@ class SolvesHead(Protocol):
         ``search_space`` is that of the steps: where the head is solved, ``lr`` is not searched.
         """
         ...
-
-
-def adds_penalty(technique: Any) -> TypeIs[AddsPenalty]:
-    """Return whether a technique adds something to the loss of every batch."""
-    return isinstance(technique, AddsPenalty)
 
 
 @runtime_checkable
@@ -299,6 +295,11 @@ def adapts_without_labels(technique: Any) -> TypeIs[AdaptsWithoutLabels]:
 def describes_classes(technique: Any) -> TypeIs[DescribesClasses]:
     """Return whether a head can be made of texts about the classes."""
     return isinstance(technique, DescribesClasses)
+
+
+def adds_penalty(technique: Any) -> TypeIs[AddsPenalty]:
+    """Return whether a technique adds something to the loss of every batch."""
+    return isinstance(technique, AddsPenalty)
 
 
 def gathers_rows(technique: Any) -> TypeIs[GathersRows]:

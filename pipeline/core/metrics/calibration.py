@@ -15,10 +15,12 @@ from pipeline.core.metrics.ranking import undefined
 
 BINS = 15
 """Equal-width bins of the calibration error (Guo et al. 2017)."""
-COLDEST, HOTTEST = 0.05, 20.0
+RELIABILITY_BINS = 10
+"""Most bins of a reliability curve."""
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 """Bounds of the temperature.
 
-Rows that are all right would want 0, rows without any skill infinity.
+Perfect predictions would need 0, random ones infinity.
 """
 
 
@@ -47,14 +49,14 @@ def confidence(scores: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.nd
     Returns:
         (K,) float64 and (K,) bool.
     """
-    chance = softmax(scores)
+    probability = softmax(scores)
     if scores.shape[-1] == 2:
-        return chance[:, 1], label == 1
-    return chance.max(-1), label == chance.argmax(-1)
+        return probability[:, 1], label == 1
+    return probability.max(-1), label == probability.argmax(-1)
 
 
 def weighted_calibration_error(
-    chance: np.ndarray, true: np.ndarray, drawn: np.ndarray
+    probability: np.ndarray, true: np.ndarray, drawn: np.ndarray
 ) -> np.ndarray:
     """Return expected calibration errors, one a resample.
 
@@ -62,24 +64,24 @@ def weighted_calibration_error(
     that came true in it.
 
     Args:
-        chance, true: (K,) as `confidence` returns them.
+        probability, true: (K,) as `confidence` returns them.
         drawn: (K, R) float64, how often each row was drawn in each resample.
 
     Returns:
         (R,); NaN without rows, or where a probability is NaN.
     """
-    if not len(chance) or np.isnan(chance).any():
+    if not len(probability) or np.isnan(probability).any():
         return undefined(drawn)
-    place = np.minimum((chance * BINS).astype(np.int64), BINS - 1)
+    place = np.minimum((probability * BINS).astype(np.int64), BINS - 1)
     order = np.argsort(place, kind="stable")
     starts = np.unique(place[order], return_index=True)[1]
-    apart = np.add.reduceat((drawn * (true - chance)[:, None])[order], starts, axis=0)
+    apart = np.add.reduceat((drawn * (true - probability)[:, None])[order], starts, axis=0)
     total = drawn.sum(0)
     return np.where(total > 0, np.abs(apart).sum(0) / np.maximum(total, 1e-300), np.nan)
 
 
 def reliability(
-    chance: np.ndarray, true: np.ndarray, bins: int = 10, least: int = 20
+    probability: np.ndarray, true: np.ndarray, least: int = 20
 ) -> list[tuple[float, float, int]]:
     """Return the points of a reliability curve, of bins with equally many rows.
 
@@ -90,11 +92,13 @@ def reliability(
         (mean probability, share that came true, rows) of each bin; [] for fewer rows than two bins
         need.
     """
-    bins = min(bins, len(chance) // least)
+    bins = min(RELIABILITY_BINS, len(probability) // least)
     if bins < 2:
         return []
-    parts = np.array_split(np.argsort(chance, kind="stable"), bins)
-    return [(float(chance[part].mean()), float(true[part].mean()), len(part)) for part in parts]
+    parts = np.array_split(np.argsort(probability, kind="stable"), bins)
+    return [
+        (float(probability[part].mean()), float(true[part].mean()), len(part)) for part in parts
+    ]
 
 
 # ---------------------------------------------------------------- what is fitted on validation rows
@@ -120,19 +124,19 @@ def temperature(scores: np.ndarray, label: np.ndarray) -> float:
     true_scores = scores[np.arange(len(scores)), label] if has_classes else scores * label
     goal = true_scores.sum()
 
-    def too_sharp(inverse: float) -> bool:
-        chance = softmax(inverse * scores) if has_classes else sigmoid(inverse * scores)
-        return (chance * scores).sum() > goal
+    def is_overconfident(inverse_temperature: float) -> bool:
+        probability = (softmax if has_classes else sigmoid)(inverse_temperature * scores)
+        return (probability * scores).sum() > goal
 
-    low, high = np.log(1 / HOTTEST), np.log(1 / COLDEST)
+    low, high = np.log(1 / MAX_TEMPERATURE), np.log(1 / MIN_TEMPERATURE)
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (low, middle) if too_sharp(np.exp(middle)) else (middle, high)
+        low, high = (low, middle) if is_overconfident(np.exp(middle)) else (middle, high)
     return float(np.exp(-(low + high) / 2))
 
 
 def best_threshold(
-    chance: np.ndarray, positive: np.ndarray, goal: Literal["f1", "youden"]
+    probability: np.ndarray, positive: np.ndarray, goal: Literal["f1", "youden"]
 ) -> float:
     """Return the probability at and above which rows are called positive.
 
@@ -140,24 +144,26 @@ def best_threshold(
     way to the next lower probability, so that none of these rows lies on it.
 
     Args:
-        chance: (K,) probabilities.
+        probability: (K,) probabilities.
         positive: (K,) bool.
 
     Returns:
         The threshold; 0.5 where not both classes are there.
     """
-    if positive.all() or not positive.any() or np.isnan(chance).any():
+    if positive.all() or not positive.any() or np.isnan(probability).any():
         return 0.5
-    order = np.argsort(-chance, kind="stable")
-    ranked = chance[order]
-    hits, calls = np.cumsum(positive[order]), np.arange(1, len(order) + 1)
+    order = np.argsort(-probability, kind="stable")
+    ranked = probability[order]
+    true_positives, called_positive = np.cumsum(positive[order]), np.arange(1, len(order) + 1)
     ends = np.flatnonzero(np.concatenate([ranked[1:] != ranked[:-1], [True]]))
-    hits, calls = hits[ends], calls[ends]
-    true = int(positive.sum())
+    true_positives, called_positive = true_positives[ends], called_positive[ends]
+    num_positive = int(positive.sum())
     if goal == "f1":
-        value = 2 * hits / (calls + true)
+        value = 2 * true_positives / (called_positive + num_positive)
     else:
-        value = hits / true - (calls - hits) / (len(positive) - true)
+        sensitivity = true_positives / num_positive
+        false_positives = called_positive - true_positives
+        value = sensitivity - false_positives / (len(positive) - num_positive)
     best = int(np.argmax(value))
     below = ranked[ends[best] + 1] if best + 1 < len(ends) else 0.0
     found = np.float32((ranked[ends[best]] + below) / 2)  # as test predictions hold it

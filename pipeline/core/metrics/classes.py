@@ -14,12 +14,12 @@ from pipeline.core.metrics.metric import (
     SHARE,
     Bounds,
     Predictions,
-    columns,
+    counts_by_row,
     f1,
     mean_where,
     ratio,
     resampled,
-    summed,
+    sum_known,
 )
 from pipeline.core.metrics.ranking import (
     Ranking,
@@ -39,7 +39,7 @@ def _among_best(p: Predictions, k: int) -> np.ndarray:
     if not len(label):
         return np.zeros((0, 2))
     best = scores.topk(min(k, scores.shape[-1]), dim=-1).indices
-    return summed((best == label[..., None]).any(-1).numpy(), p["label"] >= 0)
+    return sum_known((best == label[..., None]).any(-1).numpy(), p["label"] >= 0)
 
 
 @register("metric", "accuracy")
@@ -88,7 +88,7 @@ def _positions(p: Predictions, counts: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
     K counts rows, or the positions of all rows, each drawn as often as its row.
     """
-    scores, label, drawn = p["scores"], p["label"].astype(np.int64), columns(counts)
+    scores, label, drawn = p["scores"], p["label"].astype(np.int64), counts_by_row(counts)
     if label.ndim == 1:
         return scores, label, drawn
     row, place = np.nonzero(label >= 0)
@@ -132,7 +132,7 @@ def macro_f1(p: Predictions, counts: np.ndarray) -> np.ndarray:
     above 0.5, over the labels that are `scored`).
     """
     if "labels" in p:
-        kept, drawn = scored(p), columns(counts)
+        kept, drawn = scored(p), counts_by_row(counts)
         true, guess = p["labels"][:, kept].astype(bool), p["scores"][:, kept] > 0
         hits, true, guessed = (
             part.T.astype(np.float64) @ drawn for part in (true & guess, true, guess)
@@ -172,9 +172,9 @@ def _ranked(ranking: Ranking, p: Predictions, counts: np.ndarray) -> np.ndarray:
         return ranking(scores[:, 1].astype(np.float64) - scores[:, 0], label == 1, drawn)
     import torch
 
-    chance = torch.as_tensor(scores).double().softmax(1).numpy()
+    probabilities = torch.as_tensor(scores).double().softmax(1).numpy()
     classes: int = scores.shape[1]
-    return macro(ranking, chance, label[:, None] == np.arange(classes), drawn)
+    return macro(ranking, probabilities, label[:, None] == np.arange(classes), drawn)
 
 
 @register("metric", "auroc")
@@ -217,12 +217,12 @@ def brier(p: Predictions) -> np.ndarray:
     """Brier score: mean squared error of the class probabilities (Brier 1950). Of two classes it is
     that of the positive one, of more their sum over classes.
     """
-    chance, label = calibration.softmax(p["scores"]), p["label"]
-    if chance.shape[-1] == 2:
-        return summed((chance[..., 1] - (label == 1)) ** 2, label >= 0)
-    classes: int = chance.shape[-1]
+    probabilities, label = calibration.softmax(p["scores"]), p["label"]
+    if probabilities.shape[-1] == 2:
+        return sum_known((probabilities[..., 1] - (label == 1)) ** 2, label >= 0)
+    classes: int = probabilities.shape[-1]
     true = label[..., None] == np.arange(classes)
-    return summed(((chance - true) ** 2).sum(-1), label >= 0)
+    return sum_known(((probabilities - true) ** 2).sum(-1), label >= 0)
 
 
 @register("metric", "ece")
@@ -252,7 +252,7 @@ def f1_at_threshold(p: Predictions) -> np.ndarray:
     """
     called, positive, _ = _called(p)
     hits = called & positive
-    return summed(hits, called) + summed(hits, positive)
+    return sum_known(hits, called) + sum_known(hits, positive)
 
 
 @register("metric", "precision_at_threshold")
@@ -262,7 +262,7 @@ def precision_at_threshold(p: Predictions) -> np.ndarray:
     the validation rows.
     """
     called, positive, known = _called(p)
-    return summed(called & positive, called & known)
+    return sum_known(called & positive, called & known)
 
 
 @register("metric", "sensitivity_at_threshold")
@@ -272,7 +272,7 @@ def sensitivity_at_threshold(p: Predictions) -> np.ndarray:
     validation rows (recall).
     """
     called, positive, known = _called(p)
-    return summed(called & positive, positive & known)
+    return sum_known(called & positive, positive & known)
 
 
 @register("metric", "specificity_at_threshold")
@@ -282,4 +282,4 @@ def specificity_at_threshold(p: Predictions) -> np.ndarray:
     validation rows.
     """
     called, positive, known = _called(p)
-    return summed(~called & ~positive, ~positive & known)
+    return sum_known(~called & ~positive, ~positive & known)

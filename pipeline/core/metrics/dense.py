@@ -6,7 +6,14 @@ import numpy as np
 
 from pipeline.config.registry import register
 from pipeline.core.metrics import coco_ap
-from pipeline.core.metrics.metric import SHARE, Predictions, mean_where, pairs, ratio, resampled
+from pipeline.core.metrics.metric import (
+    SHARE,
+    Predictions,
+    mean_where,
+    numerator_denominator,
+    ratio,
+    resampled,
+)
 
 
 @register("metric", "map")
@@ -97,4 +104,4 @@ def miou(p: Predictions, counts: np.ndarray) -> np.ndarray:
 @ratio(bounds=SHARE)
 def pixel_accuracy(p: Predictions) -> np.ndarray:
     """Share of pixels whose class is right."""
-    return pairs(p["intersection"].sum(1), p["actual"].sum(1))
+    return numerator_denominator(p["intersection"].sum(1), p["actual"].sum(1))

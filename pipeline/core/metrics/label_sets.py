@@ -9,9 +9,9 @@ from pipeline.core.metrics.metric import (
     SHARE,
     PerLabel,
     Predictions,
-    columns,
+    counts_by_row,
     mean_where,
-    pairs,
+    numerator_denominator,
     ratio,
     resampled,
 )
@@ -77,14 +77,16 @@ def macro(
 
 def _of_label(name: str, ranking: Ranking) -> PerLabel:
     def values(p: Predictions, counts: np.ndarray, k: int) -> np.ndarray:
-        return ranking(p["scores"][:, k], p["labels"][:, k].astype(bool), columns(counts))
+        return ranking(p["scores"][:, k], p["labels"][:, k].astype(bool), counts_by_row(counts))
 
     return PerLabel(name, resampled=values)
 
 
 def _of_labels(ranking: Ranking, p: Predictions, counts: np.ndarray) -> np.ndarray:
     kept = scored(p)
-    return macro(ranking, p["scores"][:, kept], p["labels"][:, kept].astype(bool), columns(counts))
+    return macro(
+        ranking, p["scores"][:, kept], p["labels"][:, kept].astype(bool), counts_by_row(counts)
+    )
 
 
 @register("metric", "micro_f1")
@@ -92,7 +94,7 @@ def _of_labels(ranking: Ranking, p: Predictions, counts: np.ndarray) -> np.ndarr
 def micro_f1(p: Predictions) -> np.ndarray:
     """F1 over all pairs of row and label, by probabilities above 0.5."""
     true, guess = p["labels"].astype(bool), p["scores"] > 0
-    return pairs(2 * (true & guess).sum(1), true.sum(1) + guess.sum(1))
+    return numerator_denominator(2 * (true & guess).sum(1), true.sum(1) + guess.sum(1))
 
 
 @register("metric", "macro_auroc")

@@ -7,11 +7,17 @@ import math
 import numpy as np
 
 from pipeline.config.registry import register
-from pipeline.core.metrics.metric import NOT_NEGATIVE, Bounds, Predictions, pairs, ratio
+from pipeline.core.metrics.metric import (
+    NOT_NEGATIVE,
+    Bounds,
+    Predictions,
+    numerator_denominator,
+    ratio,
+)
 
 
 def _mean_loss(p: Predictions) -> np.ndarray:
-    return pairs(p["loss"], p["count"] if "count" in p else np.ones(len(p["loss"])))
+    return numerator_denominator(p["loss"], p["count"] if "count" in p else np.ones(len(p["loss"])))
 
 
 def _loss_bounds(p: Predictions) -> Bounds:
@@ -50,4 +56,6 @@ def bits_per_byte(p: Predictions) -> np.ndarray:
     """Mean bits per UTF-8 byte of the text, comparable between tokenizers, as perplexity is not.
     There is no value for rows whose bytes were not counted.
     """
-    return pairs(p["loss"] / math.log(2), p["bytes"] if "bytes" in p else np.zeros(len(p["loss"])))
+    return numerator_denominator(
+        p["loss"] / math.log(2), p["bytes"] if "bytes" in p else np.zeros(len(p["loss"]))
+    )

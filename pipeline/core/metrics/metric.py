@@ -276,12 +276,12 @@ def rows_with_nan(p: Predictions, column: int | None = None) -> np.ndarray:
     return np.asarray(wrong.reshape(n, -1).any(1))
 
 
-def pairs(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+def numerator_denominator(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """Return units (n, 2) of two arrays (n,)."""
     return np.stack([part, whole], axis=1).astype(np.float64)
 
 
-def summed(values: np.ndarray, known: np.ndarray) -> np.ndarray:
+def sum_known(values: np.ndarray, known: np.ndarray) -> np.ndarray:
     """Return units of a mean: each row's sum of the known values, and how many there are.
 
     Args:
@@ -292,10 +292,10 @@ def summed(values: np.ndarray, known: np.ndarray) -> np.ndarray:
     if not n:
         return np.zeros((0, 2))
     total = np.where(known, values, 0).reshape(n, -1).sum(1)
-    return pairs(total, known.reshape(n, -1).sum(1))
+    return numerator_denominator(total, known.reshape(n, -1).sum(1))
 
 
-def columns(counts: np.ndarray) -> np.ndarray:
+def counts_by_row(counts: np.ndarray) -> np.ndarray:
     """Return counts (R, n) as (n, R) float64.
 
     The draws of a row lie together, so that rows are sorted and summed in long runs.

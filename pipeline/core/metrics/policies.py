@@ -12,15 +12,15 @@ from pipeline.core.metrics.metric import (
     SHARE,
     Bounds,
     Predictions,
-    pairs,
+    numerator_denominator,
     ratio,
-    summed,
+    sum_known,
 )
 
 
 def _mean(p: Predictions, name: str) -> np.ndarray:
     """Units of a mean over the rows that have a value."""
-    return summed(p[name], ~np.isnan(p[name]))
+    return sum_known(p[name], ~np.isnan(p[name]))
 
 
 def _steps_bounds(p: Predictions) -> Bounds:
@@ -33,7 +33,7 @@ def _steps_bounds(p: Predictions) -> Bounds:
 @ratio(higher_is_better=False, bounds=NOT_NEGATIVE)
 def action_error(p: Predictions) -> np.ndarray:
     """Mean squared error per dimension of the action."""
-    return pairs(p["squared_error"], p["action_numbers"])
+    return numerator_denominator(p["squared_error"], p["action_numbers"])
 
 
 @register("metric", "success")

@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+TARGET_SHARE = 0.01
+"""Share of pairs that are of one speaker where the system is used, in NIST's detection cost."""
 Ranking = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """(scores, positive, drawn) -> (R,) values; NaN without both classes or where a score is NaN."""
 
@@ -108,21 +110,19 @@ def weighted_equal_error_rate(
 
 
 def weighted_min_detection_cost(
-    scores: np.ndarray, positive: np.ndarray, drawn: np.ndarray, positive_share: float = 0.01
+    scores: np.ndarray, positive: np.ndarray, drawn: np.ndarray
 ) -> np.ndarray:
     """Return (R,) least costs over thresholds.
 
     Both errors cost 1. The cost is divided by that of rejecting everything (or of accepting
-    everything, where that is less), as in NIST's speaker recognition evaluations.
-
-    Args:
-        positive_share: The share of all pairs that is positive where the system is used.
+    everything, where that is less), as in NIST's speaker recognition evaluations, where
+    `TARGET_SHARE` of all pairs are positive.
     """
     if not len(scores) or np.isnan(scores).any():
         return undefined(drawn)
     rejected, accepted, has_both = _error_rates(scores, positive, drawn)
-    costs = positive_share * rejected + (1 - positive_share) * accepted
-    return np.where(has_both, costs.min(0) / min(positive_share, 1 - positive_share), np.nan)
+    costs = TARGET_SHARE * rejected + (1 - TARGET_SHARE) * accepted
+    return np.where(has_both, costs.min(0) / min(TARGET_SHARE, 1 - TARGET_SHARE), np.nan)
 
 
 def _error_rates(

@@ -10,8 +10,8 @@ from pipeline.config.registry import register
 from pipeline.core.metrics.metric import (
     NOT_NEGATIVE,
     Predictions,
-    columns,
-    pairs,
+    counts_by_row,
+    numerator_denominator,
     ratio,
     resampled,
 )
@@ -27,7 +27,7 @@ def _errors(p: Predictions) -> np.ndarray:
 def mae(p: Predictions) -> np.ndarray:
     """Mean absolute error, in the unit of the label."""
     errors = np.abs(_errors(p))
-    return pairs(errors, np.ones(len(errors)))
+    return numerator_denominator(errors, np.ones(len(errors)))
 
 
 @register("metric", "rmse")
@@ -35,7 +35,7 @@ def mae(p: Predictions) -> np.ndarray:
 def rmse(p: Predictions) -> np.ndarray:
     """Root mean squared error, in the unit of the label."""
     squares = _errors(p) ** 2
-    return pairs(squares, np.ones(len(squares)))
+    return numerator_denominator(squares, np.ones(len(squares)))
 
 
 @register("metric", "r2")
@@ -60,7 +60,7 @@ def spearman(p: Predictions, counts: np.ndarray) -> np.ndarray:
     """Spearman's rank correlation of predictions and values: equal ones have their mean rank. There
     is none where either has one value in all rows.
     """
-    drawn = columns(counts)
+    drawn = counts_by_row(counts)
     x, y = (_ranks(p[name].astype(np.float64), drawn) for name in ("prediction", "value"))
     total = np.maximum(drawn.sum(0), 1)
     x, y = (ranks - (drawn * ranks).sum(0) / total for ranks in (x, y))

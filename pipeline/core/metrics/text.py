@@ -10,53 +10,53 @@ from pipeline.core.metrics.metric import (
     SHARE,
     PerLabel,
     Predictions,
-    pairs,
+    numerator_denominator,
     ratio,
-    summed,
+    sum_known,
 )
 
 
 def _f1_of_type(p: Predictions, k: int) -> np.ndarray:
-    return pairs(2 * p["hits"][:, k], p["guessed"][:, k] + p["actual"][:, k])
+    return numerator_denominator(2 * p["hits"][:, k], p["guessed"][:, k] + p["actual"][:, k])
 
 
 @register("metric", "entity_f1")
 @ratio(bounds=SHARE, per_label=PerLabel("entity_f1", units=_f1_of_type))
 def entity_f1(p: Predictions) -> np.ndarray:
     """F1 = 2 hits / (found + true) over all types: a ratio of sums (micro average)."""
-    return pairs(2 * p["hits"].sum(1), p["guessed"].sum(1) + p["actual"].sum(1))
+    return numerator_denominator(2 * p["hits"].sum(1), p["guessed"].sum(1) + p["actual"].sum(1))
 
 
 @register("metric", "word_accuracy")
 @ratio(bounds=SHARE)
 def word_accuracy(p: Predictions) -> np.ndarray:
     """Share of words whose tag is right."""
-    return pairs(p["right"], p["words"])
+    return numerator_denominator(p["right"], p["words"])
 
 
 @register("metric", "answer_f1")
 @ratio(bounds=SHARE)
 def answer_f1(p: Predictions) -> np.ndarray:
     """F1 of the words of the answer, by SQuAD's rules; the best one over the true answers."""
-    return summed(p["f1"], ~np.isnan(p["f1"]))
+    return sum_known(p["f1"], ~np.isnan(p["f1"]))
 
 
 @register("metric", "exact_match")
 @ratio(bounds=SHARE)
 def exact_match(p: Predictions) -> np.ndarray:
     """Share of answers that are equal to a true one, by SQuAD's rules."""
-    return summed(p["exact"], ~np.isnan(p["exact"]))
+    return sum_known(p["exact"], ~np.isnan(p["exact"]))
 
 
 @register("metric", "wer")
 @ratio(higher_is_better=False, bounds=NOT_NEGATIVE)
 def wer(p: Predictions) -> np.ndarray:
     """Word error rate."""
-    return pairs(p["word_errors"], p["words"])
+    return numerator_denominator(p["word_errors"], p["words"])
 
 
 @register("metric", "cer")
 @ratio(higher_is_better=False, bounds=NOT_NEGATIVE)
 def cer(p: Predictions) -> np.ndarray:
     """Character error rate."""
-    return pairs(p["char_errors"], p["chars"])
+    return numerator_denominator(p["char_errors"], p["chars"])

@@ -19,7 +19,7 @@ import numpy as np
 
 from pipeline.config.registry import register
 from pipeline.core.metrics import ranking
-from pipeline.core.metrics.metric import SHARE, Predictions, columns, resampled
+from pipeline.core.metrics.metric import SHARE, Predictions, counts_by_row, resampled
 
 MOST_PAIRS = 500_000
 """Most pairs of each kind (genuine, impostor) that are compared.
@@ -65,7 +65,7 @@ def min_detection_cost(p: Predictions, counts: np.ndarray) -> np.ndarray:
 
 def _over_pairs(ranking_metric: ranking.Ranking, p: Predictions, counts: np.ndarray) -> np.ndarray:
     """Return (R,) values of a metric of ranked pairs; NaN where an embedding is not finite."""
-    drawn = columns(counts)
+    drawn = counts_by_row(counts)
     pairs = ranked_pairs(p["embedding"], p["identity"])
     if not len(pairs.scores) or not np.isfinite(pairs.scores).all():
         return ranking.undefined(drawn)

@@ -62,7 +62,7 @@ def _plain(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
-def names_of(column: pa.ChunkedArray) -> list[str]:
+def class_names(column: pa.ChunkedArray) -> list[str]:
     """Return the class names of all rows as texts, sorted, which is the order of modality
     trajectory.
     """
@@ -70,7 +70,7 @@ def names_of(column: pa.ChunkedArray) -> list[str]:
     return sorted(name for name in flat.unique().to_pylist() if name is not None)
 
 
-def counts(column: pa.ChunkedArray) -> np.ndarray:
+def num_actions(column: pa.ChunkedArray) -> np.ndarray:
     """Return (n,) int64 actions of each row; 0 for null."""
     # pyright: ignore
     return pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64)
@@ -93,7 +93,7 @@ def temporal_ensemble(plans: list[np.ndarray], rate: float | None) -> np.ndarray
     return np.einsum("i,ina->na", weights / weights.sum(), said).astype(np.float32)
 
 
-def chunks(actions: Tensor, mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def action_chunks(actions: Tensor, mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Cut actions (B, T, A) into (B, T, size, A): at each step its own and the following ones.
 
     Also returns (B, T, size) bool, true within the row's mask (B, T).
@@ -169,7 +169,7 @@ def losses(head: str, out: Tensor, target: Tensor, components: int, beta: float 
     return found * torch.exp(2 * beta * (shares.exp() * log_std.mean(-1)).sum(-1).detach())
 
 
-def likeliest(head: str, out: Tensor, components: int) -> Tensor:
+def most_likely_action(head: str, out: Tensor, components: int) -> Tensor:
     """Return (..., A) the action that a policy takes, standardised; for classes their scores."""
     if head == "gaussian":
         return out.chunk(2, -1)[0]

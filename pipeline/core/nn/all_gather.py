@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def ranks() -> tuple[int, int]:
+def rank_and_count() -> tuple[int, int]:
     """Return this process's rank and the number of ranks: (0, 1) without torch.distributed."""
     return (
         (dist.get_rank(), dist.get_world_size())
@@ -16,15 +16,15 @@ def ranks() -> tuple[int, int]:
     )
 
 
-def summed(tensor: Tensor) -> Tensor:
+def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum over ranks, without a gradient. Every rank must call it, with the same shape."""
     tensor = tensor.detach().clone()
-    if ranks()[1] > 1:
-        _add_up(tensor)
+    if rank_and_count()[1] > 1:
+        _all_reduce_in_place(tensor)
     return tensor
 
 
-def gather(local: Tensor) -> tuple[Tensor, int]:
+def all_gather_rows(local: Tensor) -> tuple[Tensor, int]:
     """Return the rows of all ranks, (B_0 + B_1 + ..., ...), and the place of this rank's first row.
 
     ``local``: (B_r, ...) floats or whole numbers. Ranks may hold different numbers of rows, also
@@ -33,18 +33,18 @@ def gather(local: Tensor) -> tuple[Tensor, int]:
     gradient, and the sum over ranks is the loss's. (Sending gradients back would need all ranks in
     the backward pass, where one without rows has no graph to send from.)
     """
-    rank, count = ranks()
+    rank, count = rank_and_count()
     if count == 1:
         return local, 0
     sizes = torch.zeros(count, dtype=torch.int64, device=local.device)
     sizes[rank] = len(local)
-    _add_up(sizes)
+    _all_reduce_in_place(sizes)
     held = [int(size) for size in sizes]
     # a sum over zeros, not all_gather: gloo reduces what lies on a GPU, and gathers it in some
     # releases only
     padded = local.new_zeros(count, max(held), *local.shape[1:])
     padded[rank, : len(local)] = local.detach()
-    _add_up(padded)
+    _all_reduce_in_place(padded)
     rows = [local if r == rank else padded[r, : held[r]] for r in range(count)]
     return torch.cat(rows), sum(held[:rank])
 
@@ -52,13 +52,13 @@ def gather(local: Tensor) -> tuple[Tensor, int]:
 def loss_of_own_rows(losses: Tensor, own_rows: slice) -> Tensor:
     """Return the sum of this rank's rows' losses, with the gradient of the sum of all rows' losses.
 
-    ``losses``: (N,) or (N, ...) of all rows, computed from what `gather` returned.
+    ``losses``: (N,) or (N, ...) of all rows, computed from what `all_gather_rows` returned.
     """
     whole = losses.sum()
     without_value = whole - whole.detach()
     return losses[own_rows].sum().detach() + without_value
 
 
-def _add_up(tensor: Tensor) -> None:
+def _all_reduce_in_place(tensor: Tensor) -> None:
     """Replace a tensor by its sum over ranks."""
     dist.all_reduce(tensor)  # pyright: ignore[reportUnknownMemberType]

@@ -8,6 +8,7 @@ of them are means over the rows of all ranks.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -24,8 +25,7 @@ from pipeline.core.contracts.objective_capabilities import (
     names_labels,
 )
 from pipeline.core.contracts.technique_capabilities import LABELLED_SOURCE
-from pipeline.core.nn.all_gather import gather, ranks, summed
-from pipeline.core.nn.domain_losses import ramp
+from pipeline.core.nn.all_gather import all_gather_rows, all_reduce_sum, rank_and_count
 
 ADDED = "adaptation"
 """Layer of the modules that a technique adds for training."""
@@ -51,8 +51,11 @@ class DomainAdaptation(Technique, ABC):
         self.progress = 0.0
 
     @abstractmethod
-    def alignment(self, task: Task, source: Features | None, target: Features) -> Tensor:
-        """Return the penalty of a batch of each domain (`mean` and `gathered` cross the ranks).
+    def alignment(
+        self, task: Task, source: DomainFeatures | None, target: DomainFeatures
+    ) -> Tensor:
+        """Return the penalty of a batch of each domain (`mean_over_ranks` and `rows_of_all_ranks`
+        cross the ranks).
 
         ``source`` is None where ``source_weight`` is 0 and domains are not compared.
         """
@@ -68,6 +71,10 @@ class DomainAdaptation(Technique, ABC):
 
     def at_step(self, step: int, steps: int) -> None:
         self.progress = step / steps
+
+    def ramp(self) -> float:
+        """Return 2 / (1 + exp(-10 progress)) - 1: from 0 at the start to about 1 (DANN)."""
+        return 2.0 / (1.0 + math.exp(-10.0 * self.progress)) - 1.0
 
     def check_labels_are_named(self, objective: type[Objective]) -> None:
         """Raise ValueError where labels of a source cannot be read as the target's."""
@@ -95,32 +102,34 @@ class DomainAdaptation(Technique, ABC):
 
     def penalty(self, task: Task, batch: Batch, streams: Mapping[str, Batch]) -> Tensor | None:
         *of_source, _ = self.streams()
-        source = Features.of(task, streams[of_source[0]]) if of_source else None
-        target = Features.of(task, streams["target"])
+        source = DomainFeatures.of(task, streams[of_source[0]]) if of_source else None
+        target = DomainFeatures.of(task, streams["target"])
         total = self.options.weight * self.alignment(task, source, target)
         if self.options.source_weight:
             assert source is not None
             total = total + self.options.source_weight * self.source_loss(task, source)
         return total
 
-    def source_loss(self, task: Task, source: Features) -> Tensor:
+    def source_loss(self, task: Task, source: DomainFeatures) -> Tensor:
         """Return the mean loss of the source's labelled rows."""
         assert has_cached_head(task.objective)
         if not len(source.batch):
-            summed(torch.zeros((), device=source.pooled.device))  # the others count their rows
+            all_reduce_sum(
+                torch.zeros((), device=source.pooled.device)
+            )  # the others count their rows
             return source.pooled.sum() * 0.0
         losses, count, _ = task.objective.head_loss(source.pooled, source.batch)
-        return losses / summed(count).clamp(min=1.0)
+        return losses / all_reduce_sum(count).clamp(min=1.0)
 
 
-class Features:
+class DomainFeatures:
     """Pooled features of a batch, and what its head predicts of them."""
 
     def __init__(self, batch: Batch, pooled: Tensor):
         self.batch, self.pooled = batch, pooled
 
     @classmethod
-    def of(cls, task: Task, batch: Batch) -> Features:
+    def of(cls, task: Task, batch: Batch) -> DomainFeatures:
         """Run the backbone; a batch without rows has (0, D) features."""
         if len(batch):
             return cls(batch, task.backbone(batch).pooled.float())
@@ -145,23 +154,23 @@ def probabilities(objective: Objective, scores: Tensor) -> Tensor:
     return scores.softmax(-1) if has_one_class else scores.sigmoid()
 
 
-def mean(losses: Tensor) -> Tensor:
+def mean_over_ranks(losses: Tensor) -> Tensor:
     """Return this rank's share of the mean of (B,) losses over the rows of all ranks."""
-    count = summed(torch.full((), float(len(losses)), device=losses.device))
+    count = all_reduce_sum(torch.full((), float(len(losses)), device=losses.device))
     return losses.sum() / count.clamp(min=1.0)
 
 
-def gathered(local: Tensor) -> Tensor:
+def rows_of_all_ranks(local: Tensor) -> Tensor:
     """Return the rows of all ranks; gradients flow to this rank's own."""
-    return gather(local)[0]
+    return all_gather_rows(local)[0]
 
 
-def of_all_rows(loss: Tensor) -> Tensor:
+def share_of_global_loss(loss: Tensor) -> Tensor:
     """Return this rank's share of a loss that each rank computes of all gathered rows.
 
     The gradient stays whole, since it flows to the rank's own rows alone.
     """
-    _, count = ranks()
+    _, count = rank_and_count()
     return loss - loss.detach() * (1 - 1 / count)
 
 
@@ -211,8 +220,3 @@ class TaskWithModule(Task):
     def plain(self) -> Task:
         """Return the task without it."""
         return Task(self.backbone, self.objective)
-
-
-def progress_ramp(technique: DomainAdaptation) -> float:
-    """Return DANN's ramp at the present step."""
-    return ramp(technique.progress)

@@ -6,7 +6,6 @@ float32, of the rows that are given: `pipeline.core.nn.all_gather` gathers them 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.core.nn.losses import exact
+from pipeline.core.nn.losses import without_autocast
 
 KERNELS = (0.125, 0.25, 0.5, 1.0, 2.0)
 """Bandwidths of the Gaussian kernels, in mean squared distances."""
@@ -37,11 +36,6 @@ def reversed_gradient(x: Tensor, scale: float = 1.0) -> Tensor:
     return cast(Tensor, _Reversed.apply(x, scale))  # pyright: ignore[reportUnknownMemberType]
 
 
-def ramp(progress: float, steepness: float = 10.0) -> float:
-    """Return 2 / (1 + exp(-steepness * progress)) - 1: from 0 at the start to about 1 (DANN)."""
-    return 2.0 / (1.0 + math.exp(-steepness * progress)) - 1.0
-
-
 def coral(source: Tensor, target: Tensor) -> Tensor:
     """Return ||C_s - C_t||_F^2 / (4 D^2) of the covariances (Sun and Saenko 2016).
 
@@ -49,7 +43,7 @@ def coral(source: Tensor, target: Tensor) -> Tensor:
         source: (n, D) with n > 1.
         target: (m, D) with m > 1.
     """
-    with exact(source):
+    with without_autocast(source):
         difference = torch.cov(source.float().T) - torch.cov(target.float().T)
     return difference.square().sum() / (4 * source.shape[1] ** 2)
 
@@ -57,13 +51,13 @@ def coral(source: Tensor, target: Tensor) -> Tensor:
 def squared_distances(rows: Tensor) -> Tensor:
     """Return (n, n) squared Euclidean distances of (n, D) rows."""
     lengths = rows.square().sum(-1)
-    with exact(rows):
+    with without_autocast(rows):
         products = rows @ rows.T
     return (lengths[:, None] + lengths[None] - 2 * products).clamp(min=0)
 
 
-def gaussian_kernels(rows: Tensor, widths: Sequence[float] = KERNELS) -> Tensor:
-    """Return (n, n), the sum of Gaussian kernels exp(-d^2 / (2 w)) over several bandwidths.
+def gaussian_kernels(rows: Tensor) -> Tensor:
+    """Return (n, n), the sum of Gaussian kernels exp(-d^2 / (2 w)) over the bandwidths `KERNELS`.
 
     w is a multiple of the mean squared distance of different rows, which has no gradient.
     """
@@ -71,7 +65,7 @@ def gaussian_kernels(rows: Tensor, widths: Sequence[float] = KERNELS) -> Tensor:
     n = len(rows)
     mean = distances.detach().sum() / max(1, n * (n - 1))
     scaled = distances / (2 * mean.clamp(min=TINY))
-    return torch.stack([torch.exp(-scaled / width) for width in widths]).sum(0)
+    return torch.stack([torch.exp(-scaled / width) for width in KERNELS]).sum(0)
 
 
 def kernel_mmd(kernels: Tensor, sources: int) -> Tensor:
@@ -114,15 +108,15 @@ def joint_mmd(source: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
 
 def entropies(scores: Tensor) -> Tensor:
     """Return (n,) entropies in nats of the softmax of scores (n, C)."""
-    log_chances = scores.float().log_softmax(-1)
-    return -(log_chances.exp() * log_chances).sum(-1)
+    log_probabilities = scores.float().log_softmax(-1)
+    return -(log_probabilities.exp() * log_probabilities).sum(-1)
 
 
 def label_set_entropies(scores: Tensor) -> Tensor:
     """Return (n,) entropies in nats of independent labels with logits (n, L), summed over them."""
     scores = scores.float()
-    chances = scores.sigmoid()
-    return F.binary_cross_entropy_with_logits(scores, chances, reduction="none").sum(-1)
+    probabilities = scores.sigmoid()
+    return F.binary_cross_entropy_with_logits(scores, probabilities, reduction="none").sum(-1)
 
 
 def class_confusion(scores: Tensor, temperature: float = 2.5) -> Tensor:
@@ -132,11 +126,11 @@ def class_confusion(scores: Tensor, temperature: float = 2.5) -> Tensor:
     their probabilities, normalised by class; what is returned is the mean over classes of the
     confusion with all others.
     """
-    chances = (scores.float() / temperature).softmax(-1)
+    probabilities = (scores.float() / temperature).softmax(-1)
     entropy = entropies(scores.float() / temperature).detach()
     weights = 1 + torch.exp(-entropy)
     weights = weights * len(weights) / weights.sum()
-    with exact(chances):
-        confusion = (chances * weights[:, None]).T @ chances
+    with without_autocast(probabilities):
+        confusion = (probabilities * weights[:, None]).T @ probabilities
     confusion = confusion / confusion.sum(1, keepdim=True).clamp(min=TINY)
     return (confusion.sum() - confusion.trace()) / scores.shape[1]

@@ -11,17 +11,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def exact(rows: Tensor) -> torch.autocast:
+def without_autocast(rows: Tensor) -> torch.autocast:
     """Return a context without autocast on the device of ``rows``.
 
-    Autocast takes products in bf16 whatever the dtype of their factors is. That rounds to nothing
-    what are small differences of large products, such as distances, and gives cosines errors of the
-    size of a temperature.
+    Autocast computes matrix products in bf16 whatever the dtype of the inputs. Small differences of
+    large products (distances) are then lost, and cosines have errors as large as a temperature.
     """
     return torch.autocast(rows.device.type, enabled=False)
 
 
-def balanced(counts: Sequence[int], device: torch.device) -> Tensor:
+def balanced_class_weights(counts: Sequence[int], device: torch.device) -> Tensor:
     """Return (C,) float32 weights rows / (classes x rows of the class) (King and Zeng 2001).
 
     Every class then has the same weight, and all training rows together the same as before. A class
@@ -56,7 +55,8 @@ def cross_entropies(
     return (
         losses
         if not gamma
-        else losses * _hard(scores.log_softmax(-1).gather(-1, label[..., None])[..., 0], gamma)
+        else losses
+        * _focal_factor(scores.log_softmax(-1).gather(-1, label[..., None])[..., 0], gamma)
     )
 
 
@@ -78,13 +78,13 @@ def binary_cross_entropies(
         losses
         if not gamma
         else losses
-        * _hard(-F.binary_cross_entropy_with_logits(scores, label, reduction="none"), gamma)
+        * _focal_factor(-F.binary_cross_entropy_with_logits(scores, label, reduction="none"), gamma)
     )
 
 
-def _hard(log_chance: Tensor, gamma: float) -> Tensor:
+def _focal_factor(log_probability: Tensor, gamma: float) -> Tensor:
     """Return (1 - p) ** gamma from log p.
 
-    p is kept below 1: where it is 1 in float32 the slope of a root would be infinite.
+    p is kept below 1: where it is 1 in float32, the gradient with gamma < 1 would be infinite.
     """
-    return (1 - log_chance.exp()).clamp(min=1e-6) ** gamma
+    return (1 - log_probability.exp()).clamp(min=1e-6) ** gamma

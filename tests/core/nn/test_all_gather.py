@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.core.nn.all_gather import gather, summed
+from pipeline.core.nn.all_gather import all_gather_rows, all_reduce_sum
 from pipeline.train.loop import Ranks
 from tests.train.test_ddp import Team
 
@@ -29,12 +29,12 @@ def coupled(rows: Tensor) -> Tensor:
 def gathered(ranks: Ranks, cut: int) -> tuple[Tensor, int, Tensor, Tensor]:
     """All rows, where one's own begin, the gradient of the whole loss in one's own, and a sum."""
     mine = (ROWS[:cut] if ranks.rank == 0 else ROWS[cut:]).clone().requires_grad_()
-    found, first = gather(mine)
+    found, first = all_gather_rows(mine)
     # A rank without rows has nothing to send back, and the other does not wait for it
     if len(mine):
         coupled(found).backward()
     grad = mine.grad if mine.grad is not None else torch.zeros_like(mine)
-    return found.detach(), first, grad, summed(mine.sum())
+    return found.detach(), first, grad, all_reduce_sum(mine.sum())
 
 
 @pytest.mark.parametrize("cut", [3, 6, 0, 7])
@@ -48,7 +48,7 @@ def test_every_rank_has_all_rows_and_the_gradient_of_its_own(team, cut):
 
 
 def nothing(ranks: Ranks) -> tuple[int, ...]:
-    return tuple(gather(torch.zeros(0, 5))[0].shape)
+    return tuple(all_gather_rows(torch.zeros(0, 5))[0].shape)
 
 
 def test_no_rank_has_a_row(team):
@@ -57,7 +57,7 @@ def test_no_rank_has_a_row(team):
 
 def test_one_process_has_its_own_rows():
     rows = torch.randn(4, 2, requires_grad=True)
-    found, first = gather(rows)
+    found, first = all_gather_rows(rows)
     assert found is rows and first == 0
-    total = summed(rows.sum())
+    total = all_reduce_sum(rows.sum())
     assert not total.requires_grad and torch.equal(total, rows.sum().detach())
