@@ -97,6 +97,15 @@ def test_labels_and_values_of_windows(tmp_path, take, labels, values):
         assert {row["start"]: row["value"] for row in read(tmp_path / "value")} == values
 
 
+def test_texts_that_are_no_numbers_are_missing_and_counted(tmp_path):
+    file = tmp_path / "log.csv"
+    file.write_text('x\n20\n"20,5"\nNA\nERR\n')
+    prepare(file, tmp_path / "out", "channels=x", "window=4")
+    assert read(tmp_path / "out")[0]["series"]["x"] == [20, None, None, None]
+    notes = summary(tmp_path / "out")["notes"]
+    assert notes["texts that are no number, taken as missing"] == 2
+
+
 def test_no_window_crosses_a_gap_or_a_cut_by_time(tmp_path):
     table = log(20)
     table.loc[8:, "t"] += 0.1

@@ -49,7 +49,8 @@ NO_SUBJECT = "recordings without a subject, whose windows no group of subjects k
 class SeriesOptions(SplitOptions):
     channels: str = Field(
         "",
-        description="columns of the sensors: x,y,z or S1..S24 or acc_*; NaN and null are missing",
+        description="columns of the sensors: x,y,z or S1..S24 or acc_*; NaN and null are missing, "
+        "and so is a text that is no number (counted)",
     )
     recording: str = Field(
         "",
@@ -238,7 +239,7 @@ class Series(TableImporter):
     ) -> Iterator[Segment]:
         """Yield the valid segments of a file; the others go to `reading.bad`."""
         is_cut = self._shares or bool(self.options.split_column)
-        tables = logs.tables(reading.input_split, self._columns(), reading.opener)
+        tables = logs.tables(reading.input_split, self._columns(), reading.opener, counts)
         recordings = [list(parts) for _, parts in groupby(episodes, lambda episode: episode.log)]
         whole = [ones[0]._replace(stop=ones[-1].stop) for ones in recordings]
         for ones, rows in zip(recordings, logs.read_episodes(whole, tables), strict=True):

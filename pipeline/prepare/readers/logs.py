@@ -8,6 +8,7 @@ pandas or duckdb would hold or sort the whole table.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,6 +26,7 @@ from pipeline.prepare.readers.archives import Opener
 from pipeline.prepare.readers.csv_blocks import Column, RowCounts, batches, schema
 
 NUMBER = r"^\s*[+-]?((\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?|inf)\s*$"
+NOT_A_NUMBER = "texts that are no number, taken as missing"
 WHOLE = r"^\s*[+-]?\d{1,18}(\.0*)?\s*$"
 ZEROS = r"^(-?)\+?(\d{1,18})\.0*$"
 """Whole numbers in a column of floats: class 0.0 is class 0, and so is -0.0."""
@@ -129,9 +131,14 @@ class EpisodeRows(NamedTuple):
 
 
 def tables(
-    input_split: InputSplit, columns: dict[str, Column], opener: Opener
+    input_split: InputSplit,
+    columns: dict[str, Column],
+    opener: Opener,
+    counts: Counter[str] | None = None,
 ) -> Iterator[pa.Table]:
     """Yield the rows of a file in batches; numbers are float64, NaN where there is none.
+
+    Texts in columns of numbers that are none (ERR, or 20,5) are NaN too, and added to `counts`.
 
     Raises ValueError for a line that is no row, since it may belong to any episode.
     """
@@ -141,7 +148,7 @@ def tables(
             break
         yield pa.table(
             {
-                name: _numbers(batch[name])
+                name: _numbers(batch[name], counts)
                 if columns[name].kind in ("number", "moment")
                 else batch[name]
                 for name in columns
@@ -154,10 +161,12 @@ def tables(
         )
 
 
-def _numbers(column: Any) -> pa.Array:
+def _numbers(column: Any, counts: Counter[str] | None) -> pa.Array:
     array = column.combine_chunks()
     if pa.types.is_string(array.type):
         good = pc.match_substring_regex(array, NUMBER)
+        if counts is not None:
+            counts[NOT_A_NUMBER] += pc.sum(pc.invert(good)).as_py() or 0
         array = pc.utf8_trim_whitespace(pc.if_else(good, array, None))
     return array.cast(pa.float64(), safe=False).fill_null(float("nan"))
 
