@@ -104,9 +104,8 @@ def init(
     """
     from pipeline.prepare.new_job import writing
 
-    places = [data] if isinstance(data, str) else list(data)
     return writing.write(
-        places,
+        _as_list(data),
         output,
         target_column=target_column,
         objective=objective,
@@ -132,7 +131,7 @@ def load_job(path: str | Path, overrides: Overrides = (), elsewhere: bool = Fals
     return yaml_loader.load(path, list(overrides), elsewhere)
 
 
-def _loaded(job: Job | str | Path, overrides: Overrides) -> Job:
+def _as_job(job: Job | str | Path, overrides: Overrides) -> Job:
     """Return a job, read from its file where it is not read yet."""
     if not isinstance(job, Job):
         return load_job(job, overrides)
@@ -164,7 +163,7 @@ def run(
         serve: Show a live page on this port of 127.0.0.1 while the job runs; 0: any free one.
     """
     stages: tuple[Stage, ...] = ("pretrain", "finetune")
-    job = _loaded(job, overrides)
+    job = _as_job(job, overrides)
     return run_stages(
         job, stages, address=address, wait=wait, remake=remake, verbose=verbose, serve=serve
     )
@@ -180,7 +179,7 @@ def pretrain(
     verbose: bool = False,
 ) -> dict[str, str]:
     """Train every source. Returns the URI of each one's bundle. See `run`."""
-    job = _loaded(job, overrides)
+    job = _as_job(job, overrides)
     done = run_stages(
         job, ("pretrain",), address=address, wait=wait, remake=remake, verbose=verbose
     )
@@ -197,7 +196,7 @@ def finetune(
     verbose: bool = False,
 ) -> Outcome:
     """Fine-tune on every target from the pretrained bundles, then report. See `run`."""
-    job = _loaded(job, overrides)
+    job = _as_job(job, overrides)
     return run_stages(
         job, ("finetune",), address=address, wait=wait, remake=remake, verbose=verbose
     )
@@ -215,7 +214,7 @@ def score(
     Returns:
         Rows as in `Outcome.scores`, best first.
     """
-    job = _loaded(job, overrides)
+    job = _as_job(job, overrides)
     return run_stages(job, ("score",), address=address, verbose=verbose).scores
 
 
@@ -404,8 +403,7 @@ def predict(
     with launch.session(address, verbose), Progress() as progress:
         if bundle != place:
             progress.note(f"bundle: {bundle}")
-        files = [data] if isinstance(data, str) else list(data)
-        named = dict(columns or {})
+        files, named = _as_list(data), dict(columns or {})
         return inference.predict(bundle, files, output, named, input_format, progress, options)
 
 
@@ -458,8 +456,7 @@ def embed_files(
     with launch.session(address, verbose), Progress() as progress:
         if bundle != place:
             progress.note(f"bundle: {bundle}")
-        files = [data] if isinstance(data, str) else list(data)
-        named = dict(columns or {})
+        files, named = _as_list(data), dict(columns or {})
         return inference.embed_files(bundle, files, output, named, input_format, progress, options)
 
 
@@ -489,8 +486,8 @@ def embed(
 
     use_plugins(plugins)
     with Progress() as progress:
-        files = [data] if isinstance(data, str) else list(data)
-        return inference.embed(bundle, files, dict(columns or {}), input_format, progress)
+        named = dict(columns or {})
+        return inference.embed(bundle, _as_list(data), named, input_format, progress)
 
 
 def export(
@@ -644,7 +641,7 @@ def run_stages(
     began = Progress() if progress is None else nullcontext(progress)
     with (
         began as shown,
-        checked(job, wanted, shown, wait, remake, verbose) as state,
+        open_job(job, wanted, shown, wait, remake, verbose) as state,
         run_lock.hold(job.root, shown.note),
         live_page.serve(state, serve),
         tracking.follow(state) as track,
@@ -655,7 +652,7 @@ def run_stages(
                 stages.report_done(state, name)
             shown.note(f"all {len(ended)} trials are done; nothing to run")
             shown.on_end([*state.sources.values(), *(one for one, _ in ended)])
-            outcome = reported(state, stages.current(state))
+            outcome = write_report(state, stages.current(state))
         else:
             with launch.session(address, verbose):
                 outcome = _run(state, wanted)
@@ -664,7 +661,7 @@ def run_stages(
 
 
 @contextmanager
-def checked(
+def open_job(
     job: Job,
     wanted: Sequence[Stage],
     progress: Progress,
@@ -672,18 +669,19 @@ def checked(
     remake: Remake = "none",
     verbose: bool = False,
 ) -> Iterator[JobState]:
-    """Check everything that can be known before anything starts. See `run`."""
+    """Check a job before anything starts, and yield its state. See `run`."""
     from pipeline.io import checksums
     from pipeline.transfer import stages
 
     use_plugins(job.plugins)
-    made_anew = {"pretrain": "sources", "finetune": "trials"} if remake == "changed" else {}
-    remade = tuple(made_anew[stage] for stage in wanted if stage in made_anew)
+    remade_by_stage = {"pretrain": "sources", "finetune": "trials"} if remake == "changed" else {}
+    remade = tuple(remade_by_stage[stage] for stage in wanted if stage in remade_by_stage)
     with checksums.notifications_to(progress.note):
         yield stages.check(job, progress, verbose=verbose, wait=wait, remake=remade)
 
 
 def _run(state: JobState, wanted: Sequence[Stage]) -> Outcome:
+    """Run the wanted stages of a checked job."""
     from pipeline.train import launch
     from pipeline.transfer import fanout, stages
 
@@ -699,10 +697,10 @@ def _run(state: JobState, wanted: Sequence[Stage]) -> Outcome:
     scores = stages.score(state, shared) if "score" in wanted else []
     if "finetune" not in wanted:
         return Outcome(_bundles(state), scores, failed=stages.failures(state, []))
-    return reported(state, stages.collect(state, stages.finetune(state, shared)))
+    return write_report(state, stages.collect(state, stages.finetune(state, shared)))
 
 
-def reported(state: JobState, rows: list[ResultRow]) -> Outcome:
+def write_report(state: JobState, rows: list[ResultRow]) -> Outcome:
     """Write the report of a job's rows."""
     from pipeline.io import storage
     from pipeline.report import code_versions, results
@@ -720,6 +718,10 @@ def reported(state: JobState, rows: list[ResultRow]) -> Outcome:
         warnings=list(results.duplicates(rows)),
         failed=stages.failures(state, rows),
     )
+
+
+def _as_list(data: str | Sequence[str]) -> list[str]:
+    return [data] if isinstance(data, str) else list(data)
 
 
 def _bundles(state: JobState) -> dict[str, str]:

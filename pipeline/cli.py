@@ -6,7 +6,6 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,15 +91,8 @@ Wait = Annotated[
 ]
 
 
-class Remake(StrEnum):
-    """Which finished results to compute again."""
-
-    NONE = "none"
-    CHANGED = "changed"
-
-
 RemakeOption = Annotated[
-    Remake,
+    api.Remake,
     typer.Option(
         "--remake",
         help="changed: also run again what another version of the code or of a library made "
@@ -149,14 +141,14 @@ def _exit_codes(
         raise _fail(located(error), 2) from None
 
 
-def _stages(
+def _run_stages(
     file: Path,
     overrides: list[str] | None,
     address: str | None,
     verbose: bool,
     wait: bool | None,
     stages: tuple[api.Stage, ...],
-    remake: Remake = Remake.NONE,
+    remake: api.Remake = "none",
     serve: int | None = None,
 ) -> None:
     """Run some stages of a job and print what they left."""
@@ -169,7 +161,7 @@ def _stages(
             stages,
             address=address,
             wait=wait,
-            remake=remake.value,
+            remake=remake,
             verbose=verbose,
             serve=serve,
         )
@@ -180,12 +172,14 @@ def _stages(
     raise typer.Exit(1 if done.failed else 0)
 
 
-def _part(overrides: list[str] | None, only: list[str] | None) -> list[str]:
+def _with_only(overrides: list[str] | None, only: list[str] | None) -> list[str]:
     """Return the overrides of a job, with those of --only."""
     return [*(overrides or []), *([f"only={json.dumps(only)}"] if only else [])]
 
 
-def _dry_run(file: Path, overrides: list[str] | None, wait: bool | None, remake: Remake) -> None:
+def _dry_run(
+    file: Path, overrides: list[str] | None, wait: bool | None, remake: api.Remake
+) -> None:
     """Print what a run would do, and what of the data it would refuse."""
     job = _job(file, overrides)
     from pipeline.train.progress import Progress
@@ -195,7 +189,7 @@ def _dry_run(file: Path, overrides: list[str] | None, wait: bool | None, remake:
     with (
         _exit_codes(job=file),
         Progress() as progress,
-        api.checked(job, stages, progress, wait, remake.value) as state,
+        api.open_job(job, stages, progress, wait, remake) as state,
     ):
         tracking.tracker_of(state.job)  # an error where its library is missing
         out.print("\n".join(dry_run.describe(state)), markup=False, soft_wrap=True)
@@ -336,7 +330,7 @@ def run(
     ] = False,
     wait_for_resources: Wait = None,
     verbose: Verbose = False,
-    remake: RemakeOption = Remake.NONE,
+    remake: RemakeOption = "none",
     serve: Annotated[
         int | None,
         typer.Option(
@@ -353,11 +347,11 @@ def run(
 
     Example: `onetomany run jobs/quickstart.yaml`
     """
-    fields = _part(set_, only)
+    fields = _with_only(set_, only)
     if dry_run:
         return _dry_run(job, fields, wait_for_resources, remake)
     stages: tuple[api.Stage, ...] = ("pretrain", "finetune")
-    _stages(job, fields, address, verbose, wait_for_resources, stages, remake, serve)
+    _run_stages(job, fields, address, verbose, wait_for_resources, stages, remake, serve)
 
 
 @app.command()
@@ -390,12 +384,14 @@ def pretrain(
     address: Address = None,
     wait_for_resources: Wait = None,
     verbose: Verbose = False,
-    remake: RemakeOption = Remake.NONE,
+    remake: RemakeOption = "none",
 ) -> None:
     """Train the sources of a job. Each leaves a bundle: weights with all that is needed to use
     them.
     """
-    _stages(job, _part(set_, only), address, verbose, wait_for_resources, ("pretrain",), remake)
+    _run_stages(
+        job, _with_only(set_, only), address, verbose, wait_for_resources, ("pretrain",), remake
+    )
 
 
 @app.command()
@@ -409,7 +405,7 @@ def score(
     """Rank the pretrained sources for each target by transferability scores (LogME, LEEP, ...),
     without training.
     """
-    _stages(job, _part(set_, only), address, verbose, None, ("score",))
+    _run_stages(job, _with_only(set_, only), address, verbose, None, ("score",))
 
 
 @app.command()
@@ -420,10 +416,12 @@ def finetune(
     address: Address = None,
     wait_for_resources: Wait = None,
     verbose: Verbose = False,
-    remake: RemakeOption = Remake.NONE,
+    remake: RemakeOption = "none",
 ) -> None:
     """Fine-tune on every target from the pretrained sources, then report."""
-    _stages(job, _part(set_, only), address, verbose, wait_for_resources, ("finetune",), remake)
+    _run_stages(
+        job, _with_only(set_, only), address, verbose, wait_for_resources, ("finetune",), remake
+    )
 
 
 @app.command()
@@ -450,7 +448,7 @@ def report(
     from pipeline.train.progress import Progress
     from pipeline.transfer import stages
 
-    with _exit_codes(job=job), api.checked(spec, (), Progress()) as state:
+    with _exit_codes(job=job), api.open_job(spec, (), Progress()) as state:
         if prune_stale:
             _prune(state, dry_run)
             if dry_run:
@@ -458,7 +456,7 @@ def report(
         rows = stages.current(state)
         if not rows:
             raise _fail(f"{spec.root}: no results of this job yet; run it first", 1)
-        done = api.reported(state, rows)
+        done = api.write_report(state, rows)
     _print_outcome(done)
     raise typer.Exit(1 if done.failed else 0)
 
@@ -533,7 +531,7 @@ Keep = Annotated[
 ]
 
 
-def _of_new_rows(
+def _new_row_arguments(
     column: list[str] | None, keep: str | None, read_as: DataFormat, plugin: list[str] | None
 ) -> dict[str, Any]:
     """Return what `predict` and `embed` take alike, as arguments of their functions."""
@@ -584,7 +582,7 @@ def predict(
 
     Example: `onetomany predict runs/quickstart photos/ --target clothing -o out --format csv`
     """
-    more = _of_new_rows(column, keep, input_format, plugin)
+    more = _new_row_arguments(column, keep, input_format, plugin)
     with _exit_codes():
         written = api.predict(
             bundle,
@@ -620,7 +618,7 @@ def embed(
 
     Example: `onetomany embed runs/quickstart photos/ --target clothing -o features`
     """
-    more = _of_new_rows(column, keep, input_format, plugin)
+    more = _new_row_arguments(column, keep, input_format, plugin)
     with _exit_codes():
         written = api.embed_files(
             bundle,
@@ -967,6 +965,7 @@ def _add_listing(command: str, kind: str) -> Callable[..., None]:
 
 
 LISTINGS = [_add_listing(command, kind) for command, kind in listing.KINDS.items()]
+"""The commands that list components. Making the list registers them; nothing else reads it."""
 
 
 @app.command("schema")

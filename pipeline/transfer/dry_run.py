@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from pipeline.config import registry
 from pipeline.config.schema import FULL, Train
-from pipeline.core.contracts import trains
+from pipeline.core.contracts import Technique, trains
 from pipeline.core.contracts.objective_capabilities import couples_rows
 from pipeline.core.contracts.technique_capabilities import adapts_without_labels
 from pipeline.report.code_versions import OTHER, describe_changes
@@ -132,113 +132,163 @@ class TargetCost:
     """The trials that train something; those of a budget count as so many whole ones."""
 
 
-def describe_target(
-    state: JobState,
-    name: str,
-    planned: Mapping[tuple[str, str], tuple[budget.BracketSize, budget.Allocation]],
-) -> TargetCost:
+class _PlannedTechnique(NamedTuple):
+    """The trials of a technique at each label fraction of a target."""
+
+    technique: Technique
+    entries: int
+    """Entries of the table: one for each source, or for each scratch network."""
+    draws: int
+    """Search trials of an entry; 0: nothing is searched."""
+    repeats: int
+    """Further trials of an entry that try its best draws again."""
+
+    def trials(self, seeds: int) -> int:
+        """Return the number of all its trials, search and final."""
+        return self.entries * (self.draws + self.repeats + seeds)
+
+
+Planned = Mapping[tuple[str, str], tuple[budget.BracketSize, budget.Allocation]]
+"""Target and label fraction to how a budget is spent there (`planned_trials`)."""
+
+
+def describe_target(state: JobState, name: str, planned: Planned) -> TargetCost:
+    """Return what the trials of a target cost.
+
+    Args:
+        state: The checked job.
+        name: The target.
+        planned: What is planned where the job has a budget.
+    """
     job, stage = state.job, state.targets[name]
-    names = job_state.matching_sources(state, name)
-    if job.fanout.by_score:
-        names = names[: job.fanout.by_score.top]
-    techniques = [technique_of(component) for component in grid.techniques(job, stage.spec)]
-    trained = [one for one in techniques if trains(one)]
-    # what combines trials does so for each label fraction; what tests a source as it is, once
-    fractions = len([fraction for fraction in stage.spec.label_fractions if fraction])
-    others = [one for one in techniques if not trains(one)]
-    repeats = [fractions if one.starts_from == "trials" else 1 for one in others]
-    untrained = sum(repeats) * len(names)
-    from_random = job_state.num_scratch_networks(state, names)
-    components = [one for one in grid.techniques(job, stage.spec) if grid.needs_training(one)]
-    in_memory = stage.spec.data.decode != "train"  # where it is auto, it is known after reading
-    draws = [len(grid.draws(job, stage.spec, component, in_memory)) for component in components]
-    finalists, seeds = job.fanout.search_finalists, job.fanout.seeds
-    all_counts = [
-        (
-            one,
-            from_random if one.starts_from == "random" else len(names),
-            number if number > 1 else 0,  # a single draw needs no search
-            finalists.further_trials(number),
-        )
-        for one, number in zip(trained, draws, strict=True)
-    ]
-    is_drawn = {"steps", "epochs", "global_batch"} & set(job.fanout.stated_search)
+    names = _names_of_sources(state, name)
+    trained = _planned_techniques(state, name, names)
     cost = TargetCost([])
     for fraction in stage.spec.label_fractions:
-        counts = [one for one in all_counts if fraction or adapts_without_labels(one[0])]
-        entries = sum(count for _, count, _, _ in counts)
-        tried_again = sum(count * again for _, count, _, again in counts)
-        searched = tried_again + sum(count * number for _, count, number, _ in counts)
-        again_text = f" ({tried_again} of them try the best draws again)" if tried_again else ""
-        final = entries * seeds
-        share = grid.fraction_text(fraction, stage.spec.objective.name)
-        size, allocation = planned.get((name, share), (None, None))
-        if size is not None and allocation is not None:
-            searched, again_text = sum(allocation.rungs), ""
-            final -= (size.pairs - allocation.finalists) * seeds
-        rows = stage.labelled(fraction) if fraction else stage.rows_without_labels
-        batch = min(stage.spec.train.global_batch, rows)
-        train = stage.spec.train.model_copy(update={"global_batch": batch})
-        steps = planned_steps(train, rows, stage.packed)
-        longest = steps
-        length = f"{train.epochs or 1:g} epochs"
-        if isinstance(steps, int):
-            longest = max((technique.steps(steps) for technique, *_ in counts), default=steps)
-            length = f"{steps} steps"
-            cost.steps += (
-                math.floor(allocation.cost * steps)
-                if allocation is not None
-                else sum(
-                    (number + again + seeds) * count * technique.steps(steps)
-                    for technique, count, number, again in counts
-                )
-            )
-            longer = sorted({technique.steps(steps) for technique, *_ in counts} - {steps})
-            if longer:
-                length += f" (with a budget of its own {', '.join(map(str, longer))})"
-        else:
-            cost.unknown = f" and those to be known {steps}"
-        if size is not None and allocation is not None:
-            whole = steps if isinstance(steps, int) else None
-            cost.groups.append(TrialGroup(math.ceil(allocation.cost), whole, rows, False, 0))
-            counts = []
-        cost.groups += [
-            TrialGroup(
-                (number + again + seeds) * count,
-                technique.steps(steps) if isinstance(steps, int) else None,
-                rows,
-                technique.frozen,
-                count,
-            )
-            for technique, count, number, again in counts
-        ]
-        if is_drawn:
-            length += " (before search)"
-        cost.trials += searched + final
-        unit = "documents" if stage.packed else "rows"
-        labels = "" if fraction else " without labels"
-        noun = "entry" if entries == 1 else "entries"
-        search = f"{searched} search trials{again_text} and " if searched else ""
-        cost.lines.append(
-            f"target {name} at {share} labels: {entries} {noun}: {search}{final} final trials of "
-            f"{length} on {rows} {unit}{labels}; {stage.splits.sizes()}"
-        )
-        if entries and not is_drawn:
-            place = f"target {name} at {share} labels"
-            cost.lines += _idle_patience(place, train, longest, takes_last=not fraction)
-        if size is not None and allocation is not None:
-            spent = budget.describe(allocation, size, seeds)
-            cost.lines.append(f"target {name} at {share} labels, budget: {spent}")
+        usable = [one for one in trained if fraction or adapts_without_labels(one.technique)]
+        _add_fraction(cost, state, stage, fraction, usable, planned)
     cost.lines += _evidence(stage)
+    fractions = len([fraction for fraction in stage.spec.label_fractions if fraction])
+    techniques = [technique_of(component) for component in grid.techniques(job, stage.spec)]
+    # what combines trials does so for each label fraction; what tests a source as it is, once
+    per_source = [
+        fractions if technique.starts_from == "trials" else 1
+        for technique in techniques
+        if not trains(technique)
+    ]
+    untrained = sum(per_source) * len(names)
     if untrained:
         cost.trials += untrained
         cost.lines.append(f"target {name} without training: {untrained} final trials")
     baselines = [str(component) for component in grid.baselines(job, stage.spec)]
     if baselines:
-        count = len(baselines) * len(list(filter(None, stage.spec.label_fractions))) * seeds
+        count = len(baselines) * fractions * job.fanout.seeds
         cost.trials += count
         cost.lines.append(f"target {name}, baselines {', '.join(baselines)}: {count} final trials")
     return cost
+
+
+def _names_of_sources(state: JobState, name: str) -> list[str]:
+    """Return the sources that a target's trials start from, as many as scores may choose."""
+    names = job_state.matching_sources(state, name)
+    by_score = state.job.fanout.by_score
+    return names[: by_score.top] if by_score else names
+
+
+def _planned_techniques(
+    state: JobState, name: str, names: Sequence[str]
+) -> list[_PlannedTechnique]:
+    """Return the techniques of a target that train something, with their numbers of trials.
+
+    Args:
+        names: The sources that they start from.
+    """
+    job, target = state.job, state.targets[name].spec
+    in_memory = target.data.decode != "train"  # where it is auto, it is known after reading
+    scratch_networks = job_state.num_scratch_networks(state, names)
+    out: list[_PlannedTechnique] = []
+    for component in grid.techniques(job, target):
+        technique = technique_of(component)
+        if not trains(technique):
+            continue
+        draws = len(grid.draws(job, target, component, in_memory))
+        entries = scratch_networks if technique.starts_from == "random" else len(names)
+        repeats = job.fanout.search_finalists.further_trials(draws)
+        # a single draw needs no search
+        out.append(_PlannedTechnique(technique, entries, draws if draws > 1 else 0, repeats))
+    return out
+
+
+def _add_fraction(
+    cost: TargetCost,
+    state: JobState,
+    stage: TargetStage,
+    fraction: grid.Fraction,
+    techniques: Sequence[_PlannedTechnique],
+    planned: Planned,
+) -> None:
+    """Add the trials of a target at a label fraction to its cost."""
+    seeds = state.job.fanout.seeds
+    share = grid.fraction_text(fraction, stage.spec.objective.name)
+    place = f"target {stage.name} at {share} labels"
+    size, allocation = planned.get((stage.name, share), (None, None))
+    rows = stage.labelled(fraction) if fraction else stage.rows_without_labels
+    batch = min(stage.spec.train.global_batch, rows)
+    train = stage.spec.train.model_copy(update={"global_batch": batch})
+    steps = planned_steps(train, rows, stage.packed)
+
+    entries = sum(one.entries for one in techniques)
+    final = entries * seeds
+    repeated = sum(one.entries * one.repeats for one in techniques)
+    searched = repeated + sum(one.entries * one.draws for one in techniques)
+    repeated_text = f" ({repeated} of them try the best draws again)" if repeated else ""
+    if size is not None and allocation is not None:
+        searched, repeated_text = sum(allocation.rungs), ""
+        final -= (size.pairs - allocation.finalists) * seeds
+    cost.trials += searched + final
+
+    longest, length = steps, f"{train.epochs or 1:g} epochs"
+    if isinstance(steps, int):
+        steps_of_techniques = {one.technique.steps(steps) for one in techniques}
+        longest = max(steps_of_techniques, default=steps)
+        length = f"{steps} steps"
+        if own_steps := sorted(steps_of_techniques - {steps}):
+            length += f" (techniques with their own number of steps: {_listed(own_steps)})"
+    else:
+        cost.unknown = f" and those to be known {steps}"
+    if allocation is not None:
+        # trials of the budget count as so many whole ones
+        whole_trials, steps_or_none = allocation.cost, steps if isinstance(steps, int) else None
+        cost.steps += math.floor(whole_trials * (steps_or_none or 0))
+        cost.groups.append(TrialGroup(math.ceil(whole_trials), steps_or_none, rows, False, 0))
+    else:
+        for one in techniques:
+            of_trial = one.technique.steps(steps) if isinstance(steps, int) else None
+            trials = one.trials(seeds)
+            cost.steps += trials * (of_trial or 0)
+            cost.groups.append(
+                TrialGroup(trials, of_trial, rows, one.technique.frozen, one.entries)
+            )
+
+    is_drawn = {"steps", "epochs", "global_batch"} & set(state.job.fanout.stated_search)
+    if is_drawn:
+        length += " (before search)"
+    unit = "documents" if stage.packed else "rows"
+    labels = "" if fraction else " without labels"
+    noun = "entry" if entries == 1 else "entries"
+    search = f"{searched} search trials{repeated_text} and " if searched else ""
+    cost.lines.append(
+        f"{place}: {entries} {noun}: {search}{final} final trials of "
+        f"{length} on {rows} {unit}{labels}; {stage.splits.sizes()}"
+    )
+    if entries and not is_drawn:
+        cost.lines += _idle_patience(place, train, longest, takes_last=not fraction)
+    if size is not None and allocation is not None:
+        cost.lines.append(f"{place}, budget: {budget.describe(allocation, size, seeds)}")
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _describe_reuse(state: JobState) -> list[str]:
@@ -274,7 +324,7 @@ def _evidence(stage: TargetStage) -> list[str]:
     enough = (
         f"a verdict needs {test.least} in test"
         if test.enough
-        else f"too few to tell anything: a verdict needs {test.least} in test"
+        else f"too few for a verdict, which needs {test.least} in test"
     )
     return [f"target {stage.name}, {test.what}: {counts}; {enough}"]
 

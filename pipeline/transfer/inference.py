@@ -705,7 +705,7 @@ def columns_of_roles(
                 )
             raise ValueError(
                 f"{where} has no column {candidates[0]!r} for {role}; columns are "
-                f"{', '.join(names)}; say --column {role}=NAME"
+                f"{', '.join(names)}; give --column {role}=NAME"
             )
     return out
 

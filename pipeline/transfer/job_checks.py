@@ -222,8 +222,8 @@ def identity_notes(job: Job) -> list[str]:
         if "stat" in (data.identity, *(part.identity for part in data.more))
     )
     return [
-        f"{place}: its local files are told apart by size and time of change, not by what they "
-        "hold (data.identity: stat): a change that keeps both is "
-        "not found, and a copy counts as other data"
+        f"{place}: its local files are identified by size and modification time, not by content "
+        "(data.identity: stat): a change that keeps both is not found, and a copy counts as other "
+        "data"
         for place in by_stat
     ]

@@ -182,12 +182,12 @@ def find_overlap(target: TargetStage, sources: dict[str, SourceStage], folder: s
         return Overlap(tuple(notes), test)
     if is_left_out.all():
         raise ValueError(
-            f"targets.{name}.drop_overlap: all {len(test)} test rows also stand in a source and "
+            f"targets.{name}.drop_overlap: all {len(test)} test rows are also in a source and "
             "none is left; take another test split"
         )
-    also = "or their group also" if mode == "group" else "also"
+    they = "they or their group" if mode == "group" else "they"
     notes.append(
-        f"{name}: {is_left_out.sum()} of {len(test)} test rows left out because they {also} stand "
+        f"{name}: {is_left_out.sum()} of {len(test)} test rows left out because {they} are also "
         f"in a source (drop_overlap: {mode})"
     )
     return Overlap(tuple(notes), test.keep(~is_left_out) if is_left_out.any() else test)
@@ -233,7 +233,7 @@ def _shared_groups(
         theirs = " or ".join(dict.fromkeys(theirs for _, theirs in grouped))
         named = group if group == theirs else f"{group} here, {theirs} there"
         notes.append(
-            f"{name}: {shared.sum()} of {len(test)} test rows are of a group that also stands in "
+            f"{name}: {shared.sum()} of {len(test)} test rows are of a group that is also in "
             f"the training rows of source {source_name} (group: {named})"
         )
     without = len(corpora) - len(grouped)
@@ -297,7 +297,7 @@ def _duplicates(
     method = kind.near_search.method if finds_near_rows(kind) else ""
     is_duplicate = is_equal | is_same_record
     if (is_duplicate | is_near).any():
-        note = f"{name}: {is_equal.sum()} of {len(test)} test rows also stand in {where}"
+        note = f"{name}: {is_equal.sum()} of {len(test)} test rows are also in {where}"
         if is_same_record.any():
             note += (
                 f", {is_same_record.sum()} more as another cut of the same record (column {record})"

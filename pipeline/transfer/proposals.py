@@ -42,7 +42,7 @@ def library() -> Any:
         optuna = import_module("optuna")
     except ImportError:
         raise ValueError(
-            f"fanout.searcher: optuna is not installed: {extras.install('optuna')}, or say random"
+            f"fanout.searcher: optuna is not installed: {extras.install('optuna')}, or use random"
         ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna

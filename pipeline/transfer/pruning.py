@@ -81,7 +81,7 @@ def describe_stale(rows: Sequence[ResultRow]) -> list[str]:
     more = f" and {len(found) - MOST_ENTRIES} more" if len(found) > MOST_ENTRIES else ""
     return [
         f"{len(stale)} of the {len(rows)} rows of {results.FILE} are stale: their trials are "
-        "not in the job any more, and they stand in no table here "
+        "not in the job any more, and they are in no table here "
         f"(the column current is false): {'; '.join(found[:MOST_ENTRIES])}{more}. `onetomany "
         "report JOB --prune-stale` removes them"
     ]

@@ -215,8 +215,8 @@ def report_done(state: JobState, name: str) -> None:
     state.progress.note(f"{name}: done before ({stage.bundle_uri})")
     if changed := stage.changes():
         state.progress.note(
-            f"warning: {name}: {origins.OTHER}: {', '.join(changed)}; it is used as it is, "
-            "--remake changed makes it anew"
+            f"warning: {name}: {origins.OTHER}: {', '.join(changed)}; it is used unchanged; "
+            "--remake changed makes it again"
         )
 
 
@@ -1015,7 +1015,7 @@ def _splits_of_targets(state: JobState) -> dict[str, str]:
 def _describe_splits(state: JobState, stage: TargetStage) -> str:
     gone = state.num_dropped_test_rows.get(stage.name)
     description = (
-        f"; {gone} of the test rows also stand in a source and were left out (drop_overlap: "
+        f"; {gone} of the test rows are also in a source and were left out (drop_overlap: "
         f"{stage.spec.drop_overlap})"
     )
     return stage.splits.sizes() + (description if gone else "")
@@ -1031,7 +1031,7 @@ def failures(state: JobState, rows: list[ResultRow]) -> list[str]:
 def _test_rows_left_out(state: JobState) -> list[str]:
     """Return a line for each target of which test rows were left out."""
     return [
-        f"{name}: {count} test rows that also stand in a source (drop_overlap: "
+        f"{name}: {count} test rows that are also in a source (drop_overlap: "
         f"{state.targets[name].spec.drop_overlap})."
         for name, count in state.num_dropped_test_rows.items()
         if count and name in state.targets

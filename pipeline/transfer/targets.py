@@ -140,7 +140,7 @@ class TargetStage:
         """Where the splits come from, in the words of the results table."""
         drop = self.spec.drop_overlap
         return self.splits.origin + (
-            f"; test rows that stand in a source left out ({drop})" if drop != "none" else ""
+            f"; test rows that are in a source left out ({drop})" if drop != "none" else ""
         )
 
     @property
@@ -258,7 +258,7 @@ def stage(job: Job, name: str) -> TargetStage:
     if combining and job.fanout.keep_bundles != "all":
         raise ValueError(
             f"{place}: techniques: {combining[0]} is made of the weights of finished trials, which "
-            "are to be kept: say fanout.keep_bundles: all"
+            "must be kept: set fanout.keep_bundles: all"
         )
     return TargetStage(
         name, spec, splits, state, root=job.root, techniques=chosen, unlabelled=unlabelled
@@ -330,12 +330,12 @@ def _check_spec(
         ]
         raise ValueError(
             f"{place}.drop_overlap: near duplicates are found among rows of {', '.join(able)}, "
-            f"these rows are {spec.data.modality.name}: say exact"
+            f"these rows are {spec.data.modality.name}: use exact"
         )
     if spec.drop_overlap == "group" and not spec.data.group:
         raise ValueError(
-            f"{place}.drop_overlap: group leaves out rows whose group stands in a source, and "
-            "data.group names no column: name the one that holds the patient or speaker, or say "
+            f"{place}.drop_overlap: group leaves out rows whose group is in a source, and "
+            "data.group names no column: name the one that holds the patient or speaker, or use "
             "exact"
         )
     if spec.subgroups and objective.packed:

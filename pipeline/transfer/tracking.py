@@ -193,7 +193,7 @@ class Tracking:
         if self._left_out and not self.is_given_up:
             first, more = self._left_out[0], len(self._left_out) - 1
             self.state.progress.note(
-                f"warning: tracking: not logged, as it cannot be read: "
+                f"warning: tracking: not logged, because it cannot be read: "
                 f"{storage.without_secrets(first)[:300]}{f' (and {more} more)' if more else ''}"
             )
 
@@ -213,7 +213,7 @@ class Tracking:
         self.state.progress.note(
             f"warning: tracking: {self.tracker.registered_name} failed "
             f"({type(error).__name__}: {storage.without_secrets(lines[0])[:300]}); "
-            "the job goes on without it, and the same command logs the rest later"
+            "the job continues without it, and the same command logs the rest later"
         )
 
     def _begin(self) -> None:

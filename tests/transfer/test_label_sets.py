@@ -585,7 +585,7 @@ def test_test_rows_among_the_rows_without_labels_are_counted(tmp_path, paths):
     given = {"uri": paths["test"], "modality": "image"}
     state = checked(tmp_path, paths, ["dann"], unlabelled=given)
     found = overlap.find_overlap(state.targets["task"], {}, str(tmp_path / "signs"))
-    assert "task: 20 of 20 test rows also stand in its rows without labels" in found.notes
+    assert "task: 20 of 20 test rows are also in its rows without labels" in found.notes
 
 
 @pytest.mark.parametrize(("fractions", "kept"), [([1.0], 20), ([0, 1.0], 8)])
@@ -608,7 +608,7 @@ def test_test_rows_on_which_a_source_is_validated_are_left_out(tmp_path, paths, 
     )
     found = overlap.find_overlap(state.targets["task"], state.sources, str(tmp_path / "signs"))
     assert len(found.test) == kept
-    note = "task: 12 of 20 test rows also stand in the validation rows of source src"
+    note = "task: 12 of 20 test rows are also in the validation rows of source src"
     assert (note in found.notes) == (kept == 8)
 
 

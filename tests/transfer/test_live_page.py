@@ -246,7 +246,7 @@ def test_a_run_serves_its_page_until_it_ends(running, monkeypatch):
         assert ask(seen[-1])[0] == 200
         raise RuntimeError("the cluster is gone")
 
-    monkeypatch.setattr(api, "checked", checked)
+    monkeypatch.setattr(api, "open_job", checked)
     monkeypatch.setattr(api, "_run", run)
     monkeypatch.setattr(existing_trials, "trial_status", lambda state: [])
     monkeypatch.setattr(launch, "session", lambda *given: nullcontext())

@@ -161,7 +161,7 @@ def test_cut_records_are_known_by_their_id_before_they_were_cut(tmp_path, histor
     assert 0 < known < len(test)
     found = looked(state)
     assert found.notes == (
-        f"task: 0 of {len(test)} test rows also stand in source stays, {known} more as another "
+        f"task: 0 of {len(test)} test rows are also in source stays, {known} more as another "
         "cut of the same record (column entity)",
     )
     assert len(found.test) == len(test)
@@ -209,7 +209,7 @@ def test_test_rows_of_people_whose_other_rows_a_source_learned_from_are_counted(
     known = sum(int(row["patient"]) < 7_020 for row in test)
     assert 0 < known < len(test)
     message = (
-        f"task: {known} of {len(test)} test rows are of a group that also stands in the training "
+        f"task: {known} of {len(test)} test rows are of a group that is also in the training "
         "rows of source stays (group: patient)"
     )
     found = looked(state)
@@ -223,8 +223,8 @@ def test_test_rows_of_people_whose_other_rows_a_source_learned_from_are_counted(
         )
     assert (
         found.notes[-1]
-        == f"task: {known} of {len(test)} test rows left out because they or their group also "
-        "stand in a source (drop_overlap: group)"
+        == f"task: {known} of {len(test)} test rows left out because they or their group "
+        "are also in a source (drop_overlap: group)"
     )
 
 
@@ -258,7 +258,7 @@ def test_groups_are_compared_where_both_sides_name_one(tmp_path):
     assert len(set(keys.values())) == 3
     with pytest.raises(
         ValueError,
-        match=r"targets\.task\.drop_overlap: group leaves out rows whose group stands in a "
+        match=r"targets\.task\.drop_overlap: group leaves out rows whose group is in a "
         r"source, and data\.group names no",
     ):
         record_job(tmp_path, source, target, group=(None, None), drop_overlap="group")
@@ -289,7 +289,7 @@ def test_groups_are_compared_where_only_a_further_corpus_of_the_source_names_one
     known, test = 9, 18  # of the first 30 records, and of all 60
     assert (
         found.notes[0]
-        == f"task: {known} of {test} test rows are of a group that also stands in the training "
+        == f"task: {known} of {test} test rows are of a group that is also in the training "
         "rows of source stays (group: patient)"
     )
     assert (

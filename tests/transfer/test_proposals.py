@@ -288,7 +288,7 @@ def test_without_optuna_a_job_is_refused_before_anything_starts(tmp_path, toy, m
         stage_runs.prepared(toy_job(tmp_path, toy))
     assert str(error.value) == (
         "fanout.searcher: optuna is not installed: uv sync --extra optuna (without a clone: "
-        "pip install 'onetomany[optuna]'), or say random"
+        "pip install 'onetomany[optuna]'), or use random"
     )
     stage_runs.prepared(toy_job(tmp_path, toy, searcher="random"))
 

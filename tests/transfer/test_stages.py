@@ -940,7 +940,7 @@ def test_all_problems_of_a_job_are_told_at_once(tmp_path, bundles, paths):
     assert any("none.parquet" in line for line in message)
 
 
-# ----------------------------------------------------- rows of a target that also stand in a source
+# ----------------------------------------------------- rows of a target that are also in a source
 
 
 def with_source_data(job: Job, name: str, train: str, form: str = "auto", columns=COLUMNS) -> Job:
@@ -978,7 +978,7 @@ def test_test_rows_that_stand_in_a_source_are_counted_and_reported_again(
     )
     state, rows = run_through(job)
     assert (
-        state.notes == ["task: 5 of 18 test rows also stand in source corpus"]
+        state.notes == ["task: 5 of 18 test rows are also in source corpus"]
         and state.notes[0] in state.progress.lines
     )
     assert storage.read_json(storage.join(job.root, "facts.json"))["notes"] == state.notes
@@ -1044,8 +1044,7 @@ def test_files_that_are_known_by_size_and_time_are_told(tmp_path, bundles, paths
     state = prepared(with_data(job, "task", identity="stat"))
     assert len(state.notes) == 1 and state.notes[0] in state.progress.lines
     assert state.notes[0].startswith(
-        "targets.task: its local files are told apart by size and time of change, not by what "
-        "they hold"
+        "targets.task: its local files are identified by size and modification time, not by content"
     )
 
 
@@ -1157,11 +1156,11 @@ def test_test_rows_that_stand_in_a_source_are_counted_and_left_out_where_the_job
     job = with_target(leaking, drop_overlap=mode)
     state, rows = run_through(job)
     counted = (
-        "task: 5 of 18 test rows also stand in source corpus, 3 more nearly so (perceptual hash)"
+        "task: 5 of 18 test rows are also in source corpus, 3 more nearly so (perceptual hash)"
     )
     assert counted in state.notes and counted in state.progress.lines
     message = (
-        f"task: {len(left_out)} of 18 test rows left out because they also stand in a source "
+        f"task: {len(left_out)} of 18 test rows left out because they are also in a source "
         f"(drop_overlap: {mode})"
     )
     assert (message in state.notes) == (mode != "none")
@@ -1183,8 +1182,8 @@ def test_test_rows_that_stand_in_a_source_are_counted_and_left_out_where_the_job
     )
     text = storage.read_bytes(stages.show(again, same)[1][0]).decode()
     assert (
-        f"test 18 rows (validation files; test files); {len(left_out)} of the test rows also "
-        "stand in a source and were left out" in text
+        f"test 18 rows (validation files; test files); {len(left_out)} of the test rows are "
+        "also in a source and were left out" in text
     ) == bool(left_out)
     assert counted in text
     here.clear()
@@ -1231,7 +1230,7 @@ def test_repeats_of_a_targets_own_training_rows_are_told(tmp_path, bundles, path
     state = prepared(job)
     shared = stages.share(state)
     assert state.notes == [
-        "task: 2 of 21 test rows also stand in its own training rows, 1 more nearly so "
+        "task: 2 of 21 test rows are also in its own training rows, 1 more nearly so "
         "(perceptual hash)"
     ]
     assert all(len(data.test) == 21 for data in shared.targets.values()), (
@@ -1250,7 +1249,7 @@ def test_a_target_without_a_row_to_test_on_is_left_out_with_its_reason(
     state = prepared(with_target(job, drop_overlap="exact"))
     with pytest.raises(
         ValueError,
-        match=r"targets\.task\.drop_overlap: all 18 test rows also stand in a source and none is "
+        match=r"targets\.task\.drop_overlap: all 18 test rows are also in a source and none is "
         r"left",
     ):
         stages.share(state)
@@ -1295,7 +1294,7 @@ def test_near_duplicates_of_other_rows_than_images_are_refused(tmp_path, bundles
     with pytest.raises(
         ValueError,
         match=r"targets\.task\.drop_overlap: near duplicates are found among rows of "
-        r"audio, image, series, text, these rows are table: say exact",
+        r"audio, image, series, text, these rows are table: use exact",
     ):
         prepared(Job.model_validate(dumped))
 
@@ -1508,8 +1507,8 @@ def test_a_dry_run_says_how_many_rows_a_verdict_would_rest_on(tmp_path, bundles)
         )
 
     assert (
-        "target task, rows of the rarer class: train 3, validation 3, test 3; too few to tell "
-        "anything: a verdict needs 10 in test" in task(3)
+        "target task, rows of the rarer class: train 3, validation 3, test 3; too few for a "
+        "verdict, which needs 10 in test" in task(3)
     )
     assert (
         "target task, rows of the rarer class: train 15, validation 5, test 15; a verdict "
@@ -1517,8 +1516,8 @@ def test_a_dry_run_says_how_many_rows_a_verdict_would_rest_on(tmp_path, bundles)
     )
     lines = task(15, group="patient")
     assert (
-        "target task, groups of the rarer class: train 4, validation 4, test 4; too few to "
-        "tell anything: a verdict needs 10 in test" in lines
+        "target task, groups of the rarer class: train 4, validation 4, test 4; too few "
+        "for a verdict, which needs 10 in test" in lines
     )
 
 

@@ -575,7 +575,7 @@ def test_pairs_are_test_rows_of_a_source_when_both_texts_are_there(tmp_path):
     # type: ignore[arg-type]
     state = stages.check(pair_job(tmp_path, {"text": "a", "text_pair": "b"}), Silent())
     found = overlap.find_overlap(state.targets["task"], state.sources, str(tmp_path / "signs"))
-    left_out = "4 of 12 test rows left out because they also stand in a source"
+    left_out = "4 of 12 test rows left out because they are also in a source"
     assert (
         len(found.test) == 8
         and any(left_out in note for note in found.notes)

@@ -326,7 +326,9 @@ def test_what_cannot_be_read_is_left_out_and_all_else_is_logged(ended, recorder)
     assert {name for _, name in recorder.files} == {"report.html", "report.md"}
     assert recorder.ended[-1] == ("id of job", "done")
     (note,) = ended.state.progress.notes
-    assert note.startswith("warning: tracking: not logged, as it cannot be read: source garments: ")
+    assert note.startswith(
+        "warning: tracking: not logged, because it cannot be read: source garments: "
+    )
     assert "more)" in note
 
 
@@ -486,7 +488,7 @@ def test_a_dry_run_says_what_is_not_installed(tmp_path, monkeypatch):
     job = job_at(tmp_path, tracking="mlflow")
     monkeypatch.setattr(mlflow, "find_spec", lambda name: None)
     monkeypatch.setattr(cli, "_job", lambda file, overrides: job)
-    monkeypatch.setattr(api, "checked", lambda *_: nullcontext(SimpleNamespace(job=job)))
+    monkeypatch.setattr(api, "open_job", lambda *_: nullcontext(SimpleNamespace(job=job)))
     file = tmp_path / "job.yaml"
     file.write_text("name: toy\ntracking: mlflow\n")
     done = CliRunner().invoke(cli.app, ["run", str(file), "--dry-run"])

@@ -348,5 +348,8 @@ def test_a_dry_run_counts_the_steps_of_a_budget(tmp_path, paths):
     spec["sources"]["src"]["train"] = {"steps": 1, "global_batch": 16}
     job = Job.model_validate(spec)
     lines = dry_run.describe(stages.check(job, Silent()))
-    assert any("of 12 steps (with a budget of its own 60) on 30 rows" in line for line in lines)
+    assert any(
+        "of 12 steps (techniques with their own number of steps: 60) on 30 rows" in line
+        for line in lines
+    )
     assert f"in all: {3 * job.fanout.seeds} trials, {84 * job.fanout.seeds} steps" in lines[-1]
