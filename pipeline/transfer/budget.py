@@ -1,7 +1,7 @@
 """Spend a budget of trials by successive halving over pairs of source and technique.
 
-Of each target and label fraction, every pair is tried with a ninth of the steps, the better ones
-with all steps and one seed, and the best with all seeds (Karnin et al. 2013; Jamieson and Talwalkar
+For each target and label fraction, every pair runs a ninth of the steps, the better ones run all
+steps with one seed, and the best run with all seeds (Karnin et al. 2013; Jamieson and Talwalkar
 2016). The trials that choose have a seed that no final trial has. Short runs compare the sources of
 one technique only: a head that is solved is at its end where a whole network has hardly moved.
 Techniques are compared with all steps.
@@ -27,8 +27,8 @@ from pipeline.transfer.grid import Trial
 
 RUNGS = (Fraction(1, 9), Fraction(1))
 """Shares of the steps that pairs are tried with, before the best run with every seed."""
-COMPARED = 2
-"""Pairs that are at least compared with all steps."""
+MIN_COMPARED_PAIRS = 2
+"""Fewest pairs that are compared with all steps."""
 LEAST_STEPS = RUNGS[0].denominator
 MANY_STEPS = 10_000
 """A large number of steps: ``technique.steps(MANY_STEPS) / MANY_STEPS`` is how many times the
@@ -91,7 +91,7 @@ class Allocation:
     cost: Fraction
     """In trials, those of scratch included."""
 
-    def goes_on(self, rung: int) -> int:
+    def num_kept_after(self, rung: int) -> int:
         """Return how many pairs go on from a rung."""
         return next((count for count in self.rungs[rung + 1 :] if count), self.finalists)
 
@@ -118,7 +118,7 @@ def relative_cost(component: ComponentConfig) -> Fraction:
     return Fraction(technique_of(component).steps(MANY_STEPS), MANY_STEPS)
 
 
-def share_out(budget: int, sizes: Sequence[BracketSize], seeds: int) -> list[Allocation]:
+def allocate(budget: int, sizes: Sequence[BracketSize], seeds: int) -> list[Allocation]:
     """Share the budget of a job out over its brackets.
 
     Each has what it needs at least, and a part of the rest by its number of pairs. What one leaves
@@ -130,18 +130,19 @@ def share_out(budget: int, sizes: Sequence[BracketSize], seeds: int) -> list[All
         seeds: Number of seeds of a pair that is trained in full.
 
     Raises:
-        BudgetError: The budget does not do for trying every pair.
+        BudgetError: The budget is too small to try every pair.
     """
-    least = [size.scratch + size.pair_cost * _least(size.pairs, seeds) for size in sizes]
+    least = [size.scratch + size.pair_cost * _minimum_cost(size.pairs, seeds) for size in sizes]
     rest = budget - sum(least)
     if rest < 0:
         scratch = sum(size.scratch for size in sizes)
         raise BudgetError(
             f"fanout.select.budget: {budget} trials are too few for this job: scratch takes "
             f"{_number(scratch)}, and {_number(sum(least) - scratch)} more are needed to try every "
-            f"source with every technique with {steps_text(RUNGS[0])}, {COMPARED} of them with "
-            f"all, and the best of each target and label fraction with {seeds} seeds: give at "
-            f"least {math.ceil(sum(least))}, or fewer techniques, sources, label fractions or seeds"
+            f"source with every technique with {steps_text(RUNGS[0])}, {MIN_COMPARED_PAIRS} of "
+            "them with all, and the best of each target and label fraction with "
+            f"{seeds} seeds: give at least {math.ceil(sum(least))}, or fewer techniques, sources, "
+            "label fractions or seeds"
         )
     weights = [size.pairs * size.pair_cost for size in sizes]
     out, left_over = [], Fraction(0)
@@ -154,9 +155,9 @@ def share_out(budget: int, sizes: Sequence[BracketSize], seeds: int) -> list[All
     return out
 
 
-def _least(pairs: int, seeds: int) -> Fraction:
+def _minimum_cost(pairs: int, seeds: int) -> Fraction:
     """Return the least cost of finding one pair and training it with every seed."""
-    short = pairs * RUNGS[0] + COMPARED
+    short = pairs * RUNGS[0] + MIN_COMPARED_PAIRS
     return min(Fraction(pairs * seeds), min(short, Fraction(pairs)) + seeds)
 
 
@@ -181,7 +182,7 @@ def _rungs(pairs: int, budget: Fraction, seeds: int) -> tuple[tuple[int, int], i
         second = math.floor((rest - pairs * RUNGS[0]) / RUNGS[1])
         if second >= math.ceil(math.sqrt(pairs * finalists)) or finalists == 1:
             return (pairs, second), finalists
-    raise AssertionError(f"{budget} trials do for none of {pairs} pairs")
+    raise AssertionError(f"{budget} trials are too few for any of {pairs} pairs")
 
 
 def _number(value: Fraction | int) -> str:
@@ -236,10 +237,10 @@ class History:
 
     def add(self, bracket: _BracketResult) -> None:
         """Add what a bracket that is decided has shown."""
-        for pair, rank in bracket.among_sources.items():
+        for pair, rank in bracket.ranks_among_sources.items():
             self.sources[pair.source].append(rank)
         best: dict[str, float] = {}
-        for pair, rank in bracket.in_full.items():
+        for pair, rank in bracket.ranks_with_all_steps.items():
             best[pair.technique] = min(rank, best.get(pair.technique, 1.0))
         for technique, rank in best.items():
             self.techniques[technique].append(rank)
@@ -281,7 +282,7 @@ def decide(
 
     Args:
         brackets: The brackets, target by target.
-        allocations: What each may spend (`share_out`).
+        allocations: What each may spend (`allocate`).
         values: Value of each trial on validation rows, by its id, larger is better; None: it failed
             or has no value. Trials that have not ended are left out.
     """
@@ -320,9 +321,9 @@ class _BracketResult:
     reasons: dict[str, str] = field(default_factory=dict[str, str])
     notes: list[str] = field(default_factory=list[str])
     rung: int = 0
-    among_sources: dict[Pair, float] = field(default_factory=dict[Pair, float])
+    ranks_among_sources: dict[Pair, float] = field(default_factory=dict[Pair, float])
     """Ranks among the sources of one technique, at the first rung."""
-    in_full: dict[Pair, float] = field(default_factory=dict[Pair, float])
+    ranks_with_all_steps: dict[Pair, float] = field(default_factory=dict[Pair, float])
     """Ranks among the pairs with all steps."""
 
 
@@ -332,10 +333,8 @@ def _decide(
     values: Mapping[str, float | None],
     history: History,
 ) -> _BracketResult:
-    out, stages = (
-        _BracketResult(list(bracket.pairs)),
-        [i for i, n in enumerate(allocation.rungs) if n],
-    )
+    out = _BracketResult(list(bracket.pairs))
+    stages = [i for i, n in enumerate(allocation.rungs) if n]
     for number, rung in enumerate(stages, 1):
         trials = {pair: pair.rungs[rung] for pair in out.kept}
         out.rung, out.waiting = number, [one for one in trials.values() if one.id not in values]
@@ -343,13 +342,13 @@ def _decide(
         if out.waiting:
             return out
         measured = {pair: _sort_value(values[one.id]) for pair, one in trials.items()}
-        out.among_sources = out.among_sources or ranks_among_sources(measured)
+        out.ranks_among_sources = out.ranks_among_sources or ranks_among_sources(measured)
         if RUNGS[rung] == 1:
-            out.in_full = relative_ranks(measured)
-            ranked = sorted(measured, key=out.in_full.__getitem__)
+            out.ranks_with_all_steps = relative_ranks(measured)
+            ranked = sorted(measured, key=out.ranks_with_all_steps.__getitem__)
         else:
-            ranked = order(measured, history)
-        keep = allocation.goes_on(rung)
+            ranked = rank_short_runs(measured, history)
+        keep = allocation.num_kept_after(rung)
         for rank, pair in enumerate(ranked[keep:], keep + 1):
             has_value = measured[pair] > -math.inf
             why = f"rank {rank} of {len(ranked)}" if has_value else "no value on validation rows"
@@ -391,7 +390,7 @@ def ranks_among_sources(measured: Mapping[Pair, float]) -> dict[Pair, float]:
     return out
 
 
-def order(measured: Mapping[Pair, float], history: History) -> list[Pair]:
+def rank_short_runs(measured: Mapping[Pair, float], history: History) -> list[Pair]:
     """Return pairs by short runs, the best first.
 
     1. The pair with the largest value.

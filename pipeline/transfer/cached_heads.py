@@ -155,7 +155,7 @@ class HeadStack(nn.Module):
         rows = np.zeros(features.shape[-2], dtype=np.int64)
         keys = torch.zeros(0)
 
-        def one(params, x, tensors):
+        def call_head(params, x, tensors):
             return functional_call(
                 _Method(template, function),
                 {f"head.{n}": p for n, p in params.items()},
@@ -167,7 +167,7 @@ class HeadStack(nn.Module):
         # several heads that draw random numbers would draw them from one generator: torch refuses
         # that here
         randomness = "different" if self.count == 1 else "error"
-        return vmap(one, in_dims=dims, randomness=randomness)(
+        return vmap(call_head, in_dims=dims, randomness=randomness)(
             dict(zip(self.names, self.stacked, strict=True)), features, data
         )
 
@@ -189,15 +189,16 @@ class HeadStack(nn.Module):
         out: list[ParameterGroup] = []
         for parameter in self.stacked:
             parameter.grad = torch.zeros_like(parameter)
-        for k, own in enumerate(self.trains):
+        for k, settings in enumerate(self.trains):
             decayed: dict[float, list[nn.Parameter]] = {}
             for parameter in self.stacked:
                 view = nn.Parameter(parameter.data[k])
                 assert parameter.grad is not None
                 view.grad = parameter.grad[k]
-                decayed.setdefault(own.weight_decay if view.dim() > 1 else 0.0, []).append(view)
+                decay = settings.weight_decay if view.dim() > 1 else 0.0
+                decayed.setdefault(decay, []).append(view)
             out += [
-                ParameterGroup(params=params, peak=own.lr, weight_decay=decay)
+                ParameterGroup(params=params, peak=settings.lr, weight_decay=decay)
                 for decay, params in decayed.items()
             ]
         return out
@@ -247,7 +248,7 @@ class KeepHeads:
                 continue
             self.curves[k].append({"step": step, **values})
             before = best.step
-            best.update(step, values, _Nothing)
+            best.update(step, values, _NoWeights)
             if best.step != before:
                 self.weights[k] = [p.detach()[k].clone() for p in task.stacked]
 
@@ -283,15 +284,15 @@ class KeepHeads:
         self.weights, self.curves = state["weights"], state["curves"]
 
 
-class _Nothing:
-    """KeepBest wants a task to copy; the stack keeps its own rows instead."""
+class _NoWeights:
+    """Stands for the task in `KeepBest.update`, which would copy all heads."""
 
     @staticmethod
     def state_dict() -> dict[str, Tensor]:
         return {}
 
 
-def batchable(group: list[Trial], shared: Shared) -> bool:
+def can_stack(group: list[Trial], shared: Shared) -> bool:
     """Whether trials of one backbone may share features: a frozen technique without phases of its
     own, and a head that reads pooled features only.
     """
@@ -303,12 +304,12 @@ def batchable(group: list[Trial], shared: Shared) -> bool:
     return first.technique_object.frozen and data.spec.workers == 0
 
 
-Part = tuple[Tensor, dict[str, Tensor]]
+SplitFeatures = tuple[Tensor, dict[str, Tensor]]
 """(n, D) features of a split and its rows' other tensors, on the device."""
 
 
 @dataclass(frozen=True)
-class Member:
+class StackedTrial:
     """One trial of a stack: its settings and its labelled rows."""
 
     trial: Trial
@@ -323,7 +324,7 @@ class SharedFeatures:
 
     data: TargetData
     backbone: Backbone
-    splits: dict[str, Part]
+    splits: dict[str, SplitFeatures]
     transfer: str
     """In words, which tensors came from the source."""
     seconds: float
@@ -363,7 +364,7 @@ def _shared_features(group: list[Trial], shared: Shared) -> SharedFeatures:
     """Compute or read the features of the splits that the trials need."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     first, began = group[0], time.time()
-    task, transfer, _ = _built(first, shared)
+    task, transfer, _ = _build_wrapped(first, shared)
     technique = _technique_of_features(first)
     names = ["train", "validation", *(["test"] if first.stage == "final" else [])]
     data = shared.targets[first.target, first.backbone_key]
@@ -406,13 +407,13 @@ def _check_size(trial: Trial, data: TargetData, names: list[str], width: int) ->
 
 def _stacks(
     group: list[Trial], shared: Shared, is_random: bool
-) -> tuple[list[TrialRecord], list[list[Member]]]:
+) -> tuple[list[TrialRecord], list[list[StackedTrial]]]:
     """Records of trials whose settings are invalid, and the others by the stack they train in."""
     failed: list[TrialRecord] = []
-    stacks: dict[tuple[Any, ...], list[Member]] = {}
+    stacks: dict[tuple[Any, ...], list[StackedTrial]] = {}
     for trial in group:
         try:
-            member = Member(trial, *trials.resolve_training(trial, shared))
+            member = StackedTrial(trial, *trials.resolve_training(trial, shared))
         except ValueError as error:  # the settings of this trial alone
             failed.append(_failed(trial, shared, error))
             continue
@@ -426,9 +427,10 @@ def _failed(trial: Trial, shared: Shared, error: Exception) -> TrialRecord:
     return trials.failed_record(trial, shared, f"{type(error).__name__}: {error}"[:2000])
 
 
-def draws_random_numbers(head: Objective, rows: Part) -> bool:
-    """Whether the head's loss draws random numbers in training (dropout): torch tells, on two of
-    the ``rows``.
+def draws_random_numbers(head: Objective, rows: SplitFeatures) -> bool:
+    """Return whether the head's loss draws random numbers in training (dropout).
+
+    `vmap` refuses those of two heads, which is tried on two of the rows.
     """
     pooled, tensors = rows[0][:2], {name: tensor[:2] for name, tensor in rows[1].items()}
     twins = HeadStack([head, head], []).to(pooled.device).train()
@@ -447,7 +449,7 @@ def draws_random_numbers(head: Objective, rows: Part) -> bool:
 
 
 def _run_stack(
-    members: list[Member],
+    members: list[StackedTrial],
     shared: Shared,
     cached: SharedFeatures,
     alive: Callable[[], None],
@@ -456,7 +458,7 @@ def _run_stack(
     began, first = time.time(), members[0]
     heads, start_hashes = zip(*(_build_head(one.trial, shared) for one in members), strict=True)
     stack = HeadStack(list(heads), [member.train for member in members]).to(cached.device)
-    # a stack of heads is small, and one batch
+    # a stack is small: no micro-batches, no compilation
     train = first.train.model_copy(update={"micro_batch": None, "compile": False})
     keeper = KeepHeads(cached.data.metrics[0], train.keep, len(members), train.patience)
     folder = storage.join(shared.root, STACKS, spec_hash([one.trial.id for one in members]))
@@ -466,7 +468,7 @@ def _run_stack(
     validation = cached.splits["validation"]
 
     def evaluate_heads(task: nn.Module) -> loop.Metrics:
-        found = _predicted(stack, validation, train)
+        found = _predict_all_heads(stack, validation, train)
         return {"heads": [evaluate.values(one, cached.data.metrics) for one in found]}
 
     outcome = loop.fit(
@@ -489,8 +491,12 @@ def _run_stack(
             alive=alive,
         )
     )
-    tested = _predicted(stack, cached.splits["test"], train) if "test" in cached.splits else None
-    held = _predicted(stack, validation, train) if tested and is_calibrated(heads[0]) else None
+    tested = (
+        _predict_all_heads(stack, cached.splits["test"], train) if "test" in cached.splits else None
+    )
+    validated = (
+        _predict_all_heads(stack, validation, train) if tested and is_calibrated(heads[0]) else None
+    )
     seconds = (outcome.seconds_before + time.time() - began) / len(members) + cached.seconds
     records = []
     for k, (member, head) in enumerate(zip(members, heads, strict=True)):
@@ -499,9 +505,9 @@ def _run_stack(
             continue
         _copy_weights(head, stack, k)
         test = tested[k] if tested else None
-        if held:
-            head.calibrate(held[k])
-            test = _alone(head, cached.splits["test"], train)
+        if validated:
+            head.calibrate(validated[k])
+            test = _predict_with_head(head, cached.splits["test"], train)
         if test is not None:
             ids = cached.data.test.selection.ids(np.arange(len(cached.data.test)))
             test = {"row": ids, **test}
@@ -533,7 +539,7 @@ def _run_stack(
 
 
 def _solve(
-    member: Member,
+    member: StackedTrial,
     shared: Shared,
     cached: SharedFeatures,
     penalties: tuple[float, ...],
@@ -544,30 +550,30 @@ def _solve(
     head, start_hash = _build_head(trial, shared)
     validation = cached.splits["validation"]
     features, tensors = cached.splits["train"]
-    index = torch.from_numpy(_places(cached.data, member.rows)).to(features.device)
+    index = torch.from_numpy(_indices_of_rows(cached.data, member.rows)).to(features.device)
 
     def validate(solved: Objective) -> dict[str, float]:
-        return evaluate.values(_alone(solved, validation, train), cached.data.metrics)
+        return evaluate.values(_predict_with_head(solved, validation, train), cached.data.metrics)
 
-    own = features[index], {name: tensor[index] for name, tensor in tensors.items()}
+    trial_rows = features[index], {name: tensor[index] for name, tensor in tensors.items()}
     technique = trial.technique_object
     try:
         if selects_features(technique):
             selection = technique.selection()
             solutions = solved_heads.solve_selected(
-                head, *own, selection, penalties, validate, alive
+                head, *trial_rows, selection, penalties, validate, alive
             )
         else:
-            solutions = solved_heads.solve(head, *own, penalties, validate, alive)
+            solutions = solved_heads.solve(head, *trial_rows, penalties, validate, alive)
     except FloatingPointError as error:
         return _failed(trial, shared, error)
     chosen = solved_heads.best(solutions, cached.data.metrics[0])
     head, test, calibrated = chosen.head, None, chosen.head
     if "test" in cached.splits:
         if is_calibrated(calibrated):
-            calibrated.calibrate(_alone(head, validation, train))
+            calibrated.calibrate(_predict_with_head(head, validation, train))
         ids = cached.data.test.selection.ids(np.arange(len(cached.data.test)))
-        test = {"row": ids, **_alone(head, cached.splits["test"], train)}
+        test = {"row": ids, **_predict_with_head(head, cached.splits["test"], train)}
     iterations = sum(solution.iterations for solution in solutions)
     # no rate, batch or decay took part
     settings = {"solver": chosen.solver, "penalty": chosen.penalty}
@@ -593,19 +599,19 @@ def _solve(
     return trials.write(trial, shared, record, test, task)
 
 
-def _places(data: TargetData, rows: Rows) -> np.ndarray:
-    """Places of a trial's own rows in the features of all training rows."""
+def _indices_of_rows(data: TargetData, rows: Rows) -> np.ndarray:
+    """Return the indices of a trial's rows in the features of all training rows."""
     ids = data.train.selection.ids(np.arange(len(data.train)))
     return np.searchsorted(ids, rows.selection.ids(np.arange(len(rows))))
 
 
 def _build_head(trial: Trial, shared: Shared) -> tuple[Objective, str]:
     """A trial's head and the hash of its start weights; the backbone is the same for all trials."""
-    task, _, start_hash = _built(trial, shared)
+    task, _, start_hash = _build_wrapped(trial, shared)
     return task.objective, start_hash
 
 
-def _built(trial: Trial, shared: Shared) -> tuple[Task, str, str]:
+def _build_wrapped(trial: Trial, shared: Shared) -> tuple[Task, str, str]:
     """``trial.build`` with what the technique adds; the hash is that of the weights before."""
     task, transfer, start_hash = trials.build(trial, shared)
     with torch.random.fork_rng(devices=[]):
@@ -616,13 +622,13 @@ def _built(trial: Trial, shared: Shared) -> tuple[Task, str, str]:
 class _StackBatches:
     """Batches of a stack: at every step the features of each head's own rows."""
 
-    def __init__(self, members: list[Member], shared: Shared, cached: SharedFeatures):
+    def __init__(self, members: list[StackedTrial], shared: Shared, cached: SharedFeatures):
         self.members, self.shared = members, shared
         self.features, self.tensors = cached.splits["train"]
         selection = cached.data.train.selection
         self.ids = selection.ids(np.arange(len(selection)))
         self.plans = [trials.order_of(m.trial, shared, m.train, m.rows) for m in members]
-        self.indices = [_places(cached.data, m.rows) for m in members]
+        self.indices = [_indices_of_rows(cached.data, m.rows) for m in members]
         self.traces: list[RowTrace] = []
 
     def _rows(self, step: int) -> list[np.ndarray]:
@@ -656,7 +662,7 @@ def _run_alone(trial: Trial, shared: Shared, alive: Callable[[], None]) -> Trial
 
 
 @torch.no_grad()
-def _predicted(stack: HeadStack, rows: Part, train: Train) -> list[Predictions]:
+def _predict_all_heads(stack: HeadStack, rows: SplitFeatures, train: Train) -> list[Predictions]:
     """Predictions of every head on the same rows, with the precision that one alone would have."""
     stack.eval()
     with loop.autocast(train, rows[0].device):
@@ -665,7 +671,7 @@ def _predicted(stack: HeadStack, rows: Part, train: Train) -> list[Predictions]:
 
 
 @torch.no_grad()
-def _alone(head: Objective, rows: Part, train: Train) -> Predictions:
+def _predict_with_head(head: Objective, rows: SplitFeatures, train: Train) -> Predictions:
     """Predictions of one head, with what it alone has fitted on the validation rows."""
     head = head.to(rows[0].device).eval()
     assert has_cached_head(head)
@@ -678,6 +684,6 @@ def _alone(head: Objective, rows: Part, train: Train) -> Predictions:
 
 @torch.no_grad()
 def _copy_weights(head: Objective, stack: HeadStack, k: int) -> None:
-    own = dict(head.named_parameters())
+    parameters = dict(head.named_parameters())
     for name, parameter in zip(stack.names, stack.stacked, strict=True):
-        own[name].copy_(parameter[k].cpu())
+        parameters[name].copy_(parameter[k].cpu())

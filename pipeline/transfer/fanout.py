@@ -193,7 +193,7 @@ def units(trials: list[Trial], shared: Shared) -> list[Unit]:
         else:
             single.append(Unit((one,), False))
     groups = [
-        Unit(tuple(g[i : i + UNIT_TRIALS]), cached_heads.batchable(g, shared))
+        Unit(tuple(g[i : i + UNIT_TRIALS]), cached_heads.can_stack(g, shared))
         for g in frozen.values()
         for i in range(0, len(g), UNIT_TRIALS)
     ]

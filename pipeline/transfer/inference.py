@@ -51,7 +51,7 @@ minute, or a picture, takes a megabyte of memory.
 """
 LAYOUT = 2
 """Version of the output columns. Parts of another version are not completed in their folder."""
-PIECE = ("start", "seconds")
+SEGMENT_ROLES = ("start", "seconds")
 """Roles of a row that is a piece of a longer recording. Rows to predict may have them or not,
 whatever the training rows had.
 """
@@ -112,7 +112,7 @@ class BundleWorker(ABC):
             Selection(self.selection.manifest, ids), Decoder(self._modality, None, {}, self.columns)
         ).in_memory(1.0, cpus=0, keep_bad=True)
         columns = self.compute(self._opened, rows, ids, device)
-        return {**_table(ids, columns, dict(rows.bad)), **self._pieces(ids)}
+        return {**_with_errors(ids, columns, dict(rows.bad)), **self._recording_columns(ids)}
 
     @abstractmethod
     def open(self, found: bundle.Bundle) -> torch.nn.Module:
@@ -122,7 +122,7 @@ class BundleWorker(ABC):
     def compute(self, opened: Any, rows: Rows, ids: np.ndarray, device: torch.device) -> Arrays:
         """Return columns of the rows, in the order of their ids."""
 
-    def _pieces(self, ids: np.ndarray) -> Arrays:
+    def _recording_columns(self, ids: np.ndarray) -> Arrays:
         """Return the recording, start and length of each row, (n,) each, by column name.
 
         Start and length are in seconds, NaN where the rows do not have them. The result is empty
@@ -206,7 +206,7 @@ class Embedder(BundleWorker):
         return {"features": features(opened, rows, device)[0].cpu().numpy()}
 
 
-def _table(ids: np.ndarray, found: Arrays, reasons: dict[int, str]) -> Arrays:
+def _with_errors(ids: np.ndarray, found: Arrays, reasons: dict[int, str]) -> Arrays:
     """Return one line for each row, in order.
 
     A row that cannot be decoded was predicted from zeros: its line has the reason and no
@@ -267,7 +267,7 @@ class NewRows:
     selection: Selection
     columns: dict[str, str]
     """Role to column."""
-    kept: dict[str, str]
+    copied_columns: dict[str, str]
     """Columns that are copied, by their names in the output."""
     modality: Modality
     objective: type[Objective]
@@ -276,43 +276,48 @@ class NewRows:
 
 
 def _read_input(
-    found: bundle.Manifest,
+    trained: bundle.Manifest,
     data: list[str],
+    output: str,
     columns: dict[str, str],
     form: str,
-    imports: str,
+    progress: Progress,
     keep: tuple[str, ...] = (),
 ) -> NewRows:
     """Find new rows and their columns.
 
     Args:
-        found: The manifest of the bundle.
+        trained: The manifest of the bundle.
         data: Files, folders or globs.
+        output: Folder in which files are first turned into Parquet.
         columns: Role to column, where it has another name than in training.
         form: The format of the files, as in a job.
-        imports: Folder for files that are first turned into Parquet.
+        progress: Where the reading of files is shown.
         keep: Further columns to copy.
 
     Raises:
         ValueError: A column is missing or has another type than the bundle reads.
     """
-    rows, named_files = manifests.build_with_named(data, form, imports)
-    modality = found.build_modality()
-    name = found.objective.name
-    objective = Objective if name == "none" else registry.get("objective", name)
-    where = rows.files[0] if rows.files else data[0]
-    if where.startswith(imports):
-        where = data[0]
-    columns = columns_of_roles(modality, objective, found.columns, columns, rows, where)
-    _check_types(modality, columns, rows, where)
-    kept = kept_columns(modality, columns, rows, keep, where)
-    files_read = [*(file for file in rows.identities if file is not None), *named_files]
-    selection = Selection(rows)
-    if not named_files:
-        of_files = file_columns(modality, columns)
-        (selection,), named_files = manifests.with_named_files([selection], of_files, "content")
-        rows, files_read = selection.manifest, [*files_read, *named_files]
-    return NewRows(rows, selection, columns, kept, modality, objective, files_read)
+    storage.refuse_read_only(output)
+    imports = storage.join(output, ".imports")
+    with file_identity.progress_to(progress.update):
+        rows, named_files = manifests.build_with_named(data, form, imports)
+        modality = trained.build_modality()
+        name = trained.objective.name
+        objective = Objective if name == "none" else registry.get("objective", name)
+        where = rows.files[0] if rows.files else data[0]
+        if where.startswith(imports):
+            where = data[0]
+        columns = columns_of_roles(modality, objective, trained.columns, columns, rows, where)
+        _check_types(modality, columns, rows, where)
+        copied = kept_columns(modality, columns, rows, keep, where)
+        files_read = [*(file for file in rows.identities if file is not None), *named_files]
+        selection = Selection(rows)
+        if not named_files:
+            of_files = file_columns(modality, columns)
+            (selection,), named_files = manifests.with_named_files([selection], of_files, "content")
+            rows, files_read = selection.manifest, [*files_read, *named_files]
+    return NewRows(rows, selection, columns, copied, modality, objective, files_read)
 
 
 def predict(
@@ -343,13 +348,13 @@ def predict(
             folder belongs to other predictions.
     """
     options = options or OutputOptions()
-    found = check(uri, options)
-    new = _input_of(found, data, output, columns, form, progress, options)
-    carried = recording_columns(new.modality, new.columns, new.manifest)
-    work = Predictor(uri, new.selection, new.columns, carried, options.draw)
-    work.output_types = output_types(new.objective)
-    classes = found.objective.state.get("labels")
-    written, parts = _write(uri, found, work, new, output, options, progress, classes)
+    trained = check(uri, options)
+    rows = _read_input(trained, data, output, columns, form, progress, options.keep)
+    carried = recording_columns(rows.modality, rows.columns, rows.manifest)
+    worker = Predictor(uri, rows.selection, rows.columns, carried, options.draw)
+    worker.output_types = output_types(rows.objective)
+    classes = trained.objective.state.get("labels")
+    written, parts = _write(uri, trained, worker, rows, output, options, progress, classes)
     if options.srt:
         written += f"; {prediction_files.write_subtitles(output, parts)} recordings as .srt in "
         written += storage.join(output, prediction_files.SUBTITLES)
@@ -374,33 +379,18 @@ def embed_files(
             folder belongs to something else.
     """
     options = options or OutputOptions()
-    found = bundle.load(uri).manifest
-    new = _input_of(found, data, output, columns, form, progress, options)
-    carried = recording_columns(new.modality, new.columns, new.manifest)
-    work = Embedder(uri, new.selection, new.columns, carried)
-    return _write(uri, found, work, new, output, options, progress)[0]
-
-
-def _input_of(
-    found: bundle.Manifest,
-    data: list[str],
-    output: str,
-    columns: dict[str, str],
-    form: str,
-    progress: Progress,
-    options: OutputOptions,
-) -> NewRows:
-    storage.refuse_read_only(output)
-    imports = storage.join(output, ".imports")
-    with file_identity.progress_to(progress.update):
-        return _read_input(found, data, columns, form, imports, options.keep)
+    trained = bundle.load(uri).manifest
+    rows = _read_input(trained, data, output, columns, form, progress, options.keep)
+    carried = recording_columns(rows.modality, rows.columns, rows.manifest)
+    worker = Embedder(uri, rows.selection, rows.columns, carried)
+    return _write(uri, trained, worker, rows, output, options, progress)[0]
 
 
 def _write(
     uri: str,
-    found: bundle.Manifest,
-    work: BundleWorker,
-    new: NewRows,
+    trained: bundle.Manifest,
+    worker: BundleWorker,
+    rows: NewRows,
     output: str,
     options: OutputOptions,
     progress: Progress,
@@ -411,9 +401,16 @@ def _write(
     Raises:
         ValueError: The output folder belongs to something else.
     """
-    rows, name = new.manifest.rows, type(work).__name__
+    count, name = rows.manifest.rows, type(worker).__name__
     choices = (name, options.format, options.draw)
-    key = spec_hash(found.files, new.manifest.fingerprint, new.columns, new.kept, LAYOUT, choices)
+    key = spec_hash(
+        trained.files,
+        rows.manifest.fingerprint,
+        rows.columns,
+        rows.copied_columns,
+        LAYOUT,
+        choices,
+    )
     begun = storage.join(output, "_predictions.json")
     if storage.exists(begun) and checksums.read_document(begun).get("key") != key:
         raise ValueError(
@@ -423,52 +420,52 @@ def _write(
     document = {
         "key": key,
         "bundle": uri,
-        "files": list(new.manifest.files),
-        "rows": rows,
+        "files": list(rows.manifest.files),
+        "rows": count,
         "labels": classes,
     }
     checksums.write_document(begun, document)
-    is_large = is_costed(new.modality) or options.draw
+    is_large = is_costed(rows.modality) or options.draw
     step = FEW_ROWS_A_PART if is_large else ROWS_A_PART
-    items = [Item(-1, i, min(i + step, rows)) for i in range(0, rows, step)]
+    items = [Item(-1, i, min(i + step, count)) for i in range(0, count, step)]
     parts = {
         item: storage.join(output, f"part-{number:05d}.{options.format}")
         for number, item in enumerate(items)
     }
     done = {item: part for item, part in parts.items() if storage.exists(part)}
     todo = [item for item in items if item not in done]
-    readable = readable_columns(new.modality, new.columns)
-    reader = manifests.Reader(new.manifest, list(dict.fromkeys(new.kept.values())))
+    readable = readable_columns(rows.modality, rows.columns)
+    reader = manifests.Reader(rows.manifest, list(dict.fromkeys(rows.copied_columns.values())))
     bad = sum(
         1
         for part in done.values()
         for row in prediction_files.read(part, ("error",))
         if row["error"]
     )
-    for item, block in zip(todo, map_blocks(work, todo, _workers(len(todo))), strict=True):
+    for item, block in zip(todo, map_blocks(worker, todo, _data_workers(len(todo))), strict=True):
         bad += sum(1 for reason in block["error"] if reason)
-        ids = new.selection.ids(np.arange(item.start, item.stop))
-        raw_rows = reader.take(ids) if new.kept else None
+        ids = rows.selection.ids(np.arange(item.start, item.stop))
+        raw_rows = reader.take(ids) if rows.copied_columns else None
         pictures = block.pop(PICTURE, None)
-        table = to_table(block, work.output_types)
-        table = with_kept_columns(table, raw_rows, new.kept, readable)
+        table = to_table(block, worker.output_types)
+        table = with_kept_columns(table, raw_rows, rows.copied_columns, readable)
         if pictures is not None:
             names = _write_pictures(output, pictures, table)
             table = table.append_column(PICTURE, pa.array(names, pa.string()))
         data = prediction_files.encode(table, options.format, classes)
         storage.write_bytes(parts[item], data)
         progress.update(
-            f"rows {item.stop}/{rows}  {bad} could not be read",
-            item.stop == rows,
+            f"rows {item.stop}/{count}  {bad} could not be read",
+            item.stop == count,
         )
-    file_identity.check_unchanged(new.files_read)
-    text = f"{output}: {rows} rows in {len(items)} parts"
+    file_identity.check_unchanged(rows.files_read)
+    text = f"{output}: {count} rows in {len(items)} parts"
     text += f", {len(done)} of them from before" if done else ""
     text += f"; {bad} rows could not be read, see column error" if bad else ""
     return text, list(parts.values())
 
 
-def _workers(items: int) -> DataWorkers:
+def _data_workers(items: int) -> DataWorkers:
     """Return how many processes work on so many items: one for each GPU, or each core."""
     have = launch.resources()
     gpus = have.get("GPU", 0.0)
@@ -514,13 +511,13 @@ def embed(
     Raises:
         ValueError: A column is missing or has another type than the bundle reads.
     """
-    found = bundle.read_manifest(uri)
-    with storage.scratch_folder() as scratch, file_identity.progress_to(progress.update):
-        new = _read_input(found, data, columns, form, str(scratch))
-        work = Embedder(uri, new.selection, new.columns)
-        starts = range(0, new.manifest.rows, ROWS_A_PART)
-        items = [Item(-1, i, min(i + ROWS_A_PART, new.manifest.rows)) for i in starts]
-        return np.concatenate([work(item)["features"] for item in items])
+    trained = bundle.read_manifest(uri)
+    with storage.scratch_folder() as scratch:
+        rows = _read_input(trained, data, str(scratch), columns, form, progress)
+        worker = Embedder(uri, rows.selection, rows.columns)
+        starts = range(0, rows.manifest.rows, ROWS_A_PART)
+        items = [Item(-1, i, min(i + ROWS_A_PART, rows.manifest.rows)) for i in starts]
+        return np.concatenate([worker(item)["features"] for item in items])
 
 
 def _named_classes(classes: list[str] | None, parts: list[str]) -> str:
@@ -663,51 +660,53 @@ def columns_of_roles(
 ) -> dict[str, str]:
     """Return the column of each role that rows to predict need.
 
-    It is the one in ``columns``, or the one of training, or one with the name of the role (as in an
+    It is the one in ``given``, or the one of training, or one with the name of the role (as in an
     imported folder). The roles of a piece of a recording are taken where training had them, and
     from a folder of files, which was cut into pieces.
 
     Raises:
         ValueError: There is no such column, or a label is named, which rows to predict do not need.
     """
-    labels, out, where = (
-        (*objective.roles, *objective.optional_roles),
-        dict(given),
-        where or found.files[0],
-    )
-    if known_labels := [
-        role
-        for role in given
-        if role in labels and role not in (*modality.roles, *modality.optional_roles)
-    ]:
+    out, where = dict(given), where or found.files[0]
+    labels = (*objective.roles, *objective.optional_roles)
+    inputs = (*modality.roles, *modality.optional_roles)
+    named_labels = [role for role in given if role in labels and role not in inputs]
+    if named_labels:
         raise ValueError(
-            f"--column {known_labels[0]}: rows to predict need no {known_labels[0]}; leave it out"
+            f"--column {named_labels[0]}: rows to predict need no {named_labels[0]}; leave it out"
         )
     names = found.schema.names
-    for role in (
-        *modality.roles,
-        *(role for role in modality.optional_roles if role not in labels),
-    ):
+    optional = [role for role in modality.optional_roles if role not in labels]
+    for role in (*modality.roles, *optional):
         candidates = [given[role]] if role in given else [known.get(role, role), role]
-        found_name = next((name for name in candidates if name in names), None)
-        needed = role in given or role in modality.roles or (role in known and role not in PIECE)
-        if found_name is not None and (
-            needed
-            or (role in PIECE and (role in known or _holds_paths(found, out[modality.roles[0]])))
-        ):
-            out[role] = found_name
-        elif needed:
-            if modality.registered_name == "table":
-                raise ValueError(
-                    f"{where} has no column {candidates[0]!r} with the features as a struct; "
-                    "columns "
-                    f"are {', '.join(names)}{_prepared(where)}"
-                )
-            raise ValueError(
-                f"{where} has no column {candidates[0]!r} for {role}; columns are "
-                f"{', '.join(names)}; give --column {role}=NAME"
+        column = next((name for name in candidates if name in names), None)
+        was_in_training = role in known
+        is_segment = role in SEGMENT_ROLES
+        is_needed = role in given or role in modality.roles or (was_in_training and not is_segment)
+        if column is not None:
+            is_read = is_needed or (
+                is_segment and (was_in_training or _holds_paths(found, out[modality.roles[0]]))
             )
+            if is_read:
+                out[role] = column
+        elif is_needed:
+            raise _missing_column(modality, role, candidates[0], names, where)
     return out
+
+
+def _missing_column(
+    modality: Modality, role: str, name: str, names: list[str], where: str
+) -> ValueError:
+    """Return the error for a role whose column is not there."""
+    if modality.registered_name == "table":
+        return ValueError(
+            f"{where} has no column {name!r} with the features as a struct; columns "
+            f"are {', '.join(names)}{_prepared(where)}"
+        )
+    return ValueError(
+        f"{where} has no column {name!r} for {role}; columns are "
+        f"{', '.join(names)}; give --column {role}=NAME"
+    )
 
 
 def _holds_paths(found: manifests.Manifest, name: str) -> bool:
@@ -723,9 +722,9 @@ def recording_columns(
 
     A column of file names identifies recordings too.
     """
-    if not set(PIECE) & set(modality.optional_roles):
+    if not set(SEGMENT_ROLES) & set(modality.optional_roles):
         return {}
-    out = {role: columns[role] for role in PIECE if role in columns}
+    out = {role: columns[role] for role in SEGMENT_ROLES if role in columns}
     recording, first = columns.get("recording", "recording"), columns[modality.roles[0]]
     if recording not in found.schema.names and "recording" in columns:
         raise ValueError(

@@ -31,8 +31,8 @@ MOST_ROWS = 1000
 """Rows of each side that are compared, evenly spread."""
 CheckedRows = tuple[Selection, dict[str, str]]
 NO_LABELS = "label_fractions: 0 allows no label of the target"
-GROUPS_COUNT = "each group is one observation"
-SOURCE_ROWS_COUNT = (
+NOTE_GROUPS = "each group is one observation"
+NOTE_UNGROUPED_SOURCE = (
     "rows of the source count as independent, since its data.group names no column: intervals may "
     "be too narrow"
 )
@@ -87,7 +87,9 @@ def class_counts(labels: np.ndarray | None, names: tuple[str, ...]) -> dict[str,
     return dict(zip(names, counts, strict=False))
 
 
-def counts_of(selection: Selection, columns: dict[str, str], objective: str, state: Any) -> dict:
+def class_counts_of_rows(
+    selection: Selection, columns: dict[str, str], objective: str, state: Any
+) -> dict:
     """Return the number of rows of each class of a source's training rows (`class_counts`)."""
     kind = registry.get("objective", objective)
     if "label" not in kind.roles or "label" not in columns or not state.get("labels"):
@@ -118,7 +120,7 @@ def group_count(selection: Selection, column: str | None) -> int | None:
     return None if found is None else len(np.unique(found))
 
 
-def of_source(
+def shift_from_source(
     data: TargetData,
     source: SourceSide,
     labelled: LabelledRows,
@@ -133,12 +135,12 @@ def of_source(
     found = Shift(f"source {source.name}", "training rows")
     group = group_column(data)
     if group or source.group:
-        found = replace(found, counted=GROUPS_COUNT if source.group else SOURCE_ROWS_COUNT)
+        found = replace(found, counted=NOTE_GROUPS if source.group else NOTE_UNGROUPED_SOURCE)
     own = group_count(data.train.selection, group) if source.label_counts else None
     found = _with_labels(found, data, source.label_counts, own, source.group_count)
     found = _with_concept(found, source, labelled)
     if source.features is None or source.rows is None:
-        return _without(found, "covariate", "the source's rows are not there")
+        return _with_missing(found, "covariate", "the source's rows are not there")
     train = _spread(data.train)
     known = None if labelled.ids is None else (labelled.ids, labelled.features)
     ids, of_train = _features(backbone, train, device, known)
@@ -148,7 +150,9 @@ def of_source(
     return replace(found, drift=drift(train.modality, own_rows, source.rows, (group, source.group)))
 
 
-def within_target(data: TargetData, source: str, backbone: Backbone, device: torch.device) -> Shift:
+def train_test_shift(
+    data: TargetData, source: str, backbone: Backbone, device: torch.device
+) -> Shift:
     """Return the shift of a target's test rows against its training rows.
 
     Labels of test rows are read, so nothing may be chosen after it.
@@ -160,7 +164,7 @@ def within_target(data: TargetData, source: str, backbone: Backbone, device: tor
     group = group_column(data)
     found = Shift("its own training rows", "test rows", features_of=source, within_target=True)
     if group:
-        found = replace(found, counted=GROUPS_COUNT)
+        found = replace(found, counted=NOTE_GROUPS)
     sides = []
     for rows in (train, test):
         ids, features = _features(backbone, rows, device)
@@ -172,10 +176,10 @@ def within_target(data: TargetData, source: str, backbone: Backbone, device: tor
     found = replace(found, drift=drift(train.modality, rows, others, (group, group)))
     if data.labels is None or data.labels.ndim != 1 or not data.label_names:
         why = "rows have no single class"
-        return _without(_without(found, "labels", why), "concept", why)
+        return _with_missing(_with_missing(found, "labels", why), "concept", why)
     if not any(data.spec.label_fractions):
         why = NO_LABELS
-        return _without(_without(found, "labels", why), "concept", why)
+        return _with_missing(_with_missing(found, "labels", why), "concept", why)
     of_all = _class_labels(data, data.test.selection)
     changes = shift.label_shift(
         class_counts(of_all, data.label_names),
@@ -191,7 +195,7 @@ def within_target(data: TargetData, source: str, backbone: Backbone, device: tor
             (of_train, train_labels), (of_test, test_labels, test_groups), len(data.label_names)
         )
     except ValueError as error:
-        return _without(found, "concept", str(error))
+        return _with_missing(found, "concept", str(error))
     return replace(found, concept=concept)
 
 
@@ -221,7 +225,7 @@ def _concept_within(
     test: tuple[np.ndarray, np.ndarray, np.ndarray | None],
     classes: int,
 ) -> Estimate:
-    """Return by how much a head fitted to test rows is right more often than one of training rows.
+    """Return how much more often a head of test rows is right on them than one of training rows.
 
     Both are fitted to the same number of rows: more rows alone make a better head.
 
@@ -236,8 +240,9 @@ def _concept_within(
     of_train = _evenly(len(y), count)
     x, y = x[of_train].astype(np.float64), np.eye(classes)[y[of_train]]
     features, labels = features[of_test], labels[of_test]
-    known = shift.linear(x, y, features.astype(np.float64))
-    return shift.concept_shift(features, labels, known, None if groups is None else groups[of_test])
+    by_training_rows = shift.ridge_predictions(x, y, features.astype(np.float64))
+    groups = None if groups is None else groups[of_test]
+    return shift.concept_shift(features, labels, by_training_rows, groups)
 
 
 def _evenly(n: int, count: int) -> np.ndarray:
@@ -280,8 +285,8 @@ def _features(
     return all_ids[order], np.concatenate(parts)[order]
 
 
-def _without(found: Shift, what: str, why: str) -> Shift:
-    return replace(found, missing={**found.missing, what: why})
+def _with_missing(shift: Shift, what: str, reason: str) -> Shift:
+    return replace(shift, missing={**shift.missing, what: reason})
 
 
 _Side = tuple[np.ndarray, np.ndarray | None]
@@ -290,9 +295,12 @@ _Side = tuple[np.ndarray, np.ndarray | None]
 
 def _with_covariate(found: Shift, rows: _Side, others: _Side) -> Shift:
     try:
-        return replace(found, covariate=shift.told_apart(rows[0], others[0], rows[1], others[1]))
+        return replace(
+            found,
+            covariate=shift.domain_classifier_accuracy(rows[0], others[0], rows[1], others[1]),
+        )
     except ValueError as error:
-        return _without(found, "covariate", str(error))
+        return _with_missing(found, "covariate", str(error))
 
 
 def _with_labels(
@@ -303,12 +311,14 @@ def _with_labels(
     other_groups: int | None,
 ) -> Shift:
     if not any(data.spec.label_fractions):
-        return _without(found, "labels", NO_LABELS)
+        return _with_missing(found, "labels", NO_LABELS)
     own = class_counts(data.labels, data.label_names)
     changes = shift.label_shift(own, others, groups, other_groups)
     if changes:
         return replace(found, labels=changes)
-    return _without(found, "labels", "rows have no single class on both sides with the same names")
+    return _with_missing(
+        found, "labels", "rows have no single class on both sides with the same names"
+    )
 
 
 def _with_concept(found: Shift, source: SourceSide, labelled: LabelledRows) -> Shift:
@@ -316,7 +326,7 @@ def _with_concept(found: Shift, source: SourceSide, labelled: LabelledRows) -> S
     shared = [name for name in labelled.names if name in source.label_names]
     if source.probabilities is None or labelled.labels is None or len(shared) < 2:
         why = labelled.missing or "the source's head does not predict the same classes"
-        return _without(found, "concept", why)
+        return _with_missing(found, "concept", why)
     theirs = [source.label_names.index(name) for name in shared]
     ours = np.full(len(labelled.names), -1)
     ours[[labelled.names.index(name) for name in shared]] = np.arange(len(shared))
@@ -330,7 +340,7 @@ def _with_concept(found: Shift, source: SourceSide, labelled: LabelledRows) -> S
             None if labelled.groups is None else labelled.groups[kept],
         )
     except ValueError as error:
-        return _without(found, "concept", str(error))
+        return _with_missing(found, "concept", str(error))
     return replace(found, concept=estimate)
 
 

@@ -287,7 +287,7 @@ def planned_allocations(
                 [one for one in trained if not grid.starts_random(one)] * len(names),
                 job.fanout.seeds,
             )
-    spent = budget.share_out(job.fanout.budget, list(sizes.values()), job.fanout.seeds)
+    spent = budget.allocate(job.fanout.budget, list(sizes.values()), job.fanout.seeds)
     return {key: (size, one) for (key, size), one in zip(sizes.items(), spent, strict=True)}
 
 
@@ -356,7 +356,7 @@ def decide_budget(
     """
     brackets, fan = brackets_of(state, groups, chosen), state.job.fanout
     assert fan.budget is not None
-    allocation = budget.share_out(fan.budget, [bracket.size for bracket in brackets], fan.seeds)
+    allocation = budget.allocate(fan.budget, [bracket.size for bracket in brackets], fan.seeds)
     if records is None:
         every = [one for bracket in brackets for pair in bracket.pairs for one in pair.rungs]
         records = trial.read_records(state.job.root, grid.folders(every))

@@ -105,7 +105,7 @@ class Pair:
     """Column of the source's rows that names their group."""
     source_group_count: int | None = None
     """Number of groups of all training rows of the source, where it names any."""
-    scored: bool = True
+    wants_scores: bool = True
     """Whether scores are wanted; otherwise shift is measured alone."""
 
 
@@ -135,21 +135,16 @@ def rows_of_every_fraction(shared: Shared, data: TargetData) -> np.ndarray:
     return reduce(partial(np.intersect1d, assume_unique=True), subsets)
 
 
-def score_pair(pair: Pair, shared: Shared, names: tuple[str, ...] = ()) -> PairScores:
+def score_pair(pair: Pair, shared: Shared) -> PairScores:
     """Return the scores of a source for a target. A failure is part of the answer.
 
     All scores of the same weights, rows, code and versions are computed once and kept in a file.
-
-    Args:
-        names: Names of registered scores; none: all.
     """
-    uri = "" if names else _kept_uri(pair, shared)
+    uri = _cache_uri(pair, shared)
     kept = checksums.document_or_none(uri, "scores are computed again") if uri else None
     if kept is not None:
         return PairScores.from_json(kept)
-    wanted = {
-        name: one for name, one in scores().items() if pair.scored and (not names or name in names)
-    }
+    wanted = scores() if pair.wants_scores else {}
     try:
         found, failed = _score_pair(pair, shared, wanted)
     except (ValueError, ArithmeticError, RuntimeError) as error:  # the other sources go on
@@ -164,7 +159,7 @@ def score_pair(pair: Pair, shared: Shared, names: tuple[str, ...] = ()) -> PairS
     return found
 
 
-def _kept_uri(pair: Pair, shared: Shared, kind: str = "") -> str:
+def _cache_uri(pair: Pair, shared: Shared, kind: str = "") -> str:
     """Return the file of a pair's scores; "" where what they depend on has no key.
 
     Args:
@@ -188,7 +183,7 @@ def _kept_uri(pair: Pair, shared: Shared, kind: str = "") -> str:
         [data.objective.name, data.objective.state],
         [shared.seed, *data.spec.label_fractions],
         pair.source_rows is not None,
-        [pair.scored, kind, data.spec.data.group, pair.source_group],
+        [pair.wants_scores, kind, data.spec.data.group, pair.source_group],
     )
     return storage.join(shared.root, "scores", f"{pair.target}-{pair.source}-{key}.json")
 
@@ -199,11 +194,11 @@ class _Inputs:
 
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
-    failed: bool = False
+    has_temporary_error: bool = False
     """Whether something is missing because of an error that need not come again."""
-    labelled: np.ndarray | None = None
+    position_features: np.ndarray | None = None
     """(m, D) features of labelled positions, where labels belong to positions of rows."""
-    labelled_groups: np.ndarray | None = None
+    position_groups: np.ndarray | None = None
     """(m,) group of each labelled position: that of its row, or the row itself."""
     groups: np.ndarray | None = None
     """(n,) group of each row of ``features``, None where the rows name none (`GROUPS`)."""
@@ -212,22 +207,22 @@ class _Inputs:
     ids: np.ndarray | None = None
     """(n,) ids of the rows of ``features``."""
 
-    def read_by(self, one: Score) -> dict[str, np.ndarray]:
+    def arrays_for(self, score: Score) -> dict[str, np.ndarray]:
         """Return the arrays that a score reads."""
-        found = {name: self.arrays[name] for name in one.inputs}
-        if self._is_of_positions(one):
-            assert self.labelled is not None
-            found["features"] = self.labelled
+        found = {name: self.arrays[name] for name in score.inputs}
+        if self._is_of_positions(score):
+            assert self.position_features is not None
+            found["features"] = self.position_features
         return found
 
-    def groups_of(self, one: Score) -> dict[str, np.ndarray | None]:
+    def groups_of(self, score: Score) -> dict[str, np.ndarray | None]:
         """Return the groups of the rows or positions that a score reads, where they have any."""
-        of_target = self.labelled_groups if self._is_of_positions(one) else self.groups
-        of_source = self.source_groups if "source_features" in one.inputs else None
+        of_target = self.position_groups if self._is_of_positions(score) else self.groups
+        of_source = self.source_groups if "source_features" in score.inputs else None
         return {"groups": of_target, "source_groups": of_source}
 
-    def _is_of_positions(self, one: Score) -> bool:
-        return self.labelled is not None and {"features", "labels"} <= set(one.inputs)
+    def _is_of_positions(self, score: Score) -> bool:
+        return self.position_features is not None and {"features", "labels"} <= set(score.inputs)
 
 
 def _score_pair(pair: Pair, shared: Shared, wanted: Mapping[str, Score]) -> tuple[PairScores, bool]:
@@ -260,7 +255,6 @@ def _score_pair(pair: Pair, shared: Shared, wanted: Mapping[str, Score]) -> tupl
     if not wanted or any("source_features" in one.inputs for one in wanted.values()):
         _add_source(given, pair, data, backbone, device)
     seconds = time.perf_counter() - began
-    is_whole = not pair.scored or set(wanted) == set(registry.entries("score"))
     found = PairScores(
         pair.source,
         pair.target,
@@ -269,9 +263,9 @@ def _score_pair(pair: Pair, shared: Shared, wanted: Mapping[str, Score]) -> tupl
         len(given.arrays.get("source_features", ())),
         seconds,
         device_name(device),
-        shifts=_shifts(pair, shared, data, given, backbone, device) if is_whole else (),
+        shifts=_shifts(pair, shared, data, given, backbone, device),
     )
-    return found, given.failed
+    return found, given.has_temporary_error
 
 
 def _shifts(
@@ -297,7 +291,9 @@ def _shifts(
         given.arrays.get("probabilities"),
     )
     labels = given.arrays.get("labels")
-    has_one_class = labels is not None and kind_of(labels) == "classes" and given.labelled is None
+    has_one_class = (
+        labels is not None and kind_of(labels) == "classes" and given.position_features is None
+    )
     labelled = LabelledRows(
         given.arrays["features"],
         labels if has_one_class else None,
@@ -307,9 +303,9 @@ def _shifts(
         given.ids,
     )
     try:
-        return (measured_shift.of_source(data, source, labelled, backbone, device),)
+        return (measured_shift.shift_from_source(data, source, labelled, backbone, device),)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # scores go on
-        given.failed |= isinstance(error, RuntimeError)
+        given.has_temporary_error |= isinstance(error, RuntimeError)
         why = f"{type(error).__name__}: {error}"
         return (Shift(f"source {pair.source}", "training rows", missing={"shift": why}),)
 
@@ -320,7 +316,7 @@ def shift_of_test(pair: Pair, shared: Shared) -> Shift:
     Labels of test rows are read: it is for when all trials have ended. It is computed once for the
     same weights, rows, code and versions and kept in a file.
     """
-    uri = _kept_uri(pair, shared, "test")
+    uri = _cache_uri(pair, shared, "test")
     kept = checksums.document_or_none(uri, "shift is measured again") if uri else None
     if kept is not None:
         return Shift.from_json(kept)
@@ -328,7 +324,7 @@ def shift_of_test(pair: Pair, shared: Shared) -> Shift:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backbone = _backbone(pair, shared, data)
     try:
-        found = measured_shift.within_target(data, pair.source, backbone, device)
+        found = measured_shift.train_test_shift(data, pair.source, backbone, device)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # the report goes on
         why = f"{type(error).__name__}: {error}"
         return Shift(
@@ -388,8 +384,8 @@ def _add_target(
     else:
         given.missing.setdefault("labels", "the target's rows have none")
     if labelled is not None:
-        given.labelled = labelled.cpu().numpy()
-        given.labelled_groups = row if groups is None else groups[row]
+        given.position_features = labelled.cpu().numpy()
+        given.position_groups = row if groups is None else groups[row]
     probabilities = _source_probabilities(shared, pair, backbone, found)
     if labelled is not None:
         probabilities = "the source's classes are those of rows, the labels those of positions"
@@ -445,7 +441,7 @@ def _position_features(
 
 
 def _predicts_one_class(objective: Any) -> bool:
-    """Return whether a row has one class, which the head tells from pooled features."""
+    """Return whether a row has one class, which the head predicts from pooled features."""
     has_sets = "labels" in objective.roles
     return not has_sets and has_classes(objective) and has_cached_head(objective)
 
@@ -484,7 +480,7 @@ def _add_source(
     try:
         ids, found, _ = features_of_ids(backbone, rows, device)
     except (ValueError, RuntimeError, OSError) as error:  # scores that do not read them go on
-        given.failed = not isinstance(error, ValueError)
+        given.has_temporary_error = not isinstance(error, ValueError)
         given.missing["source_features"] = f"{type(error).__name__}: {error}"
         return
     is_finite = torch.isfinite(found).all(1)
@@ -501,26 +497,28 @@ def _add_source(
 # ---------------------------------------------------------------- one score
 
 
-def _value(one: Score, given: _Inputs) -> ScoreValue:
+def _value(score: Score, given: _Inputs) -> ScoreValue:
     """Return a score with its interval, or why it is not defined."""
-    undefined = partial(ScoreValue, None, None, None, one.higher_is_better, None)
-    for name in one.inputs:
+    undefined = partial(ScoreValue, None, None, None, score.higher_is_better, None)
+    for name in score.inputs:
         if name in given.missing:
             return undefined(given.missing[name])
-    kind = kind_of(given.arrays["labels"]) if "labels" in one.inputs else None
-    if kind is not None and kind not in one.tasks:
-        return undefined(f"it is defined for {' and '.join(one.tasks)}, and the labels are {kind}")
+    kind = kind_of(given.arrays["labels"]) if "labels" in score.inputs else None
+    if kind is not None and kind not in score.tasks:
+        return undefined(
+            f"it is defined for {' and '.join(score.tasks)}, and the labels are {kind}"
+        )
     if kind == "numbers" and not np.isfinite(given.arrays["labels"]).all():
         return undefined("the labels are not finite")
-    began, read, groups = time.perf_counter(), given.read_by(one), given.groups_of(one)
+    began, read, groups = time.perf_counter(), given.arrays_for(score), given.groups_of(score)
     try:
-        found = one.of({**read, **groups})
+        found = score.of({**read, **groups})
     except Exception as error:  # a score may be anybody's: the others go on without it
-        given.failed |= not _comes_again(error)
+        given.has_temporary_error |= not _is_deterministic(error)
         return undefined(f"{type(error).__name__}: {error}")
     value = found[0] if isinstance(found, tuple) else found
     if not np.isfinite(value):
-        return undefined("the rows are too few, or nothing tells them apart")
+        return undefined("too few rows, or rows that the score cannot distinguish")
     interval, reason = (np.nan, np.nan), ""
     least, unit = _fewest_units(read, groups)
     if least < FEWEST_ROWS:  # an interval that the score made itself is left out too
@@ -529,18 +527,18 @@ def _value(one: Score, given: _Inputs) -> ScoreValue:
         interval = found[1:]
     else:
         try:
-            interval = _interval(one, read, groups, value)
+            interval = _interval(score, read, groups, value)
         except Exception as error:  # the score of halves of the rows: that of all rows stays
-            given.failed |= not _comes_again(error)
+            given.has_temporary_error |= not _is_deterministic(error)
             reason = f"{type(error).__name__}: {error}"
     seconds = time.perf_counter() - began
-    value, low, high = (float(np.clip(part, *one.bounds)) for part in (value, *interval))
+    value, low, high = (float(np.clip(part, *score.bounds)) for part in (value, *interval))
     if not np.isfinite([low, high]).all():
-        return ScoreValue(value, None, None, one.higher_is_better, seconds, reason)
-    return ScoreValue(value, low, high, one.higher_is_better, seconds)
+        return ScoreValue(value, None, None, score.higher_is_better, seconds, reason)
+    return ScoreValue(value, low, high, score.higher_is_better, seconds)
 
 
-def _comes_again(error: Exception) -> bool:
+def _is_deterministic(error: Exception) -> bool:
     """Return whether the same features and labels would raise this error again.
 
     Memory that ran out, for one, may suffice another time.
@@ -549,7 +547,7 @@ def _comes_again(error: Exception) -> bool:
 
 
 def _interval(
-    one: Score,
+    score: Score,
     read: Mapping[str, np.ndarray],
     groups: Mapping[str, np.ndarray | None],
     value: float,
@@ -558,10 +556,10 @@ def _interval(
     n = len(read["features" if "features" in read else "labels"])
     m = len(read.get("source_features", ()))
 
-    def value_of_half(rng: np.random.Generator) -> float:
+    def score_random_half(rng: np.random.Generator) -> float:
         of_target = random_half(n, rng, groups["groups"])
         of_source = random_half(m, rng, groups["source_groups"])
-        found = one.of(
+        found = score.of(
             {
                 name: rows[of_source if name.startswith("source_") else of_target]
                 for name, rows in {**read, **groups}.items()
@@ -570,7 +568,7 @@ def _interval(
         )
         return found[0] if isinstance(found, tuple) else found
 
-    return interval_of_halves(value, value_of_half)
+    return interval_of_halves(value, score_random_half)
 
 
 def _fewest_units(

@@ -36,14 +36,14 @@ FEWEST, FEWEST_GROUPS = 20, 4
 """Rows and groups of each side that a comparison needs."""
 
 
-def told_apart(
+def domain_classifier_accuracy(
     rows: np.ndarray,
     others: np.ndarray,
     groups: np.ndarray | None = None,
     other_groups: np.ndarray | None = None,
     seed: int = 0,
 ) -> Estimate:
-    """Return the accuracy of telling two samples apart, with Wilson's 95 % interval.
+    """Return the accuracy of a classifier of two samples, with Wilson's 95 % interval.
 
     A linear classifier is fitted to a random half of the groups and tried on the other half. Both
     sides weigh the same in each, so that chance is 0.5, and groups weigh the same on their side.
@@ -62,36 +62,36 @@ def told_apart(
         raise ValueError(f"fewer than {FEWEST} rows on one side")
     rng = np.random.default_rng(seed)
     fitted, tried = [], []
-    for one, of in ((rows, groups), (others, other_groups)):
-        unit = unit_numbers(of, len(one))
+    for features, group_of_row in ((rows, groups), (others, other_groups)):
+        unit = unit_numbers(group_of_row, len(features))
         count = int(unit.max()) + 1
         if count < FEWEST_GROUPS:
             raise ValueError(f"fewer than {FEWEST_GROUPS} groups on one side")
         place = rng.permutation(count)[unit]  # the rows of a group stay together
         order = np.argsort(place, kind="stable")
-        order = rng.permutation(order) if of is not None else order
+        order = rng.permutation(order) if group_of_row is not None else order
         is_fitted = place[order] < count // 2
-        fitted.append(one[order[is_fitted]])
-        tried.append((one[order[~is_fitted]], place[order[~is_fitted]]))
-    least = min(map(len, fitted))
-    x = np.concatenate([one[:least] for one in fitted]).astype(np.float64)
-    y = np.repeat([[1.0], [-1.0]], least, axis=0)
-    shares, counts = [], []
-    for sign, (one, unit) in zip((1, -1), tried, strict=True):
-        told = sign * linear(x, y, one.astype(np.float64))[:, 0]
-        right = (told > 0) + 0.5 * (told == 0)
+        fitted.append(features[order[is_fitted]])
+        tried.append((features[order[~is_fitted]], place[order[~is_fitted]]))
+    rows_per_side = min(map(len, fitted))
+    x = np.concatenate([features[:rows_per_side] for features in fitted]).astype(np.float64)
+    y = np.repeat([[1.0], [-1.0]], rows_per_side, axis=0)
+    accuracies, num_units = [], []
+    for sign, (features, unit) in zip((1, -1), tried, strict=True):
+        margin = sign * ridge_predictions(x, y, features.astype(np.float64))[:, 0]
+        is_right = (margin > 0) + 0.5 * (margin == 0)
         number = unit_numbers(unit, len(unit))
-        in_group = np.bincount(number)
-        shares.append(float((np.bincount(number, right) / in_group).mean()))
-        counts.append(len(in_group))
+        rows_per_unit = np.bincount(number)
+        accuracies.append(float((np.bincount(number, is_right) / rows_per_unit).mean()))
+        num_units.append(len(rows_per_unit))
     # the mean of two shares is as certain as one share of so many observations
-    count = 4 / (1 / counts[0] + 1 / counts[1])
-    share = sum(shares) / 2
-    low, high = wilson(share * count, count)
-    return Estimate(share, low, high)
+    count = 4 / (1 / num_units[0] + 1 / num_units[1])
+    accuracy = sum(accuracies) / 2
+    low, high = wilson(accuracy * count, count)
+    return Estimate(accuracy, low, high)
 
 
-def linear(x: np.ndarray, y: np.ndarray, tried: np.ndarray) -> np.ndarray:
+def ridge_predictions(x: np.ndarray, y: np.ndarray, x_new: np.ndarray) -> np.ndarray:
     """Return (t, k) predictions of ridge regression with an intercept, fitted to (n, k) targets."""
     mean, offset = x.mean(0), y.mean(0)
     x, y = x - mean, y - offset
@@ -101,7 +101,7 @@ def linear(x: np.ndarray, y: np.ndarray, tried: np.ndarray) -> np.ndarray:
         weights = np.linalg.solve(x.T @ x + penalty * np.eye(width), x.T @ y)
     else:
         weights = x.T @ np.linalg.solve(x @ x.T + penalty * np.eye(n), y)
-    return (tried - mean) @ weights + offset
+    return (x_new - mean) @ weights + offset
 
 
 def wilson(hits: float, n: float, level: float = 0.95) -> tuple[float, float]:
@@ -166,11 +166,10 @@ def share_change(
 def concept_shift(
     features: np.ndarray,
     labels: np.ndarray,
-    known: np.ndarray,
+    existing_scores: np.ndarray,
     groups: np.ndarray | None = None,
-    seed: int = 0,
 ) -> Estimate:
-    """Return by how much a fitted head is right more often than one that is already there.
+    """Return how much more often a head fitted to these rows is right than an existing one.
 
     The fitted one is linear, and tried by cross-validation on the same rows. It has their labels
     and the other has not: with few rows, or where the inputs are new to the other as well, the
@@ -179,9 +178,8 @@ def concept_shift(
     Args:
         features: (n, D) features.
         labels: (n,) class numbers.
-        known: (n, K) probabilities or scores of the same classes by the head that is there.
+        existing_scores: (n, K) probabilities or scores of the same classes by the existing head.
         groups: (n,) group of each row; None: each row is independent.
-        seed: Of the folds.
 
     Raises:
         ValueError: There are fewer than FEWEST rows, rows of one class alone, or fewer than
@@ -193,14 +191,15 @@ def concept_shift(
     count = int(unit.max()) + 1
     if count < FEWEST_GROUPS:
         raise ValueError(f"fewer than {FEWEST_GROUPS} groups")
-    fold = (np.random.default_rng(seed).permutation(count) % FOLDS)[unit]
-    x, y = features.astype(np.float64), np.eye(known.shape[1])[labels]
+    fold = (np.random.default_rng(0).permutation(count) % FOLDS)[unit]
+    x, y = features.astype(np.float64), np.eye(existing_scores.shape[1])[labels]
     fitted = np.empty(len(labels), dtype=np.int64)
     for k in np.unique(fold):
-        held = fold == k
-        fitted[held] = linear(x[~held], y[~held], x[held]).argmax(1)
-    gained = (fitted == labels).astype(float) - (known.argmax(1) == labels)
-    of_groups = np.bincount(unit, gained) / np.bincount(unit)
+        is_tried = fold == k
+        scores = ridge_predictions(x[~is_tried], y[~is_tried], x[is_tried])
+        fitted[is_tried] = scores.argmax(1)
+    difference = (fitted == labels).astype(float) - (existing_scores.argmax(1) == labels)
+    of_groups = np.bincount(unit, difference) / np.bincount(unit)
     return Estimate(*t_interval(of_groups.tolist()))
 
 

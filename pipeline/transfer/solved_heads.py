@@ -77,24 +77,26 @@ def solve(
     Raises:
         FloatingPointError: A loss is not finite.
     """
-    own, inputs, rows = _in_double(head, features, tensors)
+    solver_head, inputs, rows = _copy_to_solve(head, features, tensors)
     found: list[Solution] = []
     quadratic = None
     if kept is None:
-        quadratic = _quadratic(own, inputs, rows, alive)
+        quadratic = _quadratic(solver_head, inputs, rows, alive)
     else:
-        _leave_out(own, ~kept)
+        _zero_weights(solver_head, kept)
     for penalty in sorted(penalties, reverse=True):
         minimum = quadratic.minimum(penalty) if quadratic else None
         if minimum is not None:
-            vector_to_parameters(minimum, own.parameters())
+            vector_to_parameters(minimum, solver_head.parameters())
             iterations, solver = 1, "ridge"
         else:
             squares = partial(_half_squares, penalty)
-            iterations = _minimise(own, inputs, rows, squares, alive, f"penalty {penalty:g}")
+            iterations = _minimise(
+                solver_head, inputs, rows, squares, alive, f"penalty {penalty:g}"
+            )
             solver = "lbfgs"
         solved = copy.deepcopy(head).to(features.device)
-        solved.load_state_dict({name: t.float() for name, t in own.state_dict().items()})
+        solved.load_state_dict({name: t.float() for name, t in solver_head.state_dict().items()})
         found.append(Solution(penalty, solved, iterations, validate(solved), solver=solver))
     return found
 
@@ -136,29 +138,29 @@ def feature_lengths(
 
     The lasso is the sum of the lengths, each smoothed within 1e-4 of 0 so that it has a gradient.
     """
-    own, inputs, rows = _in_double(head, features, tensors)
-    _leave_out(own, torch.zeros(inputs.shape[1], dtype=torch.bool))
+    solver_head, inputs, rows = _copy_to_solve(head, features, tensors)
+    _zero_weights(solver_head, torch.ones(inputs.shape[1], dtype=torch.bool))
 
     def lengths() -> Tensor:
-        weights = _weights_of_features(own, inputs.shape[1])
+        weights = _weights_of_features(solver_head, inputs.shape[1])
         squares = [w.square().flatten(0, -2).sum(0) for w in weights]
         return (torch.stack(squares).sum(0) + SMOOTHED**2).sqrt()
 
     def group_lasso(parameters: Sequence[Tensor]) -> Tensor:
         return lasso * lengths().sum()
 
-    _minimise(own, inputs, rows, group_lasso, alive, f"lasso {lasso:g}")
+    _minimise(solver_head, inputs, rows, group_lasso, alive, f"lasso {lasso:g}")
     return lengths().detach()
 
 
-def _in_double(
+def _copy_to_solve(
     head: Objective, features: Tensor, tensors: dict[str, Tensor]
 ) -> tuple[Any, Tensor, Batch]:
     """Return a copy of the head to solve, the features in its precision, and the rows."""
     kind = torch.float64 if features.numel() <= DOUBLE_VALUES else torch.float32
-    own = copy.deepcopy(head).to(features.device, kind).train()
+    solver_head = copy.deepcopy(head).to(features.device, kind).train()
     rows = Batch(np.zeros(len(features), dtype=np.int64), torch.zeros(0), tensors)
-    return own, features.to(kind), rows
+    return solver_head, features.to(kind), rows
 
 
 def _weights_of_features(head: Objective, width: int) -> list[Tensor]:
@@ -166,13 +168,16 @@ def _weights_of_features(head: Objective, width: int) -> list[Tensor]:
     return [p for p in head.parameters() if p.dim() > 1 and p.shape[-1] == width]
 
 
-def _leave_out(head: Objective, left_out: Tensor) -> None:
-    """Set all weights of features to 0 and hold those of some at 0."""
-    kept = ~left_out
+def _zero_weights(head: Objective, is_trainable: Tensor) -> None:
+    """Set the weights of all features to 0, and hold those of some features at 0.
+
+    Args:
+        is_trainable: (D,) bool, true for features whose weights may change.
+    """
     with torch.no_grad():
-        for weight in _weights_of_features(head, len(kept)):
+        for weight in _weights_of_features(head, len(is_trainable)):
             weight.zero_()
-            weight.register_hook(lambda gradient: gradient * kept.to(gradient))
+            weight.register_hook(lambda gradient: gradient * is_trainable.to(gradient))
 
 
 def _half_squares(penalty: float, parameters: Sequence[Tensor]) -> Tensor:
@@ -205,9 +210,9 @@ class _Quadratic:
         if failed:
             return None
         found = torch.cholesky_solve(-self.offset[:, None], factor)[:, 0]
-        left = self.gradient(found) + penalty * self.is_penalised * found
-        most = TOLERANCE * self.offset.abs().max().clamp(min=1.0)
-        return found if left.abs().max() <= most else None
+        residual = self.gradient(found) + penalty * self.is_penalised * found
+        tolerance = TOLERANCE * self.offset.abs().max().clamp(min=1.0)
+        return found if residual.abs().max() <= tolerance else None
 
 
 def _quadratic(
@@ -234,10 +239,10 @@ def _quadratic(
         return parameters_to_vector(found).detach()
 
     generator = torch.Generator().manual_seed(0)
-    way = torch.randn(count, generator=generator, dtype=start.dtype).to(start.device)
-    offset, once, twice = (gradient(scale * way) for scale in (0.0, 1.0, 2.0))
-    bend = (twice - 2 * once + offset).abs().max()
-    if bend > 1e-9 * once.abs().max():
+    direction = torch.randn(count, generator=generator, dtype=start.dtype).to(start.device)
+    offset, at_one, at_two = (gradient(scale * direction) for scale in (0.0, 1.0, 2.0))
+    second_difference = (at_two - 2 * at_one + offset).abs().max()
+    if second_difference > 1e-9 * at_one.abs().max():
         return None
     columns = [gradient(one) - offset for one in torch.eye(count).to(start)]
     is_weight = [torch.full_like(p, float(p.dim() > 1)) for p in head.parameters()]
@@ -260,7 +265,7 @@ def _minimise(
         regulariser: Gives what is added to the mean loss, of the head's parameters.
         setting: In words, for errors.
     """
-    parameters, labels = list(head.parameters()), _labels_a_row(head, rows)
+    parameters, labels = list(head.parameters()), _labels_per_row(head, rows)
     optimizer = torch.optim.LBFGS(
         parameters,
         max_iter=MAX_ITERATIONS,
@@ -284,7 +289,7 @@ def _minimise(
     return int(optimizer.state[parameters[0]]["n_iter"])
 
 
-def _labels_a_row(head: Any, rows: Batch) -> int:
+def _labels_per_row(head: Any, rows: Batch) -> int:
     """Return over how many independent labels the loss of a row is the mean."""
     if not has_classes(head):
         return 1

@@ -496,7 +496,9 @@ def _class_counts(state: JobState, stage: source.SourceStage, shared: Shared) ->
         return {}
     columns = stage.spec.data.columns
     try:
-        return measured_shift.counts_of(stage.splits.train, columns, head.name, head.state)
+        return measured_shift.class_counts_of_rows(
+            stage.splits.train, columns, head.name, head.state
+        )
     except ValueError as error:
         state.progress.note(f"warning: source {stage.name}: no shift of its classes ({error})")
         return {}

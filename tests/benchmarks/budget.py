@@ -131,7 +131,7 @@ class Played:
         allowed = math.floor(share * self.cost)
         while True:
             try:
-                allocation = budget.share_out(allowed, sizes, seeds)
+                allocation = budget.allocate(allowed, sizes, seeds)
                 break
             except budget.BudgetError:
                 allowed += 1

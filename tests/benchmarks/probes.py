@@ -186,7 +186,9 @@ def heads(shared: Any, data: Any, cached: dict[str, Any], stacks: list[list[Any]
     from pipeline.transfer import cached_heads, trial
 
     for stack in stacks:
-        members = [cached_heads.Member(one, *trial.resolve_training(one, shared)) for one in stack]
+        members = [
+            cached_heads.StackedTrial(one, *trial.resolve_training(one, shared)) for one in stack
+        ]
         backbone = trial.build(stack[0], shared)[0].backbone
         device = cached["train"][0].device
         features = cached_heads.SharedFeatures(data, backbone, cached, "", 0.0, device)

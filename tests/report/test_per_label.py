@@ -398,7 +398,7 @@ def test_heads_of_label_sets_trained_together_equal_one_at_a_time(world):
         trial_of(job, shared[0], {"linear_probe": {"solver": "sgd"}}, {"lr": lr}, fraction)
         for lr, fraction in ((0.01, 1.0), (0.1, 0.5))
     ]
-    assert cached_heads.batchable(group, shared[0])
+    assert cached_heads.can_stack(group, shared[0])
     together = {record.trial_id: record for record in cached_heads.run(group, shared[0])}
     for one in group:
         rows, alone = together[one.id].rows, one_trial.run(one, shared[1]).rows
@@ -493,12 +493,12 @@ def test_kept_features_follow_which_column_is_which_label(world, tmp_path):
 def test_mixed_images_are_not_trained_from_cached_features(world):
     folder, paths, job_with = world
     plain, mixing = job_with(classification={}), job_with(classification={"mixup": 0.4})
-    assert cached_heads.batchable(
+    assert cached_heads.can_stack(
         [trial_of(plain, shared_of(folder, plain, paths))], shared_of(folder, plain, paths)
     )
     shared = shared_of(folder, mixing, paths, root="mixing")
     one = trial_of(mixing, shared)
-    assert not cached_heads.batchable([one], shared)
+    assert not cached_heads.can_stack([one], shared)
     assert one_trial.run(one, shared).status == "done"
 
 

@@ -242,7 +242,7 @@ def test_a_trial_keeps_the_backbone_and_its_bundle_predicts_what_was_recorded(pa
     job = job_of(tmp_path, paths)
     shared = shared_of(tmp_path, job, paths, keep_bundles=True)
     one = trial_of(job, shared, {"head_to_toe": {"share": 0.1, "penalty": 0.01}})
-    assert cached_heads.batchable([one], shared)
+    assert cached_heads.can_stack([one], shared)
     (record,) = cached_heads.run([one], shared)
     assert record.status == "done", record.error
     row = next(r for r in record.rows if r.split == "test" and r.metric == "accuracy")

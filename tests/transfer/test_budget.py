@@ -42,7 +42,7 @@ def run(brackets, allocations, value) -> tuple[budget.Decision, list[str]]:
 
 
 def spend(allowed: int, *brackets: Bracket, seeds: int = 3) -> list[budget.Allocation]:
-    return budget.share_out(allowed, [one.size for one in brackets], seeds)
+    return budget.allocate(allowed, [one.size for one in brackets], seeds)
 
 
 def random_values(seed: int):
@@ -213,7 +213,7 @@ def test_a_source_is_judged_by_all_of_its_techniques():
     lucky = next(p for p in pairs if (p.source, p.technique) == ("c", "lora"))
     best = next(p for p in pairs if (p.source, p.technique) == ("a", "full"))
     measured |= {lucky: 0.31, best: 0.4}
-    first = budget.order(measured, History())[:4]
+    first = budget.rank_short_runs(measured, History())[:4]
     assert {p.source for p in first} == {"a"} and len({p.technique for p in first}) == 4
 
 
@@ -259,7 +259,7 @@ def test_sources_that_did_well_on_earlier_targets_go_before():
     measured = {p: values[p.technique][p.source] for p in pairs}
     earlier = History({"a": [0.0, 0.5], "b": [1.0, 0.5]})
     for history, first_of_lora in ((History(), "b"), (earlier, "a")):
-        ranked = [(p.source, p.technique) for p in budget.order(measured, history)]
+        ranked = [(p.source, p.technique) for p in budget.rank_short_runs(measured, history)]
         assert ranked[:2] == [("a", "full"), (first_of_lora, "lora")]
 
 

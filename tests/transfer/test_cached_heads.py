@@ -52,7 +52,7 @@ def both(
         trial_of(job, worlds[0], technique, hyper, fraction, seed, stage)
         for hyper, seed, fraction in itertools.product(hypers, seeds, fractions)
     ]
-    assert len({one.id for one in group}) == len(group) and cached_heads.batchable(group, worlds[0])
+    assert len({one.id for one in group}) == len(group) and cached_heads.can_stack(group, worlds[0])
     together = {record.trial_id: record for record in cached_heads.run(group, worlds[0])}
     alone = {one.id: one_trial.run(one, worlds[1]) for one in group}
     assert together.keys() == alone.keys()
@@ -486,13 +486,13 @@ def test_features_of_a_changed_backbone_are_those_of_its_options(paths, tmp_path
 def test_only_frozen_techniques_in_one_process_are_batched(paths, tmp_path):
     job = job_of(tmp_path, paths)
     shared = shared_of(tmp_path, job, paths)
-    assert cached_heads.batchable([trial_of(job, shared, BY_STEPS)], shared)
+    assert cached_heads.can_stack([trial_of(job, shared, BY_STEPS)], shared)
     assert not any(
-        cached_heads.batchable([trial_of(job, shared, technique)], shared)
+        cached_heads.can_stack([trial_of(job, shared, technique)], shared)
         for technique in ("full", "lp_ft", "scratch")
     )
     spread = job_of(tmp_path, paths, workers=2)
-    assert not cached_heads.batchable(
+    assert not cached_heads.can_stack(
         [trial_of(spread, other := shared_of(tmp_path, spread, paths), BY_STEPS)], other
     )
 

@@ -531,7 +531,7 @@ def test_a_probe_of_random_weights_starts_where_scratch_does_and_moves_the_head_
     record = one_trial.run(found["random_probe"], shared)
     task = one_trial.build(found["random_probe"], shared)[0]
     assert record.rows[0].params_trained == sum(p.numel() for p in task.objective.parameters())
-    assert cached_heads.batchable([found["random_probe"]], shared) and not cached_heads.batchable(
+    assert cached_heads.can_stack([found["random_probe"]], shared) and not cached_heads.can_stack(
         [found["scratch"]], shared
     )
 

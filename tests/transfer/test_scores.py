@@ -178,8 +178,8 @@ def test_a_source_is_scored_on_a_target(tmp_path, monkeypatch):
     assert values(found)["logme"] == pytest.approx(logme(pooled, data_.labels))
     monkeypatch.setattr(scoring, "SCORE_ROWS", 20)
     spread = np.unique(np.linspace(0, 59, 20).astype(int))
-    fewer = score_pair(pair, shared, ("knn",))
-    assert values(fewer) == {"knn": pytest.approx(knn(pooled[spread], data_.labels[spread]))}
+    fewer = score_pair(pair, shared)
+    assert values(fewer)["knn"] == pytest.approx(knn(pooled[spread], data_.labels[spread]))
     assert (fewer.rows, found.rows, found.source_rows) == (20, 60, 24)
 
 
@@ -201,7 +201,7 @@ def test_scores_that_are_defined_have_an_interval_and_others_a_reason(tmp_path):
     data_ = shared.targets["task", key]
     of_group = data_.spec.data.model_copy(update={"group": data_.spec.data.columns["label"]})
     data_.spec = data_.spec.model_copy(update={"data": of_group})
-    found = score_pair(Pair("src", key, "task"), shared, ("knn", "logme"))
+    found = score_pair(Pair("src", key, "task"), shared)
     assert found.scores["knn"].value == 0.0, "no neighbour of another group has a row's class"
     groups = len(np.unique(data_.labels))
     assert found.scores["logme"].value is not None and found.scores["logme"].low is None

@@ -31,7 +31,7 @@ def test_the_linear_classifier_is_ridge_regression(n, width):
     tried = draw.normal(size=(5, width))
     penalty = shift.RIDGE * ((x - x.mean(0)) ** 2).sum() / width
     expected = Ridge(alpha=penalty).fit(x, y).predict(tried)
-    assert shift.linear(x, y, tried) == pytest.approx(expected, abs=1e-8)
+    assert shift.ridge_predictions(x, y, tried) == pytest.approx(expected, abs=1e-8)
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 10), (5, 10), (81, 263), (10, 10)])
@@ -52,7 +52,7 @@ def test_equal_samples_are_not_told_apart():
     misses = 0
     for seed in range(200):
         both = np.random.default_rng(seed).normal(size=(240, 5))
-        found = shift.told_apart(both[:120], both[120:], seed=seed)
+        found = shift.domain_classifier_accuracy(both[:120], both[120:], seed=seed)
         misses += not found.low <= 0.5 <= found.high
     assert misses <= 20
 
@@ -62,11 +62,11 @@ def test_shifted_samples_are_told_apart_as_well_as_they_can_be():
     draw = np.random.default_rng(0)
     rows, others = draw.normal(size=(2000, 4)), draw.normal(size=(3000, 4))
     rows[:, 1] += 2
-    found = shift.told_apart(rows, others)
+    found = shift.domain_classifier_accuracy(rows, others)
     assert found.low < stats.norm.cdf(1) < found.high
-    assert found.value == shift.told_apart(rows, others).value, "the same each time"
+    assert found.value == shift.domain_classifier_accuracy(rows, others).value, "the same each time"
     with pytest.raises(ValueError, match="fewer than 20 rows"):
-        shift.told_apart(rows[:19], others)
+        shift.domain_classifier_accuracy(rows[:19], others)
 
 
 def speakers(draw: np.random.Generator, count: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -81,24 +81,24 @@ def test_speakers_of_one_population_are_not_told_apart_by_their_voices():
     for seed in range(100):
         draw = np.random.default_rng(seed)
         (rows, of), (others, of_others) = speakers(draw, 8, 100), speakers(draw, 20, 300)
-        found = shift.told_apart(rows, others, of, of_others, seed)
+        found = shift.domain_classifier_accuracy(rows, others, of, of_others, seed)
         misses += not found.low <= 0.5 <= found.high
-        as_rows += shift.told_apart(rows, others, seed=seed).low > shown.TOLD_APART
+        as_rows += shift.domain_classifier_accuracy(rows, others, seed=seed).low > shown.TOLD_APART
     assert misses <= 10 and as_rows > 90, "rows that count as independent show a shift"
     rows[:, 0] += 30
-    found = shift.told_apart(rows, others, of, of_others)
+    found = shift.domain_classifier_accuracy(rows, others, of, of_others)
     assert found.value == 1
     tried = 4 / (1 / 4 + 1 / 10)  # of 4 speakers and of 10
     assert (found.low, found.high) == pytest.approx(shift.wilson(tried, tried))
     with pytest.raises(ValueError, match="fewer than 4 groups"):
-        shift.told_apart(rows, others, of % 3, of_others)
+        shift.domain_classifier_accuracy(rows, others, of % 3, of_others)
 
 
 def test_groups_that_are_rows_change_nothing_but_the_draw():
     draw = np.random.default_rng(0)
     rows, others = draw.normal(size=(400, 4)), draw.normal(0.5, size=(400, 4))
-    alone = shift.told_apart(rows, others)
-    grouped = shift.told_apart(rows, others, np.arange(400), np.arange(400))
+    alone = shift.domain_classifier_accuracy(rows, others)
+    grouped = shift.domain_classifier_accuracy(rows, others, np.arange(400), np.arange(400))
     assert grouped.value == pytest.approx(alone.value, abs=0.05)
     assert grouped.high - grouped.low == pytest.approx(alone.high - alone.low, rel=0.1)
     right = round(alone.value * 400)
@@ -106,7 +106,7 @@ def test_groups_that_are_rows_change_nothing_but_the_draw():
 
 
 def test_features_that_are_all_equal_are_at_chance():
-    assert shift.told_apart(np.ones((40, 3)), np.ones((60, 3))).value == 0.5
+    assert shift.domain_classifier_accuracy(np.ones((40, 3)), np.ones((60, 3))).value == 0.5
 
 
 def test_groups_are_the_observations_of_shares_heads_and_drift():
@@ -288,12 +288,11 @@ def test_shift_is_measured_with_the_scores_and_reads_no_label_of_test_rows(tmp_p
     blind = replace(data, test=replace(data.test, arrays=None, decoder=unreadable))
     again = score_pair(pair, replace(shared, targets={("task", key): blind})).shifts
     assert again == (source,), "before the trials their labels cannot be read at all"
-    alone = score_pair(replace(pair, scored=False), shared)
+    alone = score_pair(replace(pair, wants_scores=False), shared)
     assert alone.shifts == (source,) and alone.scores == {}
     (checkpoint,) = score_pair(Pair("src", key, "task"), shared).shifts
     assert checkpoint.missing["covariate"] == "the source's rows are not there"
     assert {*checkpoint.missing} == {"covariate", "labels"} and checkpoint.concept is not None
-    assert score_pair(pair, shared, ("knn",)).shifts == (), "one score alone is asked for"
 
 
 def test_features_of_tables_drift_by_their_names_whatever_their_columns_are_called(tmp_path):
@@ -363,7 +362,7 @@ def test_test_rows_that_differ_from_training_rows_are_named(tmp_path, monkeypatc
         ),
         spec=SimpleNamespace(label_fractions=[1.0], data=SimpleNamespace(**spec)),
     )
-    found = measured_shift.within_target(data, "src", None, torch.device("cpu"))
+    found = measured_shift.train_test_shift(data, "src", None, torch.device("cpu"))
     words = " ".join(shown.sentences("task", found, []))
     assert ("label shift" in words) == (planted == "labels"), words
     assert ("is less accurate on" in words) == (planted == "meaning"), words
@@ -372,10 +371,10 @@ def test_test_rows_that_differ_from_training_rows_are_named(tmp_path, monkeypatc
         assert words == ""
     if planted == "patients":
         data.spec.data.group = None
-        found = measured_shift.within_target(data, "src", None, torch.device("cpu"))
+        found = measured_shift.train_test_shift(data, "src", None, torch.device("cpu"))
         assert "look different" in " ".join(shown.sentences("task", found, []))
     data.spec.label_fractions = [0]
-    found = measured_shift.within_target(data, "src", None, torch.device("cpu"))
+    found = measured_shift.train_test_shift(data, "src", None, torch.device("cpu"))
     assert {*found.missing} == {"labels", "concept"} and not found.labels
 
 

@@ -159,7 +159,7 @@ def test_heads_together_are_calibrated_one_by_one(paths, tmp_path):
         trial_of(job, worlds[0], {"linear_probe": {"solver": "sgd"}}, {"lr": lr}, seed=seed)
         for lr, seed in itertools.product((0.001, 0.1), (0, 1))
     ]
-    assert cached_heads.batchable(group, worlds[0])
+    assert cached_heads.can_stack(group, worlds[0])
     together = {record.trial_id: record for record in cached_heads.run(group, worlds[0])}
     found = set()
     for one in group:
