@@ -76,10 +76,11 @@ def kept_features(
     device: torch.device,
     technique: ComponentConfig | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """``features`` of a split of a target, computed once for a source and kept in a file.
+    """Return the features of a split of a target, computed once for a source and kept in a file.
 
-    ``technique`` is the one that has changed the backbone (`Technique.wrap`), with the options that
-    it did so by; None: it is the source's own.
+    Args:
+        technique: The one that has changed the backbone (`Technique.wrap`), with the options that
+            it did so by; None: the backbone is the source's own.
     """
     data = shared.targets[target, backbone_key]
     rows: Rows = getattr(data, split)
@@ -293,8 +294,9 @@ class _NoWeights:
 
 
 def can_stack(group: list[Trial], shared: Shared) -> bool:
-    """Whether trials of one backbone may share features: a frozen technique without phases of its
-    own, and a head that reads pooled features only.
+    """Return whether trials of one backbone may share features and train as a stack.
+
+    The technique must be frozen, and the head must read pooled features only.
     """
     first = group[0]
     data = shared.targets[first.target, first.backbone_key]
@@ -606,13 +608,13 @@ def _indices_of_rows(data: TargetData, rows: Rows) -> np.ndarray:
 
 
 def _build_head(trial: Trial, shared: Shared) -> tuple[Objective, str]:
-    """A trial's head and the hash of its start weights; the backbone is the same for all trials."""
+    """Return a trial's head and the hash of its start weights; all trials share the backbone."""
     task, _, start_hash = _build_wrapped(trial, shared)
     return task.objective, start_hash
 
 
 def _build_wrapped(trial: Trial, shared: Shared) -> tuple[Task, str, str]:
-    """``trial.build`` with what the technique adds; the hash is that of the weights before."""
+    """Return what ``trial.build`` does, with the technique's modules; the hash is without them."""
     task, transfer, start_hash = trials.build(trial, shared)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(shared.seed, trial.seed, 4))  # as where it is trained by steps
@@ -663,7 +665,7 @@ def _run_alone(trial: Trial, shared: Shared, alive: Callable[[], None]) -> Trial
 
 @torch.no_grad()
 def _predict_all_heads(stack: HeadStack, rows: SplitFeatures, train: Train) -> list[Predictions]:
-    """Predictions of every head on the same rows, with the precision that one alone would have."""
+    """Predict the same rows by every head, with the precision that one alone would have."""
     stack.eval()
     with loop.autocast(train, rows[0].device):
         found = {name: tensor.cpu().numpy() for name, tensor in stack.predict(*rows).items()}
@@ -672,7 +674,7 @@ def _predict_all_heads(stack: HeadStack, rows: SplitFeatures, train: Train) -> l
 
 @torch.no_grad()
 def _predict_with_head(head: Objective, rows: SplitFeatures, train: Train) -> Predictions:
-    """Predictions of one head, with what it alone has fitted on the validation rows."""
+    """Predict rows by one head, with what it alone has fitted on the validation rows."""
     head = head.to(rows[0].device).eval()
     assert has_cached_head(head)
     features, tensors = rows

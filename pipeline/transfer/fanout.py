@@ -238,10 +238,11 @@ def _run_unit(
         pulse = _begin(pulses, config["unit"], pulse_seconds, config["workers"] > 0)
     shared: Shared = launch.get_shared(held[0])
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-    gc.collect()  # what a trial left that ASHA stopped: its traceback held the network until now
-    # once, before any network: what is frozen is never collected, as a stopped trial's may be later
+    gc.collect()  # a trial stopped by ASHA left its network in a traceback, which is free only now
+    # Keep what exists before the first network (modules, shared data) out of all later collections,
+    # which are faster then. Once only: what is frozen is never freed, so no network may be in it.
     if not gc.get_freeze_count():
-        gc.freeze()  # modules and what trials share: later collections look through the rest alone
+        gc.freeze()
     unit = work[config["unit"]]
     torch.set_num_threads(config["threads"])
     started = time.time()
@@ -501,11 +502,11 @@ def prune_bundles(root: str, trials: list[Trial], keep: str, best: dict[str, Tri
 
 
 def _is_better(a: TrialRecord, b: TrialRecord) -> bool:
-    """Compare by the primary metric of the validation rows; the smaller seed wins a tie, and where
-    there are no validation rows (no label of the target is known, and none of the source).
+    """Return whether record a beats b on the primary validation metric.
 
-    The order in which trials end must not matter: else each of two equal ones could be removed for
-    the other, one as they end and one at the end of the run.
+    Of equal ones, and of records without validation rows, the one with the smaller seed is better.
+    The result must not depend on the order in which trials end: two equal ones could otherwise each
+    be removed for the other.
     """
     row = next((row for row in a.rows if row.is_validation), None)
     if row is None:
@@ -676,13 +677,13 @@ def _tune(
             name,
             progress,
         )
-    # a trial that only starts its ranks asks for one byte of memory: with any part of a CPU, the
-    # ranks could wait for that CPU for ever
-    mine: dict[str, float] = (
+    # A trial that only starts ranks asks Tune for one byte of memory. If it asked for CPU, its
+    # ranks could wait for ever for the CPU that it holds.
+    tune_resources: dict[str, float] = (
         {"memory": 1} if workers else {"cpu": cpus, **({"gpu": gpus} if gpus else {})}
     )
     at_once = spec.max_concurrent_trials
-    if workers:  # ranks are outside Tune's accounts: as many trials as their ranks fit
+    if workers:  # Tune does not count the ranks: limit trials to those whose ranks fit
         most = max(1, launch.capacity(on.nodes, cpus, gpus) // workers)
         at_once = min(at_once or most, most)
     asha = (
@@ -707,7 +708,7 @@ def _tune(
                     pulses=watchdog.pulses,
                     pulse_seconds=watchdog.look_every_seconds,
                 ),
-                mine,
+                tune_resources,
             ),
             param_space={
                 "unit": tune.grid_search(list(range(len(work)))),
@@ -743,7 +744,7 @@ def _tune_name(work: list[Unit], number: int) -> str:
 
 
 def record_of_this_run(shared: Shared, one: Trial) -> TrialRecord | None:
-    """The record of a trial that this very run has written; an older one may still be there."""
+    """Return the record of a trial that this very run has written, None where an older one is."""
     record = trial.read_record(shared.root, one.folder)
     return record if record is not None and record.run == shared.run else None
 
@@ -751,8 +752,9 @@ def record_of_this_run(shared: Shared, one: Trial) -> TrialRecord | None:
 def _record_lost_trials(
     unit: Unit, result: Any, shared: Shared, ended_because: str | None = None
 ) -> None:
-    """Records of trials that could not write their own: the process died or was ended, or the
-    scheduler stopped them.
+    """Write records of trials that could not write their own.
+
+    The process died, was killed by the watchdog, or was stopped by the scheduler.
     """
     for one in unit.trials:
         if record_of_this_run(shared, one) is not None:

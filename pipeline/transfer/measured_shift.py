@@ -285,8 +285,8 @@ def _features(
     return all_ids[order], np.concatenate(parts)[order]
 
 
-def _with_missing(shift: Shift, what: str, reason: str) -> Shift:
-    return replace(shift, missing={**shift.missing, what: reason})
+def _with_missing(measured: Shift, what: str, reason: str) -> Shift:
+    return replace(measured, missing={**measured.missing, what: reason})
 
 
 _Side = tuple[np.ndarray, np.ndarray | None]

@@ -242,7 +242,7 @@ def test_what_is_large_is_named_with_the_techniques_that_fit():
 def test_no_technique_that_aligns_with_a_source_is_named_for_test_rows():
     own = replace(
         LARGE, rows="test rows", others="its own training rows", features_of="corpus",
-        within_target=True, labels={}, counted=measured_shift.GROUPS_COUNT,
+        within_target=True, labels={}, counted=measured_shift.NOTE_GROUPS,
     )  # fmt: skip
     covariate, concept, _ = shown.sentences("task", own, ["coral", "full", "tent"])
     assert covariate.startswith(

@@ -14,7 +14,7 @@ from scipy.spatial.distance import squareform
 from pipeline.config.registry import register
 from pipeline.core.contracts.score import Estimate, score
 from pipeline.core.groups import unit_numbers
-from pipeline.transfer.shift import FEWEST_GROUPS, linear, wilson
+from pipeline.transfer.shift import FEWEST_GROUPS, ridge_predictions, wilson
 
 FOLDS = 5
 MOST_ROWS = 500
@@ -156,7 +156,7 @@ def proxy_a(
         x = np.concatenate([one[:least] for one in fitted])
         y = np.repeat([[1.0], [-1.0]], least, axis=0)
         for sign, one, fold, missed in zip((1, -1), sides, folds, wrong, strict=True):
-            missed[fold == k] = sign * linear(x, y, one[fold == k])[:, 0] <= 0
+            missed[fold == k] = sign * ridge_predictions(x, y, one[fold == k])[:, 0] <= 0
     rates = [np.bincount(unit, m) / np.bincount(unit) for unit, m in zip(units, wrong, strict=True)]
     error = float(np.mean([rate.mean() for rate in rates]))
     # the mean of two shares is as certain as one share of so many observations
