@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.csv as pacsv
 
+from pipeline.core.arrow_compute import pc
+
 BLOCK_BYTES, ROW_BYTES = 4 << 20, 64 << 20
 """A block, and the longest row. Arrow reads a dozen or more blocks ahead: 0.25 GB in memory for a
 file of any size (2026-11-24, 4 MiB; 0.7 GB with 16)."""
+LEADING_ZERO = r"[+-]?0\d.*"
+CODE = rf"{LEADING_ZERO}|[+-]?\d{{19,}}"
+"""Pattern of a field that looks like a number, and names something: as a number it would lose its
+leading zeros, or the last of its digits.
+"""
 WIDER = {
     pa.null(): pa.int64(),
     pa.int64(): pa.float64(),
@@ -59,6 +66,125 @@ def open_csv(
     )
 
 
+class CsvFile:
+    """A CSV file with a header, read block by block as tables of one schema.
+
+    A block knows only its own values, so the types of columns come from a first pass over the
+    file. Columns of numbers are then searched for codes (`CODE`), since 007 is not 7.
+
+    Args:
+        open_file: Opens its bytes; called several times.
+        name: Its name, for errors.
+        delimiter: Separates fields.
+        types: Types of columns where they are known.
+        nulls: Fields that mean null (never in columns of texts).
+
+    Attributes:
+        code_columns: Columns that look like numbers and have codes. They are texts without blanks
+            at their ends, null where a number would be.
+
+    Raises:
+        ValueError: It is no CSV, or a row is longer than ROW_BYTES.
+    """
+
+    def __init__(
+        self,
+        open_file: Callable[[], AbstractContextManager[BinaryIO]],
+        name: str,
+        *,
+        delimiter: str = ",",
+        types: dict[str, pa.DataType] | None = None,
+        nulls: Sequence[str] | None = None,
+    ):
+        self._open_file, self._name, self._delimiter = open_file, name, delimiter
+        self._nulls = pacsv.ConvertOptions().null_values if nulls is None else list(nulls)
+        self._block_bytes = BLOCK_BYTES
+        self._types = self._find_types(dict(types or {}))
+        self.code_columns = self._find_code_columns(set(self._types) - set(types or {}))
+
+    def tables(self, code_columns: Collection[str] = ()) -> Iterator[pa.Table]:
+        """Yield its tables, the first of them without rows.
+
+        Args:
+            code_columns: Columns in which other files of the same data have codes.
+        """
+        codes = (self.code_columns | set(code_columns)) & self._types.keys()
+        for table in self._blocks(self._types | dict.fromkeys(codes, pa.string())):
+            for index, name in enumerate(table.column_names):
+                if name in codes:
+                    texts = pc.utf8_trim_whitespace(table.column(index))
+                    is_null = pc.is_in(texts, pa.array(self._nulls, pa.string()))
+                    texts = pc.if_else(is_null, pa.scalar(None, pa.string()), texts)
+                    table = table.set_column(index, name, texts)
+            yield table
+
+    def _blocks(
+        self, types: dict[str, pa.DataType], columns: Sequence[str] | None = None
+    ) -> Iterator[pa.Table]:
+        with self._open_file() as handle:
+            reader = open_csv(
+                handle,
+                block_bytes=self._block_bytes,
+                delimiter=self._delimiter,
+                types=types,
+                columns=columns,
+                nulls=self._nulls,
+            )
+            yield reader.schema.empty_table()
+            for batch in reader:
+                yield pa.Table.from_batches([batch])
+
+    def _find_types(self, known: dict[str, pa.DataType]) -> dict[str, pa.DataType]:
+        """Return the type of each column that holds all of its values."""
+        names: list[str] = []
+        while True:
+            try:
+                for table in self._blocks(known):
+                    names = table.column_names
+                    known = dict(zip(names, table.schema.types, strict=True))
+                return known
+            except pa.ArrowInvalid as error:
+                text = str(error).splitlines()[0]
+                match = re.match(r"In CSV column #(\d+): .*conversion error", text)
+                column = names[int(match[1])] if match and names else ""
+                is_longer_than_block = "straddling" in text
+                if is_longer_than_block and self._block_bytes < ROW_BYTES:
+                    self._block_bytes *= 2
+                elif is_longer_than_block:
+                    raise ValueError(
+                        f"{self._name}: not readable as csv: a row is longer than "
+                        f"{ROW_BYTES >> 20} MiB; is a quote left open?"
+                    ) from None
+                elif column and known[column] != pa.binary():
+                    known[column] = WIDER.get(known[column], pa.string())
+                else:
+                    where = f" (column {column!r})" if column else ""
+                    raise ValueError(f"{self._name}: not readable as csv: {text}{where}") from None
+
+    def _find_code_columns(self, names: Collection[str]) -> frozenset[str]:
+        """Return which of some columns look like numbers and have codes.
+
+        A column of int64 holds 19 digits exactly: there only leading zeros would be lost.
+        """
+        patterns = {
+            name: LEADING_ZERO if kind == pa.int64() else CODE
+            for name, kind in self._types.items()
+            if name in names and kind in (pa.int64(), pa.float64())
+        }
+        found: set[str] = set()
+        if not patterns:
+            return frozenset()
+        texts = self._types | dict.fromkeys(patterns, pa.string())
+        for table in self._blocks(texts, list(patterns)):
+            for name, texts in zip(table.column_names, table.columns, strict=True):
+                is_code = pc.match_substring_regex(texts, rf"^\s*({patterns[name]})\s*$")
+                if pc.any(is_code).as_py():
+                    found.add(name)
+            if len(found) == len(patterns):
+                break
+        return frozenset(found)
+
+
 def csv_tables(
     open_file: Callable[[], AbstractContextManager[BinaryIO]],
     name: str,
@@ -67,51 +193,5 @@ def csv_tables(
     types: dict[str, pa.DataType] | None = None,
     nulls: Sequence[str] | None = None,
 ) -> Iterator[pa.Table]:
-    """Read a CSV file with a header as tables of one schema, the first of them without rows.
-
-    The types of its columns come from a first pass over all of it, for a block knows only its own.
-
-    Args:
-        open_file: opens its bytes; called several times.
-        name: of the file, for errors.
-        delimiter: what stands between fields.
-        types: of columns where they are known.
-        nulls: fields that stand for nothing (never in columns of texts).
-
-    Raises:
-        ValueError: no CSV, or a row longer than ROW_BYTES.
-    """
-
-    def blocks() -> Iterator[pa.Table]:
-        with open_file() as handle:
-            reader = open_csv(
-                handle, block_bytes=block_bytes, delimiter=delimiter, types=known, nulls=nulls
-            )
-            yield reader.schema.empty_table()
-            for batch in reader:
-                yield pa.Table.from_batches([batch])
-
-    known, names, block_bytes = dict(types or {}), list[str](), BLOCK_BYTES
-    while True:
-        try:
-            for table in blocks():
-                names = table.column_names
-                known = dict(zip(names, table.schema.types, strict=True))
-            break
-        except pa.ArrowInvalid as error:
-            text = str(error).splitlines()[0]
-            found = re.match(r"In CSV column #(\d+): .*conversion error", text)
-            column = names[int(found[1])] if found and names else ""
-            if "straddling" in text and block_bytes < ROW_BYTES:  # a row is longer than a block
-                block_bytes *= 2
-            elif "straddling" in text:
-                raise ValueError(
-                    f"{name}: not readable as csv: a row is longer than {ROW_BYTES >> 20} MiB; "
-                    "is a quote left open?"
-                ) from None
-            elif column and known[column] != pa.binary():
-                known[column] = WIDER.get(known[column], pa.string())
-            else:
-                where = f" (column {column!r})" if column else ""
-                raise ValueError(f"{name}: not readable as csv: {text}{where}") from None
-    yield from blocks()
+    """Read one `CsvFile`, with its arguments and errors."""
+    return CsvFile(open_file, name, delimiter=delimiter, types=types, nulls=nulls).tables()

@@ -428,6 +428,8 @@ class Splits:
     reads: tuple[FileIdentity, ...] = ()
     """All files that are read in training: Parquet files, and those that their rows name."""
     left_out: tuple[LeftOut, ...] = ()
+    unused: str = ""
+    """How many rows the split column puts into no split, and its values; "": none."""
 
     @property
     def fingerprint(self) -> str:
@@ -442,7 +444,7 @@ class Splits:
     def sizes(self) -> str:
         return (
             f"train {len(self.train)}, validation {len(self.validation)}, test {len(self.test)} "
-            f"rows ({self.origin})"
+            f"rows ({self.origin}){'; ' if self.unused else ''}{self.unused}"
         )
 
 
@@ -549,7 +551,7 @@ def _where(selection: Selection, data: Data, at: str) -> Selection:
             # what was asked for stands in the job file; it may come from the environment and be
             # secret
             asked = "the value" if len(values) == 1 else f"any of the {len(values)} values"
-            held = _values_of(codes, held_values.to_pylist(), name, selection, data)
+            held = _describe_values(codes, held_values.to_pylist(), name, selection, data)
             problems.append(
                 f"{at}.where: no row of {selection.manifest.name()} has {asked} asked for in "
                 f"column {name}; {held}"
@@ -564,7 +566,7 @@ def _where(selection: Selection, data: Data, at: str) -> Selection:
     return selection.keep(mask)
 
 
-def _values_of(
+def _describe_values(
     codes: np.ndarray, values: list[Any], name: str, selection: Selection, data: Data
 ) -> str:
     """Describe a column's commonest values, or only how many there are if they may identify
@@ -780,6 +782,7 @@ def _splits(
     train = _where(Selection(first), data, at)
     given: dict[str, Selection] = {}
     origin = []
+    unused = ""
     if data.split_column:
         declared = read_columns(train, [data.split_column])[data.split_column]
         column = pc.cast(declared, pa.string())
@@ -791,9 +794,15 @@ def _splits(
             if mask.any():
                 given[name] = whole.keep(mask)
         train = given.get("train", whole.keep(np.zeros(len(whole), dtype=bool)))
-        if not len(train):
+        num_unused = len(whole) - sum(map(len, given.values()))
+        held = ""
+        if num_unused or not len(train):
             codes, values = arrow_lists.dictionary_codes(declared)
-            held = _values_of(codes, values.to_pylist(), data.split_column, whole, data)
+            held = _describe_values(codes, values.to_pylist(), data.split_column, whole, data)
+        if num_unused:
+            rows = "row is" if num_unused == 1 else "rows are"
+            unused = f"{num_unused} {rows} in no split by {data.split_column}: {held}"
+        if not len(train):
             # values that the job file states may come from the environment and be secret
             stated = data.values_of("train")
             asked = stated if stated in ([], ["train"]) else "one that split_values.train states"
@@ -862,6 +871,7 @@ def _splits(
         (parts[0],),
         tuple(dict.fromkeys((*reads, *more))),
         tuple(left_out),
+        unused,
     )
 
 
@@ -875,13 +885,14 @@ def _labelled(
     if not names or not len(selection):
         return selection, []
     table = read_columns(selection, names)
-    nulls = {name: table[name].is_null().to_numpy() for name in names}
+    nulls = {name: table[name].is_null(nan_is_null=True).to_numpy() for name in names}
     lacks = np.logical_or.reduce(list(nulls.values()))
     if not 0 < lacks.sum() <= max(1, data.max_bad_rows * len(selection)):
         return selection, []
     column = next(name for name in names if nulls[name].any())
     ids = selection.ids(np.flatnonzero(lacks)).tolist()
-    place, reason = selection.manifest.location, f"it has no label (column {column} is null)"
+    place = selection.manifest.location
+    reason = f"it has no label (column {column} is null or NaN)"
     return selection.keep(~lacks), [LeftOut(split, row, place(row), reason) for row in ids]
 
 
@@ -1038,6 +1049,7 @@ def _joined(parts: list[Splits], columns: list[str], at: str, texts: frozenset[s
         tuple(part.train for part in parts),
         reads,
         tuple(row for part in parts for row in part.left_out),
+        "; ".join(dict.fromkeys(part.unused for part in parts if part.unused)),
     )
 
 

@@ -21,7 +21,7 @@ import pyarrow.json as pajson
 import pyarrow.parquet as pq
 
 from pipeline.config.schema import spec_hash
-from pipeline.data.csv_tables import csv_tables
+from pipeline.data.csv_tables import CsvFile
 from pipeline.io import atomic_folder, checksums, s3, storage
 from pipeline.io import file_identity as identity
 from pipeline.io.file_identity import FileIdentity
@@ -77,6 +77,8 @@ others. Of several files, each of which is a row, there are also `label` (the fo
 `id` (the path).
 """
 TEXT_VERSION = 2
+CSV_VERSION = 2
+"""Changes when the same files become other rows, so that they are converted again."""
 GROUP_ROWS, GROUP_BYTES = 1024, 64 << 20
 """Most rows of a row group of text; it ends earlier once it has so many bytes."""
 CHUNK_BYTES, LINE_BYTES = 16 << 20, 64 << 20
@@ -244,7 +246,7 @@ def to_parquet(
         key = spec_hash(
             kind,
             [[*name, file.content] for name, file in zip(names, read, strict=True)],
-            *([TEXT_VERSION] if kind in TEXTS else []),
+            *([TEXT_VERSION] if kind in TEXTS else [CSV_VERSION] if kind == "csv" else []),
         )
     folder = storage.join(imports_uri, key)
     if checksums.intact_folder(folder, "the files are brought in again") is None:
@@ -467,19 +469,23 @@ def _write_documents(listed: list[_File], path: Path) -> None:
 
 
 def _write(kind: str, files: list[str], path: Path) -> None:
-    tables = {
-        "csv": _csv,
-        "jsonl": _json_lines,
-        "text": _lines,
-        "paragraphs": _paragraphs,
-        "documents": _document,
-    }[kind]
-    writer = None
-    for file in files:
-        if kind not in TEXTS:  # these look at their first bytes as they read them
+    if kind not in TEXTS:  # these look at their first bytes as they read them
+        for file in files:
             with open_unpacked(file) as handle:
                 _checked_start(file, handle.read(len(MARK)))
-        for table in tables(file):
+    if kind == "csv":
+        tables = csv_tables_of(files)
+    else:
+        read = {
+            "jsonl": _json_lines,
+            "text": _lines,
+            "paragraphs": _paragraphs,
+            "documents": _document,
+        }[kind]
+        tables = ((file, read(file)) for file in files)
+    writer = None
+    for file, tables_of_file in tables:
+        for table in tables_of_file:
             writer = writer or pq.ParquetWriter(path, table.schema)
             if not table.schema.equals(writer.schema):
                 raise ValueError(
@@ -496,12 +502,27 @@ def _columns(schema: pa.Schema) -> str:
     return ", ".join(f"{field.name}: {field.type}" for field in schema)
 
 
-def _csv(file: str) -> Iterator[pa.Table]:
-    """Yield the rows of a CSV file, block by block."""
-    is_tabbed = ".tsv" in PurePosixPath(storage.file_name(file).lower()).suffixes[-2:]
-    delimiter = "\t" if is_tabbed else ","
-    _check_delimiter(file, delimiter)
-    return csv_tables(partial(open_unpacked, file), file, delimiter=delimiter)
+def csv_tables_of(
+    files: list[str], delimiter: str = ""
+) -> Iterator[tuple[str, Iterator[pa.Table]]]:
+    """Yield each CSV file with its tables, which are read block by block.
+
+    A column that has codes (007) in one of the files is a column of texts in all of them.
+
+    Args:
+        files: Files with the same columns.
+        delimiter: Separates fields; "": tabs in .tsv files, else commas.
+    """
+    readers = []
+    for file in files:
+        is_tabbed = ".tsv" in PurePosixPath(storage.file_name(file).lower()).suffixes[-2:]
+        mark = delimiter or ("\t" if is_tabbed else ",")
+        if not delimiter:
+            _check_delimiter(file, mark)
+        readers.append(CsvFile(partial(open_unpacked, file), file, delimiter=mark))
+    code_columns = frozenset[str]().union(*(reader.code_columns for reader in readers))
+    for file, reader in zip(files, readers, strict=True):
+        yield file, reader.tables(code_columns)
 
 
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}

@@ -200,5 +200,5 @@ def _numbers(column: pa.ChunkedArray, name: str) -> np.ndarray:
         return column.cast(pa.float64()).to_numpy()
     raise ValueError(
         f"column {name} holds {kind}: regression estimates numbers; write them as integers or "
-        "floats, or take the objective classification for classes"
+        "floats without leading zeros, or take the objective classification for classes"
     )

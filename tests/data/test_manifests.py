@@ -75,10 +75,11 @@ def split(imports):
         need_test: bool = False,
         roles: tuple[str, ...] = (),
         fold: m.Fold | None = None,
+        needed: tuple[str, ...] = (),
         **fields,
     ) -> m.Splits:
         data = Data(modality="text", **fields)  # pyright: ignore
-        return m.splits(data, roles, "targets.t", imports, need_test, fold)
+        return m.splits(data, roles, "targets.t", imports, need_test, fold, needed)
 
     return split
 
@@ -402,7 +403,10 @@ def test_a_declared_split_column_is_obeyed(tmp_path, split):
     got = split(uri=str(tmp_path / "a.parquet"), split_column="part", need_test=True)
     for name, values in (("train", ["train"]), ("validation", ["dev"]), ("test", ["test"])):
         assert numbers(getattr(got, name)) == frame.number[frame.part.isin(values)].tolist(), name
-    assert got.sizes() == "train 30, validation 10, test 10 rows (column part)"
+    assert got.sizes() == (
+        "train 30, validation 10, test 10 rows (column part); 10 rows are in no split by part: "
+        "it holds train (30 rows), dev (10 rows), test (10 rows), unused (10 rows)"
+    )
 
 
 def test_a_value_of_the_split_column_is_one_split_alone(tmp_path, split):
@@ -1820,9 +1824,10 @@ def test_json_lines_and_csv_are_held_a_chunk_at_a_time(tmp_path, small_chunks):
     rows = [{"text": f"ein Wörtchen {i}", "label": i % 2} for i in range(2000)]
     lines_of(tmp_path / "a.jsonl", rows)
     pd.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False)
+    csv_files = small_chunks.csv_tables_of([str(tmp_path / "a.csv")])
     for tables in (
         list(small_chunks._json_lines(str(tmp_path / "a.jsonl"))),
-        list(small_chunks._csv(str(tmp_path / "a.csv"))),
+        [table for _, of_file in csv_files for table in of_file],
     ):
         assert max(len(table) for table in tables) < 30 and len(tables) > 60
         assert pa.concat_tables(tables).to_pylist() == rows
@@ -1942,6 +1947,11 @@ def test_a_line_beyond_the_largest_is_named(tmp_path, imports, small_chunks, mon
         ("eleven", pa.string(), "eleven"),
         ("b\xe4d", pa.binary(), b"b\xe4d"),
         ("", pa.int64(), None),
+        ("9223372036854775807", pa.int64(), 2**63 - 1),
+        # ids, of which a number would lose digits
+        ("007", pa.string(), "007"),
+        ("-00.5", pa.string(), "-00.5"),
+        (" 12345678901234567890", pa.string(), "12345678901234567890"),
     ],
 )
 def test_types_of_csv_columns_are_those_of_the_whole_file(
@@ -1959,6 +1969,15 @@ def test_types_of_csv_columns_are_those_of_the_whole_file(
         value,
     ]
     assert got["empty"].to_pylist() == [None] * 200 + [3] and got["text"][-1].as_py() == "last"
+
+
+def test_a_column_with_codes_in_one_csv_file_is_text_in_all(tmp_path, imports):
+    (tmp_path / "a.csv").write_text("patient,hours\n7,01.5\n,0.5\n")
+    (tmp_path / "b.csv").write_text("patient,hours\n007,1\nNA,2\n")
+    assert rows_of(tmp_path, imports) == {
+        "patient": ["7", None, "007", None],
+        "hours": ["01.5", "0.5", "1", "2"],
+    }
 
 
 def test_a_csv_row_with_too_many_fields_late_in_a_file_is_named(tmp_path, imports, small_chunks):
@@ -2112,14 +2131,14 @@ def test_rows_whose_group_is_nan_have_no_group():
 
 
 def test_rows_whose_label_is_nan_are_of_no_class(tmp_path, split):
-    """Two of them in five folds would be a class with too few rows."""
+    """Two of them in five folds would be a class with too few rows. They may be left out."""
     labels = pa.array([float("nan")] * 2 + [0.0, 1.0] * 20)
     pq.write_table(pa.table({"label": labels}), tmp_path / "a.parquet")
-    found = split(
-        uri=str(tmp_path / "a.parquet"),
-        columns={"label": "label"},
-        roles=("label",),
-        need_test=True,
-        fold=m.Fold(1, 5),
-    )
+    fields = {"uri": str(tmp_path / "a.parquet"), "columns": {"label": "label"}}
+    found = split(roles=("label",), need_test=True, fold=m.Fold(1, 5), **fields)
     assert len(found.test) >= 8
+    found = split(roles=("label",), needed=("label",), max_bad_rows=0.2, **fields)
+    assert [row.reason for row in found.left_out] == [
+        "it has no label (column label is null or NaN)"
+    ] * 2
+    assert len(found.train) + len(found.validation) == 40

@@ -131,7 +131,7 @@ def test_few_rows_without_a_label_are_left_out_and_listed(tmp_path):
             "train",
             0,
             f"{tmp_path / 'rows.parquet'} row 0",
-            "it has no label (column kind is null)",
+            "it has no label (column kind is null or NaN)",
         )
     ]
     assert not preflight.check_rows(checked(job))

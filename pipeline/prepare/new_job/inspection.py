@@ -9,7 +9,6 @@ import posixpath
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,7 +19,6 @@ import pyarrow.parquet as pq
 
 from pipeline.core.arrow_compute import pc
 from pipeline.data import manifests, to_parquet
-from pipeline.data.csv_tables import csv_tables
 from pipeline.data.manifests import Manifest, Selection
 from pipeline.io import storage
 from pipeline.media import image_io
@@ -317,8 +315,8 @@ def _delimiter(file: str) -> str:
 def _manifest(uris: list[str], kind: str, scratch: str, delimiter: str) -> Manifest:
     """Return the rows of some files, converted below a scratch folder."""
     if delimiter:
-        uris = [_as_parquet(file, delimiter, scratch) for file, _ in to_parquet.expand(uris, "csv")]
-        kind = "parquet"
+        files = [file for file, _ in to_parquet.expand(uris, "csv")]
+        uris, kind = _as_parquet(files, delimiter, scratch), "parquet"
     try:
         found, _ = manifests.build_with_named(uris, kind, scratch, "stat")
     except ValueError as error:
@@ -330,11 +328,13 @@ def _manifest(uris: list[str], kind: str, scratch: str, delimiter: str) -> Manif
     return found
 
 
-def _as_parquet(file: str, delimiter: str, scratch: str) -> str:
-    path = Path(scratch, f"{PurePosixPath(file).stem}-{abs(hash(file))}.parquet")
-    tables = csv_tables(partial(to_parquet.open_unpacked, file), file, delimiter=delimiter)
-    pq.write_table(pa.concat_tables(tables), path)
-    return str(path)
+def _as_parquet(files: list[str], delimiter: str, scratch: str) -> list[str]:
+    paths = []
+    for file, tables in to_parquet.csv_tables_of(files, delimiter):
+        path = Path(scratch, f"{PurePosixPath(file).stem}-{abs(hash(file))}.parquet")
+        pq.write_table(pa.concat_tables(tables), path)
+        paths.append(str(path))
+    return paths
 
 
 def places_of(manifest: Manifest, most: int) -> np.ndarray:

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import registry
+from pipeline.data.csv_tables import CODE
 from pipeline.prepare.engine.inputs import ROW_BYTES, InputSplit, SplitReader, decoded, plain_suffix
 from pipeline.prepare.readers.archives import Entry, Opener
 
 SUFFIXES = (".csv", ".tsv", ".tab")
 WHOLE = re.compile(r"[+-]?(0|[1-9]\d{0,17})")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?|nan|[+-]?inf", re.IGNORECASE)
-LABEL = re.compile(r"[+-]?(0\d.*|\d{19,})")
-"""Digits that are no number: leading zeros, or more of them than an int64 or a float holds."""
+LABEL = re.compile(CODE)
 TAB = "\t"
 OPEN = "a quote is left open"
 Line = tuple[int, bytes | None]
