@@ -109,7 +109,7 @@ class CsvFile:
             code_columns: Columns in which other files of the same data have codes.
         """
         codes = (self.code_columns | set(code_columns)) & self._types.keys()
-        for table in self._blocks(self._types | dict.fromkeys(codes, pa.string())):
+        for table in self._blocks(self._types | {name: pa.string() for name in codes}):
             for index, name in enumerate(table.column_names):
                 if name in codes:
                     texts = pc.utf8_trim_whitespace(table.column(index))
@@ -174,7 +174,7 @@ class CsvFile:
         found: set[str] = set()
         if not patterns:
             return frozenset()
-        texts = self._types | dict.fromkeys(patterns, pa.string())
+        texts = self._types | {name: pa.string() for name in patterns}
         for table in self._blocks(texts, list(patterns)):
             for name, texts in zip(table.column_names, table.columns, strict=True):
                 is_code = pc.match_substring_regex(texts, rf"^\s*({patterns[name]})\s*$")

@@ -92,7 +92,7 @@ class Experiment:
     on_record: Callable[[LogRecord], None] = lambda record: None
     """Called on rank 0 with each record of the log."""
     on_validation: Callable[[int, int, dict[str, float]], None] = lambda step, steps, metrics: None
-    """Called with step, steps in all and metrics; may raise loop.Stop."""
+    """Called with step, steps in all and metrics."""
     on_step: Callable[[], None] = heartbeat.beat
     """Called at every step."""
 

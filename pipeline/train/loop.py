@@ -48,10 +48,6 @@ class NonFiniteError(RuntimeError):
     """Too many steps in a row had a non-finite loss or gradient."""
 
 
-class Stop(Exception):  # noqa: N818 - a request, not an error
-    """Raised by ``on_eval`` to end the run early (a scheduler's decision)."""
-
-
 @dataclass(frozen=True)
 class Ranks:
     """This process among the others."""
@@ -78,31 +74,32 @@ class Keeper(Protocol):
 
 
 class KeepBest:
-    """The weights with the best primary metric (the last ones when there is no validation, or
-    ``keep: last``).
+    """Keep the weights of the best validation, or the newest with ``keep: last``.
 
     Args:
-        primary: The metric.
+        primary: Name of the metric that decides.
         keep: best or last.
-        patience: Validations in a row without a better value after which it is exhausted.
+        patience: Validations in a row without a better value after which training may stop; None:
+            any number.
     """
 
     def __init__(self, primary: str, keep: str, patience: int | None = None):
-        self.primary, self.last, self.patience = primary, keep == "last", patience
-        self.higher = metric(primary).higher_is_better
+        self.primary, self.keeps_last, self.patience = primary, keep == "last", patience
+        self.higher_is_better = metric(primary).higher_is_better
         self.step, self.metrics, self.weights = -1, {}, None
         self.best, self.stale = float("nan"), 0
 
     def update(self, step, metrics, task):
-        new = metrics[self.primary]
-        is_better = np.isnan(self.best) or (new > self.best if self.higher else new < self.best)
+        value = metrics[self.primary]
+        is_first = np.isnan(self.best)
+        is_better = is_first or (value > self.best if self.higher_is_better else value < self.best)
         self.stale = 0 if is_better else self.stale + 1
         if is_better:
-            self.best = new
-        elif not self.last:
+            self.best = value
+        elif not self.keeps_last:
             return
         self.step, self.metrics = step, dict(metrics)
-        if not self.last:
+        if not self.keeps_last:
             self.weights = {
                 name: tensor.detach().cpu().clone() for name, tensor in task.state_dict().items()
             }
@@ -112,12 +109,12 @@ class KeepBest:
             task.load_state_dict(self.weights)
 
     def start_phase(self):
-        """Count validations without a better value anew."""
+        """Start counting validations without a better value from 0."""
         self.stale = 0
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether so many validations in a row have brought nothing that the run may stop."""
+        """Whether ``patience`` validations in a row brought no better value."""
         return self.patience is not None and self.stale >= self.patience
 
     def state_dict(self):
@@ -125,7 +122,7 @@ class KeepBest:
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state):
-        # a resume point of before there was a patience has the metrics alone
+        # resume points written before there was a patience have no best value
         self.best = state["metrics"].get(self.primary, float("nan"))
         for name, value in state.items():
             setattr(self, name, value)
@@ -191,7 +188,6 @@ class TrainingOutcome:
     params_trained: int
     layers_trained: str
     resumed_from: int
-    stopped_early: bool = False
     seconds_before: float = 0.0
     stopped_at: int = 0
     """The step after which the keeper was exhausted (``train.patience``); 0: it was not."""
@@ -211,8 +207,11 @@ class _PhaseState:
         rates = layer_rates(run.technique, layers, phase.name)
         rates = optim.apply_rates(task, layers, rates, self.freeze_norm_stats)
         # A stack of heads (`pipeline.transfer.cached_heads`) has a rate for each
-        own = getattr(task, "groups", None)
-        self.groups = optim.groups(task, rates, train) if own is None else own(rates, train)
+        own_groups = getattr(task, "groups", None)
+        if own_groups is None:
+            self.groups = optim.parameter_groups(task, rates, train)
+        else:
+            self.groups = own_groups(rates, train)
         for group in self.groups:
             group["peak"] *= phase.lr_scale
         self.params = [p for group in self.groups for p in group["params"]]
@@ -221,14 +220,14 @@ class _PhaseState:
                 f"technique {run.technique.registered_name}, phase {phase.name}: nothing is "
                 "left to train"
             )
-        self.optimizer = optim.optimizer(self.groups, train)
+        self.optimizer = optim.build_optimizer(self.groups, train)
         self.module: nn.Module = task
         if train.compile:
             self.module = torch.compile(task)  # type: ignore[assignment]
         if run.ranks.count > 1:  # wrapped again: DDP does not reduce layers that are thawed later
             self.module = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
         self.statistics = [buffer for buffer in task.buffers() if buffer.is_floating_point()]
-        self.sound = [buffer.clone() for buffer in self.statistics]
+        self.backups = [buffer.clone() for buffer in self.statistics]
 
     def train_mode(self) -> None:
         """Put modules into the modes that the phase trains them in."""
@@ -236,13 +235,28 @@ class _PhaseState:
 
     @torch.no_grad()
     def restore_norm_statistics(self) -> None:
-        """Norm statistics that a batch has made non-finite go back to what they last were: no later
-        batch would mend them.
+        """Undo an update that made running norm statistics NaN or infinite.
+
+        A running average never recovers from such a value by itself.
         """
-        if self.statistics:
-            fine = torch.isfinite(torch.stack(torch._foreach_norm(self.statistics, 1))).tolist()
-            for good, now, held in zip(fine, self.statistics, self.sound, strict=True):
-                (held if good else now).copy_(now if good else held)
+        if not self.statistics:
+            return
+        norms = torch.stack(torch._foreach_norm(self.statistics, 1))
+        is_finite = torch.isfinite(norms).tolist()
+        for finite, current, backup in zip(is_finite, self.statistics, self.backups, strict=True):
+            if finite:
+                backup.copy_(current)
+            else:
+                current.copy_(backup)
+
+    def set_lr(self, phase: Phase, step_in_phase: int, train: Train) -> None:
+        """Set the learning rate of every group for a step of the phase."""
+        if phase.factor:
+            lr_factor = phase.factor(step_in_phase, phase.steps)
+        else:
+            lr_factor = optim.lr_factor(step_in_phase, phase.steps, train)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * lr_factor
 
     def no_sync(self, last: bool):
         return (
@@ -250,6 +264,11 @@ class _PhaseState:
             if last or not isinstance(self.module, DistributedDataParallel)
             else self.module.no_sync()
         )
+
+
+def validation_interval(train: Train, steps: int) -> int:
+    """Return after how many steps a run of ``steps`` is validated each time."""
+    return train.eval_every_steps or max(1, steps // 5)
 
 
 def autocast(train: Train, device: torch.device):
@@ -268,12 +287,13 @@ def autocast(train: Train, device: torch.device):
 def fit(run: TrainingRun) -> TrainingOutcome:
     """Train to ``run.steps``, from the newest resume point if there is one.
 
-    The task ends with the weights that were kept.
+    When it returns, the task has the weights that the keeper chose.
 
     Raises:
         NonFiniteError: ``max_bad_steps`` steps in a row were not finite; names the rows of the
             last.
-        ValueError: micro-batches, and a penalty that compares the rows of a whole batch.
+        ValueError: ``micro_batch`` is set and the technique's penalty compares the rows of a whole
+            batch.
     """
     train, task, ranks, device = run.train, run.task, run.ranks, run.ranks.device
     if train.micro_batch and gathers_rows(run.technique):
@@ -282,8 +302,8 @@ def fit(run: TrainingRun) -> TrainingOutcome:
             "batch, which micro-batches would cut: leave it out"
         )
     phases = run.technique.phases(run.steps)
-    starts = np.concatenate([[0], np.cumsum([p.steps for p in phases])]).tolist()
-    assert starts[-1] == run.steps, f"phases last {starts[-1]} steps, the run {run.steps}"
+    phase_starts = np.concatenate([[0], np.cumsum([p.steps for p in phases])]).tolist()
+    assert phase_starts[-1] == run.steps, f"phases last {phase_starts[-1]}, the run {run.steps}"
 
     # ---- once: device, memory format, resume point (rank 0 reads it for all)
     task.to(device)
@@ -308,60 +328,45 @@ def fit(run: TrainingRun) -> TrainingOutcome:
             run.bad_rows("train", list(saved["bad_rows"].items()))
     assert start < run.steps, "a run of zero steps trains nothing"
 
-    eval_every = train.eval_every_steps or max(1, run.steps // 5)
+    eval_every = validation_interval(train, run.steps)
     progress = _Progress(run, saved, damaged)
-    live: _PhaseState | None = None
+    state: _PhaseState | None = None
     phase_number = -1
-    stopped, stopped_at = False, 0
+    stopped_at = 0
     stream = run.batches(range(start, run.steps))
-    further = {name: made(range(start, run.steps)) for name, made in run.streams.items()}
+    extra_streams = {name: read(range(start, run.steps)) for name, read in run.streams.items()}
 
     step = start
     try:
         for step in range(start, run.steps):
             # ---- a new phase: freeze, thaw, wrap, new optimiser
-            if live is None or step == starts[phase_number + 1]:
-                phase_number = int(np.searchsorted(starts, step, side="right")) - 1
-                live = _PhaseState(run, phases[phase_number])
-                if step == starts[phase_number]:
+            if state is None or step == phase_starts[phase_number + 1]:
+                phase_number = int(np.searchsorted(phase_starts, step, side="right")) - 1
+                state = _PhaseState(run, phases[phase_number])
+                if step == phase_starts[phase_number]:
                     run.keeper.start_phase()
                 if saved and step == start:
                     if saved["phase"] == phase_number:
-                        live.optimizer.load_state_dict(saved["optimizer"])
+                        state.optimizer.load_state_dict(saved["optimizer"])
                     checkpoint.restore_rng(saved, run.seed, ranks)
             phase = phases[phase_number]
-            in_phase = step - starts[phase_number]
-            scale = (
-                phase.factor(in_phase, phase.steps)
-                if phase.factor
-                else optim.factor(in_phase, phase.steps, train)
-            )
-            for group in live.optimizer.param_groups:
-                group["lr"] = group["peak"] * scale
+            step_in_phase = step - phase_starts[phase_number]
+            state.set_lr(phase, step_in_phase, train)
 
             # ---- one step
-            batch, bad, waited = next(stream)
-            if bad:
-                progress.unread.update(bad)
-                run.bad_rows("train", bad)
-            beside = {name: next(one) for name, one in further.items()}
-            for name, loaded in beside.items():
-                waited += loaded.waited
-                if loaded.bad:
-                    run.bad_rows(name, loaded.bad)
-            others = {name: loaded.batch for name, loaded in beside.items()}
+            batch, extra_batches, waited = _next_batches(run, stream, extra_streams, progress)
             if isinstance(run.technique, FollowsProgress):
                 run.technique.at_step(step, run.steps)
-            sums = _backward(run, live, batch, others, progress.names)
+            sums = _backward(run, state, batch, extra_batches, progress.names)
             if reads_gradients(run.technique):
-                run.technique.read_gradients(task, phase.name, in_phase)
-            norm = _step(live, sums, ranks, train, task, progress.bad_run, progress.bad_total)
+                run.technique.read_gradients(task, phase.name, step_in_phase)
+            norm = _step(state, sums, ranks, train, task, progress)
             warning = None
             if isinstance(task.objective, UpdatesAfterStep):
                 warning = task.objective.after_step(task.backbone, step, run.steps)
             if average:
                 if average.statistics:  # one that is not finite would stay in the average
-                    live.restore_norm_statistics()
+                    state.restore_norm_statistics()
                 average.update(task, step)
             progress.add(batch, sums, waited, warning)
             if run.on_rows:
@@ -369,32 +374,30 @@ def fit(run: TrainingRun) -> TrainingOutcome:
             run.alive()
 
             # ---- rare: log, check for trouble, validate, save
-            done = step + 1
-            is_last = done == run.steps
-            logs = done % train.log_every_steps == 0 or is_last
-            validates = bool(run.evaluate) and (done % eval_every == 0 or is_last)
-            saves = progress.saves(done)
+            steps_done = step + 1
+            is_last = steps_done == run.steps
+            logs = steps_done % train.log_every_steps == 0 or is_last
+            validates = bool(run.evaluate) and (steps_done % eval_every == 0 or is_last)
+            saves = progress.should_save(steps_done)
             if device.type == "cpu" or logs or validates or saves:
-                live.restore_norm_statistics()
-                progress.check_finite(done)
+                state.restore_norm_statistics()
+                progress.check_finite(steps_done)
             if logs:
-                run.on_log(progress.record(done, phase, live, norm))
+                run.on_log(progress.record(steps_done, phase, state, norm))
             if validates:
-                metrics = _evaluated(run, average, done)
-                live.train_mode()
-                progress.add_validation(done, metrics)
-                run.on_eval(done, metrics)
+                metrics = _evaluated(run, average, steps_done)
+                state.train_mode()
+                progress.add_validation(steps_done, metrics)
+                run.on_eval(steps_done, metrics)
                 # an earlier phase is not the whole of a technique
-                may_stop = train.patience is not None and starts[-2] < done < run.steps
-                if may_stop and _rank_zero_verdict(run.keeper.is_exhausted, ranks):
-                    stopped_at = done
+                may_stop = train.patience is not None and phase_starts[-2] < steps_done < run.steps
+                if may_stop and _agree_with_rank_zero(run.keeper.is_exhausted, ranks):
+                    stopped_at = steps_done
                     break
             if saves:
-                progress.save(done, phase_number, live, average)
-    except Stop:
-        stopped = True
+                progress.save(steps_done, phase_number, state, average)
     finally:
-        for opened in (stream, *further.values()):
+        for opened in (stream, *extra_streams.values()):
             close = getattr(opened, "close", None)
             if close:
                 close()
@@ -409,15 +412,35 @@ def fit(run: TrainingRun) -> TrainingOutcome:
         seconds=progress.seconds_before + seconds,
         rows_per_second=ranks.count * progress.rows / max(seconds, 1e-9),
         wait_share=progress.waited / max(seconds, 1e-9),
-        skipped_steps=int(progress.bad_total),
+        skipped_steps=int(progress.num_bad_steps),
         curve=progress.curve,
         params_trained=_params_trained(run, trained),
         layers_trained=optim.describe_layers(task.layers(), trained),
         resumed_from=start,
-        stopped_early=stopped,
         seconds_before=progress.seconds_before,
         stopped_at=stopped_at,
     )
+
+
+def _next_batches(
+    run: TrainingRun,
+    stream: Iterator[LoadedBatch],
+    extra_streams: Mapping[str, Iterator[LoadedBatch]],
+    progress: _Progress,
+) -> tuple[Batch, dict[str, Batch], float]:
+    """Return the next batch of each stream and the seconds waited; report rows not decoded."""
+    batch, bad, waited = next(stream)
+    if bad:
+        progress.bad_rows.update(bad)
+        run.bad_rows("train", bad)
+    extra_batches: dict[str, Batch] = {}
+    for name, extra_stream in extra_streams.items():
+        loaded = next(extra_stream)
+        extra_batches[name] = loaded.batch
+        waited += loaded.waited
+        if loaded.bad:
+            run.bad_rows(name, loaded.bad)
+    return batch, extra_batches, waited
 
 
 class _Progress:
@@ -428,12 +451,12 @@ class _Progress:
         self.run, self.damaged, self.warning = run, damaged, ""
         self.start = saved["step"] if saved else 0
         self.curve = saved["curve"] if saved else []
-        self.unread = dict(saved["bad_rows"]) if saved else {}
+        self.bad_rows = dict(saved["bad_rows"]) if saved else {}
         self.seconds_before = saved["seconds"] if saved else 0.0
         self.names = ("loss", "count", *run.task.objective.log_names)
         self.window = torch.zeros(len(self.names), device=device)
-        self.bad_run = torch.zeros((), device=device)  # non-finite steps in a row
-        self.bad_total = torch.full((), float(saved["skipped"] if saved else 0), device=device)
+        self.bad_steps_in_a_row = torch.zeros((), device=device)
+        self.num_bad_steps = torch.full((), float(saved["skipped"] if saved else 0), device=device)
         self.recent: deque[np.ndarray] = deque(maxlen=run.train.max_bad_steps)
         self.rows = self.rows_logged = 0
         self.units = self.units_logged = 0.0
@@ -449,34 +472,36 @@ class _Progress:
         self.window += sums
         self.warning = warning or self.warning
 
-    def check_finite(self, done: int) -> None:
+    def check_finite(self, steps_done: int) -> None:
         """Raise NonFiniteError after too many non-finite steps in a row."""
         train, rank = self.run.train, self.run.ranks.rank
-        if int(self.bad_run) < train.max_bad_steps:
+        if int(self.bad_steps_in_a_row) < train.max_bad_steps:
             return
         rows = np.concatenate(list(self.recent))[:50].tolist()
         raise NonFiniteError(
-            f"loss or gradient was not finite in {int(self.bad_run)} steps in a row up to step "
-            f"{done}; lower train.lr, check the inputs. Row ids of the last batches (rank {rank}): "
-            f"{rows}"
+            f"loss or gradient was not finite in {int(self.bad_steps_in_a_row)} steps in a row up "
+            f"to step {steps_done}; lower train.lr, check the inputs. Row ids of the last batches "
+            f"(rank {rank}): {rows}"
         )
 
-    def record(self, done: int, phase: Phase, live: _PhaseState, norm: Tensor) -> LogRecord:
+    def record(self, steps_done: int, phase: Phase, state: _PhaseState, norm: Tensor) -> LogRecord:
         """The log line of the steps since the last one."""
         run, now = self.run, self.run.clock()
         seconds = max(now - self.logged_at, 1e-9)
         sums = dict(zip(self.names, self.window.tolist(), strict=True))
         count = sums.pop("count")
         record: LogRecord = {
-            "step": done,
+            "step": steps_done,
             "steps": run.steps,
             "phase": phase.name,
-            "lr": live.optimizer.param_groups[0]["lr"],
+            "lr": state.optimizer.param_groups[0]["lr"],
             "grad_norm": float(norm),
             "rows_per_second": run.ranks.count * (self.rows - self.rows_logged) / seconds,
             "wait_share": (self.waited - self.waited_logged) / seconds,
-            "skipped_steps": int(self.bad_total),
-            "eta_seconds": (now - self.began) / (done - self.start) * (run.steps - done),
+            "skipped_steps": int(self.num_bad_steps),
+            "eta_seconds": (now - self.began)
+            / (steps_done - self.start)
+            * (run.steps - steps_done),
         }
         if run.unit != "rows":
             rate = run.ranks.count * (self.units - self.units_logged) / seconds
@@ -493,81 +518,88 @@ class _Progress:
         self.units_logged = self.units
         return record
 
-    def add_validation(self, done: int, metrics: Metrics) -> None:
-        """A point of the curve; those of later steps were those of a part that is done again."""
-        self.curve = [point for point in self.curve if point["step"] < done]
-        self.curve.append({"step": done, **metrics})
+    def add_validation(self, steps_done: int, metrics: Metrics) -> None:
+        """Add a validation to the curve.
 
-    def saves(self, done: int) -> bool:
+        After a resume, points of steps that are repeated are dropped first.
+        """
+        self.curve = [point for point in self.curve if point["step"] < steps_done]
+        self.curve.append({"step": steps_done, **metrics})
+
+    def should_save(self, steps_done: int) -> bool:
         """Whether a resume point is written after this step, the same on every rank."""
         run, train = self.run, self.run.train
-        if not run.checkpoints or done == run.steps:
+        if not run.checkpoints or steps_done == run.steps:
             return False
-        if done % (train.checkpoint_every_steps or 1000) == 0:
+        if steps_done % (train.checkpoint_every_steps or 1000) == 0:
             return True
         minutes = train.checkpoint_every_minutes
-        # several ranks must agree on the time, which costs a broadcast
+        # all ranks must take the same decision, which costs a broadcast
         ask_every = 1 if run.ranks.count == 1 else min(10, train.log_every_steps)
-        if minutes is None or done % ask_every:
+        if minutes is None or steps_done % ask_every:
             return False
-        return _rank_zero_verdict(run.clock() - self.saved_at >= 60 * minutes, run.ranks)
+        return _agree_with_rank_zero(run.clock() - self.saved_at >= 60 * minutes, run.ranks)
 
     def save(
-        self, done: int, phase: int, live: _PhaseState, average: optim.WeightAverage | None
+        self,
+        steps_done: int,
+        phase: int,
+        phase_state: _PhaseState,
+        average: optim.WeightAverage | None,
     ) -> None:
         """Write a resume point."""
         run = self.run
         assert run.checkpoints is not None
         state: TrainingState = {
-            "step": done,
+            "step": steps_done,
             "phase": phase,
             "task": run.task.state_dict(),
-            "optimizer": live.optimizer.state_dict(),
+            "optimizer": phase_state.optimizer.state_dict(),
             "ema": average.average if average else None,
             "keeper": run.keeper.state_dict(),
             "curve": self.curve,
-            "skipped": int(self.bad_total),
+            "skipped": int(self.num_bad_steps),
             "seconds": self.seconds_before + run.clock() - self.began,
         }
-        checkpoint.save(run.checkpoints, run.ranks, state, self.unread)
+        checkpoint.save(run.checkpoints, run.ranks, state, self.bad_rows)
         self.saved_at = run.clock()
 
 
 def _backward(
     run: TrainingRun,
-    live: _PhaseState,
+    state: _PhaseState,
     batch: Batch,
-    others: dict[str, Batch],
+    extra_batches: dict[str, Batch],
     names: tuple[str, ...],
 ) -> Tensor:
-    """Forward and backward of every micro-batch; the last one reduces gradients over ranks.
+    """Run forward and backward on each micro-batch; the last one reduces gradients over ranks.
 
-    ``others`` are batches of further streams, cut into as many parts as ``batch``. A part without
-    rows, or with none of a stream, has no penalty: the mean of nothing is not a number. A penalty
-    that gathers rows is asked for on every rank, since the others wait for this one.
+    The extra batches are cut into as many parts as ``batch``. Where a part or one of its extra
+    parts is empty there is no penalty: the mean of no rows is NaN. A penalty that gathers rows of
+    all ranks is computed even then, because the other ranks wait for this one.
 
     Returns:
-        Sums over all ranks: the losses, how many there are, and those that the objective logs.
+        (len(names),) sums over all ranks: losses, number of losses, then what the objective logs.
     """
     train, device = run.train, run.ranks.device
     sums = torch.zeros(len(names), device=device)
     zero = sums.new_zeros(())
     gathers = gathers_rows(run.technique)
     parts = batch.split(train.micro_batch)
-    beside = {name: other.parts(len(parts)) for name, other in others.items()}
+    extra_parts = {name: extra.parts(len(parts)) for name, extra in extra_batches.items()}
     for number, part in enumerate(parts, 1):
         part = run.ready(part.to(device), train.augment)
         streams = {
-            name: run.ready(cut[number - 1].to(device), train.augment)
-            for name, cut in beside.items()
+            name: run.ready(of_stream[number - 1].to(device), train.augment)
+            for name, of_stream in extra_parts.items()
         }
-        with live.no_sync(number == len(parts)), autocast(train, device):
+        with state.no_sync(number == len(parts)), autocast(train, device):
             if run.labelled:
-                total, count, logs = live.module(part)
+                total, count, logs = state.module(part)
             else:
-                total, count, logs = live.module(part.empty())
+                total, count, logs = state.module(part.empty())
                 count, streams = count + len(part), {**streams, "target": part}
-            has_rows = all(len(one) for one in (part, *streams.values()))
+            has_rows = all(map(len, (part, *streams.values())))
             penalty = None
             if adds_penalty(run.technique) and (gathers or has_rows):
                 penalty = run.technique.penalty(run.task, part, streams)
@@ -584,15 +616,15 @@ def _backward(
     return sums
 
 
-def _rank_zero_verdict(verdict: bool, ranks: Ranks) -> bool:
-    """Rank 0's verdict, on every rank.
+def _agree_with_rank_zero(value: bool, ranks: Ranks) -> bool:
+    """Return rank 0's value on every rank.
 
     Clocks differ, and so may the last bit of a metric, while all ranks must take part in a resume
     point and take the same steps.
     """
     if ranks.count == 1:
-        return verdict
-    agreed = torch.tensor([int(verdict)], device=ranks.device)
+        return value
+    agreed = torch.tensor([int(value)], device=ranks.device)
     dist.broadcast(agreed, src=0)
     return bool(agreed.item())
 
@@ -636,40 +668,45 @@ def _params_trained(run: TrainingRun, trained: set[str]) -> int:
 
 @torch.no_grad()
 def _step(
-    live: _PhaseState,
-    stats: Tensor,
+    state: _PhaseState,
+    sums: Tensor,
     ranks: Ranks,
     train: Train,
     task: Task,
-    bad_run: Tensor,
-    bad_total: Tensor,
+    progress: _Progress,
 ) -> Tensor:
-    """Normalise by the global count, clip, step unless something is not finite; nothing here waits
-    for the device.
+    """Divide gradients by the global count, clip, and step unless something is not finite.
+
+    Nothing here waits for the device. The sums of a step that is not finite become 0.
+
+    Returns:
+        The norm of the gradients, ().
     """
-    to_mean = ranks.count / stats[1].clamp(min=1e-12)  # DDP has divided by the ranks
+    loss_sum, loss_count = sums[0], sums[1]
+    to_mean = ranks.count / loss_count.clamp(min=1e-12)  # DDP has divided by the ranks
     # A stack of heads (`pipeline.transfer.cached_heads`) clips each of them alone
     clip = getattr(task, "clip_gradients", None)
     if clip is not None:
         norm, finite = clip(train.clip_norm, to_mean)
         coefficient = torch.ones_like(to_mean)
     else:
-        norm = optim.global_norm(live.params).to(stats.device) * to_mean
+        norm = optim.global_norm(state.params).to(sums.device) * to_mean
         coefficient = (
             (train.clip_norm / (norm + 1e-6)).clamp(max=1.0)
             if train.clip_norm
             else torch.ones_like(norm)
         )
-        finite = torch.isfinite(norm) & torch.isfinite(stats[0])
-    # torch's fused optimisers take the divisor and the verdict on the device, as they do from
-    # GradScaler
-    live.optimizer.grad_scale = 1.0 / (to_mean * coefficient)  # type: ignore[attr-defined]
-    live.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
-    live.optimizer.step()
-    live.optimizer.zero_grad(set_to_none=clip is None)
-    bad_run.copy_(torch.where(finite, 0.0, bad_run + 1))
-    bad_total.add_((~finite).float())
-    stats.copy_(torch.where(finite, stats, 0.0))
+        finite = torch.isfinite(norm) & torch.isfinite(loss_sum)
+    # fused optimisers of torch take the divisor and the skip flag as tensors, as GradScaler passes
+    # them
+    state.optimizer.grad_scale = 1.0 / (to_mean * coefficient)  # type: ignore[attr-defined]
+    state.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=clip is None)
+    in_a_row = progress.bad_steps_in_a_row
+    in_a_row.copy_(torch.where(finite, 0.0, in_a_row + 1))
+    progress.num_bad_steps.add_((~finite).float())
+    sums.copy_(torch.where(finite, sums, 0.0))
     return norm
 
 

@@ -94,11 +94,11 @@ def describe_layers(layers: dict[str, list[str]], chosen: set[str]) -> str:
                 runs[-1].append(name)
             elif runs[-1]:
                 runs.append([])
-        said = ", ".join(
+        ranges = ", ".join(
             run[0] if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs if run
         )
-        if said:
-            described.append(f"{part} of {said}" if part else said)
+        if ranges:
+            described.append(f"{part} of {ranges}" if part else ranges)
     if "head" in chosen:
         described.append("head")
     return ", ".join(described)
@@ -113,7 +113,7 @@ class ParameterGroup(TypedDict):
     weight_decay: float
 
 
-def groups(task: Task, rates: dict[str, float], train: Train) -> list[ParameterGroup]:
+def parameter_groups(task: Task, rates: dict[str, float], train: Train) -> list[ParameterGroup]:
     """Make optimiser groups of equal rate and decay.
 
     Vectors and scalars (norms, biases) have no weight decay, nor have `Task.undecayed_parameters`.
@@ -131,7 +131,7 @@ def groups(task: Task, rates: dict[str, float], train: Train) -> list[ParameterG
     ]
 
 
-def optimizer(groups: list[ParameterGroup], train: Train) -> torch.optim.Optimizer:
+def build_optimizer(groups: list[ParameterGroup], train: Train) -> torch.optim.Optimizer:
     """Fused AdamW or SGDW with Nesterov momentum (both Loshchilov and Hutter 2019)."""
     parameter_groups = [{**group, "lr": group["peak"]} for group in groups]
     if train.optimizer == "adamw":
@@ -184,7 +184,7 @@ class SGDW(torch.optim.SGD):
                 group["weight_decay"] = decay
 
 
-def factor(step: int, steps: int, train: Train) -> float:
+def lr_factor(step: int, steps: int, train: Train) -> float:
     """Learning-rate factor of a phase's step: linear warm-up, then cosine to zero (Loshchilov and
     Hutter 2017) or constant.
     """
@@ -221,7 +221,7 @@ class WeightAverage:
         return found
 
     def has_begun(self, step: int) -> bool:
-        """Return whether the average after a step is more than the newest weights."""
+        """Return whether the average after a step differs from the newest weights."""
         return self.share(step) < 1
 
     @torch.no_grad()

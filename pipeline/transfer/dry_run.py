@@ -13,7 +13,7 @@ from pipeline.core.contracts import Technique, trains
 from pipeline.core.contracts.objective_capabilities import couples_rows
 from pipeline.core.contracts.technique_capabilities import adapts_without_labels
 from pipeline.report.code_versions import OTHER, describe_changes
-from pipeline.train import source
+from pipeline.train import loop, source
 from pipeline.train.experiment import technique_of
 from pipeline.transfer import budget, existing_trials, grid, job_state, planned_trials
 from pipeline.transfer.job_state import JobState
@@ -96,7 +96,7 @@ def _idle_patience(place: str, train: Train, steps: int | str, takes_last: bool)
 
 def validations(train: Train, steps: int) -> int:
     """Return how often a run of so many steps is validated."""
-    return -(-steps // (train.eval_every_steps or max(1, steps // 5)))
+    return -(-steps // loop.validation_interval(train, steps))
 
 
 def steps_of_source(stage: source.SourceStage) -> int | str:

@@ -547,7 +547,7 @@ def run(
     Args:
         trial: The trial.
         shared: The data that all trials read.
-        report: Called at every validation; may raise loop.Stop.
+        report: Called at every validation.
         alive: Called at every step.
 
     Returns:

@@ -344,7 +344,7 @@ def test_weight_decay_leaves_what_multiplies_weights_alone(method, name):
     train = Train(lr=0.1, weight_decay=0.5)
     rates = dict.fromkeys(dict(wrapped.named_parameters()), 1.0)
     before = weights(wrapped)
-    optimizer = optim.optimizer(optim.groups(wrapped, rates, train), train)
+    optimizer = optim.build_optimizer(optim.parameter_groups(wrapped, rates, train), train)
     for parameter in wrapped.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

@@ -408,8 +408,10 @@ def test_training_equals_peft_s_own():
 
 
 def test_only_adapters_and_head_move_and_have_optimiser_state(monkeypatch):
-    held, original = [], optim.optimizer
-    monkeypatch.setattr(optim, "optimizer", lambda *args: held.append(original(*args)) or held[-1])
+    held, original = [], optim.build_optimizer
+    monkeypatch.setattr(
+        optim, "build_optimizer", lambda *args: held.append(original(*args)) or held[-1]
+    )
     run = adapted_run(ema=0.9)
     before, layers = weights(run.task), run.task.layers()
     outcome = loop.fit(run)
@@ -852,11 +854,13 @@ def test_a_trial_s_seed_makes_its_adapters(world, monkeypatch):
     job, shared = world
     seen: list[dict[str, torch.Tensor]] = []
     monkeypatch.setattr(
-        loop, "fit", lambda run: seen.append(weights(run.task)) or (_ for _ in ()).throw(loop.Stop)
+        loop,
+        "fit",
+        lambda run: seen.append(weights(run.task)) or (_ for _ in ()).throw(loop.NonFiniteError),
     )
     for seed, noise in ((0, 1), (0, 2), (1, 1)):
         torch.manual_seed(noise)
-        with pytest.raises(loop.Stop):
+        with pytest.raises(loop.NonFiniteError):
             trial.run(trial_of(job, shared, PLUG, seed=seed), replace(shared, keep_bundles=False))
     first = [{name: tensor for name, tensor in held.items() if "lora_A" in name} for held in seen]
     assert furthest(first[0], first[1]) == 0.0 and furthest(first[0], first[2]) > 0.01

@@ -38,7 +38,7 @@ from pipeline.io import storage
 from pipeline.techniques.linear_probe import LinearProbe
 from pipeline.techniques.lp_ft import LPFT, LPFTOptions
 from pipeline.train import checkpoint, evaluate, loop, optim
-from pipeline.train.loop import NonFiniteError, Ranks, Stop
+from pipeline.train.loop import NonFiniteError, Ranks
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PLAIN = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "clip_norm": None}
@@ -507,7 +507,7 @@ def test_rank_0_decides_for_all_ranks_that_patience_is_lost(rows, monkeypatch):
         asked.append(own)
         return len(asked) == 3
 
-    monkeypatch.setattr(loop, "_rank_zero_verdict", verdict)
+    monkeypatch.setattr(loop, "_agree_with_rank_zero", verdict)
     assert loop.fit(run).stopped_at == 3 and asked == [False, True, True]
 
 
@@ -566,22 +566,6 @@ def test_validation_runs_at_its_steps_and_at_the_end_and_modes_are_put_back(rows
     )
     assert [point["step"] for point in loop.fit(run).curve] == [3, 6, 7]
     assert modes == [(True, False)] * 7
-
-
-def test_a_stop_ends_the_run_early_with_what_was_kept(rows, validation):
-    run = make_run(rows, net_task(), steps=10, validation=validation, eval_every_steps=2)
-
-    def on_eval(step, metrics):
-        if step == 4:
-            raise Stop
-
-    run.on_eval = on_eval
-    outcome = loop.fit(run)
-    assert (
-        outcome.stopped_early
-        and outcome.steps == 4
-        and [point["step"] for point in outcome.curve] == [2, 4]
-    )
 
 
 def test_gathered_predictions_stand_in_the_order_of_rows():
@@ -1027,9 +1011,11 @@ def test_optimiser_state_is_made_anew_for_a_phase(rows):
     """A moment of the head's first phase would else steer the second."""
     run = make_run(rows, net_task(), steps=4, technique=LPFT(LPFTOptions(probe_share=0.5)))
     made = []
-    original = optim.optimizer
+    original = optim.build_optimizer
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optim, "optimizer", lambda *args: made.append(original(*args)) or made[-1])
+        patch.setattr(
+            optim, "build_optimizer", lambda *args: made.append(original(*args)) or made[-1]
+        )
         loop.fit(run)
     assert [{int(s["step"]) for s in optimizer.state.values()} for optimizer in made] == [{2}, {2}]
     assert [len(optimizer.state) for optimizer in made] == [2, len(list(run.task.parameters()))]

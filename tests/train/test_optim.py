@@ -87,7 +87,7 @@ def test_rates_that_do_not_name_every_layer_are_refused():
 def test_vectors_and_scalars_are_not_decayed_and_rates_scale_the_peak():
     task = net_task()
     rates = optim.apply_rates(task, task.layers(), rates_of(task, stem=0.0, block=0.1))
-    found = optim.groups(task, rates, train(lr=0.5, weight_decay=0.3))
+    found = optim.parameter_groups(task, rates, train(lr=0.5, weight_decay=0.3))
     names = {id(p): name for name, p in task.named_parameters()}
     flat = {
         names[id(p)]: (group["peak"], group["weight_decay"])
@@ -106,8 +106,8 @@ def test_decay_moves_matrices_alone():
     """With gradients of zero, decoupled decay is all that moves: w (1 - lr decay)."""
     task = net_task()
     before = weights(task)
-    made = optim.optimizer(
-        optim.groups(
+    made = optim.build_optimizer(
+        optim.parameter_groups(
             task, dict.fromkeys(dict(task.named_parameters()), 1.0), train(lr=0.1, weight_decay=0.5)
         ),
         train(lr=0.1),
@@ -138,8 +138,9 @@ def test_a_step_that_is_skipped_leaves_no_trace_in_the_optimiser(kind, filled):
     results = []
     for skipped_first in (False, True):
         task = net_task()
-        made = optim.optimizer(
-            optim.groups(task, dict.fromkeys(dict(task.named_parameters()), 1.0), spec), spec
+        made = optim.build_optimizer(
+            optim.parameter_groups(task, dict.fromkeys(dict(task.named_parameters()), 1.0), spec),
+            spec,
         )
         for gradient in ([math.nan] if skipped_first else []) + [0.5, 1.5]:
             for p in task.parameters():
@@ -159,8 +160,8 @@ def trained_side_by_side(momentum: float, decay: float, theirs) -> tuple[dict, d
     """
     spec = train(optimizer="sgd", lr=0.1, momentum=momentum, weight_decay=decay)
     a, b = net_task(), net_task()
-    ours = optim.optimizer(
-        optim.groups(a, dict.fromkeys(dict(a.named_parameters()), 1.0), spec), spec
+    ours = optim.build_optimizer(
+        optim.parameter_groups(a, dict.fromkeys(dict(a.named_parameters()), 1.0), spec), spec
     )
     other = theirs(*([p for p in b.parameters() if (p.dim() > 1) == big] for big in (True, False)))
     for step in range(4):
@@ -223,8 +224,8 @@ def test_a_search_over_decay_means_the_same_with_and_without_momentum(kind):
     spec = train(optimizer=kind, lr=0.1, momentum=0.9, weight_decay=0.5)
     task = net_task()
     before = weights(task)
-    made = optim.optimizer(
-        optim.groups(task, dict.fromkeys(dict(task.named_parameters()), 1.0), spec), spec
+    made = optim.build_optimizer(
+        optim.parameter_groups(task, dict.fromkeys(dict(task.named_parameters()), 1.0), spec), spec
     )
     for _ in range(10):
         for p in task.parameters():
@@ -241,8 +242,8 @@ def test_a_skipped_step_of_sgd_decays_nothing():
     spec = train(optimizer="sgd", lr=0.1, weight_decay=0.5)
     task = net_task()
     before = weights(task)
-    made = optim.optimizer(
-        optim.groups(task, dict.fromkeys(dict(task.named_parameters()), 1.0), spec), spec
+    made = optim.build_optimizer(
+        optim.parameter_groups(task, dict.fromkeys(dict(task.named_parameters()), 1.0), spec), spec
     )
     for p in task.parameters():
         p.grad = torch.full_like(p, math.nan)
@@ -256,7 +257,7 @@ def test_a_skipped_step_of_sgd_decays_nothing():
 
 def test_schedule_is_linear_warm_up_then_cosine_to_zero():
     spec, steps, warm = train(warmup=0.1), 200, 20
-    found = [optim.factor(step, steps, spec) for step in range(steps)]
+    found = [optim.lr_factor(step, steps, spec) for step in range(steps)]
     want = [
         (s + 1) / warm if s < warm else 0.5 * (1 + math.cos(math.pi * (s - warm) / (steps - warm)))
         for s in range(steps)
@@ -275,7 +276,7 @@ def test_schedule_equals_torch_schedulers():
     ]
     scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, schedulers, [warm])
     for step in range(steps):
-        assert optim.factor(step, steps, spec) == pytest.approx(
+        assert optim.lr_factor(step, steps, spec) == pytest.approx(
             scheduler.get_last_lr()[0], abs=1e-7
         )
         optimizer.step()
@@ -292,12 +293,12 @@ def test_schedule_equals_torch_schedulers():
     ],
 )
 def test_schedule_at_its_edges(words, want):
-    assert [optim.factor(step, 4, train(**words)) for step in range(4)] == pytest.approx(want)
+    assert [optim.lr_factor(step, 4, train(**words)) for step in range(4)] == pytest.approx(want)
 
 
 def test_schedule_of_one_step_trains():
     assert all(
-        optim.factor(0, 1, train(warmup=w, schedule=s)) == 1.0
+        optim.lr_factor(0, 1, train(warmup=w, schedule=s)) == 1.0
         for w in (0.0, 0.1, 1.0)
         for s in ("cosine", "constant")
     )
