@@ -35,7 +35,7 @@ from pipeline.io.file_identity import FileIdentity
 
 @dataclass(frozen=True)
 class Group:
-    """One Parquet row group: index of its file, index in the file, rows and compressed bytes."""
+    """A row group of a Parquet file: where it is, its rows, and its uncompressed bytes."""
 
     file: int
     number: int
@@ -273,11 +273,12 @@ class Reader:
         ):
             inside = inside - self.manifest.starts[g]
             group = self._group(int(g))
-            # Not copied; a smaller one would keep all of the group in memory
-            stretch = len(inside) * 2 >= len(group) and (np.diff(inside) == 1).all()
+            # a slice is not copied; of a small part a copy is better, since a slice keeps the whole
+            # group in memory
+            is_contiguous_part = len(inside) * 2 >= len(group) and (np.diff(inside) == 1).all()
             parts.append(
                 group.slice(int(inside[0]), len(inside))
-                if stretch
+                if is_contiguous_part
                 else arrow_lists.take(group, inside)
             )
         table = (
@@ -351,7 +352,7 @@ def _too_large(name: str, number: int, size: int, packed: int) -> str:
     return (
         f"{name}: row group {number} would take {size / (1 << 30):.1f} GiB in memory and "
         f"{packed} bytes of the file, more than {MOST_PACKED} times as "
-        "much: no real rows are like that; if they are, write smaller row groups"
+        "much: this looks like a decompression bomb; if the rows are real, write smaller row groups"
     )
 
 
@@ -487,7 +488,7 @@ def _share(values: pa.ChunkedArray | None, ids: np.ndarray, salt: str) -> np.nda
 
 def _check_columns(manifest: Manifest, data: Data, roles: tuple[str, ...], at: str) -> None:
     problems = [
-        f"{at}.columns: role {role!r} has no column; say {{{role}: NAME}}; columns are "
+        f"{at}.columns: role {role!r} has no column; add {{{role}: NAME}}; columns are "
         f"{', '.join(manifest.schema.names)}"
         for role in roles
         if role not in data.columns
@@ -678,7 +679,7 @@ def splits(
                 f"({parts[i].sizes()})"
             )
     for group in dict.fromkeys(filter(None, groups)):
-        _no_crossing(
+        _check_no_group_in_two_splits(
             [part for part, own in zip(parts, groups, strict=True) if own == group], group, at
         )
     return out
@@ -1134,7 +1135,7 @@ def _kind(of: pa.DataType) -> str:
     return next((word for word, tests in named.items() if any(test(of) for test in tests)), str(of))
 
 
-def _no_crossing(parts: list[Splits], group: str, at: str) -> None:
+def _check_no_group_in_two_splits(parts: list[Splits], group: str, at: str) -> None:
     """Raise ValueError where a value of the group (a patient) is in two splits, also of two
     corpora that are grouped by one column.
 

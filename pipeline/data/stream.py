@@ -202,15 +202,15 @@ def _apply(fn, item, fences):
 
 @dataclass
 class Rows:
-    """The rows of one split and how they become batches. `arrays`: the rows decoded in memory."""
+    """The rows of a split and how to decode them; decoded ones are in ``arrays``."""
 
     selection: Selection
     decoder: Decoder
     arrays: Arrays | None = None
     bad: tuple[tuple[int, str], ...] = ()
     kept: bool = False
-    """Bad rows are kept (as zeros), so that the plan counts them as if rows were decoded on the
-    fly.
+    """Whether ``arrays`` has bad rows too, as zeros. The plan then counts them, as when rows are
+    decoded during training.
     """
     costs: np.ndarray | None = None
     """The cost of each row, where batches are cut by it."""
@@ -331,10 +331,15 @@ def rows_an_item(rows: Rows, shards: int) -> int:
 def check_bad_row_budget(
     bad: Iterable[tuple[int, str]], rows: int, share: float, selection: Selection, lost: int = 0
 ) -> None:
-    """Raise TooManyBadRowsError when more than `share` of a split's `rows` are bad (one row is
-    always allowed).
+    """Raise TooManyBadRowsError when more than a share of a split's rows are bad.
 
-    `lost`: bad rows that are not among them, left out before.
+    One bad row is always allowed.
+
+    Args:
+        bad: (row id, reason); a row may come twice.
+        rows: Number of rows in the split.
+        share: Allowed share.
+        lost: Further bad rows that were removed from the split before.
     """
     found, rows = dict(bad), rows + lost  # a row that is met again in the next epoch is one bad row
     if len(found) + lost > max(1, share * rows):
@@ -414,7 +419,7 @@ def _collate(
     )
 
 
-def assembled(
+def batches_of_blocks(
     rows: Rows,
     plan: Plan,
     blocks: Iterator[Block],
@@ -423,58 +428,57 @@ def assembled(
     ranks: int,
     device: torch.device | None = None,
 ) -> Iterator[tuple[Batch, list]]:
-    """Assemble blocks in item order to batches in step order; each array is copied once.
+    """Put blocks, which come in item order, together to batches; each array is copied once.
 
-    `device`: where encoded rows are decoded.
+    Args:
+        device: Where encoded rows are decoded; None: they are decoded already.
     """
-    waiting: dict[int, deque] = {shard: deque() for shard in plan.owned(rank, ranks)}
+    # blocks of each shard that are not used up, each with the number of its rows already used
+    queues: dict[int, deque[list[Any]]] = {shard: deque() for shard in plan.owned(rank, ranks)}
     items = plan.items(steps.start, steps.stop, rank, ranks)
     for step in steps:
         shards, positions = plan.positions(step, rank, ranks)
         ids = np.empty(len(positions), dtype=np.int64)
         epochs = np.empty(len(positions), dtype=np.int64)
         good, arrays, bad = np.ones(len(positions), dtype=bool), {}, []
-        for shard, held in waiting.items():
-            to = np.flatnonzero(shards == shard)
-            done = 0
-            while done < len(to):
-                while not held:
+        for shard, shard_queue in queues.items():
+            slots = np.flatnonzero(shards == shard)  # places of the batch that this shard fills
+            while len(slots):
+                while not shard_queue:
                     item, block = next(items), next(blocks)
-                    waiting[item.shard].append([block, 0])
-                block, at = held[0]
-                take = min(len(block.rows) - at, len(to) - done)
-                part, here = slice(at, at + take), to[done : done + take]
+                    queues[item.shard].append([block, 0])
+                block, num_used = shard_queue[0]
+                count = min(len(block.rows) - num_used, len(slots))
+                taken = slice(num_used, num_used + count)
+                filled, slots = slots[:count], slots[count:]
                 for name, array in block.arrays.items():
                     if name not in arrays:
-                        arrays[name] = np.empty(
-                            (len(positions), *array.shape[1:]), dtype=array.dtype
-                        )
-                    arrays[name][here] = array[part]
-                ids[here], epochs[here] = block.rows[part], block.epochs[part]
-                for position, reason in zip(here, block.bad[part], strict=True):
+                        shape = (len(positions), *array.shape[1:])
+                        arrays[name] = np.empty(shape, dtype=array.dtype)
+                    arrays[name][filled] = array[taken]
+                ids[filled], epochs[filled] = block.rows[taken], block.epochs[taken]
+                for slot, reason in zip(filled, block.bad[taken], strict=True):
                     if reason:
-                        good[position] = False
-                        bad.append((int(ids[position]), reason))
-                done, held[0][1] = done + take, at + take
-                if held[0][1] == len(block.rows):
-                    held.popleft()
-        made: dict[str, Tensor] = {}
+                        good[slot] = False
+                        bad.append((int(ids[slot]), reason))
+                shard_queue[0][1] = num_used + count
+                if num_used + count == len(block.rows):
+                    shard_queue.popleft()
+        decoded: dict[str, Tensor] = {}
         if device is not None:
             assert decodes_on_device(rows.modality)
-            made, reasons = rows.modality.unpack(arrays.pop("encoded"), device)
-            fresh = [(i, reason) for i, reason in enumerate(reasons) if reason and good[i]]
-            bad += [(int(ids[i]), reason) for i, reason in fresh]
-            good[[i for i, _ in fresh]] = False
+            decoded, reasons = rows.modality.unpack(arrays.pop("encoded"), device)
+            newly_bad = [(i, reason) for i, reason in enumerate(reasons) if reason and good[i]]
+            bad += [(int(ids[i]), reason) for i, reason in newly_bad]
+            good[[i for i, _ in newly_bad]] = False
         if bad:
-            ids = ids[good]
-            epochs = epochs[good]
-            shards = shards[good]
+            ids, epochs, shards = ids[good], epochs[good], shards[good]
             arrays = {name: array[good] for name, array in arrays.items()}
-            made = {
+            decoded = {
                 name: tensor[torch.from_numpy(good).to(tensor.device)]
-                for name, tensor in made.items()
+                for name, tensor in decoded.items()
             }
-        yield _collate(rows, plan.seed, ids, epochs, arrays, shards).replace(**made), bad
+        yield _collate(rows, plan.seed, ids, epochs, arrays, shards).replace(**decoded), bad
 
 
 def _from_memory(
@@ -527,7 +531,7 @@ def train_batches(
             if decode == "train"
             else _ray_blocks(loader, items, workers or DataWorkers())
         )
-        batches = assembled(rows, plan, blocks, steps, rank, ranks, there)
+        batches = batches_of_blocks(rows, plan, blocks, steps, rank, ranks, there)
     if pin:
         batches = ((batch.pin(), bad) for batch, bad in batches)
     return _timed(prefetched(batches, ahead))

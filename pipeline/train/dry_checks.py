@@ -1,4 +1,6 @@
-"""What a run would make of a source, and its errors, from a sample of the rows: for ``--dry-run``.
+"""Check a source for ``--dry-run`` from a sample of its rows.
+
+Returned is what a run would build; raised are the errors that it would end with.
 
 Nothing is written or trained.
 """
@@ -32,7 +34,7 @@ from pipeline.train.source import SourceStage
 from pipeline.train.token_rows import EMPTY
 
 SAMPLE_ROWS, SAMPLE_BYTES = 64, 8 << 20
-"""Rows of the sample of a split; fewer where rows are large, about so many bytes in their files."""
+"""Rows of the sample of a split; fewer where rows are large, about so many bytes in Parquet."""
 FITTED_ROWS = 1024
 """Rows that a modality is fitted on; a run takes more."""
 CONFIDENCE = 0.99
@@ -92,7 +94,7 @@ def source(stage: SourceStage) -> PlannedSource | None:
 
 
 def _checkpoint(stage: SourceStage, start: pretrained.PretrainedCheckpoint | None) -> PlannedSource:
-    """A source without data, as `train_source.import_checkpoint` reads it."""
+    """A source without data, as `pretrain.import_checkpoint` reads it."""
     assert start is not None
     arch, modality = train_source.checkpoint_parts(stage.spec, start, f"sources.{stage.name}")
     _check_fit(start, build_backbone(arch))

@@ -42,11 +42,13 @@ def predictions(
     autocast: Any,
     on_bad: OnBad = _ignore_bad_rows,
 ) -> Predictions:
-    """Arrays of this rank's rows, ordered by row: what the objective predicts, and ``row``. The
-    task is left in evaluation mode.
+    """Predict this rank's rows, ordered by row id. The task stays in evaluation mode.
+
+    Returns:
+        What the objective predicts, each array rows first, and ``row``, the ids.
     """
     task.eval()
-    # a number in its own unit may be so large beside its deviation that float32 rounds it away
+    # values of regression in their own unit may lose their differences in float32
     keeps_float64 = rescales_scores(
         task.member_objective if isinstance(task, Ensemble) else task.objective
     )
@@ -85,7 +87,7 @@ def concatenate(parts: list[Predictions]) -> Predictions:
 
 
 class Postprocessor:
-    """Completes the predictions of rows by what only their stored columns or a simulator tell."""
+    """Adds to predictions what needs the stored columns of the rows or a simulator."""
 
     def __init__(self, rows: Rows):
         self.rows = rows

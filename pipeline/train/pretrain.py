@@ -89,7 +89,10 @@ class RankJob:
 def rank_job(
     stage: SourceStage, fitted: FittedSource, workers: DataWorkers, threads: int
 ) -> RankJob:
-    """Raises ValueError where the rows are too few for a batch."""
+    """Return what every rank of a source is given.
+
+    Raises ValueError where the rows do not fill a batch.
+    """
     spec = stage.spec
     check_plan(stage, fitted.corpora)
     made = made_by(spec, fitted.arch).made_by

@@ -18,7 +18,7 @@ from pipeline.data.manifests import Selection
 from pipeline.train import fit_components
 
 SAMPLE_ROWS, SAMPLE_BYTES = 2048, 4 << 20
-"""Rows of the sample of a split; fewer where rows are large, about so many bytes in their files.
+"""Rows of the sample of a split; fewer where rows are large, about so many bytes in Parquet.
 Counting the tokens of all rows would take long.
 """
 FEWEST_ROWS = 16

@@ -53,8 +53,8 @@ WORKING_PARTS = (
     resume_history.FILE,
 )
 """What a source's folder holds beside its bundle."""
-STRETCHED, ROUNDED = 1.1, 1.0
-"""A recording is at most so many times as long as a column tells, and so many seconds."""
+MAX_STRETCH, ROUNDING_SECONDS = 1.1, 1.0
+"""A recording lasts at most MAX_STRETCH times what its column says, plus ROUNDING_SECONDS."""
 WHERE_NOT_WHAT = {"uri", "train", "validation", "test"}
 HOW_NOT_WHAT = {
     "log_every_steps",
@@ -188,17 +188,16 @@ class SourceStage:
 
 
 def stage(job: Job, name: str) -> SourceStage:
-    """Raises ValueError for data that cannot be used (missing column, empty split, differing
-    schema).
+    """Read a source's splits and compute its key.
+
+    Raises ValueError for data that cannot be used (missing column, empty split, different schemas).
     """
     spec = job.sources[name]
     splits = None
     if spec.data is not None:
         assert spec.objective is not None
-        modality, objective = (
-            registry.get("modality", spec.data.modality.name),
-            registry.get("objective", spec.objective.name),
-        )
+        modality = registry.get("modality", spec.data.modality.name)
+        objective = registry.get("objective", spec.objective.name)
         roles = (*modality.roles, *objective.roles)
         config_checks.source(f"sources.{name}", spec)
         splits = manifests.splits(
@@ -311,17 +310,19 @@ def made_by(
 
 
 def begin(stage: SourceStage) -> list[ProvenanceRecord]:
-    """Record that the present code works in the folder of a source, and return what began it where
-    that was another.
+    """Record that the present code works on a source, and drop parts that must not be continued.
 
-    What a killed run left is gone on with, whatever began it; only where a source is made anew do
-    the parts of other code go. The bundle that is there stays until the new one is whole.
+    A killed run is continued whatever code began it. Only with ``--remake changed`` are the parts
+    that other code left removed. An existing bundle stays until the new one is complete.
+
+    Returns:
+        The other code and versions that worked on it before.
     """
     now = made_by(stage.spec)
-    is_of_others = bool(resume_history.changed_since(stage.uri, now)) or (
+    has_parts_of_other_code = bool(resume_history.changed_since(stage.uri, now)) or (
         stage.has_bundle and not resume_history.read_provenance(stage.uri)
     )
-    if stage.remake and is_of_others:
+    if stage.remake and has_parts_of_other_code:
         for part in WORKING_PARTS:
             storage.remove_tree(storage.join(stage.uri, part))
         for file in storage.list_files(stage.uri, recursive=False):
@@ -331,8 +332,8 @@ def begin(stage: SourceStage) -> list[ProvenanceRecord]:
 
 
 def check_plan(stage: SourceStage, corpora: tuple[int, ...]) -> None:
-    """Raises ValueError when so many rows cannot fill a global batch, the ranks are more than there
-    are row orders, or weights cannot be kept.
+    """Raise ValueError when the rows do not fill a global batch, there are more ranks than shards,
+    or a mixture weight is too small.
     """
     if stage.spec.train.batch_cost is not None:
         return
@@ -358,8 +359,9 @@ def mixture(spec: Source, corpora: tuple[int, ...]) -> Mixture | None:
 
 
 def canonical_shards(spec: Source) -> int:
-    """Independent row orders: the order of rows follows from it, so it is part of the stage's
-    key.
+    """Return the number of canonical shards (`Plan`).
+
+    It decides the order of rows, so it is part of the stage's key.
     """
     return spec.train.canonical_shards or max(8, spec.worker_range[1])
 
@@ -596,11 +598,21 @@ def checks_labels_before_decoding(
 
 
 def drop_untrainable(rows: Rows, max_bad: float) -> tuple[Rows, list[tuple[int, str]]]:
-    """The rows that can be learned from by what they cost, before any is decoded, and (row, reason)
-    of the others. Raises TooManyBadRowsError.
+    """Leave out rows that are too short to train on (`LengthBound`), before any is decoded.
 
-    A column may be rounded, even to whole seconds: what it leaves open the rows' own headers tell.
-    Segments of recordings are as long as their column `seconds` says.
+    Columns of lengths may be rounded, even to whole seconds. Each row is first judged by the
+    shortest length that its column allows; of those that fail, the headers of the files are read.
+    Segments are exactly as long as their column `seconds` says.
+
+    Args:
+        rows: Training rows with their costs.
+        max_bad: Share of the rows that may be left out.
+
+    Returns:
+        The rows that are kept, and (row id, reason) of the others.
+
+    Raises:
+        TooManyBadRowsError: More rows than ``max_bad`` are too short.
     """
     decoder, ids, costs = rows.decoder, rows.selection.ids(np.arange(len(rows))), rows.costs
     objective = registry.get("objective", str(decoder.objective))
@@ -613,29 +625,28 @@ def drop_untrainable(rows: Rows, max_bad: float) -> tuple[Rows, list[tuple[int, 
         rows.selection,
         [decoder.columns[role] for role in roles if role in decoder.columns],
     )
-    whole = np.full(len(rows), cost_role in decoder.columns)
-    if whole.all() and "start" in decoder.columns:
-        whole = (
-            manifests.read_columns(rows.selection, [decoder.columns["start"]])
-            .column(0)
-            .is_null(nan_is_null=True)
-            .to_numpy()
-        )
-    least = np.where(whole, np.maximum(costs / 2, (costs - ROUNDED) / STRETCHED), costs)
-    found = objective.untrainable_reasons(
-        table, decoder.columns, decoder.objective_state, None, least
+    may_be_rounded = np.full(len(rows), cost_role in decoder.columns)
+    if may_be_rounded.all() and "start" in decoder.columns:
+        starts = manifests.read_columns(rows.selection, [decoder.columns["start"]]).column(0)
+        may_be_rounded = starts.is_null(nan_is_null=True).to_numpy()
+    rounded_down = np.maximum(costs / 2, (costs - ROUNDING_SECONDS) / MAX_STRETCH)
+    shortest = np.where(may_be_rounded, rounded_down, costs)
+    reasons = np.array(
+        objective.untrainable_reasons(
+            table, decoder.columns, decoder.objective_state, None, shortest
+        ),
+        dtype=object,
     )
-    reasons = np.array(found, dtype=object)
-    if len(places := np.flatnonzero((reasons != "") & whole)):
-        untold = replace(
-            decoder,
-            columns={role: name for role, name in decoder.columns.items() if role != cost_role},
-        )
-        own: Any = replace(rows.subset(places), decoder=untold).with_costs().costs
-        # A cost of 0 is a file that cannot be read
-        seconds = np.where(own > 0, own, STRETCHED * costs[places] + ROUNDED)
-        reasons[places] = objective.untrainable_reasons(
-            table.take(places), decoder.columns, decoder.objective_state, None, seconds
+    doubtful = np.flatnonzero((reasons != "") & may_be_rounded)
+    if len(doubtful):
+        columns = {role: name for role, name in decoder.columns.items() if role != cost_role}
+        by_header = replace(rows.subset(doubtful), decoder=replace(decoder, columns=columns))
+        header_seconds: Any = by_header.with_costs().costs
+        # 0: the file cannot be read; it then counts with the longest length that its column allows
+        longest = MAX_STRETCH * costs[doubtful] + ROUNDING_SECONDS
+        seconds = np.where(header_seconds > 0, header_seconds, longest)
+        reasons[doubtful] = objective.untrainable_reasons(
+            table.take(doubtful), decoder.columns, decoder.objective_state, None, seconds
         )
     bad = [(int(row), reason) for row, reason in zip(ids, reasons, strict=True) if reason]
     check_bad_row_budget(bad, len(rows), max_bad, rows.selection)
@@ -655,8 +666,9 @@ def bind_state(objective: type[Objective], state: State, arch: Architecture) -> 
 def arch_of(
     spec: Source, start: pretrained.PretrainedCheckpoint | None, inputs: Inputs
 ) -> Architecture:
-    """The architecture that the job names, or that its checkpoint tells. Raises BundleError where
-    the two contradict each other.
+    """Return the architecture that the job names, or the checkpoint's.
+
+    Raises BundleError where the two contradict each other.
     """
     if start is None or start.arch is None:
         return Architecture(spec.backbone.name, dict(spec.backbone.options), inputs)
@@ -701,15 +713,15 @@ def checkpoint_parts(
 
 
 def adapt_arch_to_inputs(arch: Architecture, inputs: Inputs) -> Architecture:
-    """An architecture whose weights are there, for rows that are read otherwise than theirs were:
-    with as many positions as it had, where their number followed from the length of those rows.
+    """Return the architecture of existing weights for rows of another input (length, size).
+
+    The number of positions stays that of the weights: where it followed from the old row length,
+    that length is written into the options.
     """
-    options, known = (
-        dict(arch.options),
-        registry.entry("model", arch.name.partition("/")[0]).options.model_fields,
-    )
+    options = dict(arch.options)
+    option_names = registry.entry("model", arch.name.partition("/")[0]).options.model_fields
     if (
-        "positions" in known
+        "positions" in option_names
         and not options.get("positions")
         and not options.get("config")
         and inputs.get("length") != arch.inputs.get("length")
@@ -727,8 +739,10 @@ def import_pretrained(
     uri: str,
     coverage: str,
 ) -> str:
-    """A checkpoint read once for all ranks and restarts: the task as it starts, as a bundle.
-    Returns in words what was carried over, and ``coverage``.
+    """Write the task with the checkpoint's weights as a bundle, once for all ranks and restarts.
+
+    Returns:
+        Which tensors came from the checkpoint, as a sentence with ``coverage``.
     """
     task = bundle.build_task(arch, objective, seed=stage.seed)
     moved = "; ".join(
