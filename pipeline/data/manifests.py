@@ -488,7 +488,7 @@ def _share(values: pa.ChunkedArray | None, ids: np.ndarray, salt: str) -> np.nda
 
 def _check_columns(manifest: Manifest, data: Data, roles: tuple[str, ...], at: str) -> None:
     problems = [
-        f"{at}.columns: role {role!r} has no column; add {{{role}: NAME}}; columns are "
+        f"{at}.columns: role {role!r} has no column; say {{{role}: NAME}}; columns are "
         f"{', '.join(manifest.schema.names)}"
         for role in roles
         if role not in data.columns
