@@ -195,6 +195,26 @@ def test_yolo_layouts(tmp_path, image, text):
     same(prepare("yolo", yolo(tmp_path / "yolo", image, text), tmp_path / "y"), wanted)
 
 
+@pytest.mark.parametrize(
+    ("path", "split"),
+    [
+        ("annotations/instances_val2017.json", "validation"),
+        ("annotations/instances_minival2014.json", "minival"),
+        ("annotations/instances_default.json", "train"),
+        ("valid/_annotations.coco.json", "validation"),
+        ("test/instances.json", "test"),
+    ],
+)
+def test_the_split_of_cocos_files_is_told_by_their_name_or_folder(tmp_path, path, split):
+    root = coco(tmp_path / "coco")
+    for path_of_images in root.glob("*/*.jpg"):
+        write(root / "images" / path_of_images.name, path_of_images.read_bytes())
+    file = write(root / path, (root / "annotations/instances_train.json").read_text())
+    pattern = f"*/{file.name}"
+    prepare("coco", root, tmp_path / "out", f"annotations={pattern}", "images=images")
+    assert {row["split"] for row in read(tmp_path / "out")} == {split}
+
+
 def test_archives_years_and_edges_from_zero(tmp_path):
     wanted = prepare("coco", coco(tmp_path / "coco"), tmp_path / "c")
     root = voc(tmp_path / "VOC2007", origin=0)

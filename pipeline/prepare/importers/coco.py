@@ -27,6 +27,7 @@ from pipeline.prepare.engine.importing import (
     place,
     preview,
     split_of,
+    split_of_folders,
     table,
 )
 from pipeline.prepare.readers import archives
@@ -34,6 +35,8 @@ from pipeline.prepare.readers.picture_check import BrokenImageError, Picture, ne
 
 IGNORED = 255
 """Class of pixels that no metric counts: crowds."""
+NO_SPLIT_NAMES = ("default", "instances", "annotations")
+"""First words of files that name no split: instances_default.json of CVAT, instances.json."""
 COLUMNS = {
     "image_id": pa.int64(),
     **boxes.COLUMNS,
@@ -87,7 +90,7 @@ class CocoOptions(Options):
     annotations: str = Field(
         "annotations/instances_*.json",
         description="JSON files below SOURCE, a glob; each is a split, by its name "
-        "(instances_train2017.json: train)",
+        "(instances_train2017.json: train) or its folder (valid/_annotations.coco.json)",
     )
     images: str = Field(
         "",
@@ -148,7 +151,9 @@ class Coco(ImageImporter):
             name = re.sub(r"^instances?_", "", PurePosixPath(uri).stem)
             listed = archives.listing(self._images(source, name))
             marks.append(listed.mark)
-            rows += self._rows(_read(uri), uri, _by_name(listed), _split(name), categories, counts)
+            folders = uri.split("/")[-1 - self.options.annotations.count("/") : -1]
+            split = _split(name, "/".join(folders))
+            rows += self._rows(_read(uri), uri, _by_name(listed), split, categories, counts)
         places = Counter((row["split"], row["path"], row["_uri"], row["_offset"]) for row in rows)
         twice = [f"{path} ({split})" for (split, path, *_), n in places.items() if n > 1]
         if twice:
@@ -318,10 +323,13 @@ def _read(uri: str) -> CocoFile:
     return data
 
 
-def _split(name: str) -> str:
-    """Return the split that a word of a name tells, else its first word (minival2014)."""
+def _split(name: str, folder: str) -> str:
+    """Return the split that a word of a file's name tells, else its folder below the source, else
+    the name's first word (minival2014), unless that says nothing.
+    """
     first = re.split(r"[^a-zA-Z]", name)[0].lower()
-    return split_of(name) or first or "train"
+    own = "" if first in NO_SPLIT_NAMES else first
+    return split_of(name) or split_of_folders(f"{folder}/{name}") or own or "train"
 
 
 def _by_name(listed: archives.Listing) -> dict[str, archives.Entry]:
