@@ -40,13 +40,13 @@ class BundleError(ValueError):
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
     packages = ("onetomany", "ray", "numpy", "pyarrow")
-    found = {}
+    by_package = {}
     for name in packages:
         try:
-            found[name] = metadata.version(name)
+            by_package[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "not installed as a package"
-    return {"python": platform.python_version(), **found, **provenance.versions()}
+            by_package[name] = "not installed as a package"
+    return {"python": platform.python_version(), **by_package, **provenance.versions()}
 
 
 def build_modality(spec: ModalitySpec) -> Modality:
@@ -142,11 +142,11 @@ class Transfer:
         def part(names: tuple[str, ...]) -> str:
             return f" ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else ""
 
-        moved = (
+        counts = (
             f"{len(self.kept)} tensors kept, {len(self.new)} new{part(self.new)}, "
             f"{len(self.dropped)} dropped{part(self.dropped)}"
         )
-        return "; ".join((moved, *self.changed))
+        return "; ".join((counts, *self.changed))
 
 
 def transfer(
@@ -165,31 +165,31 @@ def transfer(
         BundleError: Names what is missing, has another shape, or is left over without being in
             ``drop``.
     """
-    own = backbone.state_dict()
+    expected = backbone.state_dict()
     tensors, changed = backbone.convert_checkpoint(dict(tensors))
     shapes = [
-        f"{n} is {tuple(tensors[n].shape)} there and {tuple(own[n].shape)} here"
-        for n in own
-        if n in tensors and tensors[n].shape != own[n].shape
+        f"{n} is {tuple(tensors[n].shape)} there and {tuple(expected[n].shape)} here"
+        for n in expected
+        if n in tensors and tensors[n].shape != expected[n].shape
     ]
-    missing = [n for n in own if n not in tensors and not n.endswith("num_batches_tracked")]
-    left = [n for n in tensors if n not in own]
-    unnamed = [n for n in left if not n.startswith(drop)] if drop else left
+    missing = [n for n in expected if n not in tensors and not n.endswith("num_batches_tracked")]
+    unexpected = [n for n in tensors if n not in expected]
+    not_dropped = [n for n in unexpected if not n.startswith(drop)] if drop else unexpected
     problems = shapes[:3]
     if missing:
         problems.append(f"{len(missing)} tensors are missing ({', '.join(missing[:4])})")
-    if unnamed:
-        problems.append(f"{len(unnamed)} tensors have no place ({', '.join(unnamed[:4])})")
+    if not_dropped:
+        problems.append(f"{len(not_dropped)} tensors have no place ({', '.join(not_dropped[:4])})")
     if problems:
         raise BundleError(
             f"{origin} does not fit {backbone.arch.name}: {'; '.join(problems)}. Check the "
             "model's name and its input"
         )
-    backbone.load_state_dict({n: t for n, t in tensors.items() if n in own}, strict=False)
+    backbone.load_state_dict({n: t for n, t in tensors.items() if n in expected}, strict=False)
     return Transfer(
-        tuple(n for n in own if n in tensors),
-        tuple(n for n in own if n not in tensors),
-        tuple(left),
+        tuple(n for n in expected if n in tensors),
+        tuple(n for n in expected if n not in tensors),
+        tuple(unexpected),
         tuple(changed),
     )
 
@@ -202,16 +202,25 @@ def carry_head(task: Task, bundle: Bundle) -> str:
     Returns:
         What was done, in words.
     """
-    theirs, mine = bundle.manifest.objective, task.objective
-    if theirs.name != mine.registered_name:
-        return f"new head: the objective was {theirs.name}, now it is {mine.registered_name}"
-    said = load_head(mine, bundle.head_tensors(), theirs.state.get("labels"))
-    if said.startswith("head kept") and rescales_scores(mine) and theirs.state != mine.state:
-        mine.take_scale_of(theirs.state)
-    return said
+    source_objective, objective = bundle.manifest.objective, task.objective
+    if source_objective.name != objective.registered_name:
+        return (
+            f"new head: the objective was {source_objective.name}, now it is "
+            f"{objective.registered_name}"
+        )
+    outcome = load_head(objective, bundle.head_tensors(), source_objective.state.get("labels"))
+    if (
+        outcome.startswith("head kept")
+        and rescales_scores(objective)
+        and source_objective.state != objective.state
+    ):
+        objective.take_scale_of(source_objective.state)
+    return outcome
 
 
-def load_head(mine: Objective, tensors: Mapping[str, Tensor], labels: Sequence[str] | None) -> str:
+def load_head(
+    objective: Objective, tensors: Mapping[str, Tensor], labels: Sequence[str] | None
+) -> str:
     """Load a head whose tensors have the objective's own names, by the rules of `carry_head`.
 
     Args:
@@ -220,19 +229,19 @@ def load_head(mine: Objective, tensors: Mapping[str, Tensor], labels: Sequence[s
     Returns:
         What was done, in words.
     """
-    old, new = labels, mine.state.get("labels")
+    old, new = labels, objective.state.get("labels")
     if old is not None and new is not None and sorted(old) != sorted(new):
         differ = sorted(set(old) ^ set(new))
         return (
             f"new head: its labels differ from these ({len(differ)} names, e.g. "
             f"{', '.join(map(str, differ[:4]))})"
         )
-    own = mine.state_dict()
-    if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in own.items()}:
+    expected = objective.state_dict()
+    if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in expected.items()}:
         return "new head: its options differ"
-    said = "head kept: the same labels"
+    outcome = "head kept: the same labels"
     if old is not None and new is not None and list(old) != list(new):
-        said += ", put into their new order"
+        outcome += ", put into their new order"
         last = {"head.weight", "head.bias"}  # one row a label
         others_have_labels = any(
             t.dim() and t.shape[0] == len(old) for n, t in tensors.items() if n not in last
@@ -241,35 +250,37 @@ def load_head(mine: Objective, tensors: Mapping[str, Tensor], labels: Sequence[s
             return "new head: its labels are in another order"
         order = torch.tensor([old.index(name) for name in new])
         tensors = {n: t[order] if n in last else t for n, t in tensors.items()}
-    mine.load_state_dict(dict(tensors))
-    return said
+    objective.load_state_dict(dict(tensors))
+    return outcome
 
 
 def carry_tensors(
-    mine: Any, theirs: ObjectiveSpec, tensors: Mapping[str, Tensor]
+    objective: Any, source_objective: ObjectiveSpec, tensors: Mapping[str, Tensor]
 ) -> tuple[int, str]:
     """Load the tensors of a source's head that have the same name, shape and meaning.
 
     See `TransfersHead`.
 
     Args:
-        theirs: The source's objective.
+        source_objective: The source's objective.
 
     Returns:
         How many tensors were loaded, and what was done in words.
     """
-    if theirs.name != mine.registered_name:
-        return 0, f"new head: the source's objective was {theirs.name}"
-    own = mine.state_dict()
+    if source_objective.name != objective.registered_name:
+        return 0, f"new head: the source's objective was {source_objective.name}"
+    expected = objective.state_dict()
     kept = {
         n: t
         for n, t in tensors.items()
-        if n in own and own[n].shape == t.shape and mine.is_transferable(theirs.options, n)
+        if n in expected
+        and expected[n].shape == t.shape
+        and objective.is_transferable(source_objective.options, n)
     }
-    mine.load_state_dict(kept, strict=False)
+    objective.load_state_dict(kept, strict=False)
     description = Transfer(
         tuple(kept),
-        tuple(n for n in own if n not in kept),
+        tuple(n for n in expected if n not in kept),
         tuple(n for n in tensors if n not in kept),
     )
     return len(kept), f"head: {description.text()}"
@@ -317,22 +328,22 @@ class Manifest:
         """The manifest as its folder's JSON, without the checksums, which writing the folder
         adds.
         """
-        stated = {one.name: getattr(self, one.name) for one in fields(self)}
-        del stated["files"], stated["sha256"]
+        content = {declared.name: getattr(self, declared.name) for declared in fields(self)}
+        del content["files"], content["sha256"]
         version = 2  # programs that read format 1 alone know no base
         if self.base is None:
-            del stated["base"]
+            del content["base"]
             version = 1
-        parts = {name: part.to_json() for name, part in stated.items() if isinstance(part, Spec)}
-        return {"format_version": version, "kind": "bundle", **stated, **parts}
+        parts = {name: part.to_json() for name, part in content.items() if isinstance(part, Spec)}
+        return {"format_version": version, "kind": "bundle", **content, **parts}
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> Manifest:
+    def from_json(cls, content: Mapping[str, Any]) -> Manifest:
         """Read the JSON of a bundle's folder. Raises ValueError where it is none, or one of a newer
         format.
         """
-        version = found.get("format_version")
-        if found.get("kind") != "bundle" or not isinstance(version, int):
+        version = content.get("format_version")
+        if content.get("kind") != "bundle" or not isinstance(version, int):
             raise ValueError("this folder is no bundle")
         if version > FORMAT_VERSION:
             raise ValueError(
@@ -340,11 +351,13 @@ class Manifest:
                 "update onetomany"
             )
         stated: dict[str, Any] = {
-            one.name: found[one.name] for one in fields(cls) if found.get(one.name) is not None
+            declared.name: content[declared.name]
+            for declared in fields(cls)
+            if content.get(declared.name) is not None
         }
-        stated["arch"] = Architecture.from_json(found.get("arch"))
-        stated["modality"] = ModalitySpec.from_json(found.get("modality"))
-        stated["objective"] = ObjectiveSpec.from_json(found.get("objective"))
+        stated["arch"] = Architecture.from_json(content.get("arch"))
+        stated["modality"] = ModalitySpec.from_json(content.get("modality"))
+        stated["objective"] = ObjectiveSpec.from_json(content.get("objective"))
         if "technique" in stated:
             stated["technique"] = Spec.from_json(stated["technique"])
         return cls(**stated)
@@ -400,8 +413,8 @@ class Bundle:
 
     def _below(self, prefix: str) -> dict[str, Tensor]:
         """Return the tensors whose names begin with a prefix, without it."""
-        found = [(name, tensor) for name, tensor in self.tensors.items() if name.startswith(prefix)]
-        return {name.removeprefix(prefix): tensor for name, tensor in found}
+        below = [(name, tensor) for name, tensor in self.tensors.items() if name.startswith(prefix)]
+        return {name.removeprefix(prefix): tensor for name, tensor in below}
 
 
 @dataclass(frozen=True)
@@ -472,9 +485,9 @@ def read_manifest(uri: str) -> Manifest:
     """The manifest of a bundle, its own checksum verified. Raises BundleError for a newer format,
     StorageError for a missing or damaged one.
     """
-    found = atomic_folder.open_folder(uri)
+    content = atomic_folder.open_folder(uri)
     try:
-        return Manifest.from_json(found)
+        return Manifest.from_json(content)
     except ValueError as error:
         raise BundleError(f"{uri}: {error}") from None
 
@@ -503,13 +516,13 @@ def _read_base(uri: str, named: Mapping[str, str]) -> Base:
     """
     place = named["uri"]
     try:
-        found = weights_sha256(place)
+        sha256 = weights_sha256(place)
     except storage.NotFoundError as error:
         raise BundleError(
             f"{uri} holds what differs from {place}, which is gone: {error}; restore it"
         ) from error
-    if found != named["sha256"]:
+    if sha256 != named["sha256"]:
         raise BundleError(
             f"{uri} holds what differs from {place}, whose weights have changed since: restore them"
         )
-    return Base(place, found, load(place).backbone_tensors())
+    return Base(place, sha256, load(place).backbone_tensors())

@@ -63,27 +63,27 @@ class Comparison:
         )
 
 
-def require(found: Comparison, uri: str) -> Comparison:
+def require(comparison: Comparison, uri: str) -> Comparison:
     """Return the comparison if the difference is within `TOLERANCE`.
 
     Raises:
         BundleError: The difference is larger or no number.
     """
-    allowed = TOLERANCE * max(1.0, found.largest)
-    if not found.difference <= allowed:  # NaN too
+    allowed = TOLERANCE * max(1.0, comparison.largest)
+    if not comparison.difference <= allowed:  # NaN too
         remedy = "Take --kind bundle, and report this"
-        if found.unit:
+        if comparison.unit:
             remedy = (
                 "Where the label's mean is large beside its deviation, float32 cannot hold it: "
                 "take --kind bundle, onnx or torch-export, or train on the difference to the mean; "
                 "else report this"
             )
         raise BundleError(
-            f"{uri}: the export gives other numbers than the bundle: {found.what} differ by up to "
-            f"{found.difference:.3g}{found.unit} on {found.rows} random rows, at most "
-            f"{allowed:.2g} is allowed; nothing was written. {remedy}"
+            f"{uri}: the export gives other numbers than the bundle: {comparison.what} differ by "
+            f"up to {comparison.difference:.3g}{comparison.unit} on {comparison.rows} random rows, "
+            f"at most {allowed:.2g} is allowed; nothing was written. {remedy}"
         )
-    return found
+    return comparison
 
 
 # ---------------------------------------------------------------- rows
@@ -98,8 +98,8 @@ def random_batch(
     """
     if not isinstance(modality, MakesRandomRows):
         return None
-    made = modality.random_rows(rows, np.random.default_rng(seed), length)
-    return modality.finish(Batch(np.arange(rows), torch.arange(rows), made))
+    arrays = modality.random_rows(rows, np.random.default_rng(seed), length)
+    return modality.finish(Batch(np.arange(rows), torch.arange(rows), arrays))
 
 
 # ---------------------------------------------------------------- what is compared
@@ -107,7 +107,7 @@ def random_batch(
 
 def compare_outputs(
     ours: Tensor,
-    theirs: Tensor,
+    exported: Tensor,
     what: str,
     mask: Tensor | None = None,
     scale: tuple[float, float] = PLAIN,
@@ -116,7 +116,7 @@ def compare_outputs(
 
     Args:
         ours: What the bundle gives.
-        theirs: What the export gives.
+        exported: What the export gives.
         what: What both are, in words.
         mask: Which positions count, where there are positions.
         scale: Deviation and mean of the label, in whose unit both are (`output_scale`). Deviations
@@ -126,18 +126,20 @@ def compare_outputs(
     Raises:
         BundleError: Their shapes differ.
     """
-    if ours.shape != theirs.shape:
+    if ours.shape != exported.shape:
         raise BundleError(
-            f"the export gives {what} of shape {tuple(theirs.shape)}, the bundle "
+            f"the export gives {what} of shape {tuple(exported.shape)}, the bundle "
             f"{tuple(ours.shape)}"
         )
     rows = len(ours)
     if mask is not None and ours.dim() == 3:
-        ours, theirs = ours[mask], theirs[mask]
+        ours, exported = ours[mask], exported[mask]
     deviation, mean = scale
-    ours, theirs = ((one.double() - mean) / deviation for one in (ours, theirs))
+    ours, exported = ((values.double() - mean) / deviation for values in (ours, exported))
     unit = "" if scale == PLAIN else " standard deviations of the label"
-    return Comparison(float((ours - theirs).abs().max()), float(ours.abs().max()), rows, what, unit)
+    return Comparison(
+        float((ours - exported).abs().max()), float(ours.abs().max()), rows, what, unit
+    )
 
 
 def _features(backbone: Backbone, batch: Batch) -> Tensor:
@@ -153,7 +155,7 @@ def logits(task: Task, batch: Batch) -> Tensor | None:
 
 
 @torch.no_grad()
-def compare_tensors(found: Bundle, tensors: dict[str, Tensor]) -> Comparison:
+def compare_tensors(saved: Bundle, tensors: dict[str, Tensor]) -> Comparison:
     """Compare tensors under the bundle's own names.
 
     They must be equal bit for bit, and a backbone that holds them must give the same features.
@@ -163,37 +165,37 @@ def compare_tensors(found: Bundle, tensors: dict[str, Tensor]) -> Comparison:
     """
     wrong = [
         name
-        for name, tensor in found.tensors.items()
+        for name, tensor in saved.tensors.items()
         if name not in tensors or not torch.equal(tensor, tensors[name])
     ]
     if wrong:
         raise BundleError(
-            f"{found.uri}: {len(wrong)} tensors of the export differ from the bundle's (first: "
+            f"{saved.uri}: {len(wrong)} tensors of the export differ from the bundle's (first: "
             f"{wrong[0]}); nothing was written"
         )
-    modality = found.modality()
+    modality = saved.modality()
     batch = random_batch(modality)
-    same = f"all {len(found.tensors)} tensors are the same bit for bit"
+    same = f"all {len(saved.tensors)} tensors are the same bit for bit"
     if batch is None:
         return Comparison(0.0, 0.0, 0, same)
-    twin = Bundle(found.uri, found.manifest, tensors)
-    ours, theirs = (_features(one.backbone(), batch) for one in (found, twin))
-    return compare_outputs(ours, theirs, "features")
+    twin = Bundle(saved.uri, saved.manifest, tensors)
+    ours, exported = (_features(candidate.backbone(), batch) for candidate in (saved, twin))
+    return compare_outputs(ours, exported, "features")
 
 
 @torch.no_grad()
-def compare_backbone(found: Bundle, tensors: dict[str, Tensor]) -> Comparison:
+def compare_backbone(saved: Bundle, tensors: dict[str, Tensor]) -> Comparison:
     """Compare a plain state dict under the model library's names, loaded into its model."""
-    ours = {f"backbone.{name}": tensor for name, tensor in found.backbone_tensors().items()}
-    theirs = {f"backbone.model.{name}": tensor for name, tensor in tensors.items()}
-    return compare_tensors(Bundle(found.uri, found.manifest, ours), theirs)
+    ours = {f"backbone.{name}": tensor for name, tensor in saved.backbone_tensors().items()}
+    exported = {f"backbone.model.{name}": tensor for name, tensor in tensors.items()}
+    return compare_tensors(Bundle(saved.uri, saved.manifest, ours), exported)
 
 
 @torch.no_grad()
-def compare_classifier(found: Bundle, place: Path) -> Comparison:
+def compare_classifier(saved: Bundle, place: Path) -> Comparison:
     """Compare an exported folder or state dict that ``exported_classifier.load`` opens."""
-    task, model = found.task(), exported_classifier.load(place)
-    batch = random_batch(found.modality())
+    task, model = saved.task(), exported_classifier.load(place)
+    batch = random_batch(saved.modality())
     assert batch is not None
     ours = logits(task, batch)
     assert ours is not None
@@ -202,7 +204,7 @@ def compare_classifier(found: Bundle, place: Path) -> Comparison:
     if inputs is None:
         inputs = batch["image"] if config is None else transformers_inputs(config, batch)
     else:  # what a user gives it; further arguments are the export's own
-        inputs = {name: one for name, one in inputs.items() if isinstance(one, Tensor)}
+        inputs = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     scale = output_scale(task.objective)
     return compare_outputs(ours, model(inputs), "scores", batch.data.get("mask"), scale)
 
@@ -226,51 +228,63 @@ def transformers_inputs(config: Any, batch: Batch) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def compare_folder(found: Bundle, folder: Path, backbone_only: bool) -> Comparison:
+def compare_folder(saved: Bundle, folder: Path, backbone_only: bool) -> Comparison:
     """Compare a folder as `hf_text.write` leaves it, opened by timm or transformers."""
     if (folder / classifier_export.CODE).exists():
-        return compare_classifier(found, folder)
-    batch = random_batch(found.modality())
+        return compare_classifier(saved, folder)
+    batch = random_batch(saved.modality())
     assert batch is not None
-    plain = backbone_only or found.manifest.objective.name == "none"
-    if found.manifest.arch.name.startswith("timm/"):
-        import timm
+    has_head = not backbone_only and saved.manifest.objective.name != "none"
+    task = saved.task() if has_head else None
+    if saved.manifest.arch.name.startswith("timm/"):
+        return _compare_timm(saved, task, folder, batch)
+    return _compare_transformers(saved, task, folder, batch)
 
-        model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        if plain:
-            theirs = model.forward_head(model.forward_features(batch["image"]), pre_logits=True)
-            return compare_outputs(_features(found.backbone(), batch), theirs, "features")
-        task = found.task()
-        ours = logits(task, batch)
-        assert ours is not None
-        scale = output_scale(task.objective)
-        return compare_outputs(ours, model(batch["image"]), "scores", scale=scale)
+
+def _compare_timm(saved: Bundle, task: Task | None, folder: Path, batch: Batch) -> Comparison:
+    """Compare a folder that timm opens: scores, or features where there is no task."""
+    import timm
+
+    model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    if task is None:
+        exported = model.forward_head(model.forward_features(batch["image"]), pre_logits=True)
+        return compare_outputs(_features(saved.backbone(), batch), exported, "features")
+    ours = logits(task, batch)
+    assert ours is not None
+    scale = output_scale(task.objective)
+    return compare_outputs(ours, model(batch["image"]), "scores", scale=scale)
+
+
+def _compare_transformers(
+    saved: Bundle, task: Task | None, folder: Path, batch: Batch
+) -> Comparison:
+    """Compare a folder that transformers opens: scores, or states or features without them."""
     import transformers
 
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
     model = getattr(transformers, kind).from_pretrained(folder).eval()
-    named = model_inputs(found.backbone(), batch)
-    words = transformers_inputs(model.config, batch) if named is None else named
-    task = None if plain else found.task()
+    own_inputs = model_inputs(saved.backbone(), batch)
+    inputs = transformers_inputs(model.config, batch) if own_inputs is None else own_inputs
     ours = logits(task, batch) if task is not None else None
     if ours is None:
-        backbone = task.backbone if task is not None else found.backbone()
+        backbone = task.backbone if task is not None else saved.backbone()
         features = backbone(batch, want=("tokens",))
-        given = (model.base_model if named is None else model)(**words)
+        output = (model.base_model if own_inputs is None else model)(**inputs)
         if features.tokens is None:
-            own = given.get("pooler_output")
-            pooled = given.last_hidden_state.mean((2, 3)) if own is None else own.flatten(1)
-            return compare_outputs(features.pooled, pooled, "features")
-        states = auto_model.hidden_states(model, given)
+            pooled = output.get("pooler_output")
+            if pooled is None:
+                pooled = output.last_hidden_state.mean((2, 3))
+            return compare_outputs(features.pooled, pooled.flatten(1), "features")
+        states = auto_model.hidden_states(model, output)
         return compare_outputs(features.tokens, states, "states", features.mask)
-    given = model(**words)
-    if "start_logits" in given:
-        theirs = torch.stack([given.start_logits, given.end_logits], -1)
+    output = model(**inputs)
+    if "start_logits" in output:
+        exported = torch.stack([output.start_logits, output.end_logits], -1)
     else:
-        theirs = given.logits
+        exported = output.logits
     mask = batch.data["mask"] if "tokens" in batch.data else None
     assert task is not None
-    return compare_outputs(ours, theirs, "scores", mask, output_scale(task.objective))
+    return compare_outputs(ours, exported, "scores", mask, output_scale(task.objective))
 
 
 def read_state_dict(place: Path) -> dict[str, Tensor]:

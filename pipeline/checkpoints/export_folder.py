@@ -16,31 +16,31 @@ Write = Callable[[Path], tuple[str, export_check.Comparison]]
 with the bundle."""
 
 
-def refuse_added_modules(found: bundle.Bundle) -> None:
+def refuse_added_modules(saved: bundle.Bundle) -> None:
     """Raise BundleError for a network that holds the modules of a technique.
 
     No class of another library builds it.
     """
-    technique = found.manifest.technique
+    technique = saved.manifest.technique
     if technique is not None:
         written = (
             ", --kind onnx or torch-export writes the whole network as a graph"
-            if graph.has_outputs(found.manifest)
+            if graph.has_outputs(saved.manifest)
             else ""
         )
         raise bundle.BundleError(
-            f"{found.uri} was fine-tuned with {technique.name}, whose modules are part of its "
-            f"network, so it is no {found.manifest.arch.name} that another library could open: "
+            f"{saved.uri} was fine-tuned with {technique.name}, whose modules are part of its "
+            f"network, so it is no {saved.manifest.arch.name} that another library could open: "
             f"`onetomany predict` reads it, --kind bundle copies it{written}; or export another "
             "technique's"
         )
 
 
-def commit(found: bundle.Bundle, output: str, backbone_only: bool, write: Write) -> str:
+def commit(saved: bundle.Bundle, output: str, backbone_only: bool, write: Write) -> str:
     """Write a folder, with a file that says where it comes from.
 
     Args:
-        found: The bundle.
+        saved: The bundle.
         output: The new folder.
         backbone_only: Whether the head is left out.
         write: Writes the other files.
@@ -58,8 +58,8 @@ def commit(found: bundle.Bundle, output: str, backbone_only: bool, write: Write)
         raise ValueError(f"{output} is there already; give a new folder, or remove it first")
     metadata: dict[str, object] = {
         "kind": "export",
-        "bundle": found.uri,
-        "sha256_of_bundle": found.manifest.sha256,
+        "bundle": saved.uri,
+        "sha256_of_bundle": saved.manifest.sha256,
         "backbone_only": backbone_only,
         "versions": bundle.versions(),
     }
@@ -67,7 +67,7 @@ def commit(found: bundle.Bundle, output: str, backbone_only: bool, write: Write)
         folder = Path(scratch, "folder")
         folder.mkdir()
         text, compared = write(folder)
-        export_check.require(compared, found.uri)
+        export_check.require(compared, saved.uri)
         metadata["largest_difference"] = compared.difference
         metadata["compared_rows"] = compared.rows
         move_into_place(folder, output, metadata)

@@ -197,10 +197,10 @@ def _with_head(place: Path, class_name: str, spec: ClassifierSpec) -> Classifier
 
     kind: Any = getattr(transformers, class_name)
     model = Classifier(kind.from_pretrained(place, **spec["arguments"]), spec)
-    found: Any = model.load_state_dict(load_file(place / "head.safetensors"), strict=False)
-    lacking: list[str] = [name for name in found.missing_keys if not name.startswith("model.")]
-    if lacking or found.unexpected_keys:
-        raise RuntimeError(f"{place}: the head lacks {lacking}, has {found.unexpected_keys} more")
+    keys: Any = model.load_state_dict(load_file(place / "head.safetensors"), strict=False)
+    lacking: list[str] = [name for name in keys.missing_keys if not name.startswith("model.")]
+    if lacking or keys.unexpected_keys:
+        raise RuntimeError(f"{place}: the head lacks {lacking}, has {keys.unexpected_keys} more")
     return model.eval()
 
 

@@ -94,7 +94,7 @@ def as_batch(inputs: Tensors) -> Batch:
 
 
 @torch.no_grad()
-def trace(found: Bundle, backbone_only: bool) -> Graph:
+def trace(saved: Bundle, backbone_only: bool) -> Graph:
     """Trace the network of a bundle.
 
     Raises:
@@ -102,13 +102,13 @@ def trace(found: Bundle, backbone_only: bool) -> Graph:
             made up, or the network computes something that a graph cannot hold. The reason names
             the operator.
     """
-    model, compute, meaning = _function(found, backbone_only)
-    batches = list(_batches(found, found.modality()))
+    model, compute, meaning = _function(saved, backbone_only)
+    batches = list(_batches(saved, saved.modality()))
     noted = _Noted(batches[0])
     try:
         first = compute(as_batch(noted))
     except ValueError as error:
-        raise BundleError(f"{found.uri}: {error}") from error
+        raise BundleError(f"{saved.uri}: {error}") from error
     names = [name for name in batches[0] if name in noted.names_read]
     inputs = [{name: one[name] for name in names} for one in batches]
     samples = [(one, compute(as_batch(one))) for one in inputs]
@@ -126,8 +126,8 @@ def trace(found: Bundle, backbone_only: bool) -> Graph:
         )
     except Exception as error:  # torch raises many kinds; each says which operator it stopped at
         raise BundleError(
-            f"{found.uri}: torch.export cannot trace {found.manifest.arch.name} with "
-            f"{found.manifest.objective.name}: {reason(error)}. Take --kind bundle or state-dict"
+            f"{saved.uri}: torch.export cannot trace {saved.manifest.arch.name} with "
+            f"{saved.manifest.objective.name}: {reason(error)}. Take --kind bundle or state-dict"
         ) from error
     scale = export_check.PLAIN
     if isinstance(model, Task):
@@ -145,35 +145,35 @@ def has_outputs(manifest: Manifest) -> bool:
 
 
 def _function(
-    found: Bundle, backbone_only: bool
+    saved: Bundle, backbone_only: bool
 ) -> tuple[nn.Module, Callable[[Batch], Tensors], str]:
     """Return the network, what is computed with it, and what that is in words."""
-    objective_name = found.manifest.objective.name
+    objective_name = saved.manifest.objective.name
     if backbone_only or objective_name == NO_OBJECTIVE.name:
-        backbone = found.backbone()
+        backbone = saved.backbone()
         return (
             backbone,
             lambda batch: {"features": backbone(batch).pooled.float()},
             "`features` (B, D): one vector a row.",
         )
-    task = found.task()
+    task = saved.task()
     objective = task.objective
-    if not (has_outputs(found.manifest) and gives_raw_outputs(objective)):
+    if not (has_outputs(saved.manifest) and gives_raw_outputs(objective)):
         raise BundleError(
-            f"{found.uri}: {objective_name} has no outputs that a graph of tensors could give; "
+            f"{saved.uri}: {objective_name} has no outputs that a graph of tensors could give; "
             "--backbone-only writes the network that computes the features"
         )
     meaning = inspect.getdoc(type(objective).raw_outputs) or ""
     return task, lambda batch: objective.raw_outputs(task.backbone, batch), meaning
 
 
-def _batches(found: Bundle, modality: Modality) -> Iterator[Tensors]:
+def _batches(saved: Bundle, modality: Modality) -> Iterator[Tensors]:
     """Yield finished rows of each of `SIZES`."""
     for rows, length in SIZES:
         batch = export_check.random_batch(modality, rows, length=length)
         if batch is None:
             raise BundleError(
-                f"{found.uri}: rows of modality {found.manifest.modality.name} cannot be made up, "
+                f"{saved.uri}: rows of modality {saved.manifest.modality.name} cannot be made up, "
                 "so an export cannot be compared with the bundle"
             )
         yield _with_padding(batch.data)
@@ -191,18 +191,20 @@ def _with_padding(inputs: Tensors) -> Tensors:
 
 def _dimensions(samples: list[Tensors]) -> dict[str, tuple[str | None, ...]]:
     """Name the dimensions that differ between the samples; those that differ alike are one."""
-    found: dict[str, tuple[str | None, ...]] = {}
+    dimensions: dict[str, tuple[str | None, ...]] = {}
     names: dict[tuple[int, ...], str] = {tuple(rows for rows, _ in SIZES): "batch"}
     for name in samples[0]:
-        own: list[str | None] = []
+        names_of_input: list[str | None] = []
         for place in range(samples[0][name].dim()):
             sizes = tuple(sample[name].shape[place] for sample in samples)
             if len(set(sizes)) == 1:
-                own.append(None)
+                names_of_input.append(None)
                 continue
-            own.append(names.setdefault(sizes, "length" if len(names) == 1 else f"{name}_length"))
-        found[name] = tuple(own)
-    return found
+            names_of_input.append(
+                names.setdefault(sizes, "length" if len(names) == 1 else f"{name}_length")
+            )
+        dimensions[name] = tuple(names_of_input)
+    return dimensions
 
 
 def reason(error: BaseException) -> str:
@@ -234,18 +236,18 @@ def compare(graph: Graph, uri: str, run: Callable[[Tensors], Tensors]) -> export
     worst: export_check.Comparison | None = None
     for inputs, ours in graph.samples:
         try:
-            theirs = run(inputs)
+            exported = run(inputs)
         except Exception as error:  # torch and onnxruntime raise many kinds
-            sizes = {name: tuple(one.shape) for name, one in inputs.items()}
+            sizes = {name: tuple(array.shape) for name, array in inputs.items()}
             raise BundleError(
                 f"{uri}: the export does not take inputs of {sizes}, which the bundle takes: "
                 f"{reason(error)}; nothing was written. Take --kind bundle or state-dict"
             ) from error
         for name, tensor in ours.items():
-            one = export_check.compare_outputs(tensor, theirs[name], name, scale=graph.scale)
-            export_check.require(one, uri)
-            if worst is None or one.difference > worst.difference:
-                worst = one
+            array = export_check.compare_outputs(tensor, exported[name], name, scale=graph.scale)
+            export_check.require(array, uri)
+            if worst is None or array.difference > worst.difference:
+                worst = array
     assert worst is not None
     batches = ", ".join(str(rows) for rows, _ in SIZES)
     what = f"{worst.what} in batches of {batches} rows"

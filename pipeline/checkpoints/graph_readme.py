@@ -24,17 +24,17 @@ inputs = {{
 """
 
 
-def write(found: Bundle, graph: Graph, folder: Path, file: str, running: str) -> None:
+def write(saved: Bundle, graph: Graph, folder: Path, file: str, running: str) -> None:
     """Write the description and the README, and for texts the tokenizer.
 
     Args:
-        found: The bundle.
+        saved: The bundle.
         graph: Its network.
         folder: Where to.
         file: The exported file.
         running: Python code that computes ``outputs`` from ``inputs``, both by name, as arrays.
     """
-    manifest = found.manifest
+    manifest = saved.manifest
     first, state = graph.samples[0], manifest.modality.state
     # the tokenizer is a file of its own
     own = {name: value for name, value in state.items() if name != TOKENIZER}
@@ -61,13 +61,13 @@ def write(found: Bundle, graph: Graph, folder: Path, file: str, running: str) ->
         tokenizer, _ = hf_text.with_post_processor(state, hf_text.splits_words(manifest))
         tokenizer.save(str(folder / "tokenizer.json"))
     names = sorted({of for shape in shapes.values() for of in shape if isinstance(of, str)})
-    code = prepares_inputs(found.modality())
+    code = prepares_inputs(saved.modality())
     if code is None:
         code = ZEROS.format(sizes=dict.fromkeys(names, 2))
     lines = [
         f"# {manifest.arch.name}, {manifest.objective.name}",
         "",
-        f"`{file}` was exported by One to Many from `{found.uri}`. `{DESCRIPTION}` has its inputs "
+        f"`{file}` was exported by One to Many from `{saved.uri}`. `{DESCRIPTION}` has its inputs "
         "and outputs, the names of its labels, and how rows are prepared (`modality`).",
         "",
         "Outputs:",

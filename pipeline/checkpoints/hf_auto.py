@@ -31,9 +31,9 @@ from pipeline.io import storage
 from pipeline.io.json_values import JsonObject, as_object
 
 TOWERS = {"image": "vision_config", "text": "text_config", "audio": "audio_config"}
-"""Modality to the part of a configuration that describes the network of its rows."""
+"""The part of a configuration that describes the network of a modality's rows, by modality."""
 INPUTS = {"pixel_values": "image", "input_ids": "text", auto_model.SERIES_INPUT: "series"}
-"""Main input of a class to the modality of its rows; other inputs are recordings."""
+"""The modality of a class's rows, by the name of its main input; others read recordings."""
 SIZES = (
     "vocab_size",
     "pad_token_id",
@@ -700,7 +700,7 @@ def _audio(folder: str, config: Any) -> tuple[ModalitySpec, JsonObject]:
 # ---------------------------------------------------------------- writing
 
 
-def write(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
+def write(saved: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
     """Write a bundle as transformers' save_pretrained does: model, configuration and processor.
 
     A linear head is written beside the plain model, with the code that joins them
@@ -712,18 +712,18 @@ def write(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
     Raises:
         BundleError: transformers has no class for the backbone alone, or the head is not linear.
     """
-    has_head = found.manifest.objective.name != "none" and not backbone_only
-    task = found.task() if has_head else None
-    backbone: Any = task.backbone if task is not None else found.backbone()
-    require_plain(found, backbone)
+    has_head = saved.manifest.objective.name != "none" and not backbone_only
+    task = saved.task() if has_head else None
+    backbone: Any = task.backbone if task is not None else saved.backbone()
+    require_plain(saved, backbone)
     if task is not None and not classifier_export.is_exportable(task):
         raise BundleError(
-            f"{found.uri}: the head of {found.manifest.objective.name} is no linear layer, and "
-            f"heads of {found.manifest.arch.name} are written as one; --backbone-only writes the "
+            f"{saved.uri}: the head of {saved.manifest.objective.name} is no linear layer, and "
+            f"heads of {saved.manifest.arch.name} are written as one; --backbone-only writes the "
             "plain model, --kind state-dict all tensors"
         )
     _write_processor(
-        found, backbone, folder, words=has_head and hf_text.splits_words(found.manifest)
+        saved, backbone, folder, words=has_head and hf_text.splits_words(saved.manifest)
     )
     with _quiet():
         backbone.model.save_pretrained(folder)
@@ -734,20 +734,20 @@ def write(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
         text += f", to be called with {given}" if given else ""
         return text
     lacking = "heads of this family are written with the code that joins them"
-    return hf_text.write_head(task, found.modality(), folder, text, lacking)
+    return hf_text.write_head(task, saved.modality(), folder, text, lacking)
 
 
-def require_plain(found: bundle.Bundle, backbone: Any) -> None:
+def require_plain(saved: bundle.Bundle, backbone: Any) -> None:
     """Raise BundleError for an encoder that transformers builds with its decoder only."""
     if not auto_model.is_plain(backbone.model):
         whole = auto_model.model_class(backbone.model.config).__name__
         raise BundleError(
-            f"{found.uri}: transformers has no class for the encoder of {whole} alone; take "
+            f"{saved.uri}: transformers has no class for the encoder of {whole} alone; take "
             "--kind state-dict"
         )
 
 
-def _write_processor(found: bundle.Bundle, backbone: Any, folder: Path, words: bool) -> None:
+def _write_processor(saved: bundle.Bundle, backbone: Any, folder: Path, words: bool) -> None:
     """Write the tokenizer, or preprocessor_config.json.
 
     Args:
@@ -756,9 +756,9 @@ def _write_processor(found: bundle.Bundle, backbone: Any, folder: Path, words: b
     Raises:
         BundleError: No image processor of transformers prepares images so.
     """
-    modality: Any = found.modality()
+    modality: Any = saved.modality()
     config = backbone.model.config
-    name = found.manifest.modality.name
+    name = saved.manifest.modality.name
     if name == "text":
         hf_text.write_tokenizer(modality, folder, config, words)
         return
@@ -780,7 +780,7 @@ def _write_processor(found: bundle.Bundle, backbone: Any, folder: Path, words: b
     numbers = {value: key for key, value in RESAMPLING.items()}
     if options.fit == "pad":
         raise BundleError(
-            f"{found.uri}: its images are padded to squares (fit: pad), and no image processor of "
+            f"{saved.uri}: its images are padded to squares (fit: pad), and no image processor of "
             "transformers does that: take --kind state-dict, or onnx, whose README has the code; "
             "or train with fit: crop or squash"
         )

@@ -267,7 +267,7 @@ def export_folder(backbone: Any, objective: Any, reader: Modality) -> Folder:
 
 
 def _vocabulary(objective: Any) -> JsonObject:
-    """Return token to row of a CTC head.
+    """Return a dict from token to row of a CTC head.
 
     Raises:
         ValueError: transformers cannot read the head: its labels are sub-words, or one of them is

@@ -100,7 +100,7 @@ class Checkpoint:
         drop: Prefixes of tensors that a backbone need not have.
         heads: Tensors of each head under the objective's names, by objective.
         labels: What the rows of a head stand for, where it has one row a label.
-        headless: Objective to the reason why there is no head for it.
+        headless: Why there is no head for an objective, by its name.
     """
 
     arch: Architecture
@@ -373,19 +373,19 @@ def _declared_heads(family: str) -> dict[str, TransformersHead]:
 def _tied_head(family: str, objective: str, tensors: dict[str, Tensor]) -> dict[str, Tensor] | str:
     """Return a head whose output is the embedding, or why there is none."""
     names: dict[str, str] = {}
-    output, held = "lm_head", tensors
+    output, with_bias = "lm_head", tensors
     if family in MASKED:
         names, output = _masked(family), MASKED[family][3]
         if f"{output}.bias" in tensors:
-            held = {names["bias"]: tensors[f"{output}.bias"], **tensors}
-    if any(name not in held for name in names.values()):
+            with_bias = {names["bias"]: tensors[f"{output}.bias"], **tensors}
+    if any(name not in with_bias for name in names.values()):
         return "the checkpoint holds no masked-language-model head"
     if not _is_tied(tensors.get(f"{output}.weight"), tensors.get(_embedding(family))):
         return (
             f"the checkpoint's output ({output}.weight) is not its embedding, and that of "
             f"{objective} is"
         )
-    return {ours: held[theirs] for ours, theirs in names.items()}
+    return {ours: with_bias[family_name] for ours, family_name in names.items()}
 
 
 def _untied_head(
@@ -430,7 +430,7 @@ def tokenizer_state(folder: str) -> State:
 # ---------------------------------------------------------------- writing
 
 
-def write(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
+def write(saved: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
     """Write a bundle as transformers' save_pretrained does, or as timm's save_for_hf.
 
     transformers' AutoModel classes give the bundle's scores, and its AutoTokenizer the modality's
@@ -445,40 +445,40 @@ def write(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
     Raises:
         BundleError: The library has no class for another kind of head.
     """
-    library, _, family = found.manifest.arch.name.partition("/")
+    library, _, family = saved.manifest.arch.name.partition("/")
     if library == "timm":
-        return _write_timm(found, folder, backbone_only)
+        return _write_timm(saved, folder, backbone_only)
     if library != "transformers":
         raise BundleError(
-            f"{found.uri}: a {library} backbone is none of transformers or timm; take --kind "
+            f"{saved.uri}: a {library} backbone is none of transformers or timm; take --kind "
             "state-dict"
         )
     import transformers
 
-    objective = found.manifest.objective.name
+    objective = saved.manifest.objective.name
     backbone_only = backbone_only or objective == "none"
     known = _declared_heads(family)
     if not backbone_only and objective not in known:
         raise BundleError(
-            f"{found.uri}: transformers has no class with a head for {objective} (it has for "
+            f"{saved.uri}: transformers has no class with a head for {objective} (it has for "
             f"{', '.join(known)}); --backbone-only writes the plain model"
         )
     if backbone_only:
-        backbone, head = bundle.build_backbone(found.manifest.arch), None
-        bundle.transfer(backbone, found.backbone_tensors(), found.uri)
+        backbone, head = bundle.build_backbone(saved.manifest.arch), None
+        bundle.transfer(backbone, saved.backbone_tensors(), saved.uri)
     else:
-        task = found.task()
+        task = saved.task()
         backbone, head = task.backbone, task.objective
     if family == "wav2vec2":
-        return _write_speech(found, backbone, head, folder)
+        return _write_speech(saved, backbone, head, folder)
     if head is not None and (lacking := _missing_in_family(family, backbone, head)):
-        return _write_with_own_head(found, Task(backbone, head), folder, lacking)
+        return _write_with_own_head(saved, Task(backbone, head), folder, lacking)
     model: Any = backbone.model
     exported = transformers_head(head)
     name = FAMILIES[family][0] + (exported.model if exported else "Model")
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     config = copy.deepcopy(model.config)
-    state = found.manifest.modality.state
+    state = saved.manifest.modality.state
     tokenizer, specials = with_post_processor(
         state, words=exported is not None and exported.splits_words
     )
@@ -491,10 +491,10 @@ def write(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
     elif exported:
         tensors = _with_head(family, exported, head, tensors)
     ids = {key: tokenizer.token_to_id(token) for key, token in specials.items()}
-    labels = found.manifest.objective.state.get("labels")
+    labels = saved.manifest.objective.state.get("labels")
     _configure(config, family, ids, tensors, exported, labels)
     _save(getattr(transformers, name), config, tensors, folder)
-    _save_tokenizer(tokenizer, specials, folder, found.modality().inputs()["length"], config)
+    _save_tokenizer(tokenizer, specials, folder, saved.modality().inputs()["length"], config)
     return f"{name} with {sum(t.numel() for t in tensors.values())} parameters{note}"
 
 
@@ -521,12 +521,12 @@ def _missing_in_family(family: str, backbone: Any, head: Any) -> str:
     return f"{name} of transformers has no {' and no '.join(lacking)}"
 
 
-def _write_with_own_head(found: bundle.Bundle, task: Any, folder: Path, lacking: str) -> str:
+def _write_with_own_head(saved: bundle.Bundle, task: Any, folder: Path, lacking: str) -> str:
     """Write the plain model, and beside it the head, its description and the loading code."""
-    text = write(found, folder, backbone_only=True).removesuffix(", 0 labels")
-    if splits_words(found.manifest):
-        write_tokenizer(found.modality(), folder, task.backbone.model.config, words=True)
-    return write_head(task, found.modality(), folder, text, lacking)
+    text = write(saved, folder, backbone_only=True).removesuffix(", 0 labels")
+    if splits_words(saved.manifest):
+        write_tokenizer(saved.modality(), folder, task.backbone.model.config, words=True)
+    return write_head(task, saved.modality(), folder, text, lacking)
 
 
 def write_head(task: Any, modality: Any, folder: Path, text: str, lacking: str) -> str:
@@ -555,7 +555,7 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def _write_speech(found: bundle.Bundle, backbone: Any, head: Any, folder: Path) -> str:
+def _write_speech(saved: bundle.Bundle, backbone: Any, head: Any, folder: Path) -> str:
     """Write a wav2vec 2.0 bundle."""
     import transformers
 
@@ -565,15 +565,21 @@ def _write_speech(found: bundle.Bundle, backbone: Any, head: Any, folder: Path) 
             "Wav2Vec2ForSequenceClassification of transformers has no layer norm before the "
             "linear layer"
         )
-        return _write_with_own_head(found, Task(backbone, head), folder, lacking)
+        return _write_with_own_head(saved, Task(backbone, head), folder, lacking)
     try:
-        made = hf_speech.export_folder(backbone, head, found.modality())
+        speech_folder = hf_speech.export_folder(backbone, head, saved.modality())
     except ValueError as error:
-        raise BundleError(f"{found.uri}: {error}") from None
-    _save(getattr(transformers, made.kind), made.config, made.tensors, folder)
-    for name, content in made.files.items():
+        raise BundleError(f"{saved.uri}: {error}") from None
+    _save(
+        getattr(transformers, speech_folder.kind),
+        speech_folder.config,
+        speech_folder.tensors,
+        folder,
+    )
+    for name, content in speech_folder.files.items():
         write_json(folder / name, content)
-    return f"{made.kind} with {sum(t.numel() for t in made.tensors.values())} parameters"
+    count = sum(tensor.numel() for tensor in speech_folder.tensors.values())
+    return f"{speech_folder.kind} with {count} parameters"
 
 
 def _configure(
@@ -791,7 +797,7 @@ def _attach_timm_classifier(backbone: Any, head: Any) -> str:
     return ""
 
 
-def _write_timm(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
+def _write_timm(saved: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
     """Write a model as timm.models.save_for_hf does.
 
     Raises:
@@ -799,25 +805,25 @@ def _write_timm(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
     """
     import timm
 
-    objective = found.manifest.objective.name
+    objective = saved.manifest.objective.name
     has_head = objective != "none"
     exported = transformers_head(registry.get("objective", objective)) if has_head else None
-    task = found.task() if exported and exported.model == SEQUENCE else None
+    task = saved.task() if exported and exported.model == SEQUENCE else None
     if task is None:
-        backbone: Any = bundle.build_backbone(found.manifest.arch)
-        bundle.transfer(backbone, found.backbone_tensors(), found.uri)
+        backbone: Any = bundle.build_backbone(saved.manifest.arch)
+        bundle.transfer(backbone, saved.backbone_tensors(), saved.uri)
         if has_head and not backbone_only:
             raise BundleError(
-                f"{found.uri}: timm has no head for {objective}; --backbone-only writes the "
+                f"{saved.uri}: timm has no head for {objective}; --backbone-only writes the "
                 "plain model, --kind state-dict all tensors"
             )
     else:
         backbone = task.backbone
-    model, modality, timm_config = backbone.model, found.modality(), {}
+    model, modality, timm_config = backbone.model, saved.modality(), {}
     if task is not None and not backbone_only:
         lacking = _attach_timm_classifier(backbone, task.objective)
         if lacking:
-            return _write_with_own_head(found, task, folder, lacking)
+            return _write_with_own_head(saved, task, folder, lacking)
         model.get_classifier().load_state_dict(classifier_export.linear_tensors(task))
         timm_config = {"label_names": task.objective.state["labels"]}
     crop = {"crop": "center", "squash": "squash", "pad": "border"}[modality.options.fit]

@@ -64,7 +64,7 @@ class PretrainedCheckpoint:
         heads: Heads of a Hugging Face checkpoint by objective: tensors under the objective's own
             names.
         labels: What the rows of its head stand for, where it has one row a label.
-        headless: Objective to the reason why there is no head for it.
+        headless: Why there is no head for an objective, by its name.
     """
 
     origin: str
@@ -106,8 +106,8 @@ class PretrainedCheckpoint:
         """
         name, objective = task.objective.registered_name, task.objective
         if self.bundle and transfers_head(objective):
-            theirs, tensors = self.bundle.manifest.objective, self.bundle.head_tensors()
-            return bundle.carry_tensors(objective, theirs, tensors)[1]
+            source_objective, tensors = self.bundle.manifest.objective, self.bundle.head_tensors()
+            return bundle.carry_tensors(objective, source_objective, tensors)[1]
         if self.bundle:
             return bundle.carry_head(task, self.bundle)
         if name not in self.heads:
@@ -119,14 +119,14 @@ class PretrainedCheckpoint:
         if not self.heads[name]:
             return "no head to carry: the output is the embedding"
         # what a run counts starts anew: no checkpoint holds it
-        own = set(dict(objective.named_parameters()))
-        counters = {n: tensor for n, tensor in objective.state_dict().items() if n not in own}
-        done = bundle.load_head(objective, {**counters, **self.heads[name]}, self.labels)
-        if rescales_scores(objective) and not done.startswith("new head"):
+        trainable = set(dict(objective.named_parameters()))
+        counters = {n: tensor for n, tensor in objective.state_dict().items() if n not in trainable}
+        outcome = bundle.load_head(objective, {**counters, **self.heads[name]}, self.labels)
+        if rescales_scores(objective) and not outcome.startswith("new head"):
             objective.take_scale_of({"mean": 0.0, "std": 1.0})  # it gives the number itself
             return f"head kept: the checkpoint's own for {name}"
-        if "labels" in objective.state or done.startswith("new head"):
-            return done
+        if "labels" in objective.state or outcome.startswith("new head"):
+            return outcome
         return f"head kept: the checkpoint's own for {name}"
 
 
@@ -483,7 +483,7 @@ def _read_by_order(text: str, uri: str, architecture: str) -> PretrainedCheckpoi
     return PretrainedCheckpoint(text, tensors, drop=left, notes=(note,))
 
 
-def _pair_by_order(found: dict[str, Tensor], backbone: Backbone) -> dict[str, str]:
+def _pair_by_order(tensors: dict[str, Tensor], backbone: Backbone) -> dict[str, str]:
     """Return the backbone's name for each tensor of the file, by order.
 
     Counters of batch norms are paired among themselves, or left out where their number differs.
@@ -492,36 +492,38 @@ def _pair_by_order(found: dict[str, Tensor], backbone: Backbone) -> dict[str, st
     Raises:
         BundleError: The tensors do not fit.
     """
-    own = backbone.state_dict()
-    there, here = ([name for name in names if not name.endswith(COUNTER)] for names in (found, own))
-    counters = [[name for name in names if name.endswith(COUNTER)] for names in (found, own)]
+    expected = backbone.state_dict()
+    file_names, backbone_names = (
+        [name for name in names if not name.endswith(COUNTER)] for names in (tensors, expected)
+    )
+    counters = [[name for name in names if name.endswith(COUNTER)] for names in (tensors, expected)]
     parts = {"weight", "bias", "running_mean", "running_var"}
-    for place, (a, b) in enumerate(zip(there, here, strict=False), 1):
+    for place, (a, b) in enumerate(zip(file_names, backbone_names, strict=False), 1):
         kinds = {a.rpartition(".")[2], b.rpartition(".")[2]}
-        if found[a].shape != own[b].shape or (len(kinds) == 2 and kinds <= parts):
+        if tensors[a].shape != expected[b].shape or (len(kinds) == 2 and kinds <= parts):
             raise BundleError(
-                f"tensor {place} of {len(here)} differs: {a} {tuple(found[a].shape)} in the file, "
-                f"{b} {tuple(own[b].shape)} in {backbone.arch.name}. Their orders are not the "
-                "same: give a file with timm's names"
+                f"tensor {place} of {len(backbone_names)} differs: {a} {tuple(tensors[a].shape)} "
+                f"in the file, {b} {tuple(expected[b].shape)} in {backbone.arch.name}. Their "
+                "orders are not the same: give a file with timm's names"
             )
-    if len(there) < len(here):
+    if len(file_names) < len(backbone_names):
         raise BundleError(
-            f"the file ends after {len(there)} tensors, {backbone.arch.name} has {len(here)} "
-            f"(next: {here[len(there)]})"
+            f"the file ends after {len(file_names)} tensors, {backbone.arch.name} has "
+            f"{len(backbone_names)} (next: {backbone_names[len(file_names)]})"
         )
-    for name in there[len(here) :]:
-        shape = found[name].shape
+    for name in file_names[len(backbone_names) :]:
+        shape = tensors[name].shape
         is_bias = len(shape) == 1
         is_weight = len(shape) >= 2 and shape[1] == backbone.pooled_dim and shape[2:].numel() == 1
         if not is_bias and not is_weight:
             raise BundleError(
                 f"{name} {tuple(shape)} comes after the last tensor of {backbone.arch.name} "
-                f"({here[-1]}) and is no classifier of it"
+                f"({backbone_names[-1]}) and is no classifier of it"
             )
-    pairs = dict(zip(there, here, strict=False))
+    pairs = dict(zip(file_names, backbone_names, strict=False))
     if len(counters[0]) == len(counters[1]):
         pairs |= dict(zip(*counters, strict=True))
-    return {name: pairs[name] for name in found if name in pairs}
+    return {name: pairs[name] for name in tensors if name in pairs}
 
 
 def _hugging_face(folder: str, modality: str | None, names_only: bool) -> PretrainedCheckpoint:

@@ -27,7 +27,7 @@ it; the command line removes one that the user's shell has (`ignore_inherited`).
 """
 
 _paths: dict[str, Path] = {}
-"""Module to its file or folder, of plugins that were given as paths in this process."""
+"""File or folder by module, of plugins that were given as paths in this process."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ def active() -> tuple[Plugin, ...]:
 
 @cache
 def installed_plugins() -> tuple[Plugin, ...]:
-    found: dict[str, Plugin] = {}
+    by_name: dict[str, Plugin] = {}
     for point in metadata.entry_points(group=GROUP):
         package = f" of {point.dist.name} {point.dist.version}" if point.dist else ""
-        found.setdefault(point.module, Plugin(point.module, f"entry point {point.name}{package}"))
-    return tuple(found.values())
+        by_name.setdefault(point.module, Plugin(point.module, f"entry point {point.name}{package}"))
+    return tuple(by_name.values())
 
 
 def use(listed: Iterable[str], folder: str | Path = ".") -> None:
@@ -117,10 +117,10 @@ def _of_path(text: str, folder: Path) -> str:
         sys.path.append(str(place.parent))  # last: nothing beside it hides an installed package
     importlib.invalidate_caches()
     source_file.cache_clear()
-    found = source_file(name)
-    if found is None or found.resolve() != source:
+    file = source_file(name)
+    if file is None or file.resolve() != source:
         raise ValueError(
-            f"plugin {text}: there is another module named {name} ({found or 'built in'}); "
+            f"plugin {text}: there is another module named {name} ({file or 'built in'}); "
             "give the plugin a name of its own"
         )
     _paths[name] = place

@@ -129,8 +129,8 @@ class Provenance:
     """What made a source or a trial.
 
     Attributes:
-        code: Part of the code to the hash of its normalised source.
-        versions: Library to version.
+        code: Hash of the normalised source, by part of the code.
+        versions: Versions by library.
     """
 
     code: dict[str, str]
@@ -212,13 +212,13 @@ def _other_versions(then: Provenance, now: Provenance, between: str = "then, now
 @cache
 def versions() -> dict[str, str]:
     """Return the installed version of each library that computes numbers."""
-    found: dict[str, str] = {}
+    by_package: dict[str, str] = {}
     for name in LIBRARIES:
         try:
-            found[name] = metadata.version(name)
+            by_package[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            by_package[name] = "not installed"
+    return by_package
 
 
 @cache

@@ -293,12 +293,14 @@ class Entry:
     @property
     def path_options(self) -> dict[str, tuple[str, ...]]:
         """Options that name a file or folder, with the files that count in such a folder."""
-        found: dict[str, tuple[str, ...]] = {}
+        files_of_option: dict[str, tuple[str, ...]] = {}
         for name, field in self.options.model_fields.items():
             extra = as_object(field.json_schema_extra)
             if extra.get("format") == PATH_FORMAT:
-                found[name] = tuple(str(file) for file in as_list(extra.get(FOLDER_FILES)))
-        return found
+                files_of_option[name] = tuple(
+                    str(file) for file in as_list(extra.get(FOLDER_FILES))
+                )
+        return files_of_option
 
 
 def register(kind: str, name: str, options: type[Options] = Options, title: str = ""):
@@ -384,8 +386,8 @@ def _literals(call: ast.Call, where: str) -> tuple[str, str, str]:
             f"{where}: write the kind and the name out, "
             'such as @register("technique", "lp_ft"): this file is read without being imported'
         )
-    kind, name, said = map(str, values)
-    return kind, name, said
+    kind, name, title_text = map(str, values)
+    return kind, name, title_text
 
 
 def _options_class(tree: ast.Module, name: str, file: Path) -> type[Options]:
@@ -438,7 +440,7 @@ def _roles(node: Any, attribute: str, tree: ast.Module, file: Path) -> tuple[str
             targets = [item.target]
         else:
             continue
-        if item.value is None or attribute not in {getattr(one, "id", "") for one in targets}:
+        if item.value is None or attribute not in {getattr(target, "id", "") for target in targets}:
             continue
         try:
             value: object = ast.literal_eval(item.value)
@@ -453,15 +455,15 @@ def _roles(node: Any, attribute: str, tree: ast.Module, file: Path) -> tuple[str
     named = {other.name: other for other in _classes(tree) if other is not node}
     for base in getattr(node, "bases", ()):
         if isinstance(base, ast.Name) and base.id in named:
-            found = _roles(named[base.id], attribute, tree, file)
-            if found is not None:
-                return found
+            inherited = _roles(named[base.id], attribute, tree, file)
+            if inherited is not None:
+                return inherited
     return None
 
 
 def _is_texts(value: object) -> TypeGuard[tuple[str, ...]]:
     return isinstance(value, tuple) and all(
-        isinstance(one, str) for one in cast("tuple[object, ...]", value)
+        isinstance(item, str) for item in cast("tuple[object, ...]", value)
     )
 
 
@@ -480,44 +482,48 @@ def entries(kind: str) -> dict[str, Entry]:
 
 @cache
 def _entries(kind: str, of: tuple[Plugin, ...]) -> dict[str, Entry]:
-    found: dict[str, Entry] = {}
-    theirs = (one for plugin in of for one in _of_plugin(plugin) if one.kind == kind)
-    for one in (*_ours(kind), *theirs):
-        if one.name in found:
-            other = found[one.name]
+    by_name: dict[str, Entry] = {}
+    of_plugins = (
+        component for plugin in of for component in _of_plugin(plugin) if component.kind == kind
+    )
+    for component in (*_ours(kind), *of_plugins):
+        if component.name in by_name:
+            other = by_name[component.name]
             place = other.module if other.is_ours else f"{other.file}:{other.line}"
-            where = f"{one.file}:{one.line}"
-            raise ValueError(f"{where}: {kind} {one.name!r} is already declared in {place}")
-        found[one.name] = one
-    return found
+            where = f"{component.file}:{component.line}"
+            raise ValueError(f"{where}: {kind} {component.name!r} is already declared in {place}")
+        by_name[component.name] = component
+    return by_name
 
 
 @cache
 def _ours(kind: str) -> tuple[Entry, ...]:
     """Return the components of a kind in this package, in the order of file and line."""
     place = PACKAGE / FOLDERS[kind]
-    found: list[Entry] = []
+    components: list[Entry] = []
     for file in [place] if place.suffix else sorted(place.glob("*.py")):
         module = ".".join(("pipeline", *file.relative_to(PACKAGE).with_suffix("").parts))
-        found += _declared(module, file)
-    for one in found:
-        if one.kind != kind:
-            where = f"{one.file}:{one.line}"
-            raise ValueError(f"{where}: a {one.kind} is registered in the folder of {kind}s")
-    return tuple(found)
+        components += _declared(module, file)
+    for component in components:
+        if component.kind != kind:
+            where = f"{component.file}:{component.line}"
+            raise ValueError(f"{where}: a {component.kind} is registered in the folder of {kind}s")
+    return tuple(components)
 
 
 @cache
 def _of_plugin(plugin: Plugin) -> tuple[Entry, ...]:
     """Return the components of all kinds of a plugin. Raises ValueError where there is none."""
     modules = list(plugins.sources(plugin))
-    found = tuple(one for module, file in modules for one in _declared(module, file))
-    if not found:
+    components = tuple(
+        component for module, file in modules for component in _declared(module, file)
+    )
+    if not components:
         raise ValueError(
             f"{plugin.named_by}: nothing is registered in {modules[0][1]}; "
             "decorate its components with @register(kind, name)"
         )
-    return found
+    return components
 
 
 def names(kind: str) -> list[str]:
@@ -582,11 +588,13 @@ def backbones_meant(name: str) -> list[str]:
     meant: list[str] = []
     for library in libraries:
         with suppress(ValueError):  # its package is not installed
-            known = architectures(library)
-            meant += [f"{library}/{form} (random weights)" for form in forms if form in known]
+            model_names = architectures(library)
+            meant += [f"{library}/{form} (random weights)" for form in forms if form in model_names]
             if library == "timm":
-                meant += [f"timm-hub:{form} (published weights)" for form in forms if form in known]
-    is_read = any(model.startswith(one) for one in architectures("transformers"))
+                meant += [
+                    f"timm-hub:{form} (published weights)" for form in forms if form in model_names
+                ]
+    is_read = any(model.startswith(prefix) for prefix in architectures("transformers"))
     if is_read or "/" in name:
         meant.append(f"hf-hub:{name} (published weights)")
     return meant
@@ -594,11 +602,11 @@ def backbones_meant(name: str) -> list[str]:
 
 def entry(kind: str, name: str) -> Entry:
     """Return the declaration of a name. Raises ValueError with the nearest valid names."""
-    known = entries(kind)
-    if name not in known:
+    declared = entries(kind)
+    if name not in declared:
         unsupported = kind in ("objective", "metric") and familiar_names.why_unsupported(name)
-        raise ValueError(f"unknown {kind} {name!r}; {unsupported or nearest(name, known)}")
-    return known[name]
+        raise ValueError(f"unknown {kind} {name!r}; {unsupported or nearest(name, declared)}")
+    return declared[name]
 
 
 def roles(kind: str, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -607,8 +615,8 @@ def roles(kind: str, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     Raises:
         ValueError: the name is unknown; the nearest valid names are given.
     """
-    found = entry(kind, name)
-    return found.roles, found.optional_roles
+    component = entry(kind, name)
+    return component.roles, component.optional_roles
 
 
 def path_options(kind: str, name: str) -> dict[str, tuple[str, ...]]:
@@ -619,16 +627,16 @@ def path_options(kind: str, name: str) -> dict[str, tuple[str, ...]]:
 
 def get(kind: str, name: str) -> Any:
     """Return the registered object. Its file is imported now if it was not yet."""
-    found = entry(kind, name)
+    component = entry(kind, name)
     try:
-        module = importlib.import_module(found.module)
+        module = importlib.import_module(component.module)
     except ImportError as error:
-        if found.module.startswith("pipeline."):
+        if component.module.startswith("pipeline."):
             raise
         raise ValueError(
-            f"{found.file}:{found.line}: {kind} {name!r} cannot be imported: {error}"
+            f"{component.file}:{component.line}: {kind} {name!r} cannot be imported: {error}"
         ) from error
-    return getattr(module, found.attribute)
+    return getattr(module, component.attribute)
 
 
 def architectures(library: str) -> frozenset[str]:
@@ -678,8 +686,8 @@ def modality_of(backbone: str) -> str | None:
     if library not in entries("model"):
         return None
     named: Json = _constant(entry("model", library), "MODALITY")
-    found = as_object(named).get(model) if isinstance(named, dict) else named
-    return found if isinstance(found, str) else None
+    modality = as_object(named).get(model) if isinstance(named, dict) else named
+    return modality if isinstance(modality, str) else None
 
 
 def split_tag(backbone: str) -> tuple[str, str]:

@@ -567,13 +567,13 @@ def _weight_problems(
     data: Data | None, at: str, why: str
 ) -> list[tuple[tuple[str | int, ...], str]]:
     """Return a problem for every weight of a data spec whose corpora are not drawn by weights."""
-    given = data.weights if data is not None else ()
+    weights = data.weights if data is not None else ()
     return [
         (
             (at, *(("more", i - 1) if i else ()), "weight"),
             f"weights mix the corpora of a source; {why}: leave it out",
         )
-        for i, weight in enumerate(given)
+        for i, weight in enumerate(weights)
         if weight is not None
     ]
 
@@ -1278,7 +1278,7 @@ class Job(Spec):
 
     def is_named(self, name: str, modality: str | None) -> bool:
         """Return whether ``only`` names a source or target itself, its modality or its domain."""
-        return any(one == name or modality in DOMAINS.get(one, (one,)) for one in self.only)
+        return any(named == name or modality in DOMAINS.get(named, (named,)) for named in self.only)
 
     def restricted(self, sources: Collection[str], targets: Collection[str]) -> Job:
         """Return the job with these sources and targets alone."""

@@ -325,9 +325,9 @@ def verify_file(uri: str, entry: Mapping[str, Any], copy: Path | None = None) ->
         )
 
 
-def describe_damage(uri: Uri, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+def describe_damage(uri: Uri, actual: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """Return one line on a file whose bytes are not those of its entry."""
-    is_now = f"SHA-256 {found['sha256'][:12]} and {found['size']} bytes"
+    is_now = f"SHA-256 {actual['sha256'][:12]} and {actual['size']} bytes"
     was = f"{str(wanted.get('sha256'))[:12]} and {wanted.get('size')}"
     return f"{os.fspath(uri)} is damaged: {is_now}, its manifest says {was}"
 

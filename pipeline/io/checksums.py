@@ -143,9 +143,9 @@ def read_file(uri: Uri, manifest: Mapping[str, Any], name: str) -> bytes:
 
 def check_bytes(uri: Uri, data: bytes, entry: Mapping[str, Any]) -> None:
     """Raise DamagedError when the bytes of a file are not those that its entry was made of."""
-    found = atomic_folder.entry_of_bytes(data)
-    if (found["sha256"], found["size"]) != (entry.get("sha256"), entry.get("size")):
-        raise DamagedError(atomic_folder.describe_damage(uri, found, entry))
+    actual = atomic_folder.entry_of_bytes(data)
+    if (actual["sha256"], actual["size"]) != (entry.get("sha256"), entry.get("size")):
+        raise DamagedError(atomic_folder.describe_damage(uri, actual, entry))
 
 
 def check_folder(uri: Uri, manifest: Mapping[str, Any]) -> None:
@@ -168,7 +168,7 @@ def check_folder(uri: Uri, manifest: Mapping[str, Any]) -> None:
             raise DamagedError(f"{file.uri} is damaged: the file is gone")
         if file.content not in _contents(entry):
             to_read.append((file.uri, entry))
-    storage.at_once(lambda one: atomic_folder.verify_file(*one), to_read)
+    storage.at_once(lambda file_of_folder: atomic_folder.verify_file(*file_of_folder), to_read)
 
 
 def intact_folder(uri: Uri, remedy: str) -> dict[str, Any] | None:

@@ -100,19 +100,21 @@ def identify(
     local, on_s3, elsewhere = _by_store(unique)
     stamps = _stamps_of_local(local, absent_ok) | _stamps_elsewhere(elsewhere, absent_ok)
     contents = _by_stat(stamps) if mode == "stat" else _by_content(stamps)
-    found = {uri: FileIdentity(uri, contents[uri], stamp.text) for uri, stamp in stamps.items()}
+    identities = {
+        uri: FileIdentity(uri, contents[uri], stamp.text) for uri, stamp in stamps.items()
+    }
     for uri, content in _etags(on_s3, absent_ok).items():
-        found[uri] = FileIdentity(uri, content, content)
-    _note([file for uri, file in found.items() if not storage.is_scratch(uri)])
-    return [found[uri] for uri in wanted]
+        identities[uri] = FileIdentity(uri, content, content)
+    _note([file for uri, file in identities.items() if not storage.is_scratch(uri)])
+    return [identities[uri] for uri in wanted]
 
 
 def of_object(uri: str, size: int, etag: str) -> FileIdentity:
     """Return the identity of an object on S3 that was listed, as `identify` would."""
     content = _etag_text(size, etag)
-    found = FileIdentity(uri, content, content)
-    _note([found])
-    return found
+    identity = FileIdentity(uri, content, content)
+    _note([identity])
+    return identity
 
 
 def _note(files: list[FileIdentity]) -> None:
@@ -131,13 +133,13 @@ def check_unchanged(files: Iterable[FileIdentity]) -> None:
 
     A file with other times of change but the same content (it was copied, or touched) is unchanged.
     """
-    known = {file.uri: file for file in files}
-    local, on_s3, elsewhere = _by_store(list(known))
+    recorded = {file.uri: file for file in files}
+    local, on_s3, elsewhere = _by_store(list(recorded))
     stamps = _stamps_of_local(local, absent_ok=True) | _stamps_elsewhere(elsewhere, absent_ok=True)
     now = {uri: stamp.text for uri, stamp in stamps.items()} | _etags(on_s3, absent_ok=True)
     for uri, stamp in now.items():
-        if stamp != known[uri].stamp:
-            _check_content(known[uri])
+        if stamp != recorded[uri].stamp:
+            _check_content(recorded[uri])
 
 
 def open_unchanged(file: FileIdentity) -> BinaryIO:
@@ -174,7 +176,7 @@ def recorded_identities() -> Iterator[list[FileIdentity]]:
     try:
         yield recorded
     finally:
-        _RECORDED[:] = [one for one in _RECORDED if one is not recorded]
+        _RECORDED[:] = [identities for identities in _RECORDED if identities is not recorded]
 
 
 @contextmanager
@@ -330,29 +332,32 @@ def _by_stat(stamps: dict[str, _Stamp]) -> dict[str, str]:
 
 def _by_content(stamps: dict[str, _Stamp]) -> dict[str, str]:
     """Return the contents of files by their bytes, read where they are not remembered."""
-    found = {uri: ABSENT for uri, stamp in stamps.items() if stamp.is_absent}
-    there = {uri: stamp for uri, stamp in stamps.items() if not stamp.is_absent}
-    if not there:
-        return found
+    content_of = {uri: ABSENT for uri, stamp in stamps.items() if stamp.is_absent}
+    present = {uri: stamp for uri, stamp in stamps.items() if not stamp.is_absent}
+    if not present:
+        return content_of
     with _Memory() as memory:
         places = {
-            uri: uri if s3.is_read_only(uri) else os.path.abspath(s3.split(uri)[1]) for uri in there
+            uri: uri if s3.is_read_only(uri) else os.path.abspath(s3.split(uri)[1])
+            for uri in present
         }
-        known = memory.recall({places[uri]: stamp for uri, stamp in there.items()})
-        found |= {uri: known[place] for uri, place in places.items() if place in known}
-        unread = {uri: stamp for uri, stamp in there.items() if uri not in found}
+        remembered = memory.recall({places[uri]: stamp for uri, stamp in present.items()})
+        content_of |= {
+            uri: remembered[place] for uri, place in places.items() if place in remembered
+        }
+        unread = {uri: stamp for uri, stamp in present.items() if uri not in content_of}
         read = _read(unread)
         fresh: list[tuple[str, _Stamp, str]] = []
         saved = time.monotonic()
         for uri, content, left_alone in read:
-            found[uri] = content
+            content_of[uri] = content
             if left_alone:
-                fresh.append((places[uri], there[uri], content))
+                fresh.append((places[uri], present[uri], content))
             if time.monotonic() - saved > SAVE_SECONDS:
                 memory.remember(fresh)
                 fresh, saved = [], time.monotonic()
         memory.remember(fresh)
-    return found
+    return content_of
 
 
 def _read(files: dict[str, _Stamp]) -> Iterator[tuple[str, str, bool]]:
@@ -526,9 +531,9 @@ def cache_folder() -> Path:
     Raises:
         RuntimeError: The user has no home folder.
     """
-    own = os.environ.get("ONETOMANY_CACHE", "")
-    if os.path.isabs(own):
-        return Path(own)
+    stated = os.environ.get("ONETOMANY_CACHE", "")
+    if os.path.isabs(stated):
+        return Path(stated)
     root = os.environ.get("XDG_CACHE_HOME", "")
     base = Path(root) if os.path.isabs(root) else Path.home() / ".cache"
     return base / "onetomany"

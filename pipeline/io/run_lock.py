@@ -62,16 +62,16 @@ def hold(root: str, note: Callable[[str], None] = lambda line: None) -> Iterator
         BusyError: Another run has the lease; the message names it. write_fence.LostLeaseError: The
             lease went to another run.
     """
-    mine = _new_lease()
+    lease = _new_lease()
     if storage.keeps_conditions(root):
-        _enter(root, mine)
+        _enter(root, lease)
     else:
         note(
             f"{root}: this store has no conditional writes; runs that start at the same time "
             "find out by listing which one is first, which needs listings that show a write at "
             "once"
         )
-        _enter_without_conditions(root, mine)
+        _enter_without_conditions(root, lease)
     ended, lost = threading.Event(), threading.Event()
     holder = threading.current_thread()
 
@@ -80,20 +80,20 @@ def hold(root: str, note: Callable[[str], None] = lambda line: None) -> Iterator
             # an error: the next renewal, or the run itself, will say what is wrong
             with contextlib.suppress(storage.StorageError):
                 # a run that was taken for dead does not take the lease back
-                if not is_held(root, mine):
+                if not is_held(root, lease):
                     lost.set()
                     if not ended.is_set():
                         _interrupt(holder)
                     return
                 # the lease itself is never written again: between the look and the write another
                 # run may have taken it over, and this one would take it back
-                storage.write_json(_renewal_uri(root, mine["id"]), _now(mine))
+                storage.write_json(_renewal_uri(root, lease["id"]), _now(lease))
 
     thread = threading.Thread(target=renew, name="lease", daemon=True)
     thread.start()
     try:
-        with write_fence.guarded_by([write_fence.Fence(root, mine["id"])]):
-            _sweep(root, mine, note)
+        with write_fence.guarded_by([write_fence.Fence(root, lease["id"])]):
+            _sweep(root, lease, note)
             yield
     except KeyboardInterrupt:
         if lost.is_set():
@@ -105,9 +105,9 @@ def hold(root: str, note: Callable[[str], None] = lambda line: None) -> Iterator
         ended.set()
         thread.join()
         with contextlib.suppress(storage.StorageError):
-            storage.remove_tree(_renewal_uri(root, mine["id"]))
+            storage.remove_tree(_renewal_uri(root, lease["id"]))
         with contextlib.suppress(storage.StorageError):
-            if is_held(root, mine):
+            if is_held(root, lease):
                 storage.remove_tree(write_fence.lease_uri(root))
 
 
@@ -120,7 +120,7 @@ def _interrupt(holder: threading.Thread) -> None:
         signal.pthread_kill(holder.ident, signal.SIGINT)
 
 
-def _sweep(root: str, mine: Lease, note: Callable[[str], None]) -> None:
+def _sweep(root: str, lease: Lease, note: Callable[[str], None]) -> None:
     """Remove what killed writers and runs left. The lease is ours: no other run renews one here."""
     try:
         removed = storage.sweep(root, SWEEP_SECONDS) + storage.sweep_scratch(SWEEP_SECONDS)
@@ -129,7 +129,7 @@ def _sweep(root: str, mine: Lease, note: Callable[[str], None]) -> None:
                 storage.remove_tree(claim["uri"])
         for uri in storage.list_files(root, recursive=False):
             name = uri.rpartition("/")[2]
-            if name.startswith(_RENEWAL_PREFIX) and uri != _renewal_uri(root, mine["id"]):
+            if name.startswith(_RENEWAL_PREFIX) and uri != _renewal_uri(root, lease["id"]):
                 storage.remove_tree(uri)
     except storage.StorageError as error:
         note(f"warning: what killed writers left cannot be removed: {error}")
@@ -142,70 +142,70 @@ def _sweep(root: str, mine: Lease, note: Callable[[str], None]) -> None:
 # ---------------------------------------------------------------- getting in
 
 
-def _enter(root: str, mine: Lease) -> None:
+def _enter(root: str, lease: Lease) -> None:
     """Write our lease where there is none, or where the one that is there is dead."""
     uri = write_fence.lease_uri(root)
     for _ in _turns(root):
-        if storage.create(uri, storage.encode(_now(mine))):
-            if is_held(root, mine):  # a server may keep conditions less strictly than it says
+        if storage.create(uri, storage.encode(_now(lease))):
+            if is_held(root, lease):  # a server may keep conditions less strictly than it says
                 return
             continue
-        held = write_fence.read_lease(root)
-        if held is None:  # it was released in this moment
+        holder = write_fence.read_lease(root)
+        if holder is None:  # it was released in this moment
             continue
-        if _holder_is_alive(root, held):
-            raise _busy(root, held)
-        if _take_over(root, held, mine):
+        if _holder_is_alive(root, holder):
+            raise _busy(root, holder)
+        if _take_over(root, holder, lease):
             return
 
 
-def _take_over(root: str, dead: Lease, mine: Lease) -> bool:
+def _take_over(root: str, dead: Lease, lease: Lease) -> bool:
     """Replace a dead lease by ours. Return false when another run was quicker.
 
     One run alone makes the claim on a dead lease, and removes it only after the dead lease was
     replaced. So a run that has made a claim and then still finds the dead lease is the only one to
     replace it. A run that died with its claim leaves it behind, and that claim is claimed in turn.
     """
-    left: list[str] = []
+    dead_claims: list[str] = []
     blocking = dead
     while True:
         claim = storage.join(root, f"{write_fence.LEASE_PREFIX}-claim-{blocking['id']}.json")
-        if storage.create(claim, storage.encode(_now(mine))):
+        if storage.create(claim, storage.encode(_now(lease))):
             break
         other = _read(claim)
         if other is None:
             return False
         if _is_alive(other):
             raise _busy(root, other)
-        left.append(claim)
+        dead_claims.append(claim)
         blocking = other
-    held = write_fence.read_lease(root)
-    is_still_there = held is not None and held["id"] == dead["id"]
+    holder = write_fence.read_lease(root)
+    is_still_there = holder is not None and holder["id"] == dead["id"]
     if is_still_there:
-        storage.write_json(write_fence.lease_uri(root), _now(mine))
-        for one in left:
-            storage.remove_tree(one)
+        storage.write_json(write_fence.lease_uri(root), _now(lease))
+        for uri in dead_claims:
+            storage.remove_tree(uri)
     storage.remove_tree(claim)
-    return is_still_there and is_held(root, mine)
+    return is_still_there and is_held(root, lease)
 
 
-def _enter_without_conditions(root: str, mine: Lease) -> None:
+def _enter_without_conditions(root: str, lease: Lease) -> None:
     """Enter by claims that all runs list, for stores without conditional writes.
 
     A claim is visible before its run looks at those of others, and stays until its run has written
     the lease. So of two runs that claim at once at least one sees the other's claim. A run that
     sees one steps back and tries again a little later.
     """
-    claim = storage.join(root, f"{write_fence.LEASE_PREFIX}-claim-{mine['id']}.json")
+    claim = storage.join(root, f"{write_fence.LEASE_PREFIX}-claim-{lease['id']}.json")
     try:
         for _ in _turns(root):
-            storage.write_json(claim, _now(mine))
-            others = [one for one in _claims(root) if one["id"] != mine["id"] and _is_alive(one)]
-            held = write_fence.read_lease(root)
-            if held is not None and _holder_is_alive(root, held):
-                raise _busy(root, held)
+            storage.write_json(claim, _now(lease))
+            others = [one for one in _claims(root) if one["id"] != lease["id"] and _is_alive(one)]
+            holder = write_fence.read_lease(root)
+            if holder is not None and _holder_is_alive(root, holder):
+                raise _busy(root, holder)
             if not others:
-                storage.write_json(write_fence.lease_uri(root), _now(mine))
+                storage.write_json(write_fence.lease_uri(root), _now(lease))
                 return
             storage.remove_tree(claim)
     finally:
@@ -219,7 +219,7 @@ def _claims(root: str) -> list[Lease]:
         for uri in storage.list_files(root, recursive=False)
         if f"/{write_fence.LEASE_PREFIX}-claim-" in uri
     )
-    return [{**found, "uri": uri} for uri in names if (found := _read(uri)) is not None]
+    return [{**claim, "uri": uri} for uri in names if (claim := _read(uri)) is not None]
 
 
 def _turns(root: str) -> Iterator[None]:
@@ -240,11 +240,11 @@ def _turns(root: str) -> Iterator[None]:
     )
 
 
-def _busy(root: str, held: Lease) -> BusyError:
+def _busy(root: str, holder: Lease) -> BusyError:
     """Return the error for a folder whose lease another run holds."""
     return BusyError(
-        f"{root}: a run of this job is at work already (process {held.get('pid')} on "
-        f"{held.get('host')}); wait for it, stop it, or give this one another name or storage"
+        f"{root}: a run of this job is at work already (process {holder.get('pid')} on "
+        f"{holder.get('host')}); wait for it, stop it, or give this one another name or storage"
     )
 
 
@@ -275,10 +275,10 @@ def _read(uri: str) -> Lease | None:
         return None
 
 
-def is_held(root: str, mine: Lease) -> bool:
+def is_held(root: str, lease: Lease) -> bool:
     """Return whether the lease of the folder is ours."""
-    found = write_fence.read_lease(root)
-    return found is not None and found["id"] == mine["id"]
+    holder = write_fence.read_lease(root)
+    return holder is not None and holder["id"] == lease["id"]
 
 
 def _renewal_uri(root: str, lease_id: str) -> str:
@@ -286,27 +286,28 @@ def _renewal_uri(root: str, lease_id: str) -> str:
     return storage.join(root, f"{_RENEWAL_PREFIX}{lease_id}.json")
 
 
-def _holder_is_alive(root: str, held: Lease) -> bool:
+def _holder_is_alive(root: str, holder: Lease) -> bool:
     """Return whether the run that has the lease lives, by its process or by its last renewal."""
-    renewed = _read(_renewal_uri(root, held["id"])) or {}
-    newest = max(held.get("time", 0.0), renewed.get("time", 0.0))
-    return _is_alive({**held, "time": newest})
+    renewed = _read(_renewal_uri(root, holder["id"])) or {}
+    newest = max(holder.get("time", 0.0), renewed.get("time", 0.0))
+    return _is_alive({**holder, "time": newest})
 
 
-def _is_alive(held: Lease) -> bool:
+def _is_alive(lease: Lease) -> bool:
     """Return whether the run of a lease or claim lives.
 
     On this machine its process decides, elsewhere the time since its last renewal.
     """
-    if not _is_of_this_machine(held):
-        return time.time() - held.get("time", 0.0) < STALE_SECONDS
-    return not processes.has_ended(int(held["pid"]), held["process_began"])
+    if not _is_of_this_machine(lease):
+        return time.time() - lease.get("time", 0.0) < STALE_SECONDS
+    return not processes.has_ended(int(lease["pid"]), lease["process_began"])
 
 
-def _is_of_this_machine(held: Lease) -> bool:
+def _is_of_this_machine(lease: Lease) -> bool:
     """Return whether a lease was written on this machine."""
-    if "machine" in held:
-        return held["machine"] == processes.machine()
+    if "machine" in lease:
+        return lease["machine"] == processes.machine()
     # earlier versions named the host and the namespace alone
-    here = processes.process_namespace()
-    return held.get("host") == socket.gethostname() and held.get("pid_namespace", here) == here
+    namespace = processes.process_namespace()
+    is_same_namespace = lease.get("pid_namespace", namespace) == namespace
+    return lease.get("host") == socket.gethostname() and is_same_namespace

@@ -265,10 +265,10 @@ def create(uri: Uri, data: bytes) -> bool:
     write_fence.check(uri)
     remote, path = s3.split(uri)
     if remote:
-        made = s3.create_key(uri, data)
+        created = s3.create_key(uri, data)
     else:
-        made = s3.call("write", uri, _create_local, Path(path), data)
-    if made:
+        created = s3.call("write", uri, _create_local, Path(path), data)
+    if created:
         return True
     with suppress(NotFoundError):  # an answer that got lost on the way: what is there may be ours
         return read_bytes(uri) == data
@@ -420,12 +420,12 @@ def list_files(uri: Uri, recursive: bool = True) -> list[str]:
     """
     text = os.fspath(uri)
     if s3.is_read_only(uri):
-        found = read_only.list_files(uri, recursive)
+        paths = read_only.list_files(uri, recursive)
     elif is_remote(uri):
-        found = s3.list_keys(s3.split(uri)[1], recursive)
+        paths = s3.list_keys(s3.split(uri)[1], recursive)
     else:
-        found = s3.call("list", uri, _list_local, text, s3.split(uri)[1], recursive)
-    return sorted(found) or ([text] if _info(uri)["type"] == "file" else [])
+        paths = s3.call("list", uri, _list_local, text, s3.split(uri)[1], recursive)
+    return sorted(paths) or ([text] if _info(uri)["type"] == "file" else [])
 
 
 def list_folders(uri: Uri) -> list[str]:
@@ -548,10 +548,10 @@ def _writer_is_gone(name: str) -> bool:
 
     It is not known for other machines and for names that older versions gave.
     """
-    found = re.search(r"\.tmp-([0-9a-f]{8})-(\d+)-[0-9a-f]{8}$", name)
-    if found is None or found[1] != _machine():
+    match = re.search(r"\.tmp-([0-9a-f]{8})-(\d+)-[0-9a-f]{8}$", name)
+    if match is None or match[1] != _machine():
         return False
-    return processes.has_ended(int(found[2]))
+    return processes.has_ended(int(match[2]))
 
 
 def sweep(uri: Uri, older_than_s: float) -> list[str]:

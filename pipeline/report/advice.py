@@ -29,7 +29,6 @@ from statistics import fmean
 import numpy as np
 from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
-from pipeline.config import registry
 from pipeline.report import gain_model, matrix, plots, results, stats
 from pipeline.report.gain_model import GainModel
 from pipeline.report.matrix import MIN_SEEDS, SCRATCH, MatrixEntry
@@ -198,8 +197,7 @@ class _Choice:
     @property
     def can_be_repeated(self) -> bool:
         """Whether another seed of it can be had: not of what is made of the trials of all seeds."""
-        name, known = self.entry.technique.partition(" (")[0], registry.entries("technique")
-        return name not in known or registry.get("technique", name).starts_from != "trials"
+        return not self.entry.combines_trials
 
     @property
     def variance(self) -> float:
@@ -239,12 +237,12 @@ class _LikeEntries:
 
     def expected(self) -> list[Expected]:
         """Return the expected gain of each, no more certain than the measured one."""
-        found = self.model.posterior(range(len(self.entries)))
-        variances = found.covariance.diagonal()
+        posterior = self.model.posterior(range(len(self.entries)))
+        variances = posterior.covariance.diagonal()
         return [
             Expected(float(mean), max(float(variance), choice.variance), float(weight))
             for choice, mean, variance, weight in zip(
-                self.entries, found.means, variances, found.shrinkage, strict=True
+                self.entries, posterior.means, variances, posterior.shrinkage, strict=True
             )
         ]
 
@@ -258,30 +256,32 @@ class _LikeEntries:
             target: Its name and label fraction.
             cut: Pairs that were tried, and cut by a budget of trials.
         """
-        known = [place for place, one in enumerate(self.entries) if _place(one)[2] == target]
+        measured = [
+            place for place, choice in enumerate(self.entries) if _place(choice)[2] == target
+        ]
         pairs = {*cut, *map(_pair, tried)}
-        repeatable = [one for one in self.entries if one.can_be_repeated]
-        sources = dict.fromkeys(_place(one)[0] for one in self.entries)
-        techniques = dict.fromkeys(one.entry.technique for one in repeatable)
+        repeatable = [choice for choice in self.entries if choice.can_be_repeated]
+        sources = dict.fromkeys(_place(choice)[0] for choice in self.entries)
+        techniques = dict.fromkeys(choice.entry.technique for choice in repeatable)
         new = [pair for pair in itertools.product(sources, techniques) if pair not in pairs]
         if not new:
             return []
-        found = self.model.posterior(known, [(*pair, target) for pair in new])
-        of_target = [self.entries[place].variance for place in known]
-        error = float(np.median(of_target or [one.variance for one in self.entries]))
-        lows, highs = found.interval()
+        posterior = self.model.posterior(measured, [(*pair, target) for pair in new])
+        of_target = [self.entries[place].variance for place in measured]
+        error = float(np.median(of_target or [choice.variance for choice in self.entries]))
+        lows, highs = posterior.interval()
         # the error of scratch is that of every gain on the target
         least = stats.NORMAL_95 * math.sqrt(min(of_target, default=0.0))
         # scratch is a choice too, and a pair becomes one by its trial
-        choices = [*range(len(known))]
-        now = max([0.0, *found.means[choices]])
+        choices = [*range(len(measured))]
+        now = max([0.0, *posterior.means[choices]])
         out: list[_Untried] = []
-        for place, (source, technique) in enumerate(new, len(known)):
-            mean = float(found.means[place])
+        for place, (source, technique) in enumerate(new, len(measured)):
+            mean = float(posterior.means[place])
             then = [*choices, place]
-            row = found.covariance[place]
+            row = posterior.covariance[place]
             changes = np.append(row[then], 0.0) / math.sqrt(row[place] + error)
-            means = np.append(found.means[then], 0.0)
+            means = np.append(posterior.means[then], 0.0)
             out.append(
                 _Untried(
                     source[0],
@@ -292,16 +292,16 @@ class _LikeEntries:
                     gain_model.knowledge_gradient(means, changes, now),
                 )
             )
-        return sorted(out, key=lambda one: -one.mean)
+        return sorted(out, key=lambda choice: -choice.mean)
 
     def describe_spreads(self, decimals: int) -> str:
         """Return in words how much gains differ between sources, techniques and targets."""
         model = self.model
-        found = model.median_spreads()
+        spreads = model.median_spreads()
         parts = [
             f"{spread:.{decimals}f} between {what}"
             for what, spread, levels in zip(
-                ("sources", "techniques", "targets"), found, model.levels, strict=False
+                ("sources", "techniques", "targets"), spreads, model.levels, strict=False
             )
             if len(levels) > 1
         ]
@@ -309,7 +309,7 @@ class _LikeEntries:
             return ""
         return (
             f"gains of {len(self.entries)} like entries differ (standard deviations) by "
-            f"{', '.join(parts)}, and {found[-1]:.{decimals}f} beyond that"
+            f"{', '.join(parts)}, and {spreads[-1]:.{decimals}f} beyond that"
         )
 
 
@@ -435,11 +435,15 @@ def _seed_variance(
     entry: MatrixEntry, rows: list[ResultRow], scratch: list[ResultRow]
 ) -> float | None:
     """Return the variance of a mean gain that comes from its seeds, None where it is not known."""
-    ours, theirs = _by_seed(entry, rows), _by_seed(entry, scratch)
+    ours, of_scratch = _by_seed(entry, rows), _by_seed(entry, scratch)
     gains = [
-        fmean(value - theirs[seed][fold] for fold, value in found.items() if fold in theirs[seed])
-        for seed, found in ours.items()
-        if found.keys() & theirs.get(seed, {}).keys()
+        fmean(
+            value - of_scratch[seed][fold]
+            for fold, value in by_fold.items()
+            if fold in of_scratch[seed]
+        )
+        for seed, by_fold in ours.items()
+        if by_fold.keys() & of_scratch.get(seed, {}).keys()
     ]
     return float(np.var(gains, ddof=1) / len(gains)) if len(gains) >= MIN_SEEDS else None
 

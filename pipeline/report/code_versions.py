@@ -59,14 +59,14 @@ def provenance_of_record(
             source has no weights yet.
     """
     made = record.made
-    found = provenance.changes(made, now)
+    changes = provenance.changes(made, now)
     for metadata in record.begun_by:
         begun = provenance.changes(provenance.from_metadata(metadata), now)
-        found += (f"begun by other code or versions ({', '.join(begun)})",) if begun else ()
+        changes += (f"begun by other code or versions ({', '.join(begun)})",) if begun else ()
     started_from = record.parent_weights
     if weights and started_from and started_from != weights:
-        found += (f"source {source} was made anew since",)
-    return TrialProvenance(made, found)
+        changes += (f"source {source} was made anew since",)
+    return TrialProvenance(made, changes)
 
 
 def mark_entries(
@@ -141,13 +141,13 @@ def versions_table(rows: Sequence[ResultRow]) -> list[list[str]]:
     Where trials were made with several versions of a library, each has its number of trials.
     """
     trials = {row.trial_id: row.versions for row in rows}
-    found: dict[str, Counter[str]] = {name: Counter() for name in provenance.LIBRARIES}
+    counts: dict[str, Counter[str]] = {name: Counter() for name in provenance.LIBRARIES}
     for text in trials.values():
         versions: dict[str, str] = json.loads(text) if text else {}
-        for name, count in found.items():
+        for name, count in counts.items():
             count[versions.get(name, NOT_RECORDED)] += 1
     out: list[list[str]] = []
-    for name, count in found.items():
+    for name, count in counts.items():
         several = len(count) > 1
         version_texts = [
             f"{version} ({_count_trials(number)})" if several else version

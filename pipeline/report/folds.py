@@ -61,24 +61,24 @@ def pool(
             seed = row.seed if row.trial_stage == "final" else None
             errors.setdefault((entry, row.fold, seed), row.error or "no error was recorded")
     pooled_runs: dict[str, RunPredictions] = {}
-    for (entry, seed), found in final.items():
-        done = [row for row in found if row.status == "done"]
-        lacking = sorted(folds_of[found[0].target] - {row.fold or 0 for row in done})
-        if not lacking:
+    for (entry, seed), of_seed in final.items():
+        done = [row for row in of_seed if row.status == "done"]
+        missing_folds = sorted(folds_of[of_seed[0].target] - {row.fold or 0 for row in done})
+        if not missing_folds:
             out += _pool_seed(done, runs, pooled_runs)
             continue
         why = [
             f"fold {fold} of seed {seed}: "
             + errors.get((entry, fold, seed), errors.get((entry, fold, None), "not run yet"))
-            for fold in lacking
+            for fold in missing_folds
         ]
-        out.append(_failed(found, "; ".join(why)))
+        out.append(_failed(of_seed, "; ".join(why)))
     return out, {**runs, **pooled_runs}
 
 
-def _failed(found: list[ResultRow], why: str) -> ResultRow:
+def _failed(rows: list[ResultRow], why: str) -> ResultRow:
     """Return the row of a seed that lacks a fold."""
-    first = found[0]
+    first = rows[0]
     return ResultRow(
         job=first.job,
         source=first.source,
@@ -89,7 +89,7 @@ def _failed(found: list[ResultRow], why: str) -> ResultRow:
         hyper_parameters=first.hyper_parameters,
         seed=first.seed,
         label_fraction=first.label_fraction,
-        trial_id="+".join(dict.fromkeys(row.trial_id for row in found)),
+        trial_id="+".join(dict.fromkeys(row.trial_id for row in rows)),
         trial_stage=first.trial_stage,
         status="failed",
         error=why,
@@ -116,21 +116,21 @@ def _pool_seed(
     rows_of_metric: dict[tuple[str | None, str | None], list[ResultRow]] = defaultdict(list)
     for row in sorted(done, key=lambda row: row.fold or 0):
         rows_of_metric[row.split, row.metric].append(row)
-    return [_pool_rows(found, name, pooled_run) for found in rows_of_metric.values()]
+    return [_pool_rows(in_folds, name, pooled_run) for in_folds in rows_of_metric.values()]
 
 
-def _pool_rows(found: list[ResultRow], name: str, run: RunPredictions | None) -> ResultRow:
+def _pool_rows(rows: list[ResultRow], name: str, run: RunPredictions | None) -> ResultRow:
     """Return the row of a split and a metric, which is that of all folds.
 
     Args:
-        found: The rows of the folds that have it: of a rare label or type that may be some.
+        rows: Those of the folds that have it: of a rare label or type that may be some.
         name: Name of the pooled trial.
         run: Its predictions on all test rows; None where there are none.
     """
-    first = found[0]
-    value = _mean([row.value for row in found])
-    n_eval = sum(row.n_eval or 0 for row in found)
-    n_units = sum(row.n_units or 0 for row in found)
+    first = rows[0]
+    value = _mean([row.value for row in rows])
+    n_eval = sum(row.n_eval or 0 for row in rows)
+    n_units = sum(row.n_units or 0 for row in rows)
     if first.split == "test" and run is not None:
         # the metric of a subgroup is no registered one; another may have no value on these rows,
         # or read an array that they lack
@@ -138,7 +138,7 @@ def _pool_rows(found: list[ResultRow], name: str, run: RunPredictions | None) ->
             value = catalog.metric(first.metric or "", run.labels).value(run.predictions)
             n_eval = len(run.rows)
             n_units = num_units(n_eval, run.groups)
-    trained, steps = _mean([row.n_train for row in found]), _mean([row.steps for row in found])
+    trained, steps = _mean([row.n_train for row in rows]), _mean([row.steps for row in rows])
     return replace(
         first,
         trial_id=name,
@@ -150,19 +150,19 @@ def _pool_rows(found: list[ResultRow], name: str, run: RunPredictions | None) ->
         n_units=n_units,
         n_train=None if trained is None else round(trained),
         steps=None if steps is None else round(steps),
-        seconds=_mean([row.seconds for row in found]),
-        bundle_uri=next((row.bundle_uri for row in found if row.bundle_uri), None),
+        seconds=_mean([row.seconds for row in rows]),
+        bundle_uri=next((row.bundle_uri for row in rows if row.bundle_uri), None),
     )
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else None
+    numbers = [value for value in values if value is not None]
+    return fmean(numbers) if numbers else None
 
 
-def _pool_runs(found: Sequence[tuple[int, RunPredictions]], seed: int) -> RunPredictions:
+def _pool_runs(run_of_fold: Sequence[tuple[int, RunPredictions]], seed: int) -> RunPredictions:
     """Return the predictions of several folds, by row."""
-    runs = [run for _, run in found]
+    runs = [run for _, run in run_of_fold]
     rows = np.concatenate([run.rows for run in runs])
     order = np.argsort(rows, kind="stable")
 
@@ -172,7 +172,9 @@ def _pool_runs(found: Sequence[tuple[int, RunPredictions]], seed: int) -> RunPre
     predictions: Predictions = {
         name: by_row([run.predictions[name] for run in runs]) for name in runs[0].predictions
     }
-    groups = [run.groups + fold * GROUPS_OF_A_FOLD for fold, run in found if run.groups is not None]
+    groups = [
+        run.groups + fold * GROUPS_OF_A_FOLD for fold, run in run_of_fold if run.groups is not None
+    ]
     subgroups = {name: by_row([run.subgroups[name] for run in runs]) for name in runs[0].subgroups}
     return RunPredictions(
         rows[order],
@@ -202,43 +204,43 @@ def pool_scores(
     for pair in scores.values():
         by_pair[pair.source, name_in_job.get(pair.target, pair.target)].append(pair)
     return {
-        f"{source}|{target}": _mean_scores(found, target)
-        for (source, target), found in by_pair.items()
+        f"{source}|{target}": _mean_scores(pairs, target)
+        for (source, target), pairs in by_pair.items()
     }
 
 
-def _mean_scores(found: list[PairScores], target: str) -> PairScores:
-    first = found[0]
+def _mean_scores(pairs: list[PairScores], target: str) -> PairScores:
+    first = pairs[0]
     shifts = [
-        one if pair.target == target else _of_fold(one, pair.target)
-        for pair in found
-        for one in pair.shifts
-        if pair is first or one.within_target
+        shift if pair.target == target else _of_fold(shift, pair.target)
+        for pair in pairs
+        for shift in pair.shifts
+        if pair is first or shift.within_target
     ]
-    if len(found) == 1:
+    if len(pairs) == 1:
         return replace(first, target=target, shifts=tuple(shifts))
     means: dict[str, ScoreValue] = {}
     for name in first.scores:
-        each = [pair.scores[name] for pair in found if name in pair.scores]
-        score = next((one for one in each if one.value is None), each[0])
-        if score.value is None or len(each) < len(found):
+        of_folds = [pair.scores[name] for pair in pairs if name in pair.scores]
+        score = next((score for score in of_folds if score.value is None), of_folds[0])
+        if score.value is None or len(of_folds) < len(pairs):
             means[name] = replace(score, value=None, low=None, high=None)
             continue
-        are_bounded = all(one.low is not None and one.high is not None for one in each)
+        are_bounded = all(score.low is not None and score.high is not None for score in of_folds)
         means[name] = replace(
             score,
-            value=_mean([one.value for one in each]),
-            low=_mean([one.low for one in each]) if are_bounded else None,
-            high=_mean([one.high for one in each]) if are_bounded else None,
-            seconds=_mean([one.seconds for one in each]),
+            value=_mean([score.value for score in of_folds]),
+            low=_mean([score.low for score in of_folds]) if are_bounded else None,
+            high=_mean([score.high for score in of_folds]) if are_bounded else None,
+            seconds=_mean([score.seconds for score in of_folds]),
         )
     return replace(
         first,
         target=target,
         scores=means,
-        rows=round(fmean(pair.rows for pair in found)),
-        seconds=fmean(pair.seconds for pair in found),
-        error="; ".join(dict.fromkeys(pair.error for pair in found if pair.error)),
+        rows=round(fmean(pair.rows for pair in pairs)),
+        seconds=fmean(pair.seconds for pair in pairs),
+        error="; ".join(dict.fromkeys(pair.error for pair in pairs if pair.error)),
         shifts=tuple(shifts),
     )
 

@@ -107,7 +107,9 @@ def _warning(target: str, fraction: str, entries: Sequence[MatrixEntry], decimal
         by_source[entry.source].append(entry)
     losses: list[str] = []
     for source, tried in by_source.items():
-        lost = sorted((c for c in tried if _is_worse(c)), key=lambda c: c.gain or 0.0)
+        lost = sorted(
+            (entry for entry in tried if _is_worse(entry)), key=lambda entry: entry.gain or 0.0
+        )
         if not lost:
             continue
         names = " and ".join(dict.fromkeys(entry.technique for entry in lost))
@@ -237,10 +239,12 @@ def _best_first(name: str, value: float) -> float:
 
 def best_scores_first(scores: Scores) -> list[tuple[tuple[str, str, str], float]]:
     """Return the scores by target and name, the best source first and what is not defined last."""
-    return sorted(
-        scores.items(),
-        key=lambda one: (one[0][0], one[0][2], math.isnan(one[1]), _best_first(one[0][2], one[1])),
-    )
+
+    def sort_key(item: tuple[tuple[str, str, str], float]) -> tuple[object, ...]:
+        (target, _, name), value = item
+        return target, name, math.isnan(value), _best_first(name, value)
+
+    return sorted(scores.items(), key=sort_key)
 
 
 def all_scores(source_scores: Mapping[str, PairScores]) -> dict[tuple[str, str, str], float]:
@@ -321,9 +325,7 @@ def _has_own_cost(entry: MatrixEntry) -> bool:
     """
     if entry.source == SCRATCH:
         return True
-    name, known = entry.technique.partition(" (")[0], registry.entries("technique")
-    combined = name in known and registry.get("technique", name).starts_from == "trials"
-    return not combined and (entry.paired_seeds or 0) >= MIN_SEEDS
+    return not entry.combines_trials and (entry.paired_seeds or 0) >= MIN_SEEDS
 
 
 def _left_out(timed: Sequence[MatrixEntry], shown: Sequence[MatrixEntry]) -> str:
@@ -345,53 +347,64 @@ def cost_figures(
     The entries are those of the most labels. Scratch has a gain of zero. Sources' own training is
     not counted, and entries whose seconds leave out the trials that they combine are left out.
     """
-    out: list[Block] = []
-    for target, group in groups.items():
-        by_fraction = _by_fraction(_compared(group))
-        if not by_fraction:
-            continue
-        fraction, compared = next(iter(by_fraction.items()))
-        scratch = [
-            entry
-            for entry in group
-            if entry.verdict == REFERENCE and entry.label_fraction == fraction and entry.n_seeds
-            if entry.backbone in {one.baseline for one in compared}
-        ]
-        timed = [c for c in (*compared, *scratch) if c.seconds is not None and c.seconds > 0]
-        shown = [entry for entry in timed if _has_own_cost(entry)]
-        if len(shown) < 3:
-            continue
-        fronts = {
-            "seconds": pareto_front([(c.seconds or 0.0, c.gain or 0.0) for c in shown]),
-            "parameters": pareto_front(
-                [(float(c.params_trained or 0), c.gain or 0.0) for c in shown]
-            )
-            if all(c.params_trained is not None for c in shown)
-            else [],
-        }
-        numbered = list(dict.fromkeys(index for front in fronts.values() for index in front))
-        body: list[list[str | Value]] = []
-        for number, index in enumerate(numbered, 1):
-            entry = shown[index]
-            on = " and ".join(name for name, front in fronts.items() if index in front)
-            gain = "0 (scratch)" if entry.verdict == REFERENCE else _gain(entry, decimals[target])
-            params = DASH if entry.params_trained is None else f"{entry.params_trained:,}"
-            body.append(
-                [
-                    f"{number}: {entry.source} · {entry.technique}",
-                    on,
-                    gain,
-                    f"{entry.seconds:.3g} s",
-                    params,
-                ]
-            )
-        head = ["On the front", "By", "Gain over scratch", "Final trial", "Parameters trained"]
-        labels = plots.labels_text(fraction)
-        caption = (
-            f"{target}: gain by the cost of a final trial, with {labels}. The line is the "
-            "Pareto front: no other entry gains as much for less. Numbers are those of the table. "
-            f"The training of sources is not counted.{_over(compared)}{_left_out(timed, shown)}"
+    return [
+        block
+        for target, group in groups.items()
+        for block in _cost_figure(target, group, decimals[target])
+    ]
+
+
+def _cost_figure(target: str, group: Sequence[MatrixEntry], decimals: int) -> list[Block]:
+    """Return a target's figure and the table of its fronts; nothing of fewer than three entries."""
+    by_fraction = _by_fraction(_compared(group))
+    if not by_fraction:
+        return []
+    fraction, compared = next(iter(by_fraction.items()))
+    baselines = {entry.baseline for entry in compared}
+    scratch = [
+        entry
+        for entry in group
+        if entry.verdict == REFERENCE
+        and entry.label_fraction == fraction
+        and entry.n_seeds
+        and entry.backbone in baselines
+    ]
+    timed = [
+        entry for entry in (*compared, *scratch) if entry.seconds is not None and entry.seconds > 0
+    ]
+    shown = [entry for entry in timed if _has_own_cost(entry)]
+    if len(shown) < 3:
+        return []
+    fronts = {
+        "seconds": pareto_front([(entry.seconds or 0.0, entry.gain or 0.0) for entry in shown]),
+        "parameters": pareto_front(
+            [(float(entry.params_trained or 0), entry.gain or 0.0) for entry in shown]
         )
-        table = Table(head, body, 2)
-        out += [Figure(plots.pareto(shown, fronts, numbered), caption), table]
-    return out
+        if all(entry.params_trained is not None for entry in shown)
+        else [],
+    }
+    numbered = list(dict.fromkeys(index for front in fronts.values() for index in front))
+    body: list[list[str | Value]] = []
+    for number, index in enumerate(numbered, 1):
+        entry = shown[index]
+        on = " and ".join(name for name, front in fronts.items() if index in front)
+        gain = "0 (scratch)" if entry.verdict == REFERENCE else _gain(entry, decimals)
+        params = DASH if entry.params_trained is None else f"{entry.params_trained:,}"
+        body.append(
+            [
+                f"{number}: {entry.source} · {entry.technique}",
+                on,
+                gain,
+                f"{entry.seconds:.3g} s",
+                params,
+            ]
+        )
+    head = ["On the front", "By", "Gain over scratch", "Final trial", "Parameters trained"]
+    labels = plots.labels_text(fraction)
+    caption = (
+        f"{target}: gain by the cost of a final trial, with {labels}. The line is the "
+        "Pareto front: no other entry gains as much for less. Numbers are those of the table. "
+        f"The training of sources is not counted.{_over(compared)}{_left_out(timed, shown)}"
+    )
+    table = Table(head, body, 2)
+    return [Figure(plots.pareto(shown, fronts, numbered), caption), table]

@@ -10,9 +10,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from pipeline.config import registry
 from pipeline.core.metrics import catalog
 from pipeline.core.metrics.metric import UNBOUNDED
 from pipeline.report import folds, results, stats
@@ -23,8 +25,27 @@ from pipeline.report.stats import RunPredictions
 Estimate = tuple[float | None, float | None, float | None]
 """(middle, low, high)."""
 
-EntryKey = tuple[str, str, str, str, str]
-"""(source, backbone, target, technique with its options, label fraction)."""
+
+class EntryKey(NamedTuple):
+    """What the trials of an entry have in common; they differ in their seeds."""
+
+    source: str
+    backbone: str
+    target: str
+    technique: str
+    """The technique with its options."""
+    label_fraction: str
+
+    @property
+    def is_scratch(self) -> bool:
+        """Whether the entry is trained from random weights."""
+        return self.source == SCRATCH and self.technique == SCRATCH_TECHNIQUE
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether the entry is a model without a network."""
+        return self.source == SCRATCH and self.backbone == NO_BACKBONE
+
 
 SCRATCH = "none"
 """The source of trials that start from random weights. The other trials of the same backbone,
@@ -151,7 +172,26 @@ class MatrixEntry:
     @property
     def key(self) -> EntryKey:
         """What `entry_key` returns for its rows."""
-        return self.source, self.backbone, self.target, self.technique, self.label_fraction
+        return EntryKey(
+            self.source, self.backbone, self.target, self.technique, self.label_fraction
+        )
+
+    @property
+    def technique_name(self) -> str:
+        """The technique without its options."""
+        return self.technique.partition(" (")[0]
+
+    @property
+    def registered_technique(self) -> Any:
+        """The technique's class; None where no technique of that name is registered now."""
+        is_registered = self.technique_name in registry.entries("technique")
+        return registry.get("technique", self.technique_name) if is_registered else None
+
+    @property
+    def combines_trials(self) -> bool:
+        """Whether it is an average or an ensemble of trials."""
+        technique = self.registered_technique
+        return technique is not None and technique.starts_from == "trials"
 
     @property
     def transfers(self) -> bool:
@@ -161,7 +201,7 @@ class MatrixEntry:
     @property
     def is_baseline(self) -> bool:
         """Whether the entry is a model without a network."""
-        return self.source == SCRATCH and self.backbone == NO_BACKBONE
+        return self.key.is_baseline
 
     @property
     def survives(self) -> bool:
@@ -200,21 +240,16 @@ class _EntryTrials:
         """The technique's name without its options."""
         return self.group[0].technique
 
-    @property
-    def is_baseline(self) -> bool:
-        """Whether they are of a model without a network."""
-        return self.key[0] == SCRATCH and self.key[1] == NO_BACKBONE
-
     def validation(self) -> float:
         """Return the mean validation value of the final trials, where larger is better.
 
         It is minus infinity where there is none on rows of the target.
         """
-        found: dict[str, float] = {}
+        values: dict[str, float] = {}
         for row in self.group:
             if row.trial_stage == "final" and row.split == VALIDATION and row.value is not None:
-                found.setdefault(row.trial_id, row.value if row.higher_is_better else -row.value)
-        return fmean(found.values()) if found else -math.inf
+                values.setdefault(row.trial_id, row.value if row.higher_is_better else -row.value)
+        return fmean(values.values()) if values else -math.inf
 
     def choice(self) -> _Choice:
         """Return the variance that choosing the hyper-parameters in a search added."""
@@ -235,7 +270,7 @@ class _EntryTrials:
         for row in searched:
             if row.metric == self.metric and row.value is not None and math.isfinite(row.value):
                 of_folds[row.fold].append(row)
-        choices = [_choice(found) for found in of_folds.values()] or [_Choice()]
+        choices = [_choice(in_fold) for in_fold in of_folds.values()] or [_Choice()]
         unknown = next((choice.unknown for choice in choices if choice.unknown), "")
         return _Choice(fmean(choice.variance for choice in choices), unknown)
 
@@ -285,20 +320,20 @@ def matrix_entries(rows: list[ResultRow], runs: dict[str, RunPredictions]) -> li
     groups: dict[EntryKey, list[ResultRow]] = defaultdict(list)
     for row in rows:
         groups[entry_key(row)].append(row)
-    found: list[_EntryTrials] = []
+    all_trials: list[_EntryTrials] = []
     for key, group in groups.items():
         final = _final_trials(group)
         if final is not None:
-            found.append(_EntryTrials(key, *final, group))
+            all_trials.append(_EntryTrials(key, *final, group))
     out = [
         _entry(
             trials,
-            _reference(trials, found),
-            _best_scratch(trials, found),
-            _best_baseline(trials, found),
+            _reference(trials, all_trials),
+            _best_scratch(trials, all_trials),
+            _best_baseline(trials, all_trials),
             runs,
         )
-        for trials in found
+        for trials in all_trials
     ]
     return sorted(_corrected(out), key=_sort_key)
 
@@ -334,7 +369,7 @@ def over_best_scratch(entries: Sequence[MatrixEntry]) -> list[MatrixEntry]:
     for entry in entries:
         if entry.verdict == REFERENCE and entry.n_seeds:
             networks[entry.target, entry.label_fraction].add(entry.backbone)
-    several = {key for key, found in networks.items() if len(found) > 1}
+    several = {key for key, backbones in networks.items() if len(backbones) > 1}
     return _corrected(
         [
             _over_best_scratch(entry)
@@ -347,9 +382,9 @@ def over_best_scratch(entries: Sequence[MatrixEntry]) -> list[MatrixEntry]:
 
 def _over_best_scratch(entry: MatrixEntry) -> MatrixEntry:
     low, high = entry.baseline_low, entry.baseline_high
-    found = verdict(low, high, entry.baseline_seeds, not entry.baseline_evidence)
+    new_verdict = verdict(low, high, entry.baseline_seeds, not entry.baseline_evidence)
     if T_INTERVAL in entry.baseline_interval:
-        found = UNCOMPARED
+        new_verdict = UNCOMPARED
     return replace(
         entry,
         gain=entry.baseline_gain,
@@ -359,87 +394,81 @@ def _over_best_scratch(entry: MatrixEntry) -> MatrixEntry:
         gain_p_holm=None,
         paired_seeds=entry.baseline_seeds,
         evidence=entry.baseline_evidence,
-        verdict=FAILED if entry.verdict == FAILED else found,
+        verdict=FAILED if entry.verdict == FAILED else new_verdict,
     )
 
 
-def _corrected(found: list[MatrixEntry]) -> list[MatrixEntry]:
+def _corrected(entries: list[MatrixEntry]) -> list[MatrixEntry]:
     """Return the entries with p values corrected for the number of comparisons (`stats.holm`)."""
     compared = [
         index
-        for index, entry in enumerate(found)
+        for index, entry in enumerate(entries)
         if entry.verdict in COMPARED and entry.gain_p is not None
     ]
-    corrected = stats.holm([found[index].gain_p or 0.0 for index in compared])
-    out = list(found)
+    corrected = stats.holm([entries[index].gain_p or 0.0 for index in compared])
+    out = list(entries)
     for index, p_value in zip(compared, corrected, strict=True):
         out[index] = replace(out[index], gain_p_holm=p_value)
     return out
 
 
-def _is_scratch(key: EntryKey) -> bool:
-    return key[0] == SCRATCH and key[3] == SCRATCH_TECHNIQUE
-
-
-def _reference(trials: _EntryTrials, found: list[_EntryTrials]) -> _EntryTrials | None:
+def _reference(trials: _EntryTrials, all_trials: list[_EntryTrials]) -> _EntryTrials | None:
     """Return the trials that an entry is compared with.
 
     They are those of scratch with the same backbone, target and labels, or those of the technique's
     counterpart (COUNTERPARTS).
     """
-    source, backbone, target, _, fraction = trials.key
     alike = [
         other
-        for other in found
-        if (other.key[1], other.key[2], other.key[4]) == (backbone, target, fraction)
+        for other in _of_same_labels(trials, all_trials)
+        if other.key.backbone == trials.key.backbone
     ]
-    if source != SCRATCH:
-        return next((other for other in alike if _is_scratch(other.key)), None)
+    if trials.key.source != SCRATCH:
+        return next((other for other in alike if other.key.is_scratch), None)
     counterpart = COUNTERPARTS.get(trials.technique)
     candidates = [
         other
         for other in alike
-        if other.key[0] != SCRATCH and other.technique == counterpart and other.done
+        if other.key.source != SCRATCH and other.technique == counterpart and other.done
     ]
     return max(candidates, key=_EntryTrials.validation, default=None)
 
 
-def _best_scratch(trials: _EntryTrials, found: list[_EntryTrials]) -> _EntryTrials | None:
-    """Return the scratch trials with the best validation value, of any backbone.
-
-    They have the target and label fraction of the entry.
-    """
-    if trials.key[0] == SCRATCH:
-        return None
-    candidates = [
+def _of_same_labels(trials: _EntryTrials, all_trials: list[_EntryTrials]) -> list[_EntryTrials]:
+    """Return those trials that have the target and label fraction of an entry."""
+    target, fraction = trials.key.target, trials.key.label_fraction
+    return [
         other
-        for other in found
-        if _is_scratch(other.key)
-        and other.done
-        and (other.key[2], other.key[4]) == (trials.key[2], trials.key[4])
+        for other in all_trials
+        if other.key.target == target and other.key.label_fraction == fraction
     ]
-    if len(candidates) > 1:
-        candidates = [other for other in candidates if math.isfinite(other.validation())]
-    return max(candidates, key=_EntryTrials.validation, default=None)
 
 
-def _best_baseline(trials: _EntryTrials, found: list[_EntryTrials]) -> _EntryTrials | None:
-    """Return the trials of the baseline with the best validation value.
-
-    They have the target and label fraction of the entry, which is no baseline itself.
-    """
-    if trials.is_baseline:
+def _best_scratch(trials: _EntryTrials, all_trials: list[_EntryTrials]) -> _EntryTrials | None:
+    """Return the scratch trials, of any backbone, that an entry with a source is compared with."""
+    if trials.key.source == SCRATCH:
         return None
-    candidates = [
-        other
-        for other in found
-        if other.is_baseline
-        and other.done
-        and (other.key[2], other.key[4]) == (trials.key[2], trials.key[4])
-    ]
-    if len(candidates) > 1:
-        candidates = [other for other in candidates if math.isfinite(other.validation())]
-    return max(candidates, key=_EntryTrials.validation, default=None)
+    alike = _of_same_labels(trials, all_trials)
+    return _best_by_validation([other for other in alike if other.key.is_scratch])
+
+
+def _best_baseline(trials: _EntryTrials, all_trials: list[_EntryTrials]) -> _EntryTrials | None:
+    """Return the trials of the baseline that an entry with a network is compared with."""
+    if trials.key.is_baseline:
+        return None
+    alike = _of_same_labels(trials, all_trials)
+    return _best_by_validation([other for other in alike if other.key.is_baseline])
+
+
+def _best_by_validation(candidates: list[_EntryTrials]) -> _EntryTrials | None:
+    """Return the candidate with the best validation value among those of which a trial finished.
+
+    A single one needs no such value.
+    """
+    finished = [candidate for candidate in candidates if candidate.done]
+    if len(finished) > 1:
+        finished = [candidate for candidate in finished if math.isfinite(candidate.validation())]
+    return max(finished, key=_EntryTrials.validation, default=None)
 
 
 def fraction_order(label_fraction: str) -> tuple[int, float, str]:
@@ -477,7 +506,7 @@ def by_value(entry: MatrixEntry) -> float:
 
 def entry_key(row: ResultRow) -> EntryKey:
     """Return the key of the entry that a results row belongs to."""
-    return (
+    return EntryKey(
         row.source,
         row.backbone,
         row.target,
@@ -543,9 +572,10 @@ def _entry(
     mean, how = _mean_of(trials, runs)
     gain = _gain_of(trials, reference, runs)
     compared = reference is not None and bool(reference.done) and bool(done)
-    baseline, own = _GainEstimate(), best_scratch is None or best_scratch is reference
+    baseline = _GainEstimate()
     if best_scratch is not None and done:
-        baseline = gain if own else _gain_of(trials, best_scratch, runs)
+        is_own_scratch = best_scratch is reference
+        baseline = gain if is_own_scratch else _gain_of(trials, best_scratch, runs)
     over_baseline = _gain_of(trials, best_baseline, runs)
     gained_over = ((reference, gain), (best_scratch, baseline), (best_baseline, over_baseline))
     compared_with = {
@@ -553,11 +583,9 @@ def _entry(
         for other, gained in gained_over
         if other is not None and gained.estimate[0] is not None
     }
-    against = (
-        f"{reference.key[3]} of {reference.key[0]}"
-        if reference is not None and reference.key[0] != SCRATCH
-        else ""
-    )
+    against = ""
+    if reference is not None and reference.key.source != SCRATCH:
+        against = f"{reference.key.technique} of {reference.key.source}"
     return MatrixEntry(
         source=source,
         backbone=backbone,
@@ -586,7 +614,7 @@ def _entry(
         gain_p=gain.p_value,
         evidence=gain.evidence,
         against=against,
-        baseline=best_scratch.key[1] if best_scratch is not None and done else "",
+        baseline=best_scratch.key.backbone if best_scratch is not None and done else "",
         baseline_gain=baseline.estimate[0],
         baseline_low=baseline.estimate[1],
         baseline_high=baseline.estimate[2],
@@ -595,7 +623,7 @@ def _entry(
         baseline_evidence=baseline.evidence,
         baseline_p=baseline.p_value,
         validation=_finite_or_none(trials.validation()),
-        best_baseline=best_baseline.key[3] if best_baseline is not None and done else "",
+        best_baseline=best_baseline.key.technique if best_baseline is not None and done else "",
         best_baseline_gain=over_baseline.estimate[0],
         best_baseline_low=over_baseline.estimate[1],
         best_baseline_high=over_baseline.estimate[2],
@@ -624,9 +652,9 @@ class _GainEstimate:
 def _verdict(trials: _EntryTrials, gain: _GainEstimate) -> str:
     if not trials.done:
         return FAILED
-    if _is_scratch(trials.key):
+    if trials.key.is_scratch:
         return REFERENCE
-    if trials.is_baseline:
+    if trials.key.is_baseline:
         return BASELINE
     return _verdict_of_gain(gain) or UNCOMPARED
 
@@ -663,8 +691,8 @@ def _predictions(
     rows: list[ResultRow], runs: dict[str, RunPredictions]
 ) -> list[RunPredictions] | None:
     """Return the test predictions of all these trials, or None where some are missing."""
-    found = [runs[row.trial_id] for row in rows if row.trial_id in runs]
-    return found if found and len(found) == len(rows) else None
+    predictions = [runs[row.trial_id] for row in rows if row.trial_id in runs]
+    return predictions if predictions and len(predictions) == len(rows) else None
 
 
 def _mean_of(trials: _EntryTrials, runs: dict[str, RunPredictions]) -> tuple[Estimate, str]:
@@ -675,12 +703,12 @@ def _mean_of(trials: _EntryTrials, runs: dict[str, RunPredictions]) -> tuple[Est
     rows = trials.rows
     if not rows:
         return (None, None, None), ""
-    metric, found, why = catalog.find(trials.metric), _predictions(rows, runs), ""
-    if metric is not None and found is not None:
+    metric, predictions, why = catalog.find(trials.metric), _predictions(rows, runs), ""
+    if metric is not None and predictions is not None:
         try:
-            mean = _finite(stats.mean_interval(metric, found))
-            how = f"mean: 95 % over {_unit_name(found)} {_describe_seeds(len(found), 'seed')}"
-            return mean, how
+            mean = _finite(stats.mean_interval(metric, predictions))
+            seeds = _describe_seeds(len(predictions), "seed")
+            return mean, f"mean: 95 % over {_unit_name(predictions)} {seeds}"
         # an array that the metric needs is missing, or rows cannot be paired
         except (KeyError, ValueError) as error:
             why = f": {error}"
@@ -694,8 +722,8 @@ def _mean_of(trials: _EntryTrials, runs: dict[str, RunPredictions]) -> tuple[Est
 
 def _bounds(metric: catalog.Metric | None) -> tuple[float, float]:
     """Return the bounds of a metric where they are known without predictions."""
-    known = metric.fixed_bounds if metric is not None else None
-    return known if known is not None and np.isfinite(known).all() else UNBOUNDED
+    bounds = metric.fixed_bounds if metric is not None else None
+    return bounds if bounds is not None and np.isfinite(bounds).all() else UNBOUNDED
 
 
 def is_bounded(metric: str) -> bool:
@@ -709,49 +737,78 @@ def _gain_of(
     """Return the gain of an entry over another entry, paired on their common seeds."""
     if other is None or not trials.done:
         return _GainEstimate()
-    rows, theirs = trials.rows, [row for row in other.done if row.metric == trials.metric]
-    seeds = _seeds(rows) & _seeds(theirs)
+    rows, other_rows = trials.rows, [row for row in other.done if row.metric == trials.metric]
+    seeds = _seeds(rows) & _seeds(other_rows)
     if not seeds:
         return _GainEstimate(
-            how=f"gain: no seed in common ({len(rows)} and {len(theirs)} seeds finished)"
-            if theirs
+            how=f"gain: no seed in common ({len(rows)} and {len(other_rows)} seeds finished)"
+            if other_rows
             else ""
         )
     rows = [row for row in rows if row.seed in seeds]
-    theirs = [row for row in theirs if row.seed in seeds]
+    other_rows = [row for row in other_rows if row.seed in seeds]
     metric, why = catalog.find(trials.metric), ""
-    ours, scratch = _predictions(rows, runs), _predictions(theirs, runs)
-    if metric is not None and ours is not None and scratch is not None:
+    ours, others = _predictions(rows, runs), _predictions(other_rows, runs)
+    if metric is not None and ours is not None and others is not None:
         choices = trials.choice(), other.choice()
         try:
-            found = stats.compare(
-                metric, ours, scratch, choice=sum(choice.variance for choice in choices)
-            )
-            estimate = _finite((found.value, found.low, found.high))
-            return _GainEstimate(
-                estimate,
-                _describe_interval(ours, scratch, found.seeds, choices),
-                _finite_or_none(found.p_value),
-                found.seeds,
-                _missing_evidence([*ours, *scratch]),
-                True,
-            )
+            return _predicted_gain(metric, ours, others, choices)
+        # an array that the metric needs is missing, or rows cannot be paired
         except (KeyError, ValueError) as error:
             why = f": {error}"
-    by_seed = {row.seed: row.value for row in theirs}
+    return _gain_by_seed(rows, other_rows, metric, why)
+
+
+def _predicted_gain(
+    metric: catalog.Metric,
+    ours: list[RunPredictions],
+    others: list[RunPredictions],
+    choices: Sequence[_Choice],
+) -> _GainEstimate:
+    """Return a gain from test predictions, paired by seed and row.
+
+    Raises:
+        KeyError: An array that the metric needs is missing.
+        ValueError: The rows cannot be paired.
+    """
+    variance = sum(choice.variance for choice in choices)
+    comparison = stats.compare(metric, ours, others, choice=variance)
+    return _GainEstimate(
+        _finite((comparison.value, comparison.low, comparison.high)),
+        _describe_interval(ours, others, comparison.seeds, choices),
+        _finite_or_none(comparison.p_value),
+        comparison.seeds,
+        _missing_evidence([*ours, *others]),
+        predicted=True,
+    )
+
+
+def _gain_by_seed(
+    rows: list[ResultRow], other_rows: list[ResultRow], metric: catalog.Metric | None, why: str
+) -> _GainEstimate:
+    """Return a gain from the values of the same seeds, with Student's t interval.
+
+    Args:
+        rows: One row for each seed.
+        other_rows: Those of the other entry, of the same seeds.
+        metric: Their metric; None where none of that name is registered.
+        why: Why it is not computed from test predictions, for the description.
+    """
+    other_values = {row.seed: row.value for row in other_rows}
+    num_seeds = len(_seeds(rows))
     sign = 1 if rows[0].higher_is_better else -1
     gains = [
-        sign * (row.value - theirs_value)
+        sign * (row.value - other_value)
         for row in rows
-        if row.value is not None and (theirs_value := by_seed[row.seed]) is not None
+        if row.value is not None and (other_value := other_values[row.seed]) is not None
     ]
     if not gains:
-        return _GainEstimate(seeds=len(seeds))
+        return _GainEstimate(seeds=num_seeds)
     value, *ends = stats.t_interval(gains)
     least, most = _bounds(metric)
     estimate = _finite((value, *np.clip(ends, least - most, most - least)))
-    how = ONE_SEED if len(seeds) == 1 else f"{T_INTERVAL}{why}"
-    return _GainEstimate(estimate, f"gain: {how}", seeds=len(seeds))
+    how = ONE_SEED if num_seeds == 1 else f"{T_INTERVAL}{why}"
+    return _GainEstimate(estimate, f"gain: {how}", seeds=num_seeds)
 
 
 def _finite_or_none(value: float) -> float | None:
@@ -765,7 +822,8 @@ def _seeds(rows: list[ResultRow]) -> set[int]:
 def _missing_evidence(runs: list[RunPredictions]) -> str:
     """Return a description of the test units where they are too few for a verdict, or ""."""
     least = min(
-        (stats.evidence(run) for run in runs), key=lambda found: (found.enough, found.count)
+        (stats.evidence(run) for run in runs),
+        key=lambda evidence: (evidence.enough, evidence.count),
     )
     return "" if least.enough else least.text()
 

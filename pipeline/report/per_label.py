@@ -114,7 +114,7 @@ def blocks(
     Returns:
         No block where test predictions are missing or have none of these.
     """
-    shown = [(entry, found) for entry in done if (found := runs_of(entry, rows, runs))]
+    shown = [(entry, seeds) for entry in done if (seeds := runs_of(entry, rows, runs))]
     if not shown:
         return []
     compared = best_entry(done, rows, runs)
@@ -154,16 +154,16 @@ def best_entry(
     Returns None where there are no test predictions.
     """
     networks = [entry for entry in done if not entry.is_baseline]
-    shown = [(entry, found) for entry in networks if (found := runs_of(entry, rows, runs))]
+    shown = [(entry, seeds) for entry in networks if (seeds := runs_of(entry, rows, runs))]
     if not shown:
         return None
     best, ours = _best([pair for pair in shown if pair[0].source != SCRATCH] or shown)
     if best.source == SCRATCH:
         return best, ours, []
-    for entry, found in shown:
+    for entry, seeds in shown:
         is_alike = (entry.backbone, entry.label_fraction) == (best.backbone, best.label_fraction)
         if entry.verdict == REFERENCE and is_alike:
-            return best, ours, found
+            return best, ours, seeds
     return best, ours, []
 
 
@@ -665,9 +665,9 @@ def _enough_of_label(kind: LabelKind, run: RunPredictions, column: int) -> bool:
     return count_units(run.predictions["actual"][:, column] > 0, run.groups) >= stats.MIN_UNITS
 
 
-def estimate(found: tuple[float, float, float], digits: int) -> Value | str:
+def estimate(mean_and_bounds: tuple[float, float, float], digits: int) -> Value | str:
     """Return a table cell of (middle, low, high) with the interval on its second line."""
-    middle, low, high = (None if np.isnan(v) else v for v in found)
+    middle, low, high = (None if np.isnan(v) else v for v in mean_and_bounds)
     return DASH if middle is None else _lines(format_interval(middle, low, high, digits))
 
 

@@ -229,7 +229,7 @@ def score_gain(panels: Mapping[str, Sequence[tuple[str, float, MatrixEntry]]], s
     """Draw gains over scratch by a transferability score, one panel for each target.
 
     Args:
-        panels: Target to (source, value of the score, the source's entry).
+        panels: (source, value of the score, the source's entry) of each point, by target.
         score: Name of the score.
     """
     with _plot_settings():
@@ -358,7 +358,7 @@ def strips(episodes: dict[str, np.ndarray]) -> str:
     """Draw frames of episodes, one line for each name, time from left to right.
 
     Args:
-        episodes: Name to frames, (F, H, W, 3) uint8.
+        episodes: Frames by name, (F, H, W, 3) uint8.
     """
     with _plot_settings():
         frames = max(len(frames_of_episode) for frames_of_episode in episodes.values())

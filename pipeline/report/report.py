@@ -219,14 +219,14 @@ def _headline_without_comparisons(entries: Sequence[MatrixEntry]) -> str:
 
 def _describe_correction(entries: Sequence[MatrixEntry]) -> str:
     """Return a sentence on what the headline counts."""
-    found, surviving = _count_verdicts(entries), _count_survivors(entries)
+    verdicts, surviving = _count_verdicts(entries), _count_survivors(entries)
     family = sum(entry.gain_p_holm is not None for entry in entries)
     return (
         "The headline counts only those that survive Holm's correction for all "
         f"{blocks.plural(family, 'comparison')} of the job (corrected p below "
-        f"{SIGNIFICANT}, marked *): {surviving[WINS]} of {blocks.plural(found[WINS], 'win')} and "
-        f"{surviving[LOSES]} of {found[LOSES]} "
-        f"loss{'' if found[LOSES] == 1 else 'es'} by the plain interval."
+        f"{SIGNIFICANT}, marked *): {surviving[WINS]} of "
+        f"{blocks.plural(verdicts[WINS], 'win')} and {surviving[LOSES]} of {verdicts[LOSES]} "
+        f"loss{'' if verdicts[LOSES] == 1 else 'es'} by the plain interval."
     )
 
 
@@ -236,7 +236,7 @@ def _summary_blocks(
     rows: Sequence[ResultRow],
     decimals: dict[str, int],
 ) -> list[Block]:
-    found, surviving = _count_verdicts(entries), _count_survivors(entries)
+    """Return what a comparison is, how many were won and lost, and each target's largest gain."""
     out: list[Block] = []
     if any(entry.transfers for entry in entries):
         out.append(
@@ -248,77 +248,80 @@ def _summary_blocks(
                 "lead",
             )
         )
-    tally = [(str(surviving[WINS]), "won", WINS), (str(surviving[LOSES]), "lost", LOSES)]
-    corrected_away = found[WINS] + found[LOSES] - surviving[WINS] - surviving[LOSES]
-    if corrected_away:
-        tally.append((str(corrected_away), "by the plain interval alone", NOT_SHOWN))
-    tally.append((str(found[NOT_SHOWN]), "not shown", NOT_SHOWN))
-    others = (*((name, name) for name in UNJUDGED), (FAILED, "without a result"))
-    tally += [(str(found[name]), what, name) for name, what in others if found[name]]
-    trials = {(row.trial_id, row.trial_stage) for row in rows}
-    out.append(KeyFigures([*tally, (str(len(trials)), "trials", "")]))
-    body: list[list[str | Value]] = []
-    for target, group in groups.items():
-        best = max(
-            (c for c in group if c.gain is not None and c.source != SCRATCH),
-            key=lambda c: c.gain or 0,
-            default=None,
-        )
-        counts = _count_verdicts(group)
-        value = (
-            Value(
-                (
-                    blocks.format_interval(
-                        best.gain, best.gain_low, best.gain_high, decimals[target], "+"
-                    ),
-                    f"{best.source} · {best.technique} · "
-                    f"{plots.fraction_label(best.label_fraction)}",
-                    f"{blocks.MARKS.get(best.verdict, '')} {best.verdict}",
-                ),
-                best.verdict,
-            )
-            if best
-            else _DASH
-        )
-        numbers = [
-            *(counts[name] for name in (WINS, LOSES, NOT_SHOWN)),
-            sum(counts[name] for name in UNJUDGED),
-            sum(c.n_failed for c in group),
-        ]
-        body.append([target, group[0].metric or _DASH, value, *map(str, numbers)])
-    if body:
-        out.append(
-            blocks.Table(
-                [
-                    "Target",
-                    "Metric",
-                    "Largest gain over scratch",
-                    "Wins",
-                    "Loses",
-                    "Not shown",
-                    "No verdict",
-                    "Failed trials",
-                ],
-                body,
-                2,
-            )
-        )
-        out.append(
+    out.append(_verdict_counts(entries, rows))
+    if groups:
+        out += [
+            _largest_gains(groups, decimals),
             Text(
                 "Wins and losses of this table are by the plain interval. The largest of several "
                 "gains is also the luckiest: on average it is a little too large. All gains stand "
                 "below.",
                 "note",
-            )
-        )
+            ),
+        ]
     return out
+
+
+def _verdict_counts(entries: Sequence[MatrixEntry], rows: Sequence[ResultRow]) -> KeyFigures:
+    """Return the number of comparisons with each verdict, and of trials."""
+    verdicts, surviving = _count_verdicts(entries), _count_survivors(entries)
+    counts = [(str(surviving[WINS]), "won", WINS), (str(surviving[LOSES]), "lost", LOSES)]
+    corrected_away = verdicts[WINS] + verdicts[LOSES] - surviving[WINS] - surviving[LOSES]
+    if corrected_away:
+        counts.append((str(corrected_away), "by the plain interval alone", NOT_SHOWN))
+    counts.append((str(verdicts[NOT_SHOWN]), "not shown", NOT_SHOWN))
+    others = (*((name, name) for name in UNJUDGED), (FAILED, "without a result"))
+    counts += [(str(verdicts[name]), what, name) for name, what in others if verdicts[name]]
+    trials = {(row.trial_id, row.trial_stage) for row in rows}
+    return KeyFigures([*counts, (str(len(trials)), "trials", "")])
+
+
+def _largest_gains(
+    groups: Mapping[str, Sequence[MatrixEntry]], decimals: Mapping[str, int]
+) -> blocks.Table:
+    """Return the largest gain of each target, and how many comparisons have each verdict."""
+    body: list[list[str | Value]] = []
+    for target, group in groups.items():
+        verdicts = _count_verdicts(group)
+        numbers = [
+            *(verdicts[name] for name in (WINS, LOSES, NOT_SHOWN)),
+            sum(verdicts[name] for name in UNJUDGED),
+            sum(entry.n_failed for entry in group),
+        ]
+        gain = _largest_gain(group, decimals[target])
+        body.append([target, group[0].metric or _DASH, gain, *map(str, numbers)])
+    head = [
+        "Target",
+        "Metric",
+        "Largest gain over scratch",
+        "Wins",
+        "Loses",
+        "Not shown",
+        "No verdict",
+        "Failed trials",
+    ]
+    return blocks.Table(head, body, 2)
+
+
+def _largest_gain(group: Sequence[MatrixEntry], decimals: int) -> str | Value:
+    """Return the largest gain of a target with its interval, the entry that has it, its verdict."""
+    compared = [entry for entry in group if entry.gain is not None and entry.source != SCRATCH]
+    if not compared:
+        return _DASH
+    best = max(compared, key=lambda entry: entry.gain or 0)
+    lines = (
+        blocks.format_interval(best.gain, best.gain_low, best.gain_high, decimals, "+"),
+        f"{best.source} · {best.technique} · {plots.fraction_label(best.label_fraction)}",
+        f"{blocks.MARKS.get(best.verdict, '')} {best.verdict}",
+    )
+    return Value(lines, best.verdict)
 
 
 def _gain_blocks(groups: dict[str, list[MatrixEntry]]) -> list[Block]:
     shown = {
         target: compared
         for target, group in groups.items()
-        if (compared := [c for c in group if c.gain is not None and not c.against])
+        if (compared := [entry for entry in group if entry.gain is not None and not entry.against])
     }
     if not shown:
         return []
@@ -333,7 +336,9 @@ def _gain_blocks(groups: dict[str, list[MatrixEntry]]) -> list[Block]:
         ),
     ]
     for target, group in shown.items():
-        group = sorted(group, key=lambda c: (fraction_order(c.label_fraction), -(c.gain or 0)))
+        group = sorted(
+            group, key=lambda entry: (fraction_order(entry.label_fraction), -(entry.gain or 0))
+        )
         svg = plots.forest(group, f"{target}, gain in {group[0].metric}", limits[target])
         caption = f"{target}: gain in {group[0].metric} over scratch, with 95 % intervals."
         out.append(Figure(svg, caption))
@@ -378,17 +383,21 @@ def _best_baseline_note(target: str, group: Sequence[MatrixEntry]) -> list[Block
         ]
     if not compared:
         return []
-    found = Counter(entry.best_baseline_verdict for entry in compared)
+    verdicts = Counter(entry.best_baseline_verdict for entry in compared)
     words = {SINGLE_SEED: "with one seed"}
-    others = "".join(f", {found[one]} {words.get(one, one)}" for one in UNJUDGED if found[one])
+    others = "".join(
+        f", {verdicts[verdict]} {words.get(verdict, verdict)}"
+        for verdict in UNJUDGED
+        if verdicts[verdict]
+    )
     best = ", ".join(dict.fromkeys(entry.best_baseline for entry in compared))
     return [
         Text(
             f"{target}: the gain over the best baseline is over {best}. A baseline is a model "
             "without a network, fitted on the same labelled rows; the best one is chosen on "
             "validation rows. By the plain 95 % interval, which is not corrected for the number "
-            f"of comparisons, {found[WINS]} of {len(compared)} networks are better than it, "
-            f"{found[LOSES]} are worse{others}.",
+            f"of comparisons, {verdicts[WINS]} of {len(compared)} networks are better than it, "
+            f"{verdicts[LOSES]} are worse{others}.",
             "note",
         )
     ]
@@ -411,55 +420,76 @@ def _target_blocks(
     split: str,
     pooled: tuple[Sequence[ResultRow], dict[str, stats.RunPredictions]],
 ) -> list[Block]:
-    metric = next((c.metric for c in group if c.metric), "")
-    done = [c for c in group if c.mean is not None]
+    """Return the section of a target.
+
+    Args:
+        target: Its name.
+        group: Its entries.
+        comparable: The entries of `over_best_scratch`, by key.
+        rows: Results rows.
+        curves: Validations of each trial, by its id.
+        decimals: Decimals of the target's values.
+        split: Where its splits come from.
+        pooled: What `folds.pool` returns.
+    """
+    metric = next((entry.metric for entry in group if entry.metric), "")
+    done = [entry for entry in group if entry.mean is not None]
     out: list[Block] = [Heading(target)]
     if done:
-        sizes = sorted({c.n_test for c in done if c.n_test})
-        seeds = sorted({c.n_seeds for c in done})
-        better = "higher" if done[0].higher_is_better else "lower"
-        averaged = (
-            blocks.plural(seeds[0], "seed")
-            if len(seeds) == 1
-            else f"{seeds[0]} to {seeds[-1]} seeds"
-        )
-        rows_read = " or ".join(blocks.format_count(n) for n in sizes) or "an unknown number of"
-        out.append(
-            Text(
-                f"Test {metric} ({better} is better), mean over {averaged} on {rows_read} test "
-                "rows, with 95 % intervals, the best value first. A gain is positive where it is "
-                "better. ▲ wins, ▼ loses: its interval excludes zero, * also after Holm's "
-                "correction. ○ not shown: it holds zero."
-            )
-        )
+        out.append(Text(_describe_values(metric, done)))
     out += _value_tables(group, comparable, decimals)
     out += [*_several_networks_note(target, group), *_best_baseline_note(target, group)]
     if split:
         out.append(Text(f"Splits: {split}", "note"))
-    followed = _curve_metric(metric, target, rows, curves)
-    panels = learning_curves(target, followed, rows, curves)
-    if panels:
-        caption = (
-            f"{target}: validation {followed} while fine-tuning, mean over seeds up to the last "
-            "step that all of them reached."
-        )
-        if any(row.target == target and row.split == results.SOURCE_VALIDATION for row in rows):
-            caption += " With 0 labels it is that on the source's validation rows."
-        numbers = _curve_table(panels, followed, decimals)
-        out.append(Figure(plots.learning(panels, followed), caption, numbers))
-    if len({c.label_fraction for c in done if c.n_train}) > 1:
-        out.append(
-            Figure(
-                plots.label_efficiency(done),
-                f"{target}: test {metric} by number of labelled rows, with 95 % intervals.",
-            )
-        )
+    out += _curve_blocks(target, metric, rows, curves, decimals)
+    if len({entry.label_fraction for entry in done if entry.n_train}) > 1:
+        caption = f"{target}: test {metric} by number of labelled rows, with 95 % intervals."
+        out.append(Figure(plots.label_efficiency(done), caption))
     return (
         out
         + per_label.blocks(target, done, *pooled)
         + subgroups.blocks(target, done, *pooled)
         + rollouts.blocks(target, done, *pooled)
     )
+
+
+def _describe_values(metric: str, done: Sequence[MatrixEntry]) -> str:
+    """Return what the values of a target's tables are."""
+    sizes = sorted({entry.n_test for entry in done if entry.n_test})
+    counts = sorted({entry.n_seeds for entry in done})
+    seeds = f"{counts[0]} to {counts[-1]} seeds"
+    if len(counts) == 1:
+        seeds = blocks.plural(counts[0], "seed")
+    better = "higher" if done[0].higher_is_better else "lower"
+    rows_read = " or ".join(blocks.format_count(n) for n in sizes) or "an unknown number of"
+    return (
+        f"Test {metric} ({better} is better), mean over {seeds} on {rows_read} test "
+        "rows, with 95 % intervals, the best value first. A gain is positive where it is "
+        "better. ▲ wins, ▼ loses: its interval excludes zero, * also after Holm's "
+        "correction. ○ not shown: it holds zero."
+    )
+
+
+def _curve_blocks(
+    target: str,
+    metric: str,
+    rows: Sequence[ResultRow],
+    curves: Mapping[str, Sequence[CurvePoint]],
+    decimals: int,
+) -> list[Block]:
+    """Return the figure of a target's learning curves, nothing where there are none."""
+    shown_metric = _curve_metric(metric, target, rows, curves)
+    panels = learning_curves(target, shown_metric, rows, curves)
+    if not panels:
+        return []
+    caption = (
+        f"{target}: validation {shown_metric} while fine-tuning, mean over seeds up to the last "
+        "step that all of them reached."
+    )
+    if any(row.target == target and row.split == results.SOURCE_VALIDATION for row in rows):
+        caption += " With 0 labels it is that on the source's validation rows."
+    numbers = _curve_table(panels, shown_metric, decimals)
+    return [Figure(plots.learning(panels, shown_metric), caption, numbers)]
 
 
 def _value_tables(
@@ -767,25 +797,27 @@ def _unjudged(entries: Sequence[MatrixEntry]) -> list[str]:
             reasons["Not compared (no seed in common, or test predictions are missing)"].append(
                 entry
             )
-    return [f"{reason}: {_names(found)}." for reason, found in reasons.items()]
+    return [f"{reason}: {_names(unjudged)}." for reason, unjudged in reasons.items()]
 
 
 def _without_validation(entries: Sequence[MatrixEntry]) -> list[str]:
-    found = [
+    unvalidated = [
         entry
         for entry in entries
         if entry.n_seeds and entry.validation is None and not entry.is_baseline
     ]
-    if not found:
+    if not unvalidated:
         return []
-    return [f"No value on validation rows, so never chosen by it: {_names(found)}."]
+    return [f"No value on validation rows, so never chosen by it: {_names(unvalidated)}."]
 
 
 def _without_search_noise(entries: Sequence[MatrixEntry]) -> list[str]:
-    found = [entry for entry in entries if "without the noise of the search" in entry.interval]
-    if not found:
+    without_noise = [
+        entry for entry in entries if "without the noise of the search" in entry.interval
+    ]
+    if not without_noise:
         return []
-    return [f"Intervals that leave out how much the search itself varies: {_names(found)}."]
+    return [f"Intervals that leave out how much the search itself varies: {_names(without_noise)}."]
 
 
 def _names(entries: Sequence[MatrixEntry]) -> str:
@@ -868,13 +900,15 @@ def _backbone_costs(
         spent[row.source, row.backbone].append(row.seconds or 0.0)
     body: list[list[str | Value]] = []
     for source, backbone in dict.fromkeys((entry.source, entry.backbone) for entry in timed):
-        own = [entry for entry in timed if (entry.source, entry.backbone) == (source, backbone)]
+        of_source = [
+            entry for entry in timed if (entry.source, entry.backbone) == (source, backbone)
+        ]
         sizes = [
             entry.params_trained
             for entry in timed
             if entry.backbone == backbone and entry.params_trained is not None
         ]
-        compared = {(entry.target, entry.label_fraction) for entry in own}
+        compared = {(entry.target, entry.label_fraction) for entry in of_source}
         of_scratch = [
             entry for entry in scratch[backbone] if (entry.target, entry.label_fraction) in compared
         ]
@@ -884,10 +918,10 @@ def _backbone_costs(
                 Value((source, backbone)),
                 blocks.format_count(max(sizes, default=None)),
                 _DASH if source == SCRATCH else blocks.format_seconds(trained.get(source)),
-                str(len({entry.target for entry in own})),
+                str(len({entry.target for entry in of_source})),
                 blocks.format_count(len(seconds)),
                 blocks.format_seconds(sum(seconds)),
-                _mean_time(own),
+                _mean_time(of_source),
                 _DASH if source == SCRATCH else _mean_time(of_scratch),
             ]
         )
@@ -927,11 +961,11 @@ def _trial_costs(entries: Sequence[MatrixEntry], rows: Sequence[ResultRow]) -> b
     several = {
         target
         for target, *_ in shown
-        if has_several_backbones(c for key in shown if key[0] == target for c in shown[key])
+        if has_several_backbones(entry for key in shown if key[0] == target for entry in shown[key])
     }
     body: list[list[str]] = []
     for key, group in shown.items():
-        params = [c.params_trained for c in group if c.params_trained is not None]
+        params = [entry.params_trained for entry in group if entry.params_trained is not None]
         trials = spent.get(key, [])
         body.append(
             [
@@ -941,7 +975,7 @@ def _trial_costs(entries: Sequence[MatrixEntry], rows: Sequence[ResultRow]) -> b
                 blocks.format_count(max(params, default=None)),
                 blocks.format_count(len(trials)),
                 blocks.format_seconds(sum(trials)),
-                "; ".join(dict.fromkeys(c.layers_trained for c in group)),
+                "; ".join(dict.fromkeys(entry.layers_trained for entry in group)),
             ]
         )
     head = [
@@ -963,17 +997,17 @@ def _scored(source_scores: Mapping[str, PairScores]) -> dict[str, PairScores]:
 
 def _shifts(source_scores: Mapping[str, PairScores]) -> dict[str, list[Shift]]:
     """Return what was measured of each target's rows."""
-    found: dict[str, list[Shift]] = defaultdict(list)
+    shifts: dict[str, list[Shift]] = defaultdict(list)
     for pair in source_scores.values():
-        found[pair.target] += pair.shifts
-    return found
+        shifts[pair.target] += pair.shifts
+    return shifts
 
 
 def _known_scores(
     rows: Sequence[ResultRow], scores: Mapping[str, SelectionScore] | None
 ) -> dict[tuple[str, str, str], float]:
     """Return the value of each (target, source, name of the score), NaN where it is not defined."""
-    found: dict[tuple[str, str, str], float] = {
+    values: dict[tuple[str, str, str], float] = {
         (r.target, r.source, gains.score_name(r.score_name)): r.score_value
         for r in rows
         if r.score_name and r.score_value is not None
@@ -981,11 +1015,11 @@ def _known_scores(
     for pair, scored in (scores or {}).items():
         source, _, target = pair.rpartition("|")
         value = scored["score_value"]
-        found.setdefault(
+        values.setdefault(
             (target, source, gains.score_name(scored["score_name"])),
             math.nan if value is None else value,
         )
-    return found
+    return values
 
 
 def _score_blocks(
@@ -993,11 +1027,11 @@ def _score_blocks(
 ) -> list[Block]:
     """Return the table of transferability scores, also of sources left out because of theirs."""
     tried = {(row.target, row.source) for row in rows}
-    found = _known_scores(rows, scores)
-    if not found:
+    values = _known_scores(rows, scores)
+    if not values:
         return []
     body: list[list[str]] = []
-    for (target, source, name), value in gains.best_scores_first(found):
+    for (target, source, name), value in gains.best_scores_first(values):
         what = "fine-tuned" if (target, source) in tried else "left out"
         shown = "undefined" if math.isnan(value) else f"{value:.4g}"
         body.append([target, source, name, what, shown])
@@ -1086,8 +1120,8 @@ def _failure_blocks(rows: Sequence[ResultRow]) -> list[Block]:
 
 
 def _duplicate_blocks(rows: Sequence[ResultRow]) -> list[Block]:
-    found = results.duplicates(list(rows))
-    if not found:
+    sentences = results.duplicates(list(rows))
+    if not sentences:
         return []
     return [
         Heading("Identical results under different settings", 3),
@@ -1097,7 +1131,7 @@ def _duplicate_blocks(rows: Sequence[ResultRow]) -> list[Block]:
             "trust them.",
             "warning",
         ),
-        Bullets(found),
+        Bullets(sentences),
     ]
 
 
@@ -1161,8 +1195,37 @@ def _method_blocks(
     versions: dict[str, str],
     code_notes: Sequence[str],
 ) -> list[Block]:
-    compared = sum(entry.gain_p_holm is not None for entry in entries)
-    method = (
+    """Return how numbers were made: by which statistics, code, versions and hyper-parameters."""
+    out: list[Block] = [Heading("How this was made"), Bullets(_describe_statistics(entries, rows))]
+    if code_notes:
+        out += [
+            Heading("Trials of other code or versions", 3),
+            Text(code_notes[0], "warning"),
+            Bullets(list(code_notes[1:])),
+        ]
+    made_with = _versions(rows, versions)
+    if made_with:
+        out += [Heading("Versions", 3), blocks.Table(["What", "Which"], made_with, 2)]
+    parameters = [
+        [
+            entry.target,
+            _row_label(entry, False),
+            plots.fraction_label(entry.label_fraction),
+            _format_parameters(entry.hyper_parameters),
+        ]
+        for entry in entries
+        if entry.n_seeds
+    ]
+    if parameters:
+        head = ["Target", "Source · technique", "Labels", "Hyper-parameters"]
+        table = blocks.Table(head, parameters, 4)
+        out.append(Details("Hyper-parameters of the final trials", [table]))
+    return out
+
+
+def _describe_statistics(entries: Sequence[MatrixEntry], rows: Sequence[ResultRow]) -> list[str]:
+    """Return sentences on intervals, verdicts and corrections."""
+    sentences = [
         "Intervals are 95 % and take seeds for the readers and test units for the cases of a "
         "multi-reader study (Obuchowski and Rockette, 1995; degrees "
         "of freedom as Hillis, 2007): the variance between seeds by Student's t, and the "
@@ -1170,77 +1233,43 @@ def _method_blocks(
         f"declare them, by a paired bootstrap (Efron and Tibshirani, 1993) with {stats.DRAWS} "
         f"draws (down to {stats.RECOMPUTED_DRAWS} where rows are "
         "many and the metric is no sum over them, or it compares pairs of rows). Of one seed they "
-        "are percentile bootstraps over test units alone."
-    )
-    sentences = [
-        method,
+        "are percentile bootstraps over test units alone.",
         "Gains are paired: the same seeds and the same test rows, sampled together for both "
         "sides. Positive is better. A verdict needs "
         f"{MIN_SEEDS} paired seeds, and {stats.MIN_RARER_UNITS} test units of the rarer "
         f"class ({stats.MIN_UNITS} test units where rows have no "
         "classes). No interval passes the bounds of its metric.",
     ]
-    if compared:
+    num_compared = sum(entry.gain_p_holm is not None for entry in entries)
+    if num_compared:
         sentences.append(
             "The plain intervals are not corrected for the number of comparisons: of "
-            f"{compared} comparisons without any true difference, about "
-            f"{SIGNIFICANT * compared:.1f} would still be won or lost by them. Corrected p "
+            f"{num_compared} comparisons without any true difference, about "
+            f"{SIGNIFICANT * num_compared:.1f} would still be won or lost by them. Corrected p "
             "values are Holm's (1979)."
         )
     if any(row.trial_stage == "search" and row.drawn != "{}" for row in rows):
         sentences.append(SEARCH_NOISE)
-    ways = Counter(entry.interval for entry in entries if entry.interval)
-    sentences += [f"{way}: {blocks.plural(count, 'result')}." for way, count in ways.items()]
-    out: list[Block] = [Heading("How this was made"), Bullets(sentences)]
-    if code_notes:
-        out += [
-            Heading("Trials of other code or versions", 3),
-            Text(code_notes[0], "warning"),
-            Bullets(list(code_notes[1:])),
-        ]
-    made_with = [
+    intervals = Counter(entry.interval for entry in entries if entry.interval)
+    sentences += [f"{how}: {blocks.plural(count, 'result')}." for how, count in intervals.items()]
+    return sentences
+
+
+def _versions(rows: Sequence[ResultRow], versions: Mapping[str, str]) -> list[list[str]]:
+    """Return lines (what, which) on the libraries, the job, the code, devices and the start."""
+    out = [
         *code_versions.versions_table(rows),
         *([name, str(version)] for name, version in versions.items()),
     ]
-    for column, what in (
-        ("spec_hash", "spec hash"),
-        ("git_sha", "git commit"),
-        ("device", "device"),
-    ):
+    columns = {"spec_hash": "spec hash", "git_sha": "git commit", "device": "device"}
+    for column, what in columns.items():
         values = sorted({str(getattr(row, column)) for row in rows if getattr(row, column)})
         if values and not set(values) <= set(map(str, versions.values())):
-            made_with.append(
-                [
-                    what,
-                    ", ".join(values[:6])
-                    + (f" and {len(values) - 6} more" if len(values) > 6 else ""),
-                ]
-            )
+            more = f" and {len(values) - 6} more" if len(values) > 6 else ""
+            out.append([what, ", ".join(values[:6]) + more])
     times = [row.started_at for row in rows if row.started_at]
-    made_with += [["first trial started", f"{min(times):%Y-%m-%d %H:%M} UTC"]] if times else []
-    if made_with:
-        out += [Heading("Versions", 3), blocks.Table(["What", "Which"], made_with, 2)]
-    winners = [
-        [
-            c.target,
-            _row_label(c, False),
-            plots.fraction_label(c.label_fraction),
-            _format_parameters(c.hyper_parameters),
-        ]
-        for c in entries
-        if c.n_seeds
-    ]
-    if winners:
-        out.append(
-            Details(
-                "Hyper-parameters of the final trials",
-                [
-                    blocks.Table(
-                        ["Target", "Source · technique", "Labels", "Hyper-parameters"], winners, 4
-                    )
-                ],
-            )
-        )
+    if times:
+        out.append(["first trial started", f"{min(times):%Y-%m-%d %H:%M} UTC"])
     return out
 
 

@@ -172,16 +172,16 @@ class ResultRow:
         return json.loads(self.hyper_parameters or "{}")
 
     @classmethod
-    def from_columns(cls, found: Mapping[str, Any]) -> Self:
+    def from_columns(cls, columns: Mapping[str, Any]) -> Self:
         """Make a row from its columns.
 
         Raises:
             ValueError: The table has no such column.
         """
-        for name in found:
+        for name in columns:
             if name not in COLUMNS:
                 raise ValueError(f"results have no column {name!r}; {nearest(name, COLUMNS)}")
-        return cls(**{name: value for name, value in found.items() if value is not None})
+        return cls(**{name: value for name, value in columns.items() if value is not None})
 
     def columns(self) -> dict[str, Any]:
         """Return the value of each column as the table holds it, with None for empty values."""
@@ -191,14 +191,14 @@ class ResultRow:
         }
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> Self:
+    def from_json(cls, record: Mapping[str, Any]) -> Self:
         """Make a row from a trial's record (`to_json`)."""
-        settings, started = found.get("hyper_parameters"), found.get("started_at")
+        settings, started = record.get("hyper_parameters"), record.get("started_at")
         changed = {
             "hyper_parameters": None if settings is None else json.dumps(settings, sort_keys=True),
             "started_at": None if started is None else datetime.fromtimestamp(started, UTC),
         }
-        return cls.from_columns({**found, **changed})
+        return cls.from_columns({**record, **changed})
 
     def to_json(self) -> JsonObject:
         """Return the row as a trial's record holds it.
@@ -346,11 +346,11 @@ def _index(rows: Iterable[ResultRow]) -> bytes:
         trials[row.trial_id, row.trial_stage].append(row)
     head = ("name", "status", "current", "metric", "validation", "test", "folder", "bundle")
     lines: list[tuple[Any, ...]] = []
-    for (trial_id, _), found in trials.items():
-        first = found[0]
+    for (trial_id, _), rows_of_trial in trials.items():
+        first = rows_of_trial[0]
         values = {
             "validation" if row.is_validation else row.split: row.value
-            for row in found
+            for row in rows_of_trial
             if row.metric == first.metric
         }
         lines.append(
@@ -539,12 +539,12 @@ def duplicates(rows: list[ResultRow]) -> list[str]:
                     trial_id
                 )
         for signature, ids in alike.items():
-            found = [trials[i] for i in ids]
-            is_solved = all("solver" in row.settings for row in found)
+            same_trials = [trials[i] for i in ids]
+            is_solved = all("solver" in row.settings for row in same_trials)
             differing = [
                 name
                 for name in (_SETTINGS_OF_A_SOLUTION if is_solved else _SETTINGS)
-                if len({_normalize_setting(row, name) for row in found}) > 1
+                if len({_normalize_setting(row, name) for row in same_trials}) > 1
             ]
             if differing and frozenset(ids) not in out:
                 what = (
@@ -552,7 +552,7 @@ def duplicates(rows: list[ResultRow]) -> list[str]:
                     if signature[0] == "loss"
                     else f"every {split} metric"
                 )
-                out[frozenset(ids)] = _describe_duplicates(target, what, found, differing)
+                out[frozenset(ids)] = _describe_duplicates(target, what, same_trials, differing)
     return list(out.values())
 
 
@@ -568,15 +568,15 @@ def _normalize_setting(row: ResultRow, name: str) -> Any:
 
 
 def _describe_duplicates(
-    target: str, what: str, found: list[ResultRow], differing: list[str]
+    target: str, what: str, trials: list[ResultRow], differing: list[str]
 ) -> str:
     shown = [
         f"{row.trial_id} ({', '.join(str(getattr(row, name)) for name in differing)})"
-        for row in found[:4]
+        for row in trials[:4]
     ]
-    more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+    more = f" and {len(trials) - 4} more" if len(trials) > 4 else ""
     names = ", ".join(name.replace("_", " ") for name in differing)
     return (
-        f"{target}: {what} is identical in {len(found)} trials that differ in {names}: "
+        f"{target}: {what} is identical in {len(trials)} trials that differ in {names}: "
         f"{'; '.join(shown)}{more}."
     )

@@ -50,9 +50,9 @@ def blocks(
     simulator.
     """
     ran = [
-        (entry, found)
+        (entry, seeds)
         for entry in done
-        if (found := [run for run in runs_of(entry, rows, runs) if "return" in run.predictions])
+        if (seeds := [run for run in runs_of(entry, rows, runs) if "return" in run.predictions])
     ]
     if not ran:
         return []
@@ -73,10 +73,10 @@ def blocks(
         )
     )
     several = len({entry.backbone for entry, _ in ran}) > 1
-    shown += [(_label(entry, several), "", found) for entry, found in ran]
+    shown += [(_label(entry, several), "", seeds) for entry, seeds in ran]
     estimates = [
-        [_estimate(f"{prefix}{name}", found) for name in SHOWN_METRICS]
-        for _, prefix, found in shown
+        [_estimate(f"{prefix}{name}", seeds) for name in SHOWN_METRICS]
+        for _, prefix, seeds in shown
     ]
     digits = [
         decimal_places([line[i][1:] for line in estimates]) for i in range(len(SHOWN_METRICS))
@@ -87,8 +87,8 @@ def blocks(
     ]
     num_diverged = sum(
         int(run.predictions["diverged"].sum())
-        for _, found in ran
-        for run in found
+        for _, seeds in ran
+        for run in seeds
         if "diverged" in run.predictions
     )
     caption = (
@@ -118,8 +118,8 @@ def _strips(
     """
     filmed = [
         (entry, rollout_frames)
-        for entry, found in ran
-        if (rollout_frames := found[0].rollout_frames) is not None
+        for entry, seeds in ran
+        if (rollout_frames := seeds[0].rollout_frames) is not None
     ]
     if not filmed:
         return []
@@ -142,11 +142,11 @@ def _label(entry: MatrixEntry, several: bool) -> str:
     return f"{who}, {entry.n_train} episode{'' if entry.n_train == 1 else 's'}"
 
 
-def _estimate(name: str, found: list[RunPredictions]) -> Estimate:
+def _estimate(name: str, seeds: list[RunPredictions]) -> Estimate:
     """Return (mean, low, high) of a metric, NaN where it was not recorded."""
-    if any(name not in run.predictions for run in found):
+    if any(name not in run.predictions for run in seeds):
         return math.nan, math.nan, math.nan
-    return stats.mean_interval(metric(name), found)
+    return stats.mean_interval(metric(name), seeds)
 
 
 def _format_estimate(value: Estimate, digits: int) -> str | Value:

@@ -98,16 +98,16 @@ def outcomes(entries: Sequence[MatrixEntry]) -> list[Outcome]:
             group.setdefault(entry.source, {})[entry.technique] = entry
     out: list[Outcome] = []
     for (target, fraction), by_source in tried.items():
-        each = [set(found) for found in by_source.values()]
-        common = each[0].intersection(*each[1:])
+        techniques = [set(by_technique) for by_technique in by_source.values()]
+        common = techniques[0].intersection(*techniques[1:])
         if len(by_source) < 2 or not common:
             continue
         first = next(iter(by_source.values()))[min(common)]
         sign = 1.0 if first.higher_is_better else -1.0
         means: dict[str, float] = {}
         halves: dict[str, float] = {}
-        for source, found in by_source.items():
-            chosen = [found[technique] for technique in sorted(common)]
+        for source, by_technique in by_source.items():
+            chosen = [by_technique[technique] for technique in sorted(common)]
             means[source] = sign * fmean(entry.mean or 0.0 for entry in chosen)
             halves[source] = fmean(_half_width(entry) for entry in chosen)
         out.append(Outcome(target, fraction, first.metric, first.higher_is_better, means, halves))
@@ -125,15 +125,15 @@ def tau(values: Sequence[float], means: Sequence[float]) -> float:
     """Return the weighted Kendall tau, NaN where all values or all means are equal."""
     if len(set(values)) < 2 or len(set(means)) < 2:
         return float("nan")
-    found: Any = scipy_stats.weightedtau(values, means)  # pyright: ignore[reportUnknownMemberType]
-    return float(found.statistic)
+    correlation: Any = scipy_stats.weightedtau(values, means)  # pyright: ignore[reportUnknownMemberType]
+    return float(correlation.statistic)
 
 
-def ranked(found: Mapping[str, ScoreValue], outcome: Outcome) -> dict[str, float]:
+def ranked(scores: Mapping[str, ScoreValue], outcome: Outcome) -> dict[str, float]:
     """Return the defined score of each source, the best first; larger is better."""
     signed: dict[str, float] = {}
     for source in outcome.means:
-        score = found.get(source)
+        score = scores.get(source)
         if score is not None and score.value is not None:
             signed[source] = score.value if score.higher_is_better else -score.value
     return dict(sorted(signed.items(), key=lambda pair: -pair[1]))
@@ -162,7 +162,7 @@ def regret(order: Mapping[str, float], outcome: Outcome, top: int) -> float:
 def audit(
     domain: str,
     score: str,
-    found: Mapping[tuple[str, str], ScoreValue],
+    scores: Mapping[tuple[str, str], ScoreValue],
     shown: Sequence[Outcome],
     seconds: float | None = None,
     trial_seconds: float | None = None,
@@ -171,7 +171,7 @@ def audit(
     """Compare a score with what fine-tuning showed.
 
     Args:
-        found: (target, source) to the score.
+        scores: The score's value by (target, source).
         shown: Outcomes of the domain.
         seconds: See `Audit`.
         trial_seconds: See `Audit`.
@@ -179,28 +179,30 @@ def audit(
     """
     orders: list[tuple[Outcome, dict[str, float]]] = []
     for outcome in shown:
-        of_target = {source: v for (target, source), v in found.items() if target == outcome.target}
+        of_target = {
+            source: v for (target, source), v in scores.items() if target == outcome.target
+        }
         order = ranked(of_target, outcome)
         if len(order) > 1:
             orders.append((outcome, order))
-    pairs = len({(one.target, source) for one, order in orders for source in order})
+    pairs = len({(outcome.target, source) for outcome, order in orders for source in order})
     if not orders:
         return Audit(domain, score, None, None, None, None, None, None, seconds, trial_seconds, 0)
     low, high = _interval(orders, draws) if pairs >= MIN_PAIRS else (None, None)
-    wide = [(one, order) for one, order in orders if len(one.means) > 3]
+    wide = [(outcome, order) for outcome, order in orders if len(outcome.means) > 3]
     return Audit(
         domain,
         score,
-        _mean_by_target((one.target, _tau_of(one, order)) for one, order in orders),
+        _mean_by_target((outcome.target, _tau_of(outcome, order)) for outcome, order in orders),
         low,
         high,
-        _mean_by_target((one.target, regret(order, one, 1)) for one, order in orders),
-        _mean_by_target((one.target, regret(order, one, 3)) for one, order in wide),
-        _mean_by_target((one.target, _chance(one)) for one, _ in orders),
+        _mean_by_target((outcome.target, regret(order, outcome, 1)) for outcome, order in orders),
+        _mean_by_target((outcome.target, regret(order, outcome, 3)) for outcome, order in wide),
+        _mean_by_target((outcome.target, _chance(outcome)) for outcome, _ in orders),
         seconds,
         trial_seconds,
         pairs,
-        tuple(line for one, order in orders if (line := _misled(one, order))),
+        tuple(line for outcome, order in orders if (line := _misled(outcome, order))),
     )
 
 
@@ -218,7 +220,7 @@ def _mean_by_target(values: Iterable[tuple[str, float]]) -> float | None:
     for target, value in values:
         if np.isfinite(value):
             by_target[target].append(value)
-    return fmean(fmean(found) for found in by_target.values()) if by_target else None
+    return fmean(fmean(of_target) for of_target in by_target.values()) if by_target else None
 
 
 def _interval(
@@ -233,15 +235,16 @@ def _interval(
     for outcome, order in orders:
         by_target[outcome.target].append((outcome, order))
     groups = list(by_target.values())
-    found: list[float] = []
+    drawn_taus: list[float] = []
     if len(groups) >= MANY_TARGETS:
         taus = [
-            _mean_by_target((one.target, _tau_of(one, order)) for one, order in g) for g in groups
+            _mean_by_target((outcome.target, _tau_of(outcome, order)) for outcome, order in g)
+            for g in groups
         ]
-        known = np.array([value for value in taus if value is not None])
-        if len(known) < MANY_TARGETS:
+        finite = np.array([value for value in taus if value is not None])
+        if len(finite) < MANY_TARGETS:
             return None, None
-        means = known[rng.integers(0, len(known), (10 * draws, len(known)))].mean(1)
+        means = finite[rng.integers(0, len(finite), (10 * draws, len(finite)))].mean(1)
         low, high = np.percentile(means, (2.5, 97.5))
         return float(low), float(high)
     for _ in range(draws):
@@ -250,20 +253,20 @@ def _interval(
             group = groups[int(place)]
             sources = list(group[0][1])
             drawn = [sources[int(k)] for k in rng.integers(0, len(sources), len(sources))]
-            taus = [_tau_of_drawn(one, order, drawn) for one, order in group]
-            if known := [value for value in taus if np.isfinite(value)]:
-                of_targets.append(fmean(known))
+            taus = [_tau_of_drawn(outcome, order, drawn) for outcome, order in group]
+            if finite := [value for value in taus if np.isfinite(value)]:
+                of_targets.append(fmean(finite))
         if of_targets:
-            found.append(fmean(of_targets))
-    if len(found) < draws / 2:
+            drawn_taus.append(fmean(of_targets))
+    if len(drawn_taus) < draws / 2:
         return None, None
-    low, high = np.percentile(found, (2.5, 97.5))
+    low, high = np.percentile(drawn_taus, (2.5, 97.5))
     return float(low), float(high)
 
 
 def _tau_of_drawn(outcome: Outcome, order: Mapping[str, float], drawn: Sequence[str]) -> float:
-    known = [source for source in drawn if source in order]
-    return tau([order[source] for source in known], [outcome.means[source] for source in known])
+    scored = [source for source in drawn if source in order]
+    return tau([order[source] for source in scored], [outcome.means[source] for source in scored])
 
 
 def _misled(outcome: Outcome, order: Mapping[str, float]) -> str:
@@ -348,8 +351,8 @@ def audits(
 
 def title(name: str) -> str:
     """Return how tables call a score; one of a plugin that is not there by its name."""
-    known = registry.entries("score")
-    return (known[name].title if name in known else "") or name
+    scores = registry.entries("score")
+    return (scores[name].title if name in scores else "") or name
 
 
 def blocks_of_scores(scores: Mapping[str, PairScores]) -> list[Block]:
@@ -398,24 +401,25 @@ def _shown(pair: PairScores, name: str) -> str:
     return f"{value.value:.4g} [{value.low:.4g}, {value.high:.4g}]"
 
 
-def blocks_of_audits(found: Sequence[Audit]) -> list[Block]:
+def blocks_of_audits(all_audits: Sequence[Audit]) -> list[Block]:
     """Return the table of the audits, and what it means in words."""
-    known = [one for one in found if one.tau is not None or one.top_1 is not None]
-    if not known:
+    judged = [audit for audit in all_audits if audit.tau is not None or audit.top_1 is not None]
+    if not judged:
         return []
     body = [
         [
-            one.domain or blocks.DASH,
-            title(one.score),
-            _interval_text(one),
-            _number(one.top_1),
-            _number(one.top_3),
-            _number(one.chance),
-            _number(one.seconds, "s"),
-            _number(one.trial_seconds, "s"),
+            audit.domain or blocks.DASH,
+            title(audit.score),
+            _interval_text(audit),
+            _number(audit.top_1),
+            _number(audit.top_3),
+            _number(audit.chance),
+            _number(audit.seconds, "s"),
+            _number(audit.trial_seconds, "s"),
         ]
-        for one in sorted(
-            known, key=lambda one: (one.domain, -(one.tau if one.tau is not None else -2))
+        for audit in sorted(
+            judged,
+            key=lambda audit: (audit.domain, -(audit.tau if audit.tau is not None else -2)),
         )
     ]
     head = [
@@ -428,7 +432,7 @@ def blocks_of_audits(found: Sequence[Audit]) -> list[Block]:
         "Scoring",
         "One trial",
     ]
-    few = [one for one in known if one.pairs < MIN_PAIRS]
+    few = [audit for audit in judged if audit.pairs < MIN_PAIRS]
     out: list[Block] = [
         Heading("What the scores were worth"),
         Text(
@@ -451,11 +455,13 @@ def blocks_of_audits(found: Sequence[Audit]) -> list[Block]:
             )
         )
     lines = [
-        f"{title(one.score)} would have misled: {line}." for one in known for line in one.misled
+        f"{title(audit.score)} would have misled: {line}."
+        for audit in judged
+        for line in audit.misled
     ]
     if lines:
         out.append(Bullets(lines))
-    elif len(few) < len(known):
+    elif len(few) < len(judged):
         out.append(
             Text(
                 "No score's first choice was worse than a random one by more than the noise of the "
@@ -465,16 +471,16 @@ def blocks_of_audits(found: Sequence[Audit]) -> list[Block]:
     return out
 
 
-def _pairs_of(found: Sequence[Audit]) -> str:
+def _pairs_of(few: Sequence[Audit]) -> str:
     """Return how many pairs each of some scores has: "LogME and kNN 4"."""
     by_count: dict[int, dict[str, None]] = defaultdict(dict)
-    for one in found:
-        by_count[one.pairs][title(one.score)] = None
+    for audit in few:
+        by_count[audit.pairs][title(audit.score)] = None
     return "; ".join(f"{', '.join(names)} {count}" for count, names in sorted(by_count.items()))
 
 
-def _interval_text(one: Audit) -> str:
-    return blocks.format_interval(one.tau, one.low, one.high, 2, "+")
+def _interval_text(audit: Audit) -> str:
+    return blocks.format_interval(audit.tau, audit.low, audit.high, 2, "+")
 
 
 def _number(value: float | None, unit: str = "") -> str:

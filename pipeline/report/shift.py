@@ -89,14 +89,14 @@ class Shift:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> Shift:
+    def from_json(cls, stored: Mapping[str, Any]) -> Shift:
         covariate, concept = (
-            Estimate(**found[name]) if found[name] else None for name in ("covariate", "concept")
+            Estimate(**stored[name]) if stored[name] else None for name in ("covariate", "concept")
         )
-        labels = {name: Estimate(**one) for name, one in found["labels"].items()}
-        drift = tuple(Drift(**one) for one in found["drift"])
+        labels = {name: Estimate(**estimate) for name, estimate in stored["labels"].items()}
+        drift = tuple(Drift(**column) for column in stored["drift"])
         return replace(
-            cls(**found), covariate=covariate, concept=concept, labels=labels, drift=drift
+            cls(**stored), covariate=covariate, concept=concept, labels=labels, drift=drift
         )
 
 
@@ -106,13 +106,15 @@ def sentences(target: str, shift: Shift, techniques: Sequence[str]) -> list[str]
     Args:
         techniques: Names of those that there are; only these are recommended.
     """
-    found: list[str] = []
+    out: list[str] = []
     place = f"{target}: in the features of {shift.features_of}, " if shift.features_of else ""
     rows = f"{shift.rows} and {shift.others}"
-    changed = [name for name, one in shift.labels.items() if _is_beyond(one, LARGE_SHARE)]
+    changed = [
+        name for name, difference in shift.labels.items() if _is_beyond(difference, LARGE_SHARE)
+    ]
     counted = f" ({shift.counted})" if shift.counted else ""
     if shift.covariate and shift.covariate.low > TOLD_APART:
-        found.append(
+        out.append(
             f"{place or f'{target}: '}{rows} look different (covariate shift): a classifier tells "
             f"them apart with an accuracy of {shift.covariate.text()}, where {CHANCE} is "
             f"chance{counted}" + _covariate_advice(shift, changed, techniques)
@@ -126,20 +128,20 @@ def sentences(target: str, shift: Shift, techniques: Sequence[str]) -> list[str]
             else "the source's probabilities: calibrate them on the target's validation rows, or "
             "correct"
         )
-        found.append(
+        out.append(
             f"{target}: {rows} have other shares of classes (label shift): {named}. Do not rely on "
             f"{whose} them by the shares of classes; metrics that weigh classes alike change least"
         )
     if shift.concept and shift.concept.low > LARGE_LOSS:
-        found.append(f"{target}: {_concept_sentence(shift, changed, techniques)}")
-    if large := [one for one in shift.drift if one.is_large]:
-        named = ", ".join(f"{one.name} ({one.size:.2f})" for one in large[:SHOWN])
+        out.append(f"{target}: {_concept_sentence(shift, changed, techniques)}")
+    if large := [drift for drift in shift.drift if drift.is_large]:
+        named = ", ".join(f"{drift.name} ({drift.size:.2f})" for drift in large[:SHOWN])
         more = f" and {len(large) - SHOWN} more" if len(large) > SHOWN else ""
-        found.append(
+        out.append(
             f"{target}: {rows}: {len(large)} of {len(shift.drift)} comparisons of features show "
             f"a difference: {named}{more}. Look whether their units and codes are the same"
         )
-    return found
+    return out
 
 
 def _covariate_advice(shift: Shift, changed: list[str], techniques: Sequence[str]) -> str:
@@ -178,8 +180,8 @@ def _concept_sentence(shift: Shift, changed: list[str], techniques: Sequence[str
     )
 
 
-def _is_beyond(one: Estimate, size: float) -> bool:
-    return one.low > size or one.high < -size
+def _is_beyond(estimate: Estimate, size: float) -> bool:
+    return estimate.low > size or estimate.high < -size
 
 
 def _advice(what: str, fitting: Sequence[str], techniques: Sequence[str]) -> str:
@@ -191,7 +193,7 @@ def blocks_of(shifts: Mapping[str, Sequence[Shift]], techniques: Sequence[str]) 
     """Return the report's section on shift; nothing where none was measured.
 
     Args:
-        shifts: Target to what was measured.
+        shifts: What was measured, by target.
         techniques: Names of all techniques.
     """
     rows: list[list[str]] = []
@@ -229,8 +231,8 @@ def blocks_of(shifts: Mapping[str, Sequence[Shift]], techniques: Sequence[str]) 
 
 
 def _cells(shift: Shift) -> list[str]:
-    largest = max(shift.labels.items(), key=lambda one: abs(one[1].value), default=None)
-    large = sum(one.is_large for one in shift.drift)
+    largest = max(shift.labels.items(), key=lambda label: abs(label[1].value), default=None)
+    large = sum(drift.is_large for drift in shift.drift)
     return [
         shift.covariate.text() if shift.covariate else blocks.DASH,
         f"{largest[0]} {largest[1].text(sign='+')}" if largest else blocks.DASH,
@@ -244,9 +246,9 @@ def _details(target: str, shift: Shift) -> list[Block]:
     out: list[Block] = []
     if shift.drift:
         rows = [
-            [one.feature, one.kind, f"{one.size:.3f}", f"{one.p:.2g}"]
-            for one in shift.drift
-            if one.p < 0.05
+            [drift.feature, drift.kind, f"{drift.size:.3f}", f"{drift.p:.2g}"]
+            for drift in shift.drift
+            if drift.p < 0.05
         ]
         header = ["Feature", "Kind", "Size", "p, corrected"]
         title = f"{target}: features of {shift.rows} against {shift.others}"

@@ -53,7 +53,7 @@ class PairScores:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> PairScores:
-        values = {name: ScoreValue(**value) for name, value in found["scores"].items()}
-        shifts = tuple(map(Shift.from_json, found.get("shifts", ())))
-        return replace(cls(**found), scores=values, shifts=shifts)
+    def from_json(cls, stored: Mapping[str, Any]) -> PairScores:
+        values = {name: ScoreValue(**value) for name, value in stored["scores"].items()}
+        shifts = tuple(map(Shift.from_json, stored.get("shifts", ())))
+        return replace(cls(**stored), scores=values, shifts=shifts)

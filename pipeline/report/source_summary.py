@@ -34,7 +34,7 @@ class SourceSummary:
     """How code and versions differ now from those that made it."""
 
     @classmethod
-    def from_metadata(cls, found: Mapping[str, Any]) -> Self:
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> Self:
         """Make a summary from what `launch.run_source` and `launch.source_metadata` return."""
-        known = {one.name: found.get(one.name) for one in fields(cls)}
-        return cls(**{name: value for name, value in known.items() if value is not None})
+        values = {column.name: metadata.get(column.name) for column in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if value is not None})

@@ -84,11 +84,11 @@ def read(selection: Selection, columns: Sequence[str], job_field: str) -> dict[s
 
 
 def with_subgroups(
-    run: RunPredictions, selection: Selection, found: dict[str, np.ndarray]
+    run: RunPredictions, selection: Selection, texts_of_column: dict[str, np.ndarray]
 ) -> RunPredictions:
     """Return the run with the subgroup values that ``read`` returned, in the order of its rows."""
     where = np.searchsorted(selection.ids(np.arange(len(selection))), run.rows)
-    return replace(run, subgroups={name: texts[where] for name, texts in found.items()})
+    return replace(run, subgroups={name: texts[where] for name, texts in texts_of_column.items()})
 
 
 # ---------------------------------------------------------------- parts
@@ -119,18 +119,18 @@ def split_by_subgroup(run: RunPredictions, metric: Metric) -> list[Subgroup]:
     """
     out: list[Subgroup] = []
     for column, texts in run.subgroups.items():
-        found = sorted(
+        of_column = sorted(
             (_subgroup(f"{column}={value}", texts == value, run, metric) for value in set(texts)),
             key=lambda subgroup: (subgroup.units, subgroup.name),
         )
         small, where = 0, np.zeros(len(texts), dtype=bool)
-        while small < len(found) and (
-            found[small].units < HIDDEN_BELOW
+        while small < len(of_column) and (
+            of_column[small].units < HIDDEN_BELOW
             or (small and count_units(where, run.groups) < HIDDEN_BELOW)
         ):
-            where = where | found[small].where
+            where = where | of_column[small].where
             small += 1
-        out += sorted(found[small:], key=lambda subgroup: subgroup.name)
+        out += sorted(of_column[small:], key=lambda subgroup: subgroup.name)
         out += [_subgroup(f"{column}: others", where, run, metric)] if small else []
     return out
 
@@ -235,7 +235,7 @@ def blocks(
         for subgroup in shown
         if subgroup.scored or subgroup is everyone
     }
-    digits = decimal_places([(found[0][1], found[0][2]) for found in means.values()])
+    digits = decimal_places([(estimates[0][1], estimates[0][2]) for estimates in means.values()])
     unit = "Test rows" if ours[0].groups is None else "Test groups"
     head = [
         "Subgroup",
@@ -247,19 +247,19 @@ def blocks(
     body: list[list[str | Value]] = []
     for subgroup in shown:
         line: list[str | Value] = [subgroup.name, format_size(subgroup.units)]
-        found = means.get(subgroup.name, [])
+        estimates = means.get(subgroup.name, [])
         line += (
-            [format_size(subgroup.positives) if found else DASH]
+            [format_size(subgroup.positives) if estimates else DASH]
             if subgroup.positives is not None
             else []
         )
         line += (
-            [per_label.estimate(mean, digits) for mean in found]
-            if found
+            [per_label.estimate(mean, digits) for mean in estimates]
+            if estimates
             else [DASH] * (2 if paired else 1)
         )
         if paired:
-            line.append(_gain_cell(metric, subgroup, ours, scratch, digits) if found else DASH)
+            line.append(_gain_cell(metric, subgroup, ours, scratch, digits) if estimates else DASH)
         body.append(line)
     caption = (
         f"{target}: {entry_label(best)} of labels{' and scratch' if paired else ''}, "

@@ -163,9 +163,9 @@ def _other_gains(entries: Sequence[MatrixEntry]) -> dict[EntryKey, _OtherGain]:
     validation = {entry.key: entry.validation for entry in entries}
 
     def value(entry: MatrixEntry, backbone: str, technique: str) -> float:
-        key = (SCRATCH, backbone, entry.target, technique, entry.label_fraction)
-        found = validation.get(key)
-        return -math.inf if found is None else found
+        key = EntryKey(SCRATCH, backbone, entry.target, technique, entry.label_fraction)
+        of_entry = validation.get(key)
+        return -math.inf if of_entry is None else of_entry
 
     over_best = {entry.key: entry.verdict for entry in over_best_scratch(entries)}
     out: dict[EntryKey, _OtherGain] = {}

@@ -81,12 +81,12 @@ def ids_in_old_layout(root: str) -> frozenset[str]:
 def find_all(root: str) -> dict[str, str]:
     """Return a dict from trial id to folder, for all trials in the folder of a job."""
     place = storage.join(root, TRIALS)
-    found: dict[str, str] = {}
+    folders: dict[str, str] = {}
     for uri in storage.list_files(place):
         inside = uri[len(place) :].lstrip("/")
         if match := re.match(rf"({ID})/|{_NAMED}/", inside):
-            found[match[1] or match[2]] = storage.join(TRIALS, match[0])
-    return found
+            folders[match[1] or match[2]] = storage.join(TRIALS, match[0])
+    return folders
 
 
 def split_bundle(uri: str) -> tuple[str, str] | None:

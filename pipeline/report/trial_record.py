@@ -84,23 +84,23 @@ class TrialRecord:
         }
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> Self:
+    def from_json(cls, stored: Mapping[str, Any]) -> Self:
         """Make a record from the JSON object of `to_json`.
 
         Raises:
             ValueError: The object is no record of a trial, or has a newer version.
         """
-        version = found.get("version", VERSION)
+        version = stored.get("version", VERSION)
         if isinstance(version, int) and version > VERSION:
             raise ValueError(
                 f"it has version {version}, this program reads up to {VERSION}; update onetomany"
             )
         names = [field.name for field in fields(cls)]
         stated: dict[str, Any] = {
-            name: value for name, value in found.items() if name in names and value is not None
+            name: value for name, value in stored.items() if name in names and value is not None
         }
         try:
-            stated["rows"] = tuple(ResultRow.from_json(row) for row in found["rows"])
+            stated["rows"] = tuple(ResultRow.from_json(row) for row in stored["rows"])
             stated["curve"] = curve_of(stated.get("curve", ()))
             stated["begun_by"] = tuple(stated.get("begun_by", ()))
             return cls(**stated)

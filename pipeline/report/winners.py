@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from pipeline.checkpoints.export import can_be_graph, usual_kind
-from pipeline.config import registry
 from pipeline.core.contracts.technique_capabilities import keeps_modules
 from pipeline.report import folds, matrix, plots, results, trial_folder
 from pipeline.report.blocks import (
@@ -52,7 +51,11 @@ def winner(
     if not validated:
         return None
     labels = matrix.most_labels_first(validated)[0]
-    validated = [one for one in validated if one.label_fraction == labels or _uses_no_label(one)]
+    validated = [
+        candidate
+        for candidate in validated
+        if candidate.label_fraction == labels or _uses_no_label(candidate)
+    ]
     most = max(_finished(entry) for entry in validated)
     whole = [entry for entry in validated if _finished(entry) == most]
     worse = _shown_to_be_worse(entries)
@@ -69,11 +72,11 @@ def _uses_no_label(entry: MatrixEntry) -> bool:
 
 
 def _shown_to_be_worse(entries: Sequence[MatrixEntry]) -> set[EntryKey]:
-    found = {entry.key for entry in entries if entry.verdict == LOSES and entry.survives}
+    keys = {entry.key for entry in entries if entry.verdict == LOSES and entry.survives}
     for entry in entries:
         if entry.verdict == WINS and entry.survives:
-            found.update(entry.compared_with[:1])
-    return found
+            keys.update(entry.compared_with[:1])
+    return keys
 
 
 def _finished(entry: MatrixEntry) -> float:
@@ -115,7 +118,7 @@ def _validations(entry: MatrixEntry, rows: Sequence[ResultRow]) -> list[ResultRo
     Their metric is the first that was measured on validation rows. It is another one than the
     entry's where that needs a simulator, and so has values on test rows alone.
     """
-    found: dict[str, ResultRow] = {}
+    row_of_trial: dict[str, ResultRow] = {}
     for row in rows:
         if (
             row.trial_stage == "final"
@@ -123,8 +126,8 @@ def _validations(entry: MatrixEntry, rows: Sequence[ResultRow]) -> list[ResultRo
             and row.value is not None
             and matrix.entry_key(row) == entry.key
         ):
-            found.setdefault(row.trial_id, row)
-    return list(found.values())
+            row_of_trial.setdefault(row.trial_id, row)
+    return list(row_of_trial.values())
 
 
 def find_bundle(
@@ -162,14 +165,14 @@ def find_bundle(
     if name not in targets:
         raise ValueError(f"{root}: no target {name!r}; its targets are {', '.join(targets)}")
     of_target = [row for row in current if row.target == name]
-    entries = [one for one in matrix.matrix_entries(current, runs) if one.target == name]
+    entries = [entry for entry in matrix.matrix_entries(current, runs) if entry.target == name]
     pooled, _ = folds.pool(of_target, {})
     best = winner(entries)
     if best is None:
         raise ValueError(f"{root}: no network of target {name} has a value on validation rows")
-    found = bundle_of(best, pooled)
-    if found is not None:
-        return found
+    uri = bundle_of(best, pooled)
+    if uri is not None:
+        return uri
     what = (
         f"{root}: the best network of target {name} is {best.source} with {best.technique} "
         f"({best.label_fraction} labels), and "
@@ -267,8 +270,8 @@ def blocks_of(
 
 def _keeps_modules(entry: MatrixEntry) -> bool:
     """Return whether modules of the technique are part of the network."""
-    name, known = entry.technique.partition(" (")[0], registry.entries("technique")
-    return name in known and keeps_modules(registry.get("technique", name))
+    technique = entry.registered_technique
+    return technique is not None and keeps_modules(technique)
 
 
 def _gain(entry: MatrixEntry, decimals: int) -> str | Value:

@@ -40,14 +40,15 @@ def blocks_of(
         if row.trial_stage == "final" and row.status == "done" and row.split == "test":
             trials[matrix.entry_key(row)][row.trial_id] = None
     without = [entry for entry in entries if entry.n_seeds and _uses_no_label(entry)]
-    references = {_place(entry): entry for entry in without if _name(entry) == ZERO_SHOT}
+    references = {_place(entry): entry for entry in without if entry.technique_name == ZERO_SHOT}
     body: list[list[str | Value]] = []
     for entry in without:
         reference = references.get(_place(entry))
-        if reference is None or _name(entry) == ZERO_SHOT:
+        if reference is None or entry.technique_name == ZERO_SHOT:
             continue
         ours, theirs = (
-            [runs[one] for one in trials[_key(of)] if one in runs] for of in (entry, reference)
+            [runs[trial_id] for trial_id in trials[of.key] if trial_id in runs]
+            for of in (entry, reference)
         )
         gain, word = _gain(entry, ours, theirs, decimals[entry.target])
         before, after = (
@@ -74,17 +75,8 @@ def _uses_no_label(entry: MatrixEntry) -> bool:
     return entry.source != matrix.SCRATCH and plots.fraction_label(entry.label_fraction) == "none"
 
 
-def _name(entry: MatrixEntry) -> str:
-    """Return the technique without its options."""
-    return entry.technique.partition(" (")[0]
-
-
 def _place(entry: MatrixEntry) -> tuple[str, str, str]:
     return entry.source, entry.backbone, entry.target
-
-
-def _key(entry: MatrixEntry) -> EntryKey:
-    return entry.source, entry.backbone, entry.target, entry.technique, entry.label_fraction
 
 
 def _gain(
@@ -96,9 +88,11 @@ def _gain(
         return blocks.DASH, matrix.UNCOMPARED
     repeated = [replace(theirs[0], seed=run.seed) for run in ours]
     try:
-        found = stats.compare(metric, ours, repeated)
+        comparison = stats.compare(metric, ours, repeated)
     except (KeyError, ValueError) as error:  # rows that cannot be paired
         return blocks.DASH, f"{matrix.UNCOMPARED}: {error}"
     enough = all(stats.evidence(run).enough for run in (*ours, *theirs))
-    word = matrix.verdict(found.low, found.high, found.seeds, enough)
-    return blocks.format_interval(found.value, found.low, found.high, decimals, "+"), word
+    word = matrix.verdict(comparison.low, comparison.high, comparison.seeds, enough)
+    return blocks.format_interval(
+        comparison.value, comparison.low, comparison.high, decimals, "+"
+    ), word

@@ -103,21 +103,21 @@ class World:
         ids.
         """
         try:
-            found = json.loads(text)
-            ident = str(found["id"])
+            stated = json.loads(text)
+            ident = str(stated["id"])
             if not PLAIN_ID.fullmatch(ident):
                 raise ValueError(
                     f"id {ident[:80]!r} is no plain id of a registered environment, such as "
                     "Hopper-v5; rows cannot name code"
                 )
-            if int(found["steps"]) > MOST_STEPS:
-                raise ValueError(f"steps {found['steps']}: an episode has at most {MOST_STEPS}")
+            if int(stated["steps"]) > MOST_STEPS:
+                raise ValueError(f"steps {stated['steps']}: an episode has at most {MOST_STEPS}")
             return cls(
-                str(found["id"]),
-                int(found["steps"]),
-                int(found["seed"]),
-                {str(k): float(v) for k, v in found.get("dynamics", {}).items()},
-                str(found.get("skill", "")),
+                str(stated["id"]),
+                int(stated["steps"]),
+                int(stated["seed"]),
+                {str(k): float(v) for k, v in stated.get("dynamics", {}).items()},
+                str(stated.get("skill", "")),
             )
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(

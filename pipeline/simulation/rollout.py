@@ -118,44 +118,47 @@ def rollout(
                 _place(env),
             )
         if start is not None:
-            start([one.env for one in running])
+            start([episode.env for episode in running])
         policy.begin(worlds)
-        while any(one.observation is not None for one in running):
+        while any(episode.observation is not None for episode in running):
             heartbeat.beat()  # long trials in a simulator are no silence
             chosen = policy.act(
-                [one.observation for one in running],
-                [one.rewards[-1] if one.rewards else 0.0 for one in running],
+                [episode.observation for episode in running],
+                [episode.rewards[-1] if episode.rewards else 0.0 for episode in running],
             )
-            for one, action in zip(running, chosen, strict=True):
-                if one.observation is not None:
-                    _step(one, action, frames if one is running[0] else 0)
-        return [_ended(one, world) for one, world in zip(running, worlds, strict=True)]
+            for episode, action in zip(running, chosen, strict=True):
+                if episode.observation is not None:
+                    _step(episode, action, frames if episode is running[0] else 0)
+        return [_ended(episode, world) for episode, world in zip(running, worlds, strict=True)]
     finally:
-        for one in running:
-            one.env.close()
+        for episode in running:
+            episode.env.close()
 
 
-def _step(one: _Running, action: Any, frames: int) -> None:
+def _step(episode: _Running, action: Any, frames: int) -> None:
     action = _given(
-        one.env.action_space, _numbered(one.env, action) if isinstance(action, str) else action
+        episode.env.action_space,
+        _numbered(episode.env, action) if isinstance(action, str) else action,
     )
-    number = len(one.actions)
+    number = len(episode.actions)
     if frames and number % frames == 0:
-        one.frames += picture(one.env)
-    one.observations.append(one.observation)  # type: ignore[arg-type]
-    one.actions.append(action)
+        episode.frames += picture(episode.env)
+    episode.observations.append(episode.observation)  # type: ignore[arg-type]
+    episode.actions.append(action)
     if np.isfinite(action).all():
-        observation, reward, one.terminated, one.truncated, one.info = one.env.step(action)
+        observation, reward, episode.terminated, episode.truncated, episode.info = episode.env.step(
+            action
+        )
         observation = np.asarray(observation, dtype=np.float32)
-        one.diverged = divergence(one.env, observation, float(reward))
+        episode.diverged = divergence(episode.env, observation, float(reward))
     else:
-        observation, reward, one.diverged = None, 0.0, "the policy's action is not finite"
-    if one.diverged:
-        one.rewards.append(0.0)
-        one.diverged, one.observation = f"step {number}: {one.diverged}", None
+        observation, reward, episode.diverged = None, 0.0, "the policy's action is not finite"
+    if episode.diverged:
+        episode.rewards.append(0.0)
+        episode.diverged, episode.observation = f"step {number}: {episode.diverged}", None
         return
-    one.rewards.append(float(reward))
-    one.observation = None if one.terminated or one.truncated else observation
+    episode.rewards.append(float(reward))
+    episode.observation = None if episode.terminated or episode.truncated else observation
 
 
 def _numbered(env: Any, name: str) -> int:
@@ -221,23 +224,27 @@ def _warned(env: Any) -> str:
         "mjWARN_BADCTRL": "controls",
     }
     kinds = simulator().mjtWarning
-    found = [what for name, what in bad.items() if data.warning[int(getattr(kinds, name))].number]
-    return f"bad {' and '.join(found)}" if found else ""
+    warnings = [
+        what for name, what in bad.items() if data.warning[int(getattr(kinds, name))].number
+    ]
+    return f"bad {' and '.join(warnings)}" if warnings else ""
 
 
-def _ended(one: _Running, world: World) -> Episode:
-    discrete = not one.env.action_space.shape
-    success = succeeded(world, one.env, one.info, one.terminated, len(one.rewards), one.start)
+def _ended(episode: _Running, world: World) -> Episode:
+    discrete = not episode.env.action_space.shape
+    success = succeeded(
+        world, episode.env, episode.info, episode.terminated, len(episode.rewards), episode.start
+    )
     return Episode(
         world,
-        np.array(one.observations, dtype=np.float32),
-        np.array(one.actions, dtype=np.int64 if discrete else np.float32),
-        np.array(one.rewards, dtype=np.float64),
-        bool(one.terminated) and not one.diverged,
-        bool(one.truncated) and not one.diverged,
-        success and not one.diverged,
-        one.diverged,
-        one.frames,
+        np.array(episode.observations, dtype=np.float32),
+        np.array(episode.actions, dtype=np.int64 if discrete else np.float32),
+        np.array(episode.rewards, dtype=np.float64),
+        bool(episode.terminated) and not episode.diverged,
+        bool(episode.truncated) and not episode.diverged,
+        success and not episode.diverged,
+        episode.diverged,
+        episode.frames,
     )
 
 

@@ -3,7 +3,7 @@
 Each is a function that is registered as ``@register("export", NAME)``, with a docstring whose first
 paragraph says what the export is for and what opens it::
 
-    def export(found: Bundle, output: str, backbone_only: bool) -> str
+    def export(saved: Bundle, output: str, backbone_only: bool) -> str
 
 It writes to ``output``, compares what it wrote with the bundle and returns what it did in words,
 with the largest difference. It raises BundleError, and writes nothing, where the bundle cannot be

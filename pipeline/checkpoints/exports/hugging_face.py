@@ -34,15 +34,15 @@ def is_known(manifest: Manifest) -> bool:
 
 
 @register("export", "hugging-face")
-def export(found: Bundle, output: str, backbone_only: bool) -> str:
+def export(saved: Bundle, output: str, backbone_only: bool) -> str:
     """A folder with label names and tokenizer: transformers' Auto classes, or timm.create_model
     (local-dir:FOLDER).
     """
-    export_folder.refuse_added_modules(found)
+    export_folder.refuse_added_modules(saved)
 
     def write(folder: Path) -> tuple[str, export_check.Comparison]:
-        writer = hf_auto if found.manifest.arch.library == "hf" else hf_text
-        text = writer.write(found, folder, backbone_only)
-        return text, export_check.compare_folder(found, folder, backbone_only)
+        writer = hf_auto if saved.manifest.arch.library == "hf" else hf_text
+        text = writer.write(saved, folder, backbone_only)
+        return text, export_check.compare_folder(saved, folder, backbone_only)
 
-    return export_folder.commit(found, output, backbone_only, write)
+    return export_folder.commit(saved, output, backbone_only, write)

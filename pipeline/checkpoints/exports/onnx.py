@@ -28,14 +28,14 @@ outputs = dict(zip([one.name for one in session.get_outputs()], found))
 
 
 @register("export", "onnx")
-def export(found: Bundle, output: str, backbone_only: bool) -> str:
+def export(saved: Bundle, output: str, backbone_only: bool) -> str:
     """The network in `model.onnx`, how rows are prepared, and code that runs it: onnxruntime."""
     onnx, onnxruntime, _ = (_library(name) for name in extras.EXTRAS["onnx"])
-    traced = graph.trace(found, backbone_only)
+    traced = graph.trace(saved, backbone_only)
 
     def write(folder: Path) -> tuple[str, export_check.Comparison]:
         path = folder / FILE
-        model = _translated(found, traced)
+        model = _translated(saved, traced)
         model.save(str(path), external_data=None)
         onnx.checker.check_model(str(path))
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -47,11 +47,11 @@ def export(found: Bundle, output: str, backbone_only: bool) -> str:
                 for name, array in zip(traced.outputs, arrays, strict=True)
             }
 
-        compared = graph.compare(traced, found.uri, run)
-        graph_readme.write(found, traced, folder, FILE, RUNNING)
+        compared = graph.compare(traced, saved.uri, run)
+        graph_readme.write(saved, traced, folder, FILE, RUNNING)
         return f"{FILE} and what runs it ({graph_readme.README})", compared
 
-    return export_folder.commit(found, output, backbone_only, write)
+    return export_folder.commit(saved, output, backbone_only, write)
 
 
 def _library(name: str) -> Any:
@@ -64,7 +64,7 @@ def _library(name: str) -> Any:
         ) from error
 
 
-def _translated(found: Bundle, traced: graph.Graph) -> Any:
+def _translated(saved: Bundle, traced: graph.Graph) -> Any:
     """Return torch's ONNX program of a traced network, its dimensions under their names.
 
     Raises:
@@ -84,8 +84,8 @@ def _translated(found: Bundle, traced: graph.Graph) -> Any:
             )
     except Exception as error:  # torch raises many kinds; each says which operator it stopped at
         raise BundleError(
-            f"{found.uri}: ONNX cannot hold {found.manifest.arch.name} with "
-            f"{found.manifest.objective.name}: {graph.reason(error)}. Take --kind torch-export"
+            f"{saved.uri}: ONNX cannot hold {saved.manifest.arch.name} with "
+            f"{saved.manifest.objective.name}: {graph.reason(error)}. Take --kind torch-export"
         ) from error
     names = {
         str(symbol): named

@@ -29,33 +29,33 @@ ADAPTED = ("Linear", "Conv1d", "Conv2d", "Conv1D")
 
 
 @register("export", "peft")
-def export(found: bundle.Bundle, output: str, backbone_only: bool) -> str:
+def export(saved: bundle.Bundle, output: str, backbone_only: bool) -> str:
     """The adapter of a fine-tune by LoRA and its head, without the base: PeftModel.from_pretrained
     on the source's bundle, exported as hugging-face with --backbone-only.
     """
-    export_folder.refuse_added_modules(found)
-    base = _base(found)
+    export_folder.refuse_added_modules(saved)
+    base = _base(saved)
     backbone: Any = base.backbone()
-    if found.manifest.arch.library == "hf":
-        hf_auto.require_plain(found, backbone)
-    factors, others = _factors(found, base)
+    if saved.manifest.arch.library == "hf":
+        hf_auto.require_plain(saved, backbone)
+    factors, others = _factors(saved, base)
     if others or not factors:
         what = f"{others[0]} and {len(others) - 1} more" if len(others) > 1 else "".join(others)
         raise bundle.BundleError(
-            f"{found.uri} is {base.uri} changed by more than an adapter of low rank "
+            f"{saved.uri} is {base.uri} changed by more than an adapter of low rank "
             f"({what or 'no weight of the backbone differs'}): take --kind hugging-face"
         )
-    tensors, config = _adapter(found, backbone.model, factors)
+    tensors, config = _adapter(saved, backbone.model, factors)
 
     def write(folder: Path) -> tuple[str, export_check.Comparison]:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         text = json.dumps(config, indent=2)
         (folder / "adapter_config.json").write_text(text, encoding="utf-8")
         head = ""
-        if not backbone_only and found.manifest.objective.name != "none":
-            save_file(found.head_tensors(), folder / classifier_export.HEAD)
-            labels = {"labels": found.manifest.objective.state.get("labels")}
-            text = json.dumps({**found.manifest.objective.to_json(), **labels}, indent=2)
+        if not backbone_only and saved.manifest.objective.name != "none":
+            save_file(saved.head_tensors(), folder / classifier_export.HEAD)
+            labels = {"labels": saved.manifest.objective.state.get("labels")}
+            text = json.dumps({**saved.manifest.objective.to_json(), **labels}, indent=2)
             (folder / "head.json").write_text(text, encoding="utf-8")
             head = f", the head's tensors in {classifier_export.HEAD}"
         count = sum(tensor.numel() for tensor in tensors.values())
@@ -63,26 +63,26 @@ def export(found: bundle.Bundle, output: str, backbone_only: bool) -> str:
             f"adapter of {len(factors)} modules with {count} parameters{head}; its base: onetomany "
             f"export {base.uri} BASE --kind hugging-face --backbone-only"
         )
-        return said, _compare(found, backbone, folder)
+        return said, _compare(saved, backbone, folder)
 
-    return export_folder.commit(found, output, backbone_only, write)
+    return export_folder.commit(saved, output, backbone_only, write)
 
 
-def _base(found: bundle.Bundle) -> bundle.Bundle:
+def _base(saved: bundle.Bundle) -> bundle.Bundle:
     """Return the bundle that this one was fine-tuned from.
 
     Raises:
         BundleError: It started from nothing, or from a model of another library.
     """
-    if found.manifest.arch.library not in classifier_export.LIBRARIES:
+    if saved.manifest.arch.library not in classifier_export.LIBRARIES:
         raise bundle.BundleError(
-            f"{found.uri}: peft's adapters go into a model of timm or transformers, this is "
-            f"{found.manifest.arch.name}: take --kind onnx"
+            f"{saved.uri}: peft's adapters go into a model of timm or transformers, this is "
+            f"{saved.manifest.arch.name}: take --kind onnx"
         )
-    place = found.manifest.base["uri"] if found.manifest.base else found.manifest.parent
+    place = saved.manifest.base["uri"] if saved.manifest.base else saved.manifest.parent
     if place is None or not bundle.exists(place):
         raise bundle.BundleError(
-            f"{found.uri}: the bundle that it was fine-tuned from is needed to tell its adapter "
+            f"{saved.uri}: the bundle that it was fine-tuned from is needed to tell its adapter "
             f"apart, and there is none at {place or 'any place that it names'}: take --kind "
             "hugging-face"
         )
@@ -90,10 +90,10 @@ def _base(found: bundle.Bundle) -> bundle.Bundle:
 
 
 def _factors(
-    found: bundle.Bundle, base: bundle.Bundle
+    saved: bundle.Bundle, base: bundle.Bundle
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:
     """Return the two factors of each changed weight, and what else of the backbone has changed."""
-    kept = differences.reduce(found.backbone_tensors(), base.backbone_tensors())
+    kept = differences.reduce(saved.backbone_tensors(), base.backbone_tensors())
     names = [
         name.removesuffix(differences.LEFT) for name in kept if name.endswith(differences.LEFT)
     ]
@@ -105,7 +105,7 @@ def _factors(
 
 
 def _adapter(
-    found: bundle.Bundle, model: nn.Module, factors: dict[str, tuple[Tensor, Tensor]]
+    saved: bundle.Bundle, model: nn.Module, factors: dict[str, tuple[Tensor, Tensor]]
 ) -> tuple[dict[str, Tensor], dict[str, object]]:
     """Return the tensors and the configuration of peft's adapter.
 
@@ -123,7 +123,7 @@ def _adapter(
         kind = type(module).__name__
         if kind not in ADAPTED or getattr(module, "groups", 1) != 1:
             raise bundle.BundleError(
-                f"{found.uri}: {weight} is adapted, and peft's LoRA has no adapter for it "
+                f"{saved.uri}: {weight} is adapted, and peft's LoRA has no adapter for it "
                 f"({kind}): take --kind hugging-face"
             )
         if kind == "Conv1D":  # GPT-2's, whose weight is (input, output)
@@ -152,13 +152,13 @@ def _adapter(
 
 
 @torch.no_grad()
-def _compare(found: bundle.Bundle, backbone: Any, folder: Path) -> export_check.Comparison:
+def _compare(saved: bundle.Bundle, backbone: Any, folder: Path) -> export_check.Comparison:
     """Compare the base with the adapter that peft reads from the folder with the bundle."""
     from peft import PeftModel
 
-    batch = export_check.random_batch(found.modality())
+    batch = export_check.random_batch(saved.modality())
     assert batch is not None
-    ours = found.backbone()(batch).pooled.float()
+    ours = saved.backbone()(batch).pooled.float()
     untyped: Any = PeftModel
     adapted = untyped.from_pretrained(backbone.model, str(folder))
     backbone.model = adapted.merge_and_unload()

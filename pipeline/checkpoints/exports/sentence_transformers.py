@@ -24,33 +24,33 @@ POOLING = {
 
 
 @register("export", "sentence-transformers")
-def export(found: Bundle, output: str, backbone_only: bool) -> str:
+def export(saved: Bundle, output: str, backbone_only: bool) -> str:
     """The backbone of texts with its pooling, no head: SentenceTransformer(FOLDER).encode gives the
     vectors of `onetomany embed`.
     """
-    export_folder.refuse_added_modules(found)
-    library, _, family = found.manifest.arch.name.partition("/")
-    if library not in ("transformers", "hf") or found.manifest.modality.name != "text":
+    export_folder.refuse_added_modules(saved)
+    library, _, family = saved.manifest.arch.name.partition("/")
+    if library not in ("transformers", "hf") or saved.manifest.modality.name != "text":
         raise BundleError(
-            f"{found.uri}: sentence-transformers reads texts with a model of transformers; this is "
-            f"{found.manifest.arch.name}: take --kind onnx"
+            f"{saved.uri}: sentence-transformers reads texts with a model of transformers; this is "
+            f"{saved.manifest.arch.name}: take --kind onnx"
         )
-    backbone: Any = found.backbone()
+    backbone: Any = saved.backbone()
     if library == "hf" and not auto_model.is_auto(backbone.model):
         raise BundleError(
-            f"{found.uri}: sentence-transformers opens folders with transformers' AutoModel, which "
+            f"{saved.uri}: sentence-transformers opens folders with transformers' AutoModel, which "
             f"has no such class for {family} alone: take --kind hugging-face or onnx"
         )
     if backbone.pool not in POOLING:
         raise BundleError(
-            f"{found.uri}: pool: {backbone.pool} is none of sentence-transformers' ways to pool "
+            f"{saved.uri}: pool: {backbone.pool} is none of sentence-transformers' ways to pool "
             f"({', '.join(POOLING)}): take --kind hugging-face or onnx"
         )
 
     def write(folder: Path) -> tuple[str, export_check.Comparison]:
         writer = hf_auto if library == "hf" else hf_text
-        writer.write(found, folder, backbone_only=True)
-        length = found.modality().inputs()["length"]
+        writer.write(saved, folder, backbone_only=True)
+        length = saved.modality().inputs()["length"]
         parts = [("", "Transformer"), ("1_Pooling", "Pooling")]
         modules = [
             {
@@ -71,9 +71,9 @@ def export(found: Bundle, output: str, backbone_only: bool) -> str:
         own = {"max_seq_length": length, "do_lower_case": False}  # its tokenizer does that
         _write_json(folder / "sentence_bert_config.json", own)
         text = f"{family} with {backbone.pool} pooling to {backbone.pooled_dim} numbers"
-        return text, _compare(found, backbone, folder)
+        return text, _compare(saved, backbone, folder)
 
-    return export_folder.commit(found, output, True, write)
+    return export_folder.commit(saved, output, True, write)
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -81,14 +81,14 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 @torch.no_grad()
-def _compare(found: Bundle, backbone: Any, folder: Path) -> export_check.Comparison:
+def _compare(saved: Bundle, backbone: Any, folder: Path) -> export_check.Comparison:
     """Compare the folder's model and pooling with the bundle's features.
 
     The library itself may not be installed: its pooling is done here, by what the folder says.
     """
     import transformers
 
-    batch = export_check.random_batch(found.modality())
+    batch = export_check.random_batch(saved.modality())
     assert batch is not None
     untyped: Any = transformers.AutoModel
     model = untyped.from_pretrained(folder).eval()

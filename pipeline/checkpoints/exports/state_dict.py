@@ -15,14 +15,14 @@ from pipeline.io import storage
 
 
 @register("export", "state-dict")
-def export(found: bundle.Bundle, output: str, backbone_only: bool) -> str:
+def export(saved: bundle.Bundle, output: str, backbone_only: bool) -> str:
     """The weights as one .safetensors, .pt or .pth file: safetensors or torch.load.
 
     With a head there is also a file that describes it, and for a linear head on timm or
     transformers the code that loads it. The layer norm before such a head has no parameters, so the
     tensors alone would not show that it exists.
     """
-    export_folder.refuse_added_modules(found)
+    export_folder.refuse_added_modules(saved)
     if not output.endswith((".safetensors", ".pt", ".pth")):
         raise ValueError(f"{output}: a state dict is a .safetensors, .pt or .pth file")
     name = output.rpartition("/")[2]
@@ -30,28 +30,28 @@ def export(found: bundle.Bundle, output: str, backbone_only: bool) -> str:
     with storage.scratch_folder() as scratch:
         place = Path(scratch, name)
         beside: dict[str, str] = {}
-        if backbone_only or found.manifest.objective.name == "none":
+        if backbone_only or saved.manifest.objective.name == "none":
             tensors = {
                 one.removeprefix("backbone.").removeprefix("model."): tensor
-                for one, tensor in found.backbone_tensors().items()
+                for one, tensor in saved.backbone_tensors().items()
             }
             if not backbone_only:
-                tensors = found.tensors
+                tensors = saved.tensors
             _write_tensors(place, tensors)
             compare = (
                 export_check.compare_backbone if backbone_only else export_check.compare_tensors
             )
-            compared = compare(found, export_check.read_state_dict(place))
+            compared = compare(saved, export_check.read_state_dict(place))
         else:
-            tensors, beside = _with_norm(found, stem)
+            tensors, beside = _with_norm(saved, stem)
             _write_tensors(place, tensors)
             for other, text in beside.items():
                 Path(scratch, other).write_text(text, encoding="utf-8")
             if f"{stem}_classifier.json" in beside:
-                compared = export_check.compare_classifier(found, place)
+                compared = export_check.compare_classifier(saved, place)
             else:
-                compared = export_check.compare_tensors(found, export_check.read_state_dict(place))
-        export_check.require(compared, found.uri)
+                compared = export_check.compare_tensors(saved, export_check.read_state_dict(place))
+        export_check.require(compared, saved.uri)
         storage.write_bytes(output, place.read_bytes())
         for other, text in beside.items():
             storage.write_bytes(output.removesuffix(name) + other, text.encode())
@@ -63,10 +63,10 @@ def export(found: bundle.Bundle, output: str, backbone_only: bool) -> str:
     return f"{output}: {len(tensors)} tensors{also}; {compared.text()}"
 
 
-def _with_norm(found: bundle.Bundle, stem: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _with_norm(saved: bundle.Bundle, stem: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors of a task, with its norm as ones and zeros, and further text files."""
-    task, modality = found.task(), found.modality()
-    tensors = dict(found.tensors)
+    task, modality = saved.task(), saved.modality()
+    tensors = dict(saved.tensors)
     head = getattr(task.objective, "head", None)
     if classifier_export.has_norm(task) and isinstance(head, torch.nn.Linear):
         tensors |= {
@@ -84,9 +84,9 @@ def _with_norm(found: bundle.Bundle, stem: str) -> tuple[dict[str, Tensor], dict
             f"{stem}_classifier.py": classifier_export.code(),
         }
     parts = {
-        "arch": found.manifest.arch,
-        "modality": found.manifest.modality,
-        "objective": found.manifest.objective,
+        "arch": saved.manifest.arch,
+        "modality": saved.manifest.modality,
+        "objective": saved.manifest.objective,
     }
     description = {name: part.to_json() for name, part in parts.items()}
     return tensors, {f"{stem}_model.json": json.dumps(description, indent=2, ensure_ascii=False)}

@@ -23,17 +23,17 @@ outputs = {{name: tensor.numpy() for name, tensor in found.items()}}
 
 
 @register("export", "torch-export")
-def export(found: Bundle, output: str, backbone_only: bool) -> str:
+def export(saved: Bundle, output: str, backbone_only: bool) -> str:
     """The network in `model.pt2`, how rows are prepared, and code that runs it: torch.export.load,
     without this program.
     """
-    traced = graph.trace(found, backbone_only)
+    traced = graph.trace(saved, backbone_only)
 
     def write(folder: Path) -> tuple[str, export_check.Comparison]:
         path = folder / FILE
         torch.export.save(traced.program, path)
-        compared = graph.compare(traced, found.uri, torch.export.load(path).module())
-        graph_readme.write(found, traced, folder, FILE, RUNNING)
+        compared = graph.compare(traced, saved.uri, torch.export.load(path).module())
+        graph_readme.write(saved, traced, folder, FILE, RUNNING)
         return f"{FILE} and what runs it ({graph_readme.README})", compared
 
-    return export_folder.commit(found, output, backbone_only, write)
+    return export_folder.commit(saved, output, backbone_only, write)
