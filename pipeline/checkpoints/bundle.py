@@ -320,6 +320,11 @@ class Manifest:
         """Code and versions that made it; None where they were not recorded."""
         return provenance.from_metadata({"made_by": self.made_by, "versions": self.versions})
 
+    @property
+    def has_head(self) -> bool:
+        """Whether it holds an objective: the bundle of an imported checkpoint may have none."""
+        return self.objective.name != NO_OBJECTIVE.name
+
     def build_modality(self) -> Modality:
         """Return the modality as it was fitted, for rows that the backbone can read."""
         return build_modality(limit_modality(self.modality, self.arch)[0])
@@ -377,7 +382,7 @@ class Bundle:
         Raises:
             BundleError: The bundle holds a backbone alone.
         """
-        if self.manifest.objective.name == "none":
+        if not self.manifest.has_head:
             raise BundleError(
                 f"{self.uri}: this bundle is a backbone without a head; fine-tune it first"
             )

@@ -234,7 +234,7 @@ def compare_folder(saved: Bundle, folder: Path, backbone_only: bool) -> Comparis
         return compare_classifier(saved, folder)
     batch = random_batch(saved.modality())
     assert batch is not None
-    has_head = not backbone_only and saved.manifest.objective.name != "none"
+    has_head = saved.manifest.has_head and not backbone_only
     task = saved.task() if has_head else None
     if saved.manifest.arch.name.startswith("timm/"):
         return _compare_timm(saved, task, folder, batch)

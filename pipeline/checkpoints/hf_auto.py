@@ -69,9 +69,9 @@ def tower(config: HfConfig, wanted: str | None) -> HfConfig:
     from transformers.models.auto import modeling_auto as auto
 
     name = config.get("model_type")
-    known = registry.architectures("hf")
-    if not isinstance(name, str) or name not in known:
-        raise ValueError(f"model_type {name!r}: {registry.nearest(str(name), known)}")
+    families = registry.architectures("hf")
+    if not isinstance(name, str) or name not in families:
+        raise ValueError(f"model_type {name!r}: {registry.nearest(str(name), families)}")
     parts = {key: config[part] for key, part in TOWERS.items() if as_object(config.get(part))}
     if not parts:
         return config
@@ -82,8 +82,8 @@ def tower(config: HfConfig, wanted: str | None) -> HfConfig:
         raise ValueError(f"{name} has networks of {', '.join(parts)}, none of {modality}")
     whole: Any = CONFIG_MAPPING[name]
     kind: Any = whole.sub_configs.get(TOWERS[modality])
-    own = parts[modality].get("model_type") or getattr(kind, "model_type", None)
-    return {**parts[modality], "model_type": own}
+    model_type = parts[modality].get("model_type") or getattr(kind, "model_type", None)
+    return {**parts[modality], "model_type": model_type}
 
 
 def modality_name(config: HfConfig, wanted: str | None = None) -> str | None:
@@ -113,18 +113,19 @@ def read(
         BundleError: Something is missing or does not fit; the message says what to do.
     """
     try:
-        own = tower(config, wanted)
-        family = own["model_type"]
-        plain = auto_model.plain_config(family, own)
-        made = auto_model.configuration(family, plain, {})
-        kind = auto_model.model_class(made)
+        part = tower(config, wanted)
+        family = part["model_type"]
+        plain = auto_model.plain_config(family, part)
+        model_config = auto_model.configuration(family, plain, {})
+        model_class = auto_model.model_class(model_config)
     except (ValueError, KeyError) as error:
         reason = error.args[0] if error.args else error
         raise BundleError(f"{storage.join(folder, hf_text.CONFIG)}: {reason}") from None
     has_head = _class_with_head(config)[1] is not None
     tensors = hf_text.read_weights(folder, names_only and not has_head)
-    modality, options = _modality(folder, INPUTS.get(kind.main_input_name, "audio"), made)
-    loaded, missing, left = _load(folder, kind, made, tensors)
+    modality_of_rows = INPUTS.get(model_class.main_input_name, "audio")
+    modality, options = _modality(folder, modality_of_rows, model_config)
+    loaded, missing, unexpected = _load(folder, model_class, model_config, tensors)
     model = auto_model.encoder_of(loaded)
     if modality.name == "text":
         modality = ModalitySpec("text", {"length": _length(model)}, modality.state)
@@ -134,29 +135,29 @@ def read(
     if unknown := sorted(name for name in fresh & set(state) if not name.startswith(NEW)):
         raise BundleError(
             f"hf:{folder}: the file of weights lacks {len(unknown)} tensors of "
-            f"{kind.__name__} ({', '.join(unknown[:4])}): it is no whole checkpoint of it"
+            f"{model_class.__name__} ({', '.join(unknown[:4])}): it is no whole checkpoint of it"
         )
-    dropped = {f"model.{name}": tensors[name] for name in left if name in tensors}
+    dropped = {f"model.{name}": tensors[name] for name in unexpected if name in tensors}
     inputs = bundle.build_modality(modality).inputs()
     # What the configuration does not say has transformers' defaults, whatever the rows are
-    stated = {key: getattr(made, key) for key in SIZES if key in made.to_dict()}
+    stated = {key: getattr(model_config, key) for key in SIZES if key in model_config.to_dict()}
     arch = Architecture(f"hf/{family}", {"config": {**stated, **plain}, **options}, inputs)
     kept = {name: tensor for name, tensor in state.items() if name not in fresh}
-    linear = _linear_head(config, made, tensors, arch, modality, kept)
+    linear = _linear_head(config, model_config, tensors, arch, modality, kept)
     heads: dict[str, dict[str, Tensor]] = {}
     labels = None
     if linear is not None:
         arch, labels = linear.arch, linear.labels
         heads[linear.objective] = linear.tensors
     headless: dict[str, str] = {}
-    language = _language_head(config, made, tensors, arch, modality, kept)
+    language = _language_head(config, model_config, tensors, arch, modality, kept)
     if language is not None and language.reason:
         headless[language.objective] = language.reason
     elif language is not None:
         heads[language.objective] = language.tensors
     has_own_output = "output.weight" in heads.get("clm", {})
     if not has_own_output:
-        arch = _with_tied_output(arch, made)
+        arch = _with_tied_output(arch, model_config)
     return hf_text.Checkpoint(
         arch,
         modality,
@@ -329,7 +330,7 @@ class LanguageHead(NamedTuple):
 
 def _language_head(
     config: HfConfig,
-    made: Any,
+    model_config: Any,
     tensors: dict[str, Tensor],
     arch: Architecture,
     modality: ModalitySpec,
@@ -343,17 +344,21 @@ def _language_head(
     if kind is None or objective not in LANGUAGE_OBJECTIVES:
         return None
     name = kind.__name__
-    model, lacking = _load_language_model(kind, made, tensors)
+    model, lacking = _load_language_model(kind, model_config, tensors)
     if lacking:
         reason = f"the checkpoint lacks {', '.join(lacking[:4])} of {name}"
         return LanguageHead(objective, {}, reason)
-    if objective == "mlm" and auto_model.masked_head(made) is None:
+    if objective == "mlm" and auto_model.masked_head(model_config) is None:
         reason = (
             f"{name} has another head than a linear layer, an activation, a layer norm and an "
             "output"
         )
         return LanguageHead(objective, {}, reason)
-    head = _masked_head(model, made) if objective == "mlm" else _causal_head(model, made)
+    head = (
+        _masked_head(model, model_config)
+        if objective == "mlm"
+        else _causal_head(model, model_config)
+    )
     rows = export_check.random_batch(bundle.build_modality(modality))
     assert rows is not None
     words = {"input_ids": rows["tokens"], "attention_mask": rows["mask"].long()}
@@ -415,16 +420,16 @@ def _masked_head(model: Any, config: Any) -> dict[str, Tensor]:
     parts = auto_model.masked_head(config)
     assert parts is not None
     embedding = model.get_input_embeddings().weight
-    found: dict[str, Tensor] = {}
-    for ours, theirs in (("transform.0", parts.dense), ("transform.2", parts.norm)):
-        layer = model.get_submodule(theirs)
-        found[f"{ours}.weight"] = layer.weight.detach()
+    head: dict[str, Tensor] = {}
+    for prefix, path in (("transform.0", parts.dense), ("transform.2", parts.norm)):
+        layer = model.get_submodule(path)
+        head[f"{prefix}.weight"] = layer.weight.detach()
         bias = layer.bias
         zero = torch.zeros(len(layer.weight))
-        found[f"{ours}.bias"] = zero if bias is None else bias.detach()
+        head[f"{prefix}.bias"] = zero if bias is None else bias.detach()
     state = model.state_dict()
-    found["bias"] = torch.zeros(len(embedding)) if parts.bias is None else state[parts.bias]
-    return found
+    head["bias"] = torch.zeros(len(embedding)) if parts.bias is None else state[parts.bias]
+    return head
 
 
 def _causal_head(model: Any, config: Any) -> dict[str, Tensor]:
@@ -475,18 +480,18 @@ def _load(
     Raises:
         BundleError: A tensor has another shape than the configuration says.
     """
-    words = auto_model.pooling_words(kind, _holds_pooler(tensors))
-    given = _own_part(kind, config, tensors)
+    options = auto_model.pooling_words(kind, _holds_pooler(tensors))
+    own_tensors = _own_part(kind, config, tensors)
     generators: Any = torch.random
     try:
         with _quiet(), generators.fork_rng(devices=[]):
             model, info = kind.from_pretrained(
                 None,
                 config=config,
-                state_dict=given,
+                state_dict=own_tensors,
                 dtype=torch.float32,
                 output_loading_info=True,
-                **words,
+                **options,
             )
     except (RuntimeError, ValueError) as error:
         raise BundleError(
@@ -507,13 +512,13 @@ def _own_part(kind: Any, config: Any, tensors: dict[str, Tensor]) -> dict[str, T
     CLIP's images).
     """
     with torch.device("meta"):
-        own = list(kind(config).state_dict())
-    probe = own[len(own) // 2]
+        names = list(kind(config).state_dict())
+    probe = names[len(names) // 2]
     prefixes = {name.removesuffix(probe) for name in tensors if name.endswith(probe)}
     if not prefixes:
         return tensors
     best = max(
-        sorted(prefixes), key=lambda prefix: sum(f"{prefix}{name}" in tensors for name in own)
+        sorted(prefixes), key=lambda prefix: sum(f"{prefix}{name}" in tensors for name in names)
     )
     return {name.removeprefix(best): tensor for name, tensor in tensors.items()}
 
@@ -543,8 +548,8 @@ def _modality(folder: str, name: str, config: Any) -> tuple[ModalitySpec, JsonOb
 
 def _processor(folder: str, part: str) -> HfConfig:
     """Return the content of preprocessor_config.json, or the part of processor_config.json."""
-    found = hf_speech.read_object(folder, hf_speech.PREPROCESSOR)
-    return found or as_object(hf_speech.read_object(folder, hf_speech.PROCESSOR).get(part))
+    content = hf_speech.read_object(folder, hf_speech.PREPROCESSOR)
+    return content or as_object(hf_speech.read_object(folder, hf_speech.PROCESSOR).get(part))
 
 
 def _image(folder: str, config: Any) -> ModalitySpec:
@@ -553,27 +558,48 @@ def _image(folder: str, config: Any) -> ModalitySpec:
     Raises:
         ValueError: It is missing, or reads images that are not square.
     """
-    found = _processor(folder, "image_processor")
-    if not found:
+    processor = _processor(folder, "image_processor")
+    if not processor:
         raise ValueError(
             f"{folder}: {hf_speech.PREPROCESSOR} is missing, which says size, mean and standard "
             "deviation of the images; save the model again with its image processor "
             "(transformers' AutoImageProcessor, save_pretrained)"
         )
     channels = getattr(config, "num_channels", 3)
-    cropped, given = found.get("do_center_crop") and found.get("crop_size"), found.get("size")
-    height, width, shortest = _sides(given)
+    side, options = _image_size(folder, processor)
+    resample = processor.get("resample", 2)
+    if resample not in RESAMPLING:
+        raise ValueError(
+            f"{folder}: {hf_speech.PREPROCESSOR} says resample {resample}: images are resized "
+            "bilinearly (2) or bicubically (3) here"
+        )
+    mean, std = _image_statistics(folder, processor, channels)
+    return ModalitySpec(
+        "image",
+        {"size": side, "channels": channels, **options, "interpolation": RESAMPLING[resample]},
+        {"mean": mean, "std": std},
+    )
+
+
+def _image_size(folder: str, processor: HfConfig) -> tuple[int, JsonObject]:
+    """Return the pixels of a side, and the options by which images are fitted to it.
+
+    Raises:
+        ValueError: Images are not square, or smaller or larger than the image modality takes.
+    """
+    height, width, shortest = _sides(processor.get("size"))
     options: JsonObject = {"fit": "squash"}
-    if cropped:
-        side, other, _ = _sides(found["crop_size"])
+    if processor.get("do_center_crop") and processor.get("crop_size"):
+        side, other, _ = _sides(processor["crop_size"])
         resized = shortest or height
         options = {"fit": "crop"}
         if side and resized and side < resized:
             options["crop_share"] = _share(side, resized)
     elif shortest:
         side = other = shortest
-        kind = found.get("image_processor_type") or found.get(auto_model.EXTRACTOR_TYPE) or ""
-        share = found.get("crop_pct", BEFORE_CROP if kind.startswith("ConvNext") else None)
+        kind = processor.get("image_processor_type") or processor.get(auto_model.EXTRACTOR_TYPE)
+        is_convnext = (kind or "").startswith("ConvNext")
+        share = processor.get("crop_pct", BEFORE_CROP if is_convnext else None)
         options = {"fit": "crop"} if share is None or side < 384 else {"fit": "squash"}
         if share is not None and side < 384:
             options["crop_share"] = float(share)
@@ -581,38 +607,41 @@ def _image(folder: str, config: Any) -> ModalitySpec:
         side, other = height, width
     if not side or side != other or not 8 <= side <= 4096:
         raise ValueError(
-            f"{folder}: {hf_speech.PREPROCESSOR} says size {given}, crop_size "
-            f"{found.get('crop_size')}: images are squares of 8 to 4096 pixels a side here"
+            f"{folder}: {hf_speech.PREPROCESSOR} says size {processor.get('size')}, crop_size "
+            f"{processor.get('crop_size')}: images are squares of 8 to 4096 pixels a side here"
         )
-    resample = found.get("resample", 2)
-    if resample not in RESAMPLING:
-        raise ValueError(
-            f"{folder}: {hf_speech.PREPROCESSOR} says resample {resample}: images are resized "
-            "bilinearly (2) or bicubically (3) here"
-        )
-    factor, offset = found.get("rescale_factor", 1 / LEVELS), found.get("rescale_offset", False)
-    if found.get("do_rescale", True) and (offset or abs(factor * LEVELS - 1) > EQUAL):
+    return side, options
+
+
+def _image_statistics(
+    folder: str, processor: HfConfig, channels: int
+) -> tuple[list[float], list[float]]:
+    """Return the mean and standard deviation of each channel, of pixels from 0 to 1.
+
+    Raises:
+        ValueError: They are not numbers for each channel, or pixels are scaled in another way.
+    """
+    rescales = processor.get("do_rescale", True)
+    factor = processor.get("rescale_factor", 1 / LEVELS)
+    offset = processor.get("rescale_offset", False)
+    if rescales and (offset or abs(factor * LEVELS - 1) > EQUAL):
         raise ValueError(
             f"{folder}: {hf_speech.PREPROCESSOR} says rescale_factor {factor}, rescale_offset "
             f"{offset}: levels of pixels are divided by {LEVELS} here; write it with do_rescale: "
             "false, and image_mean and image_std in levels from 0 to 255 that do the same"
         )
-    normalizes = found.get("do_normalize", True)
-    mean: Any = found.get("image_mean") if normalizes else [0.0] * channels
-    std: Any = found.get("image_std") if normalizes else [1.0] * channels
+    normalizes = processor.get("do_normalize", True)
+    mean: Any = processor.get("image_mean") if normalizes else [0.0] * channels
+    std: Any = processor.get("image_std") if normalizes else [1.0] * channels
     if not _are_numbers(mean, channels) or not _are_numbers(std, channels):
         raise ValueError(
             f"{folder}: {hf_speech.PREPROCESSOR} says image_mean {mean}, image_std {std}: a "
             f"number for each of {channels} channels was expected"
         )
-    if not found.get("do_rescale", True):
-        # the processor's mean and deviation are of levels from 0 to 255
-        mean, std = ([value / LEVELS for value in part] for part in (mean, std))
-    return ModalitySpec(
-        "image",
-        {"size": side, "channels": channels, **options, "interpolation": RESAMPLING[resample]},
-        {"mean": list(mean), "std": list(std)},
-    )
+    if rescales:
+        return list(mean), list(std)
+    # the processor's mean and deviation are of levels from 0 to 255
+    return [value / LEVELS for value in mean], [value / LEVELS for value in std]
 
 
 def _share(side: int, resized: int) -> float:
@@ -624,17 +653,17 @@ def _share(side: int, resized: int) -> float:
 def _are_numbers(values: Any, count: int) -> bool:
     if not isinstance(values, list):
         return False
-    found = cast("list[Any]", values)
-    return len(found) == count and all(isinstance(value, int | float) for value in found)
+    items = cast("list[Any]", values)
+    return len(items) == count and all(isinstance(value, int | float) for value in items)
 
 
 def _sides(size: Any) -> tuple[int | None, int | None, int | None]:
     """Return height, width and shortest edge of a processor's size; None for those it lacks."""
     if isinstance(size, int):
         return size, size, None
-    known = as_object(size)
-    sides = [known.get(key) for key in ("height", "width", "shortest_edge")]
-    height, width, shortest = (one if isinstance(one, int) else None for one in sides)
+    stated = as_object(size)
+    sides = [stated.get(key) for key in ("height", "width", "shortest_edge")]
+    height, width, shortest = (side if isinstance(side, int) else None for side in sides)
     return height, width, shortest
 
 
@@ -648,21 +677,21 @@ def _series(folder: str, config: Any) -> ModalitySpec:
         ValueError: The file does not hold a number for each channel.
     """
     channels: int = config.num_input_channels
-    found = hf_speech.read_object(folder, hf_speech.PREPROCESSOR)
+    stored = hf_speech.read_object(folder, hf_speech.PREPROCESSOR)
     state: dict[str, Any] = {"mean": [0.0] * channels, "std": [1.0] * channels}
-    state |= {key: found[key] for key in ("mean", "std", "names") if key in found}
+    state |= {key: stored[key] for key in ("mean", "std", "names") if key in stored}
     names: list[str] = state.get("names", [""] * channels)
     has_numbers = all(_are_numbers(state[key], channels) for key in ("mean", "std"))
     if len(names) != channels or not has_numbers:
-        given = [
-            f"{key} {str(found[key])[:60]}" for key in ("mean", "std", "names") if key in found
+        stated = [
+            f"{key} {str(stored[key])[:60]}" for key in ("mean", "std", "names") if key in stored
         ]
         raise ValueError(
-            f"{folder}: {hf_speech.PREPROCESSOR} has {', '.join(given)}; each must have {channels} "
-            "values, one for each channel"
+            f"{folder}: {hf_speech.PREPROCESSOR} has {', '.join(stated)}; each must have "
+            f"{channels} values, one for each channel"
         )
     options: JsonObject = {"length": config.context_length}
-    options |= {key: found[key] for key in ("cut", "missing") if key in found}
+    options |= {key: stored[key] for key in ("cut", "missing") if key in stored}
     return ModalitySpec("series", options, state)
 
 
@@ -674,18 +703,18 @@ def _audio(folder: str, config: Any) -> tuple[ModalitySpec, JsonObject]:
     """
     if getattr(config, "conv_kernel", None) is not None:
         return hf_speech.modality(folder), {}
-    found = _processor(folder, "feature_extractor")
-    if not found:
+    content = _processor(folder, "feature_extractor")
+    if not content:
         raise ValueError(
             f"{folder}: {hf_speech.PREPROCESSOR} is missing, which says how spectrograms are "
             "made; save the model again with its feature extractor (transformers' "
             "AutoFeatureExtractor, save_pretrained)"
         )
-    named: Any = found.get(auto_model.EXTRACTOR_TYPE)
-    kind: Any = auto_model.extractor_class(config, named)
-    keys = auto_model.extractor_keys(kind)
-    plain = {key: value for key, value in found.items() if key in keys}
-    extractor = kind(**plain)
+    named: Any = content.get(auto_model.EXTRACTOR_TYPE)
+    extractor_type: Any = auto_model.extractor_class(config, named)
+    keys = auto_model.extractor_keys(extractor_type)
+    plain = {key: value for key, value in content.items() if key in keys}
+    extractor = extractor_type(**plain)
     options: JsonObject = {"rate": extractor.sampling_rate, "features": "wave"}
     options["normalize"] = False
     longest = auto_model.longest_seconds(extractor)
@@ -693,7 +722,7 @@ def _audio(folder: str, config: Any) -> tuple[ModalitySpec, JsonObject]:
         options["max_seconds"] = longest
     return (
         ModalitySpec("audio", options, {"features": "wave", "normalize": False}),
-        {"processor": {auto_model.EXTRACTOR_TYPE: kind.__name__, **plain}},
+        {"processor": {auto_model.EXTRACTOR_TYPE: extractor_type.__name__, **plain}},
     )
 
 
@@ -712,7 +741,7 @@ def write(saved: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
     Raises:
         BundleError: transformers has no class for the backbone alone, or the head is not linear.
     """
-    has_head = saved.manifest.objective.name != "none" and not backbone_only
+    has_head = saved.manifest.has_head and not backbone_only
     task = saved.task() if has_head else None
     backbone: Any = task.backbone if task is not None else saved.backbone()
     require_plain(saved, backbone)
@@ -730,8 +759,8 @@ def write(saved: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
     count = sum(parameter.numel() for parameter in backbone.model.parameters())
     text = f"{type(backbone.model).__name__} with {count} parameters"
     if task is None:
-        given = ", ".join(f"{name}={value}" for name, value in backbone.call_arguments.items())
-        text += f", to be called with {given}" if given else ""
+        arguments = ", ".join(f"{name}={value}" for name, value in backbone.call_arguments.items())
+        text += f", to be called with {arguments}" if arguments else ""
         return text
     lacking = "heads of this family are written with the code that joins them"
     return hf_text.write_head(task, saved.modality(), folder, text, lacking)
@@ -772,8 +801,8 @@ def _write_processor(saved: bundle.Bundle, backbone: Any, folder: Path, words: b
         if extractor is not None:
             extractor.save_pretrained(folder)
             return
-        made = hf_speech.extractor_config(config, modality)
-        hf_text.write_json(folder / hf_speech.PREPROCESSOR, made)
+        extractor_config = hf_speech.extractor_config(config, modality)
+        hf_text.write_json(folder / hf_speech.PREPROCESSOR, extractor_config)
         return
     options = modality.options
     side = options.size

@@ -752,44 +752,44 @@ def _crop_options(config: Any) -> dict[str, str | float]:
 
 
 def override_modality(
-    arch: Architecture, modality: ModalitySpec, given: ComponentConfig | None, place: str
+    arch: Architecture, modality: ModalitySpec, stated: ComponentConfig | None, place: str
 ) -> tuple[Architecture, ModalitySpec]:
     """Return arch and modality of a checkpoint with what the job says of its rows.
 
     Args:
-        given: The job's ``sources.NAME.modality``, or None.
+        stated: The job's ``sources.NAME.modality``, or None.
         place: Its place in the job file, for messages.
 
     Raises:
         BundleError: It is another modality, or its options do not go together.
     """
-    if given is None:
+    if stated is None:
         return arch, modality
-    if given.name != modality.name:
+    if stated.name != modality.name:
         raise BundleError(
-            f"{place}: the checkpoint reads {modality.name}, the job says {given.name}: leave "
+            f"{place}: the checkpoint reads {modality.name}, the job says {stated.name}: leave "
             "it out"
         )
-    kind = registry.get("modality", given.name)
-    if problem := ineffective_options(kind, given.options, modality.options):
+    kind = registry.get("modality", stated.name)
+    if problem := ineffective_options(kind, stated.options, modality.options):
         raise BundleError(f"{place}: {problem}")
-    options = {**modality.options, **given.options}
+    options = {**modality.options, **stated.options}
     try:
-        made = kind(kind.options_class(**options), modality.state)
+        built = kind(kind.options_class(**options), modality.state)
     except ValueError as error:
         raise BundleError(f"{place}: {error}") from None
-    state = {**modality.state, **made.state}
-    arch = replace(arch, inputs={**arch.inputs, **made.inputs()})
-    return arch, ModalitySpec(given.name, options, state)
+    state = {**modality.state, **built.state}
+    arch = replace(arch, inputs={**arch.inputs, **built.inputs()})
+    return arch, ModalitySpec(stated.name, options, state)
 
 
 def describe_input(
-    modality: ModalitySpec, name: str, given: ComponentConfig | None, checkpoint: str
+    modality: ModalitySpec, name: str, stated: ComponentConfig | None, checkpoint: str
 ) -> str:
     """Describe how the images of a checkpoint without data are read, and who says so.
 
     Args:
-        given: The job's ``sources.NAME.modality``, or None.
+        stated: The job's ``sources.NAME.modality``, or None.
         checkpoint: What the checkpoint is, where it says itself how its images are read (a folder,
             a bundle); "" where only its name does.
 
@@ -807,16 +807,16 @@ def describe_input(
         f"images are read at {options['size']} pixels, {options['channels']} channels, mean "
         f"{levels['mean']}, std {levels['std']}{crop}{resized}"
     )
-    stated_here = sorted(given.options) if given else []
-    said = f"; {', '.join(stated_here)} as the job states" if stated_here else ""
+    stated_here = sorted(stated.options) if stated else []
+    of_job = f"; {', '.join(stated_here)} as the job states" if stated_here else ""
     if {"mean", "std"} <= set(stated_here):
-        return text + said
+        return text + of_job
     if checkpoint:
-        return f"{text}{said}, as {checkpoint} says"
+        return f"{text}{of_job}, as {checkpoint} says"
     if registry.split_tag(name)[1]:
-        return f"{text}{said}, as timm says of {name.partition('/')[2]}"
+        return f"{text}{of_job}, as timm says of {name.partition('/')[2]}"
     return (
-        f"{text}{said}; assumed, as timm says of its default weights for {name}: where these "
+        f"{text}{of_job}; assumed, as timm says of its default weights for {name}: where these "
         "weights were trained otherwise (DINO, MAE), name their tag "
         f"({name}.TAG) or say modality: {{image: {{mean: imagenet, std: imagenet}}}}"
     )

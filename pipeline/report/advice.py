@@ -404,28 +404,18 @@ def _choices(stores: Sequence[Store], named: Sequence[list[ResultRow]]) -> list[
         for row in rows:
             by_entry[matrix.entry_key(row)].append(row)
         for entry in matrix.matrix_entries(rows, store.runs):
-            key = (
-                entry.source,
-                entry.backbone,
-                entry.target,
-                entry.technique,
-                entry.label_fraction,
-            )
+            of_entry = by_entry[entry.key]
             if entry.source == SCRATCH or entry.against or not entry.n_seeds:
                 continue
-            if {row.trial_id for row in by_entry[key]} <= seen:
+            if {row.trial_id for row in of_entry} <= seen:
                 continue
-            first = by_entry[key][0]
+            first = of_entry[0]
             kind = (first.modality or "", first.objective, entry.metric)
             name = store.name if len(stores) > 1 else ""
-            scratch = (
-                SCRATCH,
-                entry.baseline,
-                entry.target,
-                matrix.SCRATCH_TECHNIQUE,
-                entry.label_fraction,
+            scratch = entry.key._replace(
+                source=SCRATCH, backbone=entry.baseline, technique=matrix.SCRATCH_TECHNIQUE
             )
-            variance = _seed_variance(entry, by_entry[key], by_entry.get(scratch, []))
+            variance = _seed_variance(entry, of_entry, by_entry.get(scratch, []))
             out.append(_Choice(name, entry, kind, variance))
         seen |= {row.trial_id for row in rows if row.source != SCRATCH}
     return out

@@ -93,9 +93,7 @@ def mark_entries(
             trials[entry_key(row)].append(row.trial_id)
     out: list[MatrixEntry] = []
     for entry in entries:
-        own = trials[
-            entry.source, entry.backbone, entry.target, entry.technique, entry.label_fraction
-        ]
+        own = trials[entry.key]
         against = [trial_id for key in entry.compared_with for trial_id in trials[key]]
         made = [trial_provenance[trial_id].made for trial_id in (*own, *against)]
         if any(provenance.differences(made[0], other) for other in made[1:]):

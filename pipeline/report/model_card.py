@@ -303,7 +303,7 @@ def _limits(manifest: Manifest, rows: Sequence[ResultRow]) -> list[str]:
 
 
 def _use(manifest: Manifest) -> list[str]:
-    if manifest.objective.name == "none":
+    if not manifest.has_head:
         return []
     text = "```\nonetomany predict FOLDER new_rows.parquet -o predictions\n```"
     return ["## Use", f"Of a bundle (`manifest.json` is in the folder):\n\n{text}"]

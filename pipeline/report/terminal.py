@@ -163,7 +163,7 @@ def _other_gains(entries: Sequence[MatrixEntry]) -> dict[EntryKey, _OtherGain]:
     validation = {entry.key: entry.validation for entry in entries}
 
     def value(entry: MatrixEntry, backbone: str, technique: str) -> float:
-        key = EntryKey(SCRATCH, backbone, entry.target, technique, entry.label_fraction)
+        key = entry.key._replace(source=SCRATCH, backbone=backbone, technique=technique)
         of_entry = validation.get(key)
         return -math.inf if of_entry is None else of_entry
 

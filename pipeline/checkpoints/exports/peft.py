@@ -52,7 +52,7 @@ def export(saved: bundle.Bundle, output: str, backbone_only: bool) -> str:
         text = json.dumps(config, indent=2)
         (folder / "adapter_config.json").write_text(text, encoding="utf-8")
         head = ""
-        if not backbone_only and saved.manifest.objective.name != "none":
+        if not backbone_only and saved.manifest.has_head:
             save_file(saved.head_tensors(), folder / classifier_export.HEAD)
             labels = {"labels": saved.manifest.objective.state.get("labels")}
             text = json.dumps({**saved.manifest.objective.to_json(), **labels}, indent=2)

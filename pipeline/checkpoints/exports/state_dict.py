@@ -30,7 +30,7 @@ def export(saved: bundle.Bundle, output: str, backbone_only: bool) -> str:
     with storage.scratch_folder() as scratch:
         place = Path(scratch, name)
         beside: dict[str, str] = {}
-        if backbone_only or saved.manifest.objective.name == "none":
+        if backbone_only or not saved.manifest.has_head:
             tensors = {
                 one.removeprefix("backbone.").removeprefix("model."): tensor
                 for one, tensor in saved.backbone_tensors().items()
