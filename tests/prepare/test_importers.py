@@ -10,6 +10,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from prepare import conftest
 from prepare.conftest import WNIDS, encoded, tar, write
 
 from pipeline.config import registry
@@ -420,6 +421,13 @@ def test_chestxray14_files_that_do_not_fit(chest):
         index("chestxray14", chest, "lists=none")
     rows, found = index("chestxray14", chest, "lists=none", "missing=skip")
     assert len(rows) == 5 and found.notes["rows of the CSV without an image"] == 1
+
+
+def test_a_broken_image_of_chestxray14_is_named_by_its_line(chest, tmp_path):
+    (chest / "images_001/images/00000001_000.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"line 2 of the table: ") as caught:
+        conftest.prepare("chestxray14", chest, tmp_path / "out", max_bad=0)
+    assert "00000001" not in str(caught.value)
 
 
 def test_no_error_about_chestxray14_names_an_image_or_a_patient(chest):

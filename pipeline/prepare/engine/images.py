@@ -46,6 +46,10 @@ class ImageImporter(Importer):
         """
         return row
 
+    def name_of(self, row: Row) -> str:
+        """Return what messages call a row of the index: its path, unless that names a patient."""
+        return row["path"]
+
     def plan(self, source: str, settings: Settings) -> ImageShardTask:
         return ImageShardTask(self, source, settings)
 
@@ -106,7 +110,7 @@ def _rows(
             picture = examine(data, settings.resize, settings.quality)
             made = importer.postprocess(row, picture)
         except BrokenImageError as error:
-            broken.append(invalid_row(row["path"], row["split"], str(error)))
+            broken.append(invalid_row(importer.name_of(row), row["split"], str(error)))
             continue
         width, height = picture.size
         out[i] = {

@@ -12,7 +12,7 @@ from pipeline.config.registry import Options, nearest, register
 from pipeline.io import storage
 from pipeline.prepare.engine import importing
 from pipeline.prepare.engine.images import ImageImporter
-from pipeline.prepare.engine.importing import Index, first_existing, place, preview, table
+from pipeline.prepare.engine.importing import Index, Row, first_existing, place, preview, table
 from pipeline.prepare.readers import archives
 from pipeline.prepare.readers.dialect import rows_of
 
@@ -123,10 +123,11 @@ class ChestXray14(ImageImporter):
         rows = []
         for record in present:
             columns = {name: value for name, value in record._asdict().items() if name in KINDS}
-            rows.append(place(images[record.path], splits[record.path], **columns))
+            image, split = images[record.path], splits[record.path]
+            rows.append(place(image, split, **columns, _line=record.line))
         unlisted = set(images) - {record.path for record in records}
         return Index(
-            table(rows, KINDS, source),
+            table(rows, {**KINDS, "_line": pa.int64()}, source),
             found.mark,
             info={"labels": list(FINDINGS), "split": self.options.lists},
             notes={
@@ -138,6 +139,9 @@ class ChestXray14(ImageImporter):
                 "images that the CSV does not name": len(unlisted),
             },
         )
+
+    def name_of(self, row: Row) -> str:
+        return f"line {row['_line']} of the table"
 
     def _splits(self, source: str, table_uri: str, records: list[Record]) -> dict[str, str]:
         """Return the split of each image by its name.
