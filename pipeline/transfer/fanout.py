@@ -25,7 +25,7 @@ from typing import Any, TypedDict
 
 import ray
 import torch
-from ray import tune
+from ray import cloudpickle, tune
 from ray.exceptions import GetTimeoutError, RayError
 from ray.tune.execution import class_cache
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
@@ -81,7 +81,7 @@ def _begin(pulses: Any, unit: int, every_seconds: float, waits_for_ranks: bool) 
     context = ray.get_runtime_context()
     pulse = Pulse(pulses, str(context.get_actor_id()), unit, every_seconds)
     # pickled: a handle would make the actor of `Pulses` import Ray Tune, and torch with it
-    actor = ray.cloudpickle.dumps(context.current_actor)
+    actor = cloudpickle.dumps(context.current_actor)
     pulses.begin.remote(pulse.actor_id, actor, unit, waits_for_ranks)
     return pulse
 
@@ -134,7 +134,7 @@ class Watchdog:
                 self.reasons[unit] = reason
                 self.progress.note(f"warning: {self._name(unit)}: {reason}")
                 with suppress(RayError, ValueError):
-                    ray.kill(ray.cloudpickle.loads(actor), no_restart=True)
+                    ray.kill(cloudpickle.loads(actor), no_restart=True)
 
     def _reason(self, unit: int, why: str) -> str:
         if why == "time":

@@ -157,7 +157,7 @@ class Kaldi(AudioImporter):
                 )
         folders = wanted or there
         if self.options.split:
-            return dict.fromkeys(folders, self.options.split)
+            return {folder: self.options.split for folder in folders}
         base = posixpath.basename(source.rstrip("/"))
         splits = {folder: _split_of(folder or base) for folder in folders}
         unclear = [folder for folder, split in splits.items() if not split]
