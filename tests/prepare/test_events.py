@@ -258,6 +258,20 @@ def test_units(tmp_path, unit, time, hours):
     assert entity_events(entity_rows(tmp_path / "out")["a"]) == [(hours, "x", 1)]
 
 
+def test_timestamps_keep_fractions_of_a_second(tmp_path):
+    """Of a machine that measures ten times a second."""
+    (tmp_path / "machines.csv").write_text("entity,begin\na,2101-06-01 00:00:00.050\n")
+    (tmp_path / "long.csv").write_text(
+        "entity,time,variable,value\n"
+        + "".join(f"a,2101-06-01 00:00:00.{i}5,speed,5\n" for i in range(1, 4))
+    )
+    options = (f"entities={tmp_path}/machines.csv", "unit=timestamp", "start=begin")
+    prepare("events", tmp_path / "long.csv", tmp_path / "out", *options)
+    found = entity_events(entity_rows(tmp_path / "out")["a"])
+    seconds = [3600 * hours for hours, _, _ in found]
+    assert seconds == pytest.approx([0.1, 0.2, 0.3], rel=1e-5)
+
+
 @pytest.mark.parametrize("beside", ["7,2101-10-20", "7.0,in the morning"])
 def test_what_a_field_means_does_not_depend_on_the_others(tmp_path, beside):
     """Fields that Arrow can cast are read without a pattern, unless one of a block has none."""

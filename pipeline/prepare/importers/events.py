@@ -51,6 +51,7 @@ from pipeline.prepare.readers.csv_blocks import (
 )
 
 HOURS = {"hours": 1.0, "minutes": 1 / 60, "seconds": 1 / 3600, "days": 24.0}
+MICROSECONDS_PER_HOUR = 3_600_000_000
 TABLE = "events"
 MOST_HOURS = 100_000
 """More than eleven years from an entity's start: probably absolute times, written as numbers."""
@@ -119,6 +120,9 @@ class LongTable(GroupedImporter):
     CSV (01 is not 1), or whole numbers of Parquet. Texts such as <0.1 count as their bound; what is
     no number is left out and counted by reason, and so are exact duplicates and events of entities
     that are not in the entities' table. Memory does not grow with the table.
+
+    Times are float32: a fraction of a second up to 2,000 hours, 14 seconds at 50,000. Equal values of
+    a variable at times that are equal then count as duplicates.
     """
 
     def sources(self, source: str, cut_bytes: int) -> EventTables:
@@ -207,7 +211,7 @@ class LongTable(GroupedImporter):
         rows = pa.table(
             {**out, "split": pa.array([o.split] * len(table), pa.string())}
         ).combine_chunks()
-        start = instants(table[o.start])[0] if o.start else None
+        start = instants(table[o.start], "us")[0] if o.start else None
         zoned = zones(table[o.start]) if o.start else set()
         ids = rows["entity"].combine_chunks()
         self._kind = "id" if pa.types.is_integer(ids.type) else "text"
@@ -278,7 +282,7 @@ class LongTable(GroupedImporter):
         ids = keys["ids"]
         columns = {
             o.entity: Column("id" if pa.types.is_integer(ids.type) else "text"),
-            o.time: Column("time" if o.unit == "timestamp" else "number"),
+            o.time: Column("moment" if o.unit == "timestamp" else "number"),
             o.variable: Column("text"),
             **({o.value: Column("number")} if o.value else {}),
         }
@@ -333,8 +337,10 @@ class LongTable(GroupedImporter):
         Raises ValueError for numbers that cannot be such hours.
         """
         if start is not None:
-            seconds, timed = instants(column)
-            return (seconds - start[rows]) / 3600, timed
+            microseconds = column.fill_null(0).to_numpy()
+            return (microseconds - start[rows]) / MICROSECONDS_PER_HOUR, np.asarray(
+                column.is_valid()
+            )
         found = plausible.numbers(column)
         hours, timed = found.values * HOURS[self.options.unit], found.reasons == 0
         if far := np.count_nonzero(timed & (rows >= 0) & (np.abs(hours) > MOST_HOURS)):

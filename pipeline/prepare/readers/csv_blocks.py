@@ -196,8 +196,12 @@ def schema(entry: Entry, opener: Opener) -> pa.Schema:
         return pa.schema([(name, pa.string()) for name in _header(entry, handle)[0]])
 
 
-def instants(column: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Convert times, or texts such as 2101-10-20T19:08:00+02:00, to seconds.
+def instants(column: Any, unit: str = "s") -> tuple[np.ndarray, np.ndarray]:
+    """Convert times, or texts such as 2101-10-20T19:08:00+02:00, to whole seconds.
+
+    Args:
+        column: (n,) The times.
+        unit: "us": to microseconds instead.
 
     Returns:
         ((n,) int64 seconds since 1970, UTC where there is a zone; (n,) bool whether there is a
@@ -216,9 +220,8 @@ def instants(column: Any) -> tuple[np.ndarray, np.ndarray]:
         )
     there = np.asarray(array.is_valid())
     zone = array.type.tz if pa.types.is_timestamp(array.type) else None
-    return array.cast(pa.timestamp("s", tz=zone), safe=False).cast(pa.int64()).fill_null(
-        0
-    ).to_numpy(zero_copy_only=False), there
+    whole = array.cast(pa.timestamp(unit, tz=zone), safe=False).cast(pa.int64()).fill_null(0)
+    return whole.to_numpy(zero_copy_only=False), there
 
 
 def zones(column: Any) -> set[bool]:
