@@ -244,10 +244,12 @@ def compare(graph: Graph, uri: str, run: Callable[[Tensors], Tensors]) -> export
                 f"{reason(error)}; nothing was written. Take --kind bundle or state-dict"
             ) from error
         for name, tensor in ours.items():
-            array = export_check.compare_outputs(tensor, exported[name], name, scale=graph.scale)
-            export_check.require(array, uri)
-            if worst is None or array.difference > worst.difference:
-                worst = array
+            comparison = export_check.compare_outputs(
+                tensor, exported[name], name, scale=graph.scale
+            )
+            export_check.require(comparison, uri)
+            if worst is None or comparison.difference > worst.difference:
+                worst = comparison
     assert worst is not None
     batches = ", ".join(str(rows) for rows, _ in SIZES)
     what = f"{worst.what} in batches of {batches} rows"

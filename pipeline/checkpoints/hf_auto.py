@@ -282,7 +282,10 @@ def _stated_objective(objective: str, config: HfConfig) -> str:
 
 
 def _label_names(config: HfConfig, number: int) -> tuple[str, ...]:
-    """Return the names of a head's labels, transformers' defaults where it has other ones."""
+    """Return the names of a head's labels.
+
+    If the configuration does not name as many, they are LABEL_0, LABEL_1, ... as in transformers.
+    """
     labels = as_object(config.get("id2label"))
     if len(labels) != number:
         return tuple(f"LABEL_{i}" for i in range(number))

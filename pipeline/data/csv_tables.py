@@ -102,13 +102,23 @@ class CsvFile:
         self._types = self._find_types(dict(types or {}))
         self.code_columns = self._find_code_columns(set(self._types) - set(types or {}))
 
+    @property
+    def number_columns(self) -> frozenset[str]:
+        """Columns of which each value looks like a number."""
+        numbers = (pa.int64(), pa.float64())
+        return frozenset(name for name, kind in self._types.items() if kind in numbers)
+
     def tables(self, code_columns: Collection[str] = ()) -> Iterator[pa.Table]:
         """Yield its tables, the first of them without rows.
 
         Args:
             code_columns: Columns in which other files of the same data have codes.
         """
-        codes = (self.code_columns | set(code_columns)) & self._types.keys()
+        codes = {
+            name
+            for name in self.code_columns | set(code_columns)
+            if self._types.get(name, pa.binary()) != pa.binary()
+        }
         for table in self._blocks(self._types | {name: pa.string() for name in codes}):
             for index, name in enumerate(table.column_names):
                 if name in codes:
@@ -174,10 +184,10 @@ class CsvFile:
         found: set[str] = set()
         if not patterns:
             return frozenset()
-        texts = self._types | {name: pa.string() for name in patterns}
-        for table in self._blocks(texts, list(patterns)):
-            for name, texts in zip(table.column_names, table.columns, strict=True):
-                is_code = pc.match_substring_regex(texts, rf"^\s*({patterns[name]})\s*$")
+        types = self._types | {name: pa.string() for name in patterns}
+        for table in self._blocks(types, list(patterns)):
+            for name, fields in zip(table.column_names, table.columns, strict=True):
+                is_code = pc.match_substring_regex(fields, rf"^\s*({patterns[name]})\s*$")
                 if pc.any(is_code).as_py():
                     found.add(name)
             if len(found) == len(patterns):

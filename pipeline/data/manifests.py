@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import cached_property
@@ -139,14 +140,18 @@ def build(uris: str | list[str], form: str, imports_uri: str) -> Manifest:
 
 
 def build_with_named(
-    uris: str | list[str], form: str, imports_uri: str, mode: file_identity.Mode = "content"
+    uris: str | list[str],
+    form: str,
+    imports_uri: str,
+    mode: file_identity.Mode = "content",
+    text_columns: Collection[str] = (),
 ) -> tuple[Manifest, tuple[FileIdentity, ...]]:
     """Build a manifest, and return it with the images or recordings that its rows name.
 
-    `mode`: how files are identified (`file_identity`).
+    `mode`: how files are identified (`file_identity`). `text_columns`: see `to_parquet`.
     """
     found = to_parquet.to_parquet(
-        [uris] if isinstance(uris, str) else uris, form, imports_uri, mode
+        [uris] if isinstance(uris, str) else uris, form, imports_uri, mode, text_columns
     )
     files, fingerprint = found.files, found.fingerprint
     groups, schema, digest = [], None, hashlib.sha256()
@@ -773,8 +778,10 @@ def _splits(
     """Return the splits of one corpus."""
     named: dict[tuple[str, ...], tuple[FileIdentity, ...]] = {}
 
-    def built(uris: str | list[str]) -> Manifest:
-        manifest, listed = build_with_named(uris, data.format, imports_uri, data.identity)
+    def built(uris: str | list[str], text_columns: Collection[str] = ()) -> Manifest:
+        manifest, listed = build_with_named(
+            uris, data.format, imports_uri, data.identity, text_columns
+        )
         named[manifest.files] = listed
         return manifest
 
@@ -815,7 +822,9 @@ def _splits(
     for name in ("validation", "test"):
         files = getattr(data, name)
         if files is not None:
-            manifest = built(files)
+            # 07 makes a column of the training rows texts: then 10 in a small test file is one too
+            texts = [field.name for field in first.schema if pa.types.is_string(field.type)]
+            manifest = built(files, texts)
             _check_columns(manifest, data, roles, at)
             given[name] = _where(Selection(manifest), data, at)
             origin.append(f"{name} files")

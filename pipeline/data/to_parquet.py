@@ -11,7 +11,7 @@ import io
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
@@ -188,7 +188,11 @@ class ImportedFiles(NamedTuple):
 
 
 def to_parquet(
-    uris: list[str], form: str, imports_uri: str, mode: identity.Mode = "content"
+    uris: list[str],
+    form: str,
+    imports_uri: str,
+    mode: identity.Mode = "content",
+    text_columns: Collection[str] = (),
 ) -> ImportedFiles:
     """Return the given files as Parquet: unchanged, or converted below `imports_uri`.
 
@@ -197,6 +201,8 @@ def to_parquet(
         form: of the files, or auto.
         imports_uri: where conversions are kept.
         mode: how files are identified (`file_identity`).
+        text_columns: of CSV: columns that are texts in the training rows, where they may be numbers
+            alone in these files.
 
     Raises:
         ValueError: no files, mixed kinds, an empty file, or one that is cut off or has a row above
@@ -246,7 +252,8 @@ def to_parquet(
         key = spec_hash(
             kind,
             [[*name, file.content] for name, file in zip(names, read, strict=True)],
-            *([TEXT_VERSION] if kind in TEXTS else [CSV_VERSION] if kind == "csv" else []),
+            *([TEXT_VERSION] if kind in TEXTS else []),
+            *([CSV_VERSION, sorted(text_columns)] if kind == "csv" else []),
         )
     folder = storage.join(imports_uri, key)
     if checksums.intact_folder(folder, "the files are brought in again") is None:
@@ -262,7 +269,7 @@ def to_parquet(
                 elif has_labels:
                     _write_documents(listed, path)
                 else:
-                    _write(kind, files, path)
+                    _write(kind, files, path, text_columns)
             identity.check_unchanged(read)
             atomic_folder.commit_folder(
                 folder, {"rows.parquet": path}, {"kind": kind, "format_version": 1}
@@ -468,13 +475,13 @@ def _write_documents(listed: list[_File], path: Path) -> None:
 # ---------------------------------------------------------------- tables and text
 
 
-def _write(kind: str, files: list[str], path: Path) -> None:
+def _write(kind: str, files: list[str], path: Path, text_columns: Collection[str]) -> None:
     if kind not in TEXTS:  # these look at their first bytes as they read them
         for file in files:
             with open_unpacked(file) as handle:
                 _checked_start(file, handle.read(len(MARK)))
     if kind == "csv":
-        tables = csv_tables_of(files)
+        tables = csv_tables_of(files, text_columns=text_columns)
     else:
         read = {
             "jsonl": _json_lines,
@@ -503,7 +510,7 @@ def _columns(schema: pa.Schema) -> str:
 
 
 def csv_tables_of(
-    files: list[str], delimiter: str = ""
+    files: list[str], delimiter: str = "", text_columns: Collection[str] = ()
 ) -> Iterator[tuple[str, Iterator[pa.Table]]]:
     """Yield each CSV file with its tables, which are read block by block.
 
@@ -512,6 +519,7 @@ def csv_tables_of(
     Args:
         files: Files with the same columns.
         delimiter: Separates fields; "": tabs in .tsv files, else commas.
+        text_columns: Columns that are read as texts even if all files have numbers in them.
     """
     readers = []
     for file in files:
@@ -522,7 +530,7 @@ def csv_tables_of(
         readers.append(CsvFile(partial(open_unpacked, file), file, delimiter=mark))
     code_columns = frozenset[str]().union(*(reader.code_columns for reader in readers))
     for file, reader in zip(files, readers, strict=True):
-        yield file, reader.tables(code_columns)
+        yield file, reader.tables(code_columns | (reader.number_columns & set(text_columns)))
 
 
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}

@@ -278,7 +278,7 @@ class Audio(Modality):
                 else "recordings: their files' bytes (binary), their paths (string), or structs "
                 "of bytes and path"
             )
-        return "" if is_number(kind) else "seconds, a number"
+        return "" if is_number(kind) else "seconds, a number without leading zeros"
 
     def inputs(self) -> AudioInputs:
         if self.features == "wave":

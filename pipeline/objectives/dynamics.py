@@ -224,7 +224,7 @@ class RunningScale(nn.Module):
     """Divides changes by their root mean square, number by number, over earlier training steps.
 
     The rows of a training step count from the next step on. The loss of a step is then the same for
-    any number of ranks and micro-batches.
+    any number of ranks and micro-batches. The first step is not scaled.
     """
 
     def __init__(self, numbers: int):

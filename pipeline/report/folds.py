@@ -123,7 +123,7 @@ def _pool_rows(rows: list[ResultRow], name: str, run: RunPredictions | None) -> 
     """Return the row of a split and a metric, which is that of all folds.
 
     Args:
-        rows: Those of the folds that have it: of a rare label or type that may be some.
+        rows: Those of the folds that have this metric. A rare label may be in some folds only.
         name: Name of the pooled trial.
         run: Its predictions on all test rows; None where there are none.
     """

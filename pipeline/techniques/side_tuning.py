@@ -26,6 +26,7 @@ class SideBackbone(Backbone):
         self.arch, self.pooled_dim, self.token_dim = base.arch, base.pooled_dim, base.token_dim
         self.feature_map_specs, self.causal = base.feature_map_specs, base.causal
         self.convolutions = base.convolutions
+        self.positions = getattr(base, "positions", 0)  # 0: it continues no sequence
 
     def forward(
         self, batch: Batch, *, token_mask: Tensor | None = None, want: tuple[str, ...] = ()

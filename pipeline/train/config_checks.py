@@ -37,7 +37,9 @@ def source(place: str, spec: Source) -> None:
         registry.get("modality", spec.data.modality.name),
         registry.get("objective", spec.objective.name),
     )
-    if problem := ineffective_options(modality, spec.data.modality.options):
+    # a checkpoint brings options of its own: they are known once it is read (`fit_modality`)
+    problem = ineffective_options(modality, spec.data.modality.options)
+    if problem and not _continues(spec):
         raise ValueError(f"{place}.data.modality: {problem}")
     check_modality(place, spec.data.modality.name, spec.data.modality.options, spec.objective.name)
     if objective.packed:
@@ -125,8 +127,7 @@ def check_technique(place: str, spec: Source) -> None:
             f"{where}: {name} starts from random weights; so does every source that names no "
             "checkpoint: leave the technique out"
         )
-    continues = spec.init is not None or spec.backbone.name.startswith(CHECKPOINT_PREFIXES)
-    if not continues and _freezes_backbone(technique):
+    if not _continues(spec) and _freezes_backbone(technique):
         raise ValueError(
             f"{where}: {name} keeps weights of the backbone as they are, and these are random; "
             "name a checkpoint to continue from (init), or leave the technique out"
@@ -148,6 +149,11 @@ def check_technique(place: str, spec: Source) -> None:
             f"{where}: {name} adds modules to the backbone, and {spec.objective.name} copies "
             "weights to and from a backbone without them; use full"
         )
+
+
+def _continues(spec: Source) -> bool:
+    """Whether a source starts from a checkpoint."""
+    return spec.init is not None or spec.backbone.name.startswith(CHECKPOINT_PREFIXES)
 
 
 def _freezes_backbone(technique: Technique) -> bool:

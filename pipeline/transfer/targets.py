@@ -1005,11 +1005,12 @@ def check_modality(target: TargetStage, source: Source) -> None:
         return
     kind, given = registry.get("modality", component.name), component.options
     theirs = source.data.modality.options
-    if problem := ineffective_options(kind, given, theirs):
+    continues = source.init or source.backbone.name.startswith(CHECKPOINT_PREFIXES)
+    problem = ineffective_options(kind, given, theirs)
+    if problem and not continues:  # else it is judged with the checkpoint's options, by `_modality`
         raise ValueError(f"{place}.data.modality: {problem}")
     name = target.spec.objective.name
     config_checks.check_modality(place, component.name, {**theirs, **given}, name)
-    continues = source.init or source.backbone.name.startswith(CHECKPOINT_PREFIXES)
     inherited = kind.options_class(**theirs)
     if not continues:  # a checkpoint brings its own options
         own = kind.options_class(**given)

@@ -1690,9 +1690,9 @@ def test_a_file_that_changes_while_it_is_brought_in_is_refused(tmp_path, imports
     path, real = tmp_path / "a.csv", made._write
     path.write_text("text,label\nx,1\n")
 
-    def write_late(kind, files, to):
+    def write_late(*words):
         path.write_text("text,label\ny,1\n")
-        real(kind, files, to)
+        real(*words)
 
     monkeypatch.setattr(made, "_write", write_late)
     with pytest.raises(
@@ -1978,6 +1978,14 @@ def test_a_column_with_codes_in_one_csv_file_is_text_in_all(tmp_path, imports):
         "patient": ["7", None, "007", None],
         "hours": ["01.5", "0.5", "1", "2"],
     }
+
+
+def test_codes_of_the_training_rows_make_a_column_of_a_test_file_texts_too(tmp_path, split):
+    (tmp_path / "train.csv").write_text("text,label\na,07\nb,10\n")
+    (tmp_path / "test.csv").write_text("text,label\nc,10\n")
+    files = {name: str(tmp_path / f"{name}.csv") for name in ("train", "test")}
+    found = split(True, columns={"text": "text", "label": "label"}, **files)
+    assert m.read_columns(found.test, ["label"])["label"].to_pylist() == ["10"]
 
 
 def test_a_csv_row_with_too_many_fields_late_in_a_file_is_named(tmp_path, imports, small_chunks):

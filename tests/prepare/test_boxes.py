@@ -331,7 +331,18 @@ def test_lists_of_darknet_tell_the_splits(tmp_path, held_out):
         "b.jpg": "train",
         "c.jpg": "validation",
     }
+    (root / "obj").rename(root / "obj_train_data")
+    for name in ("train.txt", held_out):
+        write(root / name, (root / name).read_text().replace("/obj/", "/obj_train_data/"))
+    moved = prepare("yolo", root, tmp_path / "moved")
+    assert {name: row["split"] for name, row in moved.items()}["c.jpg"] == "validation"
+    (root / "obj_train_data").rename(root / "train")
+    write(root / held_out, "data/train/c.jpg\n")
+    with pytest.raises(ValueError, match="folder of train, and a list names it for validation"):
+        prepare("yolo", root, tmp_path / "z")
+    (root / "train").rename(root / "obj")
     write(root / held_out, "data/obj/b.jpg\n")
+    write(root / "train.txt", "data/obj/a.jpg\ndata/obj/b.jpg\n")
     with pytest.raises(ValueError, match=r"obj/b\.jpg for .*another list for"):
         prepare("yolo", root, tmp_path / "z")
     write(root / held_out, "")

@@ -58,6 +58,10 @@ def test_without_texts_and_speakers_there_are_no_such_columns(tmp_path):
         ("dt05_real", "validation"),
         ("et05_simu", "test"),
         ("test_tr", "test"),
+        ("test/tr", "test"),
+        ("train/et", "train"),
+        ("tr", "train"),
+        ("all_no_test", "train"),
         ("dump/raw/train/org", "train"),
     ],
 )

@@ -285,7 +285,7 @@ def test_names_say_splits(name, split):
 
 @pytest.mark.parametrize("name", ["a-eval.csv", "train/evalset-00.txt", "held_out/a.csv"])
 def test_names_of_held_out_rows_say_for_what(name):
-    with pytest.raises(ValueError, match=r"for validation or for test\? Rename .*--set split="):
+    with pytest.raises(ValueError, match=r"for validation or for test\? Put one .*--set split="):
         importing.split_of_file(name)
 
 

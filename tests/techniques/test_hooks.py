@@ -263,7 +263,7 @@ def test_a_soup_is_the_mean_of_the_finished_trials(tmp_path, paths, monkeypatch)
 
 def test_a_soup_wants_the_bundles_of_all_trials(tmp_path, paths):
     with pytest.raises(
-        ValueError, match=r"targets\.task: techniques: soup .* say fanout\.keep_bundles: all"
+        ValueError, match=r"targets\.task: techniques: soup .* set fanout\.keep_bundles: all"
     ):
         stages.check(soup_job(tmp_path, paths, "best"), Silent())
 

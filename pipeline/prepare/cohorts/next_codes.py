@@ -28,8 +28,8 @@ class NextCodesOptions(Options):
         3,
         ge=1,
         le=5,
-        description="leading characters of an ICD-9 code that are told apart, and one more of E "
-        "codes; 3 are its category (428, V45, E888)",
+        description="how many leading characters of an ICD-9 code make a label; an E code has one "
+        "more. 3 is the category (428, V45, E888)",
     )
     exclude: Literal["benchmark", "none"] = Field(
         "none",

@@ -177,8 +177,9 @@ def split_of_file(name: str) -> str:
             return split
         if HELD_OUT.search(part.lower()):
             raise ValueError(
-                f"{name}: are its rows for validation or for test? Rename {part} so that it has "
-                "one of these words, or give prepare --set split="
+                f"{name}: are its rows for validation or for test? Put one of these words into "
+                f"the name {part}, or, where the importer has it, give --set split=validation or "
+                "split=test"
             )
     return "train"
 

@@ -121,7 +121,7 @@ class LongTable(GroupedImporter):
     no number is left out and counted by reason, and so are exact duplicates and events of entities
     that are not in the entities' table. Memory does not grow with the table.
 
-    Times are float32, exact to a fraction of a second up to 2,000 hours and to 14 seconds at 50,000.
+    Times are float32, exact to a fraction of a second up to 2,000 hours, to 14 seconds at 50,000.
     Equal values of a variable at times that are then equal count as duplicates.
     """
 

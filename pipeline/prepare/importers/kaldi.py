@@ -42,7 +42,9 @@ FLAC = re.compile(r"flac (?=.*(-c|-\w*c\w*|--stdout)\b)(?:--?\w+ )+(?P<path>\S+\
 """flac -c -d -s PATH | gives the samples of the file: its path is taken. No command is ever run."""
 KALDI_SPLITS = {**SPLITS, "eval": "test"}
 SHORT_SPLITS = {"tr": "train", "dt": "validation", "et": "test"}
-"""First words of names (dt05_real); further on they may be languages (test_tr)."""
+"""Splits by the first word of a name of several (dt05_real, et05_simu). Alone or further on, tr and
+et may be languages (test_tr, test/tr).
+"""
 TO_THE_END = -1.0
 """A segment that ends here ends with its recording."""
 
@@ -164,7 +166,9 @@ class Kaldi(AudioImporter):
         if not unclear:
             return splits
         if len(folders) == 1:
-            return {folder: split_of_file(folder or base) for folder in folders}
+            # the words after "no" are of other sets: all_no_test
+            name = re.sub("no_?[a-z]+", "", (folders[0] or base).lower())
+            return {folders[0]: split_of_file(name)}
         raise ValueError(
             f"{source}: the name of {unclear[0] or base} tells no split, as train, dev, test and "
             "eval do; rename it, prepare it alone (--set sets=), or give all the same --set split="
@@ -178,13 +182,14 @@ def _split_of(folder: str) -> str:
     The last such word counts, since train_dev is held out, but not after "no": tr_no_dev is what
     is left to train on.
     """
-    for name in reversed(folder.lower().split("/")):
-        words = [word for word in re.split(r"[^a-z]+", name) if word]
+    names = [re.findall("[a-z]+", name) for name in reversed(folder.lower().split("/"))]
+    for words in names:
         for before, word in reversed(list(pairwise(["", *words]))):
             split = KALDI_SPLITS.get(word.removesuffix("set"), "")
             if split and before != "no":
                 return split
-        if words and words[0] in SHORT_SPLITS:
+    for words in names:
+        if len(words) > 1 and words[0] in SHORT_SPLITS:
             return SHORT_SPLITS[words[0]]
     return ""
 

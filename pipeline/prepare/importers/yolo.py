@@ -268,14 +268,20 @@ def _listed(
 def _splits(
     source: str, images: list[archives.Entry], listed: dict[str, str], stated: dict[str, Any]
 ) -> list[str]:
-    """Return the split of each image, by its folder, else by a list.
+    """Return the split of each image, by a list, else by its folder.
 
-    Raises ValueError for an image whose split nothing tells, where there are several splits.
+    Raises ValueError for an image whose split nothing tells, where there are several splits, and
+    for one whose list and folder (train/, not obj_train_data/) tell different ones.
     """
-    splits = [
-        split_of_folders(DARKNET_FOLDER.sub(r"\1/", image.name)) or listed.get(image.name, "")
-        for image in images
-    ]
+    splits: list[str] = []
+    for image in images:
+        of_list, of_folder = listed.get(image.name, ""), split_of_folders(image.name)
+        if of_list and of_folder and of_list != of_folder:
+            raise ValueError(
+                f"{source}: {image.name} lies in a folder of {of_folder}, and a list names it for "
+                f"{of_list}; move it, or correct the list"
+            )
+        splits.append(of_list or split_of_folders(DARKNET_FOLDER.sub(r"\1/", image.name)))
     places = {key: stated[key] for key in STATED if stated.get(key)}
     is_split = any(splits) or any(place != places.get("train") for place in places.values())
     unclear = [image.name for image, split in zip(images, splits, strict=True) if not split]
