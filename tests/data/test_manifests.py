@@ -1981,7 +1981,7 @@ def test_a_column_with_codes_in_one_csv_file_is_text_in_all(tmp_path, imports):
 
 
 def test_codes_of_the_training_rows_make_a_column_of_a_test_file_texts_too(tmp_path, split):
-    (tmp_path / "train.csv").write_text("text,label\na,07\nb,10\n")
+    (tmp_path / "train.csv").write_text("text,label\n" + "a,07\nb,10\n" * 20)
     (tmp_path / "test.csv").write_text("text,label\nc,10\n")
     files = {name: str(tmp_path / f"{name}.csv") for name in ("train", "test")}
     found = split(True, columns={"text": "text", "label": "label"}, **files)
