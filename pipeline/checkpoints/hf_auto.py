@@ -218,7 +218,7 @@ class LinearHead(NamedTuple):
 
 def _linear_head(
     config: HfConfig,
-    made: Any,
+    model_config: Any,
     tensors: dict[str, Tensor],
     arch: Architecture,
     modality: ModalitySpec,
@@ -229,12 +229,12 @@ def _linear_head(
     The head is kept only if it gives the scores of transformers' class on random rows, for one of
     the ways to pool.
     """
-    kind, objective = _class_with_head(config)
-    if kind is None or objective is None or objective in LANGUAGE_OBJECTIVES:
+    model_class, objective = _class_with_head(config)
+    if model_class is None or objective is None or objective in LANGUAGE_OBJECTIVES:
         return None
     last = next((name for name in LAST if f"{name}.weight" in tensors), None)
-    built: Any = bundle.build_modality(modality)
-    if last is None or not hasattr(built, "random_rows"):
+    reader: Any = bundle.build_modality(modality)
+    if last is None or not hasattr(reader, "random_rows"):
         return None
     weight = tensors[f"{last}.weight"].float()
     bias = tensors.get(f"{last}.bias", torch.zeros(len(weight))).float()
@@ -242,11 +242,13 @@ def _linear_head(
     if objective == "regression" and len(weight) > 1:
         return None  # objective regression estimates one number a row
     labels = _label_names(config, len(weight))
-    own = copy.deepcopy(made)
-    own.id2label = dict(enumerate(labels))
+    config_with_labels = copy.deepcopy(model_config)
+    config_with_labels.id2label = dict(enumerate(labels))
     with _quiet(), torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
-        model = kind.from_pretrained(None, config=own, state_dict=tensors, dtype=torch.float32)
-    rows = export_check.random_batch(built)
+        model = model_class.from_pretrained(
+            None, config=config_with_labels, state_dict=tensors, dtype=torch.float32
+        )
+    rows = export_check.random_batch(reader)
     on_tokens = objective in ("tagging", "qa")
     for pool in POOLS[:1] if on_tokens else POOLS:
         pooled = arch if pool == "auto" else replace(arch, options={**arch.options, "pool": pool})
@@ -256,10 +258,10 @@ def _linear_head(
         with torch.no_grad():
             features = network(rows, want=("tokens",))
             output = model(**network.model_inputs(rows))
-        read = features.tokens if on_tokens else features.pooled
-        if read is None or read.shape[-1] != weight.shape[1]:
+        head_inputs = features.tokens if on_tokens else features.pooled
+        if head_inputs is None or head_inputs.shape[-1] != weight.shape[1]:
             continue
-        scores = read @ weight.T + bias
+        scores = head_inputs @ weight.T + bias
         if objective == "qa":
             expected = torch.stack([output.start_logits, output.end_logits], -1)
         else:
@@ -274,7 +276,7 @@ def _linear_head(
 
 
 def _stated_objective(objective: str, config: HfConfig) -> str:
-    """Return the objective of a head, where the problem type makes a class's another one."""
+    """Return the objective of a head: that of its class, or as the problem type says."""
     kinds = {"multi_label_classification": "multilabel", "regression": "regression"}
     if objective != "classification":
         return objective

@@ -39,10 +39,7 @@ def pad(rows: np.ndarray, least: int = 0, fill: int = 0) -> np.ndarray:
 
 
 def concatenate_padded(arrays: list[np.ndarray]) -> np.ndarray:
-    """Return plain arrays one behind the other.
-
-    Where their rows are of other lengths, shorter ones end in -1 (whole numbers) or NaN.
-    """
+    """Concatenate arrays along rows; shorter rows are filled up with -1 (whole numbers) or NaN."""
     shapes = [array.shape[1:] for array in arrays]
     if len(set(shapes)) > 1:
         wide = tuple(map(max, zip(*shapes, strict=True)))

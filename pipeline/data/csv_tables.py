@@ -17,8 +17,8 @@ BLOCK_BYTES, ROW_BYTES = 4 << 20, 64 << 20
 file of any size (2026-11-24, 4 MiB; 0.7 GB with 16)."""
 LEADING_ZERO = r"[+-]?0\d.*"
 CODE = rf"{LEADING_ZERO}|[+-]?\d{{19,}}"
-"""Pattern of a field that looks like a number, and names something: as a number it would lose its
-leading zeros, or the last of its digits.
+"""Pattern of a field that looks like a number and is an identifier (007, or 19 and more digits). A
+number would lose its leading zeros or its last digits.
 """
 WIDER = {
     pa.null(): pa.int64(),
@@ -44,15 +44,15 @@ def open_csv(
     """Open CSV as a stream of record batches, on one thread.
 
     Args:
-        handle: its bytes.
-        block_bytes: what is read at a time; no row may be longer.
-        delimiter: what stands between fields.
-        names: of the columns, where the first line is a row.
-        types: of columns; of the others the first block tells.
-        columns: those that are wanted; all where not given.
-        nulls: fields that stand for nothing (never in columns of texts).
-        has_line_ends: whether fields in quotes may hold line ends.
-        on_invalid_row: is called with each row of another number of fields, and says "skip".
+        handle: The file's bytes.
+        block_bytes: Bytes that are read at a time; no row may be longer.
+        delimiter: Separates fields.
+        names: Names of the columns, where the first line is a row.
+        types: Types of columns; those of the others follow from the first block.
+        columns: Columns to read; all where not given.
+        nulls: Fields that mean null (never in columns of texts).
+        has_line_ends: Whether fields in quotes may hold line ends.
+        on_invalid_row: Called with each row that has another number of fields; returns "skip".
     """
     return pacsv.open_csv(
         handle,

@@ -150,12 +150,12 @@ def _enter(root: str, lease: Lease) -> None:
             if is_held(root, lease):  # a server may keep conditions less strictly than it says
                 return
             continue
-        holder = write_fence.read_lease(root)
-        if holder is None:  # it was released in this moment
+        current_lease = write_fence.read_lease(root)
+        if current_lease is None:  # it was released in this moment
             continue
-        if _holder_is_alive(root, holder):
-            raise _busy(root, holder)
-        if _take_over(root, holder, lease):
+        if _holder_is_alive(root, current_lease):
+            raise _busy(root, current_lease)
+        if _take_over(root, current_lease, lease):
             return
 
 
@@ -179,8 +179,8 @@ def _take_over(root: str, dead: Lease, lease: Lease) -> bool:
             raise _busy(root, other)
         dead_claims.append(claim)
         blocking = other
-    holder = write_fence.read_lease(root)
-    is_still_there = holder is not None and holder["id"] == dead["id"]
+    current_lease = write_fence.read_lease(root)
+    is_still_there = current_lease is not None and current_lease["id"] == dead["id"]
     if is_still_there:
         storage.write_json(write_fence.lease_uri(root), _now(lease))
         for uri in dead_claims:
@@ -201,9 +201,9 @@ def _enter_without_conditions(root: str, lease: Lease) -> None:
         for _ in _turns(root):
             storage.write_json(claim, _now(lease))
             others = [one for one in _claims(root) if one["id"] != lease["id"] and _is_alive(one)]
-            holder = write_fence.read_lease(root)
-            if holder is not None and _holder_is_alive(root, holder):
-                raise _busy(root, holder)
+            current_lease = write_fence.read_lease(root)
+            if current_lease is not None and _holder_is_alive(root, current_lease):
+                raise _busy(root, current_lease)
             if not others:
                 storage.write_json(write_fence.lease_uri(root), _now(lease))
                 return
@@ -240,11 +240,12 @@ def _turns(root: str) -> Iterator[None]:
     )
 
 
-def _busy(root: str, holder: Lease) -> BusyError:
+def _busy(root: str, current_lease: Lease) -> BusyError:
     """Return the error for a folder whose lease another run holds."""
     return BusyError(
-        f"{root}: a run of this job is at work already (process {holder.get('pid')} on "
-        f"{holder.get('host')}); wait for it, stop it, or give this one another name or storage"
+        f"{root}: a run of this job is at work already (process {current_lease.get('pid')} on "
+        f"{current_lease.get('host')}); wait for it, stop it, or give this one another name or "
+        "storage"
     )
 
 
@@ -277,8 +278,8 @@ def _read(uri: str) -> Lease | None:
 
 def is_held(root: str, lease: Lease) -> bool:
     """Return whether the lease of the folder is ours."""
-    holder = write_fence.read_lease(root)
-    return holder is not None and holder["id"] == lease["id"]
+    current_lease = write_fence.read_lease(root)
+    return current_lease is not None and current_lease["id"] == lease["id"]
 
 
 def _renewal_uri(root: str, lease_id: str) -> str:
@@ -286,11 +287,11 @@ def _renewal_uri(root: str, lease_id: str) -> str:
     return storage.join(root, f"{_RENEWAL_PREFIX}{lease_id}.json")
 
 
-def _holder_is_alive(root: str, holder: Lease) -> bool:
+def _holder_is_alive(root: str, current_lease: Lease) -> bool:
     """Return whether the run that has the lease lives, by its process or by its last renewal."""
-    renewed = _read(_renewal_uri(root, holder["id"])) or {}
-    newest = max(holder.get("time", 0.0), renewed.get("time", 0.0))
-    return _is_alive({**holder, "time": newest})
+    renewed = _read(_renewal_uri(root, current_lease["id"])) or {}
+    newest = max(current_lease.get("time", 0.0), renewed.get("time", 0.0))
+    return _is_alive({**current_lease, "time": newest})
 
 
 def _is_alive(lease: Lease) -> bool:

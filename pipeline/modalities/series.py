@@ -48,8 +48,8 @@ class SeriesOptions(Options):
     )
     missing: Literal["mean", "last"] = Field(
         "mean",
-        description="what stands in the place of a missing number, of the steps that are read: the "
-        "mean of the channel, or its last number before (where none is before, the mean)",
+        description="what replaces a missing number: mean: the mean of its channel over the steps "
+        "that are read; last: the channel's last number before it, or the mean if there is none",
     )
     crop: bool = Field(
         False, description="training: the steps of a longer row are read from a random place"

@@ -78,7 +78,7 @@ def _as_array(tensor: Tensor, keeps_float64: bool) -> np.ndarray:
 
 
 def concatenate(parts: list[Predictions]) -> Predictions:
-    """Parts one behind the other, shorter rows filled up (`concatenate_padded`)."""
+    """Concatenate predictions along rows (`concatenate_padded`)."""
     return (
         {name: concatenate_padded([part[name] for part in parts]) for name in parts[0]}
         if parts

@@ -359,7 +359,7 @@ class BadRows:
 
 
 class _Record:
-    """What a run reports as it goes: to its log, to the budget of bad rows, to whoever waits."""
+    """Passes on what a run reports: log records, bad rows, validations and heartbeats."""
 
     def __init__(self, experiment: Experiment, ranks: Ranks):
         self.experiment, self.ranks = experiment, ranks

@@ -452,7 +452,7 @@ class _RankInputs:
 
 
 def start_actor(kind: type) -> Any:
-    """Start an actor that needs no CPU; its process imports the module that ``kind`` stands in."""
+    """Start an actor that needs no CPU; its process imports the module that defines ``kind``."""
     return ray.remote(num_cpus=0)(kind).remote()
 
 

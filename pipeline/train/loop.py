@@ -590,8 +590,8 @@ def _backward(
     for number, part in enumerate(parts, 1):
         part = run.ready(part.to(device), train.augment)
         streams = {
-            name: run.ready(of_stream[number - 1].to(device), train.augment)
-            for name, of_stream in extra_parts.items()
+            name: run.ready(parts_of_stream[number - 1].to(device), train.augment)
+            for name, parts_of_stream in extra_parts.items()
         }
         with state.no_sync(number == len(parts)), autocast(train, device):
             if run.labelled:

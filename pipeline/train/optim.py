@@ -133,13 +133,13 @@ def parameter_groups(task: Task, rates: dict[str, float], train: Train) -> list[
 
 def build_optimizer(groups: list[ParameterGroup], train: Train) -> torch.optim.Optimizer:
     """Fused AdamW or SGDW with Nesterov momentum (both Loshchilov and Hutter 2019)."""
-    parameter_groups = [{**group, "lr": group["peak"]} for group in groups]
+    with_rates = [{**group, "lr": group["peak"]} for group in groups]
     if train.optimizer == "adamw":
         return torch.optim.AdamW(
-            parameter_groups, lr=train.lr, betas=(train.beta1, train.beta2), fused=True
+            with_rates, lr=train.lr, betas=(train.beta1, train.beta2), fused=True
         )
     sgd = SGDW(
-        parameter_groups,
+        with_rates,
         lr=train.lr,
         momentum=train.momentum,
         nesterov=train.momentum > 0,
@@ -243,9 +243,9 @@ class WeightAverage:
         nothing.
         """
         for name, tensor in self._tensors(task).items():
-            held = tensor.detach().clone()
+            newest = tensor.detach().clone()
             tensor.copy_(self.average[name])
-            self.average[name].copy_(held)
+            self.average[name].copy_(newest)
 
 
 def weight_average(

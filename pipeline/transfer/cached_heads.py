@@ -432,7 +432,8 @@ def _failed(trial: Trial, shared: Shared, error: Exception) -> TrialRecord:
 def draws_random_numbers(head: Objective, rows: SplitFeatures) -> bool:
     """Return whether the head's loss draws random numbers in training (dropout).
 
-    `vmap` refuses those of two heads, which is tried on two of the rows.
+    The losses of two equal heads are computed under `vmap` on two rows: it raises where random
+    numbers are drawn.
     """
     pooled, tensors = rows[0][:2], {name: tensor[:2] for name, tensor in rows[1].items()}
     twins = HeadStack([head, head], []).to(pooled.device).train()
@@ -614,7 +615,11 @@ def _build_head(trial: Trial, shared: Shared) -> tuple[Objective, str]:
 
 
 def _build_wrapped(trial: Trial, shared: Shared) -> tuple[Task, str, str]:
-    """Return what ``trial.build`` does, with the technique's modules; the hash is without them."""
+    """Build a trial's task and wrap it by its technique.
+
+    Returns:
+        The task, what was transferred, and the hash of the weights before wrapping.
+    """
     task, transfer, start_hash = trials.build(trial, shared)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(shared.seed, trial.seed, 4))  # as where it is trained by steps

@@ -225,7 +225,7 @@ def _concept_within(
     test: tuple[np.ndarray, np.ndarray, np.ndarray | None],
     classes: int,
 ) -> Estimate:
-    """Return how much more often a head of test rows is right on them than one of training rows.
+    """Return the accuracy on test rows of a head fitted to them minus that of one of training rows.
 
     Both are fitted to the same number of rows: more rows alone make a better head.
 

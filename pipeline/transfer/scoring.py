@@ -354,7 +354,7 @@ def _add_target(
     """Add the features of the target's rows, their labels, and the source's classes for them."""
     objective = registry.get("objective", data.objective.name)
     allowed = rows_of_every_fraction(shared, data)
-    if not len(allowed):  # whoever may use no label may still read the rows
+    if not len(allowed):  # with label fraction 0 alone, rows may be read without their labels
         given.missing["labels"] = "label_fractions: 0 allows no label"
         allowed = np.arange(len(data.train))
     rows = data.train.subset(allowed[_spread(len(allowed))])
@@ -513,7 +513,7 @@ def _value(score: Score, given: _Inputs) -> ScoreValue:
     began, read, groups = time.perf_counter(), given.arrays_for(score), given.groups_of(score)
     try:
         found = score.of({**read, **groups})
-    except Exception as error:  # a score may be anybody's: the others go on without it
+    except Exception as error:  # scores of plugins may raise anything; the others continue
         given.has_temporary_error |= not _is_deterministic(error)
         return undefined(f"{type(error).__name__}: {error}")
     value = found[0] if isinstance(found, tuple) else found

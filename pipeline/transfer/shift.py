@@ -169,7 +169,7 @@ def concept_shift(
     existing_scores: np.ndarray,
     groups: np.ndarray | None = None,
 ) -> Estimate:
-    """Return how much more often a head fitted to these rows is right than an existing one.
+    """Return the accuracy of a head fitted to these rows minus that of an existing head.
 
     The fitted one is linear, and tried by cross-validation on the same rows. It has their labels
     and the other has not: with few rows, or where the inputs are new to the other as well, the

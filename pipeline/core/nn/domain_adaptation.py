@@ -54,9 +54,9 @@ class DomainAdaptation(Technique, ABC):
     def alignment(
         self, task: Task, source: DomainFeatures | None, target: DomainFeatures
     ) -> Tensor:
-        """Return the penalty of a batch of each domain (`mean_over_ranks` and `rows_of_all_ranks`
-        cross the ranks).
+        """Return the penalty of a batch of each domain.
 
+        Use `mean_over_ranks` and `rows_of_all_ranks`, so that it is that of all ranks' batches.
         ``source`` is None where ``source_weight`` is 0 and domains are not compared.
         """
 
@@ -114,9 +114,8 @@ class DomainAdaptation(Technique, ABC):
         """Return the mean loss of the source's labelled rows."""
         assert has_cached_head(task.objective)
         if not len(source.batch):
-            all_reduce_sum(
-                torch.zeros((), device=source.pooled.device)
-            )  # the others count their rows
+            # the other ranks add up their counts and wait for this one
+            all_reduce_sum(torch.zeros((), device=source.pooled.device))
             return source.pooled.sum() * 0.0
         losses, count, _ = task.objective.head_loss(source.pooled, source.batch)
         return losses / all_reduce_sum(count).clamp(min=1.0)
