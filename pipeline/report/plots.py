@@ -473,6 +473,21 @@ def labels_text(label_fraction: str) -> str:
     return "no labels" if shown == "none" else f"{shown} labels"
 
 
+def mean_curve(seeds: Sequence[Points]) -> Points:
+    """Return the mean of the seeds' curves at the steps at which any of them was validated.
+
+    At a step that a seed was not validated at, its value is interpolated. Steps before a seed's
+    first validation or after its last one are left out, so that each point is of all seeds.
+    """
+    first, last = max(points[0][0] for points in seeds), min(points[-1][0] for points in seeds)
+    steps = sorted({step for points in seeds for step, _ in points if first <= step <= last})
+    values = [
+        np.interp(steps, [step for step, _ in points], [value for _, value in points])
+        for points in seeds
+    ]
+    return list(zip(steps, np.mean(values, 0).tolist(), strict=True))
+
+
 def has_several_scratch_networks(trials: Iterable[MatrixEntry | ResultRow]) -> bool:
     """Return whether trials without a source are of several backbones; baselines have none."""
     backbones = {trial.backbone for trial in trials if trial.source == SCRATCH}

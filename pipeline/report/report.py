@@ -12,8 +12,6 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import numpy as np
-
 from pipeline.config import provenance, registry
 from pipeline.io import storage
 from pipeline.report import (
@@ -685,24 +683,9 @@ def learning_curves(
             seeds[row.label_fraction, line].append(points)
     out: dict[str, plots.Series] = defaultdict(dict)
     for (fraction, line), of_seeds in seeds.items():
-        if mean := _mean_curve(of_seeds):
+        if mean := plots.mean_curve(of_seeds):
             out[fraction][line] = mean
     return dict(out)
-
-
-def _mean_curve(seeds: Sequence[plots.Points]) -> plots.Points:
-    """Return the mean of the seeds' curves at the steps at which any of them was validated.
-
-    At a step that a seed was not validated at, its value is interpolated. Steps before a seed's
-    first validation or after its last one are left out, so that each point is of all seeds.
-    """
-    first, last = max(points[0][0] for points in seeds), min(points[-1][0] for points in seeds)
-    steps = sorted({step for points in seeds for step, _ in points if first <= step <= last})
-    values = [
-        np.interp(steps, [step for step, _ in points], [value for _, value in points])
-        for points in seeds
-    ]
-    return list(zip(steps, np.mean(values, 0).tolist(), strict=True))
 
 
 def _curve_table(panels: dict[str, plots.Series], metric: str, decimals: int) -> blocks.Table:

@@ -26,7 +26,7 @@ from typing import Any
 from pipeline.io import storage
 from pipeline.report import blocks, plots, results
 from pipeline.report.blocks import Block, Details, Figure, Heading, KeyFigures, Table, Text, Value
-from pipeline.report.matrix import FAILED, WINS, fraction_order
+from pipeline.report.matrix import FAILED, WINS
 from pipeline.report.results import ResultRow
 from pipeline.report.trial_record import TrialRecord
 from pipeline.train.progress import Progress
@@ -293,7 +293,10 @@ def _standing_blocks(records: Sequence[TrialRecord]) -> list[Block]:
             has_others = num_backbones[fraction, source, technique] > 1
             name = f"{source} · {technique}" + (f" · {backbone}" if has_others else "")
             standings.append(_Standing.of(fraction, name, trials))
-        standings.sort(key=_Standing.order)
+        num_rows: dict[str, int] = defaultdict(int)
+        for one in standings:
+            num_rows[one.fraction] = max(num_rows[one.fraction], one.num_rows)
+        standings.sort(key=lambda one: (-num_rows[one.fraction], one.fraction, *one.order()))
         out += [Heading(f"{target}: values so far"), _standing_table(standings)]
         curves = _curves(standings)
         if curves:
@@ -317,6 +320,8 @@ class _Standing:
     what: str
     records: Sequence[TrialRecord]
     """The final trials."""
+    num_rows: int
+    """Training rows, of the trial with the most."""
 
     @classmethod
     def of(
@@ -344,16 +349,16 @@ class _Standing:
             value,
             what + rows_of,
             [record for _, record in final],
+            max(row.n_train or 0 for row, _ in trials),
         )
 
-    def order(self) -> tuple[Any, ...]:
-        """Return the sort key: the most labels first, then final trials, then the best value.
+    def order(self) -> tuple[bool, float]:
+        """Return the sort key at a label fraction: final trials first, then the best value.
 
         The best of several search trials is not comparable with a mean of final ones.
         """
-        kind, number, _ = fraction_order(self.fraction)
         best_first = -self.value if self.higher_is_better else self.value
-        return -kind, -number, self.fraction, not self.records, best_first
+        return not self.records, best_first
 
 
 def _standing_table(standings: Sequence[_Standing]) -> Table:
@@ -388,17 +393,22 @@ def _curves(standings: Sequence[_Standing]) -> dict[str, Points]:
     for one in standings:
         if one.fraction != standings[0].fraction or len(out) == MAX_LINES:
             break
-        by_step: dict[int, list[float]] = defaultdict(list)
-        for record in one.records:
-            # a head that was solved has one point, whose step counts the solver's iterations
-            for step, metrics in record.curve if len(record.curve) > 1 else ():
-                value = metrics.get(one.metric)
-                if value is not None and math.isfinite(value):
-                    by_step[step].append(value)
-        points = [(float(step), fmean(values)) for step, values in sorted(by_step.items())]
+        # a head that was solved has one point, whose step counts the solver's iterations
+        of_seeds = [points for record in one.records if len(points := _points(record, one)) > 1]
+        points = plots.mean_curve(of_seeds) if of_seeds else []
         if len(points) > 1:
             out[one.name] = points
     return out
+
+
+def _points(record: TrialRecord, standing: _Standing) -> Points:
+    """Return step and value of each validation of a trial that has a finite value."""
+    points: Points = []
+    for step, metrics in record.curve:
+        value = metrics.get(standing.metric)
+        if value is not None and math.isfinite(value):
+            points.append((float(step), value))
+    return points
 
 
 # ---------------------------------------------------------------- logs and names
