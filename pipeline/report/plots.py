@@ -20,11 +20,12 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pipeline.report.matrix import LOSES, NOT_SHOWN, SCRATCH, WINS, MatrixEntry, fraction_order
 from pipeline.report.results import NO_BACKBONE, ResultRow
 
 if TYPE_CHECKING:
-    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 

@@ -161,6 +161,20 @@ def test_scratch_networks_of_two_backbones_are_two_lines(running):
     assert "none · scratch · timm/ vit 100 % 0.5 mean of 1 seed" in text
 
 
+def test_the_most_labels_are_the_most_training_rows(running):
+    """50 rows a class may be more than 1 %."""
+    for fraction, num_rows in (("0.01", 100), ("50/class", 500)):
+        rows, _, _ = trial("clothing", "none", "scratch", fraction, 0, 0.9)
+        rows = [replace(rows[0], split="validation", n_train=num_rows, target="tops")]
+        one = planned_trial("none", "scratch", 0, rows[0].trial_id)
+        path, found = record(one, rows)
+        storage.write_json(storage.join(running.job.root, path), found)
+        running.progress.expect([one])
+    with served(running) as port:
+        text = text_of(ask(port)[1])
+    assert text.index("none · scratch 50/ class 0.5") < text.index("none · scratch 1 % 0.5")
+
+
 def test_a_trial_that_is_made_again_counts_when_its_new_record_is_there(running, monkeypatch):
     """The page leaves out its old record, one that it has shown before too."""
     one, root = running.planned[0], running.job.root
