@@ -125,8 +125,8 @@ def tau(values: Sequence[float], means: Sequence[float]) -> float:
     """Return the weighted Kendall tau, NaN where all values or all means are equal."""
     if len(set(values)) < 2 or len(set(means)) < 2:
         return float("nan")
-    correlation: Any = scipy_stats.weightedtau(values, means)  # pyright: ignore[reportUnknownMemberType]
-    return float(correlation.statistic)
+    statistics: Any = scipy_stats
+    return float(statistics.weightedtau(values, means).statistic)
 
 
 def ranked(scores: Mapping[str, ScoreValue], outcome: Outcome) -> dict[str, float]:

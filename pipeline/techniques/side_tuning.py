@@ -58,9 +58,11 @@ class SideBackbone(Backbone):
         self, tokens: Tensor, mask: Tensor, positions: Tensor, past: Any = None
     ) -> tuple[Tensor, Any]:
         """Continue a sequence with both backbones (`Continues`)."""
+        base_network: Any = self.base
+        side_network: Any = self.side
         base_past, side_past = past or (None, None)
-        base, base_past = self.base.advance(tokens, mask, positions, base_past)  # type: ignore[operator]
-        side, side_past = self.side.advance(tokens, mask, positions, side_past)  # type: ignore[operator]
+        base, base_past = base_network.advance(tokens, mask, positions, base_past)
+        side, side_past = side_network.advance(tokens, mask, positions, side_past)
         return self._mixed(base, side), (base_past, side_past)
 
     def layers(self) -> dict[str, list[str]]:
