@@ -86,7 +86,7 @@ class Cohort(TableImporter):
             raise ValueError(
                 f"--set task=NAME is needed; tasks: {', '.join(registry.names('cohort'))}"
             )
-        listed = find_inputs(source, parquet.SUFFIXES, "all")
+        listed = find_inputs(source, parquet.SUFFIXES)
         input_splits = parquet.split_files(listed, part_bytes)
         first = {input_split.name: input_split for input_split in input_splits}
         schemas = {name: parquet.schema(input_split) for name, input_split in first.items()}
