@@ -383,6 +383,8 @@ def node_environment(handle: Handle) -> dict[str, str]:
     env |= handle.env | {MARK: handle.mark}
     env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"  # else a busy node takes 30 s to stop
     env["RAY_USAGE_STATS_ENABLED"] = "0"
+    # else workers of a submitted job start through `uv run` where this process did
+    env["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
     env["TMPDIR"] = str(handle.temp_dir)  # Ray's dashboard leaves folders behind
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
     return env

@@ -51,6 +51,7 @@ def test_nodes_do_not_inherit_another_cluster(monkeypatch, tmp_path):
     )
     env = local.node_environment(handle)
     assert "RAY_ADDRESS" not in env and "RAY_AUTH_TOKEN" not in env
+    assert env["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] == "0", "workers are not started through uv run"
     assert env[local.MARK] == "mark" and env["PATH"].startswith(str(Path(sys.executable).parent))
 
 
