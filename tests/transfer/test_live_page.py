@@ -148,13 +148,18 @@ def test_the_best_search_trial_does_not_lead_a_mean_of_final_trials(running):
     assert text.index("0.605") < text.index("0.9 best of 1 search trial"), "after all final ones"
 
 
-def test_scratch_networks_of_two_backbones_are_two_lines(running):
-    rows, _, _ = trial("clothing", "none", "scratch", "1.0", 7, 0.9)
-    rows = [replace(rows[0], split="validation", value=0.5, backbone="timm/vit")]
-    one = planned_trial("none", "scratch", 7, rows[0].trial_id)
+def end_scratch(running, seed, rows):
+    """Write the record of a trial of scratch, as one that has ended."""
+    one = planned_trial("none", "scratch", seed, rows[0].trial_id)
     path, found = record(one, rows)
     storage.write_json(storage.join(running.job.root, path), found)
     running.progress.expect([one])
+
+
+def test_scratch_networks_of_two_backbones_are_two_lines(running):
+    rows, _, _ = trial("clothing", "none", "scratch", "1.0", 7, 0.9)
+    rows = [replace(rows[0], split="validation", value=0.5, backbone="timm/vit")]
+    end_scratch(running, 7, rows)
     with served(running) as port:
         text = text_of(ask(port)[1])
     assert "none · scratch · timm/ resnet18 100 % 0.605 mean of 2 seeds" in text
@@ -166,10 +171,7 @@ def test_the_most_labels_are_the_most_training_rows(running):
     for fraction, num_rows in (("0.01", 100), ("50/class", 500)):
         rows, _, _ = trial("clothing", "none", "scratch", fraction, 0, 0.9)
         rows = [replace(rows[0], split="validation", n_train=num_rows, target="tops")]
-        one = planned_trial("none", "scratch", 0, rows[0].trial_id)
-        path, found = record(one, rows)
-        storage.write_json(storage.join(running.job.root, path), found)
-        running.progress.expect([one])
+        end_scratch(running, 0, rows)
     with served(running) as port:
         text = text_of(ask(port)[1])
     assert text.index("none · scratch 50/ class 0.5") < text.index("none · scratch 1 % 0.5")
