@@ -16,7 +16,8 @@ ARCHITECTURES = ["perceptron"]
 
 
 class PerceptronOptions(Options):
-    width: int = Field(16, ge=1, description="hidden units")
+    width: int = Field(16, ge=1)
+    """hidden units"""
 
 
 @register("model", "spectra", options=PerceptronOptions)
