@@ -172,8 +172,7 @@ def _table(kind: type[Spec], properties: JsonObject) -> list[str]:
     rows = ["| field | takes | default | meaning |", "|---|---|---|---|"]
     for name, field in kind.model_fields.items():
         takes = _takes(as_object(properties[name]), name)
-        meaning = " ".join((field.description or "").split())
-        cells = (f"`{name}`", takes, _default(field), meaning)
+        cells = (f"`{name}`", takes, _default(field), field.description or "")
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return rows
 

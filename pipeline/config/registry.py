@@ -10,12 +10,9 @@ imports the one file that is needed.
 from __future__ import annotations
 
 import ast
-import copy
 import difflib
 import importlib
 import importlib.util
-import inspect
-import itertools
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -63,7 +60,7 @@ def reject_bool(value: Any) -> Any:
 class Strict(BaseModel):
     """A frozen model that refuses undeclared keys, and booleans where none is declared."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -90,35 +87,47 @@ class LayerOptions(Options):
     and `pipeline.train.optim` apply them: a technique's own code does not.
     """
 
-    layer_decay: float = Field(1.0, gt=0, le=1)
-    """learning rate of a layer relative to the next one, from the head down; 0.65 to 0.9 keeps
-    lower layers near the source (Clark et al. 2020; Bao et al. 2022)"""
-    freeze: int | str | None = None
-    """layers of the backbone that do not train: how many from the input on, or the name of the last
-    one of them"""
-    freeze_norm_stats: bool = False
-    """whether running statistics of batch norms stay those of the source; for small batches and few
-    rows"""
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="learning rate of a layer relative to the next one, from the head down; 0.65 to"
+        " 0.9 keeps lower layers near the source (Clark et al. 2020; Bao et al. 2022)",
+    )
+    freeze: int | str | None = Field(
+        None,
+        description="layers of the backbone that do not train: how many from the input on, or the "
+        "name of the last one of them",
+    )
+    freeze_norm_stats: bool = Field(
+        False,
+        description="whether running statistics of batch norms stay those of the source; for small "
+        "batches and few rows",
+    )
 
 
 class AdaptationOptions(LayerOptions):
     """Options of techniques that compare rows of the target with rows of its source."""
 
-    weight: float = Field(1.0, gt=0)
-    """weight of the penalty, relative to the loss"""
-    source_weight: float = Field(1.0, ge=0)
-    """weight of the mean loss of the source's labelled rows; 0: they are read without labels, which
-    any two objectives allow, or not at all where the penalty is of the target's rows alone"""
+    weight: float = Field(1.0, gt=0, description="weight of the penalty, relative to the loss")
+    source_weight: float = Field(
+        1.0,
+        ge=0,
+        description="weight of the mean loss of the source's labelled rows; 0: they are read "
+        "without labels, which any two objectives allow, or not at all where the penalty is of the "
+        "target's rows alone",
+    )
 
 
 class LinearHeadOptions(Options):
     """Options of objectives whose head is one linear layer."""
 
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """dropout before the linear layer"""
-    norm: bool = True
-    """layer norm without parameters before the linear layer, so that one learning rate fits every
-    backbone"""
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the linear layer")
+    norm: bool = Field(
+        True,
+        description="layer norm without parameters before the linear layer, so that one learning "
+        "rate fits every backbone",
+    )
 
     @property
     def drops_features(self) -> bool:
@@ -128,26 +137,40 @@ class LinearHeadOptions(Options):
 class BoxOptions(Options):
     """Options of objectives that find objects: how their boxes are written, and the detector."""
 
-    box_format: Literal["xyxy", "xywh", "cxcywh"] = "xyxy"
-    """what the boxes column holds: corners; corner and size (COCO); centre and size"""
-    relative: bool = True
-    """boxes are shares of the image (0 to 1); false: pixels, for which the width and height columns
-    are needed"""
-    names: list[str] | dict[int | str, str] | None = None
-    """class names: a list (by number from 0) or number: name; without it the classes are the values
-    of the training rows, sorted"""
-    max_boxes: int = Field(100, ge=1)
-    """an image with more boxes is left out"""
-    channels: int = Field(256, ge=64, multiple_of=32)
-    """width of the pyramid and the heads"""
-    anchor: float = Field(8.0, gt=0)
-    """Faster and Mask R-CNN: side of the anchors of a level in its strides; less for small images
-    """
-    score_threshold: float = Field(0.05, ge=0, lt=1)
-    """detections below it are not given"""
-    nms_threshold: float | None = Field(None, gt=0, le=1)
-    """of two detections of a class that overlap more than this the surer one stays; none: 0.6 for
-    fcos, else 0.5"""
+    box_format: Literal["xyxy", "xywh", "cxcywh"] = Field(
+        "xyxy",
+        description="what the boxes column holds: corners; corner and size (COCO); centre and size",
+    )
+    relative: bool = Field(
+        True,
+        description="boxes are shares of the image (0 to 1); false: pixels, for which the width "
+        "and height columns are needed",
+    )
+    names: list[str] | dict[int | str, str] | None = Field(
+        None,
+        description="class names: a list (by number from 0) or number: name; without it the "
+        "classes are the values of the training rows, sorted",
+    )
+    max_boxes: int = Field(100, ge=1, description="an image with more boxes is left out")
+    channels: int = Field(
+        256, ge=64, multiple_of=32, description="width of the pyramid and the heads"
+    )
+    anchor: float = Field(
+        8.0,
+        gt=0,
+        description="Faster and Mask R-CNN: side of the anchors of a level in its strides; less "
+        "for small images",
+    )
+    score_threshold: float = Field(
+        0.05, ge=0, lt=1, description="detections below it are not given"
+    )
+    nms_threshold: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="of two detections of a class that overlap more than this the surer one "
+        "stays; none: 0.6 for fcos, else 0.5",
+    )
 
 
 class MaskOptions(Options):
@@ -155,47 +178,66 @@ class MaskOptions(Options):
 
     masks: Literal["none", "instance"] = Field(
         "none",
+        description="instance: also a column masks, the mask of each box as COCO's run lengths",
         exclude_if=lambda masks: masks == "none",  # outputs have the key that they always had
     )
-    """instance: also a column masks, the mask of each box as COCO's run lengths"""
 
 
 class RecordingOptions(Options):
     """Options of importers that may cut recordings."""
 
-    rate: int = Field(0, ge=0)
-    """recordings: samples a second to write, as FLAC; 0: each recording's own, whole files as they
-    are"""
-    longest: float = Field(30.0, ge=1)
-    """recordings: seconds; a longer one is cut into rows, but broken where it has a transcript"""
-    cut: Literal["silence", "windows"] = "silence"
-    """recordings: silence: cut at the quietest place of the second half; windows: cut into equal
-    pieces"""
-    mono: bool = False
-    """recordings: those of several channels are written anew as the mean of them, as FLAC"""
+    rate: int = Field(
+        0,
+        ge=0,
+        description="recordings: samples a second to write, as FLAC; 0: each recording's own, "
+        "whole files as they are",
+    )
+    longest: float = Field(
+        30.0,
+        ge=1,
+        description="recordings: seconds; a longer one is cut into rows, but broken where it has a "
+        "transcript",
+    )
+    cut: Literal["silence", "windows"] = Field(
+        "silence",
+        description="recordings: silence: cut at the quietest place of the second half; windows: "
+        "cut into equal pieces",
+    )
+    mono: bool = Field(
+        False,
+        description="recordings: those of several channels are written anew as the mean of them, "
+        "as FLAC",
+    )
 
 
 class SplitOptions(Options):
     """Options of importers that take each row's split from its file or from a column."""
 
-    split_column: str = ""
-    """the column (its name in the file) that tells each row's split, in place of the file's name or
-    folder"""
-    split: Literal["", "train", "validation", "test"] = ""
-    """the split of all files; empty: from the file's name or folder, else train"""
+    split_column: str = Field(
+        "",
+        description="the column (its name in the file) that tells each row's split, in place of "
+        "the file's name or folder",
+    )
+    split: Literal["", "train", "validation", "test"] = Field(
+        "", description="the split of all files; empty: from the file's name or folder, else train"
+    )
 
 
 class DelimitedOptions(SplitOptions):
     """Options of importers that read CSV and TSV files of any dialect."""
 
-    delimiter: str = ""
-    """one character, or tab; empty: tab for .tsv and .tab, else a comma"""
-    quote: str = '"'
-    """what encloses fields; empty: nothing does, every line is a row"""
-    encoding: str = "utf-8"
-    """of the files, such as latin-1; one in which ASCII is ASCII"""
-    names: str = ""
-    """names of all columns for files without a header, such as age,sex,died"""
+    delimiter: str = Field(
+        "", description="one character, or tab; empty: tab for .tsv and .tab, else a comma"
+    )
+    quote: str = Field(
+        '"', description="what encloses fields; empty: nothing does, every line is a row"
+    )
+    encoding: str = Field(
+        "utf-8", description="of the files, such as latin-1; one in which ASCII is ASCII"
+    )
+    names: str = Field(
+        "", description="names of all columns for files without a header, such as age,sex,died"
+    )
 
 
 SHARED_OPTIONS: dict[str, type[Options]] = {
@@ -361,8 +403,8 @@ def _options_class(tree: ast.Module, name: str, file: Path) -> type[Options]:
         "model_validator": model_validator,
         "__name__": f"{file.stem}.options",
     }
-    wanted = [_with_descriptions(node) for node in _classes(tree) if _is_options(node, tree)]
-    module = ast.fix_missing_locations(ast.Module(body=[*wanted], type_ignores=[]))
+    wanted: list[ast.stmt] = [node for node in _classes(tree) if _is_options(node, tree)]
+    module = ast.Module(body=wanted, type_ignores=[])
     try:  # the same source that an import would run; types are evaluated now, not kept as text
         exec(compile(module, str(file), "exec", dont_inherit=True), space)
     except NameError as error:
@@ -373,29 +415,6 @@ def _options_class(tree: ast.Module, name: str, file: Path) -> type[Options]:
     except Exception as error:  # whatever somebody's class body raises is a fault of that file
         raise ValueError(f"{file}: options class {name}: {type(error).__name__}: {error}") from None
     return space[name]
-
-
-def _with_descriptions(options: ast.ClassDef) -> ast.ClassDef:
-    """Return the class with the text below each field as the field's description.
-
-    pydantic finds such a text in the source of the class, which a class that is compiled alone has
-    not.
-    """
-    options = copy.deepcopy(options)
-    options.keywords.append(ast.keyword("use_attribute_docstrings", ast.Constant(False)))
-    for field, text in itertools.pairwise(options.body):
-        match field, text:
-            case ast.AnnAssign(), ast.Expr(value=ast.Constant(value=str(words))):
-                description = ast.keyword("description", ast.Constant(inspect.cleandoc(words)))
-            case _:
-                continue
-        match field.value:
-            case ast.Call(func=ast.Name(id="Field"), keywords=keywords):
-                keywords.append(description)
-            case default:
-                arguments = [] if default is None else [default]
-                field.value = ast.Call(ast.Name("Field", ast.Load()), arguments, [description])
-    return options
 
 
 def _is_options(node: ast.ClassDef, tree: ast.Module) -> bool:

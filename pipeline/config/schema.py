@@ -91,10 +91,10 @@ def _refuse(problems: list[tuple[tuple[str | int, ...], str]]) -> None:
 class ComponentConfig(Spec):
     """A registered name with its options: ``full`` or ``{lp_ft: {probe_share: 0.3}}``."""
 
-    name: str
-    """a registered name"""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """the options that this name declares"""
+    name: str = Field(description="a registered name")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="the options that this name declares"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -168,70 +168,106 @@ class Data(Spec):
     Either ``uri`` (split by a column or by fractions) or ``train`` with files of its own.
     """
 
-    uri: Uris | None = None
-    """file, folder, glob or list of them, local, s3://, https://, hf://, gs:// or az://; split by
-    split_column or by the fractions"""
-    train: Uris | None = None
-    """files of the training split, when the data come split"""
-    validation: Uris | None = None
-    """files of the validation split; absent: validation_fraction of train"""
-    test: Uris | None = None
-    """files of the test split"""
-    modality: ComponentConfig
-    """image, text, ...: how a row becomes tensors"""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """role to column name, e.g. {image: image, label: label}, for the roles that modality and
-    objective read (onetomany modalities NAME and objectives NAME list them)"""
-    format: DataFormat = "auto"
-    """auto: by file name; recordings longer than 30 s are cut at silence (audio); plain text is
-    read as a row a line (text), as rows separated by blank lines (paragraphs), or as a row a file
-    (documents), whose folder is then its label, in column label"""
-    identity: Literal["content", "stat"] = "content"
-    """how a changed file is found: content: every file is read once and hashed, also those that
-    rows name; stat: by size and time of change, for very large corpora"""
-    where: dict[str, list[str | int | float | bool]] = Field(default_factory=dict)
-    """keep rows whose column holds one of these values"""
-    split_column: str | None = None
-    """a column with each row's split; it is used as it is"""
+    uri: Uris | None = Field(
+        None,
+        description="file, folder, glob or list of them, local, s3://, https://, hf://, gs:// or "
+        "az://; split by split_column or by the fractions",
+    )
+    train: Uris | None = Field(
+        None, description="files of the training split, when the data come split"
+    )
+    validation: Uris | None = Field(
+        None, description="files of the validation split; absent: validation_fraction of train"
+    )
+    test: Uris | None = Field(None, description="files of the test split")
+    modality: ComponentConfig = Field(description="image, text, ...: how a row becomes tensors")
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="role to column name, e.g. {image: image, label: label}, for the roles that "
+        "modality and objective read (onetomany modalities NAME and objectives NAME list them)",
+    )
+    format: DataFormat = Field(
+        "auto",
+        description="auto: by file name; recordings longer than 30 s are cut at silence (audio); "
+        "plain text is read as a row a line (text), as rows separated by blank lines (paragraphs), "
+        "or as a row a file (documents), whose folder is then its label, in column label",
+    )
+    identity: Literal["content", "stat"] = Field(
+        "content",
+        description="how a changed file is found: content: every file is read once and hashed, "
+        "also those that rows name; stat: by size and time of change, for very large corpora",
+    )
+    where: dict[str, list[str | int | float | bool]] = Field(
+        default_factory=dict, description="keep rows whose column holds one of these values"
+    )
+    split_column: str | None = Field(
+        None, description="a column with each row's split; it is used as it is"
+    )
     split_values: dict[Literal["train", "validation", "test"], list[str]] = Field(
         default_factory=lambda: {
             "train": ["train"],
             "validation": ["validation", "valid", "val", "dev"],
             "test": ["test"],
-        }
+        },
+        description="which values of split_column mean which split; a split that is left out is "
+        "the rows of its own name, unless they are another's",
     )
-    """which values of split_column mean which split; a split that is left out is the rows of its
-    own name, unless they are another's"""
-    validation_fraction: float = Field(0.1, ge=0, lt=1)
-    """share of train held out (by hash of the row or group) when no validation is given"""
-    test_fraction: float = Field(0.0, ge=0, lt=1)
-    """share held out as test when no test is given. A target needs test rows: from this, test,
-    split_column or folds"""
+    validation_fraction: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="share of train held out (by hash of the row or group) when no validation is "
+        "given",
+    )
+    test_fraction: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share held out as test when no test is given. A target needs test rows: from "
+        "this, test, split_column or folds",
+    )
     split_seed: int = Field(
         0,
         ge=0,
         exclude_if=lambda seed: seed == 0,  # splits by seed 0 have the key that they always had
+        description="another seed holds out other rows by validation_fraction and test_fraction: "
+        "on a small test split one split decides more than the technique",
     )
-    """another seed holds out other rows by validation_fraction and test_fraction: on a small test
-    split one split decides more than the technique"""
-    group: str | None = None
-    """a column (patient, speaker) whose values never cross splits"""
-    more: list[Data] = Field(default_factory=list["Data"])
-    """further corpora, their splits joined to these: columns of the same names and types"""
-    weight: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """sources with more corpora: share of the training rows that is drawn from this one, relative
-    to the others' weights, whatever their sizes; each corpus comes whole in every epoch of its own;
-    all have a weight or none; validation is unweighted"""
-    max_bad_rows: float = Field(0.01, ge=0, le=1)
-    """share of rows that may be undecodable, or not to be learned from, before the run stops"""
-    decode: Literal["auto", "memory", "workers", "train", "device"] = "auto"
-    """where rows are decoded: once into shared memory, in Ray Data workers, in the train worker
-    itself, or (images) on its device, a GPU's own JPEG decoder; auto: sources in Ray Data workers,
-    targets in memory when they fit; workers and device: sources only"""
-    shuffle: Literal["auto", "rows", "blocks"] = "auto"
-    """order of the training rows. rows: a full permutation; blocks: row groups permuted, rows
-    permuted inside; auto: rows up to 256 MiB of files and for a target that lies in memory, else
-    blocks"""
+    group: str | None = Field(
+        None, description="a column (patient, speaker) whose values never cross splits"
+    )
+    more: list[Data] = Field(
+        default_factory=list["Data"],
+        description="further corpora, their splits joined to these: columns of the same names and "
+        "types",
+    )
+    weight: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="sources with more corpora: share of the training rows that is drawn from "
+        "this one, relative to the others' weights, whatever their sizes; each corpus comes whole "
+        "in every epoch of its own; all have a weight or none; validation is unweighted",
+    )
+    max_bad_rows: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="share of rows that may be undecodable, or not to be learned from, before the "
+        "run stops",
+    )
+    decode: Literal["auto", "memory", "workers", "train", "device"] = Field(
+        "auto",
+        description="where rows are decoded: once into shared memory, in Ray Data workers, in the "
+        "train worker itself, or (images) on its device, a GPU's own JPEG decoder; auto: sources "
+        "in Ray Data workers, targets in memory when they fit; workers and device: sources only",
+    )
+    shuffle: Literal["auto", "rows", "blocks"] = Field(
+        "auto",
+        description="order of the training rows. rows: a full permutation; blocks: row groups "
+        "permuted, rows permuted inside; auto: rows up to 256 MiB of files and for a target that "
+        "lies in memory, else blocks",
+    )
 
     @model_validator(mode="after")
     def _one_origin(self):
@@ -336,71 +372,98 @@ class Train(Spec):
     The same loop reads it for pretraining and for every fine-tune.
     """
 
-    steps: int | None = Field(None, ge=1)
-    """optimiser steps; give steps or epochs"""
-    epochs: float | None = Field(None, gt=0)
-    """passes over the training rows; give steps or epochs"""
-    global_batch: int = Field(64, ge=1)
-    """rows a step over all ranks; the same at any number of ranks"""
-    batch_cost: float | None = Field(None, gt=0)
-    """instead of global_batch: a step takes rows of similar length, as many as have this cost in
-    all when padded to the longest (audio: seconds)"""
-    micro_batch: int | None = Field(None, ge=1)
-    """rows a forward pass on one rank; gradients are accumulated; none: all at once"""
-    canonical_shards: int | None = Field(None, ge=1)
-    """independent row orders that ranks share out; none: 8, or the most ranks if more"""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """adamw (fused) or sgd with momentum (fused)"""
-    lr: float = Field(1e-3, gt=0)
-    """peak learning rate"""
-    momentum: float = Field(0.9, ge=0, lt=1)
-    """sgd momentum"""
-    beta1: float = Field(0.9, ge=0, lt=1)
-    """adamw beta 1"""
-    beta2: float = Field(0.999, ge=0, lt=1)
-    """adamw beta 2"""
-    weight_decay: float = Field(0.05, ge=0)
-    """decoupled, with sgd too (SGDW); not on norms, biases and other vectors"""
-    warmup: float = Field(0.1, ge=0, le=1)
-    """share of the steps with linear warm-up"""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """after the warm-up"""
-    clip_norm: float | None = Field(1.0, gt=0)
-    """largest global gradient norm; null: off"""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 autocast on a GPU that has it, else fp32"""
-    compile: bool = False
-    """torch.compile the backbone and its objective"""
-    channels_last: bool = False
-    """channels-last memory format for convolutions (GPU)"""
-    ema: float | None = Field(None, gt=0, lt=1)
-    """decay of an exponential moving average of the weights, used for evaluation and the bundle"""
-    augment: bool = True
-    """the modality's augmentation, on the device, seeded by row"""
-    eval_every_steps: int | None = Field(None, ge=1)
-    """validate every so many steps; none: five times a run"""
-    checkpoint_every_steps: int | None = Field(None, ge=1)
-    """write a resume point every so many steps; none: every 1000"""
-    checkpoint_every_minutes: float | None = Field(10.0, gt=0, allow_inf_nan=False)
-    """write a resume point too when the newest is so many minutes old; null: by steps alone"""
-    log_every_steps: int = Field(10, ge=1)
-    """write metrics every so many steps"""
-    keep: Literal["best", "last"] = "best"
-    """which weights the bundle holds: best by validation, or last"""
+    steps: int | None = Field(None, ge=1, description="optimiser steps; give steps or epochs")
+    epochs: float | None = Field(
+        None, gt=0, description="passes over the training rows; give steps or epochs"
+    )
+    global_batch: int = Field(
+        64, ge=1, description="rows a step over all ranks; the same at any number of ranks"
+    )
+    batch_cost: float | None = Field(
+        None,
+        gt=0,
+        description="instead of global_batch: a step takes rows of similar length, as many as "
+        "have this cost in all when padded to the longest (audio: seconds)",
+    )
+    micro_batch: int | None = Field(
+        None,
+        ge=1,
+        description="rows a forward pass on one rank; gradients are accumulated; none: all at once",
+    )
+    canonical_shards: int | None = Field(
+        None,
+        ge=1,
+        description="independent row orders that ranks share out; none: 8, or the most ranks if "
+        "more",
+    )
+    optimizer: Literal["adamw", "sgd"] = Field(
+        "adamw", description="adamw (fused) or sgd with momentum (fused)"
+    )
+    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd momentum")
+    beta1: float = Field(0.9, ge=0, lt=1, description="adamw beta 1")
+    beta2: float = Field(0.999, ge=0, lt=1, description="adamw beta 2")
+    weight_decay: float = Field(
+        0.05,
+        ge=0,
+        description="decoupled, with sgd too (SGDW); not on norms, biases and other vectors",
+    )
+    warmup: float = Field(0.1, ge=0, le=1, description="share of the steps with linear warm-up")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
+    clip_norm: float | None = Field(
+        1.0, gt=0, description="largest global gradient norm; null: off"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 autocast on a GPU that has it, else fp32"
+    )
+    compile: bool = Field(False, description="torch.compile the backbone and its objective")
+    channels_last: bool = Field(
+        False, description="channels-last memory format for convolutions (GPU)"
+    )
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay of an exponential moving average of the weights, used for evaluation "
+        "and the bundle",
+    )
+    augment: bool = Field(
+        True, description="the modality's augmentation, on the device, seeded by row"
+    )
+    eval_every_steps: int | None = Field(
+        None, ge=1, description="validate every so many steps; none: five times a run"
+    )
+    checkpoint_every_steps: int | None = Field(
+        None, ge=1, description="write a resume point every so many steps; none: every 1000"
+    )
+    checkpoint_every_minutes: float | None = Field(
+        10.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="write a resume point too when the newest is so many minutes old; null: by "
+        "steps alone",
+    )
+    log_every_steps: int = Field(10, ge=1, description="write metrics every so many steps")
+    keep: Literal["best", "last"] = Field(
+        "best", description="which weights the bundle holds: best by validation, or last"
+    )
     patience: int | None = Field(
         None,
         ge=1,
         exclude_if=lambda patience: patience is None,  # hashes are those from before there was one
+        description="stop after so many validations in a row without a better primary metric. "
+        "Otherwise the run ends at steps or epochs, for which the learning-rate schedule is made "
+        "anyway. Techniques in phases stop in their last one. Ignored at label fraction 0 and by "
+        "objectives that compare rows: they keep the last weights",
     )
-    """stop after so many validations in a row without a better primary metric. Otherwise the run
-    ends at steps or epochs, for which the learning-rate schedule is made anyway. Techniques in
-    phases stop in their last one. Ignored at label fraction 0 and by objectives that compare rows:
-    they keep the last weights"""
-    max_bad_steps: int = Field(5, ge=1)
-    """non-finite steps in a row (each is skipped) before the run stops"""
-    trace_rows: bool = False
-    """write the row ids of every step beside the metrics (an audit of the data order); local
-    storage only"""
+    max_bad_steps: int = Field(
+        5, ge=1, description="non-finite steps in a row (each is skipped) before the run stops"
+    )
+    trace_rows: bool = Field(
+        False,
+        description="write the row ids of every step beside the metrics (an audit of the data "
+        "order); local storage only",
+    )
 
     @model_validator(mode="after")
     def _one_length(self):
@@ -521,41 +584,54 @@ class Source(Spec):
     A checkpoint needs neither data nor train.
     """
 
-    data: Data | None = None
-    """the source corpus"""
-    backbone: ComponentConfig
-    """library/model, e.g. timm/resnet18 or {transformers/bert: {layers: 4}}; or bundle:URI,
-    hf:FOLDER, hf-hub:NAME, timm-hub:NAME"""
-    init: str | None = None
-    """weights to start from: bundle:URI, file:PATH (safetensors or state dict), hf:FOLDER;
-    file-by-order:PATH pairs tensors by order and shape where the file's names differ"""
-    modality: ComponentConfig | None = None
-    """for a checkpoint without data: how its rows are read, e.g. {image: {mean: imagenet, std:
-    imagenet, size: 224, crop_share: 0.9, interpolation: bicubic}}; none: what the checkpoint says,
-    else what timm says of its model (a tag, timm/NAME.TAG, has its own)"""
-    objective: ComponentConfig | None = None
-    """classification, mlm, clm, ..."""
+    data: Data | None = Field(None, description="the source corpus")
+    backbone: ComponentConfig = Field(
+        description="library/model, e.g. timm/resnet18 or {transformers/bert: {layers: 4}}; or "
+        "bundle:URI, hf:FOLDER, hf-hub:NAME, timm-hub:NAME"
+    )
+    init: str | None = Field(
+        None,
+        description="weights to start from: bundle:URI, file:PATH (safetensors or state dict), "
+        "hf:FOLDER; file-by-order:PATH pairs tensors by order and shape where the file's names "
+        "differ",
+    )
+    modality: ComponentConfig | None = Field(
+        None,
+        description="for a checkpoint without data: how its rows are read, e.g. {image: {mean: "
+        "imagenet, std: imagenet, size: 224, crop_share: 0.9, "
+        "interpolation: bicubic}}; none: what the checkpoint says, else what timm says of its "
+        "model (a tag, timm/NAME.TAG, has its own)",
+    )
+    objective: ComponentConfig | None = Field(None, description="classification, mlm, clm, ...")
     technique: ComponentConfig = Field(
         FULL,
         # hashes of jobs and sources are those from before sources had techniques
         exclude_if=lambda technique: technique == FULL,
+        description="how a source that continues a checkpoint is trained: full, lora, ...; modules"
+        " that a technique adds are merged into the weights of the bundle; a source with random"
+        " weights trains every layer",
     )
-    """how a source that continues a checkpoint is trained: full, lora, ...; modules that a
-    technique adds are merged into the weights of the bundle; a source with random weights trains
-    every layer"""
-    probe: Data | None = None
-    """labelled rows on which the backbone's features are tested at every validation: kNN accuracy
-    on the validation split by the nearest training rows; columns: the input and label"""
-    train: Train = Field(default_factory=lambda: Train.model_validate({}))
-    """how to pretrain"""
-    workers: int | tuple[Whole, Whole] = 1
-    """processes that train it together (ranks of DDP); [2, 8] is elastic"""
-    cpus_per_worker: float | None = Field(None, gt=0)
-    """logical CPUs a rank; none: by the machine"""
-    gpus_per_worker: float | None = Field(None, ge=0)
-    """GPUs a rank; none: 1 when the cluster has GPUs"""
-    max_failures: int = Field(3, ge=-1)
-    """restarts from the last checkpoint before giving up; -1: without end"""
+    probe: Data | None = Field(
+        None,
+        description="labelled rows on which the backbone's features are tested at every "
+        "validation: kNN accuracy on the validation split by the nearest training rows; columns: "
+        "the input and label",
+    )
+    train: Train = Field(
+        default_factory=lambda: Train.model_validate({}), description="how to pretrain"
+    )
+    workers: int | tuple[Whole, Whole] = Field(
+        1, description="processes that train it together (ranks of DDP); [2, 8] is elastic"
+    )
+    cpus_per_worker: float | None = Field(
+        None, gt=0, description="logical CPUs a rank; none: by the machine"
+    )
+    gpus_per_worker: float | None = Field(
+        None, ge=0, description="GPUs a rank; none: 1 when the cluster has GPUs"
+    )
+    max_failures: int = Field(
+        3, ge=-1, description="restarts from the last checkpoint before giving up; -1: without end"
+    )
 
     @model_validator(mode="after")
     def _whole(self):
@@ -663,52 +739,68 @@ class Source(Spec):
 class Target(Spec):
     """One task to adapt the backbones to."""
 
-    data: Data
-    """the target's rows"""
-    objective: ComponentConfig
-    """classification, ..."""
-    metric: Annotated[str, Registered("metric")] | None = None
-    """primary metric; none: the objective's first"""
+    data: Data = Field(description="the target's rows")
+    objective: ComponentConfig = Field(description="classification, ...")
+    metric: Annotated[str, Registered("metric")] | None = Field(
+        None, description="primary metric; none: the objective's first"
+    )
     label_fractions: list[
         Annotated[float | int, BeforeValidator(registry.reject_bool), AfterValidator(_fraction)]
-    ] = Field(default_factory=lambda: [1.0])
-    """floats: shares (stratified, nested), 1.0 is all; integers: rows a class; 0: no label of the
-    target, for the techniques that need none (dann, pseudo_labels, ...): what is chosen is then
-    chosen on the validation rows of the source"""
+    ] = Field(
+        default_factory=lambda: [1.0],
+        description="floats: shares (stratified, nested), 1.0 is all; integers: rows a class; 0: "
+        "no label of the target, for the techniques that need none (dann, pseudo_labels, ...): "
+        "what is chosen is then chosen on the validation rows of the source",
+    )
     unlabelled: Data | None = Field(
         None,
         # a target without any has the key that it always had
         exclude_if=lambda unlabelled: unlabelled is None,
+        description="rows without labels, for techniques that adapt to them (dann, coral, "
+        "pseudo_labels, adabn, ...); none: the training rows, without their labels",
     )
-    """rows without labels, for techniques that adapt to them (dann, coral, pseudo_labels, adabn,
-    ...); none: the training rows, without their labels"""
     folds: int | None = Field(
         None,
         ge=2,
         exclude_if=lambda folds: folds is None,  # a target without any has the key it always had
+        description="k-fold cross-validation with k = this number, stratified by class; groups "
+        "stay together. Each fold is the test split of trials of its own, which choose by "
+        "validation_fraction of their other rows. Report and comparisons take the test rows of all "
+        "folds. Data then declare no validation or test rows",
     )
-    """k-fold cross-validation with k = this number, stratified by class; groups stay together. Each
-    fold is the test split of trials of its own, which choose by validation_fraction of their other
-    rows. Report and comparisons take the test rows of all folds. Data then declare no validation or
-    test rows"""
-    fold: int | None = Field(None, ge=1, exclude_if=lambda fold: fold is None)
-    """run this one of the folds alone; none: all. Its trials are those of a job that runs all"""
-    sources: list[str] | None = None
-    """which sources to adapt; none: all of the same modality"""
-    techniques: list[ComponentConfig] | None = None
-    """techniques for this target alone; none: the job's"""
-    train: Train = Field(default_factory=lambda: Train.model_validate({}))
-    """how to fine-tune"""
-    drop_overlap: Literal["none", "exact", "near", "group"] = "none"
-    """leave out test rows that are also in a source's training rows: exact: the same content, or
-    another cut of the same record; near: also nearly the same images, texts and recordings
-    (perceptual hash, MinHash of words, perceptual hash of log-mels); group: also rows of the same
-    group (patient, speaker). All are counted in any case"""
-    subgroups: list[str] = Field(default_factory=list)
-    """columns of the test rows (sex, age_band, static.CareUnit): the report and the results also
-    give the primary metric for each of their values"""
-    workers: int = Field(0, ge=0)
-    """processes that train a trial together (ranks of DDP); 0: its own alone"""
+    fold: int | None = Field(
+        None,
+        ge=1,
+        exclude_if=lambda fold: fold is None,
+        description="run this one of the folds alone; none: all. Its trials are those of a job "
+        "that runs all",
+    )
+    sources: list[str] | None = Field(
+        None, description="which sources to adapt; none: all of the same modality"
+    )
+    techniques: list[ComponentConfig] | None = Field(
+        None, description="techniques for this target alone; none: the job's"
+    )
+    train: Train = Field(
+        default_factory=lambda: Train.model_validate({}), description="how to fine-tune"
+    )
+    drop_overlap: Literal["none", "exact", "near", "group"] = Field(
+        "none",
+        description="leave out test rows that are also in a source's training rows: exact: the "
+        "same content, or another cut of the same record; near: also nearly the same images, texts "
+        "and recordings (perceptual hash, MinHash of words, perceptual hash of log-mels); group: "
+        "also rows of the same group (patient, speaker). All are counted in any case",
+    )
+    subgroups: list[str] = Field(
+        default_factory=list,
+        description="columns of the test rows (sex, age_band, static.CareUnit): "
+        "the report and the results also give the primary metric for each of their values",
+    )
+    workers: int = Field(
+        0,
+        ge=0,
+        description="processes that train a trial together (ranks of DDP); 0: its own alone",
+    )
 
     @model_validator(mode="after")
     def _one_row_beside_shares(self):
@@ -809,21 +901,26 @@ class Target(Spec):
 class Select(Spec):
     """Fan out only what promises most: the best-scored sources, the pairs that a budget finds."""
 
-    score: Annotated[str, Registered("score")] = "logme"
-    """transferability score of a source for the target's training rows, as `onetomany score` prints
-    them; a source for which it is not defined comes last"""
-    top: int | None = Field(2, ge=1)
-    """how many sources to keep for each target; null: all, as with a budget alone"""
+    score: Annotated[str, Registered("score")] = Field(
+        "logme",
+        description="transferability score of a source for the target's training rows, as "
+        "`onetomany score` prints them; a source for which it is not defined comes last",
+    )
+    top: int | None = Field(
+        2,
+        ge=1,
+        description="how many sources to keep for each target; null: all, as with a budget alone",
+    )
     budget: int | None = Field(
         None,
         ge=1,
         exclude_if=lambda budget: budget is None,  # hashes are those from before there was one
+        description="trials that the whole job may spend, shared out over targets and label "
+        "fractions by successive halving: every source is tried with every technique with a "
+        "ninth of the steps, the better pairs with all, and the best with all seeds. A shorter "
+        "trial counts by its share of the steps; scratch is never cut and counts; what trains "
+        "nothing and baselines do not. With score or top only the best-scored sources are tried",
     )
-    """trials that the whole job may spend, shared out over targets and label fractions by
-    successive halving: every source is tried with every technique with a ninth of the steps, the
-    better pairs with all, and the best with all seeds. A shorter trial counts by its share of the
-    steps; scratch is never cut and counts; what trains nothing and baselines do not. With score or
-    top only the best-scored sources are tried"""
 
     @model_validator(mode="before")
     @classmethod
@@ -844,12 +941,18 @@ class Select(Spec):
 class Finalists(Spec):
     """How the best draws of a search are tried again before one is chosen; the same for scratch."""
 
-    top: int = Field(3, ge=1)
-    """how many of an entry's best draws are tried again; 1: none, the best with one seed is chosen
-    """
-    seeds: int = Field(2, ge=0)
-    """further seeds for each of them; the draw with the best mean over all its seeds on validation
-    goes on"""
+    top: int = Field(
+        3,
+        ge=1,
+        description="how many of an entry's best draws are tried again; 1: none, the best with one "
+        "seed is chosen",
+    )
+    seeds: int = Field(
+        2,
+        ge=0,
+        description="further seeds for each of them; the draw with the best mean over all its "
+        "seeds on validation goes on",
+    )
 
     def further_trials(self, draws: int) -> int:
         """Return the number of further trials of an entry with this number of ``draws``."""
@@ -871,56 +974,83 @@ def _searchable(name: str) -> str:
 class Fanout(Spec):
     """How the trials are drawn and run."""
 
-    seeds: int = Field(3, ge=1)
-    """final runs of every entry; a seed changes initialisation, row order and label subset"""
-    trials: int = Field(1, ge=1)
-    """hyper-parameter draws of every entry from search, the same for scratch; the best on
-    validation goes on (search_finalists)"""
-    search: Literal["auto"] | dict[Annotated[str, AfterValidator(_searchable)], list[Number]] = (
-        Field(default_factory=dict, json_schema_extra={"propertyNames": {"enum": list(NUMERIC)}})
+    seeds: int = Field(
+        3,
+        ge=1,
+        description="final runs of every entry; a seed changes initialisation, row order and label "
+        "subset",
     )
-    """numeric field of train to [low, high] (log-uniform), or to 3 or more values to choose from;
-    needs trials above 1; drawn steps replace a target's epochs, and the other way round. auto: as
-    many draws for each technique, from its own ranges of lr (relative to the target's) and of its
-    options; options that the job states stay as they are, and the first draw is the job's own
-    settings"""
+    trials: int = Field(
+        1,
+        ge=1,
+        description="hyper-parameter draws of every entry from search, the same for scratch; the "
+        "best on validation goes on (search_finalists)",
+    )
+    search: Literal["auto"] | dict[Annotated[str, AfterValidator(_searchable)], list[Number]] = (
+        Field(
+            default_factory=dict,
+            json_schema_extra={"propertyNames": {"enum": list(NUMERIC)}},
+            description="numeric field of train to [low, high] (log-uniform), or to 3 or more "
+            "values to choose from; needs trials above 1; drawn steps replace a target's epochs, "
+            "and the other way round. auto: as many draws for each technique, from its own ranges "
+            "of lr (relative to the target's) and of its options; options that the job states stay "
+            "as they are, and the first draw is the job's own settings",
+        )
+    )
     searcher: Literal["random", "optuna"] = Field(
         "random",
         # hashes of jobs are those from before there was a choice
         exclude_if=lambda value: value == "random",
+        description="random: independent draws; optuna (extra optuna): the first quarter is "
+        "random, and Optuna's tree-structured Parzen estimator proposes each further quarter from "
+        "what the entry's earlier trials reached on validation rows",
     )
-    """random: independent draws; optuna (extra optuna): the first quarter is random, and Optuna's
-    tree-structured Parzen estimator proposes each further quarter from what the entry's earlier
-    trials reached on validation rows"""
-    search_finalists: Finalists = Field(default_factory=lambda: Finalists.model_validate({}))
-    """the best few draws of a search are tried again with further seeds before one is chosen, as a
-    choice by one seed is partly luck. top: 1 turns it off"""
-    scheduler: Literal["fifo", "asha"] = "fifo"
-    """asha stops the worse search trials of an entry early"""
-    gpus_per_trial: float | None = Field(None, ge=0)
-    """share of a GPU for one trial; none: 0.25 when there are GPUs"""
-    cpus_per_trial: float = Field(1.0, gt=0)
-    """logical CPUs of one trial"""
-    max_concurrent_trials: int | None = Field(None, ge=1)
-    """none: what the resources allow"""
-    trial_timeout_minutes: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """a trial that runs longer is ended and fails, the others go on; none: no limit. Of a trial on
-    several ranks the time counts from when the first rank has its place"""
-    silence_timeout_minutes: float | None = Field(30.0, gt=0, allow_inf_nan=False)
-    """a trial that takes no step and reads no batch for so long is ended and fails, the others go
-    on; null: it may hang for ever"""
-    select: Select | None = None
-    """keep only the best-scored sources of each target, or spend a budget of trials on the pairs of
-    source and technique that promise most"""
-    keep_bundles: Literal["best", "all", "none"] = "best"
-    """fine-tuned bundles kept: the best seed of each entry on validation, all, or none"""
+    search_finalists: Finalists = Field(
+        default_factory=lambda: Finalists.model_validate({}),
+        description="the best few draws of a search are tried again with further seeds before one "
+        "is chosen, as a choice by one seed is partly luck. top: 1 turns it off",
+    )
+    scheduler: Literal["fifo", "asha"] = Field(
+        "fifo", description="asha stops the worse search trials of an entry early"
+    )
+    gpus_per_trial: float | None = Field(
+        None, ge=0, description="share of a GPU for one trial; none: 0.25 when there are GPUs"
+    )
+    cpus_per_trial: float = Field(1.0, gt=0, description="logical CPUs of one trial")
+    max_concurrent_trials: int | None = Field(
+        None, ge=1, description="none: what the resources allow"
+    )
+    trial_timeout_minutes: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="a trial that runs longer is ended and fails, the others go on; none: no "
+        "limit. Of a trial on several ranks the time counts from when the first rank has its place",
+    )
+    silence_timeout_minutes: float | None = Field(
+        30.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="a trial that takes no step and reads no batch for so long is ended and "
+        "fails, the others go on; null: it may hang for ever",
+    )
+    select: Select | None = Field(
+        None,
+        description="keep only the best-scored sources of each target, or spend a budget of trials "
+        "on the pairs of source and technique that promise most",
+    )
+    keep_bundles: Literal["best", "all", "none"] = Field(
+        "best",
+        description="fine-tuned bundles kept: the best seed of each entry on validation, all, or "
+        "none",
+    )
     bundle_weights: Literal["whole", "changes"] = Field(
         "whole",
         # hashes of jobs are those from before there was a choice
         exclude_if=lambda value: value == "whole",
+        description="whole: a fine-tuned bundle can be used alone; changes: it holds only what "
+        "differs from its source's bundle, which it needs; onetomany export makes it whole",
     )
-    """whole: a fine-tuned bundle can be used alone; changes: it holds only what differs from its
-    source's bundle, which it needs; onetomany export makes it whole"""
 
     @field_validator("search", mode="before")
     @classmethod
@@ -1004,49 +1134,52 @@ class Fanout(Spec):
 class Job(Spec):
     """One job file: sources x targets x techniques x seeds, as one table."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    """names the folder under storage"""
-    storage: str = "runs"
-    """a folder (relative to the current one), file:///folder or s3://bucket/prefix"""
-    seed: int = Field(0, ge=0)
-    """everything random follows from it"""
+    name: str = Field(
+        description="names the folder under storage", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+    )
+    storage: str = Field(
+        "runs",
+        description="a folder (relative to the current one), file:///folder or s3://bucket/prefix",
+    )
+    seed: int = Field(0, ge=0, description="everything random follows from it")
     plugins: list[str] = Field(
         default_factory=list,
         exclude_if=lambda listed: not listed,  # a job without any has the hash that it always had
+        description="modules that add components (techniques, metrics, ...): a .py file or a "
+        "package's folder, relative to the job file (a path has a slash or ends in .py), or the "
+        "name of an installed module. They are code, and are run",
     )
-    """modules that add components (techniques, metrics, ...): a .py file or a package's folder,
-    relative to the job file (a path has a slash or ends in .py), or the name of an installed
-    module. They are code, and are run"""
     only: list[str] = Field(
         default_factory=list,
         exclude_if=lambda named: not named,  # a job without any has the hash that it always had
+        description="run a part of the job (--only NAME): targets, sources, modalities or domains "
+        "(vision: image; speech: audio; healthcare: events, table, series; robotics: trajectory, "
+        "series; text). A target brings its sources, a source its targets",
     )
-    """run a part of the job (--only NAME): targets, sources, modalities or domains (vision: image;
-    speech: audio; healthcare: events, table, series; robotics: trajectory, series; text). A target
-    brings its sources, a source its targets"""
-    sources: dict[str, Source] = Field(min_length=1)
-    """what to pretrain on, or existing checkpoints"""
-    targets: dict[str, Target] = Field(default_factory=dict)
-    """the tasks"""
+    sources: dict[str, Source] = Field(
+        description="what to pretrain on, or existing checkpoints", min_length=1
+    )
+    targets: dict[str, Target] = Field(default_factory=dict, description="the tasks")
     techniques: list[ComponentConfig] = Field(
         default_factory=lambda: [
             ComponentConfig(name=n) for n in ("scratch", "linear_probe", "full")
-        ]
+        ],
+        description="how to adapt; scratch is always added",
     )
-    """how to adapt; scratch is always added"""
     baselines: Literal["auto"] | list[ComponentConfig] = Field(
         default_factory=list[ComponentConfig],
         exclude_if=lambda named: named == [],  # a job without any has the hash that it always had
+        description="models without a network, to compare with (bag_of_words, boosted_trees, "
+        "...), each on the targets that it can read; auto: all",
     )
-    """models without a network, to compare with (bag_of_words, boosted_trees, ...), each on the
-    targets that it can read; auto: all"""
-    fanout: Fanout = Field(default_factory=lambda: Fanout.model_validate({}))
-    """seeds, search and resources"""
+    fanout: Fanout = Field(
+        default_factory=lambda: Fanout.model_validate({}), description="seeds, search and resources"
+    )
     tracking: ComponentConfig | None = Field(
         None,
         exclude=True,  # it changes no result, so no hash; its address may have a password
+        description="a program to which runs are sent: mlflow, wandb",
     )
-    """a program to which runs are sent: mlflow, wandb"""
 
     @model_validator(mode="after")
     def _fits_together(self):

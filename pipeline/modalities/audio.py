@@ -57,40 +57,75 @@ are compared: what is above half the rate or nearly silent changes with each com
 
 
 class AudioOptions(Options):
-    rate: int = Field(16000, ge=4000, le=96000)
-    """samples a second that recordings of any rate are resampled to"""
-    features: Literal["auto", "mel", "wave"] = "auto"
-    """mel: log-mel spectrograms; wave: the samples themselves; auto: wave for backbones that read
-    samples (WaveNet, wav2vec 2.0)"""
-    mels: int = Field(80, ge=8, le=512)
-    """mel bins"""
-    window: float = Field(0.025, ge=0.002, le=1)
-    """seconds that a frame sees; shorter recordings are bad rows"""
-    hop: float = Field(0.01, ge=0.001, le=1)
-    """seconds from one frame to the next"""
-    normalize: bool | None = None
-    """wave: mean 0 and variance 1 in each recording (wav2vec 2.0 base); none: yes, but not for
-    WaveNet, whose mu-law wants -1 to 1"""
-    max_seconds: float = Field(40.0, gt=0, le=3600)
-    """longer rows are bad: cut long recordings (an audio folder's are, at silence); lowered to what
-    the backbone reads, such as Whisper's 30 s"""
-    speed: float = Field(0.0, ge=0, le=0.5, multiple_of=0.01)
-    """training: played slower by this share (whole percent), as it is, or faster (0.1: 0.9, 1 and
-    1.1), pitch and all"""
-    noise: float = Field(0.0, ge=0, le=1)
-    """training: share of the rows with white noise"""
-    noise_snr: list[float] = Field([10.0, 40.0], min_length=2, max_length=2)
-    """its signal-to-noise ratio in dB, uniform between these"""
-    frequency_masks: int = Field(2, ge=0, le=16)
-    """training, mel: SpecAugment's bands of masked mel bins; 0 is off"""
-    frequency_width: float = Field(0.2, gt=0, le=1)
-    """largest share of the mel bins under one of them"""
-    time_masks: int = Field(2, ge=0, le=64)
-    """training, mel: SpecAugment's stretches of masked frames; 0 is off"""
-    time_width: float = Field(0.5, gt=0, le=60)
-    """largest length of one of them in seconds"""
-    time_share: float = Field(0.15, gt=0, le=1)
-    """largest share of a row's frames under one of them"""
+    rate: int = Field(
+        16000,
+        ge=4000,
+        le=96000,
+        description="samples a second that recordings of any rate are resampled to",
+    )
+    features: Literal["auto", "mel", "wave"] = Field(
+        "auto",
+        description="mel: log-mel spectrograms; wave: the samples themselves; auto: wave for "
+        "backbones that read samples (WaveNet, wav2vec 2.0)",
+    )
+    mels: int = Field(80, ge=8, le=512, description="mel bins")
+    window: float = Field(
+        0.025,
+        ge=0.002,
+        le=1,
+        description="seconds that a frame sees; shorter recordings are bad rows",
+    )
+    hop: float = Field(0.01, ge=0.001, le=1, description="seconds from one frame to the next")
+    normalize: bool | None = Field(
+        None,
+        description="wave: mean 0 and variance 1 in each recording (wav2vec 2.0 base); none: yes, "
+        "but not for WaveNet, whose mu-law wants -1 to 1",
+    )
+    max_seconds: float = Field(
+        40.0,
+        gt=0,
+        le=3600,
+        description="longer rows are bad: cut long recordings (an audio folder's are, at silence); "
+        "lowered to what the backbone reads, such as Whisper's 30 s",
+    )
+    speed: float = Field(
+        0.0,
+        ge=0,
+        le=0.5,
+        multiple_of=0.01,
+        description="training: played slower by this share (whole percent), as it is, or faster "
+        "(0.1: 0.9, 1 and 1.1), pitch and all",
+    )
+    noise: float = Field(
+        0.0, ge=0, le=1, description="training: share of the rows with white noise"
+    )
+    noise_snr: list[float] = Field(
+        [10.0, 40.0],
+        min_length=2,
+        max_length=2,
+        description="its signal-to-noise ratio in dB, uniform between these",
+    )
+    frequency_masks: int = Field(
+        2,
+        ge=0,
+        le=16,
+        description="training, mel: SpecAugment's bands of masked mel bins; 0 is off",
+    )
+    frequency_width: float = Field(
+        0.2, gt=0, le=1, description="largest share of the mel bins under one of them"
+    )
+    time_masks: int = Field(
+        2,
+        ge=0,
+        le=64,
+        description="training, mel: SpecAugment's stretches of masked frames; 0 is off",
+    )
+    time_width: float = Field(
+        0.5, gt=0, le=60, description="largest length of one of them in seconds"
+    )
+    time_share: float = Field(
+        0.15, gt=0, le=1, description="largest share of a row's frames under one of them"
+    )
 
 
 class AudioState(TypedDict, total=False):

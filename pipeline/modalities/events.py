@@ -38,17 +38,31 @@ DROP = 0
 
 
 class EventsOptions(Options):
-    hours: float = Field(48.0, gt=0, le=24 * 366)
-    """events after this many hours are left out, as are those at that very hour"""
-    before: float = Field(0.0, ge=0, le=24 * 366)
-    """hours before the start that are read too, such as laboratory results before the ICU"""
-    min_rows: int = Field(10, ge=1)
-    """rows of the fitted sample that must have a variable, or a text among the static facts, for it
-    to be known"""
-    max_variables: int = Field(2000, ge=1)
-    """most variables that are known, those that most rows have"""
-    drop: float = Field(0.0, ge=0, lt=1)
-    """training: share of a row's events that are left out at random"""
+    hours: float = Field(
+        48.0,
+        gt=0,
+        le=24 * 366,
+        description="events after this many hours are left out, as are those at that very hour",
+    )
+    before: float = Field(
+        0.0,
+        ge=0,
+        le=24 * 366,
+        description="hours before the start that are read too, such as laboratory results before "
+        "the ICU",
+    )
+    min_rows: int = Field(
+        10,
+        ge=1,
+        description="rows of the fitted sample that must have a variable, or a text among the "
+        "static facts, for it to be known",
+    )
+    max_variables: int = Field(
+        2000, ge=1, description="most variables that are known, those that most rows have"
+    )
+    drop: float = Field(
+        0.0, ge=0, lt=1, description="training: share of a row's events that are left out at random"
+    )
 
 
 class EventsState(TypedDict):

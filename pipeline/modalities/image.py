@@ -81,37 +81,66 @@ top, left = -((height - size) // 2), -((width - size) // 2)""",
 
 
 class ImageOptions(Options):
-    size: int = Field(224, ge=8, le=4096)
-    """pixels a side after resize and centre crop"""
-    channels: Literal[1, 3] = 3
-    """1 for grey (X-ray), 3 for colour; files of either kind are converted"""
-    fit: Literal["crop", "squash", "pad"] = "crop"
-    """crop: shorter side to size, centre crop; squash: both sides to size; pad: longer side to
-    size, the rest filled with the mean colour. Boxes and masks need squash or pad"""
-    crop: Literal["auto", "shift", "resized", "none"] = "auto"
-    """training crop: shift by up to 1/8; resized: random area and aspect (with boxes or masks:
-    random scale); auto: shift up to 64 px"""
-    area: list[float] = Field([0.35, 1.0], min_length=2, max_length=2)
-    """crop: resized takes a share of the image's area between these"""
-    scale: list[float] = Field([0.8, 1.25], min_length=2, max_length=2)
-    """with boxes or masks, crop: resized scales by a factor between these"""
-    flip: bool = True
-    """random horizontal flip in training"""
-    colour: float = Field(0.0, ge=0, le=1)
-    """training: brightness, contrast and saturation by up to this share, hue by a quarter of it; 0
-    is off"""
-    randaugment: int = Field(0, ge=0, le=30)
-    """training: two operations of RandAugment of this magnitude on each image; 0 is off"""
-    mean: list[float] | Literal["imagenet", "inception"] | None = None
-    """mean of each channel (0 to 1), or what published checkpoints want by name; none: fitted on
-    the training rows"""
-    std: list[float] | Literal["imagenet", "inception"] | None = None
-    """standard deviation of each channel, like mean; both or neither"""
-    crop_share: float = Field(1.0, gt=0, le=1)
-    """of fit: crop, the share of the resized shorter side that the centre crop keeps (timm's
-    crop_pct): 0.875 resizes to 256 for a size of 224; refused with another fit"""
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    """how images are resized, antialiased"""
+    size: int = Field(224, ge=8, le=4096, description="pixels a side after resize and centre crop")
+    channels: Literal[1, 3] = Field(
+        3, description="1 for grey (X-ray), 3 for colour; files of either kind are converted"
+    )
+    fit: Literal["crop", "squash", "pad"] = Field(
+        "crop",
+        description="crop: shorter side to size, centre crop; squash: both sides to size; pad: "
+        "longer side to size, the rest filled with the mean colour. Boxes and masks need squash "
+        "or pad",
+    )
+    crop: Literal["auto", "shift", "resized", "none"] = Field(
+        "auto",
+        description="training crop: shift by up to 1/8; resized: random area and aspect (with "
+        "boxes or masks: random scale); auto: shift up to 64 px",
+    )
+    area: list[float] = Field(
+        [0.35, 1.0],
+        min_length=2,
+        max_length=2,
+        description="crop: resized takes a share of the image's area between these",
+    )
+    scale: list[float] = Field(
+        [0.8, 1.25],
+        min_length=2,
+        max_length=2,
+        description="with boxes or masks, crop: resized scales by a factor between these",
+    )
+    flip: bool = Field(True, description="random horizontal flip in training")
+    colour: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="training: brightness, contrast and saturation by up to this share, hue by a "
+        "quarter of it; 0 is off",
+    )
+    randaugment: int = Field(
+        0,
+        ge=0,
+        le=30,
+        description="training: two operations of RandAugment of this magnitude on each image; 0 "
+        "is off",
+    )
+    mean: list[float] | Literal["imagenet", "inception"] | None = Field(
+        None,
+        description="mean of each channel (0 to 1), or what published checkpoints want by name; "
+        "none: fitted on the training rows",
+    )
+    std: list[float] | Literal["imagenet", "inception"] | None = Field(
+        None, description="standard deviation of each channel, like mean; both or neither"
+    )
+    crop_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="of fit: crop, the share of the resized shorter side that the centre crop "
+        "keeps (timm's crop_pct): 0.875 resizes to 256 for a size of 224; refused with another fit",
+    )
+    interpolation: Literal["bilinear", "bicubic"] = Field(
+        "bilinear", description="how images are resized, antialiased"
+    )
 
 
 class ImageState(TypedDict):

@@ -37,21 +37,37 @@ LEAST_STD_SHARE = 0.3
 
 
 class SeriesOptions(Options):
-    length: int = Field(128, ge=2, le=1 << 20)
-    """steps that the network reads; shorter rows end in missing numbers"""
-    cut: Literal["first", "middle", "last"] = "last"
-    """which steps of a longer row are read"""
-    missing: Literal["mean", "last"] = "mean"
-    """what replaces a missing number: mean: the mean of its channel over the steps that are read;
-    last: the channel's last number before it, or the mean if there is none"""
-    crop: bool = False
-    """training: the steps of a longer row are read from a random place"""
-    scale: float = Field(0.0, ge=0, lt=1)
-    """training: each channel of a row, standardised, is multiplied by a random factor, at most by
-    this share above or below 1"""
-    jitter: float = Field(0.0, ge=0, le=10)
-    """training: standard deviation of normal noise that is added to every number, in standard
-    deviations of its channel"""
+    length: int = Field(
+        128,
+        ge=2,
+        le=1 << 20,
+        description="steps that the network reads; shorter rows end in missing numbers",
+    )
+    cut: Literal["first", "middle", "last"] = Field(
+        "last", description="which steps of a longer row are read"
+    )
+    missing: Literal["mean", "last"] = Field(
+        "mean",
+        description="what replaces a missing number: mean: the mean of its channel over the steps "
+        "that are read; last: the channel's last number before it, or the mean if there is none",
+    )
+    crop: bool = Field(
+        False, description="training: the steps of a longer row are read from a random place"
+    )
+    scale: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="training: each channel of a row, standardised, is multiplied by a random "
+        "factor, at most by this share above or below 1",
+    )
+    jitter: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="training: standard deviation of normal noise that is added to every number, "
+        "in standard deviations of its channel",
+    )
 
 
 class SeriesState(TypedDict):

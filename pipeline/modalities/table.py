@@ -18,8 +18,12 @@ from pipeline.media.static_features import StaticFeatures, StaticState
 
 
 class TableOptions(Options):
-    min_rows: int = Field(10, ge=1)
-    """rows of the fitted sample that must have a number, or a text, for it to be known"""
+    min_rows: int = Field(
+        10,
+        ge=1,
+        description="rows of the fitted sample that must have a number, or a text, for it to be "
+        "known",
+    )
 
 
 @register("modality", "table", options=TableOptions)

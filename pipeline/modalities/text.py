@@ -51,27 +51,35 @@ RANDOM_TOKENS = 24
 
 
 class TextOptions(Options):
-    length: int = Field(128, ge=8, le=65536)
-    """tokens a row, with [CLS] and [SEP]; longer texts are cut"""
+    length: int = Field(
+        128, ge=8, le=65536, description="tokens a row, with [CLS] and [SEP]; longer texts are cut"
+    )
     tokenizer: str | None = Field(
         None,
+        description="folder with an existing tokenizer.json, as transformers saves it; none: one "
+        "is trained on the corpus",
         json_schema_extra={
             "format": "uri-reference",
             "x-files": ["tokenizer.json", "special_tokens_map.json", "tokenizer_config.json"],
         },
     )
-    """folder with an existing tokenizer.json, as transformers saves it; none: one is trained on the
-    corpus"""
-    vocabulary: int = Field(8192, ge=256, le=1_000_000)
-    """largest vocabulary of the tokenizer that is trained"""
-    algorithm: Literal["auto", "wordpiece", "bpe"] = "auto"
-    """auto: byte-level BPE for GPT families, WordPiece for the others"""
-    lowercase: bool = True
-    """WordPiece only: lower case and strip accents"""
-    windows: int | None = Field(None, ge=1, le=1024)
-    """question answering: most windows that a long text is read in; none: it is cut"""
-    stride: int = Field(128, ge=0, le=65535)
-    """tokens that neighbouring windows share"""
+    vocabulary: int = Field(
+        8192,
+        ge=256,
+        le=1_000_000,
+        description="largest vocabulary of the tokenizer that is trained",
+    )
+    algorithm: Literal["auto", "wordpiece", "bpe"] = Field(
+        "auto", description="auto: byte-level BPE for GPT families, WordPiece for the others"
+    )
+    lowercase: bool = Field(True, description="WordPiece only: lower case and strip accents")
+    windows: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="question answering: most windows that a long text is read in; none: it is cut",
+    )
+    stride: int = Field(128, ge=0, le=65535, description="tokens that neighbouring windows share")
 
 
 def _plain_text(cell: Any) -> str:

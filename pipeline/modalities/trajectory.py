@@ -52,8 +52,13 @@ BY_WIDTH = re.compile(r"o\d+[ac]\d+(_\d+)?")
 
 
 class TrajectoryOptions(Options):
-    images: int | None = Field(None, ge=8, le=1024)
-    """pixels a side of the frames (column images), squashed into a square; none: there are none"""
+    images: int | None = Field(
+        None,
+        ge=8,
+        le=1024,
+        description="pixels a side of the frames (column images), squashed into a square; none: "
+        "there are none",
+    )
 
 
 class TrajectoryState(TypedDict):

@@ -21,16 +21,18 @@ DAY = 24.0
 
 
 class EventsModelOptions(Options):
-    width: int = Field(128, ge=8)
-    """channels of tokens"""
-    layers: int = Field(1, ge=1, le=24)
-    """recurrent layers, or blocks of the transformer"""
-    heads: int = Field(4, ge=1)
-    """strats: heads of attention"""
-    bin: float = Field(1.0, gt=0, le=24 * 31)
-    """gru: hours of a step; values of one variable in a step are averaged"""
-    dropout: float = Field(0.2, ge=0, lt=1)
-    """dropout"""
+    width: int = Field(128, ge=8, description="channels of tokens")
+    layers: int = Field(
+        1, ge=1, le=24, description="recurrent layers, or blocks of the transformer"
+    )
+    heads: int = Field(4, ge=1, description="strats: heads of attention")
+    bin: float = Field(
+        1.0,
+        gt=0,
+        le=24 * 31,
+        description="gru: hours of a step; values of one variable in a step are averaged",
+    )
+    dropout: float = Field(0.2, ge=0, lt=1, description="dropout")
 
 
 @register("model", "events", options=EventsModelOptions)

@@ -57,16 +57,23 @@ SHORTEST_TOKENS = 16
 
 
 class HuggingFaceOptions(Options):
-    config: dict = Field({})
-    """keys of the model's configuration, as config.json of transformers has them; those left out
-    have transformers' defaults, or follow from the rows (vocabulary, image size)"""
-    processor: dict | None = None
-    """models of recordings that read spectrograms: keys of their preprocessor_config.json; none:
-    transformers' defaults"""
-    pool: Literal["auto", "mean", "first", "last", "pooler"] = "auto"
-    """pooled feature; auto: of texts the mean of the tokens, or the last one of a causal model; of
-    images and recordings what the model itself pools, else the first token where it is no patch,
-    else the mean. pooler: the model's own, with its layer"""
+    config: dict = Field(
+        {},
+        description="keys of the model's configuration, as config.json of transformers has them; "
+        "those left out have transformers' defaults, or follow from the rows (vocabulary, image "
+        "size)",
+    )
+    processor: dict | None = Field(
+        None,
+        description="models of recordings that read spectrograms: keys of their "
+        "preprocessor_config.json; none: transformers' defaults",
+    )
+    pool: Literal["auto", "mean", "first", "last", "pooler"] = Field(
+        "auto",
+        description="pooled feature; auto: of texts the mean of the tokens, or the last one of a "
+        "causal model; of images and recordings what the model itself pools, else the first token "
+        "where it is no patch, else the mean. pooler: the model's own, with its layer",
+    )
 
 
 @register("model", "hf", options=HuggingFaceOptions)

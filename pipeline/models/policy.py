@@ -30,22 +30,25 @@ PER_SPACE = ("encoders", "action_encoders")
 
 
 class PolicyOptions(Options):
-    width: int = Field(128, ge=8)
-    """channels of tokens"""
-    layers: int = Field(2, ge=1, le=48)
-    """mlp: hidden layers; transformer: blocks"""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """dropout; the Decision Transformer has 0.1"""
-    window: int = Field(1, ge=1, le=1000)
-    """mlp: the last observations that a token knows"""
-    heads: int = Field(4, ge=1)
-    """transformer: heads of attention; must divide width"""
-    context: int = Field(20, ge=1, le=8192)
-    """transformer: the last steps that a token knows; longer episodes are cut into pieces of so
-    many steps"""
-    vision: str | None = None
-    """the backbone that reads the frames, as LIBRARY/MODEL, such as timm/resnet18; none: there are
-    no frames"""
+    width: int = Field(128, ge=8, description="channels of tokens")
+    layers: int = Field(2, ge=1, le=48, description="mlp: hidden layers; transformer: blocks")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout; the Decision Transformer has 0.1")
+    window: int = Field(
+        1, ge=1, le=1000, description="mlp: the last observations that a token knows"
+    )
+    heads: int = Field(4, ge=1, description="transformer: heads of attention; must divide width")
+    context: int = Field(
+        20,
+        ge=1,
+        le=8192,
+        description="transformer: the last steps that a token knows; longer episodes are cut into "
+        "pieces of so many steps",
+    )
+    vision: str | None = Field(
+        None,
+        description="the backbone that reads the frames, as LIBRARY/MODEL, such as timm/resnet18; "
+        "none: there are no frames",
+    )
 
 
 @register("model", "policy", options=PolicyOptions)

@@ -19,18 +19,14 @@ MODALITY = "table"
 
 
 class FTTransformerOptions(Options):
-    width: int = Field(192, ge=8)
-    """channels of a token; 192 is the paper's default"""
-    layers: int = Field(3, ge=1, le=24)
-    """blocks"""
-    heads: int = Field(8, ge=1)
-    """heads of attention"""
-    hidden: float = Field(4 / 3, gt=0)
-    """width of the feed-forward part, as a share of the tokens'"""
-    attention_dropout: float = Field(0.2, ge=0, lt=1)
-    """dropout of attention weights"""
-    dropout: float = Field(0.1, ge=0, lt=1)
-    """dropout within the feed-forward part"""
+    width: int = Field(192, ge=8, description="channels of a token; 192 is the paper's default")
+    layers: int = Field(3, ge=1, le=24, description="blocks")
+    heads: int = Field(8, ge=1, description="heads of attention")
+    hidden: float = Field(
+        4 / 3, gt=0, description="width of the feed-forward part, as a share of the tokens'"
+    )
+    attention_dropout: float = Field(0.2, ge=0, lt=1, description="dropout of attention weights")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout within the feed-forward part")
 
 
 @register("model", "table", options=FTTransformerOptions)

@@ -27,13 +27,16 @@ MODALITY = "image"
 
 
 class TimmOptions(Options):
-    drop_path: float = Field(0.0, ge=0, lt=1)
-    """stochastic depth rate"""
-    drop_rate: float = Field(0.0, ge=0, lt=1)
-    """dropout before the head, inside the backbone"""
-    patch_size: int | None = Field(None, ge=1)
-    """vision transformers: pixels a side of a patch; none: the architecture's own. Small images
-    want less"""
+    drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth rate")
+    drop_rate: float = Field(
+        0.0, ge=0, lt=1, description="dropout before the head, inside the backbone"
+    )
+    patch_size: int | None = Field(
+        None,
+        ge=1,
+        description="vision transformers: pixels a side of a patch; none: the architecture's own. "
+        "Small images want less",
+    )
 
 
 @register("model", "timm", options=TimmOptions)

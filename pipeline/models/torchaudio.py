@@ -53,31 +53,56 @@ CLIP = 20.0
 
 
 class TorchaudioOptions(Options):
-    layers: int | None = Field(None, ge=1)
-    """deepspeech2: recurrent layers, conformer: blocks; none: 2, 4"""
-    hidden: int | None = Field(None, ge=2)
-    """deepspeech: width (published: 2048), deepspeech2: units a direction, conformer: width; none:
-    512, 256, 144"""
-    dropout: float | None = Field(None, ge=0, lt=1)
-    """none: 0.1"""
-    strides: list[int] | None = Field(None, min_length=1)
-    """frames from one step to the next, for each convolution; of deepspeech, which has none, one
-    number; none: [2] for deepspeech, as published (section 3.3), [2, 2] for the others"""
-    context: int | None = Field(None, ge=0)
-    """deepspeech: frames to each side that one step sees; published: 5, 7 or 9; none: 7"""
-    convolution: Literal["time", "time_frequency"] | None = None
-    """deepspeech2: over time with all bins as channels, or over time and frequency, which takes
-    more time (section 3.5); none: time"""
-    channels: int | None = Field(None, ge=1)
-    """of the convolutions of deepspeech2 and of conformer's subsampling; none: 256, 32"""
-    kernels: list[int] | None = Field(None, min_length=1)
-    """deepspeech2: frames that each convolution sees, odd numbers; none: [11, 11]"""
-    heads: int | None = Field(None, ge=1)
-    """conformer: attention heads; must divide hidden; none: 4"""
-    intermediate: int | None = Field(None, ge=1)
-    """conformer: width of the feed-forward parts; none: 576"""
-    kernel: int | None = Field(None, ge=1)
-    """conformer: steps that a depthwise convolution sees, an odd number; none: 31"""
+    layers: int | None = Field(
+        None, ge=1, description="deepspeech2: recurrent layers, conformer: blocks; none: 2, 4"
+    )
+    hidden: int | None = Field(
+        None,
+        ge=2,
+        description="deepspeech: width (published: 2048), deepspeech2: units a direction, "
+        "conformer: width; none: 512, 256, 144",
+    )
+    dropout: float | None = Field(None, ge=0, lt=1, description="none: 0.1")
+    strides: list[int] | None = Field(
+        None,
+        min_length=1,
+        description="frames from one step to the next, for each convolution; of deepspeech, which "
+        "has none, one number; none: [2] for deepspeech, as published (section 3.3), [2, 2] for "
+        "the others",
+    )
+    context: int | None = Field(
+        None,
+        ge=0,
+        description="deepspeech: frames to each side that one step sees; published: 5, 7 or 9; "
+        "none: 7",
+    )
+    convolution: Literal["time", "time_frequency"] | None = Field(
+        None,
+        description="deepspeech2: over time with all bins as channels, or over time and "
+        "frequency, which takes more time (section 3.5); none: time",
+    )
+    channels: int | None = Field(
+        None,
+        ge=1,
+        description="of the convolutions of deepspeech2 and of conformer's subsampling; none: "
+        "256, 32",
+    )
+    kernels: list[int] | None = Field(
+        None,
+        min_length=1,
+        description="deepspeech2: frames that each convolution sees, odd numbers; none: [11, 11]",
+    )
+    heads: int | None = Field(
+        None, ge=1, description="conformer: attention heads; must divide hidden; none: 4"
+    )
+    intermediate: int | None = Field(
+        None, ge=1, description="conformer: width of the feed-forward parts; none: 576"
+    )
+    kernel: int | None = Field(
+        None,
+        ge=1,
+        description="conformer: steps that a depthwise convolution sees, an odd number; none: 31",
+    )
 
 
 @register("model", "torchaudio", options=TorchaudioOptions)

@@ -48,29 +48,43 @@ POOLERS = ("bert", "roberta")
 
 
 class TransformersOptions(Options):
-    layers: int = Field(4, ge=1)
-    """transformer blocks"""
-    hidden: int = Field(256, ge=8)
-    """width"""
-    heads: int = Field(4, ge=1)
-    """attention heads; must divide hidden"""
-    intermediate: int | None = Field(None, ge=8)
-    """width of the feed-forward part; none: 4 x hidden"""
-    dropout: float = Field(0.1, ge=0, lt=1)
-    """dropout of hidden states and attention"""
-    positions: int | None = Field(None, ge=8)
-    """longest sequence of tokens; none: the modality's length"""
-    conv_channels: int | None = Field(None, ge=1)
-    """wav2vec2 alone: channels of its convolutions; none: hidden, and 512 at most as published"""
-    conv_kernels: list[int] | None = Field(None, min_length=1)
-    """wav2vec2 alone: kernels of its convolutions; none: 10, 3, 3, 3, 3, 2, 2"""
-    conv_strides: list[int] | None = Field(None, min_length=1)
-    """wav2vec2 alone: their strides; none: 5, 2, 2, 2, 2, 2, 2, which is 320 samples"""
-    config: dict | None = None
-    """a whole transformers configuration (from a config.json); the sizes above are then ignored"""
-    pool: Literal["auto", "mean", "first", "last", "pooler"] = "auto"
-    """pooled feature; auto: mean of the tokens, or the last one of a causal model; pooler: dense
-    and tanh of the first token, as BERT and RoBERTa have them"""
+    layers: int = Field(4, ge=1, description="transformer blocks")
+    hidden: int = Field(256, ge=8, description="width")
+    heads: int = Field(4, ge=1, description="attention heads; must divide hidden")
+    intermediate: int | None = Field(
+        None, ge=8, description="width of the feed-forward part; none: 4 x hidden"
+    )
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout of hidden states and attention")
+    positions: int | None = Field(
+        None, ge=8, description="longest sequence of tokens; none: the modality's length"
+    )
+    conv_channels: int | None = Field(
+        None,
+        ge=1,
+        description="wav2vec2 alone: channels of its convolutions; none: hidden, and 512 at most "
+        "as published",
+    )
+    conv_kernels: list[int] | None = Field(
+        None,
+        min_length=1,
+        description="wav2vec2 alone: kernels of its convolutions; none: 10, 3, 3, 3, 3, 2, 2",
+    )
+    conv_strides: list[int] | None = Field(
+        None,
+        min_length=1,
+        description="wav2vec2 alone: their strides; none: 5, 2, 2, 2, 2, 2, 2, which is 320 "
+        "samples",
+    )
+    config: dict | None = Field(
+        None,
+        description="a whole transformers configuration (from a config.json); the sizes above are "
+        "then ignored",
+    )
+    pool: Literal["auto", "mean", "first", "last", "pooler"] = Field(
+        "auto",
+        description="pooled feature; auto: mean of the tokens, or the last one of a causal model; "
+        "pooler: dense and tanh of the first token, as BERT and RoBERTa have them",
+    )
 
 
 @register("model", "transformers", options=TransformersOptions)

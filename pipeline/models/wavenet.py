@@ -30,27 +30,38 @@ LEVELS = 256
 
 
 class WaveNetOptions(Options):
-    layers: int = Field(10, ge=1, le=16)
-    """dilated layers of a stack, with dilations 1, 2, 4, ...; 10 end with 512, as published"""
-    stacks: int = Field(2, ge=1)
-    """how often the dilations are run through"""
-    kernel: int = Field(2, ge=2)
-    """taps of a dilated convolution"""
-    residual: int = Field(64, ge=1)
-    """channels from layer to layer, and of the gates"""
-    skip: int = Field(128, ge=1)
-    """channels of the summed skip connections: the width of tokens and latent"""
-    pool: int = Field(160, ge=1)
-    """samples that one token is the mean of; 160 are 10 ms at 16 kHz"""
-    frame_layers: int = Field(3, ge=0)
-    """non-causal convolutions over the tokens; next_sample does not train them"""
-    frame_kernel: int = Field(9, ge=1)
-    """tokens that one of them sees, an odd number"""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """dropout within the non-causal convolutions"""
-    recompute: bool = False
-    """compute a layer's activations again for its gradients in the place of keeping them: slower,
-    less memory"""
+    layers: int = Field(
+        10,
+        ge=1,
+        le=16,
+        description="dilated layers of a stack, with dilations 1, 2, 4, ...; 10 end with 512, as "
+        "published",
+    )
+    stacks: int = Field(2, ge=1, description="how often the dilations are run through")
+    kernel: int = Field(2, ge=2, description="taps of a dilated convolution")
+    residual: int = Field(64, ge=1, description="channels from layer to layer, and of the gates")
+    skip: int = Field(
+        128,
+        ge=1,
+        description="channels of the summed skip connections: the width of tokens and latent",
+    )
+    pool: int = Field(
+        160, ge=1, description="samples that one token is the mean of; 160 are 10 ms at 16 kHz"
+    )
+    frame_layers: int = Field(
+        3,
+        ge=0,
+        description="non-causal convolutions over the tokens; next_sample does not train them",
+    )
+    frame_kernel: int = Field(9, ge=1, description="tokens that one of them sees, an odd number")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="dropout within the non-causal convolutions"
+    )
+    recompute: bool = Field(
+        False,
+        description="compute a layer's activations again for its gradients in the place of "
+        "keeping them: slower, less memory",
+    )
 
 
 @register("model", "wavenet", options=WaveNetOptions)

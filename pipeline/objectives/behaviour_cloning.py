@@ -40,23 +40,35 @@ REACHED = ("success", "return", "steps")
 
 
 class BehaviourCloningOptions(Options):
-    head: Literal["auto", "mse", "gaussian", "mixture", "categorical"] = "auto"
-    """how an action is predicted. Numbers: mse, gaussian (mean and deviation) or mixture of
-    Gaussians (where demonstrations differ); class names: categorical. auto: mse or categorical"""
-    components: int = Field(5, ge=2, le=64)
-    """mixture: how many Gaussians"""
-    beta: float = Field(0.5, ge=0, le=1)
-    """gaussian, mixture, training only: densities are weighed by the predicted variance to this
-    power (beta-NLL, Seitzer et al. 2022; 0.5 there); 0: plain likelihood, which neglects what is
-    hard to predict"""
-    chunk: int = Field(1, ge=1, le=1000)
-    """every step predicts this many actions, its own and those that follow (action chunks of ACT)
-    """
-    ensemble: float | None = Field(0.01, ge=0)
-    """chunks in a rollout: an action is the mean of all predictions of it, weighed by exp(-ensemble
-    i), i = 0 being the oldest (ACT's m); none: the newest prediction alone"""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """dropout before the decoders"""
+    head: Literal["auto", "mse", "gaussian", "mixture", "categorical"] = Field(
+        "auto",
+        description="how an action is predicted. Numbers: mse, gaussian (mean and deviation) or "
+        "mixture of Gaussians (where demonstrations differ); class names: categorical. auto: mse "
+        "or categorical",
+    )
+    components: int = Field(5, ge=2, le=64, description="mixture: how many Gaussians")
+    beta: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="gaussian, mixture, training only: densities are weighed by the predicted "
+        "variance to this power (beta-NLL, Seitzer et al. 2022; 0.5 there); 0: plain likelihood, "
+        "which neglects what is hard to predict",
+    )
+    chunk: int = Field(
+        1,
+        ge=1,
+        le=1000,
+        description="every step predicts this many actions, its own and those that follow (action "
+        "chunks of ACT)",
+    )
+    ensemble: float | None = Field(
+        0.01,
+        ge=0,
+        description="chunks in a rollout: an action is the mean of all predictions of it, weighed "
+        "by exp(-ensemble i), i = 0 being the oldest (ACT's m); none: the newest prediction alone",
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the decoders")
 
 
 class _Losses(NamedTuple):

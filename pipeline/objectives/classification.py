@@ -36,30 +36,52 @@ SHOWN_LABELS = 5
 
 
 class ClassificationOptions(LinearHeadOptions):
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    """training only (Szegedy et al. 2016)"""
-    mixup: float = Field(0.0, ge=0, le=1)
-    """training only: images and labels of two rows are mixed by a share from Beta(mixup, mixup)
-    (Zhang et al. 2018; 0.1 to 0.4 there); rows are paired within their canonical shard, and within
-    a micro-batch"""
-    cutmix: float = Field(0.0, ge=0, le=1)
-    """training only: a patch of another row's image, its area from Beta(cutmix, cutmix) (Yun et al.
-    2019; 1 there); with mixup too, each row takes one of both by a fair coin"""
-    positive: str | int | float | bool | None = None
-    """of two classes the positive one, by its value or name (the event to predict): it stands
-    second; none: the larger value"""
-    class_weight: Literal["none", "balanced"] = "none"
-    """balanced: in training a row weighs rows / (classes x rows of its class), counted over all
-    training rows; the evaluated loss is not weighted"""
-    focal: float = Field(0.0, ge=0)
-    """training only: gamma of the focal loss, (1 - p) ** gamma times the cross-entropy (Lin et al.
-    2017; 2 there)"""
-    calibrate: Literal["none", "temperature"] = "none"
-    """temperature: after training one scalar that the scores are divided by is fitted on the
-    validation rows (Guo et al. 2017); test metrics and predict use it"""
-    threshold: Literal["none", "f1", "youden"] = "none"
-    """of two classes: rows are called positive from the probability with the largest F1, or
-    sensitivity + specificity, on the validation rows; none: the likelier class"""
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="training only (Szegedy et al. 2016)"
+    )
+    mixup: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="training only: images and labels of two rows are mixed by a share from "
+        "Beta(mixup, mixup) (Zhang et al. 2018; 0.1 to 0.4 there); rows are paired within their "
+        "canonical shard, and within a micro-batch",
+    )
+    cutmix: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="training only: a patch of another row's image, its area from "
+        "Beta(cutmix, cutmix) (Yun et al. 2019; 1 there); with mixup too, each row takes one of "
+        "both by a fair coin",
+    )
+    positive: str | int | float | bool | None = Field(
+        None,
+        description="of two classes the positive one, by its value or name (the event to "
+        "predict): it stands second; none: the larger value",
+    )
+    class_weight: Literal["none", "balanced"] = Field(
+        "none",
+        description="balanced: in training a row weighs rows / (classes x rows of its class), "
+        "counted over all training rows; the evaluated loss is not weighted",
+    )
+    focal: float = Field(
+        0.0,
+        ge=0,
+        description="training only: gamma of the focal loss, (1 - p) ** gamma times the "
+        "cross-entropy (Lin et al. 2017; 2 there)",
+    )
+    calibrate: Literal["none", "temperature"] = Field(
+        "none",
+        description="temperature: after training one scalar that the scores are divided by is "
+        "fitted on the validation rows (Guo et al. 2017); test metrics and predict use it",
+    )
+    threshold: Literal["none", "f1", "youden"] = Field(
+        "none",
+        description="of two classes: rows are called positive from the probability with the "
+        "largest F1, or sensitivity + specificity, on the validation rows; none: the likelier "
+        "class",
+    )
 
     @property
     def mixes_inputs(self) -> bool:

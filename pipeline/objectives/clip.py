@@ -34,20 +34,24 @@ LARGEST_SCALE = 100.0
 
 
 class CLIPOptions(Options):
-    width: int = Field(256, ge=1)
-    """width of the text tower"""
-    layers: int = Field(4, ge=1)
-    """transformer layers of the text tower"""
-    heads: int = Field(4, ge=1)
-    """attention heads of each of them"""
-    length: int = Field(32, ge=3)
-    """tokens of a caption, with [CLS] and [SEP]; longer ones are cut"""
-    vocabulary: int = Field(8192, ge=256, le=1_000_000)
-    """largest vocabulary of the tokenizer (WordPiece), trained on the captions"""
-    lowercase: bool = True
-    """captions in lower case, without accents"""
-    temperature: float = Field(0.07, ge=0.01)
-    """divisor of the cosines at the start; it is learnt, down to 0.01"""
+    width: int = Field(256, ge=1, description="width of the text tower")
+    layers: int = Field(4, ge=1, description="transformer layers of the text tower")
+    heads: int = Field(4, ge=1, description="attention heads of each of them")
+    length: int = Field(
+        32, ge=3, description="tokens of a caption, with [CLS] and [SEP]; longer ones are cut"
+    )
+    vocabulary: int = Field(
+        8192,
+        ge=256,
+        le=1_000_000,
+        description="largest vocabulary of the tokenizer (WordPiece), trained on the captions",
+    )
+    lowercase: bool = Field(True, description="captions in lower case, without accents")
+    temperature: float = Field(
+        0.07,
+        ge=0.01,
+        description="divisor of the cosines at the start; it is learnt, down to 0.01",
+    )
 
     @model_validator(mode="after")
     def _heads_share_width(self):

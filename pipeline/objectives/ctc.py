@@ -41,31 +41,55 @@ SPACE = "|"
 
 
 class CTCOptions(Options):
-    units: Literal["characters", "subwords"] = "characters"
-    """labels: the characters of the training transcripts, or sub-words of them (BPE)"""
-    vocabulary: int = Field(256, ge=4, le=32767)
-    """subwords: how many labels at most, the blank included"""
-    case: Literal["upper", "lower", "keep"] = "upper"
-    """transcripts are brought to this case, for training and for WER alike"""
-    punctuation: Literal["drop", "keep"] = "drop"
-    """drop: marks and symbols are removed, but for apostrophes; dashes and slashes become spaces"""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """dropout before the linear layer"""
-    norm: bool = False
-    """layer norm without parameters before the linear layer"""
-    convolutions: int = Field(0, ge=0, le=16)
-    """convolutions of three frames before the linear layer, not causal, each with a ReLU (WaveNet's
-    recogniser has a few, van den Oord et al. 2016)"""
-    beam: int = Field(0, ge=0, le=10000)
-    """0: the likeliest label of each frame; else beam search over so many hypotheses, by
-    flashlight-text"""
-    lm: str | None = Field(None, json_schema_extra={"format": "uri-reference"})
-    """beam search: an n-gram model of the labels, ARPA or KenLM's binary form, on this machine;
-    each label is a word of it, the space is written |"""
-    lm_weight: float = Field(1.0, ge=0)
-    """beam search: weight of the language model's logarithms, which are of base 10"""
-    word_score: float = 0.0
-    """beam search: added to the score of a finished hypothesis for each of its words"""
+    units: Literal["characters", "subwords"] = Field(
+        "characters",
+        description="labels: the characters of the training transcripts, or sub-words of them "
+        "(BPE)",
+    )
+    vocabulary: int = Field(
+        256, ge=4, le=32767, description="subwords: how many labels at most, the blank included"
+    )
+    case: Literal["upper", "lower", "keep"] = Field(
+        "upper",
+        description="transcripts are brought to this case, for training and for WER alike",
+    )
+    punctuation: Literal["drop", "keep"] = Field(
+        "drop",
+        description="drop: marks and symbols are removed, but for apostrophes; dashes and slashes "
+        "become spaces",
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the linear layer")
+    norm: bool = Field(False, description="layer norm without parameters before the linear layer")
+    convolutions: int = Field(
+        0,
+        ge=0,
+        le=16,
+        description="convolutions of three frames before the linear layer, not causal, each with "
+        "a ReLU (WaveNet's recogniser has a few, van den Oord et al. 2016)",
+    )
+    beam: int = Field(
+        0,
+        ge=0,
+        le=10000,
+        description="0: the likeliest label of each frame; else beam search over so many "
+        "hypotheses, by flashlight-text",
+    )
+    lm: str | None = Field(
+        None,
+        description="beam search: an n-gram model of the labels, ARPA or KenLM's binary form, on "
+        "this machine; each label is a word of it, the space is written |",
+        json_schema_extra={"format": "uri-reference"},
+    )
+    lm_weight: float = Field(
+        1.0,
+        ge=0,
+        description="beam search: weight of the language model's logarithms, which are of base 10",
+    )
+    word_score: float = Field(
+        0.0,
+        description="beam search: added to the score of a finished hypothesis for each of its "
+        "words",
+    )
 
     @model_validator(mode="after")
     def _lm_needs_beam(self):

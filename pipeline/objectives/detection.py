@@ -38,10 +38,10 @@ from pipeline.media.box_labels import BoxState
 
 
 class DetectionOptions(BoxOptions):
-    method: Literal["fcos", "faster_rcnn"] = "fcos"
-    """fcos: one stage; faster_rcnn: two stages"""
-    convs: int = Field(4, ge=1, le=8)
-    """fcos: convolutions before each output"""
+    method: Literal["fcos", "faster_rcnn"] = Field(
+        "fcos", description="fcos: one stage; faster_rcnn: two stages"
+    )
+    convs: int = Field(4, ge=1, le=8, description="fcos: convolutions before each output")
 
 
 @register("objective", "detection", options=DetectionOptions)

@@ -24,35 +24,57 @@ from pipeline.core.specs import State
 
 
 class DINOOptions(Options):
-    local_crops: int = Field(6, ge=0)
-    """small views of each row, beside the two large ones"""
-    local_size: int | None = Field(None, ge=8)
-    """pixels a side of a small view; none: 3/7 of the input's, in whole patches"""
-    area: float = Field(0.4, gt=0.05, lt=1)
-    """large views show more than this share of the image, small ones less"""
-    prototypes: int = Field(4096, ge=2)
-    """width of the output; the paper: 65536, for ImageNet"""
-    hidden: int = Field(1024, ge=1)
-    """width of the projection head's layers; the paper: 2048"""
-    bottleneck: int = Field(256, ge=1)
-    """width before the prototypes"""
-    student_temperature: float = Field(0.1, gt=0)
-    """of the student's softmax"""
-    temperature_start: float = Field(0.04, gt=0)
-    """of the teacher's softmax at first; lower is sharper"""
-    temperature_end: float = Field(0.07, gt=0)
-    """of the teacher's softmax after its warm-up"""
-    temperature_warmup: float = Field(0.3, ge=0, le=1)
-    """share of the steps in which the teacher's temperature rises"""
-    momentum: float = Field(0.996, ge=0, lt=1)
-    """of the teacher's weights at first, rising to 1 as a cosine; short runs need less (0.99)"""
-    center_momentum: float = Field(0.9, ge=0, lt=1)
-    """of the mean that is subtracted from the teacher's output, against collapse onto one prototype
-    """
-    freeze_prototypes: float = Field(0.01, ge=0, le=1)
-    """share of the steps in which the prototypes are frozen"""
-    carry: Literal["teacher", "student"] = "teacher"
-    """whose backbone the bundle holds"""
+    local_crops: int = Field(
+        6, ge=0, description="small views of each row, beside the two large ones"
+    )
+    local_size: int | None = Field(
+        None,
+        ge=8,
+        description="pixels a side of a small view; none: 3/7 of the input's, in whole patches",
+    )
+    area: float = Field(
+        0.4,
+        gt=0.05,
+        lt=1,
+        description="large views show more than this share of the image, small ones less",
+    )
+    prototypes: int = Field(
+        4096, ge=2, description="width of the output; the paper: 65536, for ImageNet"
+    )
+    hidden: int = Field(
+        1024, ge=1, description="width of the projection head's layers; the paper: 2048"
+    )
+    bottleneck: int = Field(256, ge=1, description="width before the prototypes")
+    student_temperature: float = Field(0.1, gt=0, description="of the student's softmax")
+    temperature_start: float = Field(
+        0.04, gt=0, description="of the teacher's softmax at first; lower is sharper"
+    )
+    temperature_end: float = Field(
+        0.07, gt=0, description="of the teacher's softmax after its warm-up"
+    )
+    temperature_warmup: float = Field(
+        0.3, ge=0, le=1, description="share of the steps in which the teacher's temperature rises"
+    )
+    momentum: float = Field(
+        0.996,
+        ge=0,
+        lt=1,
+        description="of the teacher's weights at first, rising to 1 as a cosine; short runs need "
+        "less (0.99)",
+    )
+    center_momentum: float = Field(
+        0.9,
+        ge=0,
+        lt=1,
+        description="of the mean that is subtracted from the teacher's output, against collapse "
+        "onto one prototype",
+    )
+    freeze_prototypes: float = Field(
+        0.01, ge=0, le=1, description="share of the steps in which the prototypes are frozen"
+    )
+    carry: Literal["teacher", "student"] = Field(
+        "teacher", description="whose backbone the bundle holds"
+    )
 
 
 class Head(nn.Module):

@@ -26,14 +26,19 @@ MOST_STEPS = 1e6
 
 
 class DynamicsOptions(Options):
-    forward: float = Field(1.0, ge=0)
-    """weight of predicting, from a step's token and action, how the observation changes by the next
-    step; 0: not predicted"""
-    inverse: float = Field(1.0, ge=0)
-    """weight of predicting a step's action from the observations up to the next step; 0: not
-    predicted"""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """dropout before the heads"""
+    forward: float = Field(
+        1.0,
+        ge=0,
+        description="weight of predicting, from a step's token and action, how the observation "
+        "changes by the next step; 0: not predicted",
+    )
+    inverse: float = Field(
+        1.0,
+        ge=0,
+        description="weight of predicting a step's action from the observations up to the next "
+        "step; 0: not predicted",
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the heads")
 
 
 @register("objective", "dynamics", options=DynamicsOptions)

@@ -25,15 +25,21 @@ FARTHEST = 5.0
 
 
 class ForecastOptions(Options):
-    horizon: float = Field(6.0, gt=0)
-    """hours ahead whose mean value of each variable is forecast"""
-    after: float = Field(12.0, ge=0)
-    """backbones that are not causal: rows are cut at a random hour, at least this many hours after
-    their first event"""
-    presence: float = Field(0.3, ge=0)
-    """weight of predicting which variables will be measured; 0: as published"""
-    dropout: float = Field(0.2, ge=0, lt=1)
-    """dropout before the head"""
+    horizon: float = Field(
+        6.0, gt=0, description="hours ahead whose mean value of each variable is forecast"
+    )
+    after: float = Field(
+        12.0,
+        ge=0,
+        description="backbones that are not causal: rows are cut at a random hour, at least this "
+        "many hours after their first event",
+    )
+    presence: float = Field(
+        0.3,
+        ge=0,
+        description="weight of predicting which variables will be measured; 0: as published",
+    )
+    dropout: float = Field(0.2, ge=0, lt=1, description="dropout before the head")
 
 
 @register("objective", "forecast", options=ForecastOptions)

@@ -26,22 +26,39 @@ from pipeline.core.ragged import ragged
 
 
 class HourlyOptions(LinearHeadOptions):
-    task: Literal["binary", "multiclass"] = "binary"
-    """binary: label_values are 0 or 1 (false or true); multiclass: whole numbers from 0"""
-    classes: int = Field(2, ge=2, le=1000)
-    """how many classes a multiclass task has (10 buckets of remaining stay)"""
-    class_weight: Literal["none", "balanced"] = "none"
-    """balanced: in training a label weighs labels / (classes x labels of its class), counted over
-    all training rows; the evaluated loss is not weighted"""
-    focal: float = Field(0.0, ge=0)
-    """training only: gamma of the focal loss, (1 - p) ** gamma times the cross-entropy (Lin et al.
-    2017; 2 there)"""
-    calibrate: Literal["none", "temperature"] = "none"
-    """temperature: after training one scalar that the scores are divided by is fitted on the
-    validation rows (Guo et al. 2017); test metrics and predict use it"""
-    every: float = Field(1.0, gt=0)
-    """hours between the times at which onetomany predict evaluates new rows, up to their last event
-    """
+    task: Literal["binary", "multiclass"] = Field(
+        "binary",
+        description="binary: label_values are 0 or 1 (false or true); multiclass: whole numbers "
+        "from 0",
+    )
+    classes: int = Field(
+        2,
+        ge=2,
+        le=1000,
+        description="how many classes a multiclass task has (10 buckets of remaining stay)",
+    )
+    class_weight: Literal["none", "balanced"] = Field(
+        "none",
+        description="balanced: in training a label weighs labels / (classes x labels of its "
+        "class), counted over all training rows; the evaluated loss is not weighted",
+    )
+    focal: float = Field(
+        0.0,
+        ge=0,
+        description="training only: gamma of the focal loss, (1 - p) ** gamma times the "
+        "cross-entropy (Lin et al. 2017; 2 there)",
+    )
+    calibrate: Literal["none", "temperature"] = Field(
+        "none",
+        description="temperature: after training one scalar that the scores are divided by is "
+        "fitted on the validation rows (Guo et al. 2017); test metrics and predict use it",
+    )
+    every: float = Field(
+        1.0,
+        gt=0,
+        description="hours between the times at which onetomany predict evaluates new rows, up to "
+        "their last event",
+    )
 
 
 class HourlyState(TypedDict):

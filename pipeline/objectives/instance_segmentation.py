@@ -43,8 +43,9 @@ PASTED_PIXELS = 1 << 24
 
 
 class InstanceSegmentationOptions(BoxOptions):
-    mask_convs: int = Field(4, ge=1, le=8)
-    """3x3 convolutions of the mask branch before it is enlarged"""
+    mask_convs: int = Field(
+        4, ge=1, le=8, description="3x3 convolutions of the mask branch before it is enlarged"
+    )
 
 
 class MaskRow(NamedTuple):

@@ -44,20 +44,28 @@ OUTPUT_STD = 0.02
 
 
 class MaskedOptions(Options):
-    mask_share: float = Field(0.15, gt=0, lt=1)
-    """share of the positions to predict; 80 % masked, 10 % random, 10 % kept"""
-    whole_word: bool = False
-    """mask all tokens of a word or none"""
+    mask_share: float = Field(
+        0.15,
+        gt=0,
+        lt=1,
+        description="share of the positions to predict; 80 % masked, 10 % random, 10 % kept",
+    )
+    whole_word: bool = Field(False, description="mask all tokens of a word or none")
 
 
 class CausalOptions(Options):
-    generate: int = Field(0, ge=0)
-    """new tokens that predict writes behind each text, cut to the modality's length; fewer where
-    the model ends the text"""
-    temperature: float = Field(0.0, ge=0)
-    """of what generate draws from; 0: always the likeliest token"""
-    top_k: int | None = Field(None, ge=1)
-    """generate draws from so many likeliest tokens; none: from all"""
+    generate: int = Field(
+        0,
+        ge=0,
+        description="new tokens that predict writes behind each text, cut to the modality's "
+        "length; fewer where the model ends the text",
+    )
+    temperature: float = Field(
+        0.0, ge=0, description="of what generate draws from; 0: always the likeliest token"
+    )
+    top_k: int | None = Field(
+        None, ge=1, description="generate draws from so many likeliest tokens; none: from all"
+    )
 
 
 @register("objective", "mlm", options=MaskedOptions)

@@ -22,17 +22,17 @@ MASK_STREAM = 1 << 16
 
 
 class MAEOptions(Options):
-    mask_ratio: float = Field(0.75, gt=0, lt=1)
-    """share of the patches that are hidden"""
-    norm_pixels: bool = True
-    """predict each patch less its own mean, divided by its own standard deviation; false: plain
-    pixels"""
-    depth: int = Field(4, ge=1)
-    """decoder blocks; the paper: 8"""
-    width: int = Field(256, ge=4)
-    """decoder width, a multiple of heads and of 4; the paper: 512"""
-    heads: int = Field(8, ge=1)
-    """decoder attention heads; the paper: 16"""
+    mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that are hidden")
+    norm_pixels: bool = Field(
+        True,
+        description="predict each patch less its own mean, divided by its own standard deviation; "
+        "false: plain pixels",
+    )
+    depth: int = Field(4, ge=1, description="decoder blocks; the paper: 8")
+    width: int = Field(
+        256, ge=4, description="decoder width, a multiple of heads and of 4; the paper: 512"
+    )
+    heads: int = Field(8, ge=1, description="decoder attention heads; the paper: 16")
 
 
 @register("objective", "mae", options=MAEOptions)

@@ -20,10 +20,15 @@ NUMBERS, TEXTS = (1 << 20), (1 << 20) + 1
 
 
 class MaskedColumnsOptions(Options):
-    share: float = Field(0.3, gt=0, lt=1)
-    """share of a row's numbers and texts that is hidden (0.3 in VIME)"""
-    weight: float = Field(1.0, ge=0)
-    """weight of the loss of hidden texts, against hidden numbers"""
+    share: float = Field(
+        0.3,
+        gt=0,
+        lt=1,
+        description="share of a row's numbers and texts that is hidden (0.3 in VIME)",
+    )
+    weight: float = Field(
+        1.0, ge=0, description="weight of the loss of hidden texts, against hidden numbers"
+    )
 
 
 @register("objective", "masked_columns", options=MaskedColumnsOptions)

@@ -22,13 +22,19 @@ HIDE, LEAVE = (1 << 20), (1 << 20) + 1
 
 
 class MaskedEventsOptions(Options):
-    values: float = Field(0.15, ge=0, lt=1)
-    """share of the events whose values are hidden and predicted"""
-    events: float = Field(0.15, ge=0, lt=1)
-    """share of the other events that is left out; which variables had some is predicted from the
-    pooled features"""
-    weight: float = Field(1.0, ge=0)
-    """weight of the loss of events left out, against hidden values"""
+    values: float = Field(
+        0.15, ge=0, lt=1, description="share of the events whose values are hidden and predicted"
+    )
+    events: float = Field(
+        0.15,
+        ge=0,
+        lt=1,
+        description="share of the other events that is left out; which variables had some is "
+        "predicted from the pooled features",
+    )
+    weight: float = Field(
+        1.0, ge=0, description="weight of the loss of events left out, against hidden values"
+    )
 
 
 @register("objective", "masked_events", options=MaskedEventsOptions)

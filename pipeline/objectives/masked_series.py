@@ -20,11 +20,14 @@ HIDE = 1 << 20
 
 
 class MaskedSeriesOptions(Options):
-    share: float = Field(0.4, gt=0, lt=1)
-    """probability that a patch is hidden (0.4 in the paper)"""
-    together: bool = True
-    """hide the same patches in all channels; false: draw them for each channel, as in the paper,
-    where a network that mixes channels may copy them from the others"""
+    share: float = Field(
+        0.4, gt=0, lt=1, description="probability that a patch is hidden (0.4 in the paper)"
+    )
+    together: bool = Field(
+        True,
+        description="hide the same patches in all channels; false: draw them for each channel, as "
+        "in the paper, where a network that mixes channels may copy them from the others",
+    )
 
 
 @register("objective", "masked_series", options=MaskedSeriesOptions)

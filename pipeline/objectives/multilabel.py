@@ -24,23 +24,37 @@ from pipeline.core.nn import losses
 
 
 class MultilabelOptions(LinearHeadOptions):
-    separator: str = Field("|", min_length=1)
-    """between the labels of a row, where the column holds texts (ChestX-ray14's A|B) and no lists
-    """
-    labels: list[str] | None = None
-    """the labels in their order; none: those of the training rows, sorted"""
-    min_positives: int = Field(1, ge=1)
-    """test rows that must have a label for it to count in macro averages; validation too, but where
-    no label has so many validation rows, those with one count"""
-    pos_weight: Literal["none", "balanced"] = "none"
-    """balanced: in training a positive of a label weighs (negatives / positives), counted over all
-    training rows; the evaluated loss is not weighted"""
-    focal: float = Field(0.0, ge=0)
-    """training only: gamma of the focal loss, (1 - p) ** gamma times the cross-entropy (Lin et al.
-    2017; 2 there)"""
-    calibrate: Literal["none", "temperature"] = "none"
-    """temperature: after training one scalar that all scores are divided by is fitted on the
-    validation rows (Guo et al. 2017); test metrics and predict use it"""
+    separator: str = Field(
+        "|",
+        min_length=1,
+        description="between the labels of a row, where the column holds texts (ChestX-ray14's "
+        "A|B) and no lists",
+    )
+    labels: list[str] | None = Field(
+        None, description="the labels in their order; none: those of the training rows, sorted"
+    )
+    min_positives: int = Field(
+        1,
+        ge=1,
+        description="test rows that must have a label for it to count in macro averages; "
+        "validation too, but where no label has so many validation rows, those with one count",
+    )
+    pos_weight: Literal["none", "balanced"] = Field(
+        "none",
+        description="balanced: in training a positive of a label weighs (negatives / positives), "
+        "counted over all training rows; the evaluated loss is not weighted",
+    )
+    focal: float = Field(
+        0.0,
+        ge=0,
+        description="training only: gamma of the focal loss, (1 - p) ** gamma times the "
+        "cross-entropy (Lin et al. 2017; 2 there)",
+    )
+    calibrate: Literal["none", "temperature"] = Field(
+        "none",
+        description="temperature: after training one scalar that all scores are divided by is "
+        "fitted on the validation rows (Guo et al. 2017); test metrics and predict use it",
+    )
 
     @property
     def balances_labels(self) -> bool:

@@ -27,11 +27,15 @@ LEVELS = 256
 
 
 class NextSampleOptions(Options):
-    crop: float | None = Field(0.5, gt=0)
-    """seconds of a row that are read at a time: a random crop in training, the middle in
-    evaluation; none: whole rows, which takes memory"""
-    hidden: int = Field(256, ge=1)
-    """channels between the two 1 x 1 convolutions of the head"""
+    crop: float | None = Field(
+        0.5,
+        gt=0,
+        description="seconds of a row that are read at a time: a random crop in training, the "
+        "middle in evaluation; none: whole rows, which takes memory",
+    )
+    hidden: int = Field(
+        256, ge=1, description="channels between the two 1 x 1 convolutions of the head"
+    )
 
 
 @register("objective", "next_sample", options=NextSampleOptions)

@@ -31,15 +31,19 @@ SHOWN = 60
 
 
 class QAOptions(Options):
-    max_answer_length: int = Field(30, ge=1)
-    """longest answer that is predicted, in tokens"""
-    unanswerable: bool = False
-    """rows without an answer are allowed, and none may be predicted (SQuAD v2.0)"""
-    null_threshold: float = 0.0
-    """unanswerable: no answer where the score of none is higher than the best answer's by more than
-    this"""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """dropout before the linear layer"""
+    max_answer_length: int = Field(
+        30, ge=1, description="longest answer that is predicted, in tokens"
+    )
+    unanswerable: bool = Field(
+        False,
+        description="rows without an answer are allowed, and none may be predicted (SQuAD v2.0)",
+    )
+    null_threshold: float = Field(
+        0.0,
+        description="unanswerable: no answer where the score of none is higher than the best "
+        "answer's by more than this",
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the linear layer")
 
 
 class Answers(NamedTuple):

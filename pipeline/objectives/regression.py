@@ -10,6 +10,7 @@ from typing import Literal, TypedDict
 import numpy as np
 import pyarrow as pa
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,10 +25,12 @@ LOSSES = {"squared": F.mse_loss, "absolute": F.l1_loss, "huber": F.huber_loss}
 
 
 class RegressionOptions(LinearHeadOptions):
-    loss: Literal["squared", "absolute", "huber"] = "squared"
-    """of the standardised number: squared estimates means, absolute medians; huber is squared up to
-    an error of one standard deviation and linear beyond (Huber 1964), so that a few far values do
-    not decide"""
+    loss: Literal["squared", "absolute", "huber"] = Field(
+        "squared",
+        description="of the standardised number: squared estimates means, absolute medians; huber "
+        "is squared up to an error of one standard deviation and linear beyond (Huber 1964), so "
+        "that a few far values do not decide",
+    )
 
 
 class RegressionState(TypedDict):

@@ -32,15 +32,19 @@ Evaluation hands over hundreds, whose scores would take 40 GB (256 images, 150 c
 
 
 class SegmentationOptions(Options):
-    classes: int | list[str] = 0
-    """how many classes the masks hold, from 0, or their names in that order; 2 to 255, always
-    needed"""
-    ignore: int = Field(255, ge=0, le=255)
-    """class of pixels that are neither learned nor counted; 255 never is"""
-    channels: int = Field(128, ge=32, multiple_of=32)
-    """width of the decoder"""
-    dropout: float = Field(0.1, ge=0, lt=1)
-    """of whole channels before the last layer"""
+    classes: int | list[str] = Field(
+        0,
+        description="how many classes the masks hold, from 0, or their names in that order; 2 to "
+        "255, always needed",
+    )
+    ignore: int = Field(
+        255,
+        ge=0,
+        le=255,
+        description="class of pixels that are neither learned nor counted; 255 never is",
+    )
+    channels: int = Field(128, ge=32, multiple_of=32, description="width of the decoder")
+    dropout: float = Field(0.1, ge=0, lt=1, description="of whole channels before the last layer")
 
 
 class SegmentationState(TypedDict):

@@ -18,19 +18,25 @@ from pipeline.core.specs import State
 
 
 class SimCLROptions(Options):
-    temperature: float = Field(0.2, gt=0)
-    """divisor of the similarities; the paper: 0.1 for long runs and large batches, 0.5 for short
-    ones"""
-    hidden: int | None = Field(None, ge=1)
-    """hidden width of the projection head; none: the backbone's, as in the paper"""
-    width: int = Field(128, ge=1)
-    """width of the projections that are compared"""
-    area: float = Field(0.08, gt=0, le=1)
-    """smallest share of the image in a crop"""
-    jitter: float = Field(1.0, ge=0)
-    """strength of the colour jitter; 0.5 suits small images"""
-    blur: float = Field(0.5, ge=0, le=1)
-    """probability of a blur; the paper takes 0 at 32 px"""
+    temperature: float = Field(
+        0.2,
+        gt=0,
+        description="divisor of the similarities; the paper: 0.1 for long runs and large batches, "
+        "0.5 for short ones",
+    )
+    hidden: int | None = Field(
+        None,
+        ge=1,
+        description="hidden width of the projection head; none: the backbone's, as in the paper",
+    )
+    width: int = Field(128, ge=1, description="width of the projections that are compared")
+    area: float = Field(0.08, gt=0, le=1, description="smallest share of the image in a crop")
+    jitter: float = Field(
+        1.0, ge=0, description="strength of the colour jitter; 0.5 suits small images"
+    )
+    blur: float = Field(
+        0.5, ge=0, le=1, description="probability of a blur; the paper takes 0 at 32 px"
+    )
 
 
 @register("objective", "simclr", options=SimCLROptions)

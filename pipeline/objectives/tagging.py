@@ -26,25 +26,34 @@ MOST_TAGS = int(np.iinfo(np.int16).max)
 
 
 class TaggingOptions(Options):
-    names: list[str] | dict[int | str, str] | None = None
-    """tags of a column of numbers: a list (by number from 0) or number: tag"""
-    scheme: Literal["auto", "bio", "bioes", "none"] = "auto"
-    """bio: B- opens an entity, I- continues it; bioes: E- ends it, S- is one of one word; none:
-    tags are mere classes (part of speech); auto: what the training rows' tags are"""
-    repair: bool = False
-    """rows whose tags break the scheme are read as conlleval reads them, an I- without a B- as a B-
-    (so IOB1, the scheme of CoNLL-2003's own files, becomes BIO); false: such rows are left out and
-    listed"""
-    strict: bool = False
-    """entities are counted where their tags keep the scheme (seqeval's strict mode); false: as
-    conlleval counts them"""
-    max_words: int = Field(512, ge=1, le=16384)
-    """a row with more words is left out"""
-    dropout: float = Field(0.1, ge=0, lt=1)
-    """dropout before the linear layer"""
-    norm: bool = False
-    """layer norm without parameters before the linear layer; false: the head of Hugging Face's
-    token classifiers, to which it is exported exactly"""
+    names: list[str] | dict[int | str, str] | None = Field(
+        None,
+        description="tags of a column of numbers: a list (by number from 0) or number: tag",
+    )
+    scheme: Literal["auto", "bio", "bioes", "none"] = Field(
+        "auto",
+        description="bio: B- opens an entity, I- continues it; bioes: E- ends it, S- is one of "
+        "one word; none: tags are mere classes (part of speech); auto: what the training rows' "
+        "tags are",
+    )
+    repair: bool = Field(
+        False,
+        description="rows whose tags break the scheme are read as conlleval reads them, an I- "
+        "without a B- as a B- (so IOB1, the scheme of CoNLL-2003's own files, becomes BIO); "
+        "false: such rows are left out and listed",
+    )
+    strict: bool = Field(
+        False,
+        description="entities are counted where their tags keep the scheme (seqeval's strict "
+        "mode); false: as conlleval counts them",
+    )
+    max_words: int = Field(512, ge=1, le=16384, description="a row with more words is left out")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout before the linear layer")
+    norm: bool = Field(
+        False,
+        description="layer norm without parameters before the linear layer; false: the head of "
+        "Hugging Face's token classifiers, to which it is exported exactly",
+    )
 
 
 class TaggingState(TypedDict):

@@ -28,13 +28,15 @@ The gradient of sqrt is infinite at 0, and 1 - x in float32 is exact only to abo
 
 
 class VerificationOptions(LinearHeadOptions):
-    width: int = Field(128, ge=2)
-    """width of an embedding"""
-    scale: float = Field(30.0, gt=0)
-    """what cosines are multiplied by in training"""
-    margin: float = Field(0.2, ge=0, lt=1.5)
-    """angle, in radians, that is added between a row and its own identity in training; 0.2 is usual
-    for speakers, 0.5 for faces"""
+    width: int = Field(128, ge=2, description="width of an embedding")
+    scale: float = Field(30.0, gt=0, description="what cosines are multiplied by in training")
+    margin: float = Field(
+        0.2,
+        ge=0,
+        lt=1.5,
+        description="angle, in radians, that is added between a row and its own identity in "
+        "training; 0.2 is usual for speakers, 0.5 for faces",
+    )
 
 
 class VerificationState(TypedDict):

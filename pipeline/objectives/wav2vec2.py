@@ -34,32 +34,41 @@ Codebooks of few entries have collapsed at a tenth of the way from one entry to 
 
 
 class Wav2Vec2Options(Options):
-    groups: int = Field(2, ge=1)
-    """codebooks; a code is one entry of each"""
-    entries: int = Field(320, ge=2)
-    """entries of a codebook"""
-    code_width: int = Field(256, ge=1)
-    """width of a code, a multiple of groups"""
-    width: int = Field(256, ge=1)
-    """width of what is compared"""
-    negatives: int = Field(100, ge=1)
-    """distractors of each hidden frame, from the other hidden frames of its recording"""
-    temperature: float = Field(0.1, gt=0)
-    """divisor of the cosines"""
-    mask_start: float = Field(0.065, gt=0, lt=1)
-    """share of a recording's frames at which a hidden span begins; at least one span"""
-    mask_length: int = Field(10, ge=1)
-    """frames of a hidden span; spans may overlap"""
-    gumbel_start: float = Field(2.0, gt=0)
-    """temperature of the choice of entries at first"""
-    gumbel_end: float = Field(0.5, gt=0)
-    """and at the end of the run, falling by the same factor every step"""
-    diversity: float = Field(0.1, ge=0)
-    """weight of the diversity loss, which wants all entries in use"""
-    feature_penalty: float = Field(0.0, ge=0)
-    """weight of the mean square of the convolutions' output; the base models: 10 with group norm"""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """dropout of the quantiser's input"""
+    groups: int = Field(2, ge=1, description="codebooks; a code is one entry of each")
+    entries: int = Field(320, ge=2, description="entries of a codebook")
+    code_width: int = Field(256, ge=1, description="width of a code, a multiple of groups")
+    width: int = Field(256, ge=1, description="width of what is compared")
+    negatives: int = Field(
+        100,
+        ge=1,
+        description="distractors of each hidden frame, from the other hidden frames of its "
+        "recording",
+    )
+    temperature: float = Field(0.1, gt=0, description="divisor of the cosines")
+    mask_start: float = Field(
+        0.065,
+        gt=0,
+        lt=1,
+        description="share of a recording's frames at which a hidden span begins; at least one "
+        "span",
+    )
+    mask_length: int = Field(10, ge=1, description="frames of a hidden span; spans may overlap")
+    gumbel_start: float = Field(
+        2.0, gt=0, description="temperature of the choice of entries at first"
+    )
+    gumbel_end: float = Field(
+        0.5, gt=0, description="and at the end of the run, falling by the same factor every step"
+    )
+    diversity: float = Field(
+        0.1, ge=0, description="weight of the diversity loss, which wants all entries in use"
+    )
+    feature_penalty: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the mean square of the convolutions' output; the base models: 10 "
+        "with group norm",
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout of the quantiser's input")
 
 
 class Quantizer(nn.Module):

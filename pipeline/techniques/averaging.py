@@ -11,8 +11,9 @@ WARMUP = 0.1
 
 
 class SWAOptions(LayerOptions):
-    last_share: float = Field(0.25, gt=0, le=1)
-    """share of the steps, at the end, whose weights are averaged"""
+    last_share: float = Field(
+        0.25, gt=0, le=1, description="share of the steps, at the end, whose weights are averaged"
+    )
 
 
 @register("technique", "swa", options=SWAOptions)
@@ -44,9 +45,13 @@ def constant(step: int, steps: int) -> float:
 
 
 class EMAOptions(LayerOptions):
-    span: float = Field(0.1, gt=0, le=1)
-    """share of the steps that the average looks back on: its decay is 1 - 1 / (span * steps), so
-    that it suits short and long runs"""
+    span: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="share of the steps that the average looks back on: its decay is "
+        "1 - 1 / (span * steps), so that it suits short and long runs",
+    )
 
 
 @register("technique", "ema", options=EMAOptions)

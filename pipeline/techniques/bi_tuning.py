@@ -25,14 +25,16 @@ from pipeline.core.nn.losses import without_autocast
 
 
 class BiTuningOptions(LayerOptions):
-    classifier: float = Field(1.0, ge=0)
-    """weight of the contrastive cross-entropy of the classifier's scores"""
-    projector: float = Field(1.0, ge=0)
-    """weight of the categorical contrastive loss of the projections"""
-    temperature: float = Field(0.07, gt=0)
-    """that cosine similarities of projections are divided by"""
-    width: int = Field(128, ge=1)
-    """width of the projections"""
+    classifier: float = Field(
+        1.0, ge=0, description="weight of the contrastive cross-entropy of the classifier's scores"
+    )
+    projector: float = Field(
+        1.0, ge=0, description="weight of the categorical contrastive loss of the projections"
+    )
+    temperature: float = Field(
+        0.07, gt=0, description="that cosine similarities of projections are divided by"
+    )
+    width: int = Field(128, ge=1, description="width of the projections")
 
 
 def contrastive_cross_entropy(scores: Tensor, label: Tensor) -> Tensor:

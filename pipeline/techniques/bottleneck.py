@@ -20,18 +20,25 @@ ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
 class BottleneckOptions(LayerOptions):
-    width: int = Field(64, ge=1)
-    """hidden units of each adapter"""
-    activation: Literal["relu", "gelu"] = "relu"
-    """between the two projections of an adapter"""
-    modules: Literal["last", "all"] | list[str] = "last"
-    """behind which modules: the last weight matrix, convolution, recurrent or attention layer of
-    each layer (Pfeiffer et al. 2021), all of them, or a list of endings of module names, as
-    [attention.output.dense, output.dense] of bert (Houlsby et al. 2019)"""
-    norms: bool = False
-    """whether scale and shift of the norms train too, as in Houlsby et al."""
-    lr_scale: float = Field(10.0, gt=0)
-    """learning rate of the adapters and norms, relative to lr, which suits whole weights"""
+    width: int = Field(64, ge=1, description="hidden units of each adapter")
+    activation: Literal["relu", "gelu"] = Field(
+        "relu", description="between the two projections of an adapter"
+    )
+    modules: Literal["last", "all"] | list[str] = Field(
+        "last",
+        description="behind which modules: the last weight matrix, convolution, recurrent or "
+        "attention layer of each layer (Pfeiffer et al. 2021), all of them, or a list of endings "
+        "of module names, as [attention.output.dense, output.dense] of bert (Houlsby et al. 2019)",
+    )
+    norms: bool = Field(
+        False, description="whether scale and shift of the norms train too, as in Houlsby et al."
+    )
+    lr_scale: float = Field(
+        10.0,
+        gt=0,
+        description="learning rate of the adapters and norms, relative to lr, which suits whole "
+        "weights",
+    )
 
 
 class Adapter(nn.Module):

@@ -13,10 +13,10 @@ from pipeline.core.nn.domain_adaptation import rows_of_all_ranks, share_of_globa
 
 
 class BSSOptions(LayerOptions):
-    weight: float = Field(0.001, ge=0)
-    """weight of the squares of the smallest singular values"""
-    smallest: int = Field(1, ge=1)
-    """how many of the smallest singular values count"""
+    weight: float = Field(
+        0.001, ge=0, description="weight of the squares of the smallest singular values"
+    )
+    smallest: int = Field(1, ge=1, description="how many of the smallest singular values count")
 
 
 @register("technique", "bss", options=BSSOptions)

@@ -24,12 +24,15 @@ from pipeline.core.nn.losses import without_autocast
 
 
 class CDANOptions(AdaptationOptions):
-    hidden: int = Field(256, ge=1)
-    """hidden units of the domain classifier"""
-    entropy: bool = True
-    """rows count by 1 + exp(-entropy of their prediction) (CDAN+E)"""
-    most_products: int = Field(4096, ge=1)
-    """features x classes above this are replaced by so many random products"""
+    hidden: int = Field(256, ge=1, description="hidden units of the domain classifier")
+    entropy: bool = Field(
+        True, description="rows count by 1 + exp(-entropy of their prediction) (CDAN+E)"
+    )
+    most_products: int = Field(
+        4096,
+        ge=1,
+        description="features x classes above this are replaced by so many random products",
+    )
 
 
 class ConditionalClassifier(DomainClassifier):

@@ -15,9 +15,12 @@ from pipeline.core.nn.domain_losses import coral
 
 
 class CoralOptions(AdaptationOptions):
-    weight: float = Field(10.0, gt=0)
-    """weight of the distance between the covariances, which is at most about 0.5 for features that
-    are normalised by row"""
+    weight: float = Field(
+        10.0,
+        gt=0,
+        description="weight of the distance between the covariances, which is at most about 0.5 "
+        "for features that are normalised by row",
+    )
 
 
 @register("technique", "coral", options=CoralOptions)

@@ -17,8 +17,7 @@ from pipeline.core.nn.domain_losses import reversed_gradient
 
 
 class DANNOptions(AdaptationOptions):
-    hidden: int = Field(256, ge=1)
-    """hidden units of the domain classifier"""
+    hidden: int = Field(256, ge=1, description="hidden units of the domain classifier")
 
 
 @register("technique", "dann", options=DANNOptions)

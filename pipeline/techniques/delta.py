@@ -19,17 +19,26 @@ from pipeline.core.nn.filter_maps import FilterMap, FilterMaps, filter_count
 
 
 class DeltaOptions(LayerOptions):
-    weight: float = Field(1.0, ge=0)
-    """weight of the distance of feature maps to those of the source"""
-    attention: bool = True
-    """whether filters weigh by how much the loss grows when each is switched off; false: all
-    filters weigh the same, and everything trains from the first step"""
-    maps: int = Field(4, ge=1)
-    """how many layers are compared, evenly spread up to the last one"""
-    rows: int = Field(16, ge=1)
-    """rows on which filters are weighed: one forward pass a filter, once"""
-    probe_share: float = Field(0.3, gt=0, lt=1)
-    """share of the steps that train the head alone before filters are weighed"""
+    weight: float = Field(
+        1.0, ge=0, description="weight of the distance of feature maps to those of the source"
+    )
+    attention: bool = Field(
+        True,
+        description="whether filters weigh by how much the loss grows when each is switched off; "
+        "false: all filters weigh the same, and everything trains from the first step",
+    )
+    maps: int = Field(
+        4, ge=1, description="how many layers are compared, evenly spread up to the last one"
+    )
+    rows: int = Field(
+        16, ge=1, description="rows on which filters are weighed: one forward pass a filter, once"
+    )
+    probe_share: float = Field(
+        0.3,
+        gt=0,
+        lt=1,
+        description="share of the steps that train the head alone before filters are weighed",
+    )
 
 
 def filter_distance(

@@ -93,13 +93,16 @@ class _Teacher(Generic[Network]):
 
 
 class DistillationOptions(LayerOptions):
-    features: float = Field(1.0, ge=0)
-    """weight of the squared distance of pooled features to the source's"""
-    logits: float = Field(0.0, ge=0)
-    """weight of the divergence of scores from those of the source's own head, which must know all
-    labels of the target"""
-    temperature: float = Field(2.0, gt=0)
-    """that scores are divided by"""
+    features: float = Field(
+        1.0, ge=0, description="weight of the squared distance of pooled features to the source's"
+    )
+    logits: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the divergence of scores from those of the source's own head, which "
+        "must know all labels of the target",
+    )
+    temperature: float = Field(2.0, gt=0, description="that scores are divided by")
 
 
 @register("technique", "distillation", options=DistillationOptions)
@@ -236,12 +239,14 @@ class _KeepsHead(Technique):
 
 
 class LwFOptions(LayerOptions):
-    weight: float = Field(1.0, ge=0)
-    """weight of the old head's divergence"""
-    temperature: float = Field(2.0, gt=0)
-    """that scores are divided by"""
-    probe_share: float = Field(0.3, ge=0, lt=1)
-    """share of the steps that train the new head alone before everything is trained"""
+    weight: float = Field(1.0, ge=0, description="weight of the old head's divergence")
+    temperature: float = Field(2.0, gt=0, description="that scores are divided by")
+    probe_share: float = Field(
+        0.3,
+        ge=0,
+        lt=1,
+        description="share of the steps that train the new head alone before everything is trained",
+    )
 
 
 @register("technique", "lwf", options=LwFOptions)
@@ -288,11 +293,14 @@ class LwF(_KeepsHead):
 
 
 class CoTuningOptions(LayerOptions):
-    weight: float = Field(1.0, ge=0)
-    """weight of the loss of the source's labels"""
-    probe_share: float = Field(0.3, gt=0, lt=1)
-    """share of the steps that train the new head alone; in them it is counted which of the source's
-    labels the rows of each class get"""
+    weight: float = Field(1.0, ge=0, description="weight of the loss of the source's labels")
+    probe_share: float = Field(
+        0.3,
+        gt=0,
+        lt=1,
+        description="share of the steps that train the new head alone; in them it is counted which "
+        "of the source's labels the rows of each class get",
+    )
 
 
 class CoTunedTask(TwoHeadedTask):

@@ -11,8 +11,11 @@ from pipeline.core.contracts import Ensemble, Technique
 
 
 class EnsembleOptions(Options):
-    of: list[str] = Field(["full"], min_length=1)
-    """techniques of the same job whose final trials, all seeds, predict together"""
+    of: list[str] = Field(
+        ["full"],
+        min_length=1,
+        description="techniques of the same job whose final trials, all seeds, predict together",
+    )
 
 
 @register("technique", "ensemble", options=EnsembleOptions)

@@ -14,8 +14,9 @@ STRONG = View(area=(0.3, 1.0), jitter=0.8, strength=1.0, grey=0.2, blur=0.5, sol
 
 
 class FixMatchOptions(AdaptationOptions):
-    threshold: float = Field(0.95, gt=0, lt=1)
-    """probability from which a prediction counts as a label"""
+    threshold: float = Field(
+        0.95, gt=0, lt=1, description="probability from which a prediction counts as a label"
+    )
 
 
 @register("technique", "fixmatch", options=FixMatchOptions)

@@ -11,16 +11,19 @@ from pipeline.core.contracts import Phase, Technique
 
 
 class GradualUnfreezingOptions(LayerOptions):
-    groups: int = Field(4, ge=1)
-    """groups of neighbouring layers that are thawed together, from the top"""
-    unfreeze_share: float = Field(0.5, gt=0, lt=1)
-    """share of the steps before all groups are thawed"""
-    discriminative: float = Field(2.6, ge=1)
-    """learning rate of a group relative to the one below it"""
-    cut: float = Field(0.1, gt=0, lt=1)
-    """share of the steps in which the rate rises"""
-    ratio: float = Field(32.0, gt=1)
-    """highest learning rate of the run relative to the lowest one"""
+    groups: int = Field(
+        4, ge=1, description="groups of neighbouring layers that are thawed together, from the top"
+    )
+    unfreeze_share: float = Field(
+        0.5, gt=0, lt=1, description="share of the steps before all groups are thawed"
+    )
+    discriminative: float = Field(
+        2.6, ge=1, description="learning rate of a group relative to the one below it"
+    )
+    cut: float = Field(0.1, gt=0, lt=1, description="share of the steps in which the rate rises")
+    ratio: float = Field(
+        32.0, gt=1, description="highest learning rate of the run relative to the lowest one"
+    )
 
 
 @register("technique", "gradual_unfreezing", options=GradualUnfreezingOptions)

@@ -21,15 +21,25 @@ SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 class HeadToToeOptions(Options):
-    lasso: float = Field(1e-3, gt=0)
-    """weight of the sum of the lengths of all features' weights, beside the mean loss of the head
-    by which features are ranked"""
-    share: float | None = Field(None, gt=0, le=1)
-    """share of the features that are kept; none: the best of 0.01, 0.03, 0.1, 0.3 and 1 on
-    validation rows"""
-    penalty: float | None = Field(None, gt=0)
-    """factor of half the weights' squared length beside the mean loss, of the head on the kept
-    features; none: the best of 1e-6 to 10 on validation rows"""
+    lasso: float = Field(
+        1e-3,
+        gt=0,
+        description="weight of the sum of the lengths of all features' weights, beside the mean "
+        "loss of the head by which features are ranked",
+    )
+    share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of the features that are kept; none: the best of 0.01, 0.03, 0.1, 0.3 "
+        "and 1 on validation rows",
+    )
+    penalty: float | None = Field(
+        None,
+        gt=0,
+        description="factor of half the weights' squared length beside the mean loss, of the head "
+        "on the kept features; none: the best of 1e-6 to 10 on validation rows",
+    )
 
 
 class LayersBackbone(Backbone):

@@ -12,10 +12,12 @@ from pipeline.core.contracts.objective_capabilities import transfers_head
 
 
 class L2SPOptions(LayerOptions):
-    weight: float = Field(0.01, ge=0)
-    """weight of half the squared distance to the source's weights"""
-    head_weight: float = Field(0.01, ge=0)
-    """weight of half the squared norm of a head that starts new"""
+    weight: float = Field(
+        0.01, ge=0, description="weight of half the squared distance to the source's weights"
+    )
+    head_weight: float = Field(
+        0.01, ge=0, description="weight of half the squared norm of a head that starts new"
+    )
 
 
 @register("technique", "l2_sp", options=L2SPOptions)

@@ -14,17 +14,26 @@ PENALTIES = tuple(10 ** (power / 2) for power in range(-12, 3))
 
 
 class ProbeOptions(Options):
-    solver: Literal["lbfgs", "sgd"] | None = None
-    """lbfgs: the convex problem is solved (a squared error in closed form), and the penalty is
-    chosen on validation rows (no learning rate); where features are not kept (streamed targets,
-    heads that read tokens or drop features out) the head trains by steps all the same; sgd: by
-    steps of the job's optimiser; none: lbfgs, or sgd where lr_scale is given"""
-    penalty: float | None = Field(None, gt=0)
-    """factor of half the weights' squared length beside the mean loss (of each label where rows
-    have sets), with lbfgs; none: the best of 1e-6 to 10"""
-    lr_scale: float | None = Field(None, gt=0)
-    """learning rate of the head by steps, relative to lr: alone it takes a larger one than a whole
-    network; none: 1"""
+    solver: Literal["lbfgs", "sgd"] | None = Field(
+        None,
+        description="lbfgs: the convex problem is solved (a squared error in closed form), and the "
+        "penalty is chosen on validation rows (no learning rate); where features are not kept "
+        "(streamed targets, heads that read tokens or drop features out) the head trains by steps "
+        "all the same; sgd: by steps of the job's optimiser; none: lbfgs, or sgd where lr_scale is "
+        "given",
+    )
+    penalty: float | None = Field(
+        None,
+        gt=0,
+        description="factor of half the weights' squared length beside the mean loss (of each "
+        "label where rows have sets), with lbfgs; none: the best of 1e-6 to 10",
+    )
+    lr_scale: float | None = Field(
+        None,
+        gt=0,
+        description="learning rate of the head by steps, relative to lr: alone it takes a larger "
+        "one than a whole network; none: 1",
+    )
 
     @model_validator(mode="after")
     def _check(self):

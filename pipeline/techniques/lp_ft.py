@@ -9,12 +9,15 @@ from pipeline.core.contracts import Phase, Technique
 
 
 class LPFTOptions(LayerOptions):
-    probe_share: float = Field(0.3, gt=0, lt=1)
-    """share of the steps that train the head alone"""
-    probe_lr_scale: float = Field(10.0, gt=0)
-    """learning rate of the first part, relative to lr"""
-    full_lr_scale: float = Field(1.0, gt=0)
-    """learning rate of the second part, relative to lr"""
+    probe_share: float = Field(
+        0.3, gt=0, lt=1, description="share of the steps that train the head alone"
+    )
+    probe_lr_scale: float = Field(
+        10.0, gt=0, description="learning rate of the first part, relative to lr"
+    )
+    full_lr_scale: float = Field(
+        1.0, gt=0, description="learning rate of the second part, relative to lr"
+    )
 
 
 @register("technique", "lp_ft", options=LPFTOptions)

@@ -14,8 +14,9 @@ from pipeline.core.nn.domain_losses import class_confusion
 
 
 class MCCOptions(AdaptationOptions):
-    temperature: float = Field(2.5, gt=0)
-    """scores are divided by it, since networks are too certain"""
+    temperature: float = Field(
+        2.5, gt=0, description="scores are divided by it, since networks are too certain"
+    )
 
 
 @register("technique", "mcc", options=MCCOptions)

@@ -23,8 +23,11 @@ LEAST_SPREAD = 0.01
 
 
 class MCDOptions(AdaptationOptions):
-    source_weight: float = Field(1.0, gt=0)
-    """weight of the sum of both heads' mean losses on the source's labelled rows"""
+    source_weight: float = Field(
+        1.0,
+        gt=0,
+        description="weight of the sum of both heads' mean losses on the source's labelled rows",
+    )
 
 
 @register("technique", "mcd", options=MCDOptions)

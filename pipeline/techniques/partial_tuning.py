@@ -17,8 +17,9 @@ BIAS = re.compile(r"(^|_)bias(_[ih]h_l\d+(_reverse)?)?$")
 
 
 class PartialOptions(LayerOptions):
-    lr_scale: float = Field(10.0, gt=0)
-    """learning rate of what trains in the backbone, relative to lr"""
+    lr_scale: float = Field(
+        10.0, gt=0, description="learning rate of what trains in the backbone, relative to lr"
+    )
 
 
 class PartedTask(Task):

@@ -523,35 +523,53 @@ def _some(names: list[str]) -> str:
 
 
 class AdapterOptions(LayerOptions):
-    modules: Literal["attention", "all"] | list[str] = "all"
-    """where: attention (query, key and value projections), all weight matrices (linear,
-    convolution, recurrent and attention layers), or a list of endings of module names"""
-    lr_scale: float = Field(10.0, gt=0)
-    """learning rate of the adapters, relative to lr, which suits whole weights (Biderman et al.
-    2024)"""
+    modules: Literal["attention", "all"] | list[str] = Field(
+        "all",
+        description="where: attention (query, key and value projections), all weight matrices "
+        "(linear, convolution, recurrent and attention layers), or a list of endings of module "
+        "names",
+    )
+    lr_scale: float = Field(
+        10.0,
+        gt=0,
+        description="learning rate of the adapters, relative to lr, which suits whole weights "
+        "(Biderman et al. 2024)",
+    )
 
 
 class LoraOptions(AdapterOptions):
-    rank: int = Field(8, ge=1)
-    """rank of the update of each weight"""
-    alpha: float = Field(16.0, gt=0)
-    """the update is scaled by alpha / rank"""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """dropout of the adapters' input, in training; weights that are computed (recurrent layers,
-    torch's attention) have none"""
-    start: Literal["zero", "pissa", "loftq"] = "zero"
-    """zero: the update starts from nothing; pissa: from the weight's largest singular values, and
-    the rest of the weight stands still (Meng et al. 2024); loftq: from the largest singular values
-    of what the weight loses in 4 bits, so that the network starts nearer the source's (with
-    quantize; Li et al. 2024)"""
-    quantize: Literal["nf4"] | None = None
-    """nf4: the weights of the linear layers that are adapted are held in 4 bits during training
-    (QLoRA, Dettmers et al. 2023), in an eighth of the memory; other weights, adapters and the head
-    are in full precision (extra quantized: bitsandbytes)"""
-    rslora: bool = False
-    """scale by alpha / sqrt(rank), so that high ranks learn as fast (Kalajdzievski 2023)"""
-    dora: bool = False
-    """train the length of each weight's columns beside their direction (DoRA, Liu et al. 2024)"""
+    rank: int = Field(8, ge=1, description="rank of the update of each weight")
+    alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank")
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="dropout of the adapters' input, in training; weights that are computed "
+        "(recurrent layers, torch's attention) have none",
+    )
+    start: Literal["zero", "pissa", "loftq"] = Field(
+        "zero",
+        description="zero: the update starts from nothing; pissa: from the weight's largest "
+        "singular values, and the rest of the weight stands still (Meng et al. 2024); loftq: from "
+        "the largest singular values of what the weight loses in 4 bits, so that the network "
+        "starts nearer the source's (with quantize; Li et al. 2024)",
+    )
+    quantize: Literal["nf4"] | None = Field(
+        None,
+        description="nf4: the weights of the linear layers that are adapted are held in 4 bits "
+        "during training (QLoRA, Dettmers et al. 2023), in an eighth of the memory; other weights, "
+        "adapters and the head are in full precision (extra quantized: bitsandbytes)",
+    )
+    rslora: bool = Field(
+        False,
+        description="scale by alpha / sqrt(rank), so that high ranks learn as fast (Kalajdzievski "
+        "2023)",
+    )
+    dora: bool = Field(
+        False,
+        description="train the length of each weight's columns beside their direction (DoRA, Liu "
+        "et al. 2024)",
+    )
 
     @model_validator(mode="after")
     def _check(self):
@@ -689,8 +707,7 @@ class IA3(AdapterTechnique):
 
 
 class VeraOptions(AdapterOptions):
-    rank: int = Field(256, ge=1)
-    """rank of the random matrices that all layers share"""
+    rank: int = Field(256, ge=1, description="rank of the random matrices that all layers share")
 
 
 @register("technique", "vera", options=VeraOptions)
@@ -714,8 +731,11 @@ class Vera(AdapterTechnique):
 
 
 class OFTOptions(AdapterOptions):
-    block: int = Field(32, ge=2)
-    """inputs that are rotated together; the nearest divisor of a layer's inputs"""
+    block: int = Field(
+        32,
+        ge=2,
+        description="inputs that are rotated together; the nearest divisor of a layer's inputs",
+    )
 
 
 @register("technique", "oft", options=OFTOptions)
@@ -750,10 +770,8 @@ class OFT(AdapterTechnique):
 
 
 class LohaOptions(AdapterOptions):
-    rank: int = Field(8, ge=1)
-    """rank of each of the two factors"""
-    alpha: float = Field(16.0, gt=0)
-    """the update is scaled by alpha / rank"""
+    rank: int = Field(8, ge=1, description="rank of each of the two factors")
+    alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank")
 
 
 @register("technique", "loha", options=LohaOptions)
@@ -774,8 +792,7 @@ class Loha(AdapterTechnique):
 
 
 class LokrOptions(LohaOptions):
-    rank: int = Field(8, ge=1)
-    """rank of the larger factor"""
+    rank: int = Field(8, ge=1, description="rank of the larger factor")
 
 
 @register("technique", "lokr", options=LokrOptions)
@@ -796,18 +813,18 @@ class Lokr(AdapterTechnique):
 
 
 class AdaLoraOptions(AdapterOptions):
-    rank: int = Field(8, ge=1)
-    """mean rank of the updates at the end"""
-    start_rank: int = Field(12, ge=1)
-    """rank of each update at the start"""
-    alpha: float = Field(16.0, gt=0)
-    """the update is scaled by alpha / start_rank"""
-    warm_share: float = Field(0.1, ge=0, lt=1)
-    """share of the steps before ranks are taken away"""
-    final_share: float = Field(0.3, ge=0, lt=1)
-    """share of the steps after the ranks are settled"""
-    orthogonality: float = Field(0.1, ge=0)
-    """weight of the penalty that keeps both factors orthogonal"""
+    rank: int = Field(8, ge=1, description="mean rank of the updates at the end")
+    start_rank: int = Field(12, ge=1, description="rank of each update at the start")
+    alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / start_rank")
+    warm_share: float = Field(
+        0.1, ge=0, lt=1, description="share of the steps before ranks are taken away"
+    )
+    final_share: float = Field(
+        0.3, ge=0, lt=1, description="share of the steps after the ranks are settled"
+    )
+    orthogonality: float = Field(
+        0.1, ge=0, description="weight of the penalty that keeps both factors orthogonal"
+    )
 
     @model_validator(mode="after")
     def _check(self):

@@ -10,9 +10,12 @@ from pipeline.core.nn.domain_adaptation import DomainAdaptation, DomainFeatures
 
 
 class PooledOptions(LayerOptions):
-    weight: float = Field(1.0, ge=0)
-    """weight of the mean loss of the source's rows, relative to that of the target's; 0 is full
-    fine-tuning"""
+    weight: float = Field(
+        1.0,
+        ge=0,
+        description="weight of the mean loss of the source's rows, relative to that of the "
+        "target's; 0 is full fine-tuning",
+    )
 
 
 @register("technique", "pooled", options=PooledOptions)

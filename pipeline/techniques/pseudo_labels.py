@@ -16,10 +16,12 @@ from pipeline.core.nn.domain_adaptation import (
 
 
 class PseudoLabelOptions(AdaptationOptions):
-    threshold: float = Field(0.9, gt=0, lt=1)
-    """probability from which a prediction counts as a label"""
-    ramp: float = Field(0.5, ge=0, le=1)
-    """share of the steps in which the weight rises from 0"""
+    threshold: float = Field(
+        0.9, gt=0, lt=1, description="probability from which a prediction counts as a label"
+    )
+    ramp: float = Field(
+        0.5, ge=0, le=1, description="share of the steps in which the weight rises from 0"
+    )
 
 
 @register("technique", "pseudo_labels", options=PseudoLabelOptions)

@@ -9,9 +9,13 @@ from pipeline.core.contracts import Technique
 
 
 class ScratchOptions(Options):
-    budget: float = Field(1.0, gt=0, le=1000)
-    """steps, relative to the target's: a row beside plain scratch shows what scratch reaches with
-    more"""
+    budget: float = Field(
+        1.0,
+        gt=0,
+        le=1000,
+        description="steps, relative to the target's: a row beside plain scratch shows what scratch"
+        " reaches with more",
+    )
 
 
 @register("technique", "scratch", options=ScratchOptions)

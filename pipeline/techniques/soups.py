@@ -12,8 +12,11 @@ from pipeline.core.contracts import FinishedTrial, Technique
 
 
 class SoupOptions(Options):
-    of: list[str] = Field(["full"], min_length=1)
-    """techniques of the same job whose final trials, all seeds, are ingredients"""
+    of: list[str] = Field(
+        ["full"],
+        min_length=1,
+        description="techniques of the same job whose final trials, all seeds, are ingredients",
+    )
 
 
 class _Soup(Technique):

@@ -13,9 +13,13 @@ from pipeline.core.contracts import Technique
 
 
 class StochNormOptions(LayerOptions):
-    p: float = Field(0.5, ge=0, le=1)
-    """probability that a channel is normalised by its running statistics in a training step; 0:
-    plain batch norm"""
+    p: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="probability that a channel is normalised by its running statistics in a "
+        "training step; 0: plain batch norm",
+    )
 
     @model_validator(mode="after")
     def _mixes_statistics(self):

@@ -11,12 +11,21 @@ from pipeline.core.contracts import Phase, Task, Technique
 
 
 class SurgicalOptions(LayerOptions):
-    layers: list[str] | None = Field(None, min_length=1)
-    """names of the layers to train; none: the one with the largest gradient for its size"""
-    probe_share: float = Field(0.2, gt=0, lt=1)
-    """share of the steps that train the head alone before gradients are measured"""
-    measure_steps: int = Field(10, ge=1)
-    """steps over which gradients are measured; nothing moves in them"""
+    layers: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="names of the layers to train; none: the one with the largest gradient for its "
+        "size",
+    )
+    probe_share: float = Field(
+        0.2,
+        gt=0,
+        lt=1,
+        description="share of the steps that train the head alone before gradients are measured",
+    )
+    measure_steps: int = Field(
+        10, ge=1, description="steps over which gradients are measured; nothing moves in them"
+    )
 
 
 class MeasuredTask(Task):

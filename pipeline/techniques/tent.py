@@ -14,10 +14,8 @@ from pipeline.core.nn.norm_statistics import batch_norms, measure
 
 
 class TentOptions(Options):
-    lr: float = Field(1e-3, gt=0)
-    """learning rate of Adam for the norms"""
-    passes: int = Field(1, ge=1)
-    """passes over the test rows"""
+    lr: float = Field(1e-3, gt=0, description="learning rate of Adam for the norms")
+    passes: int = Field(1, ge=1, description="passes over the test rows")
 
 
 @register("technique", "tent", options=TentOptions)

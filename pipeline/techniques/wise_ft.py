@@ -13,13 +13,21 @@ from pipeline.core.contracts import Phase, Task, Technique
 
 
 class WiseFTOptions(LayerOptions):
-    coefficient: float | None = Field(None, ge=0, le=1)
-    """share of the fine-tuned weights: 0 is the source, 1 plain fine-tuning; none: the best of 0,
-    0.1, ... 1 on the validation rows"""
-    probe_share: float = Field(0.3, ge=0, lt=1)
-    """share of the steps that train the head alone before everything is trained: the head at their
-    end belongs to the source's backbone; 0: the head as it starts, for objectives that take over
-    the source's head"""
+    coefficient: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share of the fine-tuned weights: 0 is the source, 1 plain fine-tuning; none: "
+        "the best of 0, 0.1, ... 1 on the validation rows",
+    )
+    probe_share: float = Field(
+        0.3,
+        ge=0,
+        lt=1,
+        description="share of the steps that train the head alone before everything is trained: "
+        "the head at their end belongs to the source's backbone; 0: the head as it starts, for "
+        "objectives that take over the source's head",
+    )
 
 
 GRID = [number / 10 for number in range(11)]

@@ -9,8 +9,11 @@ from pipeline.core.contracts import Technique
 
 
 class ZeroShotOptions(Options):
-    prompt: str = Field("a photo of a {}", pattern=r"^[^{}]*\{\}[^{}]*$")
-    """with a source of clip: the text about each class; its name stands for {}"""
+    prompt: str = Field(
+        "a photo of a {}",
+        pattern=r"^[^{}]*\{\}[^{}]*$",
+        description="with a source of clip: the text about each class; its name stands for {}",
+    )
 
 
 @register("technique", "zero_shot", options=ZeroShotOptions)

@@ -13,8 +13,7 @@ A complete small library with one architecture, for the rows of the example in `
 
 
     class MLPOptions(Options):
-        width: int = Field(64, ge=1)
-        "hidden units"
+        width: int = Field(64, ge=1, description="hidden units")
 
 
     @register("model", "sensor", options=MLPOptions)

@@ -10,8 +10,7 @@ A complete small modality, for rows that hold a fixed number of sensor samples::
 
 
     class SensorOptions(Options):
-        length: int = Field(100, ge=1)
-        "samples a row"
+        length: int = Field(100, ge=1, description="samples a row")
 
 
     @register("modality", "sensor", options=SensorOptions)

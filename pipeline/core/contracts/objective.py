@@ -14,8 +14,7 @@ one predicts a number a row, as ``regression`` does with more options. It is com
 
 
     class NumberOptions(Options):
-        dropout: float = Field(0.0, ge=0, lt=1)
-        "dropout before the linear layer"
+        dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the linear layer")
 
 
     @register("objective", "number", options=NumberOptions)

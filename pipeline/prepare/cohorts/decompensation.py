@@ -23,15 +23,14 @@ from pipeline.prepare.cohorts.definition import (
 
 
 class DecompensationOptions(Options):
-    first: float = Field(4.0, ge=0)
-    """the first hour at which a prediction is made"""
-    every: float = Field(1.0, gt=0)
-    """hours between predictions"""
-    horizon: float = Field(24.0, gt=0)
-    """hours within which death counts"""
-    exclude: Literal["benchmark", "none"] = "benchmark"
-    """benchmark: MIMIC-III stays as Harutyunyan et al. 2019: adults, one ICU stay in the admission
-    and no move between ICUs; none: all stays"""
+    first: float = Field(4.0, ge=0, description="the first hour at which a prediction is made")
+    every: float = Field(1.0, gt=0, description="hours between predictions")
+    horizon: float = Field(24.0, gt=0, description="hours within which death counts")
+    exclude: Literal["benchmark", "none"] = Field(
+        "benchmark",
+        description="benchmark: MIMIC-III stays as Harutyunyan et al. 2019: adults, one ICU stay "
+        "in the admission and no move between ICUs; none: all stays",
+    )
 
 
 @register("cohort", "decompensation", options=DecompensationOptions)

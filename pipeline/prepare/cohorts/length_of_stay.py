@@ -29,15 +29,19 @@ days and more.
 
 
 class LengthOfStayOptions(Options):
-    at: float = Field(0.0, ge=0)
-    """one label, at this hour (24), of stays that last so long; 0: a label every hour"""
-    first: float = Field(4.0, ge=0)
-    """the first hour at which a prediction is made"""
-    every: float = Field(1.0, gt=0)
-    """hours between predictions"""
-    exclude: Literal["benchmark", "none"] = "benchmark"
-    """benchmark: MIMIC-III stays as Harutyunyan et al. 2019: adults, one ICU stay in the admission
-    and no move between ICUs; none: all stays"""
+    at: float = Field(
+        0.0,
+        ge=0,
+        description="one label, at this hour (24), of stays that last so long; 0: a label every "
+        "hour",
+    )
+    first: float = Field(4.0, ge=0, description="the first hour at which a prediction is made")
+    every: float = Field(1.0, gt=0, description="hours between predictions")
+    exclude: Literal["benchmark", "none"] = Field(
+        "benchmark",
+        description="benchmark: MIMIC-III stays as Harutyunyan et al. 2019: adults, one ICU stay "
+        "in the admission and no move between ICUs; none: all stays",
+    )
 
 
 @register("cohort", "length_of_stay", options=LengthOfStayOptions)

@@ -21,13 +21,20 @@ from pipeline.prepare.cohorts.definition import (
 
 
 class MortalityOptions(Options):
-    outcome: str = ""
-    """the column of death (0 or 1); empty: hospital_death, else in_hospital_death"""
-    hours: float = Field(48.0, gt=0)
-    """events of so many first hours are inputs; shorter stays are left out"""
-    exclude: Literal["benchmark", "none"] = "benchmark"
-    """benchmark: MIMIC-III stays as Harutyunyan et al. 2019: adults, one ICU stay in the admission
-    and no move between ICUs; none: all stays"""
+    outcome: str = Field(
+        "",
+        description="the column of death (0 or 1); empty: hospital_death, else in_hospital_death",
+    )
+    hours: float = Field(
+        48.0,
+        gt=0,
+        description="events of so many first hours are inputs; shorter stays are left out",
+    )
+    exclude: Literal["benchmark", "none"] = Field(
+        "benchmark",
+        description="benchmark: MIMIC-III stays as Harutyunyan et al. 2019: adults, one ICU stay "
+        "in the admission and no move between ICUs; none: all stays",
+    )
 
 
 @register("cohort", "mortality", options=MortalityOptions)

@@ -24,12 +24,18 @@ from pipeline.prepare.cohorts.definition import (
 
 
 class NextCodesOptions(Options):
-    characters: int = Field(3, ge=1, le=5)
-    """how many leading characters of an ICD-9 code make a label; an E code has one more. 3 is the
-    category (428, V45, E888)"""
-    exclude: Literal["benchmark", "none"] = "none"
-    """benchmark: MIMIC-III stays as Harutyunyan et al. 2019: adults, one ICU stay in the admission
-    and no move between ICUs; none: all stays"""
+    characters: int = Field(
+        3,
+        ge=1,
+        le=5,
+        description="how many leading characters of an ICD-9 code make a label; an E code has one "
+        "more. 3 is the category (428, V45, E888)",
+    )
+    exclude: Literal["benchmark", "none"] = Field(
+        "none",
+        description="benchmark: MIMIC-III stays as Harutyunyan et al. 2019: adults, one ICU stay "
+        "in the admission and no move between ICUs; none: all stays",
+    )
 
 
 @register("cohort", "next_codes", options=NextCodesOptions)

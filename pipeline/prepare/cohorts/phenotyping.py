@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+from pydantic import Field
 
 from pipeline.config.registry import Options, register
 from pipeline.prepare.clinical import plausible
@@ -24,11 +25,14 @@ from pipeline.prepare.cohorts.definition import (
 
 
 class PhenotypingOptions(Options):
-    kinds: Literal["all", "acute", "chronic", "mixed"] = "all"
-    """which of the 25 conditions are labels"""
-    exclude: Literal["benchmark", "none"] = "benchmark"
-    """benchmark: MIMIC-III stays as Harutyunyan et al. 2019: adults, one ICU stay in the admission
-    and no move between ICUs; none: all stays"""
+    kinds: Literal["all", "acute", "chronic", "mixed"] = Field(
+        "all", description="which of the 25 conditions are labels"
+    )
+    exclude: Literal["benchmark", "none"] = Field(
+        "benchmark",
+        description="benchmark: MIMIC-III stays as Harutyunyan et al. 2019: adults, one ICU stay "
+        "in the admission and no move between ICUs; none: all stays",
+    )
 
 
 @register("cohort", "phenotyping", options=PhenotypingOptions)

@@ -21,11 +21,16 @@ from pipeline.prepare.cohorts.definition import (
 
 
 class ReadmissionOptions(Options):
-    days: float = Field(30.0, gt=0)
-    """from hospital discharge to the next admission, this number included"""
-    exclude: Literal["benchmark", "none"] = "benchmark"
-    """benchmark: MIMIC-III stays as Harutyunyan et al. 2019: adults, one ICU stay in the admission
-    and no move between ICUs; none: all stays"""
+    days: float = Field(
+        30.0,
+        gt=0,
+        description="from hospital discharge to the next admission, this number included",
+    )
+    exclude: Literal["benchmark", "none"] = Field(
+        "benchmark",
+        description="benchmark: MIMIC-III stays as Harutyunyan et al. 2019: adults, one ICU stay "
+        "in the admission and no move between ICUs; none: all stays",
+    )
 
 
 @register("cohort", "readmission", options=ReadmissionOptions)

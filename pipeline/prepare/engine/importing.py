@@ -310,7 +310,7 @@ def describe(name: str | None) -> str:
         importer = registry.get("importer", one)
         out += [one, textwrap.indent(inspect.cleandoc(importer.__doc__).replace("`", ""), "  ")]
         out += [
-            f"  --set {key}={info.default}: {' '.join((info.description or '').split())}"
+            f"  --set {key}={info.default}: {info.description}"
             for key, info in importer.options_class.model_fields.items()
         ]
         out.append("")

@@ -36,13 +36,20 @@ NO_WORD = re.compile(r"<[^<>\s]*>|\+\+[^\s]*\+\+|(?<=\S)\(\d+\)")
 
 
 class An4Options(Options):
-    raw: Literal["auto", "big", "little"] = "auto"
-    """order of bytes in .raw files; auto: as the name of the folder or archive says (bigendian,
-    littleendian), else big"""
-    rate: int = Field(0, ge=0)
-    """samples a second to write, as FLAC; 0: 16000, as they are"""
-    longest: float = Field(30.0, ge=1)
-    """seconds; a longer recording is broken, for it cannot be cut apart from its transcript"""
+    raw: Literal["auto", "big", "little"] = Field(
+        "auto",
+        description="order of bytes in .raw files; auto: as the name of the folder or archive "
+        "says (bigendian, littleendian), else big",
+    )
+    rate: int = Field(
+        0, ge=0, description="samples a second to write, as FLAC; 0: 16000, as they are"
+    )
+    longest: float = Field(
+        30.0,
+        ge=1,
+        description="seconds; a longer recording is broken, for it cannot be cut apart from its "
+        "transcript",
+    )
 
 
 @register("importer", "an4", options=An4Options)

@@ -6,6 +6,7 @@ import posixpath
 from typing import Literal, NamedTuple
 
 import pyarrow as pa
+from pydantic import Field
 
 from pipeline.config.registry import Options, nearest, register
 from pipeline.io import storage
@@ -57,13 +58,19 @@ class Record(NamedTuple):
 
 
 class ChestXray14Options(Options):
-    table: str = ""
-    """the CSV, below SOURCE; empty: Data_Entry_2017.csv or Data_Entry_2017_v2020.csv"""
-    lists: Literal["official", "none"] = "official"
-    """official: split by train_val_list.txt and test_list.txt; none: all rows in train, for a job
-    that splits them itself"""
-    missing: Literal["refuse", "skip"] = "refuse"
-    """skip: leave out and count rows of the CSV whose image is not there"""
+    table: str = Field(
+        "",
+        description="the CSV, below SOURCE; empty: Data_Entry_2017.csv or "
+        "Data_Entry_2017_v2020.csv",
+    )
+    lists: Literal["official", "none"] = Field(
+        "official",
+        description="official: split by train_val_list.txt and test_list.txt; none: all rows in "
+        "train, for a job that splits them itself",
+    )
+    missing: Literal["refuse", "skip"] = Field(
+        "refuse", description="skip: leave out and count rows of the CSV whose image is not there"
+    )
 
 
 @register("importer", "chestxray14", options=ChestXray14Options)

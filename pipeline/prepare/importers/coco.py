@@ -87,18 +87,26 @@ COCO_FILE = TypeAdapter(CocoFile)
 
 
 class CocoOptions(Options):
-    annotations: str = "annotations/instances_*.json"
-    """JSON files below SOURCE, a glob; each is a split, by its name (instances_train2017.json:
-    train) or its folder (valid/_annotations.coco.json)"""
-    images: str = ""
-    """folder, zip or tar of the images below SOURCE; empty, for instances_NAME.json: NAME,
-    images/NAME, NAME.zip, images or SOURCE itself"""
-    masks: Literal["none", "semantic", "instance"] = "none"
-    """semantic: a column mask, PNG of one class number a pixel, 0 for nothing, 255 for crowds;
-    instance: also a column masks, the mask of each box as COCO's run lengths"""
-    missing: Literal["refuse", "skip"] = "refuse"
-    """skip: leave out and count images without a file, and annotations that name no image or no
-    category"""
+    annotations: str = Field(
+        "annotations/instances_*.json",
+        description="JSON files below SOURCE, a glob; each is a split, by its name "
+        "(instances_train2017.json: train) or its folder (valid/_annotations.coco.json)",
+    )
+    images: str = Field(
+        "",
+        description="folder, zip or tar of the images below SOURCE; empty, for "
+        "instances_NAME.json: NAME, images/NAME, NAME.zip, images or SOURCE itself",
+    )
+    masks: Literal["none", "semantic", "instance"] = Field(
+        "none",
+        description="semantic: a column mask, PNG of one class number a pixel, 0 for nothing, 255 "
+        "for crowds; instance: also a column masks, the mask of each box as COCO's run lengths",
+    )
+    missing: Literal["refuse", "skip"] = Field(
+        "refuse",
+        description="skip: leave out and count images without a file, and annotations that name "
+        "no image or no category",
+    )
 
 
 @register("importer", "coco", options=CocoOptions)

@@ -31,13 +31,21 @@ ROWS = {
 
 
 class CohortOptions(Options):
-    task: str = ""
-    """the definition: mortality, decompensation, length_of_stay, phenotyping, readmission, or one
-    of your own (a file in pipeline/prepare/cohorts)"""
-    history: bool = True
-    """false: events from before the entity's start are no inputs, as in Harutyunyan et al. 2019"""
-    options: dict[str, str] = Field({})
-    """the definition's own options, given by their names: --set exclude=none, --set hours=24"""
+    task: str = Field(
+        "",
+        description="the definition: mortality, decompensation, length_of_stay, phenotyping, "
+        "readmission, or one of your own (a file in pipeline/prepare/cohorts)",
+    )
+    history: bool = Field(
+        True,
+        description="false: events from before the entity's start are no inputs, as in "
+        "Harutyunyan et al. 2019",
+    )
+    options: dict[str, str] = Field(
+        {},
+        description="the definition's own options, given by their names: --set exclude=none, "
+        "--set hours=24",
+    )
 
 
 @register("importer", "cohort", options=CohortOptions)

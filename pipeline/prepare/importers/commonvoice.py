@@ -43,16 +43,26 @@ NUMBERS = ("up_votes", "down_votes")
 
 
 class CommonVoiceOptions(Options):
-    lists: str = "train,dev,test"
-    """tables to read: train, dev, test, and validated, other, invalidated, which become training
-    rows"""
-    language: str = ""
-    """the language's folder, such as sw; empty: all that are there"""
-    rate: int = Field(0, ge=0)
-    """samples a second to write, as FLAC (16000 for most backbones); 0: clips keep the publisher's
-    MP3"""
-    longest: float = Field(30.0, ge=1)
-    """seconds; a longer clip is broken, for it cannot be cut apart from its sentence"""
+    lists: str = Field(
+        "train,dev,test",
+        description="tables to read: train, dev, test, and validated, other, invalidated, which "
+        "become training rows",
+    )
+    language: str = Field(
+        "", description="the language's folder, such as sw; empty: all that are there"
+    )
+    rate: int = Field(
+        0,
+        ge=0,
+        description="samples a second to write, as FLAC (16000 for most backbones); 0: clips keep "
+        "the publisher's MP3",
+    )
+    longest: float = Field(
+        30.0,
+        ge=1,
+        description="seconds; a longer clip is broken, for it cannot be cut apart from its "
+        "sentence",
+    )
 
 
 @register("importer", "commonvoice", options=CommonVoiceOptions)

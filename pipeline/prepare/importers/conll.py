@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import pyarrow as pa
+from pydantic import Field
 
 from pipeline.config.registry import Options, register
 from pipeline.media.tagging_schemes import check
@@ -40,22 +41,31 @@ WIDEST = 100
 
 
 class ConllOptions(Options):
-    word_column: int = 0
-    """where the word stands in a line, from 0; from the end when negative"""
-    tag_column: int = -1
-    """where the tag stands, likewise"""
-    separator: Literal["whitespace", "tab"] = "whitespace"
-    """what stands between the columns"""
-    scheme: Literal["auto", "bio", "bioes", "iob1", "none"] = "auto"
-    """of the tags; iob1 (the original CoNLL-2003 files) is written as bio; auto finds it out; none:
-    tags of another kind"""
-    repair: bool = False
-    """an I- with no B- before it becomes B-, in the place of a broken sentence (bio)"""
-    comment: str = ""
-    """lines that begin with it are passed over, such as #; empty: there are none"""
-    split: str = ""
-    """the split of all files; empty: from the file's name or folder (eng.testa, wnut17train.conll,
-    dev.txt), else train"""
+    word_column: int = Field(
+        0, description="where the word stands in a line, from 0; from the end when negative"
+    )
+    tag_column: int = Field(-1, description="where the tag stands, likewise")
+    separator: Literal["whitespace", "tab"] = Field(
+        "whitespace", description="what stands between the columns"
+    )
+    scheme: Literal["auto", "bio", "bioes", "iob1", "none"] = Field(
+        "auto",
+        description="of the tags; iob1 (the original CoNLL-2003 files) is written as bio; auto "
+        "finds it out; none: tags of another kind",
+    )
+    repair: bool = Field(
+        False,
+        description="an I- with no B- before it becomes B-, in the place of a broken sentence "
+        "(bio)",
+    )
+    comment: str = Field(
+        "", description="lines that begin with it are passed over, such as #; empty: there are none"
+    )
+    split: str = Field(
+        "",
+        description="the split of all files; empty: from the file's name or folder (eng.testa, "
+        "wnut17train.conll, dev.txt), else train",
+    )
 
 
 class Sentence(NamedTuple):

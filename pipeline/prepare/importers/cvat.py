@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Literal
 
 import numpy as np
+from pydantic import Field
 
 from pipeline.config.registry import MaskOptions, register
 from pipeline.media import instance_masks
@@ -25,8 +26,9 @@ NO_SUBSET = "default"
 
 
 class CvatOptions(MaskOptions):
-    missing: Literal["refuse", "skip"] = "refuse"
-    """skip: leave out and count images that are named but not there"""
+    missing: Literal["refuse", "skip"] = Field(
+        "refuse", description="skip: leave out and count images that are named but not there"
+    )
 
 
 @register("importer", "cvat", options=CvatOptions)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
+from pydantic import Field
 
 from pipeline.config import registry
 from pipeline.config.registry import DelimitedOptions, register
@@ -32,19 +33,29 @@ TEXTS = ("text", "text_pair")
 
 
 class CsvOptions(DelimitedOptions):
-    columns: str = ""
-    """NEW=OLD,... : what columns are to be called, such as text=review,label=stars; by number
-    (text=5) without a header"""
-    keep: bool = True
-    """false: columns that --set columns does not name are dropped"""
-    header: bool = True
-    """false: the first line is a row; columns are then called by names, or by their numbers from 0
-    """
-    required: str = "text"
-    """columns (new names) of which an empty field makes a row broken, those that the file has"""
-    types: str = ""
-    """NAME=string, float or int,... in the place of what the values look like; text and text_pair
-    are always texts"""
+    columns: str = Field(
+        "",
+        description="NEW=OLD,... : what columns are to be called, such as "
+        "text=review,label=stars; by number (text=5) without a header",
+    )
+    keep: bool = Field(
+        True, description="false: columns that --set columns does not name are dropped"
+    )
+    header: bool = Field(
+        True,
+        description="false: the first line is a row; columns are then called by names, or by "
+        "their numbers from 0",
+    )
+    required: str = Field(
+        "text",
+        description="columns (new names) of which an empty field makes a row broken, those that "
+        "the file has",
+    )
+    types: str = Field(
+        "",
+        description="NAME=string, float or int,... in the place of what the values look like; "
+        "text and text_pair are always texts",
+    )
 
 
 @register("importer", "csv", options=CsvOptions)

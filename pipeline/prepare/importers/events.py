@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field
 
 from pipeline.config.registry import Options, register
 from pipeline.core.arrow_compute import pc
@@ -57,35 +58,56 @@ MOST_HOURS = 100_000
 
 
 class EventsOptions(Options):
-    entity: str = "entity"
-    """the column that says whose event it is (a stay, a machine), in both tables"""
-    time: str = "time"
-    """the column that says when"""
-    variable: str = "variable"
-    """the column that says what was measured or done"""
-    value: str = "value"
-    """the column of numbers, or of texts such as <0.1; empty: every event has the value 1"""
-    unit: Literal["hours", "minutes", "seconds", "days", "timestamp"] = "hours"
-    """of the times; timestamp: see start"""
-    start: str = ""
-    """with unit=timestamp: the column of the entities' table that says when the entity's time
-    begins"""
-    entities: str = ""
-    """table with one row an entity (CSV or Parquet): facts and outcomes; empty: entities are those
-    that have events"""
-    static: str = ""
-    """columns of the entities' table that are known at the start, such as Age,Gender: inputs"""
-    outcomes: str = ""
-    """columns of it that labels are made of, never inputs; empty: all others"""
-    group: str = ""
-    """the column of it by which splits are cut, such as subject_id: rows have it as patient"""
-    split: Literal["train", "validation", "test"] = "train"
-    """the split of all rows"""
-    clean: Literal["none", "clinical"] = "none"
-    """clinical: canonical units and plausible ranges by variable name (clinical/ranges.csv)"""
-    newlines: bool = True
-    """false: no field holds a line end, so that a large CSV file is read by several tasks at a time
-    """
+    entity: str = Field(
+        "entity",
+        description="the column that says whose event it is (a stay, a machine), in both tables",
+    )
+    time: str = Field("time", description="the column that says when")
+    variable: str = Field("variable", description="the column that says what was measured or done")
+    value: str = Field(
+        "value",
+        description="the column of numbers, or of texts such as <0.1; empty: every event has the "
+        "value 1",
+    )
+    unit: Literal["hours", "minutes", "seconds", "days", "timestamp"] = Field(
+        "hours", description="of the times; timestamp: see start"
+    )
+    start: str = Field(
+        "",
+        description="with unit=timestamp: the column of the entities' table that says when the "
+        "entity's time begins",
+    )
+    entities: str = Field(
+        "",
+        description="table with one row an entity (CSV or Parquet): facts and outcomes; empty: "
+        "entities are those that have events",
+    )
+    static: str = Field(
+        "",
+        description="columns of the entities' table that are known at the start, such as "
+        "Age,Gender: inputs",
+    )
+    outcomes: str = Field(
+        "", description="columns of it that labels are made of, never inputs; empty: all others"
+    )
+    group: str = Field(
+        "",
+        description="the column of it by which splits are cut, such as subject_id: rows have it "
+        "as patient",
+    )
+    split: Literal["train", "validation", "test"] = Field(
+        "train", description="the split of all rows"
+    )
+    clean: Literal["none", "clinical"] = Field(
+        "none",
+        description="clinical: canonical units and plausible ranges by variable name "
+        "(clinical/ranges.csv)",
+    )
+    newlines: bool = Field(
+        True,
+        description="false: no field holds a line end, so that a large CSV file is read by "
+        "several tasks at a time",
+    )
 
 
 @register("importer", "events", options=EventsOptions)

@@ -7,6 +7,7 @@ import posixpath
 from typing import Any
 
 import pyarrow as pa
+from pydantic import Field
 
 from pipeline.config.registry import RecordingOptions, register
 from pipeline.core.arrow_lists import is_text
@@ -45,14 +46,14 @@ def column_name(name: str, what: str) -> str:
 
 
 class FilesOptions(RecordingOptions):
-    column: str = ""
-    """the column that names the files; empty: the one whose values end like them"""
-    root: str = ""
-    """folder that relative names begin in; empty: the folder of the table"""
-    label: str = ""
-    """the column whose values the summary counts"""
-    split_column: str = ""
-    """the column that tells each row's split"""
+    column: str = Field(
+        "", description="the column that names the files; empty: the one whose values end like them"
+    )
+    root: str = Field(
+        "", description="folder that relative names begin in; empty: the folder of the table"
+    )
+    label: str = Field("", description="the column whose values the summary counts")
+    split_column: str = Field("", description="the column that tells each row's split")
 
 
 @register("importer", "files", options=FilesOptions)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from pydantic import Field
 
 from pipeline.config import extras
 from pipeline.config.registry import Options, nearest, register
@@ -49,18 +50,19 @@ MEASURED = {"": {}, "Image": images.MEASURED, "Audio": audio.MEASURED}
 
 
 class HfOptions(Options):
-    config: str = ""
-    """the configuration (subset), where there are several"""
-    splits: str = ""
-    """the splits to write, with commas; empty: all"""
-    revision: str = ""
-    """branch, tag or commit on the hub; empty: main"""
-    streaming: bool = False
-    """read rows as they come, without a copy in the cache; they keep their order"""
-    column: str = ""
-    """the column of images or recordings; empty: the only one there is"""
-    label: str = ""
-    """the column whose values the summary counts; empty: the only ClassLabel"""
+    config: str = Field("", description="the configuration (subset), where there are several")
+    splits: str = Field("", description="the splits to write, with commas; empty: all")
+    revision: str = Field("", description="branch, tag or commit on the hub; empty: main")
+    streaming: bool = Field(
+        False,
+        description="read rows as they come, without a copy in the cache; they keep their order",
+    )
+    column: str = Field(
+        "", description="the column of images or recordings; empty: the only one there is"
+    )
+    label: str = Field(
+        "", description="the column whose values the summary counts; empty: the only ClassLabel"
+    )
 
 
 @register("importer", "hf", options=HfOptions)

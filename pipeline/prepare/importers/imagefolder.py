@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Literal
 
 import pyarrow as pa
+from pydantic import Field
 
 from pipeline.config.registry import Options, register
 from pipeline.prepare.engine.images import ImageImporter
@@ -22,9 +23,11 @@ from pipeline.prepare.readers import archives
 
 
 class ImageFolderOptions(Options):
-    layout: Literal["auto", "split/class", "class"] = "auto"
-    """auto: split/class when every top folder is called train, val, test or the like (Train,
-    val2017), else class"""
+    layout: Literal["auto", "split/class", "class"] = Field(
+        "auto",
+        description="auto: split/class when every top folder is called train, val, test or the "
+        "like (Train, val2017), else class",
+    )
 
 
 @register("importer", "imagefolder", options=ImageFolderOptions)

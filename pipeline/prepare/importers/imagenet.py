@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from pydantic import Field
 
 from pipeline.config.registry import Options, register
 from pipeline.io import storage
@@ -41,11 +42,16 @@ WNID = re.compile(r"n\d{8}")
 
 
 class ImageNetOptions(Options):
-    train: str = ""
-    """folder or tar below SOURCE; empty: train, ILSVRC2012_img_train.tar, Data/CLS-LOC/train; none:
-    leave it out"""
-    val: str = ""
-    """the same for validation: val, ILSVRC2012_img_val.tar, Data/CLS-LOC/val; none: leave it out"""
+    train: str = Field(
+        "",
+        description="folder or tar below SOURCE; empty: train, ILSVRC2012_img_train.tar, "
+        "Data/CLS-LOC/train; none: leave it out",
+    )
+    val: str = Field(
+        "",
+        description="the same for validation: val, ILSVRC2012_img_val.tar, Data/CLS-LOC/val; "
+        "none: leave it out",
+    )
 
 
 @register("importer", "imagenet", options=ImageNetOptions)

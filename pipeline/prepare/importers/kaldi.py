@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import pyarrow as pa
+from pydantic import Field
 
 from pipeline.config.registry import RecordingOptions, nearest, register
 from pipeline.prepare.engine.audio import (
@@ -49,15 +50,21 @@ TO_THE_END = -1.0
 
 
 class KaldiOptions(RecordingOptions):
-    sets: str = ""
-    """folders to read, below SOURCE, such as data/train,data/test; empty: all that hold a wav.scp
-    """
-    split: str = ""
-    """the split of all; empty: from the folder's name (train_clean, tr_no_dev, dev, test_other,
-    eval1); a folder that is read alone and tells none is train"""
-    root: str = "."
-    """folder that the paths in wav.scp are relative to (the one that Kaldi was run in), below
-    SOURCE or absolute"""
+    sets: str = Field(
+        "",
+        description="folders to read, below SOURCE, such as data/train,data/test; empty: all that "
+        "hold a wav.scp",
+    )
+    split: str = Field(
+        "",
+        description="the split of all; empty: from the folder's name (train_clean, tr_no_dev, dev, "
+        "test_other, eval1); a folder that is read alone and tells none is train",
+    )
+    root: str = Field(
+        ".",
+        description="folder that the paths in wav.scp are relative to (the one that Kaldi was run "
+        "in), below SOURCE or absolute",
+    )
 
 
 @register("importer", "kaldi", options=KaldiOptions)

@@ -13,6 +13,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
 from pycocotools import mask as coco_mask
+from pydantic import Field
 
 from pipeline.config.registry import MaskOptions, register
 from pipeline.media import instance_masks
@@ -33,15 +34,22 @@ SHAPES = ("rectanglelabels", "polygonlabels", "ellipselabels")
 
 
 class LabelStudioOptions(MaskOptions):
-    annotations: str = ""
-    """the JSON file below SOURCE; empty: the only .json that is there"""
-    missing: Literal["refuse", "skip"] = "refuse"
-    """skip: leave out and count images that are named but not there"""
-    image: str = ""
-    """the field of a task's data that names its image; empty: the only one that names an image"""
-    to_name: str = ""
-    """the object of the labelling interface (toName) whose results are read, where there are
-    results on several; those on others are left out and counted"""
+    annotations: str = Field(
+        "", description="the JSON file below SOURCE; empty: the only .json that is there"
+    )
+    missing: Literal["refuse", "skip"] = Field(
+        "refuse", description="skip: leave out and count images that are named but not there"
+    )
+    image: str = Field(
+        "",
+        description="the field of a task's data that names its image; empty: the only one that "
+        "names an image",
+    )
+    to_name: str = Field(
+        "",
+        description="the object of the labelling interface (toName) whose results are read, where "
+        "there are results on several; those on others are left out and counted",
+    )
 
 
 @register("importer", "labelstudio", options=LabelStudioOptions)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from pydantic import Field
 
 from pipeline.config import registry
 from pipeline.config.registry import Options, register
@@ -39,18 +40,21 @@ NUMBERS = ("float", "double", "int", "uint", "bool", "half")
 
 
 class LerobotOptions(Options):
-    observations: str = ""
-    """features that make an observation, in order: observation.state; empty: all observation.* that
-    are numbers"""
-    actions: str = "action"
-    """the feature that is the action; empty: none"""
-    images: str = ""
-    """camera whose frames are kept: observation.images.front; videos (extra robotics) as JPEG,
-    images as they are; empty: none"""
-    embodiment: str = ""
-    """the robot's name; empty: robot_type of meta/info.json"""
-    split: Literal["", "train", "validation", "test"] = ""
-    """the split of all episodes; empty: as meta/info.json has them"""
+    observations: str = Field(
+        "",
+        description="features that make an observation, in order: observation.state; empty: all "
+        "observation.* that are numbers",
+    )
+    actions: str = Field("action", description="the feature that is the action; empty: none")
+    images: str = Field(
+        "",
+        description="camera whose frames are kept: observation.images.front; videos (extra "
+        "robotics) as JPEG, images as they are; empty: none",
+    )
+    embodiment: str = Field("", description="the robot's name; empty: robot_type of meta/info.json")
+    split: Literal["", "train", "validation", "test"] = Field(
+        "", description="the split of all episodes; empty: as meta/info.json has them"
+    )
 
 
 @register("importer", "lerobot", options=LerobotOptions)

@@ -35,13 +35,21 @@ COLUMNS = {
 
 
 class LibriSpeechOptions(Options):
-    subsets: str = ""
-    """those to read, such as train-clean-100,dev-clean; empty: all that are there"""
-    rate: int = Field(0, ge=0)
-    """samples a second to write, as FLAC; 0: recordings keep the publisher's bytes"""
-    longest: float = Field(40.0, ge=1)
-    """seconds; a longer recording is broken, for it cannot be cut apart from its transcript (the
-    longest has 35)"""
+    subsets: str = Field(
+        "",
+        description="those to read, such as train-clean-100,dev-clean; empty: all that are there",
+    )
+    rate: int = Field(
+        0,
+        ge=0,
+        description="samples a second to write, as FLAC; 0: recordings keep the publisher's bytes",
+    )
+    longest: float = Field(
+        40.0,
+        ge=1,
+        description="seconds; a longer recording is broken, for it cannot be cut apart from its "
+        "transcript (the longest has 35)",
+    )
 
 
 @register("importer", "librispeech", options=LibriSpeechOptions)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
+from pydantic import Field
 
 from pipeline.config.registry import RecordingOptions, register
 from pipeline.io import file_identity, storage
@@ -49,15 +50,21 @@ MOST_FIELDS = 200
 
 
 class ManifestOptions(RecordingOptions):
-    manifests: str = ""
-    """files to read, below SOURCE, such as train_manifest.json,dev_manifest.json; empty: those with
-    manifest in their name, else every .json and .jsonl"""
-    split: str = ""
-    """the split of all; empty: from the manifest's name or folder (train_manifest.json, dev.jsonl),
-    else train"""
-    root: str = ""
-    """folder that audio_filepath is relative to, below SOURCE or absolute; empty: the manifest's
-    own"""
+    manifests: str = Field(
+        "",
+        description="files to read, below SOURCE, such as train_manifest.json,dev_manifest.json; "
+        "empty: those with manifest in their name, else every .json and .jsonl",
+    )
+    split: str = Field(
+        "",
+        description="the split of all; empty: from the manifest's name or folder "
+        "(train_manifest.json, dev.jsonl), else train",
+    )
+    root: str = Field(
+        "",
+        description="folder that audio_filepath is relative to, below SOURCE or absolute; empty: "
+        "the manifest's own",
+    )
 
 
 @register("importer", "manifest", options=ManifestOptions)

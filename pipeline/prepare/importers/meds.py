@@ -55,17 +55,27 @@ AGE, CODES = "Age", "codes"
 
 
 class MedsOptions(Options):
-    labels: str = ""
-    """label table (Parquet or CSV, a file or a folder): one row a label; empty: one row a subject,
-    without labels, that ends with its last event"""
-    label: Literal["", "boolean_value", "integer_value", "float_value", "categorical_value"] = ""
-    """the column of labels; empty: the only one that has values"""
-    history: float = Field(24.0 * 366, gt=0, le=24 * 366)
-    """hours before the prediction time from which events enter; modality events reads a year at
-    most"""
-    characters: int = Field(32, ge=0)
-    """a text value of up to so many characters is a category; longer ones, such as notes, are left
-    out"""
+    labels: str = Field(
+        "",
+        description="label table (Parquet or CSV, a file or a folder): one row a label; empty: one "
+        "row a subject, without labels, that ends with its last event",
+    )
+    label: Literal["", "boolean_value", "integer_value", "float_value", "categorical_value"] = (
+        Field("", description="the column of labels; empty: the only one that has values")
+    )
+    history: float = Field(
+        24.0 * 366,
+        gt=0,
+        le=24 * 366,
+        description="hours before the prediction time from which events enter; modality events "
+        "reads a year at most",
+    )
+    characters: int = Field(
+        32,
+        ge=0,
+        description="a text value of up to so many characters is a category; longer ones, such as "
+        "notes, are left out",
+    )
 
 
 class Subjects(NamedTuple):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from pydantic import Field
 
 from pipeline.config.registry import Options, register
 from pipeline.core.arrow_compute import pc
@@ -80,10 +81,8 @@ NO_TIME = "no time"
 
 
 class Mimic3Options(Options):
-    drugs: bool = True
-    """false: no events of PRESCRIPTIONS"""
-    inputs: bool = True
-    """false: no events of INPUTEVENTS"""
+    drugs: bool = Field(True, description="false: no events of PRESCRIPTIONS")
+    inputs: bool = Field(True, description="false: no events of INPUTEVENTS")
 
 
 @register("importer", "mimic3", options=Mimic3Options)

@@ -60,22 +60,34 @@ CHARACTERS = 32
 
 
 class OmopOptions(Options):
-    rows: Literal["visits", "persons"] = "visits"
-    """visits: one row a visit, with outcomes that cohorts make labels of; persons: one row a
-    person, without labels, that ends with the last event"""
-    labels: str = ""
-    """label table with the columns of MEDS (subject_id is person_id, prediction_time, boolean_value
-    or another value): one row a label instead"""
-    visits: str = "9201,262,8717,32037"
-    """visit_concept_id of the visits that are rows: inpatient, emergency and inpatient, inpatient
-    hospital, intensive care; empty: all"""
-    tables: str = (
-        "condition_occurrence,drug_exposure,measurement,observation,procedure_occurrence,"
-        "visit_occurrence"
+    rows: Literal["visits", "persons"] = Field(
+        "visits",
+        description="visits: one row a visit, with outcomes that cohorts make labels of; persons: "
+        "one row a person, without labels, that ends with the last event",
     )
-    """tables whose events are read; conditions often carry a day before they were known"""
-    history: float = Field(24.0 * 366, gt=0, le=24 * 366)
-    """hours before hour 0 from which events enter; modality events reads a year at most"""
+    labels: str = Field(
+        "",
+        description="label table with the columns of MEDS (subject_id is person_id, "
+        "prediction_time, boolean_value or another value): one row a label instead",
+    )
+    visits: str = Field(
+        "9201,262,8717,32037",
+        description="visit_concept_id of the visits that are rows: inpatient, emergency and "
+        "inpatient, inpatient hospital, intensive care; empty: all",
+    )
+    tables: str = Field(
+        "condition_occurrence,drug_exposure,measurement,observation,procedure_occurrence,"
+        "visit_occurrence",
+        description="tables whose events are read; conditions often carry a day before they were "
+        "known",
+    )
+    history: float = Field(
+        24.0 * 366,
+        gt=0,
+        le=24 * 366,
+        description="hours before hour 0 from which events enter; modality events reads a year at "
+        "most",
+    )
 
 
 class Persons(NamedTuple):

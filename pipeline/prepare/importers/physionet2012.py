@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from pydantic import Field
 
 from pipeline.config.registry import Options, register
 from pipeline.core.arrow_compute import pc
@@ -54,8 +55,10 @@ LINE = "not TIME,PARAMETER,VALUE"
 
 
 class Physionet2012Options(Options):
-    split: str = "a:train,b:test,c:test"
-    """which set is which split; a set that is not named is left out"""
+    split: str = Field(
+        "a:train,b:test,c:test",
+        description="which set is which split; a set that is not named is left out",
+    )
 
 
 @register("importer", "physionet2012", options=Physionet2012Options)

@@ -44,32 +44,50 @@ MORE = [
 
 
 class RolloutsOptions(Options):
-    expert: str = ""
-    """who acts: lqr (pendulums), reach, push, wall, random; ppo: trained here first; or the
-    .safetensors of one that was"""
-    expert_steps: int = Field(1_000_000, ge=1)
-    """with expert=ppo: steps of the environment that it is trained for, on one core"""
-    episodes: int = Field(100, ge=0)
-    """episodes to train on"""
-    validation_episodes: int = Field(0, ge=0)
-    """episodes for validation"""
-    test_episodes: int = Field(0, ge=0)
-    """episodes for testing: their worlds are those in which a policy is tried"""
-    max_steps: int = Field(0, ge=0)
-    """steps after which an episode is cut; 0: as the environment has it"""
-    seed: int = Field(0, ge=0)
-    """of all episodes: each follows from it, its split and its number alone"""
-    dynamics: str = ""
-    """multipliers mass, friction, damping, gear, and latency (steps), noise: mass=2.5,gear=0.45, or
-    drawn mass=0.5..2"""
-    skills: str = ""
-    """of environments with several: episodes are shared out evenly, reach,push"""
-    explore: float = Field(0.0, ge=0, le=1)
-    """train episodes only: noise of what is executed, a share of half an action's range (DART)"""
-    keep: Literal["all", "success"] = "all"
-    """success: only episodes in which the expert succeeded"""
-    embodiment: str = ""
-    """the robot's name; empty: the environment's, without its version"""
+    expert: str = Field(
+        "",
+        description="who acts: lqr (pendulums), reach, push, wall, random; ppo: trained here "
+        "first; or the .safetensors of one that was",
+    )
+    expert_steps: int = Field(
+        1_000_000,
+        ge=1,
+        description="with expert=ppo: steps of the environment that it is trained for, on one core",
+    )
+    episodes: int = Field(100, ge=0, description="episodes to train on")
+    validation_episodes: int = Field(0, ge=0, description="episodes for validation")
+    test_episodes: int = Field(
+        0,
+        ge=0,
+        description="episodes for testing: their worlds are those in which a policy is tried",
+    )
+    max_steps: int = Field(
+        0, ge=0, description="steps after which an episode is cut; 0: as the environment has it"
+    )
+    seed: int = Field(
+        0, ge=0, description="of all episodes: each follows from it, its split and its number alone"
+    )
+    dynamics: str = Field(
+        "",
+        description="multipliers mass, friction, damping, gear, and latency (steps), noise: "
+        "mass=2.5,gear=0.45, or drawn mass=0.5..2",
+    )
+    skills: str = Field(
+        "", description="of environments with several: episodes are shared out evenly, reach,push"
+    )
+    explore: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="train episodes only: noise of what is executed, a share of half an action's "
+        "range (DART)",
+    )
+    keep: Literal["all", "success"] = Field(
+        "all", description="success: only episodes in which the expert succeeded"
+    )
+    embodiment: str = Field(
+        "", description="the robot's name; empty: the environment's, without its version"
+    )
 
 
 class Job(NamedTuple):

@@ -47,37 +47,63 @@ NO_SUBJECT = "recordings without a subject, whose windows no group of subjects k
 
 
 class SeriesOptions(SplitOptions):
-    channels: str = ""
-    """columns of the sensors: x,y,z or S1..S24 or acc_*; NaN and null are missing, and so is a text
-    that is no number (counted)"""
-    recording: str = ""
-    """the column that says which recording a step is of; empty: a file is one recording"""
-    order: str = ""
-    """the column of steps or times, which must ascend within a recording"""
-    window: int = Field(128, ge=0)
-    """steps of a window; 0: one row for each recording, or for each part of it, where gaps or
-    splits cut it"""
-    stride: int = Field(0, ge=0)
-    """steps from the beginning of a window to that of the next one; 0: those of a window, so that
-    none overlap"""
-    gap: float = Field(1.5, ge=0)
-    """a step of order longer than this many median steps is a gap, and no window crosses it; 0: no
-    gaps"""
-    label: str = ""
-    """the column of classes: texts or codes"""
-    value: str = ""
-    """the column of numbers to estimate"""
-    take: Literal["last", "most", "same"] = "last"
-    """label and value of a window. last: those of its last step; most: the most common label; same:
-    those that all its steps share (other windows are left out)"""
-    label_folders: bool = False
-    """the label is the name of the nearest folder that is no split's: walk/07.csv"""
-    subject: str = ""
-    """the column of the patient or robot that a recording is of, kept for splits"""
-    test_share: float = Field(0.0, ge=0, lt=1)
-    """share of each recording's steps, from its end, that are test rows"""
-    validation_share: float = Field(0.0, ge=0, lt=1)
-    """share of each recording's steps, before the test rows, for validation"""
+    channels: str = Field(
+        "",
+        description="columns of the sensors: x,y,z or S1..S24 or acc_*; NaN and null are missing, "
+        "and so is a text that is no number (counted)",
+    )
+    recording: str = Field(
+        "",
+        description="the column that says which recording a step is of; empty: a file is one "
+        "recording",
+    )
+    order: str = Field(
+        "", description="the column of steps or times, which must ascend within a recording"
+    )
+    window: int = Field(
+        128,
+        ge=0,
+        description="steps of a window; 0: one row for each recording, or for each part of it, "
+        "where gaps or splits cut it",
+    )
+    stride: int = Field(
+        0,
+        ge=0,
+        description="steps from the beginning of a window to that of the next one; 0: those of a "
+        "window, so that none overlap",
+    )
+    gap: float = Field(
+        1.5,
+        ge=0,
+        description="a step of order longer than this many median steps is a gap, and no window "
+        "crosses it; 0: no gaps",
+    )
+    label: str = Field("", description="the column of classes: texts or codes")
+    value: str = Field("", description="the column of numbers to estimate")
+    take: Literal["last", "most", "same"] = Field(
+        "last",
+        description="label and value of a window. last: those of its last step; most: the most "
+        "common label; same: those that all its steps share (other windows are left out)",
+    )
+    label_folders: bool = Field(
+        False,
+        description="the label is the name of the nearest folder that is no split's: walk/07.csv",
+    )
+    subject: str = Field(
+        "", description="the column of the patient or robot that a recording is of, kept for splits"
+    )
+    test_share: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of each recording's steps, from its end, that are test rows",
+    )
+    validation_share: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of each recording's steps, before the test rows, for validation",
+    )
 
 
 class Segment(NamedTuple):

@@ -43,20 +43,31 @@ WINDOW_SECONDS = 1.0
 
 
 class SpeechCommandsOptions(Options):
-    words: str = ""
-    """the words to tell apart, such as yes,no,up,down; others become unknown=; empty: every folder
-    is a label"""
-    unknown: str = "_unknown_"
-    """label of the other words, where words= names some; none: leave them out"""
-    silence: str = ""
-    """label of one-second windows of _background_noise_, such as _silence_; empty: it is left out
-    """
-    split: Literal["official", "hash", "train", "validation", "test"] = "official"
-    """official: by validation_list.txt and testing_list.txt; hash: by the publisher's hash of the
-    speaker, which those lists follow; or all rows in one split, such as the publisher's separate
-    test set"""
-    rate: int = Field(0, ge=0)
-    """samples a second to write, as FLAC; 0: clips keep the publisher's bytes"""
+    words: str = Field(
+        "",
+        description="the words to tell apart, such as yes,no,up,down; others become unknown=; "
+        "empty: every folder is a label",
+    )
+    unknown: str = Field(
+        "_unknown_",
+        description="label of the other words, where words= names some; none: leave them out",
+    )
+    silence: str = Field(
+        "",
+        description="label of one-second windows of _background_noise_, such as _silence_; empty: "
+        "it is left out",
+    )
+    split: Literal["official", "hash", "train", "validation", "test"] = Field(
+        "official",
+        description="official: by validation_list.txt and testing_list.txt; hash: by the "
+        "publisher's hash of the speaker, which those lists follow; or all rows in one split, "
+        "such as the publisher's separate test set",
+    )
+    rate: int = Field(
+        0,
+        ge=0,
+        description="samples a second to write, as FLAC; 0: clips keep the publisher's bytes",
+    )
 
 
 @register("importer", "speech_commands", options=SpeechCommandsOptions)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, TypedDict, cast
 
 import pyarrow as pa
+from pydantic import Field
 
 from pipeline.config.registry import Options, register
 from pipeline.io.json_values import JsonObject
@@ -34,12 +35,16 @@ class Question(TypedDict):
 
 
 class SquadOptions(Options):
-    repair: bool = False
-    """an answer that stands within 20 characters of its offset is moved there, in the place of a
-    broken row"""
-    split: str = ""
-    """the split of all files; empty: from the file's name or folder (train-v2.0.json,
-    dev-v1.1.json), else train"""
+    repair: bool = Field(
+        False,
+        description="an answer that stands within 20 characters of its offset is moved there, in "
+        "the place of a broken row",
+    )
+    split: str = Field(
+        "",
+        description="the split of all files; empty: from the file's name or folder "
+        "(train-v2.0.json, dev-v1.1.json), else train",
+    )
 
 
 NEAR = 20

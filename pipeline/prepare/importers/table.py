@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Any
 
 import pyarrow as pa
+from pydantic import Field
 
 from pipeline.config.registry import DelimitedOptions, register
 from pipeline.core.arrow_compute import pc
@@ -48,23 +49,29 @@ FEATURES = "features"
 
 
 class TableOptions(DelimitedOptions):
-    label: str = ""
-    """the column (or columns: a,b) to predict; a row without it is broken"""
-    id: str = ""
-    """the column that names the row; kept beside the features"""
-    group: str = ""
-    """the column that says which rows belong together (a patient), for splits; kept beside the
-    features"""
-    columns: str = ""
-    """the features, such as age,sex,bmi; empty: all other columns"""
-    drop: str = ""
-    """columns that are no features"""
-    categorical: str = ""
-    """columns whose numbers are codes: kept as texts"""
-    numeric: str = ""
-    """columns of numbers though some values are none (<0.1, ERROR): those are counted and null"""
-    missing: str = ",NA,N/A,NaN,nan,?,null,NULL,None"
-    """texts that mean a missing value; the first one here is the empty text"""
+    label: str = Field(
+        "", description="the column (or columns: a,b) to predict; a row without it is broken"
+    )
+    id: str = Field("", description="the column that names the row; kept beside the features")
+    group: str = Field(
+        "",
+        description="the column that says which rows belong together (a patient), for splits; "
+        "kept beside the features",
+    )
+    columns: str = Field(
+        "", description="the features, such as age,sex,bmi; empty: all other columns"
+    )
+    drop: str = Field("", description="columns that are no features")
+    categorical: str = Field("", description="columns whose numbers are codes: kept as texts")
+    numeric: str = Field(
+        "",
+        description="columns of numbers though some values are none (<0.1, ERROR): those are "
+        "counted and null",
+    )
+    missing: str = Field(
+        ",NA,N/A,NaN,nan,?,null,NULL,None",
+        description="texts that mean a missing value; the first one here is the empty text",
+    )
 
 
 @register("importer", "table", options=TableOptions)

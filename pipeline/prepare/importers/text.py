@@ -60,26 +60,38 @@ RESERVED = ("text", "id", "split")
 
 
 class TextOptions(Options):
-    documents: Literal["line", "blank", "file"] = "line"
-    """of plain text: a line, what stands between blank lines, or a file is one"""
-    text: str = "text"
-    """the column or field of the text in Parquet and JSON Lines"""
-    keep: str = ""
-    """further columns or fields to keep, such as url,date; values that are no number or text are
-    kept as JSON"""
-    dedup: Literal["none", "exact", "near"] = "none"
-    """drop (exact) what is equal but for case and spaces, (near) what is alike too"""
-    threshold: float = Field(0.8, gt=0, le=1)
-    """near: the Jaccard similarity from which two documents are alike"""
-    min_chars: int = Field(1, ge=0)
-    """shorter documents are dropped"""
-    max_chars: int = Field(0, ge=0)
-    """longer ones too; 0: no limit"""
-    min_words: int = Field(0, ge=0)
-    """documents of fewer words (by spaces) are dropped"""
-    min_letters: float = Field(0.0, ge=0, le=1)
-    """documents with a smaller share of letters among their characters (blanks aside) are dropped
-    """
+    documents: Literal["line", "blank", "file"] = Field(
+        "line",
+        description="of plain text: a line, what stands between blank lines, or a file is one",
+    )
+    text: str = Field(
+        "text", description="the column or field of the text in Parquet and JSON Lines"
+    )
+    keep: str = Field(
+        "",
+        description="further columns or fields to keep, such as url,date; values that are no "
+        "number or text are kept as JSON",
+    )
+    dedup: Literal["none", "exact", "near"] = Field(
+        "none",
+        description="drop (exact) what is equal but for case and spaces, (near) what is alike too",
+    )
+    threshold: float = Field(
+        0.8,
+        gt=0,
+        le=1,
+        description="near: the Jaccard similarity from which two documents are alike",
+    )
+    min_chars: int = Field(1, ge=0, description="shorter documents are dropped")
+    max_chars: int = Field(0, ge=0, description="longer ones too; 0: no limit")
+    min_words: int = Field(0, ge=0, description="documents of fewer words (by spaces) are dropped")
+    min_letters: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="documents with a smaller share of letters among their characters (blanks "
+        "aside) are dropped",
+    )
     script: Literal[
         "",
         "latin",
@@ -97,13 +109,18 @@ class TextOptions(Options):
         "han",
         "hiragana",
         "katakana",
-    ] = ""
-    """documents with too few letters of this script are dropped; empty: any script"""
-    min_script: float = Field(0.5, ge=0, le=1)
-    """the share of the letters that must be of the script"""
-    split: str = ""
-    """the split of all files; empty: from the file's name or folder (wiki.train.txt, dev/a.txt),
-    else train"""
+    ] = Field(
+        "",
+        description="documents with too few letters of this script are dropped; empty: any script",
+    )
+    min_script: float = Field(
+        0.5, ge=0, le=1, description="the share of the letters that must be of the script"
+    )
+    split: str = Field(
+        "",
+        description="the split of all files; empty: from the file's name or folder "
+        "(wiki.train.txt, dev/a.txt), else train",
+    )
 
 
 class Document(NamedTuple):

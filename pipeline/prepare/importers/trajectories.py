@@ -31,47 +31,66 @@ SINGLE = ("episode", "order", "reward", "done", "task", "embodiment", "split_col
 
 
 class TrajectoriesOptions(SplitOptions):
-    observations: str = ""
-    """columns of an observation, in order: x,y,z or S1..S24 or joint_*; of Parquet also one column
-    of lists"""
-    actions: str = ""
-    """one column of texts or whole numbers: classes; or columns of numbers, as observations are
-    named; empty: none"""
-    discrete: Literal["auto", "true", "false"] = "auto"
-    """whether one column of whole numbers is classes; auto: yes, unless it has bounds"""
-    action_names: str = ""
-    """names of integer codes, from 0: left,straight,right"""
-    action_low: str = ""
-    """the least that actions may be: one number, or one for each column: -1,-0.5"""
-    action_high: str = ""
-    """the most that they may be"""
-    episode: str = ""
-    """the column that says which episode a step is of; empty: a file is one log"""
-    order: str = ""
-    """the column of steps or times, which must ascend within an episode"""
-    reward: str = ""
-    """the column of rewards"""
-    done: str = ""
-    """the column that is true where an episode ends by itself; without an episode column it cuts
-    the log there"""
-    open: Literal["refuse", "allow"] = "refuse"
-    """an episode whose last row is not done: left out, or taken as cut off there (truncated)"""
-    task: str = ""
-    """the column of the task's name, one an episode"""
-    task_name: str = ""
-    """the task's name for all episodes, where no column says it"""
-    embodiment: str = ""
-    """the column of the robot's name, one an episode"""
-    embodiment_name: str = ""
-    """the robot's name for all episodes, where no column says it"""
-    episode_steps: int = Field(0, ge=0)
-    """cut logs into episodes of so many steps, so that shares of a log can be taken; 0: no"""
-    test_share: float = Field(0.0, ge=0, lt=1)
-    """the last share of the steps of every log is its test: 0.25"""
-    validation_share: float = Field(0.0, ge=0, lt=1)
-    """the share before that is for validation"""
-    split_column: str = ""
-    """the column that says each step's split; a log is cut where it changes"""
+    observations: str = Field(
+        "",
+        description="columns of an observation, in order: x,y,z or S1..S24 or joint_*; of Parquet "
+        "also one column of lists",
+    )
+    actions: str = Field(
+        "",
+        description="one column of texts or whole numbers: classes; or columns of numbers, as "
+        "observations are named; empty: none",
+    )
+    discrete: Literal["auto", "true", "false"] = Field(
+        "auto",
+        description="whether one column of whole numbers is classes; auto: yes, unless it has "
+        "bounds",
+    )
+    action_names: str = Field("", description="names of integer codes, from 0: left,straight,right")
+    action_low: str = Field(
+        "", description="the least that actions may be: one number, or one for each column: -1,-0.5"
+    )
+    action_high: str = Field("", description="the most that they may be")
+    episode: str = Field(
+        "", description="the column that says which episode a step is of; empty: a file is one log"
+    )
+    order: str = Field(
+        "", description="the column of steps or times, which must ascend within an episode"
+    )
+    reward: str = Field("", description="the column of rewards")
+    done: str = Field(
+        "",
+        description="the column that is true where an episode ends by itself; without an episode "
+        "column it cuts the log there",
+    )
+    open: Literal["refuse", "allow"] = Field(
+        "refuse",
+        description="an episode whose last row is not done: left out, or taken as cut off there "
+        "(truncated)",
+    )
+    task: str = Field("", description="the column of the task's name, one an episode")
+    task_name: str = Field(
+        "", description="the task's name for all episodes, where no column says it"
+    )
+    embodiment: str = Field("", description="the column of the robot's name, one an episode")
+    embodiment_name: str = Field(
+        "", description="the robot's name for all episodes, where no column says it"
+    )
+    episode_steps: int = Field(
+        0,
+        ge=0,
+        description="cut logs into episodes of so many steps, so that shares of a log can be "
+        "taken; 0: no",
+    )
+    test_share: float = Field(
+        0.0, ge=0, lt=1, description="the last share of the steps of every log is its test: 0.25"
+    )
+    validation_share: float = Field(
+        0.0, ge=0, lt=1, description="the share before that is for validation"
+    )
+    split_column: str = Field(
+        "", description="the column that says each step's split; a log is cut where it changes"
+    )
 
 
 @register("importer", "trajectories", options=TrajectoriesOptions)

@@ -56,11 +56,16 @@ class VocObject(NamedTuple):
 
 
 class VocOptions(MaskOptions):
-    origin: int = Field(1, ge=0, le=1)
-    """1: the first pixel is 1 and the last one belongs to the box, as in Pascal VOC itself; 0:
-    numbers are edges, from 0 on"""
-    missing: Literal["refuse", "skip"] = "refuse"
-    """skip: leave out and count annotations without an image"""
+    origin: int = Field(
+        1,
+        ge=0,
+        le=1,
+        description="1: the first pixel is 1 and the last one belongs to the box, as in Pascal VOC "
+        "itself; 0: numbers are edges, from 0 on",
+    )
+    missing: Literal["refuse", "skip"] = Field(
+        "refuse", description="skip: leave out and count annotations without an image"
+    )
 
 
 @register("importer", "voc", options=VocOptions)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 import pyarrow as pa
+from pydantic import Field
 
 from pipeline.config.registry import Options, register
 from pipeline.data.to_parquet import IMAGE_SUFFIXES
@@ -31,13 +32,15 @@ class Sample:
 
 
 class WebDatasetOptions(Options):
-    label: str = "cls"
-    """where a sample's label is: cls, txt or json.FIELD; empty: no label"""
-    label_name: str = ""
-    """where its name is, likewise; empty: none"""
-    split: str = ""
-    """the split of all shards; empty: from the shard's name or folder (train-000.tar,
-    set-validation-00.tar), else train"""
+    label: str = Field(
+        "cls", description="where a sample's label is: cls, txt or json.FIELD; empty: no label"
+    )
+    label_name: str = Field("", description="where its name is, likewise; empty: none")
+    split: str = Field(
+        "",
+        description="the split of all shards; empty: from the shard's name or folder "
+        "(train-000.tar, set-validation-00.tar), else train",
+    )
 
 
 @register("importer", "webdataset", options=WebDatasetOptions)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import yaml
+from pydantic import Field
 
 from pipeline.config.registry import MaskOptions, register
 from pipeline.io.threads import threaded_map
@@ -45,9 +46,11 @@ COLUMNS = {**boxes.COLUMNS, "_polygons": pa.list_(pa.list_(pa.float64()))}
 
 
 class YoloOptions(MaskOptions):
-    names: str = ""
-    """the file below SOURCE that names the classes: a .yaml with `names`, or one name a line;
-    empty: the .yaml, classes.txt or obj.names that is there"""
+    names: str = Field(
+        "",
+        description="the file below SOURCE that names the classes: a .yaml with `names`, or one "
+        "name a line; empty: the .yaml, classes.txt or obj.names that is there",
+    )
 
 
 @register("importer", "yolo", options=YoloOptions)

@@ -16,12 +16,13 @@ from pipeline.media.tagging_schemes import texts
 
 
 class BagOfWordsOptions(Options):
-    words: int = Field(2, ge=1, le=5)
-    """longest run of words that is counted"""
-    min_rows: int = Field(1, ge=1)
-    """a run counts where so many training rows have it"""
-    penalties: list[float] = Field([0.1, 1.0, 10.0, 100.0], min_length=1)
-    """values of C, the inverse of the penalty; the best on validation rows is kept"""
+    words: int = Field(2, ge=1, le=5, description="longest run of words that is counted")
+    min_rows: int = Field(1, ge=1, description="a run counts where so many training rows have it")
+    penalties: list[float] = Field(
+        [0.1, 1.0, 10.0, 100.0],
+        min_length=1,
+        description="values of C, the inverse of the penalty; the best on validation rows is kept",
+    )
 
 
 @register("baseline", "bag_of_words", options=BagOfWordsOptions)

@@ -24,13 +24,14 @@ from one to the next."""
 
 
 class BoostedTreesOptions(Options):
-    trees: int = Field(100, ge=1)
-    """trees; each has the learning rate 0.1"""
-    depths: list[int] = Field([2, 6], min_length=1)
-    """largest depths of a tree"""
-    leaf_rows: list[int] = Field([5, 20], min_length=1)
-    """least numbers of training rows of a leaf; of all pairs with depths the best on validation
-    rows is kept"""
+    trees: int = Field(100, ge=1, description="trees; each has the learning rate 0.1")
+    depths: list[int] = Field([2, 6], min_length=1, description="largest depths of a tree")
+    leaf_rows: list[int] = Field(
+        [5, 20],
+        min_length=1,
+        description="least numbers of training rows of a leaf; of all pairs with depths the best "
+        "on validation rows is kept",
+    )
 
 
 @register("baseline", "boosted_trees", options=BoostedTreesOptions)

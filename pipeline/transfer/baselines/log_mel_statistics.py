@@ -19,13 +19,15 @@ WINDOW_SECONDS, HOP_SECONDS = 0.025, 0.010
 
 
 class LogMelCosineOptions(Options):
-    mels: int = Field(64, ge=1)
-    """bands of the mel scale"""
+    mels: int = Field(64, ge=1, description="bands of the mel scale")
 
 
 class LogMelStatisticsOptions(LogMelCosineOptions):
-    penalties: list[float] = Field([0.01, 0.1, 1.0, 10.0], min_length=1)
-    """values of C, the inverse of the penalty; the best on validation rows is kept"""
+    penalties: list[float] = Field(
+        [0.01, 0.1, 1.0, 10.0],
+        min_length=1,
+        description="values of C, the inverse of the penalty; the best on validation rows is kept",
+    )
 
 
 @register("baseline", "log_mel_statistics", options=LogMelStatisticsOptions)

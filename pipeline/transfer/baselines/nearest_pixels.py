@@ -15,11 +15,13 @@ from pipeline.core.contracts import Baseline, BaselineRows, LabelKind, Setting
 
 
 class NearestPixelsOptions(Options):
-    size: int = Field(32, ge=1)
-    """larger images are averaged to so many pixels a side"""
-    neighbours: list[int] = Field([1, 5, 20], min_length=1)
-    """numbers of neighbours, of which the best on validation rows is kept; no more than there are
-    labelled rows"""
+    size: int = Field(32, ge=1, description="larger images are averaged to so many pixels a side")
+    neighbours: list[int] = Field(
+        [1, 5, 20],
+        min_length=1,
+        description="numbers of neighbours, of which the best on validation rows is kept; no more "
+        "than there are labelled rows",
+    )
 
 
 @register("baseline", "nearest_pixels", options=NearestPixelsOptions)

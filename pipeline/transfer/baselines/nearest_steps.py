@@ -19,9 +19,12 @@ READ = ("observations", "space", "task")
 
 
 class NearestStepsOptions(Options):
-    neighbours: list[int] = Field([1, 5, 20], min_length=1)
-    """numbers of neighbours, of which the best on validation rows is kept; no more than there are
-    demonstrated steps"""
+    neighbours: list[int] = Field(
+        [1, 5, 20],
+        min_length=1,
+        description="numbers of neighbours, of which the best on validation rows is kept; no more "
+        "than there are demonstrated steps",
+    )
 
 
 @register("baseline", "nearest_steps", options=NearestStepsOptions)

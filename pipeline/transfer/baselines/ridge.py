@@ -13,9 +13,12 @@ from pipeline.core.contracts import Baseline, BaselineRows, LabelKind, Setting
 
 
 class RidgeOptions(Options):
-    penalties: list[float] = Field([0.1, 1.0, 10.0, 100.0], min_length=1)
-    """factors of the weights' squared length (scikit-learn's alpha); the best on validation rows is
-    kept"""
+    penalties: list[float] = Field(
+        [0.1, 1.0, 10.0, 100.0],
+        min_length=1,
+        description="factors of the weights' squared length (scikit-learn's alpha); the best on "
+        "validation rows is kept",
+    )
 
 
 @register("baseline", "ridge", options=RidgeOptions)

@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from pipeline.config import extras
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts.tracker import Point, RunDescription, RunStatus, Tracker
@@ -32,14 +34,14 @@ KEY = "onetomany.key"
 
 
 class MLflowOptions(Options):
-    uri: str = ""
-    """the tracking server (https://...) or database (sqlite:///runs.db); empty:
-    MLFLOW_TRACKING_URI. A password or token belongs into MLFLOW_TRACKING_USERNAME,
-    MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN"""
-    experiment: str = ""
-    """the experiment; empty: the name of the job"""
-    bundles: bool = False
-    """whether the bundles that are kept are uploaded too"""
+    uri: str = Field(
+        "",
+        description="the tracking server (https://...) or database (sqlite:///runs.db); empty: "
+        "MLFLOW_TRACKING_URI. A password or token belongs into MLFLOW_TRACKING_USERNAME, "
+        "MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN",
+    )
+    experiment: str = Field("", description="the experiment; empty: the name of the job")
+    bundles: bool = Field(False, description="whether the bundles that are kept are uploaded too")
 
 
 @register("tracker", "mlflow", options=MLflowOptions, title="MLflow")

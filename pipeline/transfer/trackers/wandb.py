@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
+
 from pipeline.config import extras
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts.tracker import Point, RunDescription, RunStatus, Tracker
@@ -29,15 +31,14 @@ ENVIRONMENT = {
 
 
 class WandbOptions(Options):
-    project: str = ""
-    """the project; empty: the name of the job"""
-    entity: str = ""
-    """user or team; empty: the one that is logged in"""
-    mode: Literal["online", "offline"] | None = None
-    """offline: runs are kept in a folder (WANDB_DIR, or wandb/ here), which `wandb sync` sends
-    later; none: as WANDB_MODE says. The key belongs into WANDB_API_KEY"""
-    bundles: bool = False
-    """whether the bundles that are kept are uploaded too"""
+    project: str = Field("", description="the project; empty: the name of the job")
+    entity: str = Field("", description="user or team; empty: the one that is logged in")
+    mode: Literal["online", "offline"] | None = Field(
+        None,
+        description="offline: runs are kept in a folder (WANDB_DIR, or wandb/ here), which `wandb "
+        "sync` sends later; none: as WANDB_MODE says. The key belongs into WANDB_API_KEY",
+    )
+    bundles: bool = Field(False, description="whether the bundles that are kept are uploaded too")
 
 
 @register("tracker", "wandb", options=WandbOptions, title="Weights & Biases")

@@ -9,8 +9,7 @@ from pipeline.core.contracts import Technique
 
 
 class AlignmentOptions(Options):
-    weight: float = Field(1.0, gt=0)
-    """weight of the distance between the features"""
+    weight: float = Field(1.0, gt=0, description="weight of the distance between the features")
 
 
 @register("technique", "mean_alignment", options=AlignmentOptions)

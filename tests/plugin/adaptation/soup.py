@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Technique
 
 
 class SoupOptions(Options):
-    of: str = "full"
-    """the technique whose seeds are averaged"""
+    of: str = Field("full", description="the technique whose seeds are averaged")
 
 
 @register("technique", "soup", options=SoupOptions)

@@ -16,8 +16,7 @@ ARCHITECTURES = ["perceptron"]
 
 
 class PerceptronOptions(Options):
-    width: int = Field(16, ge=1)
-    """hidden units"""
+    width: int = Field(16, ge=1, description="hidden units")
 
 
 @register("model", "spectra", options=PerceptronOptions)

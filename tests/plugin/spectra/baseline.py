@@ -13,8 +13,7 @@ from pipeline.core.contracts import Baseline, BaselineRows, LabelKind
 
 
 class BrightestBandOptions(Options):
-    leaf_rows: int = Field(1, ge=1)
-    """least number of training rows of a leaf"""
+    leaf_rows: int = Field(1, ge=1, description="least number of training rows of a leaf")
 
 
 @register("baseline", "brightest_band", options=BrightestBandOptions)

@@ -11,10 +11,8 @@ from pipeline.prepare.cohorts.definition import CohortDefinition
 
 
 class BusyOptions(Options):
-    hours: float = Field(24.0, gt=0)
-    """events of so many first hours are inputs"""
-    least: int = Field(20, ge=1)
-    """events from which on a stay is busy"""
+    hours: float = Field(24.0, gt=0, description="events of so many first hours are inputs")
+    least: int = Field(20, ge=1, description="events from which on a stay is busy")
 
 
 @register("cohort", "busy", options=BusyOptions)

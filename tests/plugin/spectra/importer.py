@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
+from pydantic import Field
 
 from pipeline.config.registry import Options, register
 from pipeline.prepare.engine.inputs import find_inputs, whole_files
@@ -11,8 +12,7 @@ from pipeline.prepare.engine.table_importer import InferredSchema, TableImporter
 
 
 class SpectraOptions(Options):
-    split: str = ""
-    """the split of all files; empty: from the file's name"""
+    split: str = Field("", description="the split of all files; empty: from the file's name")
 
 
 @register("importer", "spectra", options=SpectraOptions)

@@ -10,10 +10,8 @@ from pipeline.core.contracts import Arrays, Batch, Modality
 
 
 class SpectrumOptions(Options):
-    bands: int = Field(8, ge=1)
-    """intensities of a row"""
-    noise: float = Field(0.0, ge=0)
-    """training: deviation of the noise that is added"""
+    bands: int = Field(8, ge=1, description="intensities of a row")
+    noise: float = Field(0.0, ge=0, description="training: deviation of the noise that is added")
 
 
 @register("modality", "spectrum", options=SpectrumOptions)

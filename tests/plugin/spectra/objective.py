@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.config.registry import Options, register
@@ -12,8 +13,7 @@ from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
 
 
 class BrightnessOptions(Options):
-    standardise: bool = True
-    """learn the number by the training rows' deviation"""
+    standardise: bool = Field(True, description="learn the number by the training rows' deviation")
 
 
 @register("objective", "brightness", options=BrightnessOptions)

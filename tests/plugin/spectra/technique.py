@@ -9,8 +9,7 @@ from pipeline.core.contracts import Technique
 
 
 class LastLayersOptions(Options):
-    count: int = Field(1, ge=1)
-    """layers of the backbone that are trained"""
+    count: int = Field(1, ge=1, description="layers of the backbone that are trained")
 
 
 @register("technique", "last_layers", options=LastLayersOptions)

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts.tracker import Point, RunDescription, RunStatus, Tracker
 
 
 class NotebookOptions(Options):
-    file: str = "notebook.jsonl"
-    """where lines are added"""
+    file: str = Field("notebook.jsonl", description="where lines are added")
 
 
 @register("tracker", "notebook", options=NotebookOptions)
