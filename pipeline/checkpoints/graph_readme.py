@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ ZEROS = """
 inputs = {{
     name: np.zeros([{sizes}.get(size, size) for size in one["shape"]], one["type"])
     for name, one in graph["inputs"].items()
-}}  # in their place: your rows, prepared as `modality` of graph.json says
+}}  # in their place: your rows, prepared as the text below says
 """
 
 
@@ -61,9 +62,12 @@ def write(saved: Bundle, graph: Graph, folder: Path, file: str, running: str) ->
         tokenizer, _ = hf_text.with_post_processor(state, hf_text.splits_words(manifest))
         tokenizer.save(str(folder / "tokenizer.json"))
     names = sorted({of for shape in shapes.values() for of in shape if isinstance(of, str)})
-    code = prepares_inputs(saved.modality())
+    reads = saved.modality()
+    code = prepares_inputs(reads)
+    preparation: list[str] = []
     if code is None:
         code = ZEROS.format(sizes=dict.fromkeys(names, 2))
+        preparation = ["", "How rows become the inputs:", "", inspect.getdoc(type(reads)) or ""]
     lines = [
         f"# {manifest.arch.name}, {manifest.objective.name}",
         "",
@@ -86,6 +90,7 @@ def write(saved: Bundle, graph: Graph, folder: Path, file: str, running: str) ->
         running.rstrip(),
         "print({name: array.shape for name, array in outputs.items()})",
         "```",
+        *preparation,
         "",
     ]
     (folder / README).write_text("\n".join(lines), encoding="utf-8")

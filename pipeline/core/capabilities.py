@@ -183,6 +183,27 @@ def reports_coverage(modality: Any) -> TypeIs[ReportsCoverage]:
     return isinstance(modality, ReportsCoverage)
 
 
+@runtime_checkable
+class MeasuresKnownShare(Protocol):
+    """A modality that knows its inputs by name, each row having some of them."""
+
+    def known_share(self, table: Any, columns: dict[str, str]) -> float:
+        """Return the share of the values in these rows that the state knows, 1 where none is there.
+
+        Raises ValueError, with the nearest names, where it knows none of them.
+        """
+        ...
+
+
+def known_share(modality: Any, table: Any, columns: dict[str, str]) -> float:
+    """Return the share of the values in rows that the modality knows, 1 where it cannot tell.
+
+    Raises ValueError where it knows none of them.
+    """
+    measures = isinstance(modality, MeasuresKnownShare)
+    return modality.known_share(table, columns) if measures else 1.0
+
+
 class NameDifference(NamedTuple):
     """Names that only one side of a transfer has."""
 

@@ -66,6 +66,8 @@ LONGEST_SECONDS = 30.0
 AUDIO_VERSION = 1
 PREPARED = "_manifest.json"
 """What `onetomany prepare` leaves with its shards, with the SHA-256 of each."""
+ABOUT = "onetomany"
+"""Where its shards say what their columns mean, in the metadata of Parquet."""
 PREPARED_FIELDS = ("format_version", "importer", "resize", "quality", "broken")
 """Fields that tell it from other programs' files of that name. A flipped bit changes at most one
 of them.

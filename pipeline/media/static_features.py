@@ -4,13 +4,15 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
 
+from pipeline.config.registry import close_names
 from pipeline.core.arrow_compute import pc
 from pipeline.core.capabilities import NameDifference
 from pipeline.core.inputs import StaticInputs
@@ -25,6 +27,45 @@ which may be a single patient's, are not kept.
 """
 
 SHORT_FLOATS = (pa.float16(), pa.float32())
+WHOLE_NUMBER = re.compile(r"(0|-?[1-9]\d*)\.0")
+MOST_NAMED, EXAMPLES = 8, 3
+"""Names in an error, and numbers in an example."""
+
+PREPARATION = r"""
+import re
+
+
+def spelled(value):  # a category has one spelling: 1 for 1.0, true for True
+    text = str(value)
+    return text.lower() if text.lower() in ("true", "false") else re.sub(r"^WHOLE$", r"\1", text)
+
+
+raw = np.array([[row.get(name) for name in state["numbers"]] for row in rows], float)
+numbers_known = np.isfinite(raw)
+numbers = (np.where(numbers_known, raw, 0) - state["mean"]) / state["std"]
+numbers = np.where(numbers_known, numbers.clip(-MOST, MOST), 0)
+places, categories = {}, {}  # counted from 1; 0 fills up the rows
+for place, code in enumerate(state["codes"], 1):
+    field, _, text = code.partition("=")
+    places[code] = place
+    categories.setdefault((field, spelled(text)), place)
+codes = []
+for row in rows:
+    in_row = set()
+    for field, value in row.items():
+        if isinstance(value, list):
+            in_row |= {places.get(f"{field}={text}") for text in value}
+        else:
+            in_row.add(categories.get((field, spelled(value))))
+    codes.append(sorted(in_row - {None}))
+width = max(1, *map(len, codes))
+inputs = {
+    "numbers": numbers.astype(np.float32),
+    "numbers_known": numbers_known,
+    "codes": np.array([row + [0] * (width - len(row)) for row in codes]),
+}
+"""
+"""Code that makes the inputs of a network from ``rows`` and ``state`` outside of this package."""
 
 
 class StaticState(TypedDict):
@@ -37,7 +78,9 @@ class StaticState(TypedDict):
     std: list[float]
     """Standard deviation of each number."""
     codes: list[str]
-    """Known texts, as ``FIELD=TEXT``."""
+    """Known texts, as ``FIELD=TEXT``. A category has its `plain_spelling`, in states of earlier
+    versions the spelling of their rows.
+    """
 
 
 class StaticFeatures:
@@ -46,6 +89,10 @@ class StaticFeatures:
     def __init__(self, state: StaticState):
         self.state = state
         self.place = {code: place + 1 for place, code in enumerate(state["codes"])}
+        self.known_as: dict[str, str] = {}
+        for code in state["codes"]:
+            field, _, text = code.partition("=")
+            self.known_as.setdefault(f"{field}={plain_spelling(text)}", code)
 
     @staticmethod
     def empty_state() -> StaticState:
@@ -91,9 +138,15 @@ class StaticFeatures:
             if pa.types.is_null(value):
                 continue
             if field.name in self.state["numbers"] and not _numeric(value):
-                return f"numbers in its field {field.name}, as in training"
-            if field.name in texts and _numeric(value):
-                return f"texts in its field {field.name}, as in training"
+                needed, option = "numbers", "numeric"
+            elif field.name in texts and _numeric(value):
+                needed, option = "texts", "categorical"
+            else:
+                continue
+            return (
+                f"{needed} in its field {field.name}, as in training (for a plain table: onetomany "
+                f"prepare table --set {option}={field.name})"
+            )
         return ""
 
     def coverage(self, column: Any, name: str) -> str:
@@ -105,7 +158,7 @@ class StaticFeatures:
             if _numeric(values.type):
                 there += [field] if len(values) > values.null_count else []
             else:
-                kinds |= {code for codes in _codes(field, values) for code in codes}
+                kinds |= {code for codes in self._codes(field, values) for code in codes}
         left, lacking = (
             [one for one in some if one not in others]
             for some, others in ((there, self.state["numbers"]), (self.state["numbers"], there))
@@ -132,7 +185,7 @@ class StaticFeatures:
             if _numeric(values.type):
                 numbers += [field] if len(values) > values.null_count else []
             else:
-                for codes in _codes(field, values):
+                for codes in self._codes(field, values):
                     rows_with.update(set(codes))
         unknown = sorted(code for code in rows_with if code not in self.place)
         named = tuple(code for code in unknown if rows_with[code] >= min_rows)
@@ -157,13 +210,27 @@ class StaticFeatures:
         ]
         return [one for one in found if one.names or one.rare]
 
+    @staticmethod
+    def preparation_code() -> str:
+        """Return code that does what `decode` and padding do (`PreparesInputs`)."""
+        return PREPARATION.replace("MOST", f"{MOST:g}").replace("WHOLE", WHOLE_NUMBER.pattern)
+
+    def example_row(self) -> dict[str, float | str]:
+        """Return a row with the mean of the first known numbers, and a text of each field."""
+        numbers = dict(zip(self.state["numbers"], self.state["mean"], strict=True))
+        row: dict[str, float | str] = dict(list(numbers.items())[:EXAMPLES])
+        for code in self.state["codes"]:
+            field, _, text = code.partition("=")
+            row.setdefault(field, text)
+        return row
+
     def features(self, column: Any, name: str, min_rows: int) -> Iterator[tuple[str, np.ndarray]]:
         """Yield the values of each field that is known, or of all where nothing was fitted.
 
         (n,) float64 numbers, (n,) int64 category numbers, and for lists of texts (n,) float64
         whether a row has each text that ``min_rows`` rows have.
         """
-        known_fields = {*self.state["numbers"], *(code.partition("=")[0] for code in self.place)}
+        known_fields = self.field_names()
         for field, values in _fields(column, name):
             if known_fields and field not in known_fields:
                 continue
@@ -201,7 +268,7 @@ class StaticFeatures:
         self, field: str, values: Any, name: str, min_rows: int
     ) -> Iterator[tuple[str, np.ndarray]]:
         rows_with: dict[str, set[int]] = {}
-        for row, codes in enumerate(_codes(field, values)):
+        for row, codes in enumerate(self._codes(field, values)):
             for code in codes:
                 rows_with.setdefault(code, set()).add(row)
         for code, rows in rows_with.items():
@@ -209,6 +276,27 @@ class StaticFeatures:
                 there = np.zeros(len(values))
                 there[sorted(rows)] = 1.0
                 yield f"{name}.{code}", there
+
+    def _codes(self, field: str, values: Any) -> list[list[str]]:
+        """Return the texts of each row as FIELD=TEXT, a category as the state spells it."""
+        return _codes(field, values, self.known_as)
+
+    def known_values(self, column: Any, name: str) -> tuple[int, int]:
+        """Count the values of these rows that are known, and all of them."""
+        known, total = 0, 0
+        for field, values in self._matched(column, name):
+            if _numeric(values.type):
+                count = int(np.isfinite(_floats(values)).sum())
+                known, total = known + count * (field in self.state["numbers"]), total + count
+            else:
+                codes = [code for codes in self._codes(field, values) for code in codes]
+                known += sum(code in self.place for code in codes)
+                total += len(codes)
+        return known, total
+
+    def field_names(self) -> set[str]:
+        """Return the names of the fields that are known."""
+        return {*self.state["numbers"], *(code.partition("=")[0] for code in self.place)}
 
     def _matched(self, column: Any, name: str) -> list[tuple[str, Any]]:
         """Return the fields. Raises ValueError for texts where the state has numbers, or the other
@@ -220,10 +308,12 @@ class StaticFeatures:
             if (field in self.state["numbers"] and not _numeric(values.type)) or (
                 texts and _numeric(values.type)
             ):
+                option = "categorical" if texts else "numeric"
                 raise ValueError(
                     f"column {name}, field {field}: it holds {values.type} here and "
                     f"{'texts' if texts else 'numbers'} in the rows that it was "
-                    "fitted on; write both in one type"
+                    "fitted on; write both in one type (for a plain table: onetomany prepare "
+                    f"table --set {option}={field})"
                 )
         return found
 
@@ -242,7 +332,7 @@ class StaticFeatures:
                 if field in at:
                     numbers[:, at[field]] = _floats(values)
             else:
-                for row, texts in enumerate(_codes(field, values)):
+                for row, texts in enumerate(self._codes(field, values)):
                     codes[row] += [self.place[text] for text in texts if text in self.place]
         known = np.isfinite(numbers)
         scaled = (
@@ -255,6 +345,40 @@ class StaticFeatures:
             "numbers_known": known,
             "codes": ragged(np.array(sorted(set(row)), dtype=np.int64) for row in codes),
         }
+
+
+def share_of_known(
+    known: int, total: int, place: str, names: Collection[str], known_names: Collection[str]
+) -> float:
+    """Return the share of some rows' values that a state knows, 1 where they have no value.
+
+    Args:
+        known: How many of the values are known.
+        total: How many there are.
+        place: The columns, for the error.
+        names: Names of the rows' fields and variables.
+        known_names: Those that the state knows.
+
+    Raises:
+        ValueError: Nothing is known. The message has the nearest names.
+    """
+    if known or not total:
+        return known / total if total else 1.0
+    described = []
+    for name in sorted(names)[:MOST_NAMED]:
+        near = close_names(name, known_names)
+        hint = f"did you mean {' or '.join(near)}?" if near else ""
+        hint = "with other texts" if name in known_names else hint
+        described.append(f"{name} ({hint})" if hint else name)
+    more = [f"{len(names) - MOST_NAMED} more"] if len(names) > MOST_NAMED else []
+    shown = sorted(known_names)[:MOST_NAMED]
+    more_known = len(known_names) - len(shown)
+    raise ValueError(
+        f"{place}: the source knows none of the values of these rows, by their names "
+        f"{', '.join([*described, *more])}; it knows "
+        f"{', '.join([*shown, *([f'{more_known} more'] if more_known else [])])}: name them as in "
+        "its rows, or take another source"
+    )
 
 
 def _fields(column: Any, name: str) -> list[tuple[str, Any]]:
@@ -311,12 +435,31 @@ def _floats(values: Any) -> np.ndarray:
     return pc.cast(values, pa.float64(), safe=False).to_numpy(zero_copy_only=False)
 
 
-def _codes(field: str, values: Any) -> list[list[str]]:
-    """Return the texts of each row as FIELD=TEXT."""
-    listed = _listed(values.type)
-    return [
-        []
-        if value is None
-        else [f"{field}={one}" for one in (value if listed else [value]) if one is not None]
-        for value in values.to_pylist()
-    ]
+def plain_spelling(value: str | bool) -> str:
+    """Return the one spelling of a category: 1 for 1.0, true for True.
+
+    Programs write one value in several ways: pandas writes 1 as 1.0 where a value is missing.
+    """
+    text = str(value)
+    if text.lower() in ("true", "false"):
+        return text.lower()
+    whole = WHOLE_NUMBER.fullmatch(text)
+    return whole[1] if whole else text
+
+
+def _codes(field: str, values: Any, known_as: Mapping[str, str] | None = None) -> list[list[str]]:
+    """Return the texts of each row as FIELD=TEXT.
+
+    Categories are spelled as in ``known_as``, else plainly; lists hold codes (410.0 is not 410).
+    """
+    if _listed(values.type):
+        return [
+            [f"{field}={text}" for text in texts or () if text is not None]
+            for texts in values.to_pylist()
+        ]
+    codes: dict[Any, list[str]] = {None: []}
+    for value in values.unique().to_pylist():
+        if value is not None:
+            code = f"{field}={plain_spelling(value)}"
+            codes[value] = [(known_as or {}).get(code, code)]
+    return [codes[value] for value in values.to_pylist()]

@@ -30,11 +30,34 @@ from pipeline.media.static_features import (
     TAILS,
     StaticFeatures,
     StaticState,
+    share_of_known,
 )
 
 NAMED = 8
 DROP = 0
 """Random stream of a row's key."""
+
+PREPARATION = """
+state, options = graph["modality"]["state"], graph["modality"]["options"]
+mean, std = np.array(state["mean"]), np.array(state["std"])
+variable = {name: place for place, name in enumerate(state["variables"])}  # counted from 0
+events = []
+for record in records:
+    in_row = zip(record["times"], record["variables"], record["values"])
+    in_row = [(time, variable[name], value) for time, name, value in in_row if name in variable]
+    in_row = [one for one in in_row if -options["before"] <= one[0] < options["hours"]]
+    events.append(sorted(in_row, key=lambda event: event[0]))
+shape = len(events), max(1, *map(len, events))
+inputs["times"], inputs["values"] = np.zeros((2, *shape), np.float32)
+inputs["variables"], inputs["mask"] = np.zeros(shape, np.int64), np.zeros(shape, bool)
+for row, in_row in enumerate(events):
+    for i, (time, place, value) in enumerate(in_row):
+        value = np.clip((value - mean[place]) / std[place], -MOST, MOST)
+        inputs["times"][row, i], inputs["values"][row, i] = time, value
+        inputs["variables"][row, i], inputs["mask"][row, i] = place, True
+inputs = {name: inputs[name] for name in graph["inputs"]}
+"""
+"""Code that adds the events to the inputs of a network outside of this package."""
 
 
 class EventsOptions(Options):
@@ -186,12 +209,7 @@ class Events(Modality):
         """Describe which variables and static features of these rows are known, and which are
         ignored.
         """
-        (row, _, names, _), _ = _lists(table, columns)
-        place, words = names.indices.to_numpy(), names.dictionary.to_pylist()
-        counts = +Counter(
-            dict(zip(words, np.bincount(place, minlength=len(words)).tolist(), strict=True))
-        )
-        rows = dict(zip(words, _rows_with(row, place, len(words)).tolist(), strict=True))
+        counts, rows = _events_and_rows(table, columns)
         shared = set(self.state["variables"]) & counts.keys()
         share = sum(counts[name] for name in shared) / max(1, counts.total())
         text = f"{len(shared)} of {len(counts)} variables are known ({share:.1%} of the events)"
@@ -209,26 +227,32 @@ class Events(Modality):
         )
         return text + (f"; {static}" if static else "")
 
+    def known_share(self, table, columns) -> float:
+        counts, rows = _events_and_rows(table, columns)
+        known, total = sum(counts[name] for name in self.state["variables"]), counts.total()
+        # a rare name may identify a patient
+        names = [name for name in rows if rows[name] >= self.options.min_rows]
+        known_names = {*self.state["variables"], *self.static_features.field_names()}
+        if columns.get("static") in table.column_names:
+            static = columns["static"]
+            of_static = self.static_features.known_values(table[static], static)
+            known, total = known + of_static[0], total + of_static[1]
+            names += [field.name for field in table.schema.field(static).type]
+        place = f"columns {columns['variables']}, {columns.get('static', '')}".removesuffix(", ")
+        return share_of_known(known, total, place, names, known_names)
+
     def name_differences(self, table, columns) -> list[NameDifference]:
         """List all variables and static features that only the state or only these rows have.
 
         Variables that few rows have are counted, not named.
         """
-        (row, _, names, _), _ = _lists(table, columns)
-        words = names.dictionary.to_pylist()
-        rows = dict(
-            zip(words, _rows_with(row, names.indices.to_numpy(), len(words)).tolist(), strict=True)
-        )
-        unknown = sorted(
-            name
-            for name, count in rows.items()
-            if count and name not in set(self.state["variables"])
-        )
+        _, rows = _events_and_rows(table, columns)
+        unknown = sorted(rows.keys() - self.state["variables"])
         named = tuple(name for name in unknown if rows[name] >= self.options.min_rows)
         found = [
             NameDifference(
                 "variables that the source knows and its rows lack",
-                tuple(name for name in self.state["variables"] if not rows.get(name)),
+                tuple(name for name in self.state["variables"] if name not in rows),
             ),
             NameDifference(
                 "variables that its rows have and the source does not know (left out)",
@@ -343,6 +367,20 @@ class Events(Modality):
             {name: array for name, array in arrays.items() if name not in own}
         )
 
+    def preparation_code(self) -> str:
+        """Return code that prepares rows as `decode` and `collate` do (`PreparesInputs`)."""
+        variables = self.state["variables"][:2]
+        record: dict[str, Any] = {"times": [0.5, 1.0][: len(variables)], "variables": variables}
+        record["values"] = self.state["mean"][:2]
+        record["static"] = self.static_features.example_row()
+        return (
+            f"records = [{record!r}]  # in its place: yours, with times in hours\n"
+            'rows = [record["static"] for record in records]\n'
+            f'state = graph["modality"]["state"].get("static", {StaticFeatures.empty_state()})\n'
+            + self.static_features.preparation_code()
+            + PREPARATION.replace("MOST", f"{MOST:g}")
+        )
+
     def random_rows(self, rows, rng, length=1.0):
         state = self.state
         table: dict[str, list[Any]] = {"times": [], "variables": [], "values": []}
@@ -372,6 +410,18 @@ class Events(Modality):
 def _rows_with(row: np.ndarray, place: np.ndarray, words: int) -> np.ndarray:
     """Count the rows that have each word: (words,) from (E,) row and (E,) word of every event."""
     return np.bincount(np.unique(row * max(1, words) + place) % max(1, words), minlength=words)
+
+
+def _events_and_rows(
+    table: pa.Table, columns: dict[str, str]
+) -> tuple[Counter[str], dict[str, int]]:
+    """Count the events of each variable of a table, and the rows that have it."""
+    (row, _, names, _), _ = _lists(table, columns)
+    place, words = names.indices.to_numpy(), names.dictionary.to_pylist()
+    events = np.bincount(place, minlength=len(words)).tolist()
+    rows = _rows_with(row, place, len(words)).tolist()
+    counts = +Counter(dict(zip(words, events, strict=True)))
+    return counts, {name: count for name, count in zip(words, rows, strict=True) if count}
 
 
 Parts = tuple[np.ndarray, np.ndarray, Any, np.ndarray]

@@ -90,8 +90,10 @@ class Series(Modality):
     there. Where the state has no names (fitted on lists, or of a published checkpoint) structs are
     refused, since their order may differ from file to file. NaN and null are missing numbers.
 
-    Tensors: ``series`` (B, length, C) float32, standardised by channel, with missing numbers filled
-    in; ``known`` (B, length, C) bool, true for numbers that are not missing.
+    Tensors: ``series`` (B, length, C) float32, standardised by channel: of a longer row the steps
+    that option ``cut`` says, behind a shorter one missing steps. Missing numbers are the mean of
+    their channel over the steps that are read, or its last number (option ``missing``); ``known``
+    (B, length, C) bool, true for numbers that are not missing.
 
     Augmentation: Um et al., "Data augmentation of wearable sensor data for Parkinson's disease
     monitoring using convolutional neural networks", ICMI 2017 (jitter, scaling); random crops are

@@ -14,7 +14,7 @@ from pipeline.core.contracts import Arrays, Modality
 from pipeline.core.inputs import TableInputs
 from pipeline.core.ragged import pad
 from pipeline.core.specs import State
-from pipeline.media.static_features import StaticFeatures, StaticState
+from pipeline.media.static_features import StaticFeatures, StaticState, share_of_known
 
 
 class TableOptions(Options):
@@ -70,6 +70,14 @@ class Table(Modality):
         """Describe which fields and texts of these rows are not known; "" where all are."""
         return self.static_features.coverage(table[columns["features"]], columns["features"])
 
+    def known_share(self, table, columns) -> float:
+        name = columns["features"]
+        known, total = self.static_features.known_values(table[name], name)
+        names = [field.name for field in table.schema.field(name).type]
+        return share_of_known(
+            known, total, f"column {name}", names, self.static_features.field_names()
+        )
+
     def name_differences(self, table, columns):
         return self.static_features.name_differences(
             table[columns["features"]], columns["features"], self.options.min_rows
@@ -85,6 +93,15 @@ class Table(Modality):
         return self.static_features.decode(column, len(table), columns["features"]), [
             "" if value.is_valid else "the features are null" for value in column
         ]
+
+    def preparation_code(self) -> str:
+        """Return code that prepares rows as `decode` and `collate` do (`PreparesInputs`)."""
+        return (
+            f"rows = [{self.static_features.example_row()!r}]  # in its place: yours\n"
+            'state = graph["modality"]["state"]\n'
+            + self.static_features.preparation_code()
+            + 'inputs = {name: inputs[name] for name in graph["inputs"]}\n'
+        )
 
     def random_rows(self, rows, rng, length=1.0):
         table = pa.table({"features": self.static_features.random_rows(rows, rng)})

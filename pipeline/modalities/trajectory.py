@@ -86,7 +86,7 @@ class Trajectory(Modality):
     these widths.
 
     Tensors, with O and A the widths of the widest space: ``observations`` (B, T, O) float32,
-    standardised and clipped to MOST deviations; ``mask`` (B, T) true where there is a step;
+    standardised and clipped to 10 deviations; ``mask`` (B, T) true where there is a step;
     ``actions`` and ``executed`` (B, T, A) float32, standardised by the deviations of actions, or
     one-hot for classes (only where the column exists); ``action_std`` (B, A) those deviations;
     ``space`` (B,) int64; ``task`` (B,) int64 place among the known tasks plus 1, or 0; with option

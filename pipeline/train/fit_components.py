@@ -17,6 +17,7 @@ from pipeline.core.capabilities import (
     extends_state,
     file_roles,
     ineffective_options,
+    known_share,
     reports_coverage,
 )
 from pipeline.core.contracts import Modality, Objective
@@ -176,6 +177,9 @@ def extend_modality(
 
     Returns:
         The modality, and a description of what it knew of these rows before (`ReportsCoverage`).
+
+    Raises:
+        ValueError: It knows nothing of these rows.
     """
     reads = bundle.build_modality(modality)
     if not extends_state(reads) and not reports_coverage(reads):
@@ -186,6 +190,7 @@ def extend_modality(
         FIT_ROWS,
         strata_of(type(reads), columns),
     )
+    known_share(reads, table, columns)  # raises ValueError where it is 0
     state = reads.extend_state(table, columns) if extends_state(reads) else reads.state
     coverage = reads.coverage(table, columns) if reports_coverage(reads) else ""
     return replace(modality, state=state), coverage

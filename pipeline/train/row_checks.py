@@ -9,7 +9,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pipeline.checkpoints import bundle
-from pipeline.core.capabilities import ComparesFeatureNames, TruncatesLongRows, TruncationStats
+from pipeline.core.capabilities import (
+    ComparesFeatureNames,
+    TruncatesLongRows,
+    TruncationStats,
+    known_share,
+)
 from pipeline.core.contracts import Modality, Objective
 from pipeline.core.contracts.objective_capabilities import AllowsNullLabels
 from pipeline.core.specs import ModalitySpec
@@ -24,6 +29,9 @@ Counting the tokens of all rows would take long.
 FEWEST_ROWS = 16
 WARN_SHARE = 0.01
 """Share of a split's words or tokens that is never read from which on a finding is a warning."""
+
+LEAST_KNOWN = 0.1
+"""Share of a target's values that its source knows below which there is a warning."""
 
 
 class Finding(NamedTuple):
@@ -102,7 +110,8 @@ def unshared_names(
 ) -> list[Finding]:
     """List all variables, fields and categories that only the source or only these rows have.
 
-    They are for the report; the terminal has a summary (`ReportsCoverage`).
+    They are for the report; the terminal has a summary (`ReportsCoverage`), and a warning where the
+    source knows little of these rows.
     """
     reads = bundle.build_modality(modality)
     if not isinstance(reads, ComparesFeatureNames) or not len(rows):
@@ -113,10 +122,16 @@ def unshared_names(
         fit_components.FIT_ROWS,
     )
     sampled = f" (of {len(table):,} of {len(rows):,} rows)" if len(table) < len(rows) else ""
-    return [
+    found = [
         Finding(one.text() + sampled, in_terminal=False)
         for one in reads.name_differences(table, columns)
     ]
+    share = known_share(reads, table, columns)
+    if share < LEAST_KNOWN:
+        text = f"the source knows {share:.1%} of the values in these rows, and the others are left "
+        text += "out: are their names those of its rows?"
+        found.insert(0, Finding(text + sampled, is_warning=True))
+    return found
 
 
 def null_labels(

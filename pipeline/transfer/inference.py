@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -19,9 +20,11 @@ from pipeline.config.schema import OutputFormat, spec_hash
 from pipeline.core import arrow_lists
 from pipeline.core.arrow_compute import pc
 from pipeline.core.capabilities import (
+    extends_state,
     file_columns,
     is_costed,
     readable_columns,
+    reports_coverage,
     shows_pictures,
 )
 from pipeline.core.contracts import Arrays, Modality, Objective
@@ -35,10 +38,11 @@ from pipeline.data import manifests
 from pipeline.data.manifests import Manifest, Selection
 from pipeline.data.plan import Item
 from pipeline.data.stream import DataWorkers, Decoder, Rows, eval_batches, map_blocks
+from pipeline.data.to_parquet import ABOUT
 from pipeline.io import checksums, file_identity, storage
 from pipeline.media import drawing, transcripts
 from pipeline.media.tagging_schemes import texts
-from pipeline.train import evaluate, launch
+from pipeline.train import evaluate, fit_components, launch
 from pipeline.train.loop import Ranks
 from pipeline.train.online_probe import features
 from pipeline.train.progress import Progress
@@ -55,7 +59,7 @@ SEGMENT_ROLES = ("start", "seconds")
 """Roles of a row that is a piece of a longer recording. Rows to predict may have them or not,
 whatever the training rows had.
 """
-IDS = ("id", "image_id", "entity")
+IDS = ("id", "image_id", "entity", "episode")
 """Columns with the id of a row, as importers write them. Predictions have them too."""
 INPUT = "input_"
 """Prefix of a column of the rows that has the same name as a column of the predictions."""
@@ -283,6 +287,7 @@ def _read_input(
     form: str,
     progress: Progress,
     keep: tuple[str, ...] = (),
+    reads_labels: bool = False,
 ) -> NewRows:
     """Find new rows and their columns.
 
@@ -294,6 +299,7 @@ def _read_input(
         form: The format of the files, as in a job.
         progress: Where the reading of files is shown.
         keep: Further columns to copy.
+        reads_labels: Take labels that the network reads too, where the rows have them.
 
     Raises:
         ValueError: A column is missing or has another type than the bundle reads.
@@ -308,7 +314,9 @@ def _read_input(
         where = rows.files[0] if rows.files else data[0]
         if where.startswith(imports):
             where = data[0]
-        columns = columns_of_roles(modality, objective, trained.columns, columns, rows, where)
+        columns = columns_of_roles(
+            modality, objective, trained.columns, columns, rows, where, reads_labels
+        )
         _check_types(modality, columns, rows, where)
         copied = kept_columns(modality, columns, rows, keep, where)
         files_read = [*(file for file in rows.identities if file is not None), *named_files]
@@ -380,7 +388,9 @@ def embed_files(
     """
     options = options or OutputOptions()
     trained = bundle.load(uri).manifest
-    rows = _read_input(trained, data, output, columns, form, progress, options.keep)
+    rows = _read_input(
+        trained, data, output, columns, form, progress, options.keep, reads_labels=True
+    )
     carried = recording_columns(rows.modality, rows.columns, rows.manifest)
     worker = Embedder(uri, rows.selection, rows.columns, carried)
     return _write(uri, trained, worker, rows, output, options, progress)[0]
@@ -462,7 +472,23 @@ def _write(
     text = f"{output}: {count} rows in {len(items)} parts"
     text += f", {len(done)} of them from before" if done else ""
     text += f"; {bad} rows could not be read, see column error" if bad else ""
-    return text, list(parts.values())
+    return text + _coverage(rows), list(parts.values())
+
+
+def _coverage(rows: NewRows) -> str:
+    """Return a sentence on what of a sample of new rows the network knows by name.
+
+    It is empty where the modality has no names, or knows all of them.
+    """
+    modality, columns, count = rows.modality, rows.columns, len(rows.selection)
+    if not reports_coverage(modality) or not count:
+        return ""
+    roles = fit_components.fitted_roles(type(modality))
+    names = list(dict.fromkeys(columns[role] for role in roles if role in columns))
+    table = fit_components.sample(rows.selection, names, fit_components.FIT_ROWS)
+    coverage = modality.coverage(table, columns)
+    sampled = f" (of {len(table):,} rows)" if len(table) < count else ""
+    return f"; what the network knows of them: {coverage}{sampled}" if coverage else ""
 
 
 def _data_workers(items: int) -> DataWorkers:
@@ -513,7 +539,7 @@ def embed(
     """
     trained = bundle.read_manifest(uri)
     with storage.scratch_folder() as scratch:
-        rows = _read_input(trained, data, str(scratch), columns, form, progress)
+        rows = _read_input(trained, data, str(scratch), columns, form, progress, reads_labels=True)
         worker = Embedder(uri, rows.selection, rows.columns)
         starts = range(0, rows.manifest.rows, ROWS_A_PART)
         items = [Item(-1, i, min(i + ROWS_A_PART, rows.manifest.rows)) for i in starts]
@@ -556,7 +582,7 @@ def kept_columns(
     files = file_columns(modality, columns)
     if files and _has_path(found.schema.field(files[0]).type):
         out["file"] = files[0]
-    out |= {name: name for name in IDS if name in names}
+    out |= {name: name for name in (*IDS, *_prepared_id(found)) if name in names}
     out |= {name: name for name in readable_columns(modality, columns)}
     for name in keep:
         if name not in names:
@@ -565,6 +591,16 @@ def kept_columns(
             )
         out[name] = name
     return out
+
+
+def _prepared_id(found: manifests.Manifest) -> tuple[str, ...]:
+    """Return the column that names the rows, as `onetomany prepare table --set id=` keeps it."""
+    if not found.files:
+        return ()
+    with storage.open_read(found.files[0]) as handle:
+        metadata = pq.read_schema(handle).metadata or {}
+    name = json.loads(metadata.get(ABOUT.encode(), b"{}")).get("id")
+    return (name,) if name else ()
 
 
 def _has_path(kind: pa.DataType) -> bool:
@@ -657,35 +693,44 @@ def columns_of_roles(
     given: dict[str, str],
     found: manifests.Manifest,
     where: str = "",
+    reads_labels: bool = False,
 ) -> dict[str, str]:
     """Return the column of each role that rows to predict need.
 
     It is the one in ``given``, or the one of training, or one with the name of the role (as in an
     imported folder). The roles of a piece of a recording are taken where training had them, and
-    from a folder of files, which was cut into pieces.
+    from a folder of files, which was cut into pieces. Labels that the network reads too (a policy's
+    actions before each step) are taken where they are given, and with ``reads_labels`` where
+    training had them and the rows have them.
 
     Raises:
         ValueError: There is no such column, or a label is named, which rows to predict do not need.
     """
     out, where = dict(given), where or found.files[0]
     labels = (*objective.roles, *objective.optional_roles)
-    inputs = (*modality.roles, *modality.optional_roles)
+    inputs = (*modality.roles, *(modality.fit_roles if extends_state(modality) else ()))
     named_labels = [role for role in given if role in labels and role not in inputs]
     if named_labels:
         raise ValueError(
             f"--column {named_labels[0]}: rows to predict need no {named_labels[0]}; leave it out"
         )
     names = found.schema.names
-    optional = [role for role in modality.optional_roles if role not in labels]
-    for role in (*modality.roles, *optional):
+    for role in (*modality.roles, *modality.optional_roles):
+        is_label = role in labels and role not in modality.roles
+        takes_label = role in given or (reads_labels and role in known and role in inputs)
+        if is_label and not takes_label:
+            continue
         candidates = [given[role]] if role in given else [known.get(role, role), role]
         column = next((name for name in candidates if name in names), None)
         was_in_training = role in known
         is_segment = role in SEGMENT_ROLES
-        is_needed = role in given or role in modality.roles or (was_in_training and not is_segment)
+        is_needed = role in given or role in modality.roles
+        is_needed |= was_in_training and not is_segment and not is_label
         if column is not None:
-            is_read = is_needed or (
-                is_segment and (was_in_training or _holds_paths(found, out[modality.roles[0]]))
+            is_read = (
+                is_needed
+                or is_label
+                or (is_segment and (was_in_training or _holds_paths(found, out[modality.roles[0]])))
             )
             if is_read:
                 out[role] = column

@@ -535,6 +535,9 @@ def _modality(target: TargetStage, group: BackboneGroup) -> tuple[ModalitySpec, 
     """Return the source's modality with the target's own options.
 
     It is extended by the rows of the target (`fit_components.extend_modality`).
+
+    Raises:
+        ValueError: Its options contradict the source, or the source knows nothing of its rows.
     """
     component = target.spec.data.modality
     own = registry.get("modality", component.name).target_options
@@ -551,12 +554,15 @@ def _modality(target: TargetStage, group: BackboneGroup) -> tuple[ModalitySpec, 
         },
         group.modality.options,
     )
-    return fit_components.extend_modality(
-        replace(group.modality, options={**group.modality.options, **named}),
-        target.splits.train,
-        registry.get("objective", target.spec.objective.name),
-        target.spec.data.columns,
-    )
+    try:
+        return fit_components.extend_modality(
+            replace(group.modality, options={**group.modality.options, **named}),
+            target.splits.train,
+            registry.get("objective", target.spec.objective.name),
+            target.spec.data.columns,
+        )
+    except ValueError as error:
+        raise ValueError(f"targets.{target.name_in_job}.data: {error}") from None
 
 
 def _refuse(target: TargetStage, differ: dict[str, Any], theirs: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ KIND = pa.struct(
         "smoker": pa.bool_(),
     }
 )
+LISTED = pa.list_(pa.string())
 ROWS = [
     {"age": 20.0, "beds": 1, "sex": "f", "codes": ["a", "b"], "smoker": True},
     {"age": 40.0, "beds": None, "sex": "m", "codes": [], "smoker": False},
@@ -57,11 +58,31 @@ def test_texts_are_places_in_a_vocabulary_of_field_and_text():
         "codes=b",
         "sex=f",
         "sex=m",
-        "smoker=False",
-        "smoker=True",
+        "smoker=false",
+        "smoker=true",
     ]
     found = [row.tolist() for row in one.decode(pa.array(ROWS, KIND), 4, "static")["codes"]]
     assert found == [[1, 2, 3, 6], [4, 5], [1, 3], []]
+
+
+def test_a_category_is_one_value_however_it_is_written():
+    """pandas writes 1 as 1.0 where a value is missing; Parquet has bools, CSV has their names."""
+    kind = pa.struct([("type", pa.string()), ("sick", pa.string()), ("codes", LISTED)])
+    rows = [
+        {"type": "1.0", "sick": "True", "codes": ["410.0"]},
+        {"type": "1", "sick": "true", "codes": ["410"]},
+        {"type": "007", "sick": "0.50", "codes": None},
+    ]
+    codes = ["codes=410", "codes=410.0", "sick=0.50", "sick=true", "type=007", "type=1"]
+    assert facts(rows, kind).state["codes"] == codes, "codes in lists stay as they are"
+    bools = pa.array([{"sick": True}, {"sick": False}])
+    assert [one.tolist() for one in facts(rows, kind).decode(bools, 2, "s")["codes"]] == [[4], []]
+    # a state of an earlier version has the spelling of its rows
+    state = {**StaticFeatures.empty_state(), "codes": ["codes=410.0", "sick=True", "type=1.0"]}
+    earlier = StaticFeatures(state)
+    found = [one.tolist() for one in earlier.decode(pa.array(rows, kind), 3, "s")["codes"]]
+    assert found == [[1, 2, 3], [2, 3], []]
+    assert earlier.coverage(pa.array(rows[:1], kind), "s") == ""
 
 
 def test_rare_texts_are_not_known():

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from toys import EVENT_COLUMNS, stays
+from toys import EVENT_COLUMNS, event_rows, stays
 
 from pipeline.core.contracts import Batch
 from pipeline.modalities.events import Events, EventsOptions
@@ -183,6 +183,33 @@ def test_what_is_known_of_other_rows_is_told():
         Events(EventsOptions(min_rows=2), STATE).coverage(rows, COLUMNS)
         == "2 of 4 variables are known (40.0% of the events); left out: drug: x, 1 others"
     )
+    assert Events(EventsOptions(), STATE).known_share(rows, COLUMNS) == 0.4
+    others = table(([1.0, 2.0], ["hr", "Mr S"], [1.0, 1.0]), ([1.0], ["hr"], [37.0]))
+    with pytest.raises(
+        ValueError, match=r"none of the values .* names hr \(did you mean HR\?\); it"
+    ):
+        Events(EventsOptions(min_rows=2), STATE).known_share(others, COLUMNS)
+
+
+def test_the_code_beside_an_export_prepares_records_as_the_modality_does():
+    rows = event_rows(8)
+    modality, records = rows.modality, stays(8).to_pylist()
+    records[2] |= {"times": [5.0, -1.0, 2.0, 1.0], "variables": ["v0", "v1", "v1", "other"]}
+    records[2] |= {"values": [1e9, 3.0, 4.0, 5.0]}
+    arrays, _ = modality.decode(pa.Table.from_pylist(records), EVENT_COLUMNS)
+    expected = modality.collate(arrays)
+    described = {
+        "modality": {"state": modality.state, "options": modality.options.model_dump()},
+        "inputs": dict.fromkeys(expected),
+    }
+    given, _, code = modality.preparation_code().partition("\n")
+    names = {"np": np, "graph": described, "records": records}
+    exec(code, names)
+    assert names["inputs"].keys() == expected.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_allclose(names["inputs"][name], tensor.numpy(), rtol=1e-5)
+    exec(f"{given}\n{code}", names)
+    assert len(names["inputs"]["times"]) == 1
 
 
 def test_costs_are_events_from_the_column_or_the_lists():

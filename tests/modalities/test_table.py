@@ -53,6 +53,38 @@ def test_fields_that_are_not_known_are_told():
     )
 
 
+def test_rows_whose_names_are_all_others_are_refused_and_few_known_values_are_counted():
+    modality = Table(TableOptions(), Table.fit(TableOptions(min_rows=1), stays(8), COLUMNS, ""))
+
+    def share(**fields):
+        return modality.known_share(pa.table({"static": pa.array([fields])}), COLUMNS)
+
+    assert modality.known_share(stays(8), COLUMNS) == 1
+    assert share(Age=3.0, Weight=80.0, Gender="male", ward="a") == 0.5
+    assert share(age=None) == 1, "rows without a value lack nothing"
+    with pytest.raises(
+        ValueError,
+        match=r"^column static: the source knows none of the values of these rows, by their names "
+        r"Gender \(with other texts\), age \(did you mean Age\?\), x7; it knows Age, Gender, codes: ",
+    ):
+        share(age=3.0, Gender="SECRET", x7=1.0)
+
+
+def test_the_code_beside_an_export_prepares_rows_as_the_modality_does():
+    modality = Table(TableOptions(), Table.fit(TableOptions(min_rows=1), stays(8), COLUMNS, ""))
+    rows = [*stays(8)["static"].to_pylist(), {"Age": 1e9, "Gender": "Male", "codes": None}]
+    inputs = dict.fromkeys(("numbers", "numbers_known", "codes"))
+    described = {"modality": {"state": modality.state}, "inputs": inputs}
+    given, _, code = modality.preparation_code().partition("\n")
+    for table in (rows, [modality.static_features.example_row()]):
+        names = {"np": np, "graph": described, "rows": table}
+        exec(code, names)
+        arrays, _ = modality.decode(pa.table({"static": pa.array(table)}), COLUMNS)
+        for name, tensor in modality.collate(arrays).items():
+            np.testing.assert_allclose(names["inputs"][name], tensor.numpy(), rtol=1e-6)
+    assert eval(given.removeprefix("rows = ")) == [modality.static_features.example_row()]
+
+
 @torch.no_grad()
 def test_a_token_is_the_papers_formula_and_missing_ones_are_none():
     rows = table_rows(8)

@@ -152,7 +152,10 @@ def test_a_table_of_numbers_and_categories_is_prepared_first():
         "onetomany prepare table people.csv -o prepared/people --set label=died --set id=stay "
         "--set group=patient_id --set drop=died_text"
     ) in text
-    assert "prepare table new.csv -o prepared/people_new --set id=stay\n" in text
+    assert (
+        "prepare table new.csv -o prepared/people_new --set id=stay --set categorical=unit\n"
+        in text
+    )
     assert "died_text has another name for each value of died" in comments(text)
     prepare_as_told(text)
     found = target()

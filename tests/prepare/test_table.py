@@ -149,7 +149,10 @@ def test_columns_worth_a_note(tmp_path):
         0
     ].keys() == {"features", "split"}
     order = [row["features"]["n"] for row in read(tmp_path / "out")]
-    assert order != sorted(order), "rows of a part are mixed"
+    assert order == sorted(order), "predictions of rows without a label stand in their order"
+    prepare(source, tmp_path / "labelled", "label=code")
+    order = [row["features"]["n"] for row in read(tmp_path / "labelled")]
+    assert order != sorted(order), "labelled rows of a part are mixed"
     prepare(source, tmp_path / "again")
     assert parts(tmp_path / "again") == parts(tmp_path / "out")
 

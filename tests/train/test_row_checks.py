@@ -8,12 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from toys import sentences, text_modality
+from toys import sentences, table_rows, text_modality
 
 from pipeline.config import registry
+from pipeline.core.specs import ModalitySpec
 from pipeline.data.manifests import Selection, build
 from pipeline.modalities.text import Text
-from pipeline.train import row_checks
+from pipeline.train import fit_components, row_checks
 
 
 def having(length: int, **options) -> Text:
@@ -33,6 +34,31 @@ def long_texts(rows: int, seed: int = 0) -> list[str]:
 
 def tokens(modality: Text, text: str) -> int:
     return len(modality.tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def test_a_source_that_knows_little_of_the_rows_is_a_warning_and_one_that_knows_nothing_an_error(
+    tmp_path,
+):
+    """All trials trained without any input, and the verdict was that there is no gain."""
+    rows = table_rows(8)
+    spec = ModalitySpec("table", rows.modality.options.model_dump(), rows.modality.state)
+    objective, columns = registry.get("objective", "classification"), {"features": "features"}
+
+    def selection(name: str, **fields) -> Selection:
+        path = tmp_path / f"{name}.parquet"
+        pq.write_table(pa.table({"features": [fields] * 3}), path)
+        return Selection(build(str(path), "auto", str(tmp_path / "imports")))
+
+    others = {f"x{i}": 1.0 for i in range(11)}
+    few = row_checks.unshared_names(spec, objective, selection("few", Age=1.0, **others), columns)
+    assert few[0].is_warning and "the source knows 8.3% of the values in these rows" in few[0].text
+    more = {"x0": 1.0, "Age": 1.0}
+    found = row_checks.unshared_names(spec, objective, selection("more", **more), columns)
+    assert found and not any(one.is_warning for one in found)
+    with pytest.raises(
+        ValueError, match=r"the source knows none of the values .* age \(did you mean"
+    ):
+        fit_components.extend_modality(spec, selection("none", age=1.0), objective, columns)
 
 
 @pytest.mark.parametrize("length", [8, 16, 4096])

@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 
 from pipeline import cli
 from pipeline.checkpoints import bundle, export
+from pipeline.config import registry
 from pipeline.core.specs import ModalitySpec
 from pipeline.data import manifests
 from pipeline.modalities.audio import Audio, AudioOptions
@@ -292,6 +293,37 @@ def test_what_is_to_be_kept_must_be_there(tmp_path):
         "id": "id",
         "error": "error",
     }
+
+
+def test_rows_of_a_prepared_table_keep_the_column_that_names_them(tmp_path):
+    modality = modalities()["table"][0]
+    table = pa.table({"stay": [11], "patient": [7], "features": [{"Age": 50.0}]})
+    about = {"importer": "table", "id": "stay", "group": "patient"}
+    pq.write_table(
+        table.replace_schema_metadata({"onetomany": json.dumps(about)}), tmp_path / "rows.parquet"
+    )
+    found = manifests.build([str(tmp_path / "rows.parquet")], "auto", str(tmp_path / "imports"))
+    columns = {"features": "features"}
+    assert inference.kept_columns(modality, columns, found, (), "rows") == {"stay": "stay"}
+
+
+def test_actions_are_read_where_they_are_given_and_by_embed_as_in_training(tmp_path):
+    """A cloned policy that reads the actions before each step was embedded without them."""
+    modality = trajectory_rows(4).modality
+    pq.write_table(episodes(3), tmp_path / "rows.parquet")
+    found = manifests.build([str(tmp_path / "rows.parquet")], "auto", str(tmp_path / "imports"))
+    known = {"observations": "observations", "actions": "actions"}
+
+    def columns(objective, given, **options):
+        kind = registry.get("objective", objective)
+        return inference.columns_of_roles(modality, kind, known, given, found, **options)
+
+    observations = {"observations": "observations"}
+    assert columns("behaviour_cloning", {}) == observations
+    assert columns("behaviour_cloning", {"actions": "actions"}) == known
+    assert columns("behaviour_cloning", {}, reads_labels=True) == known
+    with pytest.raises(ValueError, match="--column label: rows to predict need no label"):
+        columns("classification", {"label": "label"}, reads_labels=True)
 
 
 def test_a_kept_column_that_is_called_as_a_prediction_is_stands_as_an_input():

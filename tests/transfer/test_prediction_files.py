@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from pycocotools import mask as coco_mask
 from stage_runs import without_ray
-from toys import SMALL, label_state, task_of, text_modality
+from toys import SMALL, label_state, table_rows, task_of, text_modality
 from typer.testing import CliRunner
 
 import pipeline
@@ -275,6 +275,23 @@ def test_texts_stand_beside_their_predictions(tmp_path, monkeypatch):
     rows = [json.loads(line) for line in lines]
     assert [row["review"] for row in rows] == texts and [row["stars"] for row in rows] == [1, 2, 3]
     assert rows[0]["prediction"] in label_state()["labels"]
+
+
+def test_predict_says_what_the_network_knows_of_the_rows(tmp_path, monkeypatch):
+    """A renamed column was read as missing in every row, without a word."""
+    without_ray(monkeypatch)
+    modality = table_rows(8).modality
+    task = task_of("table/ft_transformer", modality.inputs(), "classification", label_state())
+    spec = ModalitySpec("table", modality.options.model_dump(), modality.state)
+    uri = str(tmp_path / "table")
+    bundle.save(uri, task, spec, columns={"features": "features"})
+    rows = [{"age": 50.0, "Gender": "m"}, {"age": 60.0, "Gender": "male"}]
+    pq.write_table(pa.table({"features": rows}), tmp_path / "rows.parquet")
+    said = ran("predict", uri, tmp_path / "rows.parquet", "-o", tmp_path / "out")
+    assert (
+        "what the network knows of them: numbers of features left out: age; not there: Age; 1 of 2 "
+        "texts of features are unknown"
+    ) in " ".join(said.split())
 
 
 def test_embed_writes_the_features_of_each_row(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from pipeline.config.registry import Options
 from pipeline.data.stream import map_items
+from pipeline.data.to_parquet import ABOUT
 from pipeline.io import storage
 from pipeline.prepare.engine.importing import Info, InvalidRow, Notes
 
@@ -198,7 +199,7 @@ class ShardTask(ABC):
     def schema(self) -> pa.Schema:
         """The columns, with what they mean as metadata."""
         about = {"importer": self.importer.registered_name, **self.info}
-        return pa.schema(self.columns, {"onetomany": json.dumps(about, ensure_ascii=False)})
+        return pa.schema(self.columns, {ABOUT: json.dumps(about, ensure_ascii=False)})
 
     @property
     @abstractmethod

@@ -81,7 +81,7 @@ class TableImporter(Importer):
 
     suffixes: ClassVar[tuple[str, ...]] = ()
     amounts: ClassVar[dict[str, str]] = {}
-    shuffles_rows: ClassVar[bool] = False
+    shuffles_rows: bool = False
 
     def input_splits(self, source: str, part_bytes: int) -> tuple[list[InputSplit], str, Notes]:
         """Find the files and cut them up; those with `suffixes`, each whole, unless overridden.

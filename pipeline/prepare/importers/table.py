@@ -84,11 +84,10 @@ class Table(TableImporter):
     names and types. Invalid rows: without a label, with another number of fields, or not text.
     Numbers with leading zeros are categories. What is no number in a column of --set numeric= is
     counted and null. Noted: columns without values, with one value, whole numbers with few values
-    (codes?), categories with very many. All files must have the same columns, in any order. Rows of
-    a shard are shuffled in a fixed order. A CSV file is one shard: cut up large ones.
+    (codes?), categories with very many. All files must have the same columns, in any order. Rows
+    with labels are shuffled in a fixed order within their shard. Those without keep their order, so
+    that predictions stand in that of the file. A CSV file is one shard: cut up large ones.
     """
-
-    shuffles_rows = True
 
     def __init__(self, options: Any = None):
         super().__init__(options)
@@ -115,6 +114,7 @@ class Table(TableImporter):
                     "split_column; such a column is no feature anyway"
                 )
         self.label = self.labels[0] if self.labels else ""
+        self.shuffles_rows = bool(self.labels)
 
     # ------------------------------------------------------------ reading
 

@@ -28,6 +28,7 @@ from pipeline.prepare.new_job.inspection import (
     media_of,
     series_steps,
 )
+from pipeline.prepare.readers.dialect import field_kind
 
 SEEDS, MOST_ROWS = 20, 100_000
 """So many seeds of the splits are tried, with more rows only the first."""
@@ -83,6 +84,7 @@ class Draft:
         prepare_command_for_new_rows: the one for rows without a label.
         prepared_new: the folder that it writes.
         label_copies: columns of a table that determine the label.
+        categories: columns of a table that are texts or codes.
         prepared: the folder that `prepare` writes.
         train_rows: about how many rows are trained on.
     """
@@ -107,6 +109,7 @@ class Draft:
     prepare_command_for_new_rows: str = ""
     prepared_new: str = ""
     label_copies: list[str] = field(default_factory=list[str])
+    categories: list[str] = field(default_factory=list[str])
     prepared: str = ""
     train_rows: int = 0
 
@@ -615,12 +618,21 @@ def _prepare(out: Draft, output: str, splits: Column | None) -> None:
     new.pop("split_column", None)
     kept = [one for one in new.pop("drop", "").split(",") if one and one not in out.label_copies]
     new |= {"drop": ",".join(kept)} if kept else {}
+    # a column of few new rows may be empty, or hold numbers alone
+    new |= {"categorical": ",".join(out.categories)} if out.categories else {}
     suffix = "".join(PurePosixPath(source).suffixes[-1:]) or f".{found.kind}"
     out.prepared_new = f"{out.prepared}_new"
     resized = [one for one in settings if "resize" in one]
     out.prepare_command_for_new_rows = _command(
         name, f"new{suffix}", out.prepared_new, new, resized
     )
+
+
+def _holds_texts(column: Column) -> bool:
+    """Tell whether the importer `table` takes a column for a category, by its values."""
+    missing = registry.get("importer", "table").options_class().missing.split(",")
+    values = (str(value).strip() for value in column.counts)
+    return any(field_kind(value) == 4 for value in values if value not in missing)
 
 
 def _command(
@@ -702,6 +714,7 @@ def _table_options(out: Draft) -> dict[str, str]:
         and 2 < column.distinct <= 10
         and column.name.lower().endswith(("type", "code"))
     ]
+    out.categories = [*coded, *(name for name in rest if _holds_texts(found.column(name)))]
     if coded:
         options["categorical"] = ",".join(coded)
     return options
