@@ -298,6 +298,28 @@ def _apply_override(data: JsonObject, setting: str, problems: list[tuple[int, st
     return tuple(steps)
 
 
+def _settings_of_unknown_entries(
+    set_by: dict[Path_, str], lines: dict[Path_, int], wrong: Iterable[Path_]
+) -> Iterator[tuple[int, str]]:
+    """Yield what is wrong with ``--set`` of fields of a source or target that the file lacks.
+
+    Several settings may make a new one; one that has mistakes is taken for a misspelt name.
+
+    Args:
+        set_by: The settings by the place that they set.
+        lines: The lines of the file by place.
+        wrong: The places that have mistakes.
+    """
+    entries = {place[:2] for place in wrong if place[:1] in (("sources",), ("targets",))}
+    for place, setting in set_by.items():
+        entry = place[:2]
+        names = [str(known[1]) for known in lines if len(known) == 2 and known[:1] == entry[:1]]
+        if len(place) > 2 and entry in entries and entry not in lines and names:
+            kind, name = str(entry[0]).removesuffix("s"), str(entry[1])
+            advice = registry.nearest(name, names)
+            yield 0, f"--set {setting}: the file has no {kind} {name}; {advice}"
+
+
 # ---------------------------------------------------------------- checks
 
 
@@ -1012,6 +1034,7 @@ def _checked(path: Path, overrides: list[str] | tuple[str, ...], elsewhere: bool
             job = Job.model_validate(data)
         except ValidationError as error:
             found += _union_problems(error)
+        problems += _settings_of_unknown_entries(set_by, lines, [place for place, _ in found])
         for loc, message in dict.fromkeys(found):
             known = next(loc[:n] for n in range(len(loc), -1, -1) if loc[:n] in lines or n == 0)
             at = next((lines[loc[:n]] for n in range(len(loc), -1, -1) if loc[:n] in lines), 1)

@@ -186,13 +186,15 @@ def test_answers_stand_in_their_contexts(done, text_data, command, tmp_path):
         for row, context in zip(found.to_pylist(), contexts, strict=True)
         if row["answer"]
     ]
+    assert given, "some rows are answered"
     assert all(context[row["start"] : row["end"]] == row["answer"] for row, context in given)
 
 
 def test_prompts_are_continued(done, command, tmp_path):
     (tmp_path / "prompts.txt").write_text("the old film was\na new play\n")
     found = predicted(best(done, "stories", "full"), tmp_path / "prompts.txt", command, tmp_path)
-    assert len(found) == 2 and all(isinstance(text, str) for text in found["generated"].to_pylist())
+    texts = found["generated"].to_pylist()
+    assert len(texts) == 2 and all(isinstance(text, str) for text in texts) and any(texts)
 
 
 def test_a_language_model_leaves_as_a_folder_and_comes_back(done, command, tmp_path):
