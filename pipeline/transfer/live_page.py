@@ -84,7 +84,12 @@ def serve(state: JobState, port: int | None) -> Iterator[None]:
             f"--serve {port}: cannot listen on {HOST}:{port} ({error.strerror}); give another "
             "port, or 0 for any free one"
         ) from None
-    thread = threading.Thread(target=server.serve_forever, name="live page", daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever,
+        kwargs={"poll_interval": 0.05},  # seconds that the end of a run may wait for it
+        name="live page",
+        daemon=True,
+    )
     thread.start()
     state.progress.note(f"live page, until the run ends: http://{HOST}:{server.server_port}/")
     try:

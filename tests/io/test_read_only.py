@@ -121,6 +121,7 @@ def test_a_mistyped_address_is_not_found(web):
 
 def test_files_are_identified_by_their_bytes_wherever_they_are(either, tmp_path, monkeypatch):
     monkeypatch.setattr(file_identity, "PIECE_BYTES", 4000)
+    monkeypatch.setattr(file_identity, "GRAIN_SECONDS", -1e6)  # no wait for a file to be older
     (tmp_path / "a.bin").write_bytes(DATA)
     (tmp_path / "b.bin").write_bytes(DATA[:100])
     for name, data in (("a.bin", DATA), ("b.bin", DATA[:100])):

@@ -41,10 +41,12 @@ METHODS: dict[str, dict] = {
 """Techniques of `pipeline.techniques.peft` with options that change how they compute."""
 LIKE_OTHERS = (
     "timm/convnext_atto",
+    "timm/resnet10t",
     "timm/vit_tiny_patch16_224",
     "torchaudio/deepspeech",
     "transformers/distilbert",
     "transformers/roberta",
+    "wavenet/wavenet",
 )
 """Backbones with no kind of layer that another one lacks: LoRA alone is tried on them."""
 CASES = [

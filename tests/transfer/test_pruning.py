@@ -57,8 +57,9 @@ def folders(job: Job) -> set[str]:
     return set(trial_folder.find_all(job.root))
 
 
-def test_stale_rows_are_named_and_stand_in_no_table(both):
-    job, _, _ = both
+def test_stale_rows_stand_in_no_table_and_go_with_their_trials_and_nothing_else_does(both):
+    """Named first, then removed."""
+    job, old, new = both
     state = prepared(job)
     rows = stages.current(state)
     (message,) = pruning.describe_stale(results.read(job.root))
@@ -73,10 +74,6 @@ def test_stale_rows_are_named_and_stand_in_no_table(both):
     assert "rows of results.parquet are stale" in storage.read_bytes(markdown).decode()
     assert state.notes == [], "told anew each time, not kept"
     assert pruning.describe_stale([row for row in results.read(job.root) if row.current]) == []
-
-
-def test_stale_trials_go_with_their_rows_and_bundles_and_nothing_else_does(both):
-    job, old, new = both
     assert folders(job) == old | new
     found = existing_trials.stale(prepared(job))
     assert (

@@ -261,9 +261,8 @@ def test_the_trial_s_head_is_scikit_learn_s(paths, tmp_path):
 def test_random_features_are_solved_too(paths, tmp_path):
     job = job_of(tmp_path, paths)
     shared = shared_of(tmp_path, job, paths)
-    records = cached_heads.run(
-        [trial_of(job, shared, "random_probe", seed=1, stage="search")], shared
-    )
+    technique = {"random_probe": {"penalty": 0.01}}
+    records = cached_heads.run([trial_of(job, shared, technique, seed=1, stage="search")], shared)
     assert records[0].status == "done" and records[0].rows[0].settings["solver"] == "lbfgs"
     assert {row.split for row in records[0].rows} == {"validation"}
 
