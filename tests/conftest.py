@@ -202,6 +202,19 @@ def ray_here(start_ray, request):
     ray.cloudpickle.unregister_pickle_by_value(request.module)
 
 
+# ---------------------------------------------------------------- ranks
+
+
+@pytest.fixture(scope="session")
+def team():
+    """Call a function on two ranks of torch.distributed; ``team(f, ...)`` gives results by rank."""
+    from rank_processes import Team
+
+    ranks = Team(2)
+    yield ranks
+    ranks.stop()
+
+
 # ---------------------------------------------------------------- storage
 
 

@@ -1,6 +1,7 @@
 """What is installed without a clone: the wheel holds the command and the quickstart's samples."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -44,6 +45,7 @@ def test_the_quickstart_needs_no_clone(installed, tmp_path):
     assert shown.returncode == 0, shown.stderr
     for target in ("clothing", "restaurants", "new_speaker", "new_stays", "real_walls"):
         assert f"target {target} at " in shown.stdout
+    assert re.search(r"in all: \d+ trials, \d+ steps", shown.stdout), "its cost"
     assert not list(tmp_path.rglob("*.*")), "a dry run writes nothing"
     program = (
         "from pathlib import Path\nfrom pipeline.config import samples\n"

@@ -1,6 +1,4 @@
-"""From somebody's own files to predictions: init, run, predict."""
-
-import csv
+"""From a folder of somebody's own files to a report: init, run. `test_pages.py` has a table."""
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -24,22 +22,6 @@ def short(kind: str) -> list[str]:
         )
         for word in ("--set", setting)
     ]
-
-
-def test_a_csv_of_texts_is_predicted(onetomany_here, tmp_path):
-    rows = pq.read_table(SAMPLES / "sentiment_sentences.parquet").slice(0, 200).to_pylist()
-    with open(tmp_path / "reviews.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerows([["review", "stars"], *([row["text"], row["label"]] for row in rows)])
-    assert onetomany_here("init", "reviews.csv", cwd=tmp_path).returncode == 0
-    ran = onetomany_here("run", "reviews.yaml", *short("stars"), cwd=tmp_path)
-    assert ran.returncode == 0, ran.stderr
-    assert (tmp_path / "runs/reviews/report.html").exists()
-    words = ("predict", "runs/reviews", "reviews.csv", "--target", "stars", "-o", "predictions")
-    done = onetomany_here(*words, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    found = pq.read_table(tmp_path / "predictions")
-    assert len(found) == 200 and set(found["prediction"].to_pylist()) <= {"0", "1"}
 
 
 def test_a_folder_of_images_is_run(onetomany_here, tmp_path):

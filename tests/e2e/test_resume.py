@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -149,16 +150,29 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_driver_killed(undisturbed, tmp_path, tiny_data, ray_address, onetomany_on_ray):
-    process = launch(tmp_path, tiny_data, ray_address)
-    wait_for_step(tmp_path, 24)
-    kill_all(folder=tmp_path, process=process)
-    again = onetomany_on_ray(*words(tmp_path), cwd=tmp_path)
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, tiny_data, start_ray):
+    """The folder of a run that was killed with its ranks."""
+    folder = tmp_path_factory.mktemp("killed")
+    process = launch(folder, tiny_data, start_ray().get_runtime_context().gcs_address)
+    wait_for_step(folder, 24)
+    kill_all(folder=folder, process=process)
+    return folder
+
+
+@pytest.fixture
+def killed_run(killed, tmp_path):
+    """A copy of it, for one test to go on in."""
+    return shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
+
+
+def test_driver_killed(undisturbed, killed_run, onetomany_on_ray):
+    again = onetomany_on_ray(*words(killed_run), cwd=killed_run)
     assert again.returncode == 0, again.stderr[-3000:]
-    (manifest,) = tmp_path.glob("runs/tiny/sources/*/bundle/manifest.json")
+    (manifest,) = killed_run.glob("runs/tiny/sources/*/bundle/manifest.json")
     assert json.loads(manifest.read_text())["training"]["resumed_from"] >= 7
-    check_exactly_once(committed(tmp_path, 2))
-    assert equal(weights(tmp_path), undisturbed)
+    check_exactly_once(committed(killed_run, 2))
+    assert equal(weights(killed_run), undisturbed)
 
 
 def test_train_worker_killed(undisturbed, tmp_path, onetomany_on_ray):
@@ -176,22 +190,16 @@ def test_train_worker_killed(undisturbed, tmp_path, onetomany_on_ray):
     assert equal(weights(tmp_path), undisturbed)
 
 
-def test_another_number_of_ranks_after_the_kill(
-    undisturbed, tmp_path, tiny_data, ray_address, onetomany_on_ray
-):
-    process = launch(tmp_path, tiny_data, ray_address)
-    wait_for_step(tmp_path, 24)
-    kill_all(folder=tmp_path, process=process)
-    again = onetomany_on_ray(*words(tmp_path, "sources.garments.workers=1"), cwd=tmp_path)
+def test_another_number_of_ranks_after_the_kill(killed_run, onetomany_on_ray):
+    again = onetomany_on_ray(*words(killed_run, "sources.garments.workers=1"), cwd=killed_run)
     assert again.returncode == 0, again.stderr[-3000:]
-    (manifest,) = tmp_path.glob("runs/tiny/sources/*/bundle/manifest.json")
+    (manifest,) = killed_run.glob("runs/tiny/sources/*/bundle/manifest.json")
     # The workers may outlive their driver by a checkpoint
     point = json.loads(manifest.read_text())["training"]["resumed_from"]
     assert point >= 7
-    first = {line["step"]: line["rows"] for line in trace(tmp_path, 1) if line["step"] < point}
-    later = [line for line in trace(tmp_path, 0)]
+    first = {line["step"]: line["rows"] for line in trace(killed_run, 1) if line["step"] < point}
     steps: dict[int, list[int]] = {}
-    for line in later:
+    for line in trace(killed_run, 0):
         steps[line["step"]] = line["rows"] + first.get(line["step"], [])
     rows = [row for step in range(STEPS) for row in steps[step]]
     assert all(len(steps[step]) == BATCH for step in range(STEPS))

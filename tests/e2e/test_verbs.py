@@ -64,9 +64,8 @@ VERBS = (
 
 def test_every_verb_is_helpful(onetomany, onetomany_alone, tmp_path):
     helped = onetomany_alone("--help", cwd=tmp_path)
-    assert helped.returncode == 0 and all(
-        re.search(rf"\b{verb}\b", helped.stdout) for verb in VERBS
-    )
+    commands = re.findall(r"^\W*(\w+)  ", helped.stdout, re.MULTILINE)
+    assert helped.returncode == 0 and set(VERBS) <= set(commands)
     for verb in ("run", "predict", "submit"):
         message = onetomany(verb, "--help", cwd=tmp_path)
         assert (
@@ -82,14 +81,6 @@ def test_the_schema_takes_every_shipped_job(onetomany, tmp_path):
     validator.check_schema(schema)
     for job in (*JOBS, TINY):
         validator.validate(yaml.safe_load(re.sub(r"(?<![\d.])(\d+)e-", r"\1.0e-", job.read_text())))
-
-
-@pytest.mark.slow
-def test_a_dry_run_of_the_quickstart_tells_its_cost(onetomany, tmp_path):
-    done = onetomany("run", QUICKSTART, "--dry-run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    tells_its_cost(QUICKSTART, done.stdout)
-    assert not list(tmp_path.rglob("*.json")), "nothing was run"
 
 
 def test_a_part_of_the_quickstart_is_run_by_the_name_of_its_domain(onetomany, tmp_path):

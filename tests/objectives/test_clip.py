@@ -15,17 +15,9 @@ from pipeline.objectives.classification import Classification, ClassificationOpt
 from pipeline.objectives.clip import CLIP, CLIPOptions
 from pipeline.techniques.zero_shot import ZeroShot, ZeroShotOptions
 from pipeline.transfer import label_sets
-from tests.train.test_ddp import Team
 
 SMALL = {"width": 8, "layers": 1, "heads": 2}
 COLUMNS = {"caption": "words"}
-
-
-@pytest.fixture(scope="module")
-def team():
-    made = Team(2)
-    yield made
-    made.stop()
 
 
 def captioned(words: list[str | None], **options) -> CLIP:

@@ -16,18 +16,10 @@ from pipeline.core.contracts.objective_capabilities import CouplesRows
 from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.objectives.dino import DINO, Head, as_buffers
 from pipeline.train import loop
-from tests.train.test_ddp import Team
 
 SMALL = {"prototypes": 12, "hidden": 10, "bottleneck": 6, "local_crops": 3, "local_size": 8}
 """On images of 8 px a small view is a look at its own noise."""
 IMAGE = ModalitySpec("image", {"size": 64, "channels": 3}, {"mean": [0.5] * 3, "std": [0.2] * 3})
-
-
-@pytest.fixture(scope="module")
-def team():
-    made = Team(2)
-    yield made
-    made.stop()
 
 
 def dino(**options):

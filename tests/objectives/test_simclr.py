@@ -11,14 +11,6 @@ from pipeline.core.contracts.objective_capabilities import CouplesRows
 from pipeline.core.specs import Architecture
 from pipeline.objectives.simclr import SimCLR
 from pipeline.train import loop
-from tests.train.test_ddp import Team
-
-
-@pytest.fixture(scope="module")
-def team():
-    made = Team(2)
-    yield made
-    made.stop()
 
 
 def as_written(first: torch.Tensor, second: torch.Tensor, temperature: float) -> tuple[float, int]:
@@ -90,6 +82,7 @@ def test_labels_are_not_asked_for():
     assert SimCLR.roles == () and isinstance(SimCLR, CouplesRows)
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_weights_of_one(team):
     check_ranks(team, "simclr")
 

@@ -105,36 +105,22 @@ def test_rows_of_a_class_come_together_and_the_projection_is_dropped(kind):
     assert found[1] < found[0]
 
 
-def rank_of_two(rank: int, file: str, out: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{file}", rank=rank, world_size=2
-    )
-    run = prepared(ranks=loop.Ranks(rank, 2))
-    loop.fit(run)
-    torch.save(weights(run.task), f"{out}-{rank}")
-    torch.distributed.destroy_process_group()
-
-
-def prepared(**words) -> loop.TrainingRun:
+def trained(ranks: loop.Ranks) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Weights before and after a run."""
     used = bi_tuning(width=8)
     torch.manual_seed(5)
-    return make_run(
-        image_rows(32), used.wrap(net_task()), steps=5, technique=used, global_batch=8, **words
-    )
+    task = used.wrap(net_task())
+    before = weights(task)
+    loop.fit(make_run(image_rows(32), task, steps=5, technique=used, global_batch=8, ranks=ranks))
+    return before, weights(task)
 
 
 @pytest.mark.slow
-def test_two_ranks_give_the_weights_of_one(tmp_path):
-    torch.multiprocessing.spawn(
-        rank_of_two, (str(tmp_path / "store"), str(tmp_path / "out")), nprocs=2
-    )
-    run = prepared()
-    before = weights(run.task)
-    loop.fit(run)
-    two = [torch.load(tmp_path / f"out-{rank}", weights_only=True) for rank in (0, 1)]
-    assert furthest(before, weights(run.task)) > 1e-4
-    assert furthest(*two) == 0.0 and furthest(two[0], weights(run.task)) < 1e-5
+def test_two_ranks_give_the_weights_of_one(team):
+    (_, first), (_, second) = team(trained)
+    before, one = trained(loop.Ranks())
+    assert furthest(before, one) > 1e-4
+    assert furthest(first, second) == 0.0 and furthest(first, one) < 1e-5
 
 
 def test_rows_need_a_single_class():

@@ -606,8 +606,9 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, name, labelled):
     assert furthest(weights(whole.task), weights(again.task)) == 0.0
 
 
-def run_of_ranks(name: str, labelled: bool, ranks: Ranks) -> loop.TrainingRun:
-    return adapting_run(
+def trained(ranks: Ranks, name: str, labelled: bool) -> tuple[dict[str, torch.Tensor], list]:
+    """The weights and the losses of a run."""
+    run = adapting_run(
         registry.get("technique", name)(),
         image_rows(24),
         image_rows(20, seed=1),
@@ -618,35 +619,18 @@ def run_of_ranks(name: str, labelled: bool, ranks: Ranks) -> loop.TrainingRun:
         ranks=ranks,
         warmup=0.0,
     )
-
-
-def rank_of_two(rank: int, file: str, out: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{file}", rank=rank, world_size=2
-    )
-    for name in TRAINED:
-        for labelled in (True, False):
-            run, logs = run_of_ranks(name, labelled, Ranks(rank, 2)), []
-            run.on_log = logs.append
-            loop.fit(run)
-            saved = {"weights": weights(run.task), "loss": [log["loss"] for log in logs]}
-            torch.save(saved, f"{out}-{name}-{labelled}-{rank}")
-    torch.distributed.destroy_process_group()
+    losses: list[float] = []
+    run.on_log = lambda log: losses.append(log["loss"])
+    loop.fit(run)
+    return weights(run.task), losses
 
 
 @pytest.mark.slow
-def test_two_ranks_give_the_weights_of_one(tmp_path):
-    out = str(tmp_path / "out")
-    torch.multiprocessing.spawn(rank_of_two, (str(tmp_path / "store"), out), nprocs=2)
-    for name in TRAINED:
-        for labelled in (True, False):
-            run, logs = run_of_ranks(name, labelled, Ranks()), []
-            run.on_log = logs.append
-            loop.fit(run)
-            two = [
-                torch.load(f"{out}-{name}-{labelled}-{rank}", weights_only=True) for rank in (0, 1)
-            ]
-            assert furthest(two[0]["weights"], two[1]["weights"]) == 0.0, name
-            assert furthest(two[0]["weights"], weights(run.task)) < 2e-4, name
-            assert two[0]["loss"] == pytest.approx([log["loss"] for log in logs], abs=1e-4), name
+@pytest.mark.parametrize("labelled", [True, False], ids=["labels", "no labels"])
+@pytest.mark.parametrize("name", TRAINED)
+def test_two_ranks_give_the_weights_of_one(team, name, labelled):
+    (first, losses), (second, _) = team(trained, name, labelled)
+    one, wanted = trained(Ranks(), name, labelled)
+    assert furthest(first, second) == 0.0
+    assert furthest(first, one) < 2e-4
+    assert losses == pytest.approx(wanted, abs=1e-4)

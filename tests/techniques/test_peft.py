@@ -536,27 +536,17 @@ def test_compiled_training_equals_eager_training(name):
     assert furthest(weights(runs[0].task), weights(runs[1].task)) < 1e-5
 
 
-def rank_of_two(rank: int, file: str, out: str, options: dict) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{file}", rank=rank, world_size=2
-    )
-    run = adapted_run(net_task(), lora(**options), ranks=loop.Ranks(rank, 2), micro_batch=2)
+def trained(ranks: loop.Ranks, options: dict) -> dict[str, torch.Tensor]:
+    run = adapted_run(net_task(), lora(**options), ranks=ranks, micro_batch=2)
     loop.fit(run)
-    torch.save(weights(run.task), f"{out}-{rank}")
-    torch.distributed.destroy_process_group()
+    return weights(run.task)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, pytest.param(IN_4_BITS, marks=NEEDS_LIBRARY)], ids=str)
-def test_two_ranks_give_the_weights_of_one(tmp_path, options):
-    torch.multiprocessing.spawn(
-        rank_of_two, (str(tmp_path / "store"), str(tmp_path / "out"), options), nprocs=2
-    )
-    run = adapted_run(net_task(), lora(**options), micro_batch=2)
-    loop.fit(run)
-    two = [torch.load(tmp_path / f"out-{rank}", weights_only=True) for rank in (0, 1)]
-    assert furthest(*two) == 0.0 and furthest(two[0], weights(run.task)) < 1e-5
+def test_two_ranks_give_the_weights_of_one(team, options):
+    two, one = team(trained, options), trained(loop.Ranks(), options)
+    assert furthest(*two) == 0.0 and furthest(two[0], one) < 1e-5
 
 
 # ---------------------------------------------------------------- weights in 4 bits

@@ -24,7 +24,6 @@ from pipeline.data.stream import DataWorkers, TooManyBadRowsError
 from pipeline.train import online_probe, pretrain, source
 from pipeline.train.loop import Ranks
 from pipeline.train.progress import training_line
-from tests.train.test_ddp import Team
 
 PROBE = {"modality": "image", "columns": {"image": "picture", "label": "class"}}
 
@@ -278,13 +277,6 @@ def tried(ranks: Ranks, n: int, m: int) -> float:
             ),
         )
     )
-
-
-@pytest.fixture(scope="module")
-def team():
-    made = Team(2)
-    yield made
-    made.stop()
 
 
 @pytest.mark.slow

@@ -8,16 +8,8 @@ from torch import Tensor
 
 from pipeline.core.nn.all_gather import all_gather_rows, all_reduce_sum
 from pipeline.train.loop import Ranks
-from tests.train.test_ddp import Team
 
 ROWS = torch.randn(7, 2, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-
-
-@pytest.fixture(scope="module")
-def team():
-    made = Team(2)
-    yield made
-    made.stop()
 
 
 def coupled(rows: Tensor) -> Tensor:
