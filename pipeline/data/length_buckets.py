@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.core.rng import mix
-from pipeline.data.plan import Plan, Shuffle
+from pipeline.data.plan import DEFAULT_SHARDS, Plan, Shuffle
 
 WIDTH = 0.92
 """A bucket's cheapest row costs at least this share of its dearest one, unless the bucket would
@@ -66,7 +66,7 @@ class BucketPlan(Plan):
         batch_cost: float,
         seed: int,
         *,
-        shards: int = 8,
+        shards: int = DEFAULT_SHARDS,
         shuffle: Shuffle = "rows",
         boundaries: np.ndarray | None = None,
         item_rows: int = 256,

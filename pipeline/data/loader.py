@@ -19,6 +19,7 @@ from pipeline.core.contracts.objective_capabilities import (
     untrainable_reasons,
 )
 from pipeline.core.ragged import num_bytes, ragged
+from pipeline.core.sampling import evenly_spread
 from pipeline.core.specs import State
 from pipeline.data.length_buckets import BucketPlan
 from pipeline.data.manifests import READER_BYTES, Reader, Selection
@@ -54,9 +55,7 @@ class Decoder:
 
     def size(self, selection: Selection) -> int:
         """Estimate the bytes of the decoded selection from a few of its rows."""
-        indices = np.unique(
-            np.linspace(0, max(0, len(selection) - 1), min(8, len(selection))).astype(np.int64)
-        )
+        indices = evenly_spread(len(selection), 8)
         if not len(indices):
             return 0
         arrays, _ = self(Reader(selection.manifest, self.names()).take(selection.ids(indices)))

@@ -31,6 +31,8 @@ import numpy as np
 from pipeline.core.rng import mix
 
 Shuffle = Literal["rows", "blocks", "none"]
+DEFAULT_SHARDS = 8
+"""Canonical shards of a job's plans, at least: up to so many ranks read the batches of one."""
 CHUNK = 4096
 """Positions of a shard in which a mixture has its exact shares: weights are rounded to parts of
 it.
@@ -248,7 +250,7 @@ class Plan(Order):
         seed: int,
         global_batch: int,
         *,
-        shards: int = 8,
+        shards: int = DEFAULT_SHARDS,
         shuffle: Shuffle = "rows",
         boundaries: np.ndarray | None = None,
         item_rows: int = 256,

@@ -29,7 +29,7 @@ from pipeline.core.rng import row_keys
 from pipeline.data.length_buckets import WINDOW_ROWS, BucketPlan
 from pipeline.data.loader import Block, Decoder, Loader, RowCosts, row_bytes
 from pipeline.data.manifests import Selection
-from pipeline.data.plan import Item, Mixture, Plan, Shuffle
+from pipeline.data.plan import DEFAULT_SHARDS, Item, Mixture, Plan, Shuffle
 from pipeline.io import heartbeat, write_fence
 from pipeline.io.file_identity import ChangedFileError
 from pipeline.io.threads import threaded_map
@@ -359,7 +359,7 @@ def plan_of(
     global_batch: int,
     batch_cost: float | None = None,
     *,
-    shards: int = 8,
+    shards: int = DEFAULT_SHARDS,
     shuffle: Shuffle = "rows",
     item_rows: int = 256,
     mixture: Mixture | None = None,

@@ -31,6 +31,7 @@ import pyarrow.parquet as pq
 
 from pipeline.checkpoints import export_folder
 from pipeline.core.arrow_compute import pc
+from pipeline.core.sampling import evenly_spread
 from pipeline.data.manifests import SPLITS
 from pipeline.io import atomic_folder, storage
 from pipeline.media import image_io
@@ -359,7 +360,7 @@ def _measured(values: Any, feature: Feature) -> Statistics:
     """Measure one episode's column: (n,) for numbers, (3, 1, 1) in [0, 1] for images."""
     if feature["dtype"] != "image":
         return _over_rows(values.reshape(len(values), -1).astype(np.float64), len(values))
-    places = np.unique(np.linspace(0, len(values) - 1, MEASURED_FRAMES).astype(int))
+    places = evenly_spread(len(values), MEASURED_FRAMES)
     frames = [image_io.pixels(values[place], 3).flatten(1).numpy() for place in places]
     found = _over_rows(np.concatenate(frames, axis=1).T / 255, len(frames))
     return {

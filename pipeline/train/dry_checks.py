@@ -22,6 +22,7 @@ from pipeline.config import registry
 from pipeline.config.schema import HUBS
 from pipeline.core.capabilities import can_pack
 from pipeline.core.contracts import Backbone, Objective, Task
+from pipeline.core.sampling import evenly_spread
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.data import manifests
 from pipeline.data.manifests import Selection, Splits
@@ -244,8 +245,7 @@ def rows(split: str, selection: Selection, decoder: Decoder, max_bad: float) -> 
 def _places(selection: Selection) -> np.ndarray:
     """Evenly spread indices of the rows of the sample."""
     each = max(1, selection.manifest.size // max(1, selection.manifest.rows))
-    most = min(SAMPLE_ROWS, max(1, SAMPLE_BYTES // each), len(selection))
-    return np.unique(np.linspace(0, len(selection) - 1, most).astype(np.int64))
+    return evenly_spread(len(selection), min(SAMPLE_ROWS, max(1, SAMPLE_BYTES // each)))
 
 
 def _bad_rows(part: Selection, decoder: Decoder) -> list[str]:

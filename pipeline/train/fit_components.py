@@ -21,6 +21,7 @@ from pipeline.core.capabilities import (
     reports_coverage,
 )
 from pipeline.core.contracts import Modality, Objective
+from pipeline.core.sampling import evenly_spread
 from pipeline.core.specs import ModalitySpec, State
 from pipeline.data import manifests
 from pipeline.data.manifests import Selection, Splits
@@ -62,7 +63,7 @@ def sample(
     and one more row of each value that was not drawn, ``rows`` of those at most.
     """
     n = len(selection)
-    places = np.unique(np.linspace(0, n - 1, min(rows, n)).astype(np.int64))
+    places = evenly_spread(n, rows)
     if strata and n > rows:
         coded = [
             manifests.group_numbers(column.cast(pa.string()).fill_null(""))

@@ -48,6 +48,11 @@ class NonFiniteError(RuntimeError):
     """Too many steps in a row had a non-finite loss or gradient."""
 
 
+def default_device() -> torch.device:
+    """Return the GPU of this process, or the CPU where it has none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among the others."""

@@ -23,6 +23,7 @@ from pipeline.core.contracts.objective_capabilities import (
     tensors_beside_features,
 )
 from pipeline.core.groups import unit_numbers
+from pipeline.core.sampling import evenly_spread
 from pipeline.core.specs import State
 from pipeline.data import manifests
 from pipeline.data.manifests import LeftOut, Selection, Splits
@@ -208,9 +209,7 @@ def prepare(data: Data, found: Splits, modality: Modality) -> Probe:
     for selection, most in zip((found.train, found.validation), PROBE_ROWS, strict=True):
         n = len(selection)
         each = max(1, probe.decoder(modality).size(selection) // n)
-        places = np.unique(
-            np.linspace(0, n - 1, max(1, min(n, most, PROBE_BYTES // each))).astype(np.int64)
-        )
+        places = evenly_spread(n, max(1, min(most, PROBE_BYTES // each)))
         kept.append(Selection(selection.manifest, selection.ids(places)))
     return replace(probe, train=kept[0], validation=kept[1])
 

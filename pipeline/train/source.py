@@ -25,7 +25,7 @@ from pipeline.core.rng import mix
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec, State
 from pipeline.data import manifests
 from pipeline.data.manifests import LeftOut, Selection, Splits
-from pipeline.data.plan import Mixture, Plan
+from pipeline.data.plan import DEFAULT_SHARDS, Mixture, Plan
 from pipeline.data.stream import Decoder, Rows, check_bad_row_budget
 from pipeline.io import storage
 from pipeline.io.file_identity import ChangedFileError, FileIdentity
@@ -363,7 +363,7 @@ def canonical_shards(spec: Source) -> int:
 
     It decides the order of rows, so it is part of the stage's key.
     """
-    return spec.train.canonical_shards or max(8, spec.worker_range[1])
+    return spec.train.canonical_shards or max(DEFAULT_SHARDS, spec.worker_range[1])
 
 
 @dataclass(frozen=True)

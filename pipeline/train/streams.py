@@ -18,6 +18,7 @@ from pipeline.core.contracts import Technique
 from pipeline.core.contracts.technique_capabilities import LABELLED_SOURCE
 from pipeline.core.rng import mix
 from pipeline.data.manifests import Reader
+from pipeline.data.plan import DEFAULT_SHARDS
 from pipeline.data.stream import (
     LoadedBatch,
     Rows,
@@ -27,8 +28,6 @@ from pipeline.data.stream import (
     train_batches,
 )
 from pipeline.train.loop import Ranks
-
-SHARDS = 8
 
 
 def unlabelled(rows: Rows) -> Rows:
@@ -78,7 +77,7 @@ def of_technique(
                 f"only {', '.join(sorted(rows))}: a source that is a checkpoint has no rows"
             )
         part = rows[name] if name == LABELLED_SOURCE else unlabelled(rows[name])
-        shards = train.canonical_shards or SHARDS
+        shards = train.canonical_shards or DEFAULT_SHARDS
         plan = plan_of(
             part,
             mix(seed, number),

@@ -47,7 +47,7 @@ from pipeline.io import checksums, heartbeat, storage
 from pipeline.report.trial_record import TrialRecord
 from pipeline.train import evaluate, experiment, loop
 from pipeline.train.log import RowTrace
-from pipeline.train.loop import Ranks
+from pipeline.train.loop import Ranks, default_device
 from pipeline.train.online_probe import features
 from pipeline.train.optim import ParameterGroup
 from pipeline.train.pretrain import device_name
@@ -364,7 +364,7 @@ def run(
 
 def _shared_features(group: list[Trial], shared: Shared) -> SharedFeatures:
     """Compute or read the features of the splits that the trials need."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     first, began = group[0], time.time()
     task, transfer, _ = _build_wrapped(first, shared)
     technique = _technique_of_features(first)
@@ -417,16 +417,12 @@ def _stacks(
         try:
             member = StackedTrial(trial, *trials.resolve_training(trial, shared))
         except ValueError as error:  # the settings of this trial alone
-            failed.append(_failed(trial, shared, error))
+            failed.append(trials.failed_record(trial, shared, error))
             continue
         alike = member.train.model_dump(exclude={"lr", "weight_decay"})
         key = (member.steps, str(sorted(alike.items())), trial.id if is_random else "")
         stacks.setdefault(key, []).append(member)
     return failed, list(stacks.values())
-
-
-def _failed(trial: Trial, shared: Shared, error: Exception) -> TrialRecord:
-    return trials.failed_record(trial, shared, f"{type(error).__name__}: {error}"[:2000])
 
 
 def draws_random_numbers(head: Objective, rows: SplitFeatures) -> bool:
@@ -569,7 +565,7 @@ def _solve(
         else:
             solutions = solved_heads.solve(head, *trial_rows, penalties, validate, alive)
     except FloatingPointError as error:
-        return _failed(trial, shared, error)
+        return trials.failed_record(trial, shared, error)
     chosen = solved_heads.best(solutions, cached.data.metrics[0])
     head, test, calibrated = chosen.head, None, chosen.head
     if "test" in cached.splits:
@@ -665,7 +661,7 @@ def _run_alone(trial: Trial, shared: Shared, alive: Callable[[], None]) -> Trial
     try:
         return trials.run(trial, shared, alive=alive)
     except Exception as error:  # it is this head's alone: the others are done
-        return _failed(trial, shared, error)
+        return trials.failed_record(trial, shared, error)
 
 
 @torch.no_grad()

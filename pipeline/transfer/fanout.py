@@ -333,9 +333,8 @@ def _records(
         return [trial.run(unit.first, shared, report=report)]
     except Exception as error:  # it is in the rows of these trials, the others go on
         write_fence.check(shared.root)
-        reason = f"{type(error).__name__}: {error}"[:2000]
         return [
-            trial.failed_record(one, shared, reason)
+            trial.failed_record(one, shared, error)
             for one in unit.trials
             if record_of_this_run(shared, one) is None
         ]

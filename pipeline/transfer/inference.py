@@ -43,7 +43,7 @@ from pipeline.io import checksums, file_identity, storage
 from pipeline.media import drawing, transcripts
 from pipeline.media.tagging_schemes import texts
 from pipeline.train import evaluate, fit_components, launch
-from pipeline.train.loop import Ranks
+from pipeline.train.loop import Ranks, default_device
 from pipeline.train.online_probe import features
 from pipeline.train.progress import Progress
 from pipeline.transfer import prediction_files
@@ -107,7 +107,7 @@ class BundleWorker(ABC):
         return {**self.__dict__, "_opened": None}
 
     def __call__(self, item: Item) -> Arrays:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = default_device()
         if self._opened is None:
             found = bundle.load(self.uri)
             self._opened, self._modality = self.open(found).to(device), found.modality()

@@ -17,6 +17,7 @@ from pipeline.config import registry
 from pipeline.config.schema import Target
 from pipeline.core.capabilities import has_single_features
 from pipeline.core.contracts import Modality
+from pipeline.core.sampling import evenly_spread
 from pipeline.core.specs import State
 from pipeline.data import manifests
 from pipeline.data.manifests import Selection
@@ -108,7 +109,7 @@ def _sample(
     if count <= MAX_ROWS:
         return np.arange(count)
     if role != "label":
-        return np.unique(np.linspace(0, count - 1, MAX_ROWS).astype(np.int64))
+        return evenly_spread(count, MAX_ROWS)
     classes = objective.encode(manifests.read_columns(rows, label_columns), columns, state)["label"]
     order = np.random.default_rng(0).permutation(count)
     order = order[np.argsort(classes[order], kind="stable")]

@@ -18,6 +18,7 @@ import torch
 from pipeline.config import registry
 from pipeline.core.capabilities import has_single_features
 from pipeline.core.contracts import Backbone, Modality
+from pipeline.core.sampling import evenly_spread
 from pipeline.data import manifests
 from pipeline.data.manifests import Selection
 from pipeline.data.stream import Rows
@@ -236,8 +237,8 @@ def _concept_within(
     x, y = train
     features, labels, groups = test
     count = min(len(y), len(labels) * (shift.FOLDS - 1) // shift.FOLDS)
-    of_test = _evenly(len(labels), count * shift.FOLDS // (shift.FOLDS - 1))
-    of_train = _evenly(len(y), count)
+    of_test = evenly_spread(len(labels), count * shift.FOLDS // (shift.FOLDS - 1))
+    of_train = evenly_spread(len(y), count)
     x, y = x[of_train].astype(np.float64), np.eye(classes)[y[of_train]]
     features, labels = features[of_test], labels[of_test]
     by_training_rows = shift.ridge_predictions(x, y, features.astype(np.float64))
@@ -245,15 +246,10 @@ def _concept_within(
     return shift.concept_shift(features, labels, by_training_rows, groups)
 
 
-def _evenly(n: int, count: int) -> np.ndarray:
-    """Return at most ``count`` of n positions, evenly spread."""
-    return np.unique(np.linspace(0, n - 1, min(n, count)).astype(np.int64))
-
-
 def _spread(rows: Rows) -> Rows:
     """Return at most MOST_ROWS rows, evenly spread."""
     n = len(rows)
-    return rows if n <= MOST_ROWS else rows.subset(_evenly(n, MOST_ROWS))
+    return rows if n <= MOST_ROWS else rows.subset(evenly_spread(n, MOST_ROWS))
 
 
 def _features(
@@ -375,7 +371,7 @@ def drift(
 
 def _observations(selection: Selection, group: str | None) -> int:
     """Return the number of groups among the rows of a side that are compared, or of these rows."""
-    ids = selection.ids(_evenly(len(selection), MOST_ROWS))
+    ids = selection.ids(evenly_spread(len(selection), MOST_ROWS))
     found = groups_of(selection, group, ids)
     return len(ids) if found is None else len(np.unique(found))
 
@@ -386,7 +382,7 @@ def _read(selection: Selection, columns: Mapping[str, str]) -> pa.Table:
     Args:
         columns: The column's own name by its new name.
     """
-    at = _evenly(len(selection), MOST_ROWS)
+    at = evenly_spread(len(selection), MOST_ROWS)
     names = [*dict.fromkeys(columns.values())]
     table = manifests.Reader(selection.manifest, names).take(selection.ids(at))
     return pa.table({new: table[name] for new, name in columns.items()})

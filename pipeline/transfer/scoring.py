@@ -28,6 +28,7 @@ from pipeline.core.contracts.score import Score, ScoreTask, interval_of_halves
 from pipeline.core.groups import num_units, random_half
 from pipeline.core.metrics.calibration import softmax
 from pipeline.core.rng import mix
+from pipeline.core.sampling import evenly_spread
 from pipeline.core.specs import NO_OBJECTIVE
 from pipeline.data.manifests import Selection
 from pipeline.data.stream import Decoder, Rows, eval_batches
@@ -35,6 +36,7 @@ from pipeline.io import checksums, storage
 from pipeline.report.shift import Shift
 from pipeline.report.source_scores import PairScores, ScoreValue
 from pipeline.train import evaluate
+from pipeline.train.loop import default_device
 from pipeline.train.online_probe import FEATURE_ROWS, features_of_ids
 from pipeline.train.pretrain import device_name
 from pipeline.transfer import measured_shift
@@ -114,8 +116,7 @@ def sample(selection: Selection) -> Selection:
     n = len(selection)
     if n <= SOURCE_ROWS:
         return selection
-    places = np.unique(np.linspace(0, n - 1, SOURCE_ROWS).astype(np.int64))
-    return Selection(selection.manifest, selection.ids(places))
+    return Selection(selection.manifest, selection.ids(evenly_spread(n, SOURCE_ROWS)))
 
 
 # ---------------------------------------------------------------- one source for one target
@@ -249,7 +250,7 @@ def _score_pair(pair: Pair, shared: Shared, wanted: Mapping[str, Score]) -> tupl
     if wanted and all(set(one.inputs) & set(given.missing) for one in wanted.values()):
         undefined = {name: _value(one, given) for name, one in wanted.items()}
         return PairScores(pair.source, pair.target, undefined), False
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     backbone = _backbone(pair, shared, data)
     _add_target(given, pair, shared, data, backbone, device)
     if not wanted or any("source_features" in one.inputs for one in wanted.values()):
@@ -321,7 +322,7 @@ def shift_of_test(pair: Pair, shared: Shared) -> Shift:
     if kept is not None:
         return Shift.from_json(kept)
     data = shared.targets[pair.target, pair.backbone_key]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     backbone = _backbone(pair, shared, data)
     try:
         found = measured_shift.train_test_shift(data, pair.source, backbone, device)
@@ -357,7 +358,7 @@ def _add_target(
     if not len(allowed):  # with label fraction 0 alone, rows may be read without their labels
         given.missing["labels"] = "label_fractions: 0 allows no label"
         allowed = np.arange(len(data.train))
-    rows = data.train.subset(allowed[_spread(len(allowed))])
+    rows = data.train.subset(allowed[evenly_spread(len(allowed), SCORE_ROWS)])
     labels, labelled, row = None, None, np.zeros(0, dtype=np.int64)
     if labels_positions(objective):
         options = objective.options_class(**data.objective.options)  # type: ignore[attr-defined]
@@ -395,11 +396,6 @@ def _add_target(
         given.arrays["probabilities"] = probabilities
 
 
-def _spread(n: int) -> np.ndarray:
-    """Return at most SCORE_ROWS of n positions, evenly spread."""
-    return np.unique(np.linspace(0, n - 1, min(SCORE_ROWS, n)).astype(np.int64))
-
-
 @torch.no_grad()
 def _position_features(
     objective: Any, backbone: Backbone, rows: Rows, device: torch.device
@@ -424,12 +420,14 @@ def _position_features(
         ids.append(batch.rows)
         pooled.append(found.pooled.float())
         of_batch, theirs, place = objective.labelled_positions(found, batch)
-        some = torch.from_numpy(_spread(len(theirs)))  # a batch of long rows has very many
+        some = torch.from_numpy(
+            evenly_spread(len(theirs), SCORE_ROWS)
+        )  # a batch of long rows has very many
         labelled.append(of_batch[some])
         labels.append(theirs[some])
         row.append(before + place.cpu().numpy()[some.numpy()])
         before += len(batch)
-    places = _spread(sum(map(len, labels)))
+    places = evenly_spread(sum(map(len, labels)), SCORE_ROWS)
     kept = torch.from_numpy(places)
     return (
         np.concatenate(ids),

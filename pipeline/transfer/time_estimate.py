@@ -21,11 +21,13 @@ from pipeline.config.schema import FULL, Train
 from pipeline.core.capabilities import can_pack, is_costed
 from pipeline.core.contracts import Batch, Task
 from pipeline.core.rng import row_keys
+from pipeline.core.sampling import evenly_spread
 from pipeline.data import manifests
 from pipeline.data.stream import LoadedBatch, Rows
 from pipeline.train import dry_checks, evaluate, loop
 from pipeline.train.dry_checks import Workload
 from pipeline.train.experiment import technique_of
+from pipeline.train.loop import default_device
 from pipeline.train.progress import duration
 from pipeline.train.token_rows import PACKED
 from pipeline.transfer import existing_trials, planned_trials
@@ -102,7 +104,7 @@ def _threads(count: int) -> Iterator[None]:
 def _batch(load: Workload, rows: int) -> Batch:
     """Return a batch of rows of the workload. Raises Unmeasured where none of them can be used."""
     decoder, selection = load.decoder, load.rows
-    places = np.unique(np.linspace(0, len(selection) - 1, min(rows, len(selection))).astype(int))
+    places = evenly_spread(len(selection), rows)
     ids = selection.ids(places)
     table = manifests.Reader(selection.manifest, decoder.names()).take(ids)
     if load.is_packed:
@@ -124,7 +126,7 @@ def _step_seconds(load: Workload, task: Task, batch: Batch, train: Train) -> tup
     those that it took.
     """
     technique = technique_of(FULL)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     ended: list[tuple[float, float]] = []
 
     def note() -> None:

@@ -52,7 +52,7 @@ from pipeline.core.metrics.label_sets import scored
 from pipeline.core.rng import mix
 from pipeline.core.specs import NO_OBJECTIVE, Architecture, ModalitySpec, ObjectiveSpec, Spec
 from pipeline.data.manifests import Selection
-from pipeline.data.plan import Plan
+from pipeline.data.plan import DEFAULT_SHARDS, Plan
 from pipeline.data.stream import (
     Decoder,
     Rows,
@@ -69,7 +69,7 @@ from pipeline.report.results import SOURCE_VALIDATION, VALIDATION, ResultRow
 from pipeline.report.trial_record import TrialRecord, curve_of
 from pipeline.train import evaluate, experiment, loop, resume_history, streams
 from pipeline.train.experiment import Experiment
-from pipeline.train.loop import Ranks
+from pipeline.train.loop import Ranks, default_device
 from pipeline.train.pretrain import device_name, shuffle_of, steps_of
 from pipeline.train.row_checks import Finding
 from pipeline.transfer import label_sets
@@ -84,6 +84,8 @@ from pipeline.transfer.grid import (
 )
 
 EVAL_ROWS = 256
+MOST_CHARACTERS = 2000
+"""Of an error in a record."""
 AT_THRESHOLD = (
     "f1_at_threshold",
     "precision_at_threshold",
@@ -512,7 +514,7 @@ def order_of(trial: Trial, shared: Shared, train: Train, rows: Rows) -> Plan:
     It is that of a source, but rows in memory are fully permuted unless the job sets another order.
     """
     data = shared.targets[trial.target, trial.backbone_key]
-    shards = train.canonical_shards or max(8, data.spec.workers)
+    shards = train.canonical_shards or max(DEFAULT_SHARDS, data.spec.workers)
     shuffle = shuffle_of(data.spec.data, rows.selection)
     if data.in_memory and data.spec.data.shuffle == "auto":
         shuffle = "rows"
@@ -557,7 +559,7 @@ def run(
         TooManyBadRowsError: More rows of a streamed target cannot be decoded than its budget
             allows.
     """
-    ranks = ranks or Ranks(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    ranks = ranks or Ranks(device=default_device())
     began = time.time()
     data, where = data_of(trial, shared), folder(shared, trial)
     technique = trial.technique_object  # one for the whole trial: it may keep what it saw
@@ -884,12 +886,14 @@ def groups_of(data: TargetData, test: Predictions | None) -> np.ndarray | None:
 def failed_record(
     trial: Trial,
     shared: Shared,
-    error: str,
+    error: str | Exception,
     status: str = "failed",
     validation: dict[str, float] | None = None,
     summary: TrialSummary | None = None,
 ) -> TrialRecord:
     """Write the record of a trial that failed, so that the results table has its row."""
+    if isinstance(error, Exception):
+        error = f"{type(error).__name__}: {error}"[:MOST_CHARACTERS]
     data = shared.targets[trial.target, trial.backbone_key]
     # not checked: it may be what failed
     train = data.spec.train.model_copy(update=trial.train_settings)

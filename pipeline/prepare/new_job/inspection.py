@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.arrow_compute import pc
+from pipeline.core.sampling import evenly_spread
 from pipeline.data import manifests, to_parquet
 from pipeline.data.manifests import Manifest, Selection
 from pipeline.io import storage
@@ -339,14 +340,10 @@ def _as_parquet(files: list[str], delimiter: str, scratch: str) -> list[str]:
 
 def places_of(manifest: Manifest, most: int) -> np.ndarray:
     """Return the ids of a sample of rows, from row groups all over the files."""
-    groups = np.unique(
-        np.linspace(
-            0, len(manifest.groups) - 1, min(SAMPLE_ROW_GROUPS, len(manifest.groups))
-        ).astype(int)
-    )
+    groups = evenly_spread(len(manifest.groups), SAMPLE_ROW_GROUPS)
     each = -(-most // len(groups))
     ids = [
-        np.unique(np.linspace(start, start + rows - 1, min(each, rows)).astype(np.int64))
+        start + evenly_spread(rows, each)
         for start, rows in (
             (int(manifest.starts[group]), manifest.groups[group].rows) for group in groups
         )

@@ -14,6 +14,7 @@ from scipy.spatial.distance import squareform
 from pipeline.config.registry import register
 from pipeline.core.contracts.score import Estimate, score
 from pipeline.core.groups import unit_numbers
+from pipeline.core.sampling import evenly_spread
 from pipeline.transfer.shift import FEWEST_GROUPS, ridge_predictions, wilson
 
 FOLDS = 5
@@ -108,9 +109,7 @@ def mmd(
 
 
 def _some(rows: np.ndarray) -> np.ndarray:
-    if len(rows) <= MOST_ROWS:
-        return rows
-    return rows[np.linspace(0, len(rows) - 1, MOST_ROWS).astype(np.int64)]
+    return rows[evenly_spread(len(rows), MOST_ROWS)]
 
 
 @register("score", "proxy_a", title="Proxy A-distance")
