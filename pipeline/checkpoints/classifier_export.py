@@ -61,11 +61,8 @@ def describe(task: Task, modality: Modality) -> ClassifierSpec:
         "arguments": {},
         "input": {},
     }
-    if "threshold" in objective.state:
-        spec["threshold"] = objective.state["threshold"]
-        spec["threshold_of"] = (
-            f"probability (softmax) from which a row is called {objective.state['labels'][1]}"
-        )
+    if decides := threshold(objective):
+        spec["threshold"], spec["threshold_of"] = decides
     read = modality.options.model_dump(include={"fit", "crop_share", "interpolation"})
     if library == "timm":
         spec["arguments"] = dict(model.creation_arguments)
@@ -119,6 +116,33 @@ def has_norm(task: Task) -> bool:
 def temperature(task: Task) -> float:
     """Return what the scores are divided by: fitted on validation rows, else 1."""
     return float(task.objective.state.get("temperature", 1.0))
+
+
+def threshold(objective: Any) -> tuple[float, str] | None:
+    """Return the probability that was chosen to decide between two classes, and which one it is of.
+
+    None where the likelier class is called.
+    """
+    if "threshold" not in objective.state:
+        return None
+    label = objective.state["labels"][1]
+    return objective.state["threshold"], f"probability (softmax) from which a row is called {label}"
+
+
+def add_threshold(config: dict[str, Any], objective: Any) -> str:
+    """Add ``threshold`` and ``threshold_of`` to a configuration, as `threshold` returns them.
+
+    Returns:
+        A note that the library does not use it, or "" where there is none.
+    """
+    decides = threshold(objective)
+    if decides is None:
+        return ""
+    config["threshold"], config["threshold_of"] = decides
+    return (
+        f"; rows are called the second class from a probability of {decides[0]:.4g} on (threshold "
+        "of config.json), which the library's own pipelines do not read"
+    )
 
 
 def linear_tensors(task: Task) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from safetensors.torch import (
     load_file,  # pyright: ignore[reportUnknownVariableType]
     save_file,  # pyright: ignore[reportUnknownVariableType]
 )
-from tokenizers import Tokenizer, pre_tokenizers, processors
+from tokenizers import Tokenizer, normalizers, processors
 from torch import Tensor
 
 from pipeline.checkpoints import bundle, classifier_export, hf_speech
@@ -493,6 +493,7 @@ def write(saved: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
     ids = {key: tokenizer.token_to_id(token) for key, token in specials.items()}
     labels = saved.manifest.objective.state.get("labels")
     _configure(config, family, ids, tensors, exported, labels)
+    note += classifier_export.add_threshold(vars(config), head) if head is not None else ""
     _save(getattr(transformers, name), config, tensors, folder)
     _save_tokenizer(tokenizer, specials, folder, saved.modality().inputs()["length"], config)
     return f"{name} with {sum(t.numel() for t in tensors.values())} parameters{note}"
@@ -570,6 +571,9 @@ def _write_speech(saved: bundle.Bundle, backbone: Any, head: Any, folder: Path) 
         speech_folder = hf_speech.export_folder(backbone, head, saved.modality())
     except ValueError as error:
         raise BundleError(f"{saved.uri}: {error}") from None
+    note = ""
+    if head is not None:
+        note = classifier_export.add_threshold(vars(speech_folder.config), head)
     _save(
         getattr(transformers, speech_folder.kind),
         speech_folder.config,
@@ -579,7 +583,7 @@ def _write_speech(saved: bundle.Bundle, backbone: Any, head: Any, folder: Path) 
     for name, content in speech_folder.files.items():
         write_json(folder / name, content)
     count = sum(tensor.numel() for tensor in speech_folder.tensors.values())
-    return f"{speech_folder.kind} with {count} parameters"
+    return f"{speech_folder.kind} with {count} parameters{note}"
 
 
 def _configure(
@@ -720,8 +724,8 @@ def with_post_processor(state: State, words: bool) -> tuple[Any, dict[str, str]]
     The frame is [CLS] a [SEP] b [SEP]. The special tokens are keyed by role.
 
     Args:
-        words: Rows are lists of words: byte-level BPE puts a space before each, as the modality
-            does (transformers: is_split_into_words).
+        words: Rows are lists of words (transformers: is_split_into_words), before each of which the
+            modality puts a space where tokens include it (byte-level BPE).
     """
     tokenizer: Any = Tokenizer.from_str(state["tokenizer"])
     names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
@@ -738,8 +742,10 @@ def with_post_processor(state: State, words: bool) -> tuple[Any, dict[str, str]]
     if "ByteLevel" in str(tokenizer.pre_tokenizer):
         # as the modality's offsets: without the space that begins a word
         frame = processors.Sequence([processors.ByteLevel(trim_offsets=True), frame])
-    if words and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel):
-        tokenizer.pre_tokenizer.add_prefix_space = True
+    if words and (space := tokenization.space_before_words(tokenizer)):
+        # in the normalizer: splits of words (Llama 3, Qwen) and spaces as ▁ (Gemma) come after it
+        later = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(space), *later])
     tokenizer.post_processor = frame
     return tokenizer, specials
 
@@ -767,10 +773,13 @@ def _save_tokenizer(
     """
     tokenizer.save(str(folder / TOKENIZER))
     types = ["token_type_ids"] if getattr(config, "type_vocab_size", 1) > 1 else []
+    has_prefix = getattr(tokenizer.pre_tokenizer, "add_prefix_space", False)
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": length,
         "clean_up_tokenization_spaces": False,
+        # version 4 else switches off what tokenizer.json says
+        **({"add_prefix_space": True} if has_prefix else {}),
         **specials,
         "bos_token": specials["cls_token"],
         "eos_token": specials["sep_token"],
@@ -819,13 +828,16 @@ def _write_timm(saved: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
             )
     else:
         backbone = task.backbone
-    model, modality, timm_config = backbone.model, saved.modality(), {}
+    model, modality = backbone.model, saved.modality()
+    timm_config: dict[str, Any] = {}
+    note = ""
     if task is not None and not backbone_only:
         lacking = _attach_timm_classifier(backbone, task.objective)
         if lacking:
             return _write_with_own_head(saved, task, folder, lacking)
         model.get_classifier().load_state_dict(classifier_export.linear_tensors(task))
         timm_config = {"label_names": task.objective.state["labels"]}
+        note = classifier_export.add_threshold(timm_config, task.objective)
     crop = {"crop": "center", "squash": "squash", "pad": "border"}[modality.options.fit]
     size = (modality.options.channels, modality.options.size, modality.options.size)
     # timm crops in every mode; here squash and pad do not
@@ -844,5 +856,5 @@ def _write_timm(saved: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
     )
     return (
         f"{backbone.arch.name} with {sum(p.numel() for p in model.parameters())} parameters, "
-        f"{len(timm_config.get('label_names', []))} labels"
+        f"{len(timm_config.get('label_names', []))} labels{note}"
     )

@@ -234,7 +234,9 @@ class Data(Spec):
         "on a small test split one split decides more than the technique",
     )
     group: str | None = Field(
-        None, description="a column (patient, speaker) whose values never cross splits"
+        None,
+        description="a column (patient, speaker) whose values never cross splits; without it, "
+        "pieces of one recording never cross splits that are drawn",
     )
     more: list[Data] = Field(
         default_factory=list["Data"],

@@ -312,7 +312,7 @@ def measures_throughput(modality: Any) -> TypeIs[MeasuresThroughput]:
 
 
 class TruncationStats(NamedTuple):
-    """How much is not read: ``lost`` of ``units`` units, in ``cut`` of ``rows`` rows."""
+    """How much is not read: ``lost`` of ``units`` are cut off, in ``cut`` of ``rows`` rows."""
 
     rows: int
     cut: int
@@ -320,6 +320,8 @@ class TruncationStats(NamedTuple):
     lost: int
     unit: str
     """What is counted: words, tokens."""
+    unknown: float = 0.0
+    """Share of the units that the tokenizer does not know, at least in part."""
 
     @property
     def share(self) -> float:
@@ -331,7 +333,7 @@ class TruncatesLongRows(Protocol):
     """A modality that reads only the beginning of long rows (texts)."""
 
     def truncation(self, table: Any, columns: dict[str, str]) -> TruncationStats | None:
-        """Count what is cut off; None where rows of this kind are read whole or rejected."""
+        """Count what is cut off or unknown; None where the rows are no texts."""
         ...
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import cached_property
@@ -732,20 +732,61 @@ def fold_of_rows(
     return fold_of_unit[unit]
 
 
+SEGMENT_ROLES = ("start", "seconds")
+"""Roles of a row that is a piece of a longer recording."""
+
+
+def recording_column(modality: Any, columns: Mapping[str, str], manifest: Manifest) -> str | None:
+    """Return the column that tells of which recording each row is, or a piece of it.
+
+    It is ``recording``, as a folder of recordings has it, else the column of paths. None where rows
+    are no recordings, or hold them.
+    """
+    if not set(SEGMENT_ROLES) & set(modality.optional_roles):
+        return None
+    name = columns.get("recording", "recording")
+    if name in manifest.schema.names:
+        return name
+    first = columns.get(modality.roles[0])
+    has_paths = first is not None and arrow_lists.is_text(manifest.schema.field(first).type)
+    return first if has_paths else None
+
+
+def _split_unit(data: Data, manifest: Manifest) -> str | None:
+    """Return the column whose values a drawn split keeps together: the group, else the recording
+    where rows are pieces of some. None for rows that each stand for themselves.
+    """
+    if data.group:
+        return data.group
+    kind = registry.get("modality", data.modality.name)
+    name = recording_column(kind, data.columns, manifest)
+    if name is None:
+        return None
+    recordings = pc.drop_null(read_columns(Selection(manifest), [name])[name])
+    return name if pc.count_distinct(recordings).as_py() < len(recordings) else None
+
+
 def _is_in_fold(
-    selection: Selection, data: Data, roles: tuple[str, ...], at: str, fold: Fold
+    selection: Selection,
+    data: Data,
+    roles: tuple[str, ...],
+    at: str,
+    fold: Fold,
+    together: str | None,
 ) -> np.ndarray:
     """Return (n,) bool: whether a row is in a fold. Folds have equal shares of each class, where
-    the role ``label`` has classes.
+    the role ``label`` has classes. Rows with one value of the column `together` are in one fold.
 
     Raises ValueError where there are too few groups, or rows of a class, for so many folds.
     """
     label = data.columns["label"] if fold.by_class and "label" in roles else None
-    table = read_columns(selection, [name for name in (label, data.group) if name])
-    group = table[data.group] if data.group else None
+    table = read_columns(selection, [name for name in (label, together) if name])
+    group = table[together] if together else None
     groups = None if group is None else group_numbers(group)
     ids = np.arange(len(selection)) if selection.rows is None else selection.rows
-    unit, units = ("groups", groups) if groups is not None else ("rows", ids)
+    unit, units = ("rows", ids)
+    if groups is not None:
+        unit, units = "groups" if data.group else "recordings", groups
     have = len(np.unique(units))
     classes = np.zeros(len(selection), dtype=np.int64)
     problem = f"there are {have} {unit}" if have < fold.of else ""
@@ -829,25 +870,26 @@ def _splits(
             given[name] = _where(Selection(manifest), data, at)
             origin.append(f"{name} files")
     seed = f" (split_seed {data.split_seed})" if data.split_seed else ""
+    together = _split_unit(data, first)
     if fold is not None:
-        tested = _is_in_fold(train, data, roles, at, fold)
+        tested = _is_in_fold(train, data, roles, at, fold, together)
         given["test"], train = train.keep(tested), train.keep(~tested)
-        share = "as equal as its groups allow" if data.group else "equal"
+        share = "as equal as its groups allow" if together else "equal"
         is_stratified = fold.by_class and "label" in roles
         alike = f", with shares of each class {share}" if is_stratified else ""
         origin.append(
-            f"test: each of {fold.of} folds by hash of {data.group or 'the row'}{alike}{seed}"
+            f"test: each of {fold.of} folds by hash of {together or 'the row'}{alike}{seed}"
         )
     for name, fraction in (("test", data.test_fraction), ("validation", data.validation_fraction)):
         if name not in given and fraction > 0:
-            group = read_columns(train, [data.group])[data.group] if data.group else None
+            group = read_columns(train, [together])[together] if together else None
             ids = np.arange(len(train)) if train.rows is None else train.rows
             salt = f"{name} {data.split_seed}" if data.split_seed else name
             salt += f" fold {fold.number}" if fold else ""
             held = _share(group, ids, salt) < fraction
             given[name], train = train.keep(held), train.keep(~held)
             origin.append(
-                f"{name}: random {fraction:g} of train by hash of {data.group or 'the row'}{seed}"
+                f"{name}: random {fraction:g} of train by hash of {together or 'the row'}{seed}"
             )
     if data.group:
         origin.append(f"no {data.group} in two splits")

@@ -22,8 +22,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from pipeline.io import storage
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-ALPHABET = 1000
-"""Distinct characters of a WordPiece vocabulary, the most frequent ones; others are unknown."""
+ALPHABET, COVERAGE = 1000, 0.9995
+"""A WordPiece vocabulary has the most frequent characters; others are unknown. It has so many of
+them, and more where this share of the text needs more (SentencePiece's character coverage), up to
+half of its tokens: Chinese has thousands, each a word of its own.
+"""
 USUAL = {
     "pad": ("[PAD]", "<pad>", "<|endoftext|>"),
     "unk": ("[UNK]", "<unk>", "<|endoftext|>"),
@@ -79,6 +82,15 @@ def _wordpiece(vocabulary: dict[str, int], lowercase: bool) -> Tokenizer:
     return tokenizer
 
 
+def _alphabet(counts: Counter[str], vocabulary: int) -> list[str]:
+    """Return the characters that a WordPiece vocabulary knows, the most frequent first."""
+    characters = [character for character in counts if not character.isspace()]
+    characters.sort(key=lambda character: (-counts[character], character))
+    covered = np.cumsum([counts[character] for character in characters])
+    needed = int(np.searchsorted(covered, COVERAGE * covered[-1])) + 1 if characters else 0
+    return characters[: max(ALPHABET, min(needed, vocabulary // 2))]
+
+
 def _train_wordpiece(texts: list[str], vocabulary: int, lowercase: bool) -> Tokenizer:
     """Train WordPiece in two passes, so that the result does not depend on a hash map.
 
@@ -89,9 +101,7 @@ def _train_wordpiece(texts: list[str], vocabulary: int, lowercase: bool) -> Toke
     normalizer, counts = normalizers.BertNormalizer(lowercase=lowercase), Counter()
     for text in texts:
         counts.update(normalizer.normalize_str(text))
-    alphabet = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))[
-        :ALPHABET
-    ]
+    alphabet = _alphabet(counts, vocabulary)
     continuing: list[str] = []
     tokenizer = _wordpiece({}, lowercase)
     for size in (0, vocabulary):
@@ -221,6 +231,18 @@ def marks_beginnings(tokenizer: Tokenizer) -> bool:
     return not isinstance(tokenizer.model, models.WordPiece) and any(
         name in _described(tokenizer) for name in ("ByteLevel", "Metaspace", "▁")
     )
+
+
+def space_before_words(tokenizer: Tokenizer) -> str:
+    """Return what precedes a word that is tokenised by itself: " ", where tokens include the space
+    before a word (`marks_beginnings`) and the tokenizer does not put one there itself.
+    """
+    if not marks_beginnings(tokenizer):
+        return ""
+    text = "a" if tokenizer.normalizer is None else tokenizer.normalizer.normalize_str("a")
+    if tokenizer.pre_tokenizer is not None:
+        text = tokenizer.pre_tokenizer.pre_tokenize_str(text)[0][0]
+    return "" if text.startswith((" ", "▁", *BEGINNINGS)) else " "
 
 
 def continuing(tokenizer: Tokenizer, vocabulary: int, specials: Sequence[int]) -> str | None:
@@ -445,7 +467,7 @@ def encode_words(
 
     Returns (ids, number of the word that each id belongs to) for each row.
     """
-    space = " " if marks_beginnings(tokenizer) else ""
+    space = space_before_words(tokenizer)
     found: list[tuple[np.ndarray, np.ndarray]] = [
         (np.zeros(0, dtype=dtype), np.zeros(0, dtype=np.int32))
     ] * len(rows)

@@ -424,23 +424,25 @@ class Text(Modality):
         return range(0, count * max(1, room - stride), max(1, room - stride)), ""
 
     def truncation(self, table, columns) -> TruncationStats | None:
-        """Count the words (of lists of words) or tokens beyond ``length``.
+        """Count the words (of lists of words) or tokens beyond ``length``, and unknown ones.
 
-        None where texts are read in windows: too long texts are rejected there. Tokens of a text
-        longer than PIECE_BYTES are counted in its beginning and estimated for the rest.
+        Nothing is cut where texts are read in windows: too long texts are rejected there. Tokens of
+        a text longer than PIECE_BYTES are counted in its beginning and estimated for the rest.
         """
-        if "tokens" in columns or self.options.windows is not None:
+        if "tokens" in columns:
             return None
         if is_list(table[columns["text"]].type):
             return self._cut_words(table[columns["text"]])
         roles = [role for role in ("text", "text_pair") if role in columns]
         room = self.options.length - 1 - len(roles)
-        counts = []
+        counts, looked_at, unknown = [], 0, 0
         for role in roles:
             documents, _ = _documents(table[columns[role]], role)
             encoded = tokenization.encode_first(
                 self.tokenizer, documents, room + 1, self._dtype, offsets=True
             )
+            looked_at += sum(len(one.ids) for one in encoded)
+            unknown += sum(int(self._is_unknown(one.ids).sum()) for one in encoded)
             counts.append(
                 [
                     len(one.ids) if one.whole else round(len(one.ids) * len(document) / PIECE_BYTES)
@@ -449,10 +451,18 @@ class Text(Modality):
             )
         tokens = np.array(counts, dtype=np.int64).sum(0)
         # Of a pair the longer text is cut first, until both have room
-        lost = np.maximum(0, tokens - room)
+        lost = np.maximum(0, tokens - room) if self.options.windows is None else 0 * tokens
         return TruncationStats(
-            len(table), int(np.count_nonzero(lost)), int(tokens.sum()), int(lost.sum()), "tokens"
+            len(table),
+            int(np.count_nonzero(lost)),
+            int(tokens.sum()),
+            int(lost.sum()),
+            "tokens",
+            unknown / max(1, looked_at),
         )
+
+    def _is_unknown(self, ids: np.ndarray) -> np.ndarray:
+        return ids == self.state["specials"][1]
 
     def _cut_words(self, column) -> TruncationStats:
         """Count cut words: a word is cut off where its first token has no room."""
@@ -464,11 +474,19 @@ class Text(Modality):
             np.array([len(row) for row in lists], dtype=np.int64),
             np.zeros(len(lists), dtype=np.int64),
         )
+        looked_at = unknown = 0
         for i, (ids, of) in enumerate(encoded):
+            looked_at += len(np.unique(of))
+            unknown += len(np.unique(of[self._is_unknown(ids)]))
             if len(ids) > room:
                 lost[i] = total[i] - (int(of[:room].max()) + 1)
         return TruncationStats(
-            len(lists), int(np.count_nonzero(lost)), int(total.sum()), int(lost.sum()), "words"
+            len(lists),
+            int(np.count_nonzero(lost)),
+            int(total.sum()),
+            int(lost.sum()),
+            "words",
+            unknown / max(1, looked_at),
         )
 
     def tokenize(self, table, columns) -> tuple[pa.Table, list[str]] | None:

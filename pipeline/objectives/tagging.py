@@ -352,13 +352,12 @@ class Tagging(Objective):
     def output_columns(self, predictions, raw_rows):
         """Return ``tags``, the name of each word's tag, and with a scheme ``entities``.
 
-        Without a scheme the tag of a word that has no position is null. Entities are lists of
-        {type, first, last, text, start, end}, words numbered from 0. Start and end are characters
-        of the words joined by one space, as other tools mark spans.
+        The tag of a word that has no position (cut off, or nothing to the tokenizer) is null.
+        Entities are lists of {type, first, last, text, start, end}, words numbered from 0. Start
+        and end are characters of the words joined by one space, as other tools mark spans.
         """
         texts_of_rows = [row or [] for row in texts(raw_rows.table[raw_rows.columns["text"]])]
-        is_plain = self.tagset.scheme == "none"
-        names = np.array([*self.state["labels"], None if is_plain else "O"], dtype=object)
+        names = np.array([*self.state["labels"], None], dtype=object)
         tags: Any = np.empty(len(texts_of_rows), dtype=object)
         entities: Any = np.empty(len(texts_of_rows), dtype=object)
         pairs = zip(texts_of_rows, predictions["prediction"], strict=True)
@@ -367,7 +366,7 @@ class Tagging(Objective):
             numbers = np.pad(numbers[: len(words)], (0, missing), constant_values=-1)
             tags[row] = names[numbers].tolist()
             entities[row] = []
-        if is_plain:
+        if self.tagset.scheme == "none":
             return {"tags": tags}
         chunks = self.tagset.chunks(predictions["prediction"], self.options.strict)
         for row, first, last, kind in zip(*chunks, strict=True):

@@ -257,6 +257,9 @@ def _making(manifest: Manifest, row: ResultRow | None) -> list[str]:
             if isinstance(seconds, (int, float))
             else None,
         }
+    if "threshold" in manifest.objective.state:
+        chosen = manifest.objective.state["threshold"]
+        facts["probability from which the second class is called"] = f"{chosen:.4g}"
     if manifest.technique is not None:
         facts["modules in the network"] = manifest.technique.name
     libraries = ("onetomany", "torch", "timm", "transformers", "peft")

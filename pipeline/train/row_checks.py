@@ -1,4 +1,4 @@
-"""Checks of a sample of the rows before any training: truncated texts, missing labels and names.
+"""Checks of a sample of the rows before any training: unread texts, missing labels and names.
 
 Each finding is a sentence for the terminal, the report and ``--dry-run``; some are warnings.
 """
@@ -58,38 +58,64 @@ def findings_from_metadata(metadata: Mapping[str, Any]) -> list[Finding]:
     return found
 
 
-def truncated_texts(
+LENGTH_ADVICE = "raise data.modality.text.length, or cut the texts into rows"
+
+
+def text_findings(
     modality: Modality,
-    objective: type[Objective],
-    splits: dict[str, Selection],
+    selections: dict[str, Selection],
     columns: dict[str, str],
+    packed: bool,
+    length_advice: str = LENGTH_ADVICE,
 ) -> list[Finding]:
-    """In one sentence the share of each split that its modality truncates, where it does."""
-    if objective.packed or not isinstance(modality, TruncatesLongRows):
+    """Tell how much of some texts is not read, in a sentence each: beyond the length, and unknown
+    to the tokenizer.
+
+    Args:
+        selections: The rows, by their name in the sentences.
+        packed: Whether documents are packed into rows, so that nothing is cut.
+        length_advice: What to do where much is cut.
+    """
+    if not isinstance(modality, TruncatesLongRows):
         return []
-    parts, largest = [], 0.0
-    for name, selection in splits.items():
+    cut: list[str] = []
+    unknown: list[str] = []
+    largest_cut = largest_unknown = 0.0
+    unit = "tokens"
+    for name, selection in selections.items():
         found, rows = _truncation(modality, selection, columns)
-        if found is None or not found.lost:
+        if found is None:
             continue
-        largest = max(largest, found.share)
+        unit = found.unit
+        largest_unknown = max(largest_unknown, found.unknown)
+        unknown.append(f"{name} {100 * found.unknown:.1f} %")
+        if packed or not found.lost:
+            continue
+        largest_cut = max(largest_cut, found.share)
         estimated = (
             f", estimated from {rows:,} of {len(selection):,} rows" if rows < len(selection) else ""
         )
-        parts.append(
+        cut.append(
             f"{name} {100 * found.share:.1f} % ({found.lost:,} of {found.units:,} "
             f"{found.unit}, in {found.cut:,} of {found.rows:,} rows{estimated})"
         )
-    if not parts:
-        return []
-    length = modality.inputs().get("length")
-    description = (
-        f"texts are cut at length {length}, and what lies beyond is never read: {'; '.join(parts)}"
-    )
-    if largest <= WARN_SHARE:
-        return [Finding(description)]
-    advice = "raise data.modality.text.length, or cut the texts into rows"
-    return [Finding(f"{description}; {advice}", is_warning=True)]
+    findings: list[Finding] = []
+    if cut:
+        length = modality.inputs().get("length")
+        description = f"texts are cut at length {length}, and what lies beyond is never read: "
+        description += "; ".join(cut)
+        is_much = largest_cut > WARN_SHARE
+        advice = f"; {length_advice}" if is_much else ""
+        findings.append(Finding(f"{description}{advice}", is_warning=is_much))
+    if largest_unknown >= WARN_SHARE:
+        findings.append(
+            Finding(
+                f"{unit} that the tokenizer does not know, so that all look the same: "
+                f"{', '.join(unknown)}; take a tokenizer or a checkpoint of such texts",
+                is_warning=True,
+            )
+        )
+    return findings
 
 
 def _truncation(

@@ -580,7 +580,8 @@ def findings_of(stage: SourceStage, modality: ModalitySpec, limit_note: str) -> 
     objective, columns = registry.get("objective", spec.objective.name), spec.data.columns
     rows = {"train": splits.train, "validation": splits.validation}
     found = [Finding(limit_note)] if limit_note else []
-    found += row_checks.truncated_texts(bundle.build_modality(modality), objective, rows, columns)
+    text_modality = bundle.build_modality(modality)
+    found += row_checks.text_findings(text_modality, rows, columns, objective.packed)
     found += row_checks.null_labels(objective, rows, columns)
     if stage.checkpoint_text:  # its modality was fitted on other rows
         found += row_checks.unshared_names(modality, objective, splits.train, columns)

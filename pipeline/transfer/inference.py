@@ -35,14 +35,14 @@ from pipeline.core.contracts.objective_capabilities import (
     writes_columns,
 )
 from pipeline.data import manifests
-from pipeline.data.manifests import Manifest, Selection
+from pipeline.data.manifests import SEGMENT_ROLES, Manifest, Selection
 from pipeline.data.plan import Item
 from pipeline.data.stream import DataWorkers, Decoder, Rows, eval_batches, map_blocks
 from pipeline.data.to_parquet import ABOUT
 from pipeline.io import checksums, file_identity, storage
 from pipeline.media import drawing, transcripts
 from pipeline.media.tagging_schemes import texts
-from pipeline.train import evaluate, fit_components, launch
+from pipeline.train import evaluate, fit_components, launch, row_checks
 from pipeline.train.loop import Ranks, default_device
 from pipeline.train.online_probe import features
 from pipeline.train.progress import Progress
@@ -55,10 +55,6 @@ minute, or a picture, takes a megabyte of memory.
 """
 LAYOUT = 2
 """Version of the output columns. Parts of another version are not completed in their folder."""
-SEGMENT_ROLES = ("start", "seconds")
-"""Roles of a row that is a piece of a longer recording. Rows to predict may have them or not,
-whatever the training rows had.
-"""
 IDS = ("id", "image_id", "entity", "episode")
 """Columns with the id of a row, as importers write them. Predictions have them too."""
 INPUT = "input_"
@@ -472,7 +468,7 @@ def _write(
     text = f"{output}: {count} rows in {len(items)} parts"
     text += f", {len(done)} of them from before" if done else ""
     text += f"; {bad} rows could not be read, see column error" if bad else ""
-    return text + _coverage(rows), list(parts.values())
+    return text + _coverage(rows) + _unread_texts(rows), list(parts.values())
 
 
 def _coverage(rows: NewRows) -> str:
@@ -489,6 +485,14 @@ def _coverage(rows: NewRows) -> str:
     coverage = modality.coverage(table, columns)
     sampled = f" (of {len(table):,} rows)" if len(table) < count else ""
     return f"; what the network knows of them: {coverage}{sampled}" if coverage else ""
+
+
+def _unread_texts(rows: NewRows) -> str:
+    """Return a sentence on how much of a sample of new texts the network does not read, or ""."""
+    findings = row_checks.text_findings(
+        rows.modality, {"new rows": rows.selection}, rows.columns, False, "cut the texts into rows"
+    )
+    return "".join(f"; {finding.text}" for finding in findings)
 
 
 def _data_workers(items: int) -> DataWorkers:
@@ -765,19 +769,20 @@ def recording_columns(
 ) -> dict[str, str]:
     """Return the columns that identify the recording of a row.
 
-    A column of file names identifies recordings too.
+    A column of file names identifies recordings too. Raises ValueError for a column that is not
+    there.
     """
     if not set(SEGMENT_ROLES) & set(modality.optional_roles):
         return {}
     out = {role: columns[role] for role in SEGMENT_ROLES if role in columns}
-    recording, first = columns.get("recording", "recording"), columns[modality.roles[0]]
+    recording = columns.get("recording", "recording")
     if recording not in found.schema.names and "recording" in columns:
         raise ValueError(
             f"{found.files[0]} has no column {recording!r} for recording; columns are "
             f"{', '.join(found.schema.names)}"
         )
-    if recording in found.schema.names or _holds_paths(found, first):
-        out["recording"] = recording if recording in found.schema.names else first
+    if (name := manifests.recording_column(modality, columns, found)) is not None:
+        out["recording"] = name
     return out
 
 

@@ -28,9 +28,6 @@ MOST_ROWS = 200_000
 MOST_BYTES = 4 << 30
 """Most bytes that are read only to count overlap."""
 
-SPAN_ROLES = ("start", "seconds")
-"""Roles that say which segment of its recording a row is."""
-
 
 @dataclass(frozen=True)
 class Overlap:
@@ -286,7 +283,7 @@ def _duplicates(
     record = record_column(modality, test, rows)
 
     def signatures(selection: Selection, named: dict[str, str]) -> duplicates.RowSignatures:
-        read = {role: named[role] for role in (*roles, *SPAN_ROLES) if role in named}
+        read = {role: named[role] for role in (*roles, *manifests.SEGMENT_ROLES) if role in named}
         return duplicates.row_signatures(selection, modality, read, folder, record)
 
     tested, others = signatures(test, own_columns), signatures(rows, columns)

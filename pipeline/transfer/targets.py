@@ -623,14 +623,14 @@ def reading_of(target: TargetStage, group: BackboneGroup) -> TargetReading:
 def findings(target: TargetStage, reading: TargetReading) -> list[Finding]:
     """Return warnings from a sample of the rows.
 
-    They are about lowered options, texts that are cut, a feature that decides the label, names that
-    only one side has, and null labels.
+    They are about lowered options, texts that are cut or unknown, a feature that decides the label,
+    names that only one side has, and null labels.
     """
     spec, objective = target.spec, registry.get("objective", target.spec.objective.name)
     splits, columns = target.splits.by_name(), target.spec.data.columns
     return [
         *([Finding(reading.limit_note)] if reading.limit_note else []),
-        *row_checks.truncated_texts(reading.modality, objective, splits, columns),
+        *row_checks.text_findings(reading.modality, splits, columns, objective.packed),
         *leaks.find_leaks(reading.modality, spec, splits["train"], reading.state),
         *row_checks.null_labels(objective, splits, columns),
         *row_checks.unshared_names(reading.spec_of_modality, objective, splits["train"], columns),

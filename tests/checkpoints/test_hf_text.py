@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,7 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.nn import functional as F
 from toys import (
     SMALL,
@@ -36,6 +37,7 @@ from pipeline.core.contracts import Batch
 from pipeline.core.contracts.objective_capabilities import TransformersHead
 from pipeline.core.specs import ModalitySpec, ObjectiveSpec
 from pipeline.media.tokenization import train_tokenizer
+from pipeline.modalities.text import Text, TextOptions
 from pipeline.train import source
 
 FAMILIES = ("bert", "roberta", "distilbert", "gpt2")
@@ -781,10 +783,21 @@ def test_the_plain_model_is_written_alone(family, tmp_path):
             assert (found.pooler_output - features.pooled).abs().max() < 1e-5
 
 
+def test_a_threshold_stands_in_the_configuration(tmp_path):
+    task, uri = bundled(tmp_path, "bert", "classification")
+    task.objective.state = {**task.objective.state, "threshold": 0.125}
+    modality = modality_of("bert")
+    spec = ModalitySpec("text", modality.options.model_dump(), modality.state)
+    bundle.save(uri, task, spec)
+    said = export.export_bundle(uri, str(tmp_path / "out"), "hugging-face", False)
+    assert "from a probability of 0.125 on (threshold of config.json)" in said
+    config: Any = loaded("AutoModelForSequenceClassification", tmp_path / "out").config
+    assert config.threshold == 0.125 and config.threshold_of.endswith("called class 1")
+    pretrained.read(f"hf:{tmp_path / 'out'}")
+
+
 def published(family: str):
     """The modality of a published checkpoint's tokenizer."""
-    from pipeline.modalities.text import Text, TextOptions
-
     tokenizer = tokenizer_of(family)
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -996,6 +1009,55 @@ def test_the_exported_tokenizer_of_a_tagger_reads_words_as_the_modality(family, 
         words, is_split_into_words=True, padding=True, truncation=True, return_tensors="pt"
     )
     assert torch.equal(encoded["input_ids"], data["tokens"][:, : encoded["input_ids"].shape[1]])
+
+
+SPLIT = pre_tokenizers.Split(Regex(r"'\w+| ?\w+| ?[^\s\w]+"), "isolated")
+AT_SPACES = pre_tokenizers.Split("▁", "merged_with_next")
+KINDS = {
+    "byte-level": (None, pre_tokenizers.ByteLevel(add_prefix_space=False), " "),
+    "byte-level behind a split, as Llama 3 and Qwen": (
+        None,
+        pre_tokenizers.Sequence(
+            [SPLIT, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        ),
+        " ",
+    ),
+    "spaces replaced, as Gemma": (normalizers.Replace(" ", "▁"), AT_SPACES, " "),
+    "a space put first, as Llama 2": (
+        normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+        AT_SPACES,
+        "",
+    ),
+    "metaspace": (None, pre_tokenizers.Metaspace(), ""),
+}
+"""Normaliser, pre-tokeniser, and what a text needs before it to begin as a word within it."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_words_alone_have_the_ids_of_words_in_a_text(kind):
+    """In the modality, in the exported tokenizer, and in a modality that reads the export."""
+    tokenizer: Any = Tokenizer(models.BPE())
+    tokenizer.normalizer, tokenizer.pre_tokenizer, before = KINDS[kind]
+    words = [["I", "don't", "go", "by", "U.S.", "roads", "."], ["red", "books"]]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIALS["roberta"], show_progress=False
+    )
+    texts = [*sentences(100)[0], *(" ".join(row) for row in words * 8)]
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    state = {
+        "tokenizer": tokenizer.to_str(),
+        "vocabulary": tokenizer.get_vocab_size(),
+        "specials": [1, 3, 0, 2, 4],
+    }
+    exported, _ = hf_text.with_post_processor(state, words=True)
+    for json_text in (state["tokenizer"], exported.to_str()):
+        modality = Text(TextOptions(length=64), {**state, "tokenizer": json_text})
+        arrays, bad = modality.decode(pa.table({"text": words}), {"text": "text"})
+        assert not any(bad)
+        for i, row in enumerate(words):
+            expected = [0, *tokenizer.encode(before + " ".join(row)).ids, 2]
+            assert arrays["tokens"][i, : arrays["lengths"][i]].tolist() == expected
+            assert exported.encode(row, is_pretokenized=True).ids == expected
 
 
 def test_exported_offsets_are_the_modalitys(tmp_path):

@@ -69,7 +69,7 @@ def imports(tmp_path):
 
 @pytest.fixture
 def split(imports):
-    """Splits of a data spec; the modality is only a name here."""
+    """Splits of a data spec; the modality is only a name here, but for recordings."""
 
     def split(
         need_test: bool = False,
@@ -78,7 +78,7 @@ def split(imports):
         needed: tuple[str, ...] = (),
         **fields,
     ) -> m.Splits:
-        data = Data(modality="text", **fields)  # pyright: ignore
+        data = Data.model_validate({"modality": "text", **fields})
         return m.splits(data, roles, "targets.t", imports, need_test, fold, needed)
 
     return split
@@ -738,6 +738,34 @@ def test_a_group_never_crosses_splits(tmp_path, split, column):
     if column != "flag":
         assert all(values)
         assert f"by hash of {column}" in got.origin
+
+
+@pytest.mark.parametrize("named_by", ["recording", "audio"])
+def test_pieces_of_one_recording_stay_in_one_split(tmp_path, split, named_by):
+    frame = people(0, 800)
+    frame["audio"] = [f"/nowhere/{number // 8}.wav" for number in frame.number]
+    if named_by == "recording":
+        frame["recording"] = [path.removeprefix("/nowhere/") for path in frame.audio]
+    write(tmp_path / "a.parquet", frame.sample(frac=1, random_state=0), 64)
+    fields = {"modality": "audio", "columns": {"audio": "audio"}}
+    pieces = {"uri": str(tmp_path / "a.parquet"), **fields}
+    drawn = split(validation_fraction=0.4, test_fraction=0.3, **pieces)
+    fold = split(fold=m.Fold(2, 4, by_class=False), **pieces)
+    for got in (drawn, fold):
+        values = [
+            set(m.read_columns(s, ["audio"])["audio"].to_pylist())
+            for s in (got.train, got.validation, got.test)
+        ]
+        assert all(values) and sum(map(len, values)) == 100
+        assert f"by hash of {named_by}" in got.origin
+    grouped = split(group="person", test_fraction=0.3, **pieces)
+    assert "by hash of person" in grouped.origin, "a group decides alone"
+    with pytest.raises(ValueError, match="101 folds need as many recordings, and there are 100"):
+        split(fold=m.Fold(1, 101, by_class=False), **pieces)
+    write(tmp_path / "b.parquet", people(0, 800).assign(audio=lambda f: f.number.astype(str)))
+    whole = split(uri=str(tmp_path / "b.parquet"), test_fraction=0.3, **fields)
+    by_row = split(uri=str(tmp_path / "b.parquet"), test_fraction=0.3)
+    assert numbers(whole.test) == numbers(by_row.test), "each recording is one row"
 
 
 def test_a_group_split_does_not_depend_on_the_order_of_rows(tmp_path, split):

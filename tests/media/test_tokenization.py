@@ -26,6 +26,19 @@ def test_the_vocabulary_is_no_larger_than_asked():
         ).get_vocab_size() <= (120 if kind == "wordpiece" else 300)
 
 
+def test_the_alphabet_covers_the_text_up_to_half_of_the_vocabulary():
+    def characters(text: str, vocabulary: int) -> int:
+        tokens = train_tokenizer([text], "wordpiece", vocabulary, True).get_vocab()
+        return sum(len(token) == 1 for token in tokens)
+
+    chinese = "".join(chr(0x4E00 + i) * (1 + 3000 // (i + 1)) for i in range(3000))
+    assert 2950 < characters(chinese, 8192) <= 3000
+    assert characters(chinese, 5000) == 2500
+    assert characters(chinese, 1200) == 1000
+    rare = "".join(chr(0x4E00 + i) for i in range(1100))
+    assert characters("the quick brown fox " * 20_000 + rare, 8192) == 1000
+
+
 def test_case_is_kept_when_it_is_asked_for():
     texts = ["Alpha beta ALPHA"] * 5
     upper = train_tokenizer(texts, "wordpiece", 256, False)

@@ -386,8 +386,8 @@ def test_what_is_written():
     )
     assert out["tags"].tolist() == [
         ["B-per", "I-per", "O", "B-loc"],
-        ["O", "I-loc", "I-loc", "O", "O", "B-loc", "O", "O"],
-        ["O", "O"],
+        ["O", "I-loc", "I-loc", "O", "O", "B-loc", None, None],
+        ["O", None],
         [],
     ]
     assert out["entities"][0] == [

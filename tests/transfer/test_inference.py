@@ -280,21 +280,25 @@ def test_a_classifier_trained_with_defaults_is_exported_with_its_norm(
 @pytest.mark.parametrize("norm", [True, False])
 def test_an_exported_classifier_gives_calibrated_scores(norm, kind, tmp_path):
     """A temperature that was fitted is part of what predict writes, so the exported linear layer
-    holds it.
+    holds it. A threshold stands beside.
     """
     import timm
 
     task, uri = image_bundle(tmp_path, options={"norm": norm, "calibrate": "temperature"})
-    task.objective.state = {**task.objective.state, "temperature": 2.5}
+    task.objective.state = {**task.objective.state, "temperature": 2.5, "threshold": 0.125}
     bundle.save(uri, task, IMAGES)
     out = tmp_path / "export"
     target = out if kind == "hugging-face" else out / "weights.safetensors"
-    export.export_bundle(uri, str(target), kind, False)
+    said = export.export_bundle(uri, str(target), kind, False)
+    in_timm = kind == "hugging-face" and not norm
+    beside = "classifier" if kind == "hugging-face" else "weights_classifier"
+    described = json.loads((out / f"{'config' if in_timm else beside}.json").read_text())
+    assert described["threshold"] == 0.125 and "called class 1" in described["threshold_of"]
+    assert ("from a probability of 0.125 on (threshold of config.json)" in said) == in_timm
     x = torch.randn(2, 3, 64, 64)
     ours = task.objective.predict(
         task.backbone, Batch(np.arange(2), torch.arange(2), {"image": x})
     )["scores"]
-    in_timm = kind == "hugging-face" and not norm
     model = (
         timm.create_model(f"local-dir:{out}", pretrained=True).eval()
         if in_timm

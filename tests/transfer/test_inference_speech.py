@@ -276,7 +276,7 @@ def test_columns_are_those_of_training_or_named_as_their_roles(untrained, tmp_pa
     ):
         columns(known, {"transcript": "said"}, sound=pa.binary(), said=pa.string())
     text, image = (registry.get("modality", name) for name in ("text", "image"))
-    assert not set(inference.SEGMENT_ROLES) & {*text.optional_roles, *image.optional_roles}
+    assert not set(manifests.SEGMENT_ROLES) & {*text.optional_roles, *image.optional_roles}
 
 
 # ---------------------------------------------------------------- subtitles

@@ -267,13 +267,16 @@ def test_texts_stand_beside_their_predictions(tmp_path, monkeypatch):
     spec = ModalitySpec("text", modality.options.model_dump(), modality.state)
     uri = str(tmp_path / "text")
     bundle.save(uri, task, spec, columns={"text": "review"})
-    texts = ["the film was good", None, "a “play”"]
-    pq.write_table(pa.table({"review": texts, "stars": [1, 2, 3]}), tmp_path / "rows.parquet")
+    texts = ["the film was good", None, "a “play”", "cat " * 40]
+    pq.write_table(pa.table({"review": texts, "stars": [1, 2, 3, 4]}), tmp_path / "rows.parquet")
     words = ("-o", tmp_path / "out", "--format", "jsonl", "--keep", "stars")
-    ran("predict", uri, tmp_path / "rows.parquet", *words)
+    said = " ".join(ran("predict", uri, tmp_path / "rows.parquet", *words).split())
+    assert "texts are cut at length 32, and what lies beyond is never read: new rows" in said
+    assert "tokens, in 1 of 4 rows)" in said
     lines = (tmp_path / "out" / "part-00000.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    assert [row["review"] for row in rows] == texts and [row["stars"] for row in rows] == [1, 2, 3]
+    assert [row["review"] for row in rows] == texts
+    assert [row["stars"] for row in rows] == [1, 2, 3, 4]
     assert rows[0]["prediction"] in label_state()["labels"]
 
 
@@ -325,7 +328,8 @@ def test_a_backbone_without_a_head_has_features_too(tmp_path, monkeypatch):
     bundle.save(str(tmp_path / "mlm"), task, spec, columns={"text": "text"})
     (tmp_path / "new.txt").write_text("the old film\na new play\n")
     words = ("-o", tmp_path / "out", "--format", "csv")
-    ran("embed", tmp_path / "mlm", tmp_path / "new.txt", *words)
+    said = ran("embed", tmp_path / "mlm", tmp_path / "new.txt", *words)
+    assert "texts are cut" not in said
     with open(tmp_path / "out" / "part-00000.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["text"] for row in rows] == ["the old film", "a new play"]
