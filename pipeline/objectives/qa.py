@@ -21,10 +21,8 @@ from pipeline.core.arrow_compute import pc
 from pipeline.core.contracts import Arrays, Backbone, Batch, Features, Objective
 from pipeline.core.contracts.objective_capabilities import TransformersHead
 from pipeline.core.nn.eager import eager
+from pipeline.core.windows import WINDOWS_AT_ONCE, has_windows, windows_as_rows
 from pipeline.media.tagging_schemes import answer_scores, texts
-
-WINDOWS_AT_ONCE = 32
-"""Windows predicted at a time: evaluation hands over hundreds of rows of several windows each."""
 
 SHOWN = 60
 """Characters of an answer that a message shows."""
@@ -311,16 +309,14 @@ def flattened(batch: Batch, rounded: bool = False) -> tuple[Batch, Tensor]:
     Raises:
         ValueError: the rows have no windows.
     """
-    if "offsets" not in batch.data or batch["offsets"].dim() != 4:
+    if not has_windows(batch):
         raise ValueError(
             "question answering reads contexts in windows, and these rows have none: name columns "
             "text and text_pair, and give data.modality.text the option windows (the most that a "
             "context may take)"
         )
-    real = batch["mask"].any(-1)
-    row = real.nonzero()[:, 0]
-    names = ("tokens", "mask", "types", "offsets")
-    data = {name: batch[name][real] for name in names if name in batch.data}
+    windows, real = windows_as_rows(batch)
+    row, data = real.nonzero()[:, 0], dict(windows.data)
     if "span" in batch.data:
         order = real.cumsum(1)[real]
         count = real.sum(1)[row]

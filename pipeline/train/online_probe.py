@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pipeline.config import registry
 from pipeline.config.schema import Data, Source
-from pipeline.core.contracts import Backbone, Modality, Task
+from pipeline.core.contracts import Backbone, Batch, Modality, Task
 from pipeline.core.contracts.objective_capabilities import (
     replaces_backbone,
     tensors_beside_features,
@@ -25,6 +25,7 @@ from pipeline.core.contracts.objective_capabilities import (
 from pipeline.core.groups import unit_numbers
 from pipeline.core.sampling import evenly_spread
 from pipeline.core.specs import State
+from pipeline.core.windows import WINDOWS_AT_ONCE, has_windows, windows_as_rows
 from pipeline.data import manifests
 from pipeline.data.manifests import LeftOut, Selection, Splits
 from pipeline.data.stream import Decoder, Rows, check_bad_row_budget, eval_batches
@@ -49,6 +50,7 @@ def features(
 
     Returns:
         (n, D) features and the rows' label tensors, all on the device, in the order of row ids.
+        The features of a text that is read in windows are the mean of its windows'.
     """
     return features_of_ids(backbone, rows, device, autocast)[1:]
 
@@ -71,7 +73,7 @@ def features_of_ids(
     for batch, _, _ in eval_batches(rows, FEATURE_ROWS):
         batch = ready(batch.to(device), False)
         with autocast or nullcontext():
-            pooled.append(backbone(batch).pooled.float())
+            pooled.append(_pooled(backbone, batch))
         rest.append({name: tensor for name, tensor in batch.data.items() if name in labels})
         ids.append(batch.rows)
     found = np.concatenate(ids)
@@ -79,6 +81,20 @@ def features_of_ids(
     order = torch.from_numpy(by_id).to(device)
     labels_of_rows = {name: torch.cat([part[name] for part in rest])[order] for name in rest[0]}
     return found[by_id], torch.cat(pooled)[order], labels_of_rows
+
+
+def _pooled(backbone: Any, batch: Batch) -> Tensor:
+    """Return (B, D) float32; of a row that is read in windows the mean of its windows' features."""
+    if not has_windows(batch):
+        return backbone(batch).pooled.float()
+    windows, real = windows_as_rows(batch)
+    total = torch.zeros((len(batch), backbone.pooled_dim), device=real.device)
+    if len(windows):
+        found = windows.predict_in_parts(
+            lambda part: {"pooled": backbone(part).pooled.float()}, WINDOWS_AT_ONCE
+        )
+        total.index_add_(0, real.nonzero()[:, 0], found["pooled"])
+    return total / real.sum(1, keepdim=True).clamp(min=1)
 
 
 def neighbours(

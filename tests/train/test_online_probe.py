@@ -14,13 +14,25 @@ import pytest
 import torch
 from looks import SIZE, Conv
 from sklearn.neighbors import KNeighborsClassifier
-from toys import furthest, image_files, image_rows, weights
+from toys import (
+    SMALL,
+    furthest,
+    image_files,
+    image_rows,
+    rows_of,
+    sentences,
+    take,
+    task_of,
+    text_modality,
+    weights,
+)
 
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
 from pipeline.config.schema import Job
 from pipeline.core.contracts import Batch, Task
 from pipeline.data.stream import DataWorkers, TooManyBadRowsError
+from pipeline.modalities.text import Text
 from pipeline.train import online_probe, pretrain, source
 from pipeline.train.loop import Ranks
 from pipeline.train.progress import training_line
@@ -96,6 +108,33 @@ def test_neighbours_are_scikit_learns(k):
         1100,
         3,
     ) and online_probe.neighbours(found[:3], 50).shape == (3, 2)
+
+
+# ---------------------------------------------------------------- features
+
+
+@torch.no_grad()
+def test_features_of_a_text_in_windows_are_the_mean_of_its_windows(monkeypatch):
+    monkeypatch.setattr(online_probe, "WINDOWS_AT_ONCE", 4)
+    whole = text_modality()
+    options = whole.options.model_copy(update={"length": 24, "windows": 20, "stride": 4})
+    modality = Text(options, whole.state)
+    contexts = [" ".join(sentences(1 + i, i)[0]) for i in range(5)]
+    table = pa.table({"asked": ["was the book red?"] * 5, "context": contexts})
+    arrays, bad = modality.decode(table, {"text": "asked", "text_pair": "context"})
+    rows = rows_of(modality, arrays)
+    backbone = task_of("transformers/bert", modality.inputs(), "qa", {}, **SMALL).backbone.eval()
+    found, _ = online_probe.features(backbone, rows, torch.device("cpu"))
+    batch = take(rows, range(5))
+    counts = batch["mask"].any(-1).sum(1).tolist()
+    assert not any(bad) and len(set(counts)) > 2 and found.shape == (5, backbone.pooled_dim)
+    for i, count in enumerate(counts):
+        windows = {name: batch[name][i, :count] for name in ("tokens", "mask", "types")}
+        part = Batch(np.arange(count), torch.arange(count), windows)
+        assert (found[i] - backbone(part).pooled.mean(0)).abs().max() < 1e-5
+    arrays["lengths"][:] = 0  # no row could be decoded
+    none, _ = online_probe.features(backbone, rows_of(modality, arrays), torch.device("cpu"))
+    assert not none.any()
 
 
 # ---------------------------------------------------------------- in a run
