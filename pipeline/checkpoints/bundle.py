@@ -7,6 +7,7 @@ in it is code.
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
@@ -519,7 +520,7 @@ def _read_base(uri: str, named: Mapping[str, str]) -> Base:
     Raises:
         BundleError: It is missing, or has other weights than it had.
     """
-    place = named["uri"]
+    place = _place_of_base(uri, named)
     try:
         sha256 = weights_sha256(place)
     except storage.NotFoundError as error:
@@ -531,3 +532,19 @@ def _read_base(uri: str, named: Mapping[str, str]) -> Base:
             f"{uri} holds what differs from {place}, whose weights have changed since: restore them"
         )
     return Base(place, sha256, load(place).backbone_tensors())
+
+
+def _place_of_base(uri: str, named: Mapping[str, str]) -> str:
+    """Return where the base of a bundle lies.
+
+    A trial's bundle and its source's are in the folder of one job, `trials/...` and `sources/...`.
+    Where that was moved or copied, the source beside the bundle is taken, if it has the right
+    weights, and otherwise the place where it was.
+    """
+    job, is_of_trial, _ = storage.absolute(uri).rpartition("/trials/")
+    source = re.search(r"/(sources/[^/]+/bundle)/?$", named["uri"])
+    if is_of_trial and source:
+        beside = storage.join(job, source[1])
+        if exists(beside) and weights_sha256(beside) == named["sha256"]:
+            return beside
+    return named["uri"]

@@ -89,6 +89,13 @@ def join(uri: Uri, *parts: str) -> str:
     return head + ("/" if head and tail and not head.endswith("/") else "") + tail
 
 
+def absolute(uri: Uri) -> str:
+    """Return the same place for processes that run in another folder."""
+    if is_remote(uri):
+        return os.fspath(uri).rstrip("/")
+    return os.path.abspath(s3.split(uri)[1])
+
+
 def filesystem(uri: Uri) -> tuple[AbstractFileSystem, str]:
     """Return an fsspec filesystem and the path in it, for libraries that want one.
 

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from pipeline.config.registry import nearest
 from pipeline.io import checksums, csv_rows, storage
 from pipeline.io.json_values import JsonObject, as_object
-from pipeline.report.trial_folder import old_layout_folder
+from pipeline.report.trial_folder import old_layout_folder, uri_of_bundle
 
 FILE, INDEX = "results.parquet", "trials.csv"
 """The table, and a list of its trials for people, with the folder and bundle of each."""
@@ -84,6 +84,7 @@ class ResultRow:
     seconds: float | None = None
     device: str | None = None
     bundle_uri: str | None = None
+    """The place of the bundle. Rows that are read have the one in the folder that is read."""
     parent_uri: str | None = None
     scratch_value: float | None = None
     gain: float | None = None
@@ -155,6 +156,17 @@ class ResultRow:
     def folder(self) -> str:
         """The trial's folder, relative to that of the job."""
         return self.trial_folder or old_layout_folder(self.trial_id)
+
+    def as_read_in(self, root: str, folder: str) -> Self:
+        """Return the row with the place that its bundle has in the folder of the job that is read.
+
+        Args:
+            root: The folder of the job.
+            folder: That of the trial, relative to it.
+        """
+        if self.bundle_uri is None:
+            return self
+        return replace(self, bundle_uri=uri_of_bundle(root, folder))
 
     @property
     def is_cut_by_budget(self) -> bool:
@@ -375,7 +387,8 @@ def read(uri: str) -> list[ResultRow]:
     """Read the rows of the table in the folder ``uri``, oldest first.
 
     Returns an empty list where there is no table yet. Columns that an older file lacks are None. A
-    table without a checksum, which older versions wrote, is not checked.
+    table without a checksum, which older versions wrote, is not checked. The column ``bundle_uri``
+    is the place of the bundle in this folder, which may have been moved or copied.
 
     Raises:
         ValueError: The file has columns that this version does not know.
@@ -391,7 +404,9 @@ def read(uri: str) -> list[ResultRow]:
             f"{path} has columns that this version does not know: {', '.join(unknown)}; it was "
             "written by a newer one"
         )
-    return [ResultRow.from_columns(row) for row in table.to_pylist()]
+    root = storage.absolute(uri)
+    rows = [ResultRow.from_columns(row) for row in table.to_pylist()]
+    return [row.as_read_in(root, row.folder) for row in rows]
 
 
 def _parse(path: str, data: bytes) -> pa.Table:

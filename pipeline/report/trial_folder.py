@@ -16,6 +16,8 @@ from collections.abc import Collection
 from pipeline.io import storage
 
 TRIALS = "trials"
+BUNDLE = "bundle"
+"""The folder of the trained network in that of its trial."""
 MOST_CHARACTERS = 48
 """Of each name, so that a path is never too long (Windows: 260 characters, S3: 1024 bytes)."""
 ID = "[0-9a-f]{12}"
@@ -89,9 +91,22 @@ def find_all(root: str) -> dict[str, str]:
     return folders
 
 
+def uri_of_bundle(root: str, folder: str) -> str:
+    """Return the place of a trial's bundle, in the folder of the job that is read.
+
+    Records and tables state the place where it was written, which is another one once the folder of
+    the job was moved or copied.
+
+    Args:
+        root: The folder of the job.
+        folder: That of the trial, relative to it.
+    """
+    return storage.join(root, folder, BUNDLE)
+
+
 def split_bundle(uri: str) -> tuple[str, str] | None:
     """Return the job's folder and the trial's id of a trial's bundle; None for another bundle."""
-    match = re.fullmatch(rf"(.+)/{TRIALS}/(?:{_NAMED}|({ID}))/bundle/?", uri)
+    match = re.fullmatch(rf"(.+)/{TRIALS}/(?:{_NAMED}|({ID}))/{BUNDLE}/?", uri)
     return None if match is None else (match[1], match[2] or match[3])
 
 

@@ -111,17 +111,25 @@ def find_stale(root: str, current: set[str], used: Mapping[str, str]) -> StaleTr
     """
     rows = results.read(root)
     folders = {row.trial_id: row.folder for row in rows} | trial_folder.find_all(root)
-    there = folders.keys() - current
+    stale_ids = folders.keys() - current
     kept = {}
-    for name in sorted(there):
+    for name in sorted(stale_ids):
         inside = _place(storage.join(root, folders[name])) + "/"
-        users = sorted({user for place, user in used.items() if f"{place}/".startswith(inside)})
+        # what others recorded before the folder of the job was moved or copied
+        inside_before = f"/{folders[name]}/"
+        users = sorted(
+            {
+                user
+                for place, user in used.items()
+                if f"{place}/".startswith(inside) or inside_before in f"{place}/"
+            }
+        )
         if users:
             kept[name] = ", ".join(users)
-    gone = there - kept.keys()
-    stale = [row for row in rows if row.trial_id in gone]
+    removed_ids = stale_ids - kept.keys()
+    stale = [row for row in rows if row.trial_id in removed_ids]
     stacks = _stale_stacks(root, current)
-    trials = {name: folders[name] for name in sorted(gone)}
+    trials = {name: folders[name] for name in sorted(removed_ids)}
     return StaleTrials(len(stale), trials, tuple(_entries(stale)), kept, stacks)
 
 

@@ -66,6 +66,7 @@ from pipeline.io.file_identity import FileIdentity
 from pipeline.io.json_values import JsonObject
 from pipeline.report import results, stats
 from pipeline.report.results import SOURCE_VALIDATION, VALIDATION, ResultRow
+from pipeline.report.trial_folder import uri_of_bundle
 from pipeline.report.trial_record import TrialRecord, curve_of
 from pipeline.train import evaluate, experiment, loop, resume_history, streams
 from pipeline.train.experiment import Experiment
@@ -297,10 +298,12 @@ def read_record(root: str, folder: str) -> TrialRecord | None:
     if found is None:
         return None
     try:
-        return TrialRecord.from_json(found)
+        record = TrialRecord.from_json(found)
     except ValueError as error:
         checksums.notify(f"{uri} is damaged: {error}: {AGAIN}")
         return None
+    rows = tuple(row.as_read_in(root, folder) for row in record.rows)
+    return replace(record, rows=rows)
 
 
 def read_records(root: str, folders: Mapping[str, str]) -> dict[str, TrialRecord]:
@@ -936,7 +939,7 @@ def write(
             record, files={PREDICTIONS: atomic_folder.entry_of_bytes(buffer.getvalue())}
         )
     if task is not None:
-        uri = storage.join(where, "bundle")
+        uri = uri_of_bundle(shared.root, trial.folder)
         bundle.save(
             uri,
             task,

@@ -27,6 +27,7 @@ from pipeline.checkpoints import bundle, differences, export
 from pipeline.config import registry
 from pipeline.config.schema import Fanout
 from pipeline.core.specs import ModalitySpec
+from pipeline.io import storage
 from pipeline.train import loop
 from pipeline.transfer import trial
 
@@ -170,7 +171,7 @@ def test_a_trial_s_bundle_is_read_with_its_source_s(tmp_path):
     paths = image_files(tmp_path / "data", {"train": 30, "validation": 12, "test": 20})
     job = job_of(tmp_path, paths, train={"steps": 2})
     shared = shared_of(tmp_path, job, paths, keep_bundles=True)
-    source = str(tmp_path / "source")
+    source = storage.join(shared.root, "sources", "src-1", "bundle")
     group = next(iter(shared.backbone_groups.values()))
     backbone = bundle.build_backbone(group.arch, seed=77)
     bundle.save(source, backbone, group.modality)
@@ -189,6 +190,9 @@ def test_a_trial_s_bundle_is_read_with_its_source_s(tmp_path):
     whole.task()
     scratch = trial.run(trial_of(job, shared, "scratch"), shared)
     assert bundle.load(str(scratch.rows[0].bundle_uri)).manifest.base is None
+    moved = shutil.move(shared.root, tmp_path / "moved")
+    read_again = bundle.load(str(uri).replace(shared.root, str(moved)))
+    torch.testing.assert_close(read_again.tensors, found.tensors, rtol=0, atol=0)
 
 
 def test_jobs_without_a_choice_hash_as_before():

@@ -4,6 +4,7 @@ what another job starts from.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,9 @@ def test_a_trial_that_another_job_starts_from_stays(both, tmp_path, vit, paths):
     stages.share(prepared(other))
     found = existing_trials.stale(prepared(job))
     assert found.kept == {Path(used).parent.name.partition("-")[2]: "job other"}
+    copy = changed(job, storage=str(tmp_path / "copies"))
+    shutil.copytree(job.storage, copy.storage)
+    assert existing_trials.stale(prepared(copy)).kept == found.kept, "named by its old place"
     pruning.prune(job.root, found)
     assert bundle.exists(used) and folders(job) == new | found.kept.keys()
     assert any(row.bundle_uri == used for row in results.read(job.root)), "and its rows"

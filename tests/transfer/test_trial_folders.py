@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import glob
 import io
+import shutil
 
 import pytest
 from stage_runs import changed, job_of, prepared, run_through, saved_vit, trials_in_this_process
@@ -87,6 +89,33 @@ def test_trials_lie_under_names_and_all_that_read_them_find_them(root, tmp_path,
     storage.remove_tree(storage.join(job.root, lost.folder, "record.json"))
     run_through(job)
     assert ran == [lost.trial_id] and trial_folder.find_all(job.root) == found
+
+    if not storage.is_remote(root):
+        check_copied_and_moved(job, tmp_path, ran)
+
+
+def check_copied_and_moved(job, tmp_path, ran):
+    """Bundles are those of the place that is read, and the original's are never removed."""
+    fan = {"seeds": 2, "keep_bundles": "best"}
+    techniques = ["scratch", "full"]
+    copy = changed(job, storage=str(tmp_path / "copies"), techniques=techniques, fanout=fan)
+    shutil.copytree(job.root, copy.root)
+    originals = glob.glob(f"{job.root}/**/bundle", recursive=True)
+    assert len(originals) == 5
+    ran.clear()
+    _, rows = run_through(copy)
+    assert ran == [] and all(map(bundle.exists, originals))
+    kept = {row.bundle_uri for row in rows if row.bundle_uri}
+    assert len(kept) == 2 and all(map(bundle.exists, kept))
+    assert all(uri.startswith(copy.root) for uri in kept)
+    assert len(glob.glob(f"{copy.root}/**/full/**/bundle", recursive=True)) == 1, "removed here"
+
+    root = shutil.move(copy.root, str(tmp_path / "moved"))
+    shutil.rmtree(job.root)
+    best = api.best_bundle(root, "task")
+    assert bundle.load(best).manifest.spec_hash == trial_folder.split_bundle(best)[1]
+    moved = {row.bundle_uri for row in results.read(root) if row.bundle_uri and row.current}
+    assert moved == {uri.replace(copy.root, root) for uri in kept}
 
 
 @LOCAL_AND_S3

@@ -50,7 +50,7 @@ class _Recordings:
             entry.uri: entry for entry in found.entries if entry.offset < 0 and not entry.member
         }
         is_folder = storage.is_dir(source) or archives.has_suffix(source, *archives.ARCHIVES)
-        self.folder = "" if is_folder else posixpath.dirname(archives.absolute(source))
+        self.folder = "" if is_folder else posixpath.dirname(storage.absolute(source))
         """The folder of a text file that was given alone, else ""."""
 
     def place(self, line: Line, path: str, root: str) -> Located | str:

@@ -30,7 +30,6 @@ from pipeline.prepare.engine.shard_tasks import (
     run_tasks,
     sum_by_split,
 )
-from pipeline.prepare.readers.archives import absolute
 
 MANIFEST, BEGUN = "_manifest.json", "_prepare.json"
 """Names that begin with an underscore are ignored where the folder is read as data."""
@@ -67,8 +66,9 @@ class Preparation:
     ):
         storage.refuse_read_only(output)
         importer: Importer = registry.get("importer", name)(options)
-        self.name, self.output, self.settings = name, absolute(output), settings or Settings()
-        self.source = absolute(source) if importer.reads_files else source
+        self.name, self.output = name, storage.absolute(output)
+        self.settings = settings or Settings()
+        self.source = storage.absolute(source) if importer.reads_files else source
         if importer.reads_files and f"{self.output}/".startswith(f"{self.source}/"):
             raise ValueError(
                 f"{self.output} lies in {self.source}: the parts would become part of what "

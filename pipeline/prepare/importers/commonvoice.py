@@ -12,6 +12,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from pipeline.config.registry import Options, nearest, register
+from pipeline.io import storage
 from pipeline.prepare.engine.audio import (
     AudioImporter,
     drop_repeated_keys,
@@ -126,7 +127,7 @@ class CommonVoice(AudioImporter):
             {posixpath.dirname(posixpath.dirname(entry.name)) for entry in sounds(found)}
             & {posixpath.dirname(name) for name in there}
         ):
-            language = posixpath.basename(folder) or posixpath.basename(archives.absolute(source))
+            language = posixpath.basename(folder) or posixpath.basename(storage.absolute(source))
             if language in languages:
                 raise ValueError(
                     f"{source}: {language} is there twice: {languages[language]} and {folder}; "

@@ -36,7 +36,7 @@ from pipeline.prepare.engine.importing import (
     preview,
 )
 from pipeline.prepare.engine.inputs import InputSplit, find_inputs
-from pipeline.prepare.readers.archives import Opener, absolute
+from pipeline.prepare.readers.archives import Opener
 from pipeline.prepare.readers.csv_blocks import (
     NULLS,
     SUFFIXES,
@@ -144,7 +144,7 @@ class LongTable(GroupedImporter):
         taken = [
             entry
             for entry, _ in found.files
-            if not o.entities or absolute(entry.uri) != absolute(o.entities)
+            if not o.entities or storage.absolute(entry.uri) != storage.absolute(o.entities)
         ]
         if not taken:
             raise ValueError(
@@ -157,7 +157,7 @@ class LongTable(GroupedImporter):
             self._kind = "id" if _is_whole(taken[0], o.entity, opener) else "text"
         marks = [
             found.mark,
-            *([file_identity.fingerprint(absolute(o.entities))] if o.entities else []),
+            *([file_identity.fingerprint(storage.absolute(o.entities))] if o.entities else []),
             *([plausible.mark()] if o.clean != "none" else []),
         ]
         return EventTables([[part] for part in self._parts], " ".join(marks), found.notes)

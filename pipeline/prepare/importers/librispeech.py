@@ -72,7 +72,7 @@ class LibriSpeech(AudioImporter):
         base = (
             re.sub(r"(\.tar)?\.\w+$", "", posixpath.basename(storage.file_name(source).rstrip("/")))
             if archives.has_suffix(source, *archives.ARCHIVES)
-            else posixpath.basename(archives.absolute(source))
+            else posixpath.basename(storage.absolute(source))
         )
         wanted = names_in(self.options.subsets)
         by_subset = {

@@ -159,7 +159,7 @@ class Manifest(AudioImporter):
         ):
             entry = archives.Entry(
                 posixpath.basename(storage.file_name(source)),
-                archives.absolute(source),
+                storage.absolute(source),
                 "",
                 -1,
                 storage.size(source),

@@ -123,13 +123,6 @@ class Listing:
 # ---------------------------------------------------------------- listing
 
 
-def absolute(uri: str) -> str:
-    """Return the same place for processes that run in another folder."""
-    if storage.is_remote(uri):
-        return uri.rstrip("/")
-    return os.path.abspath(s3.split(uri)[1])
-
-
 def listing(uri: str) -> Listing:
     """List all files below a folder or in a zip, tar or tar.gz.
 
@@ -139,7 +132,7 @@ def listing(uri: str) -> Listing:
         ValueError: nothing there, another compression, a damaged archive, or a name or link in it
             that leads outside.
     """
-    uri = absolute(uri)
+    uri = storage.absolute(uri)
     if storage.is_dir(uri):
         return _folder(uri)
     if not storage.exists(uri):
