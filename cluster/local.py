@@ -289,8 +289,8 @@ def _greeting(handle: Handle, nodes: int) -> str:
     return (
         f"{nodes} nodes are up. Ctrl-C stops them.\n\n"
         f"  Ray address   {handle.address}\n  job API       {handle.job_address}\n\n"
-        f"In another shell:\n{exports}    onetomany submit jobs/quickstart.yaml --address "
-        f"{handle.job_address}\n"
+        f"In another shell:\n{exports}    onetomany submit jobs/quickstart.yaml --set "
+        f"storage=$PWD/runs --address {handle.job_address}\n"
     )
 
 

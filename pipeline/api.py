@@ -548,7 +548,7 @@ def push(place: str, to: str, *, licence: str = "unknown", private: bool = False
 
     Args:
         place: URI of a bundle, or of a folder that `export` wrote.
-        to: ``hf:USER/NAME``, a repository of the Hugging Face hub, or a folder.
+        to: ``hf-hub:USER/NAME``, a repository of the Hugging Face hub, or a folder.
         licence: Of the weights, for the card: apache-2.0, cc-by-4.0, ...
         private: Make a repository that is not there yet a private one.
 

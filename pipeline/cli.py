@@ -697,7 +697,7 @@ def push(
     to: Annotated[
         str,
         typer.Option(
-            help="hf:USER/NAME, a repository of the Hugging Face hub, or a new folder.",
+            help="hf-hub:USER/NAME, a repository of the Hugging Face hub, or a new folder.",
             metavar="PLACE",
         ),
     ],

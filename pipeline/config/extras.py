@@ -24,8 +24,14 @@ LAST_PYTHON = {"speech": (3, 12)}
 
 
 def install(extra: str) -> str:
-    """Return the commands that install an extra, for error messages."""
-    commands = f"uv sync --extra {extra} (without a clone: pip install 'onetomany[{extra}]')"
+    """Return the commands that install an extra, for error messages.
+
+    `uv sync` is none of them: it would remove other extras.
+    """
+    commands = (
+        f"uv pip install -e '.[{extra}]' (without a GPU add --torch-backend cpu; without a clone: "
+        f"pip install 'onetomany[{extra}]')"
+    )
     last = LAST_PYTHON.get(extra)
     if last is None or sys.version_info[:2] <= last:
         return commands

@@ -718,7 +718,8 @@ def _scan(package: str, pattern: str, expression: str) -> frozenset[str]:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise ValueError(
-            f"package {package} is not installed: install the project's dependencies (uv sync)"
+            f"package {package} is not installed: install the project's dependencies "
+            "(uv pip install -e .)"
         )
     finder = re.compile(expression, re.MULTILINE)
     files = Path(spec.origin).parent.glob(pattern)

@@ -34,8 +34,9 @@ class FsspecStore:
             # worded as in pipeline.config.extras, which this layer may not import
             raise StorageError(
                 f"{self.uri_format.partition('://')[0]}:// needs {self.library}, which is not "
-                f"installed: uv sync --extra {self.extra} "
-                f"(without a clone: pip install 'onetomany[{self.extra}]')"
+                f"installed: uv pip install -e '.[{self.extra}]' (without a GPU add "
+                "--torch-backend cpu; without a clone: pip install "
+                f"'onetomany[{self.extra}]')"
             ) from None
 
     def connect(self) -> Any:

@@ -53,6 +53,9 @@ LEAST_DRIVER = {"11": "450.80.02", "12": "525.60.13", "13": "580.65.06"}
 CUDA release notes).
 """
 
+OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 13)
+"""The versions that pyproject.toml allows (`requires-python`)."""
+
 
 def nvidia_driver() -> str | None:
     """Return the version of NVIDIA's driver, such as ``580.95.05``, or None where there is none."""
@@ -109,13 +112,14 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def _machine() -> list[Line]:
     python = platform.python_version()
-    right = (3, 11) <= sys.version_info[:2] <= (3, 12)
+    right = OLDEST_PYTHON <= sys.version_info[:2] <= NEWEST_PYTHON
+    supported = " to ".join(f"{a}.{b}" for a, b in (OLDEST_PYTHON, NEWEST_PYTHON))
     memory = psutil.virtual_memory()
     shm = shutil.disk_usage("/dev/shm") if os.path.isdir("/dev/shm") else None
     disk = shutil.disk_usage(os.getcwd())
     found = versions()
     lines = [
-        Line("ok" if right else "FAIL", "Python", python, "" if right else "use 3.11 or 3.12"),
+        Line("ok" if right else "FAIL", "Python", python, "" if right else f"use {supported}"),
         Line(
             "ok",
             "libraries",

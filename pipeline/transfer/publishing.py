@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,8 +20,10 @@ from pipeline.report import model_card
 
 BESIDE_README = "MODEL_CARD.md"
 """Name of the card where the kind of export has a README.md of its own."""
-HUB = "hf:"
-"""Prefix of a repository of the Hugging Face hub."""
+HUB = "hf-hub:"
+"""Prefix of a repository of the Hugging Face hub, as in a job."""
+OLD_HUB = "hf:"
+"""The same in commands of earlier versions."""
 
 
 def write_card(uri: str, folder: str) -> None:
@@ -39,7 +42,7 @@ def push(place: str, to: str, licence: str = "unknown", private: bool = False) -
 
     Args:
         place: A bundle, or a folder that ``export`` wrote.
-        to: ``hf:USER/NAME``, or a folder that is empty or not there yet.
+        to: ``hf-hub:USER/NAME``, or a folder that is empty or not there yet.
         licence: Of the weights, as hubs name it.
         private: Make a repository that is not there yet a private one.
 
@@ -49,8 +52,7 @@ def push(place: str, to: str, licence: str = "unknown", private: bool = False) -
     Raises:
         ValueError: There is neither a bundle nor an export, or ``to`` cannot be taken.
     """
-    if to == HUB or (to.startswith(HUB) and to.count("/") != 1):
-        raise ValueError(f"--to {to}: a repository is {HUB}USER/NAME")
+    repository = _repository(to)
     with storage.scratch_folder() as scratch:
         folder = Path(scratch, "pushed")
         if bundle.exists(place):
@@ -62,25 +64,39 @@ def push(place: str, to: str, licence: str = "unknown", private: bool = False) -
                 f"{place}: no bundle (manifest.json) and no folder that export wrote ({EXPORTED})"
             )
         count = sum(path.is_file() for path in folder.rglob("*"))
-        if to.startswith(HUB):
-            return f"{_upload(folder, to.removeprefix(HUB), private)}: {count} files"
+        if repository is not None:
+            return f"{_upload(folder, repository, private)}: {count} files"
         _put(folder, to)
     return f"{to}: {count} files"
 
 
+def _repository(to: str) -> str | None:
+    """Return the USER/NAME of a repository of the hub, or None for a folder.
+
+    Raises:
+        ValueError: It has the prefix of a repository and is none.
+    """
+    if not to.startswith((HUB, OLD_HUB)):
+        return None
+    name = to.partition(":")[2]
+    if not re.fullmatch("[^/]+/[^/]+", name):
+        raise ValueError(f"--to {to}: a repository is {HUB}USER/NAME")
+    return name
+
+
 def _copy_bundle(uri: str, folder: Path, licence: str) -> None:
     """Write a bundle whole, with a manifest that names no place of this machine."""
-    found = bundle.load(uri)
-    parent = found.manifest.parent
+    whole = bundle.load(uri)
+    parent = whole.manifest.parent
     manifest = replace(
-        found.manifest,
+        whole.manifest,
         base=None,
         parent=None if parent is None else model_card.without_places(parent),
-        training=_without_places(found.manifest.training),
+        training=_without_places(whole.manifest.training),
     )
     with storage.scratch_folder() as scratch:
         weights = Path(scratch, "weights.safetensors")
-        save_file(found.tensors, weights)
+        save_file(whole.tensors, weights)
         atomic_folder.commit_folder(
             str(folder), {"weights.safetensors": weights}, manifest.to_json()
         )
@@ -148,7 +164,7 @@ def _upload(folder: Path, name: str, private: bool) -> str:
 
     api = HfApi()
     try:
-        made = api.create_repo(name, private=private, exist_ok=True)
+        address = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(
             repo_id=name, folder_path=str(folder), commit_message="Upload with One to Many"
         )
@@ -162,4 +178,4 @@ def _upload(folder: Path, name: str, private: bool) -> str:
             f"--to {HUB}{name}: the hub did not take it ({reason}); `hf auth login` or HF_TOKEN "
             "gives the token, which must be allowed to write there"
         ) from None
-    return str(made)
+    return str(address)

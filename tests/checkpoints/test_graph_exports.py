@@ -245,7 +245,7 @@ def test_without_the_extra_the_install_line_is_given(tmp_path, monkeypatch):
     task, rows = classified("timm/resnet10t")
     uri = saved(tmp_path, task, rows.decoder.modality)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(BundleError, match="needs onnxruntime, which is not installed: uv sync"):
+    with pytest.raises(BundleError, match="needs onnxruntime, which is not installed: uv pip"):
         export.export_bundle(uri, str(tmp_path / "out"), "onnx", False)
 
 

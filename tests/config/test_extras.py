@@ -26,14 +26,14 @@ def test_every_extra_and_each_of_its_modules_is_declared():
 
 def test_the_message_serves_with_and_without_a_clone():
     message = extras.install("robotics")
-    assert "uv sync --extra robotics" in message and "'onetomany[robotics]'" in message
+    assert "uv pip install -e '.[robotics]'" in message and "'onetomany[robotics]'" in message
 
 
 @pytest.mark.parametrize("version", [(3, 12, 4), (3, 13, 0)])
 def test_the_message_says_which_python_has_wheels(monkeypatch, version):
     monkeypatch.setattr(extras.sys, "version_info", version)
     message = extras.install("speech")
-    assert message.startswith("uv sync --extra speech (without a clone: ")
+    assert message.startswith("uv pip install -e '.[speech]' (without a GPU ")
     assert message.endswith(" with Python 3.12, as there are no wheels for later ones") == (
         version > (3, 13)
     )

@@ -241,5 +241,5 @@ def test_mistakes_are_named(saved, tmp_path, monkeypatch):
     _, rows = prepare(tmp_path / "two", tmp_path / "out", "column=second")
     assert rows[1]["image"] == encoded(1)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match="uv sync --extra datasets"):
+    with pytest.raises(ValueError, match=r"uv pip install -e '\.\[datasets\]'"):
         prepare(saved / "saved", tmp_path / "none")

@@ -534,7 +534,7 @@ def test_without_the_extra_the_command_line_says_what_to_install(tmp_path, monke
     )
     assert (
         said.exit_code == 2
-        and "uv sync --extra robotics" in said.output
+        and "uv pip install -e '.[robotics]'" in said.output
         and "Traceback" not in said.output
     )
     monkeypatch.undo()

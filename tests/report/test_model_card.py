@@ -154,8 +154,9 @@ def test_a_pushed_export_has_the_card_of_its_bundle(job, tmp_path):
 
 def test_what_cannot_be_pushed_is_refused(job, tmp_path):
     uri, _ = job
-    with pytest.raises(ValueError, match="a repository is hf:USER/NAME"):
-        publishing.push(uri, "hf:name")
+    for repository in ("hf-hub:name", "hf:name", "hf-hub:me/", "hf-hub:", "hf://me/clothes"):
+        with pytest.raises(ValueError, match="a repository is hf-hub:USER/NAME"):
+            publishing.push(uri, repository)
     with pytest.raises(ValueError, match="no bundle"):
         publishing.push(str(tmp_path), str(tmp_path / "to"))
     with pytest.raises(ValueError, match="is there already"):
@@ -215,9 +216,10 @@ def hub(monkeypatch):
     server.server_close()
 
 
-def test_a_repository_gets_the_folder_in_one_commit(job, hub):
+@pytest.mark.parametrize("prefix", ["hf-hub:", "hf:"])
+def test_a_repository_gets_the_folder_in_one_commit(job, hub, prefix):
     uri, _ = job
-    said = publishing.push(uri, "hf:me/clothes", private=True)
+    said = publishing.push(uri, f"{prefix}me/clothes", private=True)
     assert said == f"http://127.0.0.1:{hub.server_port}/me/clothes: 3 files"
     created = {"name": "clothes", "organization": "me", "visibility": "private"}
     assert hub.seen["created"] == created
@@ -230,7 +232,7 @@ def test_a_repository_gets_the_folder_in_one_commit(job, hub):
 def test_a_hub_that_refuses_is_an_error_without_the_token(job, hub):
     hub.refuses = True
     with pytest.raises(ValueError, match=r"the hub did not take it \(.*403") as error:
-        publishing.push(job[0], "hf:me/clothes")
+        publishing.push(job[0], "hf-hub:me/clothes")
     assert "hf_for_this_test" not in str(error.value)
 
 

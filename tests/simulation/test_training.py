@@ -358,5 +358,5 @@ def test_what_cannot_be_trained_is_said():
 def test_without_the_library_training_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "stable_baselines3", None)
     monkeypatch.delitem(sys.modules, "pipeline.simulation.ppo", raising=False)
-    with pytest.raises(ValueError, match=r"training an expert: .*uv sync --extra robotics"):
+    with pytest.raises(ValueError, match=r"training an expert: .*uv pip install -e .*robotics"):
         train(PENDULUM, env_steps=10, seed=0)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from pipeline.transfer import doctor
 from pipeline.transfer.doctor import LEAST_DRIVER, driver_line
@@ -66,6 +68,19 @@ def test_the_driver_is_read_from_what_nvidia_prints(monkeypatch, tmp_path, text,
 
 def test_doctor_has_a_line_for_the_driver():
     assert "NVIDIA driver" in [line.what for line in doctor._machine()]
+
+
+@pytest.mark.parametrize(
+    ("version", "mark"),
+    [((3, 10), "FAIL"), ((3, 11), "ok"), ((3, 12), "ok"), ((3, 13), "ok"), ((3, 14), "FAIL")],
+)
+def test_doctor_takes_the_versions_of_python_that_the_package_takes(monkeypatch, version, mark):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    stated = SpecifierSet(project["requires-python"]).contains(f"{version[0]}.{version[1]}.0")
+    monkeypatch.setattr(doctor.sys, "version_info", version)
+    (line,) = [line for line in doctor._machine() if line.what == "Python"]
+    assert line.mark == mark == ("ok" if stated else "FAIL")
+    assert line.advice == ("" if stated else "use 3.11 to 3.13")
 
 
 def test_the_clouds_that_ship_here_say_the_least_driver_of_the_locked_build():

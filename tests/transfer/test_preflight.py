@@ -457,7 +457,7 @@ def test_4_bits_without_their_library_are_refused_once(tmp_path, models, monkeyp
     with pytest.raises(ValueError) as error:
         checked(adapted(tmp_path, models, {"lora": {"quantize": "nf4"}}))
     assert str(error.value) == (
-        "techniques: lora: quantize: nf4 needs bitsandbytes, which is not installed: uv sync "
-        "--extra quantized (without a clone: pip install 'onetomany[quantized]'), or leave "
-        "quantize out"
+        "techniques: lora: quantize: nf4 needs bitsandbytes, which is not installed: uv pip "
+        "install -e '.[quantized]' (without a GPU add --torch-backend cpu; without a clone: pip "
+        "install 'onetomany[quantized]'), or leave quantize out"
     )

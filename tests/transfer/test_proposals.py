@@ -287,8 +287,9 @@ def test_without_optuna_a_job_is_refused_before_anything_starts(tmp_path, toy, m
     with pytest.raises(ValueError) as error:
         stage_runs.prepared(toy_job(tmp_path, toy))
     assert str(error.value) == (
-        "fanout.searcher: optuna is not installed: uv sync --extra optuna (without a clone: "
-        "pip install 'onetomany[optuna]'), or use random"
+        "fanout.searcher: optuna is not installed: uv pip install -e '.[optuna]' "
+        "(without a GPU add --torch-backend cpu; without a clone: pip install "
+        "'onetomany[optuna]'), or use random"
     )
     stage_runs.prepared(toy_job(tmp_path, toy, searcher="random"))
 

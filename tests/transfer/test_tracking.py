@@ -477,7 +477,7 @@ def test_what_is_not_installed_is_an_error_with_the_command(tmp_path, monkeypatc
     monkeypatch.setattr(mlflow, "find_spec", lambda name: None)
     job = job_at(tmp_path, tracking="mlflow")
     with pytest.raises(
-        ValueError, match=r"tracking: mlflow is not installed: uv sync --extra mlflow"
+        ValueError, match=r"tracking: mlflow is not installed: uv pip install -e '\.\[mlflow\]'"
     ):
         tracking.tracker_of(job)
 
@@ -492,7 +492,7 @@ def test_a_dry_run_says_what_is_not_installed(tmp_path, monkeypatch):
     file = tmp_path / "job.yaml"
     file.write_text("name: toy\ntracking: mlflow\n")
     done = CliRunner().invoke(cli.app, ["run", str(file), "--dry-run"])
-    assert done.exit_code == 2 and "uv sync --extra mlflow" in done.output
+    assert done.exit_code == 2 and "uv pip install -e '.[mlflow]'" in done.output
 
 
 def test_an_unknown_tracker_or_option_is_named_with_its_line(tmp_path):
