@@ -7,6 +7,8 @@ introduction and the examples is read from the classes that check a job file.
 from __future__ import annotations
 
 import json
+import re
+import textwrap
 from typing import Any
 
 from pydantic import BaseModel
@@ -40,13 +42,19 @@ while you write it.
   `backbones`, `modalities`, `metrics`, `scores` and `baselines`.
 - **Paths.** Paths of data are relative to the job file. `storage` is relative to the current
   folder. Both may be on S3 (`s3://bucket/prefix`; `AWS_*` variables, and `AWS_ENDPOINT_URL` for
-  MinIO or Ceph). Data may also be `https://` addresses or on the
-  Hugging Face hub (`hf://datasets/OWNER/NAME/PATH`), Google Cloud Storage (`gs://BUCKET/KEY`) or
-  Azure Storage (`az://CONTAINER/PATH`), which are only read.
+  MinIO or Ceph). Data may also be `https://` addresses or on the Hugging Face hub
+  (`hf://datasets/OWNER/NAME/PATH`), Google Cloud Storage (`gs://BUCKET/KEY`) or Azure Storage
+  (`az://CONTAINER/PATH`), which are only read.
+- **Models of Hugging Face.** `hf:FOLDER` is a folder on your disk, `hf-hub:NAME` a model on the hub
+  (its newest revision; download another one to a folder), `hf/NAME` an architecture of transformers
+  with random weights.
 - **Variables.** `${NAME}` is replaced by the variable of the environment, in values and in keys.
 - **Overrides.** `--set sources.a.train.steps=10` sets a field from the command line. Where the job
   gives a component by its name alone, its options are set by replacing the whole field:
   `--set 'targets.x.objective={ctc: {beam: 50}}'`.
+- **Defaults.** A field for which this page states neither `required` nor a default may be left out,
+  or be `null`. `none: ...` in its text says what then happens. Only `drop_overlap` and
+  `keep_bundles` have a value that is called `none`.
 - **Mistakes.** A mistake is reported before anything starts, on one line with the file, the line,
   the value and the nearest valid name.
 """
@@ -157,8 +165,8 @@ def page() -> str:
     lines = [INTRODUCTION]
     for kind, (heading, example) in PARTS.items():
         own = whole if kind is Job else as_object(parts[kind.__name__])
-        lines += [f"## {heading}\n", f"{_text(kind)}\n", f"```yaml\n{example}```\n"]
-        lines += [*_table(kind, as_object(own["properties"])), ""]
+        lines += [f"## {heading}\n", *_wrap(_text(kind)), "", f"```yaml\n{example}```\n"]
+        lines += [*_fields(kind, as_object(own["properties"])), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -167,14 +175,24 @@ def _text(kind: type[Spec]) -> str:
     return " ".join(listing.plain(kind.__doc__ or "").split())
 
 
-def _table(kind: type[Spec], properties: JsonObject) -> list[str]:
-    """Return a table with a row for each field."""
-    rows = ["| field | takes | default | meaning |", "|---|---|---|---|"]
+def _fields(kind: type[Spec], properties: JsonObject) -> list[str]:
+    """Return the lines of a list with an item for each field."""
+    lines: list[str] = []
     for name, field in kind.model_fields.items():
         takes = _takes(as_object(properties[name]), name)
-        cells = (f"`{name}`", takes, _default(field), field.description or "")
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return rows
+        terms = "; ".join(filter(None, (takes, _default(field))))
+        lines += _wrap(f"- **`{name}`** ({terms}): {field.description}")
+    return lines
+
+
+def _wrap(text: str) -> list[str]:
+    """Return the lines of a paragraph or of an item of a list. Short code is not broken."""
+    unbroken = re.sub(r"`[^`]{1,40}`", lambda code: code[0].replace(" ", "\0"), text)
+    indent = "  " if text.startswith("- ") else ""
+    lines = textwrap.wrap(
+        unbroken, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+    return [line.replace("\0", " ") for line in lines]
 
 
 def _takes(node: JsonObject, field: str) -> str:
@@ -208,7 +226,7 @@ def _part(name: str, field: str) -> str:
     """Return a link to the section of a part, or which command lists the components."""
     if name == "ComponentConfig":
         commands = {kind: command for command, kind in listing.KINDS.items()}
-        return f"component (`onetomany {commands[COMPONENT_FIELDS[field]]}`)"
+        return f"component, see `onetomany {commands[COMPONENT_FIELDS[field]]}`"
     (heading,) = (words for kind, (words, _) in PARTS.items() if kind.__name__ == name)
     return f"[{heading.lower()}](#{heading.lower().replace(' ', '-')})"
 
@@ -216,19 +234,20 @@ def _part(name: str, field: str) -> str:
 def _names(values: list[Any]) -> str:
     for command, kind in listing.KINDS.items():
         if values == registry.names(kind):
-            return f"name (`onetomany {command}`)"
+            return f"name, see `onetomany {command}`"
     return ", ".join(f"`{value}`" for value in values)
 
 
 def _default(field: FieldInfo) -> str:
-    """Return a field's default as a job file would have it."""
+    """Return a field's default as a job file would have it, "" where it is not given."""
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
     if value is None or value in ([], {}):
-        return "none"
+        return ""
     if isinstance(value, list):
-        return f"`[{', '.join(map(str, value))}]`"  # pyright: ignore[reportUnknownArgumentType]
+        listed = ", ".join(map(str, value))  # pyright: ignore[reportUnknownArgumentType]
+        return f"default `[{listed}]`"
     if isinstance(value, BaseModel):
-        return f"`{value}`" if "name" in type(value).model_fields else "its defaults"
-    return f"`{json.dumps(value).replace(chr(34), '')}`"
+        return f"default `{value}`" if "name" in type(value).model_fields else "its defaults"
+    return f"default `{json.dumps(value).replace(chr(34), '')}`"

@@ -195,7 +195,8 @@ class Data(Spec):
     identity: Literal["content", "stat"] = Field(
         "content",
         description="how a changed file is found: content: every file is read once and hashed, "
-        "also those that rows name; stat: by size and time of change, for very large corpora",
+        "also those that rows name (on S3: by the ETag); stat: by size and time of change, for "
+        "very large corpora",
     )
     where: dict[str, list[str | int | float | bool]] = Field(
         default_factory=dict, description="keep rows whose column holds one of these values"
@@ -209,8 +210,9 @@ class Data(Spec):
             "validation": ["validation", "valid", "val", "dev"],
             "test": ["test"],
         },
-        description="which values of split_column mean which split; a split that is left out is "
-        "the rows of its own name, unless they are another's",
+        description="which values of split_column mean which split; a split that is not named "
+        "here takes the rows whose value is its own name (test), unless another split names that "
+        "value",
     )
     validation_fraction: float = Field(
         0.1,
@@ -376,7 +378,9 @@ class Train(Spec):
 
     steps: int | None = Field(None, ge=1, description="optimiser steps; give steps or epochs")
     epochs: float | None = Field(
-        None, gt=0, description="passes over the training rows; give steps or epochs"
+        None,
+        gt=0,
+        description="passes over the training rows; give steps or epochs; neither: one epoch",
     )
     global_batch: int = Field(
         64, ge=1, description="rows a step over all ranks; the same at any number of ranks"
@@ -385,7 +389,8 @@ class Train(Spec):
         None,
         gt=0,
         description="instead of global_batch: a step takes rows of similar length, as many as "
-        "have this cost in all when padded to the longest (audio: seconds)",
+        "have this cost in all when padded to the longest (audio: seconds; events: events; "
+        "trajectory: steps; no other modality)",
     )
     micro_batch: int | None = Field(
         None,
@@ -629,10 +634,13 @@ class Source(Spec):
         None, gt=0, description="logical CPUs a rank; none: by the machine"
     )
     gpus_per_worker: float | None = Field(
-        None, ge=0, description="GPUs a rank; none: 1 when the cluster has GPUs"
+        None,
+        ge=0,
+        description="GPUs a rank; none: 1 where there are GPUs, or an equal share of them where "
+        "there are fewer than ranks",
     )
     max_failures: int = Field(
-        3, ge=-1, description="restarts from the last checkpoint before giving up; -1: without end"
+        3, ge=-1, description="restarts from the newest resume point before giving up; -1: no limit"
     )
 
     @model_validator(mode="after")
@@ -1039,7 +1047,7 @@ class Fanout(Spec):
     select: Select | None = Field(
         None,
         description="keep only the best-scored sources of each target, or spend a budget of trials "
-        "on the pairs of source and technique that promise most",
+        "on the pairs of source and technique that promise most; not with folds",
     )
     keep_bundles: Literal["best", "all", "none"] = Field(
         "best",
