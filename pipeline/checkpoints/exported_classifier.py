@@ -9,7 +9,8 @@ safetensors files, and runs no other code.
     model = load("FOLDER")
     model = load("weights.safetensors")  # needs weights_classifier.json beside it
     logits = model(images)  # (B, C, H, W) float, by mean and std of the json
-    logits = model(tokenizer(texts, padding=True, return_tensors="pt"))  # texts
+    # texts; of a tagger, rows are lists of words: also is_split_into_words=True
+    logits = model(tokenizer(texts, padding=True, truncation=True, return_tensors="pt"))
 
 Column k of the logits belongs to ``labels[k]`` of classifier.json; of a regression the one column
 is the number, in its own unit. A temperature that was fitted on validation rows is already part of

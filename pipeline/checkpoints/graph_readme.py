@@ -58,12 +58,13 @@ def write(saved: Bundle, graph: Graph, folder: Path, file: str, running: str) ->
     }
     text = json.dumps(described, indent=2, ensure_ascii=False)
     (folder / DESCRIPTION).write_text(text, encoding="utf-8")
+    words = hf_text.splits_words(manifest)
     if TOKENIZER in state:
-        tokenizer, _ = hf_text.with_post_processor(state, hf_text.splits_words(manifest))
+        tokenizer, _ = hf_text.with_post_processor(state, words)
         tokenizer.save(str(folder / "tokenizer.json"))
     names = sorted({of for shape in shapes.values() for of in shape if isinstance(of, str)})
     reads = saved.modality()
-    code = prepares_inputs(reads)
+    code = prepares_inputs(reads, words)
     preparation: list[str] = []
     if code is None:
         code = ZEROS.format(sizes=dict.fromkeys(names, 2))

@@ -432,6 +432,21 @@ class PreparesInputs(Protocol):
         ...
 
 
-def prepares_inputs(modality: Any) -> str | None:
-    """Return the code that prepares a row, None for a modality that has none."""
+@runtime_checkable
+class PreparesWords(Protocol):
+    """A modality whose rows may be lists of words."""
+
+    def preparation_code_of_words(self) -> str:
+        """Return code as `PreparesInputs` does, for rows that are lists of words."""
+        ...
+
+
+def prepares_inputs(modality: Any, words: bool = False) -> str | None:
+    """Return the code that prepares a row, None for a modality that has none.
+
+    Args:
+        words: Whether rows are lists of words.
+    """
+    if words and isinstance(modality, PreparesWords):
+        return modality.preparation_code_of_words()
     return modality.preparation_code() if isinstance(modality, PreparesInputs) else None

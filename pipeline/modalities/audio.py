@@ -55,6 +55,37 @@ NEAR_RATE, NEAR_DECIBELS = 8000, 60.0
 are compared: what is above half the rate or nearly silent changes with each compression.
 """
 
+PREPARATION = """
+import soundfile
+
+samples, rate = soundfile.read("recording.wav", dtype="int16", always_2d=True)
+assert rate == {rate}, "resample it to {rate} samples a second first"
+wave = (samples.mean(1) / 32768).astype(np.float32)
+"""
+"""Code that reads a recording outside of this package."""
+PREPARED_WAVE = """
+{normalize}inputs = {{"wave": wave[None], "mask": np.ones((1, len(wave)), bool)}}
+"""
+NORMALIZE = "wave = (wave - wave.mean()) / np.sqrt(wave.var() + {epsilon})\n"
+PREPARED_MEL = """
+import torch
+import torchaudio
+
+spectrogram = torchaudio.transforms.MelSpectrogram(
+    {rate}, n_fft={size}, win_length={window}, hop_length={hop}, n_mels={mels}, center=False
+)  # Hann windows, power 2, HTK's mel scale; no padding but that of a window to n_fft
+padded = np.pad(wave, ({left}, {right}))
+mel = np.log(spectrogram(torch.from_numpy(padded)).numpy().T + {floor})
+state = graph["modality"]["state"]
+mel = (mel - np.array(state["mean"])) / np.array(state["std"])
+inputs = {{"mel": mel[None], "mask": np.ones((1, len(mel)), bool)}}
+"""
+PREPARED_INPUTS = """
+inputs["audio_lengths"] = np.array([len(wave)])
+inputs = {name: inputs[name].astype(one["type"]) for name, one in graph["inputs"].items()}
+# several recordings: pad with 0 behind the shorter ones, where mask is False
+"""
+
 
 class AudioOptions(Options):
     rate: int = Field(
@@ -420,6 +451,28 @@ class Audio(Modality):
             soundfile.write(sink, samples, self.options.rate, "PCM_16", format="WAV")
             files.append(sink.getvalue())
         return self.collate(self.decode(pa.table({"audio": files}), {"audio": "audio"})[0])
+
+    def preparation_code(self) -> str:
+        """Return code that makes samples or log-mels of a file (`PreparesInputs`)."""
+        options = self.options
+        code = PREPARATION.format(rate=options.rate)
+        if self.features == "wave":
+            normalize = NORMALIZE.format(epsilon=spectrogram.EPSILON)
+            code += PREPARED_WAVE.lstrip().format(normalize=normalize if self._normalizes() else "")
+        else:
+            size = spectrogram.fft_size(self.window)
+            left = (size - self.window) // 2
+            code += PREPARED_MEL.format(
+                rate=options.rate,
+                size=size,
+                window=self.window,
+                hop=self.hop,
+                mels=options.mels,
+                left=left,
+                right=size - self.window - left,
+                floor=spectrogram.FLOOR,
+            )
+        return code + PREPARED_INPUTS.lstrip()
 
     throughput_unit = "s of sound"
 

@@ -36,7 +36,8 @@ from tokenizers import Tokenizer
 tokenizer = Tokenizer.from_file("tokenizer.json")
 tokenizer.enable_truncation({length}, strategy="{strategy}")
 tokenizer.enable_padding(pad_id={pad})
-found = tokenizer.encode_batch({texts})
+rows = {texts}  # in their place: yours
+found = tokenizer.encode_batch(rows, is_pretokenized={words})
 inputs = {{
     "tokens": np.array([one.ids for one in found]),
     "mask": np.array([one.attention_mask for one in found], dtype=bool),
@@ -46,6 +47,15 @@ inputs = {{
 """Code that makes the inputs of a network outside of this package."""
 TEXTS = '["A text.", "Another one."]'
 QUESTIONS = '[("A question?", "Its context.")]'
+WORDS = '[["A", "text", "."], ["Another", "one", "."]]'
+FIRST_TOKENS = """
+# scores[row, first_tokens[row][word]] are those of a word, by its number in the row
+first_tokens = [
+    {word: place for place, word in reversed([*enumerate(one.word_ids)]) if word is not None}
+    for one in found
+]
+"""
+"""Code that finds the token of each word whose output counts."""
 RANDOM_TOKENS = 24
 """Tokens of the longest row that is made up."""
 
@@ -598,7 +608,16 @@ class Text(Modality):
             strategy="only_second" if has_windows else "longest_first",
             pad=self.state["specials"][0],
             texts=QUESTIONS if has_windows else TEXTS,
+            words=False,
         )
+
+    def preparation_code_of_words(self) -> str:
+        """Return code that makes token ids of lists of words (`PreparesWords`)."""
+        pad = self.state["specials"][0]
+        code = PREPARATION.format(
+            length=self.options.length, strategy="longest_first", pad=pad, texts=WORDS, words=True
+        )
+        return code + FIRST_TOKENS.lstrip()
 
     throughput_unit = "tokens"
 

@@ -175,13 +175,13 @@ def test_the_readme_prepares_a_picture_as_the_modality_does(tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_the_readme_tokenizes_texts_and_pairs_as_the_modality_does(tmp_path, monkeypatch):
+def test_the_readme_tokenizes_words_as_the_modality_does(tmp_path, monkeypatch):
     task, uri = bundled(tmp_path, "tagging")
     export.export_bundle(uri, str(tmp_path / "out"), "torch-export", False)
     theirs = in_folder(tmp_path / "out", monkeypatch)["scores"]
     modality = bundle.load(uri).modality()
     assert isinstance(modality, Text)
-    table = pa.table({"text": ["A text.", "Another one."]})
+    table = pa.table({"text": [["A", "text", "."], ["Another", "one", "."]]})
     arrays, _ = modality.decode(table, {"text": "text"})
     batch = modality.finish(Batch(np.arange(2), torch.arange(2), modality.collate(arrays)))
     with torch.no_grad():

@@ -1060,6 +1060,25 @@ def test_words_alone_have_the_ids_of_words_in_a_text(kind):
             assert exported.encode(row, is_pretokenized=True).ids == expected
 
 
+def test_the_code_beside_an_exported_tagger_prepares_words_as_the_modality(tmp_path, monkeypatch):
+    for family in ("bert", "roberta"):
+        modality = modality_of(family)
+        exported, _ = hf_text.with_post_processor(modality.state, words=True)
+        exported.save(str(tmp_path / "tokenizer.json"))
+        monkeypatch.chdir(tmp_path)
+        names: dict[str, Any] = {"np": np}
+        exec(modality.preparation_code_of_words(), names)
+        arrays, _ = modality.decode(pa.table({"text": names["rows"]}), {"text": "text"})
+        data = modality.collate(arrays)
+        inputs, width = names["inputs"], names["inputs"]["tokens"].shape[1]
+        for name in ("tokens", "mask"):
+            assert np.array_equal(inputs[name], data[name][:, :width])
+        for row, first_tokens in enumerate(names["first_tokens"]):
+            assert len(first_tokens) == 3
+            for word, place in first_tokens.items():
+                assert data["words"][row, place] == word
+
+
 def test_exported_offsets_are_the_modalitys(tmp_path):
     """Of question and context in windows; byte-level BPE counts no space to a word."""
     for family in ("bert", "roberta"):

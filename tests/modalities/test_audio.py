@@ -20,7 +20,7 @@ from pipeline.core.nn import conv_arithmetic
 from pipeline.core.ragged import ragged
 from pipeline.io import s3, storage
 from pipeline.media import spectrogram as ops
-from pipeline.modalities.audio import Audio, AudioOptions
+from pipeline.modalities.audio import Audio, AudioOptions, AudioState
 
 MEL = {"features": "mel", "mean": [-6.0] * 80, "std": [3.0] * 80}
 WAVE = {"features": "wave", "normalize": True}
@@ -327,6 +327,26 @@ def test_costs_hold_no_second_copy_of_files():
 
 
 # ---------------------------------------------------------------- fit and inputs
+
+
+@pytest.mark.parametrize("features", ["mel", "wave", "plain wave"])
+def test_the_code_beside_an_export_prepares_a_recording(tmp_path, monkeypatch, features):
+    (tmp_path / "recording.wav").write_bytes(saved(noise(0.7, channels=2)))
+    state: AudioState = {"features": "wave", "normalize": features == "wave"}
+    if features == "mel":
+        state = {"features": "mel", "mean": [-3.0] * 40, "std": [2.0] * 40}
+    modality = Audio(AudioOptions(mels=40), state)
+    table = pa.table({"audio": [str(tmp_path / "recording.wav")]})
+    arrays, bad = modality.decode(table, {"audio": "audio"})
+    batch = modality.finish(Batch(np.arange(1), torch.zeros(1), modality.collate(arrays)))
+    types = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in batch.data.items()}
+    inputs = {name: {"type": kind} for name, kind in types.items()}
+    names = {"np": np, "graph": {"inputs": inputs, "modality": {"state": state}}}
+    monkeypatch.chdir(tmp_path)
+    exec(modality.preparation_code(), names)
+    assert bad == [""] and names["inputs"].keys() == batch.data.keys()
+    for name, tensor in batch.data.items():
+        np.testing.assert_allclose(names["inputs"][name], tensor.numpy(), atol=2e-3)
 
 
 def test_fitted_mean_and_deviation_are_those_of_the_frames():
