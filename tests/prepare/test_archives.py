@@ -9,18 +9,38 @@ import zipfile
 import numpy as np
 import pytest
 from prepare.conftest import tar, write
+from prepare.speech import index
 from web_server import web_server
 
+from pipeline.io import storage
+from pipeline.media import audio_io
 from pipeline.prepare.readers import archives
 from pipeline.prepare.readers.picture_check import BrokenImageError
 
 
 def contents(found: archives.Listing) -> dict[str, bytes]:
-    reader = archives.Reader()
-    try:
+    with archives.Reader() as reader:
         return {entry.name: reader.entry(entry) for entry in found.entries}
-    finally:
-        reader.close()
+
+
+def test_an_importer_that_ends_with_an_error_closes_its_archives(tmp_path, monkeypatch):
+    opened, open_read = [], storage.open_read
+
+    def remembered(*where):
+        opened.append(open_read(*where))
+        return opened[-1]
+
+    monkeypatch.setattr(storage, "open_read", remembered)
+    doubled = gzip.compress(tar({"a.txt": b"one", "a.TXT": b"two"}))
+    with pytest.raises(ValueError, match="sample a has two parts txt"):
+        index("webdataset", write(tmp_path / "shards/0.tar.gz", doubled))
+    noise = gzip.compress(tar({"1.wav": b"no sound"}))
+    write(tmp_path / "words/yes/1_nohash_0.wav", b"")
+    write(tmp_path / "words/_background_noise_.tar.gz", noise)
+    monkeypatch.setattr(audio_io, "inspect", lambda data: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        index("speech_commands", tmp_path / "words", "split=train", "silence=quiet")
+    assert [handle.closed for handle in opened] == [True] * 4, "two to list, two to read"
 
 
 def test_the_same_files_in_a_folder_a_tar_and_a_zip(tmp_path):
@@ -78,16 +98,13 @@ def test_on_a_web_server_they_are_the_same_with_a_query_too(suffix, tmp_path):
         found = archives.listing(web.put(f"data.{suffix}", packed) + "?download=1&key=a/b")
         with pytest.raises(ValueError, match="no such file or folder"):
             archives.listing(f"{web.address}/absent.{suffix}?download=1")
-        reader = archives.Reader()
-        assert [reader.entry(entry) for entry in found.entries] == [b"one", b"two"]
-        reader.close()
+        with archives.Reader() as reader:
+            assert [reader.entry(entry) for entry in found.entries] == [b"one", b"two"]
     assert found.mark == local.mark
     assert [entry.name for entry in found.entries] == ["a/1.jpg", "a/2.jpg"]
 
 
 def test_on_s3_they_are_the_same(s3_server, tmp_path):
-    from pipeline.io import storage
-
     root = f"{s3_server}/prepare-files"
     storage.write_bytes(f"{root}/a/1.jpg", b"one")
     storage.write_bytes(
@@ -182,12 +199,11 @@ def test_a_gzipped_tar_is_read_from_its_start_once(tmp_path, monkeypatch):
         }
         and not back
     )
-    reader = archives.Reader()
-    assert (
-        reader.entry(found.entries[5]) + reader.entry(found.entries[2])
-        == bytes([5]) * 40_000 + bytes([2]) * 40_000
-    ), "back too, at a price"
-    reader.close()
+    with archives.Reader() as reader:
+        assert (
+            reader.entry(found.entries[5]) + reader.entry(found.entries[2])
+            == bytes([5]) * 40_000 + bytes([2]) * 40_000
+        ), "back too, at a price"
 
 
 def test_a_gzipped_tar_that_is_damaged_or_a_bomb_is_refused(tmp_path):
@@ -229,8 +245,8 @@ def test_a_damaged_zip_member_is_one_broken_row(tmp_path):
     path.write_bytes(bytes(data))
     one, two = archives.listing(str(path)).entries
     with pytest.raises(BrokenImageError, match="CRC"):
-        archives.Reader().entry(one)
-    assert archives.Reader().entry(two) == b"second" * 50
+        archives.read_entry(one)
+    assert archives.read_entry(two) == b"second" * 50
 
 
 def test_a_member_larger_than_an_image_is_not_read(tmp_path):
@@ -263,26 +279,21 @@ def test_empty_folders_are_told(tmp_path):
 
 
 def test_a_member_of_a_zip_on_s3_costs_little_more_than_its_bytes(s3_server, monkeypatch):
-    from pipeline.io import s3, storage
+    from pipeline.io import s3
 
     sink = io.BytesIO()
     with zipfile.ZipFile(sink, "w") as archive:
         for i in range(40):
             archive.writestr(f"{i:02d}.jpg", bytes([i]) * 200_000)
     storage.write_bytes(uri := f"{s3_server}/prepare-zip/a.zip", sink.getvalue())
-    found, reader, plain, taken = (
-        archives.listing(uri).entries,
-        archives.Reader(),
-        s3.Reader.readinto,
-        [],
-    )
+    found, plain, taken = archives.listing(uri).entries, s3.Reader.readinto, []
 
     def counted(self, buffer):
         taken.append(plain(self, buffer))
         return taken[-1]
 
     monkeypatch.setattr(s3.Reader, "readinto", counted)
-    for i in (30, 2, 25, 9):
-        assert reader.entry(found[i]) == bytes([i]) * 200_000
-    reader.close()
+    with archives.Reader() as reader:
+        for i in (30, 2, 25, 9):
+            assert reader.entry(found[i]) == bytes([i]) * 200_000
     assert sum(taken) < 5 * (1 << 20) + 200_000, "a piece of 1 MiB each, and the directory"

@@ -7,7 +7,6 @@ critical care database, doi 10.1038/sdata.2016.35).
 
 from __future__ import annotations
 
-from contextlib import closing
 from typing import Any, NamedTuple
 
 import duckdb
@@ -303,7 +302,7 @@ def stays(tables: dict[str, list[Entry]]) -> Stays:
     the other way round. Days of birth are not compared: a few hours make no difference to an age.
     """
     counts = {name: RowCounts() for name in COLUMNS_READ}
-    with closing(Opener()) as opener, duckdb.connect() as connection:
+    with Opener() as opener, duckdb.connect() as connection:
         for name, tally in counts.items():
             connection.register(name, _read(name, tables, opener, tally))
         name, other = tables["icustays"][0].name, tables["admissions"][0].name

@@ -12,7 +12,7 @@ import io
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -205,9 +205,8 @@ def lines_of(entries: Iterable[Entry]) -> Iterator[Line]:
 
     Raises ValueError for UTF-16.
     """
-    opener = Opener()
 
-    def read(entry: Entry) -> list[Line]:
+    def read(entry: Entry, opener: Opener) -> list[Line]:
         out = []
         for number, _, raw in SplitReader(InputSplit(entry.name, "", entry), opener).numbered():
             text, reason = decoded(raw)
@@ -218,9 +217,9 @@ def lines_of(entries: Iterable[Entry]) -> Iterator[Line]:
 
     listed = sorted(entries, key=lambda entry: (entry.uri, entry.offset, entry.name))
     loose = all(entry.offset < 0 and not entry.member for entry in listed)
-    with closing(opener):
-        for found in threaded_map(read, listed, 16 if loose else 1):
-            yield from found
+    with Opener() as opener:
+        for lines in threaded_map(partial(read, opener=opener), listed, 16 if loose else 1):
+            yield from lines
 
 
 def segment_of(row: Row) -> tuple[Any, ...]:
@@ -350,17 +349,15 @@ def _make(
     sound_options: SoundOptions, schema: pa.Schema, rows: pa.Table, scratch: Path
 ) -> ShardResult:
     """Read, check and write one shard."""
-    reader, listed, path = Reader(), rows.to_pylist(), scratch / "part.parquet"
+    listed, path = rows.to_pylist(), scratch / "part.parquet"
     bad: list[InvalidRow] = []
     counts: Counter[tuple[str, str]] = Counter()
-    try:
-        made = _rows(sound_options, reader, listed, bad, counts)
-        ordered = sorted(made, key=lambda one: one[0]) if is_one_way(listed) else made
-        with RowGroups(path, schema, holds_files=True) as writer:
-            for block in tables_of((row for _, row in ordered), schema):
-                writer.add(block)
-    finally:
-        reader.close()
+    with Reader() as reader, RowGroups(path, schema, holds_files=True) as writer:
+        numbered = _rows(sound_options, reader, listed, bad, counts)
+        if is_one_way(listed):
+            numbered = sorted(numbered, key=lambda pair: pair[0])
+        for block in tables_of((row for _, row in numbered), schema):
+            writer.add(block)
     return ShardResult(
         path,
         writer.rows,

@@ -21,7 +21,6 @@ import tempfile
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
@@ -428,7 +427,7 @@ def partition_events(
     local = None if storage.is_remote(uri) else Path(uri).parent
     if local is not None:
         local.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=local, prefix=".") as scratch, closing(Opener()) as opener:
+    with tempfile.TemporaryDirectory(dir=local, prefix=".") as scratch, Opener() as opener:
         path, index, written = Path(scratch) / "events", [], 0
         with open(path, "wb") as file:
             events = chain.from_iterable(

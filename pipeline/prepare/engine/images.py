@@ -85,11 +85,9 @@ def _make(
     importer: ImageImporter, settings: Settings, schema: pa.Schema, rows: pa.Table, scratch: Path
 ) -> ShardResult:
     """Read, check and write one shard."""
-    reader, path = Reader(), scratch / "part.parquet"
-    try:
+    path = scratch / "part.parquet"
+    with Reader() as reader:
         out, broken = _rows(importer, settings, reader, rows)
-    finally:
-        reader.close()
     with RowGroups(path, schema, holds_files=True) as writer:
         for block in tables_of(out, schema):
             writer.add(block)

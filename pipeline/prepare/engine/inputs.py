@@ -111,13 +111,7 @@ def find_inputs(source: str, suffixes: tuple[str, ...], split: str = "") -> Inpu
             else ""
         )
         entries = [
-            Entry(
-                name.rpartition("://")[2][len(shared) :].lstrip("/"),
-                name,
-                "",
-                -1,
-                storage.size(name),
-            )
+            Entry.of_file(name.rpartition("://")[2][len(shared) :].lstrip("/"), name)
             for name in names
         ]
         found = Listing(
@@ -130,9 +124,7 @@ def find_inputs(source: str, suffixes: tuple[str, ...], split: str = "") -> Inpu
     ):
         found = listing(source)
     else:
-        entry = Entry(
-            posixpath.basename(storage.file_name(source)), source, "", -1, storage.size(source)
-        )
+        entry = Entry.of_file(posixpath.basename(storage.file_name(source)), source)
         return InputFiles(
             [(entry, split or split_of_file(entry.name))], {}, file_identity.fingerprint(source)
         )

@@ -81,7 +81,7 @@ def _located(place: Located | str, seen: dict[str, tuple[int, str]]) -> Located:
     if not isinstance(place, str):
         return place
     size, _ = seen[place]
-    return (Entry(place, place, "", -1, size), "") if size >= 0 else (None, f"no recording {place}")
+    return (Entry.of_file(place, place, size), "") if size >= 0 else (None, f"no recording {place}")
 
 
 def _is_absolute(path: str) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -315,7 +314,7 @@ def read_labels(uri: str, column: str) -> Labels:
         **{name: Column(VALUES[name], bool(column)) for name in names},
     }
     tables, places = [], []
-    with closing(Opener()) as opener:
+    with Opener() as opener:
         for entry, _ in found.files:
             check_types(entry, opener, LABEL_TYPES)
             table = whole("labels", entry, wanted, opener)

@@ -13,7 +13,6 @@ import json
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -295,7 +294,7 @@ def scan_shard(importer: TableImporter, uri: str, input_splits: list[InputSplit]
     """Scan the input splits of a shard and keep the results at `uri`, without pickling."""
     plain: list[Found] = []
     arrays: dict[str, np.ndarray] = {}
-    with closing(Opener()) as opener:
+    with Opener() as opener:
         for number, input_split in enumerate(input_splits):
             reading = SplitReader(input_split, opener, most=NAMED)
             found = importer.scan(reading)
@@ -337,7 +336,7 @@ def _make(
     memory.
     """
     path, broken, counts = scratch / "part.parquet", [], Counter()
-    with closing(Opener()) as opener, RowGroups(path, schema, importer.shuffles_rows) as writer:
+    with Opener() as opener, RowGroups(path, schema, importer.shuffles_rows) as writer:
         for input_split, before, scan_result in payload:
             reading = SplitReader(input_split, opener, False, scan_result, before, most=1 << 62)
             rows = (_with_split(row, input_split.split) for row in importer.rows(reading))

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import posixpath
 from collections import Counter
-from contextlib import closing
 
 import pyarrow as pa
 from pydantic import Field
@@ -171,7 +170,7 @@ def _read(
     folder, name = posixpath.split(table.name)
     split = SPLITS.get(name[:-4], "train")
     rows = []
-    with closing(Opener()) as opener:
+    with Opener() as opener:
         reading = SplitReader(InputSplit(table.name, split, table), opener, most=1 << 62)
         records = list(Dialect("tab", "").rows(reading))
     if not records:

@@ -54,11 +54,7 @@ class Cvat(AnnotatedImagesImporter):
                 f"{source}: {what if files else 'no .xml file'}; give the folder or zip of one "
                 "export of the format CVAT for images 1.1"
             )
-        reader = archives.Reader()
-        try:
-            data = reader.entry(files[0])
-        finally:
-            reader.close()
+        data = archives.read_entry(files[0])
         where = f"{source}: {files[0].name}"
         if b"<!DOCTYPE" in data or b"<!ENTITY" in data:  # entities may expand without end
             raise ValueError(f"{where}: a document type; remove that line")

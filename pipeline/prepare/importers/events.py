@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from functools import partial
 from typing import Any, Literal
 
@@ -150,7 +150,7 @@ class LongTable(GroupedImporter):
             raise ValueError(
                 f"{source}: no table but that of the entities; name the table of events"
             )
-        with closing(Opener()) as opener:
+        with Opener() as opener:
             self._parts = [
                 part for entry in taken for part in split_table(TABLE, entry, cut_bytes, o.newlines)
             ]
@@ -261,7 +261,7 @@ class LongTable(GroupedImporter):
     def _ids(self) -> pa.Array:
         """Return all entities that have events, sorted: one pass over that column."""
         seen: pa.Array | None = None
-        with closing(Opener()) as opener:
+        with Opener() as opener:
             for part in self._parts:
                 for batch in batches(
                     part, {self.options.entity: Column(self._kind)}, opener, RowCounts()
@@ -378,7 +378,7 @@ def _table(uri: str, ids: tuple[str, ...]) -> pa.Table:
             "for --set entities; name one file"
         )
     entry = found.files[0][0]
-    with closing(Opener()) as opener:
+    with Opener() as opener:
         try:
             if entry.name.lower().endswith(".parquet"):
                 with opener(entry) as handle:

@@ -156,7 +156,7 @@ class _Listed:
                 shown = f"{posixpath.basename(source)}: row {row}"
                 bad.append(invalid_row(shown, named or "train", reason))
             else:
-                good.append((Entry(name, uri, "", -1, sizes[uri]), named, more))
+                good.append((Entry.of_file(name, uri, sizes[uri]), named, more))
         if not good:
             raise ValueError(
                 f"{source}: none of {len(names)} rows of column {self.column} names a file that is "

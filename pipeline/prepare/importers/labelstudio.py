@@ -78,11 +78,7 @@ class LabelStudio(AnnotatedImagesImporter):
                 f"{source}: which file is Label Studio's export? There are "
                 f"{preview(there) or 'no .json files'}; say --set annotations=FILE"
             )
-        reader = archives.Reader()
-        try:
-            data = reader.entry(there[wanted[0]])
-        finally:
-            reader.close()
+        data = archives.read_entry(there[wanted[0]])
         where = f"{source}: {wanted[0]}"
         try:
             tasks = json.loads(data)

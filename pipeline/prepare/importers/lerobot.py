@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
 from itertools import groupby, pairwise
 from typing import Any, Literal
 
@@ -205,7 +204,7 @@ class Lerobot(EpisodeImporter):
     def episodes(
         self, items: list[tuple[EpisodeInfo, str]], settings: Settings
     ) -> Iterator[Result]:
-        with closing(Opener()) as opener:
+        with Opener() as opener:
             for _, group in groupby(items, key=lambda item: item[0].data.uri):
                 wanted = {episode.number: (episode, split) for episode, split in group}
                 left = dict(wanted)

@@ -157,12 +157,8 @@ class Manifest(AudioImporter):
             and not storage.is_dir(source)
             and not archives.has_suffix(source, *archives.ARCHIVES)
         ):
-            entry = archives.Entry(
-                posixpath.basename(storage.file_name(source)),
-                storage.absolute(source),
-                "",
-                -1,
-                storage.size(source),
+            entry = archives.Entry.of_file(
+                posixpath.basename(storage.file_name(source)), storage.absolute(source)
             )
             found = archives.Listing([entry], [], file_identity.fingerprint(source))
         else:

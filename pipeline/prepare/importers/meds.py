@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -136,7 +135,7 @@ class Meds(RecordsImporter):
                 f"{source}: no data/**/*.parquet there, where MEDS has its events; give the folder "
                 "that holds data and metadata"
             )
-        with closing(Opener()) as opener:
+        with Opener() as opener:
             for entry in taken:
                 records.check_types(entry, opener, records.DATA_TYPES)
             self._parts = [part for entry in taken for part in split_table(TABLE, entry, cut_bytes)]
@@ -288,7 +287,7 @@ def _nothing() -> tuple[list[pa.Table], list[pa.Table], list[pa.Table]]:
 def _subjects_of(part: InputSplit) -> tuple[pa.Table, pa.Table, pa.Table]:
     """Return (first and last time of each subject, births, rows without a time) of a piece."""
     spans, born, static = _nothing()
-    with closing(Opener()) as opener:
+    with Opener() as opener:
         for batch in batches(part, DATA, opener, RowCounts()):
             batch = batch.filter(
                 pc.and_(pc.is_valid(batch["subject_id"]), pc.is_valid(batch["code"]))

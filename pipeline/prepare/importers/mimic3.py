@@ -5,7 +5,6 @@ hospital admission up to then.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -197,7 +196,7 @@ class Mimic3(GroupedImporter):
             "label": Column("text"),
             "unitname": Column("text", False),
         }
-        with closing(Opener()) as opener:
+        with Opener() as opener:
             table = whole("d_items", self.tables["d_items"][0], columns, opener)
         labels: dict[int, str] = {}
         units: dict[int, tuple[float, int]] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -236,7 +235,7 @@ class Omop(RecordsImporter):
     def entities(self, source: str) -> Entities:
         notes: Notes = {}
         self._zoned: dict[str, set[bool]] = {}
-        with closing(Opener()) as opener:
+        with Opener() as opener:
             persons = self._persons(opener)
             used, spans = self._used(opener)
             concepts = self._concepts(used, opener)
@@ -572,7 +571,7 @@ def _used_by(part: InputSplit) -> tuple[np.ndarray, pa.Table, set[bool]]:
     """
     ids, spans = [np.empty(0, dtype=np.int64)], [NO_SPANS]
     zoned: set[bool] = set()
-    with closing(Opener()) as opener:
+    with Opener() as opener:
         reader = EventReader(part, opener)
         for batch, person, time in _timed(reader):
             zoned |= _zones(reader.tally, time)

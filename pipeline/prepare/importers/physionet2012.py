@@ -8,7 +8,6 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -143,7 +142,7 @@ class Physionet2012(GroupedImporter):
     def entities(self, source: str) -> Entities:
         rows: list[Row] = []
         broken: list[InvalidRow] = []
-        with closing(Opener()) as opener:
+        with Opener() as opener:
             for name in self.sets:
                 found = (
                     self._of_tables(name, opener)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
 from itertools import groupby, pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -186,7 +185,7 @@ class Series(TableImporter):
             source, SUFFIXES, o.split or ("all" if o.split_column or self._shares else "")
         )
         files = whole_files(listed)
-        with closing(Opener()) as opener:
+        with Opener() as opener:
             self.roles = self._roles(files[0], opener)
         for file in files if o.label_folders else ():
             _folder(file)

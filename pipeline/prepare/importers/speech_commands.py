@@ -186,31 +186,31 @@ class SpeechCommands(AudioImporter):
         """Return (a row for each second of noise, unusable files); neighbouring windows of a file
         are in one split.
         """
-        reader, rows, bad = archives.Reader(), [], []
-        for entry in sorted(entries, key=lambda entry: (entry.uri, entry.offset)):
-            try:
-                count = int(audio_io.inspect(reader.entry(entry)).seconds / WINDOW_SECONDS)
-            except (audio_io.BrokenAudioError, BrokenImageError) as error:
-                bad.append(invalid_row(entry.name, "train", str(error)))
-                continue
-            for i in range(count):
-                split = (
-                    self.options.split
-                    if self.options.split not in ("official", "hash")
-                    else _held_out(100.0 * (i + 0.5) / count, last=True)
+        windows, rows, bad = [], [], []
+        with archives.Reader() as reader:
+            for entry in sorted(entries, key=lambda entry: (entry.uri, entry.offset)):
+                try:
+                    count = int(audio_io.inspect(reader.entry(entry)).seconds / WINDOW_SECONDS)
+                    windows += [(entry, i, count) for i in range(count)]
+                except (audio_io.BrokenAudioError, BrokenImageError) as error:
+                    bad.append(invalid_row(entry.name, "train", str(error)))
+        for entry, i, count in windows:
+            split = (
+                self.options.split
+                if self.options.split not in ("official", "hash")
+                else _held_out(100.0 * (i + 0.5) / count, last=True)
+            )
+            rows.append(
+                recording(
+                    entry,
+                    split,
+                    start=i * WINDOW_SECONDS,
+                    seconds=WINDOW_SECONDS,
+                    label=self.options.silence,
+                    word=None,
+                    speaker=None,
                 )
-                rows.append(
-                    recording(
-                        entry,
-                        split,
-                        start=i * WINDOW_SECONDS,
-                        seconds=WINDOW_SECONDS,
-                        label=self.options.silence,
-                        word=None,
-                        speaker=None,
-                    )
-                )
-        reader.close()
+            )
         return rows, bad
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
 from typing import Any, Literal
 
 import numpy as np
@@ -153,7 +152,7 @@ class Trajectories(TableImporter):
         listed = find_inputs(
             source, SUFFIXES, o.split or ("all" if o.split_column or self._shares else "")
         )
-        with closing(Opener()) as opener:
+        with Opener() as opener:
             self.roles = self._roles(whole_files(listed)[0], opener)
         self.label = "actions" if self.roles.discrete else "task" if o.task else ""
         return whole_files(listed), listed.mark, listed.notes

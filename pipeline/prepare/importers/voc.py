@@ -95,8 +95,7 @@ class Voc(ImageImporter):
             if PurePosixPath(entry.name).parent.name not in MASK_FOLDERS:
                 same_stem[PurePosixPath(entry.name).stem].append(entry)
         has_masks = self.options.masks == "instance"
-        reader = archives.Reader()
-        try:
+        with archives.Reader() as reader:
             lists_of = "Segmentation"
             listed = _splits(found, reader, lists_of) if has_masks else {}
             if not listed:
@@ -104,8 +103,6 @@ class Voc(ImageImporter):
                 listed = _splits(found, reader, lists_of)
             texts = list(threaded_map(reader.entry, files))
             masks = _masks_of(source, found, files, reader) if has_masks else {}
-        finally:
-            reader.close()
         read = [
             _objects(data, f"{source}: {entry.name}", self.options.origin)
             for entry, data in zip(files, texts, strict=True)

@@ -168,23 +168,22 @@ def _braces(text: str) -> list[str]:
 
 def _samples(shard: str) -> tuple[dict[str, Sample], str]:
     """Return (the samples by their key, the shard's mark)."""
-    found, reader = archives.listing(shard), archives.Reader()
-    out: dict[str, Sample] = {}
-    for entry in sorted(found.entries, key=lambda e: e.offset):
-        folder, _, name = entry.name.rpartition("/")
-        key, _, suffix = name.partition(".")
-        key, suffix = f"{folder}/{key}".lstrip("/"), suffix.lower()
-        sample = out.setdefault(key, Sample())
-        if suffix in sample.files or suffix in sample.texts:
-            raise ValueError(f"{shard}: sample {key} has two parts {suffix}")
-        if suffix in TEXTS:
-            try:
-                sample.texts[suffix] = reader.entry(entry).decode()
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{shard}: {entry.name}: not UTF-8 text ({error.reason} at byte {error.start})"
-                ) from None
-        else:
-            sample.files[suffix] = entry
-    reader.close()
-    return out, found.mark
+    found = archives.listing(shard)
+    samples: dict[str, Sample] = {}
+    with archives.Reader() as reader:
+        for entry in sorted(found.entries, key=lambda e: e.offset):
+            folder, _, name = entry.name.rpartition("/")
+            key, _, suffix = name.partition(".")
+            key, suffix = f"{folder}/{key}".lstrip("/"), suffix.lower()
+            sample = samples.setdefault(key, Sample())
+            if suffix in sample.files or suffix in sample.texts:
+                raise ValueError(f"{shard}: sample {key} has two parts {suffix}")
+            if suffix in TEXTS:
+                try:
+                    sample.texts[suffix] = reader.entry(entry).decode()
+                except UnicodeDecodeError as error:
+                    problem = f"{error.reason} at byte {error.start}"
+                    raise ValueError(f"{shard}: {entry.name}: not UTF-8 text ({problem})") from None
+            else:
+                sample.files[suffix] = entry
+    return samples, found.mark

@@ -78,12 +78,11 @@ class Yolo(ImageImporter):
         }
         files = [texts.get(_text_of(image.name)) for image in found.images]
         labels = {entry.name for entry in files if entry is not None}
-        reader = archives.Reader()
+        with archives.Reader() as reader:
 
-        def read(entry: archives.Entry | None) -> str:
-            return _decoded(reader.entry(entry)) if entry is not None else ""
+            def read(entry: archives.Entry | None) -> str:
+                return _decoded(reader.entry(entry)) if entry is not None else ""
 
-        try:
             name, stated = self._stated(source, found, reader)
             lists = {
                 entry.name: (split, read(entry))
@@ -91,8 +90,6 @@ class Yolo(ImageImporter):
                 if entry.name not in labels and (split := _split_of_list(entry, stated))
             }
             contents = list(threaded_map(read, files))
-        finally:
-            reader.close()
         if found.images and not any(files):
             raise ValueError(
                 f"{source}: no image has a label file, such as "

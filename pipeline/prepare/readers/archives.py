@@ -27,7 +27,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, Self, cast
 
 import pyarrow as pa
 
@@ -63,6 +63,11 @@ class Entry(NamedTuple):
     member: str
     offset: int
     size: int
+
+    @classmethod
+    def of_file(cls, name: str, uri: str, size: int | None = None) -> Entry:
+        """Return a file that lies in no archive; its size is looked up where it is not given."""
+        return cls(name, uri, "", -1, storage.size(uri) if size is None else size)
 
     @property
     def suffix(self) -> str:
@@ -170,12 +175,9 @@ def _folder(uri: str) -> Listing:
         info = known.get(file)
         if info is not None:
             file_identity.of_object(file, info["size"], info["ETag"])
-            return [Entry(name, file, "", -1, info["size"])], info["ETag"], []
-        return (
-            [Entry(name, file, "", -1, storage.size(file))],
-            contents.get(file) or file_identity.fingerprint(file),
-            [],
-        )
+            return [Entry.of_file(name, file, info["size"])], info["ETag"], []
+        content = contents.get(file) or file_identity.fingerprint(file)
+        return [Entry.of_file(name, file)], content, []
 
     entries, digest, empty = [], hashlib.sha256(), []
     if not storage.is_remote(uri):
@@ -361,12 +363,25 @@ class UnpackableError(ValueError):
 
 
 class Opener:
-    """Opens entries as streams, and keeps archives open between them."""
+    """Opens entries as streams, and keeps archives open between them.
+
+    A context manager, which closes the archives.
+    """
 
     def __init__(self):
         self._zips: dict[str, zipfile.ZipFile] = {}
         self._archives: dict[str, BinaryIO] = {}
         self._handles: list[BinaryIO] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in (*self._zips.values(), *self._archives.values(), *self._handles):
+            handle.close()
+        self._zips.clear()
+        self._archives.clear()
+        self._handles.clear()
 
     def __call__(self, entry: Entry) -> BinaryIO:
         """Open an entry, decompressed if its suffix says so; the stream is for one thread."""
@@ -406,16 +421,11 @@ class Opener:
         window = Window(self._archives[entry.uri], entry.offset, entry.size)
         return io.BufferedReader(window, 1 << 20)
 
-    def close(self) -> None:
-        for handle in (*self._zips.values(), *self._archives.values(), *self._handles):
-            handle.close()
-        self._zips.clear()
-        self._archives.clear()
-        self._handles.clear()
-
 
 class Reader:
     """Reads entries whole; archives stay open between them. Threads may share one.
+
+    A context manager, which closes the archives.
 
     Members of a tar.gz should be read in their order: to go back, it is decompressed from its
     start.
@@ -424,6 +434,12 @@ class Reader:
     def __init__(self):
         self._opener = Opener()
         self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._opener.__exit__(*error)
 
     def __call__(self, uri: str, member: str, offset: int, size: int) -> bytes:
         """Read one entry.
@@ -460,5 +476,8 @@ class Reader:
             except (*DAMAGED, UnpackableError) as error:
                 raise BrokenImageError(f"{problem}: {error}") from None
 
-    def close(self) -> None:
-        self._opener.close()
+
+def read_entry(entry: Entry) -> bytes:
+    """Read one file, whole."""
+    with Reader() as reader:
+        return reader.entry(entry)

@@ -12,7 +12,6 @@ import csv
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,8 +188,8 @@ def rows_of(uri: str, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str,
     """
     name = uri.rpartition("/")[2]
     names: list[str] = []
-    with closing(Opener()) as opener:
-        reading = SplitReader(InputSplit(name, "", Entry(name, uri, "", -1, 0)), opener)
+    with Opener() as opener:
+        reading = SplitReader(InputSplit(name, "", Entry.of_file(name, uri)), opener)
         for number, fields in Dialect().records(reading, True):
             if reading.broken:
                 break

@@ -108,12 +108,8 @@ def opened(reading: SplitReader) -> Iterator[pq.ParquetFile]:
 
 def schema(input_split: InputSplit) -> pa.Schema:
     """Return the columns of an input split's file, without metadata."""
-    opener = Opener()
-    try:
-        with opened(SplitReader(input_split, opener)) as file:
-            return file.schema_arrow.remove_metadata()
-    finally:
-        opener.close()
+    with Opener() as opener, opened(SplitReader(input_split, opener)) as file:
+        return file.schema_arrow.remove_metadata()
 
 
 def batches(
