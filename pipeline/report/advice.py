@@ -31,7 +31,7 @@ from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
 from pipeline.report import gain_model, matrix, plots, results, stats
 from pipeline.report.gain_model import GainModel
-from pipeline.report.matrix import MIN_SEEDS, SCRATCH, MatrixEntry
+from pipeline.report.matrix import MIN_SEEDS, SCRATCH, GainEstimate, MatrixEntry
 from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
 
@@ -156,6 +156,11 @@ class _Choice:
         return f"source {self.entry.source} with {self.entry.technique}{where}"
 
     @property
+    def gain(self) -> GainEstimate:
+        """Its gain over the best scratch network, which gains of all backbones have in common."""
+        return self.entry.over_best_scratch
+
+    @property
     def settled(self) -> bool:
         """Whether its gain has an error that includes the spread between seeds."""
         return self.missing == ""
@@ -163,29 +168,29 @@ class _Choice:
     @property
     def missing(self) -> str:
         """What its gain lacks as evidence, or an empty string."""
-        entry = self.entry
+        gain = self.gain
         if self.without_labels:
             return "no gain over scratch, which is not defined without labels"
-        if entry.baseline_gain is None:
+        if gain.value is None:
             return "no gain over scratch"
-        if entry.baseline_seeds < MIN_SEEDS:
-            return f"{entry.baseline_seeds} seed paired with scratch, {MIN_SEEDS} are needed"
-        if matrix.T_INTERVAL in entry.baseline_interval:
+        if gain.seeds < MIN_SEEDS:
+            return f"{gain.seeds} seed paired with scratch, {MIN_SEEDS} are needed"
+        if not gain.predicted:
             return "no test predictions, so its interval is over seeds alone"
-        if entry.baseline_low is None or entry.baseline_high is None:
+        if gain.low is None or gain.high is None:
             return "no interval"
-        return f"too few test units ({entry.baseline_evidence})" if entry.baseline_evidence else ""
+        return f"too few test units ({gain.evidence})" if gain.evidence else ""
 
     @property
     def pays(self) -> bool:
         """Whether both the measured and the expected gain lie above zero with their intervals."""
-        low = self.entry.baseline_low
+        low = self.gain.low
         return self.expected is not None and self.expected.low > 0 and low is not None and low > 0
 
     @property
     def hurts(self) -> bool:
         """Whether both the measured and the expected gain lie below zero with their intervals."""
-        high = self.entry.baseline_high
+        high = self.gain.high
         below = self.expected is not None and self.expected.high < 0
         return below and high is not None and high < 0
 
@@ -202,10 +207,10 @@ class _Choice:
     @property
     def variance(self) -> float:
         """Variance of the gain, from its 95 % interval as that of a normal distribution."""
-        entry = self.entry
-        assert entry.baseline_low is not None
-        assert entry.baseline_high is not None
-        return ((entry.baseline_high - entry.baseline_low) / (2 * stats.NORMAL_95)) ** 2
+        low, high = self.gain.low, self.gain.high
+        assert low is not None
+        assert high is not None
+        return ((high - low) / (2 * stats.NORMAL_95)) ** 2
 
 
 @dataclass(frozen=True)
@@ -230,7 +235,7 @@ class _LikeEntries:
 
     def __init__(self, choices: list[_Choice]) -> None:
         self.entries = choices
-        gains = [choice.entry.baseline_gain or 0.0 for choice in choices]
+        gains = [choice.gain.value or 0.0 for choice in choices]
         self.model = GainModel(
             [_place(choice) for choice in choices], gains, [choice.variance for choice in choices]
         )
@@ -413,7 +418,7 @@ def _choices(stores: Sequence[Store], named: Sequence[list[ResultRow]]) -> list[
             kind = (first.modality or "", first.objective, entry.metric)
             name = store.name if len(stores) > 1 else ""
             scratch = entry.key._replace(
-                source=SCRATCH, backbone=entry.baseline, technique=matrix.SCRATCH_TECHNIQUE
+                source=SCRATCH, backbone=entry.best_scratch, technique=matrix.SCRATCH_TECHNIQUE
             )
             variance = _seed_variance(entry, of_entry, by_entry.get(scratch, []))
             out.append(_Choice(name, entry, kind, variance))
@@ -625,7 +630,7 @@ def _because(choice: _Choice, decimals: int) -> tuple[str, ...]:
     entry, expected = choice.entry, choice.expected
     assert expected is not None
     value = _estimate((entry.mean, entry.low, entry.high), decimals, signed=False)
-    gain = (entry.baseline_gain, entry.baseline_low, entry.baseline_high)
+    gain = choice.gain
     seconds = "unknown time" if entry.seconds is None else f"{entry.seconds:.3g} s"
     trained = (
         "" if entry.params_trained is None else f", {entry.params_trained:,} parameters trained"
@@ -635,8 +640,9 @@ def _because(choice: _Choice, decimals: int) -> tuple[str, ...]:
         "technique and target"
     )
     return (
-        f"{entry.metric} {value}; gain over scratch {_estimate(gain, decimals)} over "
-        f"{entry.baseline_seeds} seeds ({entry.baseline_interval})",
+        f"{entry.metric} {value}; gain over scratch "
+        f"{_estimate((gain.value, gain.low, gain.high), decimals)} over "
+        f"{gain.seeds} seeds ({gain.how})",
         f"expected gain {_interval(expected, decimals)} ({shrunk})",
         f"cost of a trial: {seconds}{trained}",
     )
@@ -681,7 +687,7 @@ def _most_promising(choices: list[_Choice]) -> _Choice:
     """Return the entry with the largest measured gain; those without any come last."""
 
     def gain(choice: _Choice) -> float:
-        found = choice.entry.baseline_gain
+        found = choice.gain.value
         return -math.inf if found is None else found
 
     return max(choices, key=gain)
@@ -695,12 +701,12 @@ def _more_evidence(choices: list[_Choice]) -> str:
     if not possible:
         return ""
     choice = _most_promising(possible)
-    entry = choice.entry
-    if entry.baseline_gain is None:
+    gain = choice.gain
+    if gain.value is None:
         return f"scratch with the same backbone and seeds as {choice.name}"
-    if entry.baseline_seeds >= MIN_SEEDS and entry.baseline_evidence:
+    if gain.seeds >= MIN_SEEDS and gain.evidence:
         return "more test rows: further seeds cannot replace them"
-    if entry.baseline_seeds >= MIN_SEEDS:
+    if gain.seeds >= MIN_SEEDS:
         return (
             f"the final trials of {choice.name} and of scratch again, with their predictions kept"
         )
@@ -772,7 +778,7 @@ def _removed_by_a_seed(choice: _Choice) -> float:
 
     The part that comes from seeds falls from 1/n to 1/(n + 1).
     """
-    return _of_seeds(choice) / (choice.entry.baseline_seeds + 1)
+    return _of_seeds(choice) / (choice.gain.seeds + 1)
 
 
 def _worth_of_a_seed(settled: list[_Choice]) -> float:

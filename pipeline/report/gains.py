@@ -62,7 +62,7 @@ def _gain(entry: MatrixEntry, decimals: int) -> str:
 
 def _over(entries: Sequence[MatrixEntry]) -> str:
     """Return a sentence on the scratch network that gains are over, where there are several."""
-    if all(entry.baseline in ("", entry.backbone) for entry in entries):
+    if all(entry.best_scratch in ("", entry.backbone) for entry in entries):
         return ""
     return (
         " Where a target has several scratch networks, gains are over the one that is best on "
@@ -360,7 +360,7 @@ def _cost_figure(target: str, group: Sequence[MatrixEntry], decimals: int) -> li
     if not by_fraction:
         return []
     fraction, compared = next(iter(by_fraction.items()))
-    baselines = {entry.baseline for entry in compared}
+    baselines = {entry.best_scratch for entry in compared}
     scratch = [
         entry
         for entry in group

@@ -80,18 +80,51 @@ SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
+class GainEstimate:
+    """The gain of an entry over another one, positive when better, whatever the metric's direction.
+
+    Attributes:
+        value: The gain; None where it could not be computed.
+        low: Lower bound of its 95 % interval, or None.
+        high: Upper bound.
+        seeds: Number of paired seeds.
+        p_value: Of the hypothesis that the gain is zero.
+        evidence: The test units, where they are too few for a verdict; otherwise "".
+        how: A description of how the interval was made.
+        predicted: Whether it was computed from test predictions.
+    """
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    seeds: int = 0
+    p_value: float | None = None
+    evidence: str = ""
+    how: str = ""
+    predicted: bool = False
+
+    @property
+    def verdict(self) -> str:
+        """The verdict on it before any correction, as in `MatrixEntry`; "" without a gain."""
+        if self.value is None:
+            return ""
+        if not self.predicted:
+            return UNCOMPARED
+        return verdict(self.low, self.high, self.seeds, not self.evidence)
+
+
+@dataclass(frozen=True)
 class MatrixEntry:
     """The final trials of one (source, backbone, target, technique, label fraction), on test rows.
 
-    ``mean [low, high]`` is the primary metric over seeds. ``gain [gain_low, gain_high]`` is
-    positive when better than scratch, whatever the direction of the metric. Values that could not
-    be computed are None. ``interval`` describes how both intervals were made.
+    ``mean [low, high]`` is the primary metric over seeds, and None where it could not be computed.
+    ``interval`` describes how its interval and that of the gain over scratch were made.
 
     ``verdict`` is one of:
 
     - "wins" or "loses": the interval of the gain excludes zero.
     - "not shown": the interval contains zero. This does not prove that there is no difference.
-    - "too few to tell": there are too few test units for a verdict; ``evidence`` has their number.
+    - "too few to tell": there are too few test units for a verdict.
     - "one seed": there is one paired seed, whose spread is unknown.
     - "not compared": there is no paired seed, no scratch trial to compare with, or there are no
       test predictions.
@@ -99,19 +132,16 @@ class MatrixEntry:
     - "baseline": the entry is a model without a network.
     - "failed": no trial finished.
 
-    ``gain_p`` is the p value of the hypothesis that the gain is zero. ``gain_p_holm`` is corrected
-    for all comparisons of the job.
+    ``gain_p_holm`` is the p value of ``over_scratch``, corrected for all comparisons of the job.
 
-    ``against`` names the entry that the gain is over where that is not scratch. ``baseline_gain``
-    is the gain over the best scratch network (by validation) of the same target and label fraction,
-    and ``baseline`` is its backbone; ``baseline_seeds``, ``baseline_interval``,
-    ``baseline_evidence`` and ``baseline_p`` are those of this gain. With several backbones,
-    ``gain`` is measured against different scratch networks and ``baseline_gain`` against a single
-    one (`over_best_scratch`).
+    ``against`` names the entry that ``over_scratch`` is over where that is not scratch.
+    ``over_best_scratch`` is the gain over the best scratch network (by validation) of the same
+    target and label fraction, and ``best_scratch`` is its backbone. With several backbones,
+    ``over_scratch`` is measured against different networks and ``over_best_scratch`` against a
+    single one (the function `over_best_scratch`).
 
     ``best_baseline`` names the model without a network that is the best by validation at the same
-    target and label fraction, and ``best_baseline_gain`` is the gain over it, made as ``gain`` is.
-    ``best_baseline_verdict`` is the verdict on it, before any correction; "" without a gain.
+    target and label fraction, and ``over_best_baseline`` is the gain over it.
     """
 
     source: str
@@ -126,9 +156,6 @@ class MatrixEntry:
     mean: float | None
     low: float | None
     high: float | None
-    gain: float | None
-    gain_low: float | None
-    gain_high: float | None
     seconds: float | None
     params_trained: int | None
     layers_trained: str
@@ -142,32 +169,37 @@ class MatrixEntry:
     """The mark of an entry whose trials were made by other code or versions than those of now, or
     by different ones (`pipeline.report.code_versions`).
     """
+    over_scratch: GainEstimate = GainEstimate()
     paired_seeds: int | None = None
-    gain_p: float | None = None
     gain_p_holm: float | None = None
-    evidence: str = ""
     against: str = ""
-    baseline: str = ""
-    baseline_gain: float | None = None
-    baseline_low: float | None = None
-    baseline_high: float | None = None
-    baseline_seeds: int = 0
-    baseline_interval: str = ""
-    baseline_evidence: str = ""
-    baseline_p: float | None = None
+    best_scratch: str = ""
+    over_best_scratch: GainEstimate = GainEstimate()
     validation: float | None = None
     """Mean validation value of its final trials, larger is better; None where there is none on rows
     of the target.
     """
     best_baseline: str = ""
-    best_baseline_gain: float | None = None
-    best_baseline_low: float | None = None
-    best_baseline_high: float | None = None
-    best_baseline_verdict: str = ""
+    over_best_baseline: GainEstimate = GainEstimate()
     compared_with: tuple[EntryKey, ...] = ()
-    """Keys (`entry_key`) of the entries that its gains are over: the one of ``gain``, the best
-    scratch network and the best baseline.
+    """Keys (`entry_key`) of the entries that its gains are over: the one of ``over_scratch``, the
+    best scratch network and the best baseline.
     """
+
+    @property
+    def gain(self) -> float | None:
+        """The gain over scratch, or None."""
+        return self.over_scratch.value
+
+    @property
+    def gain_low(self) -> float | None:
+        """Lower bound of its 95 % interval."""
+        return self.over_scratch.low
+
+    @property
+    def gain_high(self) -> float | None:
+        """Upper bound of its 95 % interval."""
+        return self.over_scratch.high
 
     @property
     def key(self) -> EntryKey:
@@ -362,8 +394,8 @@ def has_several_backbones(entries: Iterable[MatrixEntry]) -> bool:
 def over_best_scratch(entries: Sequence[MatrixEntry]) -> list[MatrixEntry]:
     """Return the entries with gains that can be compared between backbones.
 
-    Where a target has several scratch networks at a label fraction, ``gain``, its interval, p value
-    and verdict are those over the best of them by validation, and the others are no reference.
+    Where a target has several scratch networks at a label fraction, ``over_scratch`` and the
+    verdict are those over the best of them by validation, and the others are no reference.
     """
     networks: dict[tuple[str, str], set[str]] = defaultdict(set)
     for entry in entries:
@@ -381,33 +413,26 @@ def over_best_scratch(entries: Sequence[MatrixEntry]) -> list[MatrixEntry]:
 
 
 def _over_best_scratch(entry: MatrixEntry) -> MatrixEntry:
-    low, high = entry.baseline_low, entry.baseline_high
-    new_verdict = verdict(low, high, entry.baseline_seeds, not entry.baseline_evidence)
-    if T_INTERVAL in entry.baseline_interval:
-        new_verdict = UNCOMPARED
+    gain = entry.over_best_scratch
     return replace(
         entry,
-        gain=entry.baseline_gain,
-        gain_low=low,
-        gain_high=high,
-        gain_p=entry.baseline_p,
+        over_scratch=gain,
         gain_p_holm=None,
-        paired_seeds=entry.baseline_seeds,
-        evidence=entry.baseline_evidence,
-        verdict=FAILED if entry.verdict == FAILED else new_verdict,
+        paired_seeds=gain.seeds,
+        verdict=FAILED if entry.verdict == FAILED else gain.verdict or UNCOMPARED,
     )
 
 
 def _corrected(entries: list[MatrixEntry]) -> list[MatrixEntry]:
     """Return the entries with p values corrected for the number of comparisons (`stats.holm`)."""
-    compared = [
-        index
+    p_values = {
+        index: entry.over_scratch.p_value
         for index, entry in enumerate(entries)
-        if entry.verdict in COMPARED and entry.gain_p is not None
-    ]
-    corrected = stats.holm([entries[index].gain_p or 0.0 for index in compared])
+        if entry.verdict in COMPARED and entry.over_scratch.p_value is not None
+    }
+    corrected = stats.holm(list(p_values.values()))
     out = list(entries)
-    for index, p_value in zip(compared, corrected, strict=True):
+    for index, p_value in zip(p_values, corrected, strict=True):
         out[index] = replace(out[index], gain_p_holm=p_value)
     return out
 
@@ -570,18 +595,20 @@ def _entry(
     first = done[0] if done else group[0]
     higher = bool(first.higher_is_better) if done else True
     mean, how = _mean_of(trials, runs)
-    gain = _gain_of(trials, reference, runs)
+    over_scratch = _gain_of(trials, reference, runs)
     compared = reference is not None and bool(reference.done) and bool(done)
-    baseline = _GainEstimate()
-    if best_scratch is not None and done:
-        is_own_scratch = best_scratch is reference
-        baseline = gain if is_own_scratch else _gain_of(trials, best_scratch, runs)
-    over_baseline = _gain_of(trials, best_baseline, runs)
-    gained_over = ((reference, gain), (best_scratch, baseline), (best_baseline, over_baseline))
+    is_own_scratch = best_scratch is reference
+    over_best_scratch = over_scratch if is_own_scratch else _gain_of(trials, best_scratch, runs)
+    over_best_baseline = _gain_of(trials, best_baseline, runs)
+    gains_over = (
+        (reference, over_scratch),
+        (best_scratch, over_best_scratch),
+        (best_baseline, over_best_baseline),
+    )
     compared_with = {
         other.key: None
-        for other, gained in gained_over
-        if other is not None and gained.estimate[0] is not None
+        for other, gain in gains_over
+        if other is not None and gain.value is not None
     }
     against = ""
     if reference is not None and reference.key.source != SCRATCH:
@@ -599,72 +626,34 @@ def _entry(
         mean=mean[0],
         low=mean[1],
         high=mean[2],
-        gain=gain.estimate[0],
-        gain_low=gain.estimate[1],
-        gain_high=gain.estimate[2],
         seconds=_mean(done, "seconds"),
         params_trained=_mean_rounded(done, "params_trained"),
         layers_trained="; ".join(dict.fromkeys(row.layers_trained or "" for row in done)),
         n_train=_mean_rounded(done, "n_train"),
         n_test=_mean_rounded(done, "n_eval"),
         hyper_parameters=first.hyper_parameters or "{}",
-        verdict=_verdict(trials, gain),
-        interval="; ".join(text for text in (how, gain.how) if text),
-        paired_seeds=gain.seeds if compared else None,
-        gain_p=gain.p_value,
-        evidence=gain.evidence,
+        verdict=_verdict(trials, over_scratch),
+        interval="; ".join(text for text in (how, over_scratch.how) if text),
+        over_scratch=over_scratch,
+        paired_seeds=over_scratch.seeds if compared else None,
         against=against,
-        baseline=best_scratch.key.backbone if best_scratch is not None and done else "",
-        baseline_gain=baseline.estimate[0],
-        baseline_low=baseline.estimate[1],
-        baseline_high=baseline.estimate[2],
-        baseline_seeds=baseline.seeds,
-        baseline_interval=baseline.how,
-        baseline_evidence=baseline.evidence,
-        baseline_p=baseline.p_value,
+        best_scratch=best_scratch.key.backbone if best_scratch is not None and done else "",
+        over_best_scratch=over_best_scratch,
         validation=_finite_or_none(trials.validation()),
         best_baseline=best_baseline.key.technique if best_baseline is not None and done else "",
-        best_baseline_gain=over_baseline.estimate[0],
-        best_baseline_low=over_baseline.estimate[1],
-        best_baseline_high=over_baseline.estimate[2],
-        best_baseline_verdict=_verdict_of_gain(over_baseline),
+        over_best_baseline=over_best_baseline,
         compared_with=tuple(compared_with),
     )
 
 
-@dataclass(frozen=True)
-class _GainEstimate:
-    """The gain of an entry over another one.
-
-    ``estimate`` is (gain, low, high) and ``how`` describes its interval. ``seeds`` is the number of
-    paired seeds. ``evidence`` describes the test units where they are too few for a verdict, and is
-    empty otherwise. ``predicted`` is whether it was computed from test predictions.
-    """
-
-    estimate: Estimate = (None, None, None)
-    how: str = ""
-    p_value: float | None = None
-    seeds: int = 0
-    evidence: str = ""
-    predicted: bool = False
-
-
-def _verdict(trials: _EntryTrials, gain: _GainEstimate) -> str:
+def _verdict(trials: _EntryTrials, over_scratch: GainEstimate) -> str:
     if not trials.done:
         return FAILED
     if trials.key.is_scratch:
         return REFERENCE
     if trials.key.is_baseline:
         return BASELINE
-    return _verdict_of_gain(gain) or UNCOMPARED
-
-
-def _verdict_of_gain(gain: _GainEstimate) -> str:
-    """Return the verdict on a gain, "" where there is none."""
-    value, low, high = gain.estimate
-    if value is None:
-        return ""
-    return verdict(low, high, gain.seeds, not gain.evidence) if gain.predicted else UNCOMPARED
+    return over_scratch.verdict or UNCOMPARED
 
 
 def verdict(low: float | None, high: float | None, seeds: int, enough: bool) -> str:
@@ -733,14 +722,14 @@ def is_bounded(metric: str) -> bool:
 
 def _gain_of(
     trials: _EntryTrials, other: _EntryTrials | None, runs: dict[str, RunPredictions]
-) -> _GainEstimate:
+) -> GainEstimate:
     """Return the gain of an entry over another entry, paired on their common seeds."""
     if other is None or not trials.done:
-        return _GainEstimate()
+        return GainEstimate()
     rows, other_rows = trials.rows, [row for row in other.done if row.metric == trials.metric]
     seeds = _seeds(rows) & _seeds(other_rows)
     if not seeds:
-        return _GainEstimate(
+        return GainEstimate(
             how=f"gain: no seed in common ({len(rows)} and {len(other_rows)} seeds finished)"
             if other_rows
             else ""
@@ -764,7 +753,7 @@ def _predicted_gain(
     ours: list[RunPredictions],
     others: list[RunPredictions],
     choices: Sequence[_Choice],
-) -> _GainEstimate:
+) -> GainEstimate:
     """Return a gain from test predictions, paired by seed and row.
 
     Raises:
@@ -773,19 +762,19 @@ def _predicted_gain(
     """
     variance = sum(choice.variance for choice in choices)
     comparison = stats.compare(metric, ours, others, choice=variance)
-    return _GainEstimate(
-        _finite((comparison.value, comparison.low, comparison.high)),
-        _describe_interval(ours, others, comparison.seeds, choices),
-        _finite_or_none(comparison.p_value),
-        comparison.seeds,
-        _missing_evidence([*ours, *others]),
+    return GainEstimate(
+        *_finite((comparison.value, comparison.low, comparison.high)),
+        seeds=comparison.seeds,
+        p_value=_finite_or_none(comparison.p_value),
+        evidence=_missing_evidence([*ours, *others]),
+        how=_describe_interval(ours, others, comparison.seeds, choices),
         predicted=True,
     )
 
 
 def _gain_by_seed(
     rows: list[ResultRow], other_rows: list[ResultRow], metric: catalog.Metric | None, why: str
-) -> _GainEstimate:
+) -> GainEstimate:
     """Return a gain from the values of the same seeds, with Student's t interval.
 
     Args:
@@ -803,12 +792,12 @@ def _gain_by_seed(
         if row.value is not None and (other_value := other_values[row.seed]) is not None
     ]
     if not gains:
-        return _GainEstimate(seeds=num_seeds)
+        return GainEstimate(seeds=num_seeds)
     value, *ends = stats.t_interval(gains)
     least, most = _bounds(metric)
     estimate = _finite((value, *np.clip(ends, least - most, most - least)))
     how = ONE_SEED if num_seeds == 1 else f"{T_INTERVAL}{why}"
-    return _GainEstimate(estimate, f"gain: {how}", seeds=num_seeds)
+    return GainEstimate(*estimate, seeds=num_seeds, how=f"gain: {how}")
 
 
 def _finite_or_none(value: float) -> float | None:

@@ -55,6 +55,7 @@ from pipeline.report.matrix import (
     UNCOMPARED,
     WINS,
     EntryKey,
+    GainEstimate,
     MatrixEntry,
     by_target,
     by_value,
@@ -351,9 +352,9 @@ def _several_networks_note(target: str, group: Sequence[MatrixEntry]) -> list[Bl
     backbones = sorted({entry.backbone for entry in compared})
     best = sorted(
         {
-            f"{plots.labels_text(entry.label_fraction)}: {entry.baseline}"
+            f"{plots.labels_text(entry.label_fraction)}: {entry.best_scratch}"
             for entry in compared
-            if entry.baseline
+            if entry.best_scratch
         }
     )
     return [
@@ -369,7 +370,7 @@ def _several_networks_note(target: str, group: Sequence[MatrixEntry]) -> list[Bl
 
 def _best_baseline_note(target: str, group: Sequence[MatrixEntry]) -> list[Block]:
     """Return how many networks are better than the best model without a network."""
-    compared = [entry for entry in group if entry.best_baseline_gain is not None]
+    compared = [entry for entry in group if entry.over_best_baseline.value is not None]
     tried = sorted({entry.technique for entry in group if entry.is_baseline and entry.n_seeds})
     if not compared and len(tried) > 1 and not any(entry.best_baseline for entry in group):
         return [
@@ -381,7 +382,7 @@ def _best_baseline_note(target: str, group: Sequence[MatrixEntry]) -> list[Block
         ]
     if not compared:
         return []
-    verdicts = Counter(entry.best_baseline_verdict for entry in compared)
+    verdicts = Counter(entry.over_best_baseline.verdict for entry in compared)
     words = {SINGLE_SEED: "with one seed"}
     others = "".join(
         f", {verdicts[verdict]} {words.get(verdict, verdict)}"
@@ -523,7 +524,7 @@ def _value_table(
     has_best_scratch = has_gain and has_several_backbones(
         entry for entry in entries if entry.gain is not None
     )
-    has_baseline = any(entry.best_baseline_gain is not None for entry in entries)
+    has_baseline = any(entry.over_best_baseline.value is not None for entry in entries)
     columns: list[tuple[str, Callable[[MatrixEntry], str | Value]]] = [
         ("Source · technique", lambda entry: _entry_name(entry, several)),
         ("Value", lambda entry: _mean_value(entry, decimals)),
@@ -534,15 +535,20 @@ def _value_table(
         columns.append(
             (
                 "Gain over best scratch",
-                lambda entry: _best_scratch_gain(entry, comparable[entry.key], decimals),
+                lambda entry: _gain_over_other(
+                    entry.over_best_scratch, comparable[entry.key].survives, decimals
+                ),
             )
         )
     if has_baseline:
         columns.append(
-            ("Gain over best baseline", lambda entry: _best_baseline_gain(entry, decimals))
+            (
+                "Gain over best baseline",
+                lambda entry: _gain_over_other(entry.over_best_baseline, False, decimals),
+            )
         )
     columns.append(("Paired seeds", _seeds))
-    if any(entry.gain_p is not None for entry in entries):
+    if any(entry.over_scratch.p_value is not None for entry in entries):
         columns.append(("p (Holm)", _p_values))
     body = [[make(entry) for _, make in columns] for entry in entries]
     return blocks.Table([name for name, _ in columns], body)
@@ -578,34 +584,20 @@ def _own_gain(entry: MatrixEntry, decimals: int) -> str | Value:
     lines = _lines(entry.gain, entry.gain_low, entry.gain_high, decimals, "+")
     if entry.against:
         lines += (f"against {entry.against}",)
-    if entry.evidence:
-        lines += (entry.evidence,)
+    if entry.over_scratch.evidence:
+        lines += (entry.over_scratch.evidence,)
     return Value((*lines, _verdict_words(entry.verdict, entry.survives)), entry.verdict)
 
 
-def _best_scratch_gain(entry: MatrixEntry, over_best: MatrixEntry, decimals: int) -> str | Value:
-    if entry.baseline_gain is None:
+def _gain_over_other(gain: GainEstimate, survives: bool, decimals: int) -> str | Value:
+    """Return a gain that is not over an entry's own scratch."""
+    if gain.value is None:
         return _DASH
-    lines = _lines(entry.baseline_gain, entry.baseline_low, entry.baseline_high, decimals, "+")
-    word = _verdict_words(over_best.verdict, over_best.survives)
-    return Value((*lines, word), over_best.verdict)
+    lines = _lines(gain.value, gain.low, gain.high, decimals, "+")
+    return Value((*lines, _verdict_words(gain.verdict, survives)), gain.verdict)
 
 
-def _best_baseline_gain(entry: MatrixEntry, decimals: int) -> str | Value:
-    if entry.best_baseline_gain is None:
-        return _DASH
-    lines = _lines(
-        entry.best_baseline_gain,
-        entry.best_baseline_low,
-        entry.best_baseline_high,
-        decimals,
-        "+",
-    )
-    verdict = entry.best_baseline_verdict
-    return Value((*lines, _verdict_words(verdict)), verdict)
-
-
-def _verdict_words(verdict: str, survives: bool = False) -> str:
+def _verdict_words(verdict: str, survives: bool) -> str:
     """Return a verdict with its sign, and a star where it survives Holm's correction."""
     return f"{blocks.MARKS.get(verdict, '')} {verdict}{' *' if survives else ''}".strip()
 
@@ -629,10 +621,10 @@ def _format_p_value(value: float | None) -> str:
 
 def _p_values(entry: MatrixEntry) -> str | Value:
     """Return the p value after Holm's correction, and below it the one before."""
-    if entry.gain_p is None:
+    if entry.over_scratch.p_value is None:
         return _DASH
     corrected = _format_p_value(entry.gain_p_holm) + (" *" if entry.survives else "")
-    return Value((corrected, f"plain {_format_p_value(entry.gain_p)}"))
+    return Value((corrected, f"plain {_format_p_value(entry.over_scratch.p_value)}"))
 
 
 def _curve_metric(
@@ -771,7 +763,7 @@ def _unjudged(entries: Sequence[MatrixEntry]) -> list[str]:
         if entry.source == SCRATCH:
             continue
         if entry.verdict == TOO_FEW:
-            reasons[f"Too few to tell ({entry.evidence})"].append(entry)
+            reasons[f"Too few to tell ({entry.over_scratch.evidence})"].append(entry)
         elif entry.verdict == SINGLE_SEED:
             reasons[f"One seed (a verdict needs {MIN_SEEDS})"].append(entry)
         elif entry.verdict == UNCOMPARED and entry.paired_seeds is None:

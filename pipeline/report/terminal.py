@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipeline.report import blocks, code_versions, plots
@@ -17,10 +16,10 @@ from pipeline.report.matrix import (
     TOO_FEW,
     WINS,
     EntryKey,
+    GainEstimate,
     MatrixEntry,
     decimals_by_target,
     has_several_backbones,
-    over_best_scratch,
 )
 from pipeline.report.results import NO_BACKBONE
 
@@ -99,8 +98,9 @@ def table(entries: Sequence[MatrixEntry]) -> rich.table.Table:
         )
         other = others.get(entry.key)
         if other is not None:
-            gain = _gain(other.gain, other.low, other.high, digits)
-            line = (" over", other.name, "", gain, f" {other.verdict}")
+            name, gain = other
+            shown = _gain(gain.value, gain.low, gain.high, digits)
+            line = (" over", name, "", shown, f" {gain.verdict}")
             out.add_row(*(Rich(text, "dim") for text in line))
     out.caption = _caption(entries, bool(others))
     return out
@@ -143,22 +143,14 @@ def _seeds(entry: MatrixEntry) -> rich.text.Text:
     return Rich(str(seeds)) if seeds == started else Rich(f"{seeds} of {started}", "red")
 
 
-@dataclass(frozen=True)
-class _OtherGain:
-    """The gain of an entry over a network or model that is not the scratch of its backbone."""
-
-    name: str
-    gain: float
-    low: float | None
-    high: float | None
-    verdict: str
-
-
-def _other_gains(entries: Sequence[MatrixEntry]) -> dict[EntryKey, _OtherGain]:
+def _other_gains(entries: Sequence[MatrixEntry]) -> dict[EntryKey, tuple[str, GainEstimate]]:
     """Return the gain of each entry over the best that its target has without a source.
 
     That is the best scratch network or the best baseline, whichever is better on validation rows.
     Entries whose own scratch it is are left out.
+
+    Returns:
+        (name of the network or model, gain over it) of each entry.
     """
     validation = {entry.key: entry.validation for entry in entries}
 
@@ -167,28 +159,16 @@ def _other_gains(entries: Sequence[MatrixEntry]) -> dict[EntryKey, _OtherGain]:
         of_entry = validation.get(key)
         return -math.inf if of_entry is None else of_entry
 
-    over_best = {entry.key: entry.verdict for entry in over_best_scratch(entries)}
-    out: dict[EntryKey, _OtherGain] = {}
+    out: dict[EntryKey, tuple[str, GainEstimate]] = {}
     for entry in entries:
-        has_scratch = entry.baseline_gain is not None
-        scratch = value(entry, entry.baseline, SCRATCH_TECHNIQUE)
+        has_scratch = entry.over_best_scratch.value is not None
+        has_baseline = entry.over_best_baseline.value is not None
+        scratch = value(entry, entry.best_scratch, SCRATCH_TECHNIQUE)
         baseline = value(entry, NO_BACKBONE, entry.best_baseline)
-        if entry.best_baseline_gain is not None and (not has_scratch or baseline >= scratch):
-            out[entry.key] = _OtherGain(
-                entry.best_baseline,
-                entry.best_baseline_gain,
-                entry.best_baseline_low,
-                entry.best_baseline_high,
-                entry.best_baseline_verdict,
-            )
-        elif entry.baseline_gain is not None and entry.baseline not in ("", entry.backbone):
-            out[entry.key] = _OtherGain(
-                "best scratch",
-                entry.baseline_gain,
-                entry.baseline_low,
-                entry.baseline_high,
-                over_best[entry.key],
-            )
+        if has_baseline and (not has_scratch or baseline >= scratch):
+            out[entry.key] = entry.best_baseline, entry.over_best_baseline
+        elif has_scratch and entry.best_scratch != entry.backbone:
+            out[entry.key] = "best scratch", entry.over_best_scratch
     return out
 
 

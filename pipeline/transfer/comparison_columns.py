@@ -36,7 +36,7 @@ def fill_comparison(rows: list[ResultRow], entries: list[matrix.MatrixEntry]) ->
         ):
             out.append(row)
             continue
-        key = (entry.baseline, row.target, row.label_fraction, row.metric, row.seed, row.fold)
+        key = (entry.best_scratch, row.target, row.label_fraction, row.metric, row.seed, row.fold)
         out.append(
             replace(
                 row,

@@ -110,7 +110,7 @@ def test_a_source_that_pays_is_recommended_and_one_that_hurts_is_named():
     mean, low, high = found.expected
     store_ = good_and_bad()
     measured = max(
-        one.baseline_gain or 0 for one in matrix.matrix_entries(store_.rows, store_.runs)
+        one.over_best_scratch.value or 0 for one in matrix.matrix_entries(store_.rows, store_.runs)
     )
     assert 0 < low < mean < high and measured - 0.01 < mean < measured
     text = "\n".join(found.lines())
@@ -202,8 +202,11 @@ def test_twelve_gains_over_the_same_scratch_are_no_evidence_together():
     measured = [
         one for one in matrix.matrix_entries(crowd.rows, crowd.runs) if one.source != "none"
     ]
-    assert all(one.baseline_low < 0 < one.baseline_gain for one in measured)
-    (first,) = {(one.baseline_gain, one.baseline_low, one.baseline_high) for one in measured}
+    assert all(one.over_best_scratch.low < 0 < one.over_best_scratch.value for one in measured)
+    (first,) = {
+        (one.over_best_scratch.value, one.over_best_scratch.low, one.over_best_scratch.high)
+        for one in measured
+    }
     variance = ((first[2] - first[1]) / (2 * stats.NORMAL_95)) ** 2
     pairs = [(f"s{k}", "full", "t") for k in range(12)]
     alone = GainModel(pairs, [first[0]] * 12, [variance] * 12).posterior([0])
@@ -220,7 +223,10 @@ def test_a_proven_source_is_taken_before_a_larger_gain_in_doubt():
     both = store(entry("none", "scratch", 0.5), entry("sure", "full", 0.7), wild)
     entries = {one.source: one for one in matrix.matrix_entries(both.rows, both.runs)}
     assert (
-        entries["wild"].baseline_gain > entries["sure"].baseline_gain > 0 > entries["wild"].gain_low
+        entries["wild"].over_best_scratch.value
+        > entries["sure"].over_best_scratch.value
+        > 0
+        > entries["wild"].gain_low
     )
     (found,) = advice.advise([both])
     assert found.headline == "use source sure with full"

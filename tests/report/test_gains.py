@@ -48,8 +48,9 @@ def test_without_a_winner_the_warning_says_scratch(entries):
 
 
 def test_all_techniques_of_a_source_that_lose_are_named_at_once(entries):
+    loss = matrix.GainEstimate(-0.1, -0.2, -0.01)
     group = [
-        replace(entry, verdict="loses", gain=-0.1, gain_low=-0.2, gain_high=-0.01, gain_p_holm=0.01)
+        replace(entry, verdict="loses", over_scratch=loss, gain_p_holm=0.01)
         for entry in by_target(entries)["clothing"]
         if entry.label_fraction == "1.0" and entry.source != "none"
     ]
@@ -80,7 +81,10 @@ def test_gains_of_several_backbones_are_compared_over_the_best_scratch_network(t
     own = report.matrix_entries(rows, runs)
     compared = matrix.over_best_scratch(own)
     weak, before = find(compared), find(own)
-    assert (weak.gain, weak.gain_low) == (before.baseline_gain, before.baseline_low)
+    assert (weak.gain, weak.gain_low) == (
+        before.over_best_scratch.value,
+        before.over_best_scratch.low,
+    )
     assert weak.gain < 0.05 < before.gain and weak.verdict == "not shown"
     assert find(compared, source="digits").gain == find(own, source="digits").gain
     _, table = gains.cost_figures({"clothing": compared}, {"clothing": 3})
@@ -100,15 +104,21 @@ def test_gains_of_several_backbones_are_compared_over_the_best_scratch_network(t
 
 def test_what_is_made_of_other_trials_or_has_one_seed_is_on_no_front(entries):
     group = [
-        replace(entry, technique="greedy_soup", seconds=0.001, gain=1.0)
+        replace(
+            entry, technique="greedy_soup", seconds=0.001, over_scratch=matrix.GainEstimate(1.0)
+        )
         if entry.technique == "lp_ft"
-        else replace(entry, paired_seeds=1, seconds=0.001, gain=1.0)
+        else replace(entry, paired_seeds=1, seconds=0.001, over_scratch=matrix.GainEstimate(1.0))
         if entry.source == "digits"
         else entry
         for entry in by_target(entries)["clothing"]
         if entry.label_fraction == "1.0"
     ]
-    more = replace(next(c for c in group if c.technique == "full"), technique="l2_sp", gain=0.05)
+    more = replace(
+        next(c for c in group if c.technique == "full"),
+        technique="l2_sp",
+        over_scratch=matrix.GainEstimate(0.05),
+    )
     figure, table = gains.cost_figures({"clothing": [*group, more]}, DECIMALS)
     assert not any("soup" in line[0] or "digits" in line[0] for line in table.rows)
     assert "garments · greedy_soup" in figure.caption and "digits · full" in figure.caption

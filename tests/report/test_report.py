@@ -480,9 +480,11 @@ def test_comparisons_are_corrected_for_their_number(written):
 
     entries = [entry for entry in written[0] if entry.verdict in entries_module.COMPARED]
     assert [entry.gain_p_holm for entry in entries] == pytest.approx(
-        stats.holm([entry.gain_p for entry in entries])
+        stats.holm([entry.over_scratch.p_value for entry in entries])
     )
-    assert all((entry.gain_p < 0.05) == (entry.verdict != "not shown") for entry in entries)
+    assert all(
+        (entry.over_scratch.p_value < 0.05) == (entry.verdict != "not shown") for entry in entries
+    )
     stands = [entry for entry in entries if entry.survives]
     text = render(written[0])
     assert 0 < len(stands) < sum(entry.verdict != "not shown" for entry in entries) and len(
@@ -513,7 +515,7 @@ def test_too_few_units_of_the_rarer_class_are_too_few_to_tell(tmp_path):
     assert (
         entry.verdict == "too few to tell"
         and entry.gain_low > 0
-        and entry.evidence == "3 test rows of the rarer class, a verdict needs 10"
+        and entry.over_scratch.evidence == "3 test rows of the rarer class, a verdict needs 10"
     )
     assert (
         entry.gain_p_holm is None
@@ -602,25 +604,29 @@ def test_gains_over_different_scratch_networks_say_so_and_stand_beside_the_gain_
     best = next(
         entry for entry in entries if entry.source == "none" and entry.backbone == "timm/vit"
     )
-    assert weak.baseline == strong.baseline == "timm/vit"
+    assert weak.best_scratch == strong.best_scratch == "timm/vit"
     assert (
-        weak.baseline_gain == pytest.approx(weak.mean - best.mean)
-        and weak.baseline_low < weak.baseline_gain < weak.baseline_high
+        weak.over_best_scratch.value == pytest.approx(weak.mean - best.mean)
+        and weak.over_best_scratch.low < weak.over_best_scratch.value < weak.over_best_scratch.high
     )
-    assert weak.gain > weak.baseline_gain and strong.baseline_gain == strong.gain
+    assert (
+        weak.gain > weak.over_best_scratch.value and strong.over_best_scratch.value == strong.gain
+    )
     assert (
         "measured against 2 different scratch networks" in md
         and "best scratch network by validation (100 % labels: timm/vit)" in md
     )
-    assert f"{weak.baseline_gain:+.3f}<br>[" in md
+    assert f"{weak.over_best_scratch.value:+.3f}<br>[" in md
     assert any(
-        "best scratch" in line and f"{weak.baseline_gain:+.3f}" in line
+        "best scratch" in line and f"{weak.over_best_scratch.value:+.3f}" in line
         for line in render(entries).splitlines()
     )
     rows, runs, _ = backbones()
     turned = [replace(row, value=-row.value) if row.split == "validation" else row for row in rows]
     assert {
-        entry.baseline for entry in report.matrix_entries(turned, runs) if entry.source != "none"
+        entry.best_scratch
+        for entry in report.matrix_entries(turned, runs)
+        if entry.source != "none"
     } == {"timm/resnet18"}, "validation rows decide, not test rows"
     assert (
         "different scratch networks"

@@ -661,19 +661,25 @@ def test_the_gain_over_the_best_baseline_is_paired_as_the_gain_over_scratch():
     assert full.best_baseline == "bag_of_words", "by validation, not by test"
     sides = [[run_of(share, seed) for seed in range(3)] for share in (0.95, 0.8)]
     expected = stats.compare(catalog.metric("accuracy"), *sides)
-    assert (full.best_baseline_gain, full.best_baseline_low, full.best_baseline_high) == (
+    assert (
+        full.over_best_baseline.value,
+        full.over_best_baseline.low,
+        full.over_best_baseline.high,
+    ) == (
         expected.value,
         expected.low,
         expected.high,
     )
     assert trees.verdict == matrix.BASELINE and trees.best_baseline == "" and not trees.transfers
-    assert found["scratch"].best_baseline_gain < 0 < full.gain
-    assert full.gain_p_holm == full.gain_p, "one comparison: gains over baselines are none"
+    assert found["scratch"].over_best_baseline.value < 0 < full.gain
+    assert full.gain_p_holm == full.over_scratch.p_value, (
+        "one comparison: gains over baselines are none"
+    )
     from rich.console import Console
 
     console = Console(width=100, record=True)
     console.print(terminal.table(list(found.values())))
-    gain = re.escape(f"{full.best_baseline_gain:+.2f}")
+    gain = re.escape(f"{full.over_best_baseline.value:+.2f}")
     assert re.search(rf" over +bag_of_words +{gain}", console.export_text())
 
 
@@ -689,8 +695,8 @@ def test_one_seed_is_not_counted_as_better_than_a_baseline(tmp_path):
     rows = [row for row in rows if row.seed == 0]
     entries = matrix.matrix_entries(rows, runs)
     full = next(entry for entry in entries if entry.technique == "full")
-    assert full.best_baseline_low is not None and full.best_baseline_low > 0
-    assert full.best_baseline_verdict == matrix.SINGLE_SEED
+    assert full.over_best_baseline.low is not None and full.over_best_baseline.low > 0
+    assert full.over_best_baseline.verdict == matrix.SINGLE_SEED
     texts = {"pretraining": (), "splits": {}, "notes": (), "versions": {}}
     uris = report.write(
         str(tmp_path), job_name="j", entries=entries, rows=rows, curves={}, runs=runs, **texts

@@ -186,12 +186,12 @@ def test_the_table_tells_on_how_much_a_comparison_rests(tmp_path, bundles, paths
                 other.value
                 for other in rows
                 if (other.source, other.backbone, other.seed, other.metric, other.split)
-                == ("none", entry.baseline, row.seed, row.metric, "test")
+                == ("none", entry.best_scratch, row.seed, row.metric, "test")
             )
             assert row.baseline_gain == pytest.approx(
                 (row.value - best) * (1 if row.higher_is_better else -1)
             )
-    assert {entry.baseline for entry in entries.values() if entry.source != "none"} <= {
+    assert {entry.best_scratch for entry in entries.values() if entry.source != "none"} <= {
         "timm/test_vit",
         "timm/test_resnet",
     }
