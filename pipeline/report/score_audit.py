@@ -166,7 +166,6 @@ def audit(
     shown: Sequence[Outcome],
     seconds: float | None = None,
     trial_seconds: float | None = None,
-    draws: int = DRAWS,
 ) -> Audit:
     """Compare a score with what fine-tuning showed.
 
@@ -175,7 +174,6 @@ def audit(
         shown: Outcomes of the domain.
         seconds: See `Audit`.
         trial_seconds: See `Audit`.
-        draws: Draws of the bootstrap.
     """
     orders: list[tuple[Outcome, dict[str, float]]] = []
     for outcome in shown:
@@ -188,7 +186,7 @@ def audit(
     pairs = len({(outcome.target, source) for outcome, order in orders for source in order})
     if not orders:
         return Audit(domain, score, None, None, None, None, None, None, seconds, trial_seconds, 0)
-    low, high = _interval(orders, draws) if pairs >= MIN_PAIRS else (None, None)
+    low, high = _interval(orders) if pairs >= MIN_PAIRS else (None, None)
     wide = [(outcome, order) for outcome, order in orders if len(outcome.means) > 3]
     return Audit(
         domain,
@@ -224,7 +222,7 @@ def _mean_by_target(values: Iterable[tuple[str, float]]) -> float | None:
 
 
 def _interval(
-    orders: Sequence[tuple[Outcome, dict[str, float]]], draws: int
+    orders: Sequence[tuple[Outcome, dict[str, float]]],
 ) -> tuple[float | None, float | None]:
     """Return the 95 % interval of tau over targets.
 
@@ -244,10 +242,10 @@ def _interval(
         finite = np.array([value for value in taus if value is not None])
         if len(finite) < MANY_TARGETS:
             return None, None
-        means = finite[rng.integers(0, len(finite), (10 * draws, len(finite)))].mean(1)
+        means = finite[rng.integers(0, len(finite), (10 * DRAWS, len(finite)))].mean(1)
         low, high = np.percentile(means, (2.5, 97.5))
         return float(low), float(high)
-    for _ in range(draws):
+    for _ in range(DRAWS):
         of_targets: list[float] = []
         for place in rng.integers(0, len(groups), len(groups)):
             group = groups[int(place)]
@@ -258,7 +256,7 @@ def _interval(
                 of_targets.append(fmean(finite))
         if of_targets:
             drawn_taus.append(fmean(of_targets))
-    if len(drawn_taus) < draws / 2:
+    if len(drawn_taus) < DRAWS / 2:
         return None, None
     low, high = np.percentile(drawn_taus, (2.5, 97.5))
     return float(low), float(high)

@@ -166,7 +166,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def choice_variance(trials: Sequence[Sequence[float]], *, seed: int = 0) -> float:
+def choice_variance(trials: Sequence[Sequence[float]]) -> float:
     """Return the variance that choosing the best of several hyper-parameter settings adds.
 
     The search is simulated with the noise between its seeds (one pooled variance), and the result
@@ -177,7 +177,6 @@ def choice_variance(trials: Sequence[Sequence[float]], *, seed: int = 0) -> floa
     Args:
         trials: Validation values of each setting that was tried again, one for each seed, at least
             two.
-        seed: Seed of the simulation.
 
     Returns:
         The variance, 0 for fewer than two settings.
@@ -188,7 +187,7 @@ def choice_variance(trials: Sequence[Sequence[float]], *, seed: int = 0) -> floa
     degrees = sum(len(values) - 1 for values in trials)
     pooled = sum((len(values) - 1) * float(np.var(values, ddof=1)) for values in trials) / degrees
     noise = np.sqrt([pooled / len(values) for values in trials])
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     chosen = (means + noise * rng.normal(size=(CHOICE_DRAWS, len(means)))).argmax(1)
     return float(means[chosen].var())
 
@@ -217,14 +216,7 @@ def interval(
     return _bounds(values[:, 0])
 
 
-def mean_interval(
-    metric: Metric,
-    runs: list[RunPredictions],
-    groups: np.ndarray | None = None,
-    *,
-    draws: int = DRAWS,
-    seed: int = 0,
-) -> tuple[float, float, float]:
+def mean_interval(metric: Metric, runs: list[RunPredictions]) -> tuple[float, float, float]:
     """Return (mean, low, high) of the metric's mean over runs of several seeds.
 
     The interval is over seeds and test units and stays within the bounds of the metric. Only rows
@@ -233,18 +225,15 @@ def mean_interval(
     Args:
         metric: The metric.
         runs: One run for each seed.
-        groups: (n,) group of each row of ``runs[0]``; without it the groups of the runs.
-        draws: Number of bootstrap draws.
-        seed: Seed of the draws.
 
     Raises:
         ValueError: The runs have no row in common, or a row is twice in a run.
     """
     if not runs:
         raise ValueError("no runs to average")
-    predictions, groups = _align(runs, groups, runs[0])
+    predictions, groups = _align(runs)
     values = np.array([metric.value(p) for p in predictions])
-    resampled = _resample(metric, predictions, groups, draws, np.random.default_rng(seed))
+    resampled = _resample(metric, predictions, groups, DRAWS, np.random.default_rng(0))
     mean, low, high, _ = _estimate(
         values, resampled, _count_sampled_units(predictions, groups), 0.0
     )
@@ -252,25 +241,10 @@ def mean_interval(
     return mean, float(low), float(high)
 
 
-def gain(
-    metric: Metric,
-    ours: list[RunPredictions],
-    scratch: list[RunPredictions],
-    groups: np.ndarray | None = None,
-    *,
-    draws: int = DRAWS,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """Return (gain, low, high) of ours over scratch as `compare` computes them."""
-    found = compare(metric, ours, scratch, groups, draws=draws, seed=seed)
-    return found.value, found.low, found.high
-
-
 def compare(
     metric: Metric,
     ours: list[RunPredictions],
     scratch: list[RunPredictions],
-    groups: np.ndarray | None = None,
     *,
     choice: float = 0.0,
     draws: int = DRAWS,
@@ -285,7 +259,6 @@ def compare(
         metric: The metric.
         ours: One run for each seed.
         scratch: One run for each seed.
-        groups: (n,) group of each row of ``ours[0]``; without it the groups of the runs.
         choice: Variance that choosing hyper-parameters adds, the sum of both sides.
         draws: Number of bootstrap draws.
         seed: Seed of the draws.
@@ -305,7 +278,7 @@ def compare(
     seeds = sorted(set(sides[0]) & set(sides[1]))
     if not seeds:
         raise ValueError(f"no seed in common: ours {sorted(sides[0])}, scratch {sorted(sides[1])}")
-    predictions, groups = _align([side[s] for side in sides for s in seeds], groups, ours[0])
+    predictions, groups = _align([side[s] for side in sides for s in seeds])
     sign, n = (1.0 if metric.higher_is_better else -1.0), len(seeds)
     values = np.array([metric.value(p) for p in predictions])
     gains = sign * (values[:n] - values[n:])
@@ -424,38 +397,19 @@ def _positions(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return order[np.searchsorted(rows, wanted, sorter=order)]
 
 
-def _groups_of_rows(groups: np.ndarray, rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Return the groups of the ``wanted`` rows, in their order.
-
-    Raises:
-        ValueError: A wanted row has no group.
-    """
-    if len(groups) != len(rows):
-        raise ValueError(f"{len(groups)} groups for {len(rows)} rows; give one a row")
-    if len(np.setdiff1d(wanted, rows)):
-        raise ValueError(
-            f"{len(np.setdiff1d(wanted, rows))} rows have no group; give groups for the rows "
-            "of every run"
-        )
-    return np.asarray(groups)[_positions(rows, wanted)]
-
-
-def _align(
-    runs: list[RunPredictions], groups: np.ndarray | None, owner: RunPredictions
-) -> tuple[list[Predictions], np.ndarray | None]:
+def _align(runs: list[RunPredictions]) -> tuple[list[Predictions], np.ndarray | None]:
     """Return the predictions of each run for the common rows, sorted by row id, and their groups.
 
-    ``groups``, where they are given, belong to the rows of ``owner``.
+    The groups are None where a run has none.
     """
     rows = common_rows(runs)
     if not len(rows):
         raise ValueError(
             "no test row in common, so the runs cannot be paired; evaluate them on the same rows"
         )
-    if groups is None and all(run.groups is not None for run in runs):
-        groups, owner = runs[0].groups, runs[0]
+    groups = runs[0].groups if all(run.groups is not None for run in runs) else None
     if groups is not None:
-        groups = _groups_of_rows(groups, owner.rows, rows)
+        groups = groups[_positions(runs[0].rows, rows)]
     out: list[Predictions] = []
     for run in runs:
         if np.array_equal(run.rows, rows):  # the usual case: no copy of the scores

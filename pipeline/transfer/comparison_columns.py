@@ -151,7 +151,8 @@ def _gain_over(
     can_resample = of.units is not None or of.resampled is not None
     if not can_resample or ours is None or theirs is None:
         return gain, None, None
-    return stats.gain(of, [ours], [theirs])
+    comparison = stats.compare(of, [ours], [theirs])
+    return comparison.value, comparison.low, comparison.high
 
 
 def _signed_gain(row: ResultRow, other_value: float | None) -> float | None:

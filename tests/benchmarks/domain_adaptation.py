@@ -237,7 +237,7 @@ def measured(case: str, quick: bool, seeds: int, only: list[str]) -> list[dict[s
         values = [of.value(run.predictions) for run in found]
         (plain,) = runs[target, "zero_shot"]
         pairs = [replace(plain, seed=run.seed) for run in found]
-        gain, low, high = stats.gain(of, found, pairs)
+        gain = stats.compare(of, found, pairs)
         out.append(
             {
                 "target": target,
@@ -245,9 +245,9 @@ def measured(case: str, quick: bool, seeds: int, only: list[str]) -> list[dict[s
                 "metric": of.name,
                 "value": sum(values) / len(values),
                 "seeds": len(values),
-                "gain": gain,
-                "low": low,
-                "high": high,
+                "gain": gain.value,
+                "low": gain.low,
+                "high": gain.high,
             }
         )
     return out
