@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pyarrow as pa
 
 from pipeline.media import instance_masks
 from pipeline.media.instance_masks import RunLengths
-from pipeline.prepare.engine.importing import Row
+from pipeline.prepare.engine.importing import Info, Row
 from pipeline.prepare.readers.picture_check import BrokenImageError, Picture, nearest
 
 COLUMNS = {
@@ -32,6 +33,12 @@ SEGMENTATIONS = "_segmentations"
 """Column of an index where masks are asked for: as JSON, what each box's mask is drawn from."""
 ROUNDING = 0.01
 """Pixels by which publishers' rounding puts boxes outside: they are clipped, but not counted."""
+
+
+def info_of(names: Mapping[int, str]) -> Info:
+    """Return what the manifest says of boxes, whose classes have these names by their number."""
+    categories = [{"id": number, "name": names[number]} for number in sorted(names)]
+    return {"categories": categories, "box_format": "xywh in pixels"}
 
 
 def clipped(

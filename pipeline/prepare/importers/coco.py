@@ -166,17 +166,15 @@ class Coco(ImageImporter):
             "semantic": (pa.field("mask", pa.binary()),),
             "instance": (boxes.MASKS,),
         }[self.options.masks]
-        is_semantic = self.options.masks == "semantic"
-        named = [
-            {"id": i, "name": categories[i], **({"mask_value": i + shift} if is_semantic else {})}
-            for i in sorted(categories)
-        ]
+        info = boxes.info_of(categories)
+        for category in info["categories"] if self.options.masks == "semantic" else ():
+            category["mask_value"] = category["id"] + shift
         return Index(
             table(rows, COLUMNS, source),
             " ".join(marks),
             extra,
             notes={"boxes": sum(len(row["boxes"]) for row in rows), **counts},
-            info={"categories": named, "box_format": "xywh in pixels"},
+            info=info,
         )
 
     def _images(self, source: str, name: str) -> str:

@@ -166,10 +166,7 @@ class Voc(ImageImporter):
             found.mark,
             (boxes.MASKS,) if has_masks else (),
             notes={"boxes": sum(len(row["boxes"]) for row in rows), **counts},
-            info={
-                "categories": [{"id": i, "name": name} for i, name in enumerate(names)],
-                "box_format": "xywh in pixels",
-            },
+            info=boxes.info_of(dict(enumerate(names))),
         )
 
     def postprocess(self, row: Row, picture: Picture) -> Row:

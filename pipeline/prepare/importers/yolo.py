@@ -17,7 +17,7 @@ from pydantic import Field
 from pipeline.config.registry import MaskOptions, register
 from pipeline.io.threads import threaded_map
 from pipeline.prepare.engine import boxes
-from pipeline.prepare.engine.annotated_images import ImagesByName
+from pipeline.prepare.engine.annotated_images import ImagesByName, bounds
 from pipeline.prepare.engine.images import ImageImporter
 from pipeline.prepare.engine.importing import (
     SPLITS,
@@ -127,10 +127,7 @@ class Yolo(ImageImporter):
             found.mark,
             (boxes.MASKS,) if self.options.masks == "instance" else (),
             notes={"boxes": sum(len(row["boxes"]) for row in rows), **counts},
-            info={
-                "categories": [{"id": i, "name": names[i]} for i in sorted(names)],
-                "box_format": "xywh in pixels",
-            },
+            info=boxes.info_of(names),
         )
 
     def _stated(
@@ -336,9 +333,7 @@ def _parsed(
     if is_box:
         x, y, width, height = numbers
         return int(label), [x - width / 2, y - height / 2, width, height]
-    across, down = numbers[::2], numbers[1::2]
-    left, top = min(across), min(down)
-    return int(label), [left, top, max(across) - left, max(down) - top]
+    return int(label), bounds(zip(numbers[::2], numbers[1::2], strict=True))
 
 
 def _text_of(image: str) -> str:
