@@ -210,6 +210,16 @@ class RecordingOptions(Options):
     )
 
 
+class BenchmarkOptions(Options):
+    """Options of cohorts that may leave out what the benchmark on MIMIC-III leaves out."""
+
+    exclude: Literal["benchmark", "none"] = Field(
+        "benchmark",
+        description="benchmark: MIMIC-III stays as Harutyunyan et al. 2019: adults, one ICU stay "
+        "in the admission and no move between ICUs; none: all stays",
+    )
+
+
 class SplitOptions(Options):
     """Options of importers that take each row's split from its file or from a column."""
 
@@ -250,6 +260,7 @@ SHARED_OPTIONS: dict[str, type[Options]] = {
         BoxOptions,
         MaskOptions,
         RecordingOptions,
+        BenchmarkOptions,
         SplitOptions,
         DelimitedOptions,
     )

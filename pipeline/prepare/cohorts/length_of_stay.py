@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from pipeline.config.registry import Options, register
+from pipeline.config.registry import BenchmarkOptions, register
 from pipeline.prepare.cohorts.definition import (
     BENCHMARK,
     EPS,
@@ -28,7 +26,7 @@ days and more.
 """
 
 
-class LengthOfStayOptions(Options):
+class LengthOfStayOptions(BenchmarkOptions):
     at: float = Field(
         0.0,
         ge=0,
@@ -37,11 +35,6 @@ class LengthOfStayOptions(Options):
     )
     first: float = Field(4.0, ge=0, description="the first hour at which a prediction is made")
     every: float = Field(1.0, gt=0, description="hours between predictions")
-    exclude: Literal["benchmark", "none"] = Field(
-        "benchmark",
-        description="benchmark: MIMIC-III stays as Harutyunyan et al. 2019: adults, one ICU stay "
-        "in the admission and no move between ICUs; none: all stays",
-    )
 
 
 @register("cohort", "length_of_stay", options=LengthOfStayOptions)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from pipeline.config.registry import Options, register
+from pipeline.config.registry import BenchmarkOptions, register
 from pipeline.prepare.cohorts.definition import (
     BENCHMARK,
     EPS,
@@ -20,7 +18,7 @@ from pipeline.prepare.cohorts.definition import (
 )
 
 
-class MortalityOptions(Options):
+class MortalityOptions(BenchmarkOptions):
     outcome: str = Field(
         "",
         description="the column of death (0 or 1); empty: hospital_death, else in_hospital_death",
@@ -29,11 +27,6 @@ class MortalityOptions(Options):
         48.0,
         gt=0,
         description="events of so many first hours are inputs; shorter stays are left out",
-    )
-    exclude: Literal["benchmark", "none"] = Field(
-        "benchmark",
-        description="benchmark: MIMIC-III stays as Harutyunyan et al. 2019: adults, one ICU stay "
-        "in the admission and no move between ICUs; none: all stays",
     )
 
 

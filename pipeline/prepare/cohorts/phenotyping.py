@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from pipeline.config.registry import Options, register
+from pipeline.config.registry import BenchmarkOptions, register
 from pipeline.prepare.clinical import plausible
 from pipeline.prepare.cohorts.definition import (
     BENCHMARK,
@@ -24,14 +24,9 @@ from pipeline.prepare.cohorts.definition import (
 )
 
 
-class PhenotypingOptions(Options):
+class PhenotypingOptions(BenchmarkOptions):
     kinds: Literal["all", "acute", "chronic", "mixed"] = Field(
         "all", description="which of the 25 conditions are labels"
-    )
-    exclude: Literal["benchmark", "none"] = Field(
-        "benchmark",
-        description="benchmark: MIMIC-III stays as Harutyunyan et al. 2019: adults, one ICU stay "
-        "in the admission and no move between ICUs; none: all stays",
     )
 
 

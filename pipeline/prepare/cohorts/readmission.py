@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from pipeline.config.registry import Options, register
+from pipeline.config.registry import BenchmarkOptions, register
 from pipeline.prepare.cohorts.definition import (
     BENCHMARK,
     EPS,
@@ -20,16 +18,11 @@ from pipeline.prepare.cohorts.definition import (
 )
 
 
-class ReadmissionOptions(Options):
+class ReadmissionOptions(BenchmarkOptions):
     days: float = Field(
         30.0,
         gt=0,
         description="from hospital discharge to the next admission, this number included",
-    )
-    exclude: Literal["benchmark", "none"] = Field(
-        "benchmark",
-        description="benchmark: MIMIC-III stays as Harutyunyan et al. 2019: adults, one ICU stay "
-        "in the admission and no move between ICUs; none: all stays",
     )
 
 
