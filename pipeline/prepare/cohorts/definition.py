@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from pipeline.config.registry import Options
 from pipeline.core.arrow_compute import pc
+from pipeline.core.arrow_lists import floats, joined
 
 EPS = 1e-6
 """Hours; tolerance of comparisons, as in Harutyunyan et al. 2019."""
@@ -120,7 +121,7 @@ def truncate_events(
     """Drop events after the window: (the table, (B,) number of events between start and window)."""
     lists = {name: column_array(table, name) for name in LISTS}
     row = rows_of(lists["times"])
-    times = flat(lists["times"])
+    times = floats(lists["times"].flatten(), np.float64)
     early = times <= window[row] + EPS
     seen = np.bincount(row[early & (times > -EPS)], minlength=len(table))
     keep = early if history else early & (times > -EPS)
@@ -148,7 +149,7 @@ def invalid_row_reasons(table: pa.Table) -> np.ndarray:
     ]
     times = column_array(table, "times")
     strange = np.zeros(len(table), dtype=bool)
-    strange[rows_of(times)[~np.isfinite(flat(times))]] = True
+    strange[rows_of(times)[~np.isfinite(floats(times.flatten(), np.float64))]] = True
     empty = np.asarray(column_array(table, "entity").is_null().to_numpy(zero_copy_only=False))
     shortest, longest = np.min(lengths, axis=0), np.max(lengths, axis=0)
     unsplit = (
@@ -171,10 +172,9 @@ def invalid_row_reasons(table: pa.Table) -> np.ndarray:
 
 def column_array(table: pa.Table, name: str) -> Any:
     """Return a column (`static.Age` for a field of a struct) as one array."""
-    column, _, inner = name.partition(".")
-    chunks = table[column].chunks
-    found = pa.concat_arrays(chunks) if chunks else pa.array([], table.schema.field(column).type)
-    return pc.struct_field(found, inner) if inner else found
+    outer, _, inner = name.partition(".")
+    column = joined(table[outer])
+    return pc.struct_field(column, inner) if inner else column
 
 
 def names_of(schema: pa.Schema) -> list[str]:
@@ -204,13 +204,6 @@ def numbers(table: pa.Table, name: str) -> np.ndarray:
         return np.asarray(found.cast(pa.float64()).to_numpy(zero_copy_only=False), dtype=np.float64)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise ValueError(f"column {name} is {column.type}, no number; give numbers") from None
-
-
-def flat(column: Any) -> np.ndarray:
-    """Return the numbers of all lists, concatenated, float64; NaN for null."""
-    return np.asarray(
-        column.flatten().cast(pa.float64()).to_numpy(zero_copy_only=False), dtype=np.float64
-    )
 
 
 def rows_of(column: Any) -> np.ndarray:
@@ -271,7 +264,7 @@ def first_event(table: pa.Table) -> np.ndarray:
     none.
     """
     times = column_array(table, "times")
-    hours, row = flat(times), rows_of(times)
+    hours, row = floats(times.flatten(), np.float64), rows_of(times)
     out = np.full(len(table), np.inf)
     np.minimum.at(out, row[hours > -EPS], hours[hours > -EPS])
     return out

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from pipeline.config.registry import Options, register
 from pipeline.core.arrow_compute import pc
-from pipeline.core.arrow_lists import dictionary_codes
+from pipeline.core.arrow_lists import dictionary_codes, filled
 from pipeline.prepare.clinical import mimic3_stays, plausible
 from pipeline.prepare.engine.grouped import (
     Entities,
@@ -241,13 +241,13 @@ class Mimic3(GroupedImporter):
         units = _Factors(names, codes, conversions, reader.keys["units"][reader.table])
         for batch in reader.batches(columns):
             reader.begin(len(batch))
-            item = _integers(batch["itemid"])
+            item = filled(batch["itemid"], -1)
             at = positions(items, item)
             reader.drop(NO_ITEM, item < 0)
             reader.drop(UNKNOWN, at < 0)
             reader.drop(
                 "marked as an error",
-                (_integers(batch["error"]) == 1) | (_integers(batch["iserror"]) == 1),
+                (filled(batch["error"], -1) == 1) | (filled(batch["iserror"], -1) == 1),
             )
             batch, at = reader.keep(batch), at[reader.good]  # the most rows of CHARTEVENTS end here
             rows, hours = reader.place(batch, batch["charttime"])
@@ -297,7 +297,7 @@ class Mimic3(GroupedImporter):
         names = [f"input: {label}" for label in labels]
         for batch in reader.batches(columns):
             reader.begin(len(batch))
-            item = _integers(batch["itemid"])
+            item = filled(batch["itemid"], -1)
             at = positions(items, item)
             reader.drop(NO_ITEM, item < 0)
             reader.drop(UNKNOWN, at < 0)
@@ -462,7 +462,7 @@ class _StayReader(EventReader):
         if whole_days:
             is_day = (seconds % DAY == 0) | (True in self.keys["zoned"])
             seconds = np.where(is_day, seconds + DAY, seconds)
-        admission, patient = _integers(batch["hadm_id"]), _integers(batch["subject_id"])
+        admission, patient = filled(batch["hadm_id"], -1), filled(batch["subject_id"], -1)
         stay, there = self.keys["by_admission"].find(admission, seconds)
         by_patient, known = self.keys["by_patient"].find(patient, seconds)
         named = admission >= 0
@@ -498,11 +498,6 @@ def _amount_units(written: Any, item_factors: np.ndarray) -> tuple[np.ndarray, n
     factors, kinds = map(np.array, zip(*map(_amount_unit, texts), strict=True))
     has_unit = np.array([bool(plausible.plain_unit(text or "")) for text in texts])
     return np.where(has_unit[codes], factors[codes], item_factors), kinds[codes]
-
-
-def _integers(column: Any) -> np.ndarray:
-    """Return (n,) int64, -1 for null."""
-    return column.combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False)
 
 
 def _name_codes(prefix: str, column: Any) -> tuple[list[str], np.ndarray]:

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from pipeline.config.registry import Options, register
 from pipeline.core.arrow_compute import pc
+from pipeline.core.arrow_lists import filled
 from pipeline.io.threads import threaded_map
 from pipeline.prepare.engine import records
 from pipeline.prepare.engine.grouped import Entities, EventReader, Events, EventTables
@@ -314,7 +315,8 @@ class Omop(RecordsImporter):
         end, ended = _moments(table, "visit_end")
         self._check_zones("visit_occurrence", _zones(tally, np.append(start, end)))
         visit, person, kind = (
-            _whole(table[name]) for name in ("visit_occurrence_id", "person_id", "visit_concept_id")
+            filled(table[name], -1)
+            for name in ("visit_occurrence_id", "person_id", "visit_concept_id")
         )
         wanted = np.isin(kind, self.kinds) if self.kinds else np.ones(len(table), dtype=bool)
         if not wanted.any():
@@ -354,7 +356,7 @@ class Omop(RecordsImporter):
         columns = {
             "entity": pa.array(visit),
             "visit": concepts.of(table["visit_concept_id"].combine_chunks().take(pa.array(kept))),
-            **self._outcomes(person, start, end, _whole(to)[kept] == DIED, opener),
+            **self._outcomes(person, start, end, filled(to, -1)[kept] == DIED, opener),
         }
         return TimedRows(person, start - self.history, start, end, columns, broken)
 
@@ -410,15 +412,15 @@ class Omop(RecordsImporter):
             for name in ("year_of_birth", "month_of_birth", "day_of_birth")
         )
         # The middle of what is not known
-        months = (_filled(year, 1970) - 1970) * 12 + np.clip(_filled(month, 7), 1, 12) - 1
+        months = (filled(year, 1970) - 1970) * 12 + np.clip(filled(month, 7), 1, 12) - 1
         days = months.astype("datetime64[M]").astype("datetime64[D]").astype(np.int64)
-        days += np.clip(_filled(day, 15), 1, 31) - 1
+        days += np.clip(filled(day, 15), 1, 31) - 1
         days = np.where(np.asarray(month.is_null()), days - 14, days)
-        moment = _micros(table["birth_datetime"])
-        born = np.where(np.asarray(moment.is_valid()), _filled(moment, 0), days * DAY)
+        moment = _microseconds(table["birth_datetime"])
+        born = np.where(np.asarray(moment.is_valid()), filled(moment, 0), days * DAY)
         known = np.asarray(moment.is_valid()) | np.asarray(year.is_valid())
         gender = [GENDERS.get(number) for number in table["gender_concept_id"].to_pylist()]
-        return Persons(_whole(table["person_id"]), born, known, pa.array(gender, pa.string()))
+        return Persons(filled(table["person_id"], -1), born, known, pa.array(gender, pa.string()))
 
     def _deaths(self, opener: Opener) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the sorted persons who died, and the earliest and latest time of each death.
@@ -434,7 +436,7 @@ class Omop(RecordsImporter):
         latest, known = _moments(table, DEATH)
         earliest, _ = _moments(table, DEATH, at_end=False)
         self._check_zones(DEATH, _zones(tally, earliest))
-        ids, first = np.unique(_whole(table["person_id"])[known], return_index=True)
+        ids, first = np.unique(filled(table["person_id"], -1)[known], return_index=True)
         return ids, earliest[known][first], latest[known][first]
 
     def _used(self, opener: Opener) -> tuple[np.ndarray, pa.Table]:
@@ -452,7 +454,7 @@ class Omop(RecordsImporter):
         if "visit_occurrence" in self._tables:
             columns = {"visit_concept_id": Column("id")}
             kinds = whole("visit_occurrence", self._tables["visit_occurrence"], columns, opener)
-            ids.append(_whole(kinds["visit_concept_id"].unique()))
+            ids.append(filled(kinds["visit_concept_id"].unique(), -1))
         return np.unique(np.concatenate(ids)), merge_spans(spans)
 
     def _concepts(self, used: np.ndarray, opener: Opener) -> Concepts:
@@ -475,7 +477,9 @@ class Omop(RecordsImporter):
             table[name].combine_chunks() for name in ("vocabulary_id", "concept_code")
         )
         return Concepts(
-            _whole(table["concept_id"]), pc.binary_join_element_wise(vocabulary, code, "/"), code
+            filled(table["concept_id"], -1),
+            pc.binary_join_element_wise(vocabulary, code, "/"),
+            code,
         )
 
     # ---------------------------------------------------------------- events
@@ -517,8 +521,8 @@ def _moments(table: pa.Table, name: str, at_end: bool = True) -> tuple[np.ndarra
     A time of 00:00 is a day, as OMOP writes it where the time is unknown; it counts from its end,
     or with `at_end` false from its begin.
     """
-    found = pc.coalesce(*(_micros(table[f"{name}_{kind}"]) for kind in ("datetime", "date")))
-    time = _filled(found, 0)
+    found = pc.coalesce(*(_microseconds(table[f"{name}_{kind}"]) for kind in ("datetime", "date")))
+    time = filled(found, 0)
     is_day = time % DAY == 0
     return np.where(is_day & at_end, time + DAY, time), np.asarray(found.is_valid())
 
@@ -562,7 +566,7 @@ def _timed(reader: EventReader) -> Iterator[tuple[pa.Table, np.ndarray, np.ndarr
             concept = pc.if_else(is_mapped, concept, batch[f"{name}_source_concept_id"])
             batch = batch.append_column("concept", concept)
         good = has_person & known
-        yield batch.filter(pa.array(good)), _whole(person)[good], time[good]
+        yield batch.filter(pa.array(good)), filled(person, -1)[good], time[good]
 
 
 def _used_by(part: InputSplit) -> tuple[np.ndarray, pa.Table, set[bool]]:
@@ -579,7 +583,7 @@ def _used_by(part: InputSplit) -> tuple[np.ndarray, pa.Table, set[bool]]:
             spans = [merge_spans(spans)] if len(spans) > 50 else spans
             for name in ("concept", "unit_concept_id", "value_as_concept_id"):
                 if name in batch.column_names:
-                    ids.append(_whole(batch[name].drop_null().unique()))
+                    ids.append(filled(batch[name].drop_null().unique(), -1))
     return np.unique(np.concatenate(ids)), merge_spans(spans), zoned
 
 
@@ -611,16 +615,6 @@ def _index(at: np.ndarray) -> pa.Array:
     return pa.array(at, mask=at < 0)
 
 
-def _micros(column: Any) -> Any:
+def _microseconds(column: Any) -> Any:
     """Return times as int64; a column that the table lacks has null times."""
     return column.cast(pa.int64()).combine_chunks()
-
-
-def _filled(array: Any, number: int) -> np.ndarray:
-    return array.fill_null(number).to_numpy(zero_copy_only=False)
-
-
-def _whole(column: Any) -> np.ndarray:
-    """Return (n,) int64, -1 for null."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    return _filled(array, -1)
