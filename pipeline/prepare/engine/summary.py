@@ -16,7 +16,7 @@ from pipeline.core.arrow_compute import pc
 from pipeline.io import storage
 from pipeline.prepare.engine.importing import InvalidRow
 
-SHARES = (0, 5, 25, 50, 75, 95, 100)
+PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 EXAMPLES = 20
 """The Markdown names so many of each kind; the JSON has all invalid files."""
 
@@ -78,9 +78,7 @@ def _classes(rows: pa.Table, label: str) -> dict[str, Any]:
     for split in sorted(set(rows["split"].to_pylist())):
         column = rows.filter(pc.equal(rows["split"], split))[label].combine_chunks()
         values = column.flatten() if listed else column
-        counts = Counter(
-            dict(zip(*(part.to_pylist() for part in values.value_counts().flatten()), strict=True))
-        )
+        counts = {count["values"]: count["counts"] for count in values.value_counts().to_pylist()}
         out[split] = {
             "labels": {
                 str(value): counts[value] for value in sorted(counts, key=lambda v: (v is None, v))
@@ -104,12 +102,13 @@ def _sizes(rows: pa.Table, measures: tuple[str, ...]) -> dict[str, Any]:
         "shorter_side": np.minimum(width, height),
         "megapixels": width * height / 1e6,
     }
+    return {name: _percentiles(values) for name, values in measured.items()}
+
+
+def _percentiles(values: np.ndarray) -> dict[str, float]:
     return {
-        name: {
-            str(share): round(float(value), 3)
-            for share, value in zip(SHARES, np.percentile(values, SHARES), strict=True)
-        }
-        for name, values in measured.items()
+        str(percentile): round(float(value), 3)
+        for percentile, value in zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True)
     }
 
 
@@ -123,10 +122,7 @@ def _recordings(rows: pa.Table) -> dict[str, Any]:
         seconds = here["seconds"].to_numpy()
         out[split] = {
             "hours": round(float(seconds.sum()) / 3600, 4),
-            "seconds": {
-                str(share): round(float(value), 3)
-                for share, value in zip(SHARES, np.percentile(seconds, SHARES), strict=True)
-            },
+            "seconds": _percentiles(seconds),
         }
         if "speaker" in rows.column_names:
             each = [
@@ -229,8 +225,8 @@ def markdown(title: str, found: dict[str, Any], noun: str = "files") -> str:
     if found["sizes"]:
         out += [
             "",
-            "| size | " + " | ".join(f"{share} %" for share in SHARES) + " |",
-            "|---" * (len(SHARES) + 1) + "|",
+            "| size | " + " | ".join(f"{share} %" for share in PERCENTILES) + " |",
+            "|---" * (len(PERCENTILES) + 1) + "|",
         ]
         out += [
             f"| {name.replace('_', ' ')} | "
@@ -263,11 +259,11 @@ def _recording_table(found: dict[str, Any]) -> list[str]:
     out = [
         "",
         "| split | hours | "
-        + " | ".join(f"{share} %" for share in SHARES)
+        + " | ".join(f"{share} %" for share in PERCENTILES)
         + " | "
         + ("speakers | rows a speaker |" if with_speakers else ""),
     ]
-    out += ["|---" * (len(SHARES) + 2 + 2 * with_speakers) + "|"]
+    out += ["|---" * (len(PERCENTILES) + 2 + 2 * with_speakers) + "|"]
     for split, one in found.items():
         cells = [split, f"{one['hours']:g}", *(f"{value:g} s" for value in one["seconds"].values())]
         cells += (
