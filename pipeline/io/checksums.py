@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from pipeline.io import atomic_folder, file_identity, storage
 from pipeline.io.s3 import Uri
 from pipeline.io.storage import DamagedError
+from pipeline.io.threads import threaded_map
 
 log = logging.getLogger(__name__)
 Content = TypeVar("Content")
@@ -168,7 +169,7 @@ def check_folder(uri: Uri, manifest: Mapping[str, Any]) -> None:
             raise DamagedError(f"{file.uri} is damaged: the file is gone")
         if file.content not in _contents(entry):
             to_read.append((file.uri, entry))
-    storage.at_once(lambda file_of_folder: atomic_folder.verify_file(*file_of_folder), to_read)
+    list(threaded_map(lambda file_of_folder: atomic_folder.verify_file(*file_of_folder), to_read))
 
 
 def intact_folder(uri: Uri, remedy: str) -> dict[str, Any] | None:

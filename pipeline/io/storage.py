@@ -23,7 +23,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
@@ -36,7 +36,7 @@ from pipeline.io.s3 import StorageError as StorageError
 from pipeline.io.s3 import Uri
 from pipeline.io.s3 import is_transient as is_transient
 from pipeline.io.s3 import retry as retry
-from pipeline.io.threads import Item, Result, threaded_map
+from pipeline.io.threads import threaded_map
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -107,20 +107,6 @@ def filesystem(uri: Uri) -> tuple[AbstractFileSystem, str]:
     if remote:
         return s3.client(s3.ATTEMPTS), path
     return fsspec.filesystem("file"), os.path.abspath(path)
-
-
-def at_once(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """Call ``work`` on every item, several at the same time.
-
-    For many small reads, each of which waits for an answer of the store.
-
-    Returns:
-        The results, in the order of the items.
-
-    Raises:
-        Exception: The first error, in the order of the items.
-    """
-    return list(threaded_map(work, items))
 
 
 # --- files ---
@@ -508,7 +494,7 @@ def remove_tree(uri: Uri) -> None:
     for key in manifests:  # first of all: a reader never sees half a folder
         s3.remove_key(key)
     # one by one: stores disagree on the checksum that a bulk delete must carry
-    at_once(s3.remove_key, others)
+    list(threaded_map(s3.remove_key, others))
 
 
 def remove_empty_folder(uri: Uri) -> bool:

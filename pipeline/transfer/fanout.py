@@ -34,6 +34,7 @@ from pipeline.config.schema import Fanout, Job
 from pipeline.core.metrics.catalog import metric
 from pipeline.data.stream import map_items
 from pipeline.io import checksums, heartbeat, storage, write_fence
+from pipeline.io.threads import threaded_map
 from pipeline.report.shift import Shift
 from pipeline.report.source_scores import PairScores
 from pipeline.report.trial_record import TrialRecord
@@ -558,7 +559,7 @@ def run(
 
 def unfinished_of(root: str, trials: list[Trial], spec: Fanout) -> set[str]:
     """Ids of the trials that must run (`unfinished`), read in parallel."""
-    found = storage.at_once(lambda one: unfinished(root, one, spec), trials)
+    found = list(threaded_map(lambda one: unfinished(root, one, spec), trials))
     return {one.id for one, is_unfinished in zip(trials, found, strict=True) if is_unfinished}
 
 

@@ -19,6 +19,7 @@ from pipeline.config import provenance
 from pipeline.config.schema import Job, spec_hash
 from pipeline.data.manifests import Selection
 from pipeline.io import file_identity, storage, write_fence
+from pipeline.io.threads import threaded_map
 from pipeline.report import code_versions as origins
 from pipeline.report import folds, matrix, report, results, stats, subgroups, trial_folder
 from pipeline.report.results import ResultRow
@@ -827,7 +828,7 @@ def _trials_with_bundle(
         fanout.prune_bundles(state.job.root, final, "best", best)
         kept = {record.trial_id for record in best.values()}
     uris = {one: uri for one in kept if (uri := records[one].rows[0].bundle_uri)}
-    exist = storage.at_once(bundle.exists, uris.values())  # another run may have kept fewer
+    exist = list(threaded_map(bundle.exists, uris.values()))  # another run may have kept fewer
     return {one for one, exists in zip(uris, exist, strict=True) if exists}
 
 

@@ -64,6 +64,7 @@ from pipeline.data.stream import (
 from pipeline.io import atomic_folder, checksums, file_identity, heartbeat, storage, write_fence
 from pipeline.io.file_identity import FileIdentity
 from pipeline.io.json_values import JsonObject
+from pipeline.io.threads import threaded_map
 from pipeline.report import results, stats
 from pipeline.report.results import SOURCE_VALIDATION, VALIDATION, ResultRow
 from pipeline.report.trial_folder import uri_of_bundle
@@ -315,7 +316,7 @@ def read_records(root: str, folders: Mapping[str, str]) -> dict[str, TrialRecord
         root: The folder of the job.
         folders: Folder of each trial, relative to that of the job, by trial id.
     """
-    found = storage.at_once(lambda folder: read_record(root, folder), folders.values())
+    found = threaded_map(lambda folder: read_record(root, folder), folders.values())
     return {one: record for one, record in zip(folders, found, strict=True) if record is not None}
 
 

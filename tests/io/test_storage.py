@@ -18,6 +18,7 @@ from faults import Flaky, run_python
 
 from pipeline.io import atomic_folder, file_identity, storage
 from pipeline.io.storage import NotFoundError, StorageError
+from pipeline.io.threads import threaded_map
 
 # --- names ---
 
@@ -298,10 +299,10 @@ def test_several_files_are_asked_for_at_once_and_answers_come_in_order():
         all_wait.wait(timeout=30)  # one after the other, nobody would ever come to the end
         return 10 * number
 
-    assert storage.at_once(answer, range(8)) == [10 * number for number in range(8)]
+    assert list(threaded_map(answer, range(8))) == [10 * number for number in range(8)]
     with pytest.raises(ZeroDivisionError):
-        storage.at_once(lambda number: 1 // number, [2, 0, 1])
-    assert storage.at_once(answer, []) == []
+        list(threaded_map(lambda number: 1 // number, [2, 0, 1]))
+    assert list(threaded_map(answer, [])) == []
 
 
 def test_check_writable(root):
