@@ -62,6 +62,11 @@ def is_address(uri: Uri) -> bool:
     return os.fspath(uri).startswith(("http://", "https://"))
 
 
+def is_absolute(name: str) -> bool:
+    """Return whether a name is an absolute path or a URI, and no path below some folder."""
+    return name.startswith("/") or "://" in name
+
+
 def file_name(uri: Uri) -> str:
     """Return a URI with its file name, and thus its suffix, at the end."""
     return urlsplit(os.fspath(uri)).path if is_address(uri) else os.fspath(uri)

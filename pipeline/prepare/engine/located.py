@@ -55,17 +55,19 @@ class _Recordings:
 
     def place(self, line: Line, path: str, root: str) -> Located | str:
         """Return the file, the address where it should be, or why it cannot be used."""
-        if _is_absolute(path):
+        if storage.is_absolute(path):
             return self._at(path)
         base = root or posixpath.dirname(line.file)
-        inner = posixpath.normpath(path if _is_absolute(base) else posixpath.join(base, path))
+        inner = posixpath.normpath(
+            path if storage.is_absolute(base) else posixpath.join(base, path)
+        )
         if inner.split("/")[0] == "..":
-            folder = base if _is_absolute(base) else self.source
+            folder = base if storage.is_absolute(base) else self.source
             return (
                 None,
                 f"{path} leads outside of {folder}; give a SOURCE that holds both, or --set root=",
             )
-        if _is_absolute(base):
+        if storage.is_absolute(base):
             return self._at(storage.join(base, inner))
         if inner in self.names:
             return self.names[inner], ""
@@ -82,10 +84,6 @@ def _located(place: Located | str, seen: dict[str, tuple[int, str]]) -> Located:
         return place
     size, _ = seen[place]
     return (Entry.of_file(place, place, size), "") if size >= 0 else (None, f"no recording {place}")
-
-
-def _is_absolute(path: str) -> bool:
-    return path.startswith("/") or "://" in path
 
 
 def _look(uris: list[str]) -> dict[str, tuple[int, str]]:

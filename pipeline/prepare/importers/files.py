@@ -132,7 +132,8 @@ class _Listed:
         root = self.options.root or posixpath.dirname(source)
         names = self.listed[self.column].to_pylist()
         uris = [
-            name if not name or _is_absolute(name) else storage.join(root, name) for name in names
+            name if not name or storage.is_absolute(name) else storage.join(root, name)
+            for name in names
         ]
         known = {
             file.uri: file.content
@@ -171,10 +172,6 @@ class _Listed:
     def types(self) -> dict[str, pa.DataType]:
         """Return the types of the table's own columns."""
         return {new: self.listed.schema.field(old).type for old, new in self.kept.items()}
-
-
-def _is_absolute(name: str) -> bool:
-    return name.startswith("/") or "://" in name
 
 
 class Pictures(_Listed, ImageImporter):

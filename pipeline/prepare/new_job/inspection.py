@@ -413,7 +413,7 @@ def media_of(found: Inspection) -> Media | None:
                 f"for is there: {preview(missing[:2])}; relative names may begin in the folder of "
                 "the table or in the current one"
             )
-        media = _pictures(here, column.name) or _recordings(here, column.name)
+        media = _pictures(here) or _recordings(here)
         if media is not None:
             what, sides, grey, seconds, rates = media
             share = math.ceil(200 * len(missing) / (len(here) + len(missing))) / 100
@@ -425,7 +425,7 @@ def media_of(found: Inspection) -> Media | None:
 
 def _root(names: Sequence[str], found: Inspection) -> str:
     """Return the folder that relative names begin in: that of the table, or the current one."""
-    relative = [name for name in names if not (name.startswith("/") or "://" in name)]
+    relative = [name for name in names if not storage.is_absolute(name)]
     if not relative or found.kind in to_parquet.LISTED:
         return ""
     file, _ = to_parquet.expand(next(iter(found.places.values())), found.kind)[0]
@@ -464,7 +464,7 @@ def _file_of(cell: Any) -> Any:
     return storage.read_bytes(value) if isinstance(value, str) else value
 
 
-def _pictures(cells: Sequence[Any], column: str) -> tuple[Any, ...] | None:
+def _pictures(cells: Sequence[Any]) -> tuple[Any, ...] | None:
     """Return what `Media` says of images; None where most cells are none."""
     sizes = [size for cell in cells if (size := image_io.upright_size(cell))]
     if not sizes or len(sizes) < len(cells) / 2:
@@ -479,7 +479,7 @@ def _pictures(cells: Sequence[Any], column: str) -> tuple[Any, ...] | None:
     return "image", tuple(min(size) for size in sizes), grey, (), ()
 
 
-def _recordings(cells: Sequence[Any], column: str) -> tuple[Any, ...] | None:
+def _recordings(cells: Sequence[Any]) -> tuple[Any, ...] | None:
     """Return what `Media` says of recordings; None where most cells are none."""
     from pipeline.media import audio_io  # here: only sound needs its library
 
