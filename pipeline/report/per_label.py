@@ -30,7 +30,7 @@ from pipeline.report.blocks import (
     format_interval,
 )
 from pipeline.report.matrix import REFERENCE, SCRATCH, MatrixEntry, verdict
-from pipeline.report.plots import entry_label, predicted_and_true, reliability
+from pipeline.report.plots import entry_label, predicted_and_true, reliability, truncate
 from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
 
@@ -267,7 +267,7 @@ def _confusion(target: str, entry: MatrixEntry, runs: list[RunPredictions]) -> l
         whose += ", at the decision threshold"
     if len(names) <= MAX_CLASSES:
         each = [f"{name} ({size // len(runs):,})" for name, size in zip(names, sizes, strict=True)]
-        header = [_truncate(name) for name in names]
+        header = [truncate(name, 14) for name in names]
         if len(names) > MAX_NAMED_COLUMNS:
             each = [f"{number}: {name}" for number, name in enumerate(each, 1)]
             header = [str(number) for number in range(1, len(names) + 1)]
@@ -577,10 +577,6 @@ def _calibration_errors(
         shown = [estimate(mean, digits) for mean in means]
         body.append([words, *shown, gain_estimate(gain, digits, enough)])
     return [Table(["", "scratch", f"{entry.source} · {entry.technique}", "Gain"], body)]
-
-
-def _truncate(name: str, max_length: int = 14) -> str:
-    return name if len(name) <= max_length else name[: max_length - 1] + "…"
 
 
 # ---------------------------------------------------------------- labels and types

@@ -253,7 +253,7 @@ def score_gain(panels: Mapping[str, Sequence[tuple[str, float, MatrixEntry]]], s
                     )
                 axes.plot([value], [gain], "o", markersize=5, color=_COLOURS[0])
                 axes.annotate(
-                    _truncate(source, 16),
+                    truncate(source, 16),
                     (value, gain),
                     xytext=(4, 4),
                     textcoords="offset points",
@@ -261,11 +261,11 @@ def score_gain(panels: Mapping[str, Sequence[tuple[str, float, MatrixEntry]]], s
                     color=_INK,
                 )
             axes.margins(x=0.3, y=0.15)
-            axes.set_title(_truncate(target, 28), loc="left", fontsize=9, color=_SOFT)
+            axes.set_title(truncate(target, 28), loc="left", fontsize=9, color=_SOFT)
             axes.grid(color=_LINE, linewidth=0.6)
             axes.locator_params(axis="x", nbins=4)
             axes.set_xlabel(score)
-            axes.set_ylabel(f"gain in {_truncate(panels[target][0][2].metric, 20)}")
+            axes.set_ylabel(f"gain in {truncate(panels[target][0][2].metric, 20)}")
         return _svg(figure, f"Gain over scratch by {score}, for {', '.join(panels)}")
 
 
@@ -309,7 +309,7 @@ def pareto(
                 style: Style = (
                     _OPEN
                     if entry.source == "none"
-                    else {"color": colours[_truncate(entry.technique, 32)], "marker": "o"}
+                    else {"color": colours[truncate(entry.technique, 32)], "marker": "o"}
                 )
                 axes.plot(
                     [costs[name][index]], [entry.gain or 0.0], markersize=5, zorder=3, **style
@@ -330,7 +330,7 @@ def pareto(
             axes.set_xlabel(
                 "seconds of a final trial" if name == "seconds" else "parameters trained"
             )
-        grid[0].set_ylabel(f"gain in {_truncate(entries[0].metric, 24)}")
+        grid[0].set_ylabel(f"gain in {truncate(entries[0].metric, 24)}")
         _legend(figure, legend)
         return _svg(figure, f"Gain over scratch by {' and by '.join(panels)}")
 
@@ -367,7 +367,7 @@ def strips(episodes: dict[str, np.ndarray]) -> str:
         for axis in axes:
             axis.set_axis_off()
         for line, (name, frames_of_episode) in enumerate(episodes.items()):
-            axes[line * frames].set_title(_truncate(name, 60), loc="left")
+            axes[line * frames].set_title(truncate(name, 60), loc="left")
             for column, picture in enumerate(frames_of_episode):
                 axes[line * frames + column].imshow(picture)
         return _svg(figure, f"Pictures of episodes: {', '.join(episodes)}")
@@ -385,7 +385,7 @@ def reliability(curves: dict[str, list[tuple[float, float, int]]], positive: str
     return _by_prediction(
         curves,
         (0.0, min(1.0, 1.08 * most)),
-        (f"predicted probability of {_truncate(positive, 40)}", "observed share"),
+        (f"predicted probability of {truncate(positive, 40)}", "observed share"),
         f"Calibration: observed share of {positive} by predicted probability",
     )
 
@@ -403,7 +403,7 @@ def predicted_and_true(curves: dict[str, list[tuple[float, float, int]]], column
     return _by_prediction(
         curves,
         (min(values) - margin, max(values) + margin),
-        (f"predicted {_truncate(column, 40)}", "mean of the true numbers"),
+        (f"predicted {truncate(column, 40)}", "mean of the true numbers"),
         f"Mean of {column} by its prediction",
     )
 
@@ -425,7 +425,7 @@ def _by_prediction(
             {"color": _COLOURS[0], "linewidth": 1.8},
             {"color": _SOFT, "linestyle": _DASHES[2], "linewidth": 1.8},
         ]
-        legend = [(_truncate(name, 48), style) for name, style in zip(curves, styles, strict=False)]
+        legend = [(truncate(name, 48), style) for name, style in zip(curves, styles, strict=False)]
         figure, (axes,) = _figure(3.4 + _legend_inches(legend))
         axes.plot(limits, limits, color=_LINE, linewidth=1.2, zorder=1)
         for points, (_, style) in zip(curves.values(), legend, strict=False):
@@ -448,7 +448,7 @@ def _by_prediction(
 def entry_label(entry: MatrixEntry) -> str:
     """Return the source, technique and label fraction of an entry, shortened for a figure."""
     return (
-        f"{_truncate(entry.source, 24)} · {_truncate(entry.technique, 28)} · "
+        f"{truncate(entry.source, 24)} · {truncate(entry.technique, 28)} · "
         f"{fraction_label(entry.label_fraction)}"
     )
 
@@ -509,7 +509,8 @@ def line_key(source: str, technique: str, backbone: str, several: bool) -> tuple
     return source, technique
 
 
-def _truncate(text: str, max_length: int) -> str:
+def truncate(text: str, max_length: int) -> str:
+    """Return a text of at most some characters, with an ellipsis where it was longer."""
     return text if len(text) <= max_length else text[: max_length - 1] + "…"
 
 
@@ -559,16 +560,16 @@ def _legend_entries(keys: list[tuple[str, str]]) -> Legend:
     }
     several = len(sources) > 1
     out = [
-        (_truncate(name, 32), style | ({"linestyle": "-"} if several else {}))
+        (truncate(name, 32), style | ({"linestyle": "-"} if several else {}))
         for name, style in sorted(techniques.items())
     ]
     out += [
-        (_truncate(name, 32), style | {"color": _INK})
+        (truncate(name, 32), style | {"color": _INK})
         for name, style in sorted(sources.items())
         if several
     ]
     return out + [
-        (_truncate(technique, 48), _line_style((source, technique), keys))
+        (truncate(technique, 48), _line_style((source, technique), keys))
         for source, technique in keys
         if source == "none"
     ]
