@@ -448,9 +448,11 @@ def pieces(
     shorter.
 
     Args:
-        silence: Cut where 0.2 s are quietest, in the second half of what a piece may have.
-        windows: Cut into as few equal pieces as possible.
-        rate: Of an array; a file has its own, and is read a minute at a time.
+        sound: Samples, or a file, which is read a minute at a time.
+        rate: Samples a second of an array; a file has its own.
+        longest: Seconds.
+        how: "silence": cut where 0.2 s are quietest, in the second half of what a piece may have;
+            "windows": cut into as few equal pieces as possible.
         start, seconds: The part of a file to cut.
 
     Returns:
@@ -480,6 +482,7 @@ def pieces(
 
 
 def _blocks(sound: soundfile.SoundFile, frames: int) -> Iterator[np.ndarray]:
+    """Yield blocks of whole hops, except for the last one."""
     while len(
         block := sound.read(
             min(frames, BLOCK_HOPS * _hop(sound.samplerate)), dtype="float32", always_2d=True
@@ -496,7 +499,7 @@ def _hop(rate: int) -> int:
 def _cut(
     blocks: Iterator[np.ndarray], frames: int, rate: int, longest: float, how: str
 ) -> list[tuple[float, float]]:
-    """Yield blocks of whole hops, except for the last one."""
+    """Return (start, stop) in seconds of each piece."""
     total = frames / rate
     parts = int(np.ceil(total / longest - 1e-9))
     if parts <= 1:

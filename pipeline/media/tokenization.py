@@ -489,5 +489,5 @@ def encode_words(
 
 
 def texts_of(documents: Iterable[Buffer]) -> list[str]:
-    """Yield all pieces of all documents, to train a tokenizer on."""
+    """Return all pieces of all documents, to train a tokenizer on."""
     return list(chain.from_iterable(map(pieces, documents)))
