@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import posixpath
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -103,45 +104,42 @@ def find_inputs(source: str, suffixes: tuple[str, ...], split: str = "") -> Inpu
     Raises:
         ValueError: no such file, or a name that says held out, but not for what (eval).
     """
-    if re.search(r"[*?[]", source) and not storage.exists(source) and not storage.is_dir(source):
-        names = storage.glob(source)
-        shared = (
-            posixpath.commonpath([posixpath.dirname(name.rpartition("://")[2]) for name in names])
-            if names
-            else ""
-        )
-        entries = [
-            Entry.of_file(name.rpartition("://")[2][len(shared) :].lstrip("/"), name)
-            for name in names
-        ]
-        found = Listing(
-            entries, [], " ".join(file.content for file in file_identity.identify(names))
-        )
-    elif (
-        storage.is_dir(source)
-        or not storage.exists(source)
-        or has_suffix(source, *ARCHIVES, *COMPRESSED)
-    ):
-        found = listing(source)
-    else:
+    exists = storage.exists(source)
+    is_archive = has_suffix(source, *ARCHIVES, *COMPRESSED)
+    if exists and not is_archive and not storage.is_dir(source):
         entry = Entry.of_file(posixpath.basename(storage.file_name(source)), source)
         return InputFiles(
             [(entry, split or split_of_file(entry.name))], {}, file_identity.fingerprint(source)
         )
-    seen = [entry for entry in found.entries if not re.search(r"(^|/)_", entry.name)]
-    taken = [entry for entry in seen if plain_suffix(entry.name) in suffixes]
-    others: dict[str, int] = {}
-    for entry in set(seen).difference(taken):
-        kind = entry.suffix or posixpath.basename(entry.name)
-        others[kind] = others.get(kind, 0) + 1
-    if not taken:
-        there = f"; there are {preview(sorted(others))}" if others else ""
+    is_glob = not exists and re.search(r"[*?[]", source)
+    found = _list_glob(source) if is_glob else listing(source)
+    visible = [entry for entry in found.entries if not re.search(r"(^|/)_", entry.name)]
+    wanted = [entry for entry in visible if plain_suffix(entry.name) in suffixes]
+    others = Counter(
+        entry.suffix or posixpath.basename(entry.name)
+        for entry in visible
+        if plain_suffix(entry.name) not in suffixes
+    )
+    if not wanted:
+        instead = f"; there are {preview(sorted(others))}" if others else ""
         raise ValueError(
             f"{source}: no files with "
-            f"{', '.join(suffix or 'no suffix' for suffix in suffixes)} there{there}"
+            f"{', '.join(suffix or 'no suffix' for suffix in suffixes)} there{instead}"
         )
-    listed = [(entry, split or split_of_file(entry.name)) for entry in taken]
+    listed = [(entry, split or split_of_file(entry.name)) for entry in wanted]
     return InputFiles(sorted(listed, key=_reading_order), dict(sorted(others.items())), found.mark)
+
+
+def _list_glob(pattern: str) -> Listing:
+    """List the files that a glob names, by their names below the folder that holds them all."""
+    uris = storage.glob(pattern)
+    paths = [uri.rpartition("://")[2] for uri in uris]
+    folder = posixpath.commonpath([posixpath.dirname(path) for path in paths]) if paths else ""
+    entries = [
+        Entry.of_file(path[len(folder) :].lstrip("/"), uri)
+        for path, uri in zip(paths, uris, strict=True)
+    ]
+    return Listing(entries, [], " ".join(file.content for file in file_identity.identify(uris)))
 
 
 def check_kinds(listed: InputFiles, suffixes: tuple[str, ...]) -> None:
