@@ -676,48 +676,59 @@ def _table_options(out: Draft) -> dict[str, str]:
         for name in dict.fromkeys([*ids[1:], *copies, *wordy, *groups[1:]])
         if name not in splits and name not in options.values()
     ]
-    if dropped:
-        options["drop"] = ",".join(dropped)
-    out.notes += [
-        f"{name} has another name for each value of {out.label}: it would tell the label, and is "
-        "dropped"
-        for name in copies
-    ]
-    names = [name for name in dropped if name not in copies]
-    odd = [name for name in names if found.column(name).kind in look.NO_VALUES]
-    out.notes += [
-        f"dropped, as they {why}: {', '.join(which)}"
-        for why, which in (
-            ("are neither numbers nor categories", odd),
-            ("name rows or groups", [name for name in names if name not in odd]),
-        )
-        if which
-    ]
-    kept = {*dropped, *options.values(), *splits}
-    features = [column for column in found.columns if column.name not in kept]
-    numbers = [column.name for column in features if column.kind in ("whole", "number")]
-    rest = [column.name for column in features if column.kind not in ("whole", "number")]
+    no_features = {*dropped, *options.values(), *splits}
+    features = [column for column in found.columns if column.name not in no_features]
     if not features:
         raise ValueError(
             f"{found.all_places[0]}: no column is left for the features beside the "
             f"label {out.label}"
         )
-    out.notes += [
-        f"{len(names)} features of {what}: {preview(names)}"
-        for what, names in (("numbers", numbers), ("categories", rest))
-        if names
-    ]
-    coded = [
-        column.name
-        for column in features
-        if column.kind == "whole"
-        and 2 < column.distinct <= 10
-        and column.name.lower().endswith(("type", "code"))
-    ]
-    out.categories = [*coded, *(name for name in rest if _holds_texts(found.column(name)))]
+    if dropped:
+        options["drop"] = ",".join(dropped)
+    _note_dropped(out, dropped)
+    categories = _note_features(out, features)
+    coded = [column.name for column in features if _is_coded(column)]
+    out.categories = [*coded, *(name for name in categories if _holds_texts(found.column(name)))]
     if coded:
         options["categorical"] = ",".join(coded)
     return options
+
+
+def _note_dropped(out: Draft, dropped: Sequence[str]) -> None:
+    """Note which columns are dropped, and why."""
+    out.notes += [
+        f"{name} has another name for each value of {out.label}: it would tell the label, and is "
+        "dropped"
+        for name in out.label_copies
+    ]
+    names = [name for name in dropped if name not in out.label_copies]
+    unreadable = [name for name in names if out.found.column(name).kind in look.NO_VALUES]
+    out.notes += [
+        f"dropped, as they {why}: {', '.join(which)}"
+        for why, which in (
+            ("are neither numbers nor categories", unreadable),
+            ("name rows or groups", [name for name in names if name not in unreadable]),
+        )
+        if which
+    ]
+
+
+def _note_features(out: Draft, features: Sequence[Column]) -> list[str]:
+    """Note which features are numbers and which are categories, and return the categories."""
+    numbers = [column.name for column in features if column.kind in ("whole", "number")]
+    categories = [column.name for column in features if column.name not in numbers]
+    out.notes += [
+        f"{len(names)} features of {what}: {preview(names)}"
+        for what, names in (("numbers", numbers), ("categories", categories))
+        if names
+    ]
+    return categories
+
+
+def _is_coded(column: Column) -> bool:
+    """Return whether the whole numbers of a column are codes of categories, by its name."""
+    is_named_so = column.name.lower().endswith(("type", "code"))
+    return column.kind == "whole" and 2 < column.distinct <= 10 and is_named_so
 
 
 # ---------------------------------------------------------------- splits
