@@ -134,62 +134,73 @@ def inspect(places: Sequence[str], scratch: str) -> Inspection:
     Raises:
         ValueError: no such place, nothing to read in it, or tables that do not go together.
     """
-    pairs = to_parquet.expand(list(places), "auto")
-    kinds = Counter(to_parquet.kind_of(file) for file, _ in pairs)
-    shown = ", ".join(places)
+    found = to_parquet.expand(list(places), "auto")
+    kinds = Counter(to_parquet.kind_of(file) for file, _ in found)
     if not set(kinds) - {"", "text"}:
-        if not kinds["text"]:
-            raise ValueError(
-                f"{shown}: no file of a known kind; a first job is written for CSV, JSON Lines and "
-                "Parquet, and for folders with one folder of images, recordings or texts a class"
-            )
-        if not _lie_in_classes([file for file, _ in pairs if to_parquet.kind_of(file)]):
-            raise ValueError(
-                f"{shown}: plain text has no labels. Sort it into one folder a class, with a text "
-                "a file (pos/1.txt, neg/1.txt), or write texts and labels as columns of a CSV "
-                "file. Without labels, pretrain with a copy of jobs/text/gpt_small.yaml"
-            )
+        _check_texts([file for file, _ in found if to_parquet.kind_of(file)], places)
         kinds = Counter(documents=kinds["text"])
     left_out: list[str] = []
     for kind in _candidates(kinds):
         of_kind = "text" if kind == "documents" else kind
-        files = [(file, root) for file, root in pairs if to_parquet.kind_of(file) == of_kind]
+        files = [(file, root) for file, root in found if to_parquet.kind_of(file) == of_kind]
         is_media = kind in IN_FOLDERS
         fields = _split_folders(files) if is_media else _split_files(files, places)
         if kind == "documents":
             fields, left_out = _class_folders([file for file, _ in files], fields)
         delimiter = _delimiter(files[0][0]) if kind == "csv" else ""
-        built = {
+        by_field = {
             name: _manifest(uris, kind, scratch, delimiter)
             for name, uris in (fields or {"uri": list(places)}).items()
         }
-        first = built.get("uri") or built["train"]
+        first = by_field.get("uri") or by_field["train"]
         table, columns = _sample(first, kind)
         if is_media or len(set(kinds) & to_parquet.LISTED) == 0 or any(map(names_files, columns)):
             break
     else:
         raise AssertionError("images or sound are always taken")
-    if kind == "csv" and (odd := [column.name for column in columns if column.kind == "bytes"]):
-        file, _ = files[0]
-        raise ValueError(
-            f"{file}: column {odd[0]} is no UTF-8 text (Excel often writes latin-1): write it anew "
-            f"with iconv -f latin1 -t utf-8 {file} > utf8.csv"
-        )
+    if kind == "csv":
+        _check_utf8(files[0][0], columns)
     others = {other: count for other, count in kinds.items() if other not in (kind, "")}
     notes = [f"files of other kinds are left out: {_counted(others)}"] if others else []
     notes += left_out
-    if is_media and not fields and (deep := _too_deep([file for file, _ in files])):
-        notes.append(f"a file's class is its own folder, not one above it, as in {deep}")
+    if is_media and not fields and (too_deep := _too_deep([file for file, _ in files])):
+        notes.append(f"a file's class is its own folder, not one above it, as in {too_deep}")
     return Inspection(
         kind,
         fields or {"uri": list(places)},
-        built,
+        by_field,
         table,
         _of_all_rows(first, columns, len(table)),
         bool(others) or kind == "documents",
         notes,
         delimiter,
     )
+
+
+def _check_texts(texts: Sequence[str], places: Sequence[str]) -> None:
+    """Raise ValueError where the only known files are texts that do not lie in class folders."""
+    shown = ", ".join(places)
+    if not texts:
+        raise ValueError(
+            f"{shown}: no file of a known kind; a first job is written for CSV, JSON Lines and "
+            "Parquet, and for folders with one folder of images, recordings or texts a class"
+        )
+    if not _lie_in_classes(texts):
+        raise ValueError(
+            f"{shown}: plain text has no labels. Sort it into one folder a class, with a text "
+            "a file (pos/1.txt, neg/1.txt), or write texts and labels as columns of a CSV "
+            "file. Without labels, pretrain with a copy of jobs/text/gpt_small.yaml"
+        )
+
+
+def _check_utf8(file: str, columns: Sequence[Column]) -> None:
+    """Raise ValueError for a column of a CSV file whose texts are no UTF-8."""
+    not_utf8 = [column.name for column in columns if column.kind == "bytes"]
+    if not_utf8:
+        raise ValueError(
+            f"{file}: column {not_utf8[0]} is no UTF-8 text (Excel often writes latin-1): write it "
+            f"anew with iconv -f latin1 -t utf-8 {file} > utf8.csv"
+        )
 
 
 def _candidates(kinds: Counter[str]) -> list[str]:
