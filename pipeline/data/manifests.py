@@ -27,7 +27,7 @@ from pipeline.config.registry import nearest
 from pipeline.config.schema import Data, spec_hash
 from pipeline.core import arrow_lists
 from pipeline.core.arrow_compute import pc
-from pipeline.core.capabilities import file_columns
+from pipeline.core.capabilities import file_columns, readable_columns
 from pipeline.data import to_parquet
 from pipeline.data.to_parquet import Origin
 from pipeline.io import file_identity, storage
@@ -145,13 +145,20 @@ def build_with_named(
     imports_uri: str,
     mode: file_identity.Mode = "content",
     text_columns: Collection[str] = (),
+    empty_texts: Collection[str] = (),
 ) -> tuple[Manifest, tuple[FileIdentity, ...]]:
     """Build a manifest, and return it with the images or recordings that its rows name.
 
-    `mode`: how files are identified (`file_identity`). `text_columns`: see `to_parquet`.
+    `mode`: how files are identified (`file_identity`). `text_columns` and
+    `empty_texts`: see `to_parquet`.
     """
     found = to_parquet.to_parquet(
-        [uris] if isinstance(uris, str) else uris, form, imports_uri, mode, text_columns
+        [uris] if isinstance(uris, str) else uris,
+        form,
+        imports_uri,
+        mode,
+        text_columns,
+        empty_texts,
     )
     files, fingerprint = found.files, found.fingerprint
     groups, schema, digest = [], None, hashlib.sha256()
@@ -818,10 +825,12 @@ def _splits(
 ) -> Splits:
     """Return the splits of one corpus."""
     named: dict[tuple[str, ...], tuple[FileIdentity, ...]] = {}
+    kind = registry.get("modality", data.modality.name)
+    empty_texts = {*readable_columns(kind, data.columns), *_columns_asked_for_empty(data)}
 
     def built(uris: str | list[str], text_columns: Collection[str] = ()) -> Manifest:
         manifest, listed = build_with_named(
-            uris, data.format, imports_uri, data.identity, text_columns
+            uris, data.format, imports_uri, data.identity, text_columns, empty_texts
         )
         named[manifest.files] = listed
         return manifest
@@ -901,7 +910,6 @@ def _splits(
         for file in (*part.manifest.identities, *named[part.manifest.files])
         if file is not None
     ]
-    kind = registry.get("modality", data.modality.name)
     columns = file_columns(kind, data.columns)
     looked = [number for number, part in enumerate(parts) if not named[part.manifest.files]]
     found, more = with_named_files([parts[number] for number in looked], columns, data.identity)
@@ -925,6 +933,13 @@ def _splits(
         tuple(left_out),
         unused,
     )
+
+
+def _columns_asked_for_empty(data: Data) -> list[str]:
+    """Return the columns of which the job file asks for rows with an empty text."""
+    columns = [name for name, values in data.where.items() if "" in values]
+    is_split = any("" in values for values in data.split_values.values())
+    return [*columns, data.split_column] if data.split_column and is_split else columns
 
 
 def _labelled(

@@ -21,6 +21,7 @@ import pyarrow.json as pajson
 import pyarrow.parquet as pq
 
 from pipeline.config.schema import spec_hash
+from pipeline.core.arrow_compute import pc
 from pipeline.data.csv_tables import CsvFile
 from pipeline.io import atomic_folder, checksums, s3, storage
 from pipeline.io import file_identity as identity
@@ -79,7 +80,7 @@ others. Of several files, each of which is a row, there are also `label` (the fo
 `id` (the path).
 """
 TEXT_VERSION = 2
-CSV_VERSION = 2
+CSV_VERSION = 3
 """Changes when the same files become other rows, so that they are converted again."""
 GROUP_ROWS, GROUP_BYTES = 1024, 64 << 20
 """Most rows of a row group of text; it ends earlier once it has so many bytes."""
@@ -195,6 +196,7 @@ def to_parquet(
     imports_uri: str,
     mode: identity.Mode = "content",
     text_columns: Collection[str] = (),
+    empty_texts: Collection[str] = (),
 ) -> ImportedFiles:
     """Return the given files as Parquet: unchanged, or converted below `imports_uri`.
 
@@ -205,6 +207,8 @@ def to_parquet(
         mode: how files are identified (`file_identity`).
         text_columns: of CSV: columns that are texts in the training rows, where they may be numbers
             alone in these files.
+        empty_texts: of CSV: columns in which an empty field is an empty text. In all others it is
+            null.
 
     Raises:
         ValueError: no files, mixed kinds, an empty file, or one that is cut off or has a row above
@@ -255,7 +259,9 @@ def to_parquet(
             kind,
             [[*name, file.content] for name, file in zip(names, read, strict=True)],
             *([TEXT_VERSION] if kind in TEXTS else []),
-            *([CSV_VERSION, sorted(text_columns)] if kind == "csv" else []),
+            *(
+                [CSV_VERSION, sorted(text_columns), sorted(empty_texts)] if kind == "csv" else []
+            ),
         )
     folder = storage.join(imports_uri, key)
     if checksums.intact_folder(folder, "the files are brought in again") is None:
@@ -271,7 +277,7 @@ def to_parquet(
                 elif has_labels:
                     _write_documents(listed, path)
                 else:
-                    _write(kind, files, path, text_columns)
+                    _write(kind, files, path, text_columns, empty_texts)
             identity.check_unchanged(read)
             atomic_folder.commit_folder(
                 folder, {"rows.parquet": path}, {"kind": kind, "format_version": 1}
@@ -477,13 +483,19 @@ def _write_documents(listed: list[_File], path: Path) -> None:
 # ---------------------------------------------------------------- tables and text
 
 
-def _write(kind: str, files: list[str], path: Path, text_columns: Collection[str]) -> None:
+def _write(
+    kind: str,
+    files: list[str],
+    path: Path,
+    text_columns: Collection[str],
+    empty_texts: Collection[str],
+) -> None:
     if kind not in TEXTS:  # these look at their first bytes as they read them
         for file in files:
             with open_unpacked(file) as handle:
                 _checked_start(file, handle.read(len(MARK)))
     if kind == "csv":
-        tables = csv_tables_of(files, text_columns=text_columns)
+        tables = csv_tables_of(files, text_columns=text_columns, empty_texts=empty_texts)
     else:
         read = {
             "jsonl": _json_lines,
@@ -512,16 +524,21 @@ def _columns(schema: pa.Schema) -> str:
 
 
 def csv_tables_of(
-    files: list[str], delimiter: str = "", text_columns: Collection[str] = ()
+    files: list[str],
+    delimiter: str = "",
+    text_columns: Collection[str] = (),
+    empty_texts: Collection[str] = (),
 ) -> Iterator[tuple[str, Iterator[pa.Table]]]:
     """Yield each CSV file with its tables, which are read block by block.
 
-    A column that has codes (007) in one of the files is a column of texts in all of them.
+    A column that has codes (007) in one of the files is a column of texts in all of them. An empty
+    field is null, as pandas has it.
 
     Args:
         files: Files with the same columns.
         delimiter: Separates fields; "": tabs in .tsv files, else commas.
         text_columns: Columns that are read as texts even if all files have numbers in them.
+        empty_texts: Columns in which an empty field is an empty text instead.
     """
     readers = []
     for file in files:
@@ -532,7 +549,18 @@ def csv_tables_of(
         readers.append(CsvFile(partial(open_unpacked, file), file, delimiter=mark))
     code_columns = frozenset[str]().union(*(reader.code_columns for reader in readers))
     for file, reader in zip(files, readers, strict=True):
-        yield file, reader.tables(code_columns | (reader.number_columns & set(text_columns)))
+        tables = reader.tables(code_columns | (reader.number_columns & set(text_columns)))
+        yield file, (_empty_as_null(table, empty_texts) for table in tables)
+
+
+def _empty_as_null(table: pa.Table, empty_texts: Collection[str]) -> pa.Table:
+    """Set empty texts to null in all columns but some."""
+    for index, field in enumerate(table.schema):
+        if pa.types.is_string(field.type) and field.name not in empty_texts:
+            column = table.column(index)
+            column = pc.if_else(pc.equal(column, ""), pa.scalar(None, field.type), column)
+            table = table.set_column(index, field.name, column)
+    return table
 
 
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}

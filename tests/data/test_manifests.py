@@ -2016,6 +2016,26 @@ def test_codes_of_the_training_rows_make_a_column_of_a_test_file_texts_too(tmp_p
     assert m.read_columns(found.test, ["label"])["label"].to_pylist() == ["10"]
 
 
+def test_an_empty_csv_field_is_missing_but_in_columns_of_texts(tmp_path, split):
+    """It is no class and no group; asked for by name, it is the empty text."""
+    rows = ",cat,\nb,dog,\n" * 20 + "c,,\n"
+    (tmp_path / "a.csv").write_text(f"text,label,patient\n{rows}")
+    fields = {
+        "uri": str(tmp_path / "a.csv"),
+        "columns": {"text": "text", "label": "label"},
+        "group": "patient",
+        "test_fraction": 0.5,
+    }
+    found = split(True, ("text", "label"), needed=("label",), **fields)
+    assert len(found.left_out) == 1 and len(found.train) + len(found.validation) < 40
+    table = m.read_columns(m.Selection(found.train.manifest), ["text", "label", "patient"])
+    assert table["text"].to_pylist() == ["", "b"] * 20 + ["c"]
+    assert table["label"].to_pylist() == ["cat", "dog"] * 20 + [None]
+    assert table["patient"].null_count == 41
+    found = split(where={"label": [""]}, validation_fraction=0.0, **fields | {"test_fraction": 0.0})
+    assert len(found.train) == 1
+
+
 def test_a_csv_row_with_too_many_fields_late_in_a_file_is_named(tmp_path, imports, small_chunks):
     (tmp_path / "a.csv").write_text("a,b\n" + "1,2\n" * 300 + "1,2,3\n")
     with pytest.raises(
