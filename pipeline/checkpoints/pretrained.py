@@ -600,7 +600,9 @@ def _timm_hub(name: str) -> PretrainedCheckpoint:
             f"{str(error)[:160]}). Without a network, download them elsewhere and give "
             f"backbone {backbone} with init: file:PATH"
         ) from error
-    arch, modality = _timm_input_spec(backbone, dict(model.pretrained_cfg))
+    config = dict(model.pretrained_cfg)
+    arch, modality = _timm_input_spec(backbone, config)
+    modality = _with_crop(modality, config, f"timm-hub:{name}")
     tensors = {f"model.{n}": t for n, t in model.state_dict().items()}
     return PretrainedCheckpoint(
         f"timm-hub:{name}",
@@ -653,13 +655,14 @@ def _timm_folder(folder: str, config: dict[str, Any], names_only: bool) -> Pretr
             f"hf:{folder}: the model was built with {built}, which are not the defaults of "
             f"timm/{architecture}: no adapter builds it so"
         )
-    there = config.get("pretrained_cfg", {})
-    if absent := [key for key in ("input_size", "mean", "std") if key not in there]:
+    input_config = config.get("pretrained_cfg", {})
+    if absent := [key for key in ("input_size", "mean", "std") if key not in input_config]:
         raise BundleError(
             f"hf:{folder}: pretrained_cfg in config.json has no {', '.join(absent)}; say "
             f"backbone: timm/{architecture}, init: file:{weights}"
         )
-    arch, modality = _timm_input_spec(f"timm/{architecture}", there)
+    arch, modality = _timm_input_spec(f"timm/{architecture}", input_config)
+    modality = _with_crop(modality, input_config, f"hf:{folder}")
     arch = replace(arch, options=options)
     tensors = _with_backbone_names(_tensors(weights, names_only), architecture)
     return PretrainedCheckpoint(
@@ -736,19 +739,30 @@ def timm_input_spec(name: str, options: dict[str, Any]) -> tuple[Architecture, M
     plain, tag = registry.split_tag(name)
     arch, modality = _timm_input_spec(plain, config.to_dict())
     if tag:
-        modality = replace(modality, options={**modality.options, **_crop_options(config)})
+        modality = _with_crop(modality, config.to_dict(), name)
     return replace(arch, options=options), modality
 
 
-def _crop_options(config: Any) -> dict[str, str | float]:
-    """Return options of the image modality for timm's crop and interpolation."""
-    fit = {"center": "crop", "squash": "squash", "border": "pad"}.get(config.crop_mode, "crop")
-    share = {"crop_share": float(config.crop_pct)} if fit == "crop" and config.crop_pct else {}
-    return {
-        "fit": fit,
-        **share,
-        "interpolation": "bicubic" if config.interpolation == "bicubic" else "bilinear",
-    }
+def _with_crop(modality: ModalitySpec, config: dict[str, Any], name: str) -> ModalitySpec:
+    """Return the modality with the crop and the interpolation that timm's ``pretrained_cfg`` states.
+
+    Raises:
+        BundleError: Its crop_pct is no share.
+    """
+    fit = {"squash": "squash", "border": "pad"}.get(config.get("crop_mode", "center"), "crop")
+    options: dict[str, Any] = {"fit": fit}
+    share = config.get("crop_pct")
+    if share is not None and fit == "crop":
+        if not isinstance(share, int | float) or not 0 < share <= 1:
+            raise BundleError(
+                f"{name}: its configuration says crop_pct {str(share)[:60]}; the share of an image "
+                "that is kept is above 0 and at most 1"
+            )
+        options["crop_share"] = float(share)
+    if "interpolation" in config:
+        is_bicubic = config["interpolation"] == "bicubic"
+        options["interpolation"] = "bicubic" if is_bicubic else "bilinear"
+    return replace(modality, options={**modality.options, **options})
 
 
 def override_modality(

@@ -626,7 +626,9 @@ def timm_folder(tmp_path):
 
 
 @torch.no_grad()
-def test_a_folder_of_timm_gives_timms_own_features(timm_folder):
+def test_a_folder_of_timm_gives_timms_own_features(timm_folder, monkeypatch):
+    import timm
+
     folder, model = timm_folder
     start = pretrained.read(f"hf:{folder}")
     config = model.pretrained_cfg
@@ -634,8 +636,18 @@ def test_a_folder_of_timm_gives_timms_own_features(timm_folder):
         "timm/test_vit", {}, {"channels": 1, "size": config["input_size"][1]}
     )
     assert start.modality == ModalitySpec(
-        "image", {"size": config["input_size"][1], "channels": 1}, {"mean": [0.5], "std": [0.5]}
+        "image",
+        {
+            "size": config["input_size"][1],
+            "channels": 1,
+            "fit": "crop",
+            "crop_share": config["crop_pct"],
+            "interpolation": "bicubic",
+        },
+        {"mean": [0.5], "std": [0.5]},
     )
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: model)
+    assert pretrained.read("timm-hub:test_vit").modality == start.modality
     backbone = bundle.build_backbone(start.arch, seed=3).eval()
     moved = start.load_into(backbone)
     assert not moved.new and sorted(moved.dropped) == ["model.head.bias", "model.head.weight"]
@@ -662,6 +674,10 @@ def test_a_folder_of_timm_gives_timms_own_features(timm_folder):
         (
             lambda f, c: c["pretrained_cfg"].pop("mean"),
             r"pretrained_cfg in config.json has no mean; say backbone: timm/test_vit, init: file:",
+        ),
+        (
+            lambda f, c: c["pretrained_cfg"].update(crop_pct=95),
+            "says crop_pct 95; the share of an image that is kept is above 0 and at most 1",
         ),
         (
             lambda f, c: (c.pop("architecture"), c.update(model_type="vit")),

@@ -180,6 +180,12 @@ def test_timm_gives_the_bundles_scores_and_its_folder_starts_again(name, objecti
         twin(batch).pooled, task.backbone(batch).pooled
     )
     assert start.modality.state == {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    assert start.modality.options == {
+        "size": 64,
+        "channels": 3,
+        "fit": "squash",
+        "interpolation": "bilinear",
+    }
 
 
 OPEN_ALONE = """
