@@ -744,7 +744,7 @@ def timm_input_spec(name: str, options: dict[str, Any]) -> tuple[Architecture, M
 
 
 def _with_crop(modality: ModalitySpec, config: dict[str, Any], name: str) -> ModalitySpec:
-    """Return the modality with the crop and the interpolation that timm's ``pretrained_cfg`` states.
+    """Return the modality with the crop and interpolation that timm's ``pretrained_cfg`` states.
 
     Raises:
         BundleError: Its crop_pct is no share.

@@ -238,7 +238,7 @@ class Data(Spec):
     group: str | None = Field(
         None,
         description="a column (patient, speaker) whose values never cross splits; without it, "
-        "pieces of one recording never cross splits that are drawn",
+        "pieces of one recording and rows of one image_id never cross splits that are drawn",
     )
     more: list[Data] = Field(
         default_factory=list["Data"],

@@ -760,11 +760,12 @@ def recording_column(modality: Any, columns: Mapping[str, str], manifest: Manife
 
 
 def _split_unit(data: Data, manifest: Manifest) -> str | None:
-    """Return the column whose values a drawn split keeps together: the group, else the recording
-    where rows are pieces of some. None for rows that each stand for themselves.
+    """Return the column whose values a drawn split keeps together: the group, else that of the
+    role ``image_id`` (captions of one image), else the recording where rows are pieces of some.
+    None for rows that each stand for themselves.
     """
-    if data.group:
-        return data.group
+    if column := data.group or data.columns.get("image_id"):
+        return column
     kind = registry.get("modality", data.modality.name)
     name = recording_column(kind, data.columns, manifest)
     if name is None:

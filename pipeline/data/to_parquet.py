@@ -259,9 +259,7 @@ def to_parquet(
             kind,
             [[*name, file.content] for name, file in zip(names, read, strict=True)],
             *([TEXT_VERSION] if kind in TEXTS else []),
-            *(
-                [CSV_VERSION, sorted(text_columns), sorted(empty_texts)] if kind == "csv" else []
-            ),
+            *([CSV_VERSION, sorted(text_columns), sorted(empty_texts)] if kind == "csv" else []),
         )
     folder = storage.join(imports_uri, key)
     if checksums.intact_folder(folder, "the files are brought in again") is None:

@@ -720,14 +720,20 @@ def test_hash_splits_stay_when_other_options_change(tmp_path, split):
     assert numbers(fewer.validation) == [n for n in numbers(base.validation) if n % 2 == 0]
 
 
-@pytest.mark.parametrize("column", ["person", "label", "weight", "flag"])
-def test_a_group_never_crosses_splits(tmp_path, split, column):
+@pytest.mark.parametrize(
+    ("column", "fields"),
+    [
+        *((column, {"group": column}) for column in ("person", "label", "weight", "flag")),
+        ("person", {"columns": {"image_id": "person"}}),
+    ],
+)
+def test_a_group_never_crosses_splits(tmp_path, split, column, fields):
     frame = people(0, 800).assign(
         label=lambda f: f.number % 50, weight=lambda f: (f.number % 80) / 7
     )
     write(tmp_path / "a.parquet", frame.sample(frac=1, random_state=0), 64)
     got = split(
-        uri=str(tmp_path / "a.parquet"), group=column, validation_fraction=0.4, test_fraction=0.3
+        uri=str(tmp_path / "a.parquet"), validation_fraction=0.4, test_fraction=0.3, **fields
     )
     values = [
         set(m.read_columns(s, [column])[column].to_pylist())
