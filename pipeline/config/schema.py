@@ -401,7 +401,7 @@ class Train(Spec):
         None,
         ge=1,
         description="independent row orders that ranks share out; none: 8, or the most ranks if "
-        "more",
+        "more; with mixup or cutmix at most half the rows of a forward pass",
     )
     optimizer: Literal["adamw", "sgd"] = Field(
         "adamw", description="adamw (fused) or sgd with momentum (fused)"

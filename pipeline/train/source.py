@@ -25,7 +25,7 @@ from pipeline.core.rng import mix
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec, State
 from pipeline.data import manifests
 from pipeline.data.manifests import LeftOut, Selection, Splits
-from pipeline.data.plan import DEFAULT_SHARDS, Mixture, Plan
+from pipeline.data.plan import Mixture, Plan
 from pipeline.data.stream import Decoder, Rows, check_bad_row_budget
 from pipeline.io import storage
 from pipeline.io.file_identity import ChangedFileError, FileIdentity
@@ -35,6 +35,7 @@ from pipeline.train import (
     online_probe,
     resume_history,
     row_checks,
+    streams,
     token_rows,
 )
 from pipeline.train.row_checks import Finding
@@ -363,7 +364,10 @@ def canonical_shards(spec: Source) -> int:
 
     It decides the order of rows, so it is part of the stage's key.
     """
-    return spec.train.canonical_shards or max(DEFAULT_SHARDS, spec.worker_range[1])
+    assert spec.objective is not None
+    objective = registry.get("objective", spec.objective.name)
+    options = objective.options_class(**spec.objective.options)
+    return streams.canonical_shards(spec.train, spec.worker_range[1], options)
 
 
 @dataclass(frozen=True)

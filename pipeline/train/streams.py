@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from pipeline.config.schema import Train
 from pipeline.core.batch import Batch
 from pipeline.core.contracts import Technique
+from pipeline.core.contracts.objective_capabilities import mixes_inputs
 from pipeline.core.contracts.technique_capabilities import LABELLED_SOURCE
 from pipeline.core.rng import mix
 from pipeline.data.manifests import Reader
@@ -28,6 +30,24 @@ from pipeline.data.stream import (
     train_batches,
 )
 from pipeline.train.loop import Ranks
+
+
+def canonical_shards(train: Train, most_ranks: int, objective: Any) -> int:
+    """Return the number of canonical shards (`Plan`), which decides the order of rows.
+
+    An objective that mixes inputs (mixup) pairs rows of one shard, so each shard then has at least
+    two rows of every forward pass.
+
+    Args:
+        objective: Its options.
+    """
+    if train.canonical_shards is not None:
+        return train.canonical_shards
+    shards = DEFAULT_SHARDS
+    if mixes_inputs(objective):
+        passes = -(-train.global_batch // (train.micro_batch or train.global_batch))
+        shards = max(1, min(shards, train.global_batch // passes // 2))
+    return max(shards, most_ranks)
 
 
 def unlabelled(rows: Rows) -> Rows:

@@ -52,7 +52,7 @@ from pipeline.core.metrics.label_sets import scored
 from pipeline.core.rng import mix
 from pipeline.core.specs import NO_OBJECTIVE, Architecture, ModalitySpec, ObjectiveSpec, Spec
 from pipeline.data.manifests import Selection
-from pipeline.data.plan import DEFAULT_SHARDS, Plan
+from pipeline.data.plan import Plan
 from pipeline.data.stream import (
     Decoder,
     Rows,
@@ -518,7 +518,9 @@ def order_of(trial: Trial, shared: Shared, train: Train, rows: Rows) -> Plan:
     It is that of a source, but rows in memory are fully permuted unless the job sets another order.
     """
     data = shared.targets[trial.target, trial.backbone_key]
-    shards = train.canonical_shards or max(DEFAULT_SHARDS, data.spec.workers)
+    objective = registry.get("objective", data.objective.name)
+    options = objective.options_class(**data.spec.objective.options)
+    shards = streams.canonical_shards(train, data.spec.workers, options)
     shuffle = shuffle_of(data.spec.data, rows.selection)
     if data.in_memory and data.spec.data.shuffle == "auto":
         shuffle = "rows"

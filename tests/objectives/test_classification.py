@@ -10,10 +10,13 @@ from scipy import stats
 from torch.nn import functional as F
 from toys import Net, images, label_state, text_rows
 
+from pipeline.config.schema import Train
 from pipeline.core.contracts import Batch, Task
 from pipeline.core.rng import row_keys
+from pipeline.data.plan import Plan
 from pipeline.objectives import classification
 from pipeline.objectives.classification import Classification, ClassificationOptions
+from pipeline.train import streams
 
 COLUMNS = {"label": "kind"}
 OPTIONS = ClassificationOptions()
@@ -250,8 +253,12 @@ def test_what_cannot_be_mixed_is_told():
     task = task_with(mixup=0.4)
     with pytest.raises(ValueError, match="cannot train a head on cached features"):
         task.objective.head_loss(torch.zeros(4, 16), batch(4))
-    with pytest.raises(ValueError, match="these 4 rows lie in as many shards: raise global_batch"):
-        task(batch(4, 4))
+    for rows, shards, alone in ((4, 4, 4), (10, 8, 6)):  # of ten rows two pairs share a shard
+        message = (
+            rf"{alone} of these {rows} rows are alone in theirs: leave train\.canonical_shards"
+        )
+        with pytest.raises(ValueError, match=message):
+            task(batch(rows, shards))
     tokens = text_rows(4).arrays
     with pytest.raises(ValueError, match=r"mix images, and these rows hold label, tokens"):
         classification.mixed(
@@ -263,6 +270,23 @@ def test_what_cannot_be_mixed_is_told():
             0.4,
             0.0,
         )
+
+
+@pytest.mark.parametrize("micro_batch", [None, 4, 7])
+def test_each_shard_has_two_rows_of_a_pass_where_inputs_are_mixed(micro_batch):
+    mixup = ClassificationOptions(mixup=0.2)
+    for rows in (2, 3, 8, 10, 15, 16, 40):
+        train = Train(steps=1, global_batch=rows, micro_batch=micro_batch)
+        shards = streams.canonical_shards(train, 1, mixup)
+        plan = Plan(4 * rows, 0, rows, shards=shards)
+        for step in range(4):
+            numbers, _ = plan.positions(step, 0, 1)
+            whole = Batch(np.arange(rows), torch.arange(rows), {}, numbers)
+            for part in whole.split(micro_batch):
+                assert (part.partners() != torch.arange(len(part))).all()
+    assert streams.canonical_shards(Train(steps=1, global_batch=8), 1, ClassificationOptions()) == 8
+    assert streams.canonical_shards(Train(steps=1, canonical_shards=3), 12, mixup) == 3
+    assert streams.canonical_shards(Train(steps=1, global_batch=8), 12, mixup) == 12
 
 
 # ----------------------------------------------------------- two classes, rare classes, calibration
