@@ -36,10 +36,10 @@ def write(saved: Bundle, graph: Graph, folder: Path, file: str, running: str) ->
         running: Python code that computes ``outputs`` from ``inputs``, both by name, as arrays.
     """
     manifest = saved.manifest
-    first, state = graph.samples[0], manifest.modality.state
+    first, state = graph.samples[0], saved.modality().state
     # the tokenizer is a file of its own
-    own = {name: value for name, value in state.items() if name != TOKENIZER}
-    modality = replace(manifest.modality, state=own)
+    described_state = {name: value for name, value in state.items() if name != TOKENIZER}
+    modality = replace(manifest.modality, state=described_state)
     shapes = {
         name: [of or size for of, size in zip(graph.dimensions[name], one.shape, strict=True)]
         for name, one in first[0].items()

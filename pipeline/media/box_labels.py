@@ -87,7 +87,8 @@ def _named_classes(
         found: the values of the training rows.
 
     Raises:
-        ValueError: no class, a name for no number, or a value without a name.
+        ValueError: no class, a name for no number, a value without a name, or a list of names whose
+            first one no row has.
     """
     pairs = [*(names.items() if isinstance(names, dict) else enumerate(names))]
     if not pairs:
@@ -108,6 +109,12 @@ def _named_classes(
         raise ValueError(
             f"column {column}: class {unknown[0]!r} of the training rows has no name in "
             f"objective.names; {nearest(str(unknown[0]), [str(value) for value in values])}"
+        )
+    if isinstance(names, list) and found and not are_texts and 0 not in found:
+        raise ValueError(
+            "objective.names: a list is numbered from 0, and no training row has class 0 in column "
+            f"{column} (the lowest is {min(found)}): write the number of each name, "
+            f"{{{min(found)}: {names[0]}, ...}} or {{0: {names[0]}, ...}}"
         )
     return values, [name for _, name in pairs]
 

@@ -6,6 +6,8 @@ import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -16,7 +18,7 @@ from contract_rows import BACKBONES, OBJECTIVES, classified, demonstrations, pic
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from toys import SMALL, episodes, label_state, task_of
 
-from pipeline.checkpoints import bundle, export, graph
+from pipeline.checkpoints import bundle, export, graph, graph_readme
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.core.batch import Batch
 from pipeline.core.specs import ModalitySpec
@@ -91,6 +93,22 @@ def test_every_modality_is_traced(backbone, tmp_path):
     assert all(shape[0] == "batch" for shape in traced.dimensions.values())
     lengths = {name for shape in traced.dimensions.values() for name in shape[1:] if name}
     assert lengths == ({"length"} if backbone != "table/ft_transformer" else set())
+
+
+def test_the_description_has_the_mean_in_use(tmp_path):
+    """A grey target of a source with colours has one mean, not three."""
+    task = task_of("timm/test_resnet", {"channels": 1, "size": 64}, "classification", label_state())
+    state: dict[str, Any] = {"mean": [0.4, 0.5, 0.6], "std": [0.1, 0.2, 0.3]}
+    spec = ModalitySpec("image", {"size": 64, "channels": 1}, state)
+    bundle.save(str(tmp_path / "b"), task, spec)
+    traced: Any = SimpleNamespace(
+        samples=[({"image": torch.zeros(1, 1, 64, 64)}, {"scores": torch.zeros(1, 3)})],
+        dimensions={"image": ["batch", "", "", ""]},
+        meaning="",
+    )
+    graph_readme.write(bundle.load(str(tmp_path / "b")), traced, tmp_path, "model.onnx", "")
+    described = json.loads((tmp_path / "graph.json").read_text())
+    assert described["modality"]["state"] == {"mean": [0.5], "std": [0.2]}
 
 
 @pytest.mark.slow

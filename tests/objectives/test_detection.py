@@ -155,6 +155,8 @@ def test_class_numbers_may_have_holes_and_names():
         r"number: name",
     ):
         fitted(table, names={"cat": "3", 17: "cow", 90: "ant"})
+    with pytest.raises(ValueError, match=r"no training row has class 0 .*, \{1: ant, ...\}"):
+        fitted(table_of([[box, box]], [[1, 2]]), names=["ant", "cat", "bird"])
     with pytest.raises(ValueError, match=r"objective.names: no class is named"):
         fitted(table, names=[])
     with pytest.raises(ValueError, match=r"two classes have the same name"):

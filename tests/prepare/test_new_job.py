@@ -634,7 +634,10 @@ def test_images_of_every_mode_are_looked_at():
         PIL.Image.new(mode, (33, 40)).save(sink, "PNG")
         return sink.getvalue()
 
-    rows = {"picture": [picture(mode) for mode in ("L", "RGB", "P") * 10], "label": [0, 1] * 15}
+    rows = {
+        "picture": [picture(mode) for mode in ["L"] * 20 + ["RGB", "P"] * 5],
+        "label": [0, 1] * 15,
+    }
     pq.write_table(pa.table(rows), "rows.parquet")
     init("rows.parquet")
     assert target().data.modality.options == {"size": 32, "channels": 3}

@@ -481,7 +481,7 @@ def _pictures(cells: Sequence[Any]) -> tuple[Any, ...] | None:
     if not sizes or len(sizes) < len(cells) / 2:
         return None
     modes: set[str] = set()
-    for cell in cells[:16]:
+    for cell in cells:
         data = _file_of(cell)
         if data and image_io.upright_size(data):
             with PIL.Image.open(io.BytesIO(data)) as image:
