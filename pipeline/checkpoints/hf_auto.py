@@ -170,6 +170,7 @@ def read(
             for name in registry.names("objective")
             if name not in heads and transformers_head(registry.get("objective", name)) is not None
         },
+        notes=_notes(folder, modality),
     )
 
 
@@ -616,6 +617,21 @@ def _image_size(folder: str, processor: HfConfig) -> tuple[int, JsonObject]:
             f"{processor.get('crop_size')}: images are squares of 8 to 4096 pixels a side here"
         )
     return side, options
+
+
+def _notes(folder: str, modality: ModalitySpec) -> tuple[str, ...]:
+    """Return in words what is read otherwise than transformers would."""
+    if modality.name != "image" or modality.options["fit"] != "crop":
+        return ()
+    size = _processor(folder, "image_processor").get("size")
+    height, width, shortest = _sides(size)
+    if shortest or not isinstance(size, dict) or not height or not width:
+        return ()
+    return (
+        "images keep their aspect before they are cropped, as in timm; transformers squashes them "
+        f"to {height} x {width} pixels (modality: {{image: {{fit: squash}}}} squashes, too, but "
+        "does not crop)",
+    )
 
 
 def _image_statistics(

@@ -101,6 +101,7 @@ class Checkpoint:
         heads: Tensors of each head under the objective's names, by objective.
         labels: What the rows of a head stand for, where it has one row a label.
         headless: Why there is no head for an objective, by its name.
+        notes: What is read otherwise than the folder says, in words.
     """
 
     arch: Architecture
@@ -110,6 +111,7 @@ class Checkpoint:
     heads: dict[str, dict[str, Tensor]] = field(default_factory=dict[str, dict[str, Tensor]])
     labels: tuple[str, ...] | None = None
     headless: dict[str, str] = field(default_factory=dict[str, str])
+    notes: tuple[str, ...] = ()
 
 
 # ---------------------------------------------------------------- reading

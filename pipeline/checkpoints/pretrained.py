@@ -60,7 +60,8 @@ class PretrainedCheckpoint:
         modality: How its rows are read, when the checkpoint says it.
         bundle: The bundle that it is, if it is one.
         drop: Prefixes of tensors that a backbone need not have.
-        notes: What was done to the names of its tensors, in words.
+        notes: In words, what was done to the names of its tensors, and what is read otherwise than
+            it says.
         heads: Heads of a Hugging Face checkpoint by objective: tensors under the objective's own
             names.
         labels: What the rows of its head stand for, where it has one row a label.
@@ -552,6 +553,7 @@ def _hugging_face(folder: str, modality: str | None, names_only: bool) -> Pretra
         heads=found.heads,
         labels=found.labels,
         headless=found.headless,
+        notes=found.notes,
     )
 
 

@@ -546,6 +546,11 @@ def test_images_are_read_as_the_processor_says(tmp_path):
         0.8,
         "bilinear",
     )
+    assert pretrained.read(f"hf:{place}").notes == ()
+    edited(place, size={"height": 40, "width": 40}, **crop)  # DeiT's
+    start = pretrained.read(f"hf:{place}")
+    assert start.modality.options["crop_share"] == 0.8
+    assert "transformers squashes them to 40 x 40 pixels" in start.notes[0]
     edited(place, do_center_crop=False, size={"height": 32, "width": 48})
     with pytest.raises(BundleError, match="images are squares of 8 to 4096 pixels a side"):
         pretrained.read(f"hf:{place}")
