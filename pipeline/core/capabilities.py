@@ -420,6 +420,19 @@ def makes_views(modality: Any) -> TypeIs[MakesViews]:
 
 
 @runtime_checkable
+class HasAugmentOptions(Protocol):
+    """A modality with options that only ``augment`` reads; random views are made without them."""
+
+    augment_options: ClassVar[tuple[str, ...]]
+    """Names of those options."""
+
+
+def augment_options(modality: Any) -> tuple[str, ...]:
+    """Return the names of the options that only ``augment`` reads."""
+    return modality.augment_options if isinstance(modality, HasAugmentOptions) else ()
+
+
+@runtime_checkable
 class PreparesInputs(Protocol):
     """A modality whose preparation of a row can be written down as a few lines of Python."""
 

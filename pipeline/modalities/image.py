@@ -168,6 +168,7 @@ class Image(Modality):
     optional_roles = ("mask",)
     file_roles = ("image", "mask")
     near_search = perceptual_hash.PerceptualSearch("perceptual hash")
+    augment_options = ("crop", "area", "scale", "colour", "randaugment")
     target_options = (
         "size",
         "channels",

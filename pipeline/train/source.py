@@ -13,11 +13,12 @@ from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import provenance, registry
 from pipeline.config.provenance import Provenance, ProvenanceRecord
 from pipeline.config.schema import CHECKPOINT_PREFIXES, Data, Job, Source, spec_hash
-from pipeline.core.capabilities import cost_column, is_costed
+from pipeline.core.capabilities import augment_options, cost_column, is_costed
 from pipeline.core.contracts import Modality, Objective
 from pipeline.core.contracts.objective_capabilities import (
     binds_to_backbone,
     bounds_length,
+    compares_views,
     needed_roles,
 )
 from pipeline.core.inputs import Inputs
@@ -587,9 +588,27 @@ def findings_of(stage: SourceStage, modality: ModalitySpec, limit_note: str) -> 
     text_modality = bundle.build_modality(modality)
     found += row_checks.text_findings(text_modality, rows, columns, objective.packed)
     found += row_checks.null_labels(objective, rows, columns)
+    found += _unread_augmentation(spec.data, spec.objective.name)
     if stage.checkpoint_text:  # its modality was fitted on other rows
         found += row_checks.unshared_names(modality, objective, splits.train, columns)
     return found
+
+
+def _unread_augmentation(data: Data, name: str) -> list[Finding]:
+    """Report options that only augment rows, where the objective makes random views instead."""
+    if not compares_views(registry.get("objective", name)):
+        return []
+    options = augment_options(registry.get("modality", data.modality.name))
+    stated = [option for option in options if option in data.modality.options]
+    if not stated:
+        return []
+    return [
+        Finding(
+            f"{name} makes its own random views of a row, so {', '.join(stated)} of data.modality "
+            "only augment the rows of targets",
+            is_warning=True,
+        )
+    ]
 
 
 def checks_labels_before_decoding(

@@ -126,6 +126,19 @@ def test_a_key_follows_the_name_since_the_seed_does(tmp_path, images):
     assert key(image_job(tmp_path, images, "a"), "a") != key(image_job(tmp_path, images, "b"), "b")
 
 
+@pytest.mark.parametrize(("objective", "is_told"), [("simclr", True), ("classification", False)])
+def test_augmentation_that_views_do_not_read_is_told(tmp_path, images, objective, is_told):
+    job = image_job(tmp_path, images, objective=objective)
+    data = job.sources["src"].data
+    assert data is not None
+    data.modality.options.update(crop="resized", colour=0.8)
+    stage = source.stage(job, "src")
+    modality = ModalitySpec("image", {"size": 32}, {"mean": [0.5] * 3, "std": [0.5] * 3})
+    texts = [finding.text for finding in source.findings_of(stage, modality, "")]
+    message = "makes its own random views of a row, so crop, colour of data.modality only augment"
+    assert any(message in text for text in texts) == is_told
+
+
 def test_a_key_does_not_follow_workers_until_they_change_the_order_of_rows(tmp_path, images):
     plain = key(image_job(tmp_path, images))
     assert (
