@@ -646,8 +646,15 @@ def test_a_folder_of_timm_gives_timms_own_features(timm_folder, monkeypatch):
         },
         {"mean": [0.5], "std": [0.5]},
     )
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: model)
-    assert pretrained.read("timm-hub:test_vit").modality == start.modality
+    create = timm.create_model
+    of_hub = {True: create("test_vit")}
+    monkeypatch.setattr(
+        timm,
+        "create_model",
+        lambda name, pretrained, **more: of_hub.get(pretrained) or create(name, **more),
+    )
+    hub = pretrained.read("timm-hub:test_vit").modality
+    assert hub is not None and hub.options == start.modality.options | {"channels": 3}
     backbone = bundle.build_backbone(start.arch, seed=3).eval()
     moved = start.load_into(backbone)
     assert not moved.new and sorted(moved.dropped) == ["model.head.bias", "model.head.weight"]
