@@ -519,7 +519,7 @@ def order_of(trial: Trial, shared: Shared, train: Train, rows: Rows) -> Plan:
     """
     data = shared.targets[trial.target, trial.backbone_key]
     objective = registry.get("objective", data.objective.name)
-    options = objective.options_class(**data.spec.objective.options)
+    options = objective.options_class(**data.objective.options)
     shards = streams.canonical_shards(train, data.spec.workers, options)
     shuffle = shuffle_of(data.spec.data, rows.selection)
     if data.in_memory and data.spec.data.shuffle == "auto":

@@ -928,7 +928,7 @@ def test_rows_are_read_by_cost_unless_features_of_one_length_are_kept(
         train=rows,
         labels=None,
         spec=spec,
-        objective=SimpleNamespace(name=objective),
+        objective=SimpleNamespace(name=objective, options={}),
         in_memory=in_memory,
     )
     shared = SimpleNamespace(targets={("task", "base"): data}, seed=0)
