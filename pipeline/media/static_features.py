@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config.registry import close_names
-from pipeline.core.arrow_compute import pc
+from pipeline.core.arrow_lists import floats, is_list, is_number, is_text, joined
 from pipeline.core.capabilities import NameDifference
 from pipeline.core.inputs import StaticInputs
 from pipeline.core.ragged import ragged
@@ -108,8 +108,8 @@ class StaticFeatures:
         out = StaticFeatures.empty_state()
         found = Counter()
         for field, values in _fields(column, name):
-            if _numeric(values.type):
-                numbers = _floats(values)
+            if is_number(values.type):
+                numbers = floats(values, np.float64)
                 numbers = numbers[np.isfinite(numbers)]
                 if len(numbers) < min_rows:
                     continue
@@ -137,9 +137,9 @@ class StaticFeatures:
             value = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
             if pa.types.is_null(value):
                 continue
-            if field.name in self.state["numbers"] and not _numeric(value):
+            if field.name in self.state["numbers"] and not is_number(value):
                 needed, option = "numbers", "numeric"
-            elif field.name in texts and _numeric(value):
+            elif field.name in texts and is_number(value):
                 needed, option = "texts", "categorical"
             else:
                 continue
@@ -155,7 +155,7 @@ class StaticFeatures:
         """
         there, kinds = [], set()
         for field, values in self._matched(column, name):
-            if _numeric(values.type):
+            if is_number(values.type):
                 there += [field] if len(values) > values.null_count else []
             else:
                 kinds |= {code for codes in self._codes(field, values) for code in codes}
@@ -182,7 +182,7 @@ class StaticFeatures:
         """
         numbers, rows_with = [], Counter()
         for field, values in self._matched(column, name):
-            if _numeric(values.type):
+            if is_number(values.type):
                 numbers += [field] if len(values) > values.null_count else []
             else:
                 for codes in self._codes(field, values):
@@ -234,10 +234,10 @@ class StaticFeatures:
         for field, values in _fields(column, name):
             if known_fields and field not in known_fields:
                 continue
-            if _numeric(values.type):
-                yield f"{name}.{field}", _floats(values)
-            elif not _listed(values.type):
-                texts = values if _text(values.type) else values.cast(pa.string())
+            if is_number(values.type):
+                yield f"{name}.{field}", floats(values, np.float64)
+            elif not is_list(values.type):
+                texts = values if is_text(values.type) else values.cast(pa.string())
                 codes = texts.dictionary_encode().indices.fill_null(-1)
                 yield f"{name}.{field}", codes.to_numpy(zero_copy_only=False).astype(np.int64)
             else:
@@ -285,8 +285,8 @@ class StaticFeatures:
         """Count the values of these rows that are known, and all of them."""
         known, total = 0, 0
         for field, values in self._matched(column, name):
-            if _numeric(values.type):
-                count = int(np.isfinite(_floats(values)).sum())
+            if is_number(values.type):
+                count = int(np.isfinite(floats(values, np.float64)).sum())
                 known, total = known + count * (field in self.state["numbers"]), total + count
             else:
                 codes = [code for codes in self._codes(field, values) for code in codes]
@@ -305,8 +305,8 @@ class StaticFeatures:
         found = _fields(column, name)
         for field, values in found:
             texts = any(code.startswith(f"{field}=") for code in self.place)
-            if (field in self.state["numbers"] and not _numeric(values.type)) or (
-                texts and _numeric(values.type)
+            if (field in self.state["numbers"] and not is_number(values.type)) or (
+                texts and is_number(values.type)
             ):
                 option = "categorical" if texts else "numeric"
                 raise ValueError(
@@ -328,9 +328,9 @@ class StaticFeatures:
         codes: list[list[int]] = [[] for _ in range(rows)]
         at = {number: place for place, number in enumerate(self.state["numbers"])}
         for field, values in self._matched(column, name) if column is not None else ():
-            if _numeric(values.type):
+            if is_number(values.type):
                 if field in at:
-                    numbers[:, at[field]] = _floats(values)
+                    numbers[:, at[field]] = floats(values, np.float64)
             else:
                 for row, texts in enumerate(self._codes(field, values)):
                     codes[row] += [self.place[text] for text in texts if text in self.place]
@@ -383,13 +383,7 @@ def share_of_known(
 
 def _fields(column: Any, name: str) -> list[tuple[str, Any]]:
     """Return (name, values as one Arrow array) of each field; a null struct has null fields."""
-    column = (
-        pa.concat_arrays(column.chunks)
-        if isinstance(column, pa.ChunkedArray) and column.num_chunks
-        else column
-    )
-    if isinstance(column, pa.ChunkedArray):
-        column = pa.array([], column.type)
+    column = joined(column) if isinstance(column, pa.ChunkedArray) else column
     if not pa.types.is_struct(column.type):
         raise ValueError(
             f"column {name}: it holds {column.type}; facts are a struct of numbers, texts and "
@@ -398,13 +392,9 @@ def _fields(column: Any, name: str) -> list[tuple[str, Any]]:
     out = []
     for field, values in zip(column.type, column.flatten(), strict=True):
         values = values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
-        inner = values.type.value_type if _listed(values.type) else values.type
-        if not (
-            _numeric(values.type)
-            or _text(inner)
-            or pa.types.is_boolean(inner)
-            or pa.types.is_null(inner)
-        ):
+        inner = values.type.value_type if is_list(values.type) else values.type
+        is_text_or_bool = is_text(inner) or pa.types.is_boolean(inner) or pa.types.is_null(inner)
+        if not is_number(values.type) and not is_text_or_bool:
             raise ValueError(
                 f"column {name}, field {field.name}: it holds {values.type}; facts are "
                 "numbers, texts and lists of texts"
@@ -412,27 +402,6 @@ def _fields(column: Any, name: str) -> list[tuple[str, Any]]:
         if not pa.types.is_null(values.type):
             out.append((field.name, values))
     return out
-
-
-def _listed(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
-
-
-def _text(kind: pa.DataType) -> bool:
-    return (
-        pa.types.is_string(kind)
-        or pa.types.is_large_string(kind)
-        or (pa.types.is_dictionary(kind) and _text(kind.value_type))
-    )
-
-
-def _numeric(kind: pa.DataType) -> bool:
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
-
-
-def _floats(values: Any) -> np.ndarray:
-    # A checked cast tells the value in its error
-    return pc.cast(values, pa.float64(), safe=False).to_numpy(zero_copy_only=False)
 
 
 def plain_spelling(value: str | bool) -> str:
@@ -452,7 +421,7 @@ def _codes(field: str, values: Any, known_as: Mapping[str, str] | None = None) -
 
     Categories are spelled as in ``known_as``, else plainly; lists hold codes (410.0 is not 410).
     """
-    if _listed(values.type):
+    if is_list(values.type):
         return [
             [f"{field}={text}" for text in texts or () if text is not None]
             for texts in values.to_pylist()
