@@ -172,7 +172,8 @@ def test_an_ensemble_has_no_bundle_so_the_commands_take_the_next_network(tmp_pat
     assert f"onetomany predict {uri} FILES -o predictions/clothing" in md
     assert f"onetomany export {uri} exported/clothing" in md
     results.append(str(tmp_path), found)
-    message = rf"garments with lp_ft .* has no bundle; .* digits with full .* predict {uri} FILES"
+    there = f"{tmp_path}/trials/{uri.removeprefix('bundles/')}/bundle"
+    message = rf"garments with lp_ft .* has no bundle; .* digits with full .* predict {there} FILES"
     with pytest.raises(ValueError, match=message):
         pipeline.best_bundle(str(tmp_path), "clothing")
 
@@ -212,11 +213,11 @@ def test_seeds_in_folds_are_compared_by_the_validation_rows_of_all_folds(tmp_pat
     rows, runs, curves = plain()
     found = in_folds(validated(rows))
     results.append(str(tmp_path), found)
-    expected = "bundles/cl-ga-lp_ft-1.0-0-fold1"
+    expected = f"{tmp_path}/trials/cl-ga-lp_ft-1.0-0-fold1/bundle"
     assert pipeline.best_bundle(str(tmp_path), "clothing") == expected
     _, md, _ = write(tmp_path, found, runs, curves)
     assert "the commands take the network of one fold" in md and "a job without folds" in md
-    assert "chosen on 642 validation rows" in md and expected in md
+    assert "chosen on 642 validation rows" in md and "bundles/cl-ga-lp_ft-1.0-0-fold1" in md
     # keep_bundles: best keeps another seed in each fold
     best_of_each = [
         row if (row.seed, row.fold) in ((2, 1), (0, 2)) else replace(row, bundle_uri=None)
@@ -224,7 +225,7 @@ def test_seeds_in_folds_are_compared_by_the_validation_rows_of_all_folds(tmp_pat
     ]
     root = str(tmp_path / "best")
     results.append(root, best_of_each)
-    assert pipeline.best_bundle(root, "clothing") == "bundles/cl-ga-lp_ft-1.0-0-fold2"
+    assert pipeline.best_bundle(root, "clothing") == f"{root}/trials/cl-ga-lp_ft-1.0-0-fold2/bundle"
 
 
 def test_the_report_says_what_to_use_and_the_commands(tmp_path):
@@ -243,7 +244,7 @@ def test_a_jobs_folder_stands_for_the_bundle_of_its_winner(tmp_path):
     rows, _, _ = plain()
     root = str(tmp_path)
     results.append(root, validated(rows))
-    assert pipeline.best_bundle(root, "clothing") == "bundles/cl-ga-lp_ft-1.0-2"
+    assert pipeline.best_bundle(root, "clothing") == f"{root}/trials/cl-ga-lp_ft-1.0-2/bundle"
     with pytest.raises(ValueError, match="has 2 targets: name one, --target clothing"):
         pipeline.best_bundle(root)
     with pytest.raises(ValueError, match="no target 'shoes'; its targets are clothing, handwr"):
@@ -259,8 +260,8 @@ def test_a_jobs_folder_stands_for_the_bundle_of_its_winner(tmp_path):
         pipeline.predict(str(stopped), "rows.parquet", f"{root}/out")
     arguments = ["predict", root, "rows.parquet", "--target", "clothing", "-o", f"{root}/out"]
     done = CliRunner().invoke(cli.app, arguments)
-    assert done.exit_code == 2 and "bundles/cl-ga-lp_ft-1.0-2" in done.output
-    with pytest.raises(StorageError, match=r"bundles/cl-ga-lp_ft-1\.0-2"):
+    assert done.exit_code == 2 and "trials/cl-ga-lp_ft-1.0-2/bundle" in done.output
+    with pytest.raises(StorageError, match=r"trials/cl-ga-lp_ft-1\.0-2/bundle"):
         pipeline.export(root, f"{root}/exported", target="clothing")
 
 
