@@ -56,7 +56,8 @@ for row in rows:
         if isinstance(value, list):
             in_row |= {places.get(f"{field}={text}") for text in value}
         else:
-            in_row.add(categories.get((field, spelled(value))))
+            category = categories.get((field, spelled(value)))
+            in_row.add(places.get(f"{field}={value}", category))
     codes.append(sorted(in_row - {None}))
 width = max(1, *map(len, codes))
 inputs = {
@@ -89,7 +90,8 @@ class StaticFeatures:
     def __init__(self, state: StaticState):
         self.state = state
         self.place = {code: place + 1 for place, code in enumerate(state["codes"])}
-        self.known_as: dict[str, str] = {}
+        # a state of an earlier version may have two spellings of a category: each keeps its own
+        self.known_as = {code: code for code in state["codes"]}
         for code in state["codes"]:
             field, _, text = code.partition("=")
             self.known_as.setdefault(f"{field}={plain_spelling(text)}", code)
@@ -430,5 +432,6 @@ def _codes(field: str, values: Any, known_as: Mapping[str, str] | None = None) -
     for value in values.unique().to_pylist():
         if value is not None:
             code = f"{field}={plain_spelling(value)}"
-            codes[value] = [(known_as or {}).get(code, code)]
+            exact = (known_as or {}).get(f"{field}={value}")
+            codes[value] = [exact or (known_as or {}).get(code, code)]
     return [codes[value] for value in values.to_pylist()]

@@ -58,9 +58,10 @@ are compared: what is above half the rate or nearly silent changes with each com
 PREPARATION = """
 import soundfile
 
-samples, rate = soundfile.read("recording.wav", dtype="int16", always_2d=True)
+samples, rate = soundfile.read("recording.wav", dtype="float32", always_2d=True)
 assert rate == {rate}, "resample it to {rate} samples a second first"
-wave = (samples.mean(1) / 32768).astype(np.float32)
+wave = np.rint(samples.mean(1) * 32768).clip(-32768, 32767)  # 16 bits
+wave = (wave / 32768).astype(np.float32)
 """
 """Code that reads a recording outside of this package."""
 PREPARED_WAVE = """

@@ -457,21 +457,19 @@ def mixed(batch: Batch, mixup: float, cutmix: float) -> tuple[Tensor, Tensor, Te
         ``image`` (B, C, H, W).
 
     Raises:
-        ValueError: rows without images, or a row that has no partner.
+        ValueError: rows without images, or no row has a partner.
     """
     if "image" not in batch.data:
         raise ValueError(
             "options mixup and cutmix of classification mix images, and these rows hold "
             f"{', '.join(sorted(batch.data))}; leave them out"
         )
-    shards = batch.shards if batch.shards is not None else np.zeros(0)
-    num_alone = int((np.unique(shards, return_counts=True)[1] == 1).sum())
-    if num_alone:
+    # a row that could not be decoded is left out of its batch, and may leave one other row alone
+    if batch.shards is not None and len(np.unique(batch.shards)) == len(batch) > 1:
         raise ValueError(
             "options mixup and cutmix of classification pair rows of one canonical shard, and "
-            f"{num_alone} of these {len(batch)} rows are alone in theirs: leave "
-            "train.canonical_shards out, or raise train.global_batch and micro_batch to two rows "
-            "or more for each shard"
+            f"these {len(batch)} rows lie in as many shards: leave train.canonical_shards out, or "
+            "raise train.global_batch and micro_batch to two rows or more for each shard"
         )
     image = batch["image"]
     keys = batch.keys

@@ -73,7 +73,8 @@ def test_it_wins_somewhere_and_hides_no_loss(done, s3_server):
     for technique in ("linear_probe", "full"):
         gains = [row["gain"] for row in tested if row["technique"] == technique]
         (line,) = [line for line in lines if re.search(rf"\b{technique}\b", line)]
-        assert f"{sum(gains) / len(gains):+.2f} [" in line, "its gain, whichever sign it has"
+        gain = re.search(r"([+-]\d\.(\d+)) \[", line)
+        assert gain and gain[1] == f"{sum(gains) / len(gains):+.{len(gain[2])}f}", line
 
 
 def test_it_leaves_nothing_on_this_machine_and_takes_no_package_of_the_current_folder(done, folder):

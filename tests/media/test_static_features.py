@@ -83,6 +83,9 @@ def test_a_category_is_one_value_however_it_is_written():
     found = [one.tolist() for one in earlier.decode(pa.array(rows, kind), 3, "s")["codes"]]
     assert found == [[1, 2, 3], [2, 3], []]
     assert earlier.coverage(pa.array(rows[:1], kind), "s") == ""
+    both = StaticFeatures({**StaticFeatures.empty_state(), "codes": ["type=1", "type=1.0"]})
+    found = [one.tolist() for one in both.decode(pa.array(rows[:2], kind), 2, "s")["codes"]]
+    assert found == [[2], [1]], "each spelling that was trained keeps its own place"
 
 
 def test_rare_texts_are_not_known():

@@ -329,9 +329,12 @@ def test_costs_hold_no_second_copy_of_files():
 # ---------------------------------------------------------------- fit and inputs
 
 
-@pytest.mark.parametrize("features", ["mel", "wave", "plain wave"])
-def test_the_code_beside_an_export_prepares_a_recording(tmp_path, monkeypatch, features):
-    (tmp_path / "recording.wav").write_bytes(saved(noise(0.7, channels=2)))
+@pytest.mark.parametrize(
+    ("features", "subtype"), [("mel", "PCM_16"), ("wave", "FLOAT"), ("plain wave", "PCM_24")]
+)
+def test_the_code_beside_an_export_prepares_a_recording(tmp_path, monkeypatch, features, subtype):
+    sound = saved(noise(0.7, channels=2), subtype=subtype)
+    (tmp_path / "recording.wav").write_bytes(sound)
     state: AudioState = {"features": "wave", "normalize": features == "wave"}
     if features == "mel":
         state = {"features": "mel", "mean": [-3.0] * 40, "std": [2.0] * 40}
