@@ -2,7 +2,7 @@
 
 They are the warning on the first screen, the heat map of sources and targets, gains beside
 transferability scores, and the Pareto front of gain and cost. All compare gains of different
-sources, and so they are given entries of `matrix.over_best_scratch`.
+sources, and so they are given entries of `matrix.comparable_across_backbones`.
 """
 
 from __future__ import annotations

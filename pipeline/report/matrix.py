@@ -138,7 +138,7 @@ class MatrixEntry:
     ``over_best_scratch`` is the gain over the best scratch network (by validation) of the same
     target and label fraction, and ``best_scratch`` is its backbone. With several backbones,
     ``over_scratch`` is measured against different networks and ``over_best_scratch`` against a
-    single one (the function `over_best_scratch`).
+    single one (`comparable_across_backbones`).
 
     ``best_baseline`` names the model without a network that is the best by validation at the same
     target and label fraction, and ``over_best_baseline`` is the gain over it.
@@ -391,7 +391,7 @@ def has_several_backbones(entries: Iterable[MatrixEntry]) -> bool:
     return len({entry.backbone for entry in entries if not entry.is_baseline}) > 1
 
 
-def over_best_scratch(entries: Sequence[MatrixEntry]) -> list[MatrixEntry]:
+def comparable_across_backbones(entries: Sequence[MatrixEntry]) -> list[MatrixEntry]:
     """Return the entries with gains that can be compared between backbones.
 
     Where a target has several scratch networks at a label fraction, ``over_scratch`` and the
@@ -404,7 +404,7 @@ def over_best_scratch(entries: Sequence[MatrixEntry]) -> list[MatrixEntry]:
     several = {key for key, backbones in networks.items() if len(backbones) > 1}
     return _corrected(
         [
-            _over_best_scratch(entry)
+            _judged_by_best_scratch(entry)
             if entry.source != SCRATCH and (entry.target, entry.label_fraction) in several
             else entry
             for entry in entries
@@ -412,7 +412,7 @@ def over_best_scratch(entries: Sequence[MatrixEntry]) -> list[MatrixEntry]:
     )
 
 
-def _over_best_scratch(entry: MatrixEntry) -> MatrixEntry:
+def _judged_by_best_scratch(entry: MatrixEntry) -> MatrixEntry:
     gain = entry.over_best_scratch
     return replace(
         entry,

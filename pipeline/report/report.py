@@ -59,12 +59,12 @@ from pipeline.report.matrix import (
     MatrixEntry,
     by_target,
     by_value,
+    comparable_across_backbones,
     decimals_by_target,
     fraction_order,
     has_several_backbones,
     matrix_entries,
     most_labels_first,
-    over_best_scratch,
 )
 from pipeline.report.results import ResultRow
 from pipeline.report.shift import Shift
@@ -136,7 +136,7 @@ def write(
         The URIs of report.md and report.html.
     """
     groups, decimals = by_target(entries), decimals_by_target(entries)
-    comparable, pooled = over_best_scratch(entries), folds.pool(rows, runs or {})
+    comparable, pooled = comparable_across_backbones(entries), folds.pool(rows, runs or {})
     by_key = {entry.key: entry for entry in comparable}
     content: list[Block] = [
         *gains.warnings(by_target(comparable), decimals),
@@ -424,7 +424,7 @@ def _target_blocks(
     Args:
         target: Its name.
         group: Its entries.
-        comparable: The entries of `over_best_scratch`, by key.
+        comparable: The entries of `comparable_across_backbones`, by key.
         rows: Results rows.
         curves: Validations of each trial, by its id.
         decimals: Decimals of the target's values.
@@ -498,7 +498,7 @@ def _value_tables(
 
     Args:
         group: Entries of the target.
-        comparable: The entries of `over_best_scratch`, by key.
+        comparable: The entries of `comparable_across_backbones`, by key.
         decimals: Decimals of the target's values.
     """
     fractions = most_labels_first(group)

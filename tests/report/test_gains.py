@@ -79,7 +79,7 @@ def test_gains_of_several_backbones_are_compared_over_the_best_scratch_network(t
     """garments gains .2 over its own weak scratch network and .02 over the best one."""
     rows, runs, _ = backbones()
     own = report.matrix_entries(rows, runs)
-    compared = matrix.over_best_scratch(own)
+    compared = matrix.comparable_across_backbones(own)
     weak, before = find(compared), find(own)
     assert (weak.gain, weak.gain_low) == (
         before.over_best_scratch.value,
@@ -96,10 +96,10 @@ def test_gains_of_several_backbones_are_compared_over_the_best_scratch_network(t
     assert "is worse than the target's best network from scratch: use scratch." in warning.text
     _, md, _ = write(tmp_path, *backbones())
     assert md.count("gains are over the one that is best on validation rows") >= 2
-    assert matrix.over_best_scratch(compared)[0].gain == compared[0].gain
+    assert matrix.comparable_across_backbones(compared)[0].gain == compared[0].gain
     single, single_runs, _ = simulate()
     alone = report.matrix_entries(single, single_runs)
-    assert matrix.over_best_scratch(alone) == alone
+    assert matrix.comparable_across_backbones(alone) == alone
 
 
 def test_what_is_made_of_other_trials_or_has_one_seed_is_on_no_front(entries):
