@@ -26,7 +26,7 @@ LAST_PYTHON = {"speech": (3, 12)}
 def install(extra: str) -> str:
     """Return the commands that install an extra, for error messages.
 
-    `uv sync` is none of them: it would remove other extras.
+    Not by `uv sync`, which would remove other extras.
     """
     commands = (
         f"uv pip install -e '.[{extra}]' (without a GPU add --torch-backend cpu; without a clone: "

@@ -52,9 +52,9 @@ while you write it.
 - **Overrides.** `--set sources.a.train.steps=10` sets a field from the command line. Where the job
   gives a component by its name alone, its options are set by replacing the whole field:
   `--set 'targets.x.objective={ctc: {beam: 50}}'`.
-- **Defaults.** A field for which this page states neither `required` nor a default may be left out,
-  or be `null`. `none: ...` in its text says what then happens. Only `drop_overlap` and
-  `keep_bundles` have a value that is called `none`.
+- **Defaults.** A field that is neither `required` nor has a `default` here may be left out, or be
+  `null`; `left out: ...` says what then happens. Where a field has a default, `null: ...` says what
+  `null` means.
 - **Mistakes.** A mistake is reported before anything starts, on one line with the file, the line,
   the value and the nearest valid name.
 """
@@ -215,9 +215,10 @@ def _takes(node: JsonObject, field: str) -> str:
     if "prefixItems" in node:
         return f"list of {len(as_list(node['prefixItems']))} whole numbers"
     if node.get("type") == "array":
-        return f"list of {_takes(as_object(node['items']), field)}"
+        item = _takes(as_object(node["items"]), field)
+        return "list of " + re.sub(r"\b(text|number|component|name)\b", r"\1s", item)
     if node.get("type") == "object":
-        return f"names, each with {_takes(as_object(node['additionalProperties']), field)}"
+        return f"mapping, name to {_takes(as_object(node['additionalProperties']), field)}"
     bounds = [f"{words} {node[key]}" for key, words in BOUNDS.items() if key in node]
     return ", ".join([WORDS[str(node["type"])], *bounds])
 

@@ -177,7 +177,7 @@ class Data(Spec):
         None, description="files of the training split, when the data come split"
     )
     validation: Uris | None = Field(
-        None, description="files of the validation split; absent: validation_fraction of train"
+        None, description="files of the validation split; left out: validation_fraction of train"
     )
     test: Uris | None = Field(None, description="files of the test split")
     modality: ComponentConfig = Field(description="image, text, ...: how a row becomes tensors")
@@ -210,9 +210,9 @@ class Data(Spec):
             "validation": ["validation", "valid", "val", "dev"],
             "test": ["test"],
         },
-        description="which values of split_column mean which split; a split that is not named "
-        "here takes the rows whose value is its own name (test), unless another split names that "
-        "value",
+        description="which values of split_column mean which split; a split that is not listed "
+        "takes the rows with its own name (test) as value, unless that value is listed for another "
+        "split",
     )
     validation_fraction: float = Field(
         0.1,
@@ -237,8 +237,9 @@ class Data(Spec):
     )
     group: str | None = Field(
         None,
-        description="a column (patient, speaker) whose values never cross splits; without it, "
-        "pieces of one recording and rows of one image_id never cross splits that are drawn",
+        description="a column (patient, speaker) whose values never cross splits; without it, the "
+        "pieces of one recording and the rows of one image_id stay together in random splits and "
+        "folds",
     )
     more: list[Data] = Field(
         default_factory=list["Data"],
@@ -380,7 +381,7 @@ class Train(Spec):
     epochs: float | None = Field(
         None,
         gt=0,
-        description="passes over the training rows; give steps or epochs; neither: one epoch",
+        description="passes over the training rows; give steps or epochs; left out: one epoch",
     )
     global_batch: int = Field(
         64, ge=1, description="rows a step over all ranks; the same at any number of ranks"
@@ -395,13 +396,14 @@ class Train(Spec):
     micro_batch: int | None = Field(
         None,
         ge=1,
-        description="rows a forward pass on one rank; gradients are accumulated; none: all at once",
+        description="rows a forward pass on one rank; gradients are accumulated; left out: all at "
+        "once",
     )
     canonical_shards: int | None = Field(
         None,
         ge=1,
-        description="independent row orders that ranks share out; none: 8, or the most ranks if "
-        "more; with mixup or cutmix at most half the rows of a forward pass",
+        description="independent row orders that ranks share out; left out: 8, or the most "
+        "ranks if more; with mixup or cutmix at most half the rows of a forward pass",
     )
     optimizer: Literal["adamw", "sgd"] = Field(
         "adamw", description="adamw (fused) or sgd with momentum (fused)"
@@ -438,10 +440,10 @@ class Train(Spec):
         True, description="the modality's augmentation, on the device, seeded by row"
     )
     eval_every_steps: int | None = Field(
-        None, ge=1, description="validate every so many steps; none: five times a run"
+        None, ge=1, description="validate every so many steps; left out: five times a run"
     )
     checkpoint_every_steps: int | None = Field(
-        None, ge=1, description="write a resume point every so many steps; none: every 1000"
+        None, ge=1, description="write a resume point every so many steps; left out: every 1000"
     )
     checkpoint_every_minutes: float | None = Field(
         10.0,
@@ -606,7 +608,7 @@ class Source(Spec):
         None,
         description="for a checkpoint without data: how its rows are read, e.g. {image: {mean: "
         "imagenet, std: imagenet, size: 224, crop_share: 0.9, "
-        "interpolation: bicubic}}; none: what the checkpoint says, else what timm says of its "
+        "interpolation: bicubic}}; left out: what the checkpoint says, else what timm says of its "
         "model (a tag, timm/NAME.TAG, has its own)",
     )
     objective: ComponentConfig | None = Field(None, description="classification, mlm, clm, ...")
@@ -631,13 +633,13 @@ class Source(Spec):
         1, description="processes that train it together (ranks of DDP); [2, 8] is elastic"
     )
     cpus_per_worker: float | None = Field(
-        None, gt=0, description="logical CPUs a rank; none: by the machine"
+        None, gt=0, description="logical CPUs a rank; left out: by the machine"
     )
     gpus_per_worker: float | None = Field(
         None,
         ge=0,
-        description="GPUs a rank; none: 1 where there are GPUs, or an equal share of them where "
-        "there are fewer than ranks",
+        description="GPUs a rank; left out: 1 where there are GPUs, or an equal share of them "
+        "where there are fewer than ranks",
     )
     max_failures: int = Field(
         3, ge=-1, description="restarts from the newest resume point before giving up; -1: no limit"
@@ -752,7 +754,7 @@ class Target(Spec):
     data: Data = Field(description="the target's rows")
     objective: ComponentConfig = Field(description="classification, ...")
     metric: Annotated[str, Registered("metric")] | None = Field(
-        None, description="primary metric; none: the objective's first"
+        None, description="primary metric; left out: the objective's first"
     )
     label_fractions: list[
         Annotated[float | int, BeforeValidator(registry.reject_bool), AfterValidator(_fraction)]
@@ -767,7 +769,7 @@ class Target(Spec):
         # a target without any has the key that it always had
         exclude_if=lambda unlabelled: unlabelled is None,
         description="rows without labels, for techniques that adapt to them (dann, coral, "
-        "pseudo_labels, adabn, ...); none: the training rows, without their labels",
+        "pseudo_labels, adabn, ...); left out: the training rows, without their labels",
     )
     folds: int | None = Field(
         None,
@@ -782,14 +784,14 @@ class Target(Spec):
         None,
         ge=1,
         exclude_if=lambda fold: fold is None,
-        description="run this one of the folds alone; none: all. Its trials are those of a job "
+        description="run this one of the folds alone; left out: all. Its trials are those of a job "
         "that runs all",
     )
     sources: list[str] | None = Field(
-        None, description="which sources to adapt; none: all of the same modality"
+        None, description="which sources to adapt; left out: all of the same modality"
     )
     techniques: list[ComponentConfig] | None = Field(
-        None, description="techniques for this target alone; none: the job's"
+        None, description="techniques for this target alone; left out: the job's"
     )
     train: Train = Field(
         default_factory=lambda: Train.model_validate({}), description="how to fine-tune"
@@ -1024,17 +1026,19 @@ class Fanout(Spec):
         "fifo", description="asha stops the worse search trials of an entry early"
     )
     gpus_per_trial: float | None = Field(
-        None, ge=0, description="share of a GPU for one trial; none: 0.25 when there are GPUs"
+        None, ge=0, description="share of a GPU for one trial; left out: 0.25 when there are GPUs"
     )
     cpus_per_trial: float = Field(1.0, gt=0, description="logical CPUs of one trial")
     max_concurrent_trials: int | None = Field(
-        None, ge=1, description="none: what the resources allow"
+        None,
+        ge=1,
+        description="trials that run at the same time; left out: what the resources allow",
     )
     trial_timeout_minutes: float | None = Field(
         None,
         gt=0,
         allow_inf_nan=False,
-        description="a trial that runs longer is ended and fails, the others go on; none: no "
+        description="a trial that runs longer is ended and fails, the others go on; left out: no "
         "limit. Of a trial on several ranks the time counts from when the first rank has its place",
     )
     silence_timeout_minutes: float | None = Field(

@@ -1211,8 +1211,8 @@ def _describe_statistics(entries: Sequence[MatrixEntry], rows: Sequence[ResultRo
         "are percentile bootstraps over test units alone.",
         "Gains are paired: the same seeds and the same test rows, sampled together for both "
         "sides. Positive is better. A verdict needs "
-        f"{MIN_SEEDS} paired seeds, and {stats.MIN_RARER_UNITS} test units of the rarer "
-        f"class ({stats.MIN_UNITS} test units where rows have no "
+        f"{MIN_SEEDS} paired seeds, and {stats.MIN_RARER_UNITS} test units outside of the most "
+        f"frequent class ({stats.MIN_UNITS} test units where rows have no "
         "classes). No interval passes the bounds of its metric.",
     ]
     num_compared = sum(entry.gain_p_holm is not None for entry in entries)

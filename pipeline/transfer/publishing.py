@@ -74,7 +74,7 @@ def _repository(to: str) -> str | None:
     """Return the USER/NAME of a repository of the hub, or None for a folder.
 
     Raises:
-        ValueError: It has the prefix of a repository and is none.
+        ValueError: `to` begins with hf-hub: but does not name USER/NAME.
     """
     if not to.startswith((HUB, OLD_HUB)):
         return None

@@ -420,12 +420,11 @@ def _position_features(
         ids.append(batch.rows)
         pooled.append(found.pooled.float())
         of_batch, theirs, place = objective.labelled_positions(found, batch)
-        some = torch.from_numpy(
-            evenly_spread(len(theirs), SCORE_ROWS)
-        )  # a batch of long rows has very many
-        labelled.append(of_batch[some])
-        labels.append(theirs[some])
-        row.append(before + place.cpu().numpy()[some.numpy()])
+        # a batch of long rows has very many positions
+        some = evenly_spread(len(theirs), SCORE_ROWS)
+        labelled.append(of_batch[torch.from_numpy(some)])
+        labels.append(theirs[torch.from_numpy(some)])
+        row.append(before + place.cpu().numpy()[some])
         before += len(batch)
     places = evenly_spread(sum(map(len, labels)), SCORE_ROWS)
     kept = torch.from_numpy(places)

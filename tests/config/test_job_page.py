@@ -43,7 +43,7 @@ def test_types_bounds_and_defaults_are_in_words():
     fields = dict(re.findall(r"^- \*\*`(\w+)`\*\* (.*)$", items, re.MULTILINE))
     assert fields["lr"].startswith("(number, above 0; default `0.001`): peak")
     assert fields["schedule"].startswith("(`cosine`, `constant`; default `cosine`): ")
-    assert fields["plugins"].startswith("(list of text): modules")
+    assert fields["plugins"].startswith("(list of texts): modules")
     assert fields["backbone"].startswith("(component, see `onetomany backbones`; required): ")
     assert fields["metric"].startswith("(name, see `onetomany metrics`): ")
-    assert fields["sources"].startswith("(list of text): "), "those of a target come last"
+    assert fields["sources"].startswith("(list of texts): "), "those of a target come last"

@@ -1482,7 +1482,7 @@ def test_subgroups_of_test_rows_stand_in_the_table_and_the_report_and_train_noth
 
 
 def test_a_dry_run_says_how_many_rows_a_verdict_would_rest_on(tmp_path, bundles):
-    """59 test rows with 3 of the rarer class are too few; so are few patients with many rows."""
+    """59 test rows with 3 of one class are too few; so are few patients with many rows."""
 
     def task(positives, **data):
         folder = tmp_path / f"{positives}{len(data)}"
@@ -1502,17 +1502,17 @@ def test_a_dry_run_says_how_many_rows_a_verdict_would_rest_on(tmp_path, bundles)
         )
 
     assert (
-        "target task, rows of the rarer class: train 3, validation 3, test 3; too few for a "
-        "verdict, which needs 10 in test" in task(3)
+        "target task, rows outside of the most frequent class: train 3, validation 3, test 3; "
+        "too few for a verdict, which needs 10 in test" in task(3)
     )
     assert (
-        "target task, rows of the rarer class: train 15, validation 5, test 15; a verdict "
-        "needs 10 in test" in task(15)
+        "target task, rows outside of the most frequent class: train 15, validation 5, test 15; "
+        "a verdict needs 10 in test" in task(15)
     )
     lines = task(15, group="patient")
     assert (
-        "target task, groups of the rarer class: train 4, validation 4, test 4; too few "
-        "for a verdict, which needs 10 in test" in lines
+        "target task, groups outside of the most frequent class: train 4, validation 4, test 4; "
+        "too few for a verdict, which needs 10 in test" in lines
     )
 
 
