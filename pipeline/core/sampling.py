@@ -1,4 +1,4 @@
-"""A part of many rows, without chance."""
+"""Deterministic samples of rows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import numpy as np
 
 
 def evenly_spread(n: int, count: int) -> np.ndarray:
-    """Return at most ``count`` of n indices, evenly spread from the first to the last.
+    """Return at most ``count`` of the indices 0 to n - 1, evenly spread.
+
+    The first and the last are among them (with a count of 1 only the first).
 
     Returns:
         (min(n, count),) int64, in ascending order.

@@ -84,7 +84,7 @@ class ResultRow:
     seconds: float | None = None
     device: str | None = None
     bundle_uri: str | None = None
-    """The place of the bundle. Rows that are read have the one in the folder that is read."""
+    """The URI of the bundle. `read` replaces the recorded one by that in the folder it reads."""
     parent_uri: str | None = None
     scratch_value: float | None = None
     gain: float | None = None
