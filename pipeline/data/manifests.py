@@ -443,12 +443,20 @@ class Splits:
     left_out: tuple[LeftOut, ...] = ()
     unused: str = ""
     """How many rows the split column puts into no split, and its values; "": none."""
+    drawn_by: tuple[str, ...] = ()
+    """The column, other than the group, that the drawn splits of each corpus keep together; "":
+    none.
+    """
+    empty_draws: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Why splits have no row although they are drawn, by split."""
 
     @property
     def fingerprint(self) -> str:
+        # left out where it is empty: fingerprints of earlier versions do not have it
         return spec_hash(
             [s.manifest.fingerprint for s in (self.train, self.validation, self.test)],
             [len(s) for s in (self.train, self.validation, self.test)],
+            *([self.drawn_by] if any(self.drawn_by) else []),
         )
 
     def by_name(self) -> dict[str, Selection]:
@@ -679,9 +687,12 @@ def splits(
     )
     for name, is_read in (("train", True), ("validation", need_test), ("test", need_test)):
         if is_read and not len(getattr(out, name)):
+            reason = out.empty_draws.get(name)
+            why = f"{out.sizes()}; {reason}" if reason else out.sizes()
+            remedy = "another split_seed" if reason else f"{name}_fraction"
             raise ValueError(
-                f"{at}: the {name} split is empty ({out.sizes()}); give {name} files, a "
-                f"split_column or {name}_fraction"
+                f"{at}: the {name} split is empty ({why}); give {name} files, a "
+                f"split_column or {remedy}"
             )
     for i, (weight, rows) in enumerate(zip(data.weights, out.corpora, strict=True)):
         if weight is not None and not rows:
@@ -794,7 +805,7 @@ def _is_in_fold(
     ids = np.arange(len(selection)) if selection.rows is None else selection.rows
     unit, units = ("rows", ids)
     if groups is not None:
-        unit, units = "groups" if data.group else "recordings", groups
+        unit, units = "groups" if data.group else f"values of {together}", groups
     have = len(np.unique(units))
     classes = np.zeros(len(selection), dtype=np.int64)
     problem = f"there are {have} {unit}" if have < fold.of else ""
@@ -890,13 +901,23 @@ def _splits(
         origin.append(
             f"test: each of {fold.of} folds by hash of {together or 'the row'}{alike}{seed}"
         )
+    drawn_by = together if together and fold is not None and not data.group else ""
+    empty_draws: dict[str, str] = {}
     for name, fraction in (("test", data.test_fraction), ("validation", data.validation_fraction)):
         if name not in given and fraction > 0:
+            drawn_by = together if together and not data.group else ""
             group = read_columns(train, [together])[together] if together else None
             ids = np.arange(len(train)) if train.rows is None else train.rows
             salt = f"{name} {data.split_seed}" if data.split_seed else name
             salt += f" fold {fold.number}" if fold else ""
             held = _share(group, ids, salt) < fraction
+            if group is not None and len(train) and (held.all() or not held.any()):
+                count = pc.count_distinct(pc.drop_null(group)).as_py()
+                values = "value" if count == 1 else "values"
+                empty_draws["train" if held.all() else name] = (
+                    f"the rows have {count} {values} of {together}, and rows of one value stay in "
+                    "one split"
+                )
             given[name], train = train.keep(held), train.keep(~held)
             origin.append(
                 f"{name}: random {fraction:g} of train by hash of {together or 'the row'}{seed}"
@@ -933,6 +954,8 @@ def _splits(
         tuple(dict.fromkeys((*reads, *more))),
         tuple(left_out),
         unused,
+        (drawn_by,),
+        empty_draws,
     )
 
 
@@ -1118,6 +1141,8 @@ def _joined(parts: list[Splits], columns: list[str], at: str, texts: frozenset[s
         reads,
         tuple(row for part in parts for row in part.left_out),
         "; ".join(dict.fromkeys(part.unused for part in parts if part.unused)),
+        tuple(column for part in parts for column in part.drawn_by),
+        {name: reason for part in parts for name, reason in part.empty_draws.items()},
     )
 
 

@@ -585,6 +585,12 @@ def findings_of(stage: SourceStage, modality: ModalitySpec, limit_note: str) -> 
     objective, columns = registry.get("objective", spec.objective.name), spec.data.columns
     rows = {"train": splits.train, "validation": splits.validation}
     found = [Finding(limit_note)] if limit_note else []
+    if not len(splits.validation) and (reason := splits.empty_draws.get("validation")):
+        text = (
+            f"no validation row was drawn ({reason}), so no checkpoint is chosen by validation: "
+            "give validation files, a split_column or another split_seed"
+        )
+        found.append(Finding(text, is_warning=True))
     text_modality = bundle.build_modality(modality)
     found += row_checks.text_findings(text_modality, rows, columns, objective.packed)
     found += row_checks.null_labels(objective, rows, columns)

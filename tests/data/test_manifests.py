@@ -2,6 +2,7 @@
 company.
 """
 
+import dataclasses
 import decimal
 import json
 import os
@@ -18,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, StratifiedKFold
 
-from pipeline.config.schema import Data
+from pipeline.config.schema import Data, spec_hash
 from pipeline.data import manifests as m
 from pipeline.data import to_parquet as made
 from pipeline.io import file_identity, storage
@@ -766,12 +767,20 @@ def test_pieces_of_one_recording_stay_in_one_split(tmp_path, split, named_by):
         assert f"by hash of {named_by}" in got.origin
     grouped = split(group="person", test_fraction=0.3, **pieces)
     assert "by hash of person" in grouped.origin, "a group decides alone"
-    with pytest.raises(ValueError, match="101 folds need as many recordings, and there are 100"):
+    with pytest.raises(
+        ValueError, match=f"101 folds need as many values of {named_by}, and there are 100"
+    ):
         split(fold=m.Fold(1, 101, by_class=False), **pieces)
     write(tmp_path / "b.parquet", people(0, 800).assign(audio=lambda f: f.number.astype(str)))
     whole = split(uri=str(tmp_path / "b.parquet"), test_fraction=0.3, **fields)
     by_row = split(uri=str(tmp_path / "b.parquet"), test_fraction=0.3)
     assert numbers(whole.test) == numbers(by_row.test), "each recording is one row"
+    assert (drawn.drawn_by, whole.drawn_by, grouped.drawn_by) == ((named_by,), ("",), ("",))
+    write(tmp_path / "c.parquet", frame[:16])
+    few = {"uri": str(tmp_path / "c.parquet"), **fields}
+    reason = f"the validation split is empty .*; the rows have 2 values of {named_by}, .*split_seed"
+    with pytest.raises(ValueError, match=reason):
+        split(need_test=True, validation_fraction=0.01, test_fraction=0.01, **few)
 
 
 def test_a_group_split_does_not_depend_on_the_order_of_rows(tmp_path, split):
@@ -1425,6 +1434,11 @@ def test_fingerprint_of_splits_sees_what_is_in_which(files, split):
         split(uri=str(files / "a.parquet"), test_fraction=0.3).fingerprint,
     }
     assert len(prints) == 3
+    by_row = split(uri=str(files), test_fraction=0.3)
+    parts = (by_row.train, by_row.validation, by_row.test)
+    as_before = spec_hash([s.manifest.fingerprint for s in parts], [len(s) for s in parts])
+    by_recording = dataclasses.replace(by_row, drawn_by=("recording",))
+    assert by_recording.fingerprint != by_row.fingerprint == as_before
 
 
 # ---------------------------------------------------------------- imports of other formats

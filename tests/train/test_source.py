@@ -4,6 +4,7 @@ pretraining on one rank in this process.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -137,6 +138,19 @@ def test_augmentation_that_views_do_not_read_is_told(tmp_path, images, objective
     texts = [finding.text for finding in source.findings_of(stage, modality, "")]
     message = "makes its own random views of a row, so crop, colour of data.modality only augment"
     assert any(message in text for text in texts) == is_told
+
+
+def test_a_source_without_a_drawn_validation_row_is_warned_of(tmp_path, images):
+    stage = source.stage(image_job(tmp_path, images), "src")
+    assert stage.splits is not None
+    rows = stage.splits.validation
+    none = rows.keep(np.zeros(len(rows), dtype=bool))
+    reasons = {"validation": "the rows have 1 value of recording"}
+    splits = dataclasses.replace(stage.splits, validation=none, empty_draws=reasons)
+    modality = ModalitySpec("image", {"size": 32}, {"mean": [0.5] * 3, "std": [0.5] * 3})
+    found = source.findings_of(dataclasses.replace(stage, splits=splits), modality, "")
+    warned = [finding for finding in found if reasons["validation"] in finding.text]
+    assert len(warned) == 1 and warned[0].is_warning
 
 
 def test_a_key_does_not_follow_workers_until_they_change_the_order_of_rows(tmp_path, images):
