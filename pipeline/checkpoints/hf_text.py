@@ -495,7 +495,9 @@ def write(saved: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
     ids = {key: tokenizer.token_to_id(token) for key, token in specials.items()}
     labels = saved.manifest.objective.state.get("labels")
     _configure(config, family, ids, tensors, exported, labels)
-    note += classifier_export.add_threshold(vars(config), head) if head is not None else ""
+    if head is not None:
+        attributes: dict[str, Any] = vars(config)
+        note += classifier_export.add_threshold(attributes, head)
     _save(getattr(transformers, name), config, tensors, folder)
     _save_tokenizer(tokenizer, specials, folder, saved.modality().inputs()["length"], config)
     return f"{name} with {sum(t.numel() for t in tensors.values())} parameters{note}"
@@ -575,7 +577,8 @@ def _write_speech(saved: bundle.Bundle, backbone: Any, head: Any, folder: Path) 
         raise BundleError(f"{saved.uri}: {error}") from None
     note = ""
     if head is not None:
-        note = classifier_export.add_threshold(vars(speech_folder.config), head)
+        attributes: dict[str, Any] = vars(speech_folder.config)
+        note = classifier_export.add_threshold(attributes, head)
     _save(
         getattr(transformers, speech_folder.kind),
         speech_folder.config,
