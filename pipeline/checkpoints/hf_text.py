@@ -496,7 +496,7 @@ def write(saved: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
     labels = saved.manifest.objective.state.get("labels")
     _configure(config, family, ids, tensors, exported, labels)
     if head is not None:
-        attributes: dict[str, Any] = vars(config)
+        attributes = cast("dict[str, Any]", vars(config))
         note += classifier_export.add_threshold(attributes, head)
     _save(getattr(transformers, name), config, tensors, folder)
     _save_tokenizer(tokenizer, specials, folder, saved.modality().inputs()["length"], config)
@@ -577,7 +577,7 @@ def _write_speech(saved: bundle.Bundle, backbone: Any, head: Any, folder: Path) 
         raise BundleError(f"{saved.uri}: {error}") from None
     note = ""
     if head is not None:
-        attributes: dict[str, Any] = vars(speech_folder.config)
+        attributes = cast("dict[str, Any]", vars(speech_folder.config))
         note = classifier_export.add_threshold(attributes, head)
     _save(
         getattr(transformers, speech_folder.kind),
