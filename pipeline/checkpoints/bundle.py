@@ -535,16 +535,16 @@ def _read_base(uri: str, named: Mapping[str, str]) -> Base:
 
 
 def _place_of_base(uri: str, named: Mapping[str, str]) -> str:
-    """Return where the base of a bundle lies.
+    """Return the URI of the bundle that holds a bundle's base weights.
 
-    A trial's bundle and its source's are in the folder of one job, `trials/...` and `sources/...`.
-    Where that was moved or copied, the source beside the bundle is taken, if it has the right
-    weights, and otherwise the place where it was.
+    Usually that is where they were. If the job's folder was moved or copied, it is the source's
+    bundle in the folder that is read, provided that its weights are the same.
     """
-    job, is_of_trial, _ = storage.absolute(uri).rpartition("/trials/")
-    source = re.search(r"/(sources/[^/]+/bundle)/?$", named["uri"])
-    if is_of_trial and source:
-        beside = storage.join(job, source[1])
-        if exists(beside) and weights_sha256(beside) == named["sha256"]:
-            return beside
-    return named["uri"]
+    job_folder, found, _ = storage.absolute(uri).rpartition("/trials/")
+    recorded = named["uri"]
+    source_folder = re.search(r"/(sources/[^/]+/bundle)/?$", recorded)
+    if not found or source_folder is None:
+        return recorded
+    moved = storage.join(job_folder, source_folder[1])
+    is_same = exists(moved) and weights_sha256(moved) == named["sha256"]
+    return moved if is_same else recorded

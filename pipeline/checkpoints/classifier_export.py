@@ -61,8 +61,9 @@ def describe(task: Task, modality: Modality) -> ClassifierSpec:
         "arguments": {},
         "input": {},
     }
-    if decides := threshold(objective):
-        spec["threshold"], spec["threshold_of"] = decides
+    found = threshold(objective)
+    if found is not None:
+        spec["threshold"], spec["threshold_of"] = found
     read = modality.options.model_dump(include={"fit", "crop_share", "interpolation"})
     if library == "timm":
         spec["arguments"] = dict(model.creation_arguments)
@@ -119,9 +120,9 @@ def temperature(task: Task) -> float:
 
 
 def threshold(objective: Any) -> tuple[float, str] | None:
-    """Return the probability that was chosen to decide between two classes, and which one it is of.
+    """Return the fitted threshold, and of what it is the threshold.
 
-    None where the likelier class is called.
+    None where none was fitted: then the class with the highest score is predicted.
     """
     if "threshold" not in objective.state:
         return None
@@ -135,13 +136,13 @@ def add_threshold(config: dict[str, Any], objective: Any) -> str:
     Returns:
         A note that the library does not use it, or "" where there is none.
     """
-    decides = threshold(objective)
-    if decides is None:
+    found = threshold(objective)
+    if found is None:
         return ""
-    config["threshold"], config["threshold_of"] = decides
+    config["threshold"], config["threshold_of"] = found
     return (
-        f"; rows are called the second class from a probability of {decides[0]:.4g} on (threshold "
-        "of config.json), which the library's own pipelines do not read"
+        f"; a row is predicted as the second class from a probability of {found[0]:.4g} on "
+        "(threshold in config.json); the library's own pipelines ignore it"
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.checkpoints import hf_text
 from pipeline.checkpoints.bundle import Bundle
 from pipeline.checkpoints.graph import Graph
-from pipeline.core.capabilities import prepares_inputs
+from pipeline.core.capabilities import preparation_code
 
 TOKENIZER = "tokenizer"
 """What the state of a modality calls the tokenizer that it has."""
@@ -21,7 +21,7 @@ ZEROS = """
 inputs = {{
     name: np.zeros([{sizes}.get(size, size) for size in one["shape"]], one["type"])
     for name, one in graph["inputs"].items()
-}}  # in their place: your rows, prepared as the text below says
+}}  # zeros: replace them by your rows, prepared as described below
 """
 
 
@@ -58,17 +58,17 @@ def write(saved: Bundle, graph: Graph, folder: Path, file: str, running: str) ->
     }
     text = json.dumps(described, indent=2, ensure_ascii=False)
     (folder / DESCRIPTION).write_text(text, encoding="utf-8")
-    words = hf_text.splits_words(manifest)
+    rows_are_words = hf_text.splits_words(manifest)
     if TOKENIZER in state:
-        tokenizer, _ = hf_text.with_post_processor(state, words)
+        tokenizer, _ = hf_text.with_post_processor(state, rows_are_words)
         tokenizer.save(str(folder / "tokenizer.json"))
     names = sorted({of for shape in shapes.values() for of in shape if isinstance(of, str)})
-    reads = saved.modality()
-    code = prepares_inputs(reads, words)
+    code = preparation_code(saved.modality(), rows_are_words)
     preparation: list[str] = []
     if code is None:
         code = ZEROS.format(sizes=dict.fromkeys(names, 2))
-        preparation = ["", "How rows become the inputs:", "", inspect.getdoc(type(reads)) or ""]
+        docstring = inspect.getdoc(type(saved.modality())) or ""
+        preparation = ["", "How rows become the inputs:", "", docstring.replace("``", "`")]
     lines = [
         f"# {manifest.arch.name}, {manifest.objective.name}",
         "",

@@ -301,20 +301,22 @@ def _apply_override(data: JsonObject, setting: str, problems: list[tuple[int, st
 def _settings_of_unknown_entries(
     set_by: dict[Path_, str], lines: dict[Path_, int], wrong: Iterable[Path_]
 ) -> Iterator[tuple[int, str]]:
-    """Yield what is wrong with ``--set`` of fields of a source or target that the file lacks.
+    """Yield a mistake for each ``--set`` whose source or target is probably misspelt.
 
-    Several settings may make a new one; one that has mistakes is taken for a misspelt name.
+    ``--set`` may also add a source or target, so a name that the file lacks counts as misspelt only
+    if what was added is not valid.
 
     Args:
-        set_by: The settings by the place that they set.
-        lines: The lines of the file by place.
-        wrong: The places that have mistakes.
+        set_by: The settings by the path that they set.
+        lines: The lines of the file by path.
+        wrong: The paths that have mistakes.
     """
-    entries = {place[:2] for place in wrong if place[:1] in (("sources",), ("targets",))}
-    for place, setting in set_by.items():
-        entry = place[:2]
-        names = [str(known[1]) for known in lines if len(known) == 2 and known[:1] == entry[:1]]
-        if len(place) > 2 and entry in entries and entry not in lines and names:
+    wrong_entries = {path[:2] for path in wrong if path[:1] in (("sources",), ("targets",))}
+    for path, setting in set_by.items():
+        entry = path[:2]
+        is_misspelt = len(path) > 2 and entry in wrong_entries and entry not in lines
+        names = [str(line[1]) for line in lines if len(line) == 2 and line[:1] == entry[:1]]
+        if is_misspelt and names:
             kind, name = str(entry[0]).removesuffix("s"), str(entry[1])
             advice = registry.nearest(name, names)
             yield 0, f"--set {setting}: the file has no {kind} {name}; {advice}"

@@ -185,23 +185,25 @@ def reports_coverage(modality: Any) -> TypeIs[ReportsCoverage]:
 
 @runtime_checkable
 class MeasuresKnownShare(Protocol):
-    """A modality that knows its inputs by name, each row having some of them."""
+    """A modality that finds its inputs by name (variables, fields, categories)."""
 
-    def known_share(self, table: Any, columns: dict[str, str]) -> float:
-        """Return the share of the values in these rows that the state knows, 1 where none is there.
+    def check_known_share(self, table: Any, columns: dict[str, str]) -> float:
+        """Return the share of the values in these rows that the state knows, 1 without values.
 
-        Raises ValueError, with the nearest names, where it knows none of them.
+        Raises:
+            ValueError: It knows none of them. The message has the nearest names.
         """
         ...
 
 
-def known_share(modality: Any, table: Any, columns: dict[str, str]) -> float:
-    """Return the share of the values in rows that the modality knows, 1 where it cannot tell.
+def check_known_share(modality: Any, table: Any, columns: dict[str, str]) -> float:
+    """Return the share of the values in rows that the modality knows, 1 if it cannot measure it.
 
-    Raises ValueError where it knows none of them.
+    Raises:
+        ValueError: It knows none of them. The message has the nearest names.
     """
     measures = isinstance(modality, MeasuresKnownShare)
-    return modality.known_share(table, columns) if measures else 1.0
+    return modality.check_known_share(table, columns) if measures else 1.0
 
 
 class NameDifference(NamedTuple):
@@ -311,7 +313,7 @@ def measures_throughput(modality: Any) -> TypeIs[MeasuresThroughput]:
     return isinstance(modality, MeasuresThroughput)
 
 
-class TruncationStats(NamedTuple):
+class UnreadText(NamedTuple):
     """How much is not read: ``lost`` of ``units`` are cut off, in ``cut`` of ``rows`` rows."""
 
     rows: int
@@ -329,11 +331,14 @@ class TruncationStats(NamedTuple):
 
 
 @runtime_checkable
-class TruncatesLongRows(Protocol):
-    """A modality that reads only the beginning of long rows (texts)."""
+class CountsUnreadText(Protocol):
+    """A modality that cuts long texts, or whose tokenizer does not know every token."""
 
-    def truncation(self, table: Any, columns: dict[str, str]) -> TruncationStats | None:
-        """Count what is cut off or unknown; None where the rows are no texts."""
+    def unread_text(self, table: Any, columns: dict[str, str]) -> UnreadText | None:
+        """Count what is cut off, and what the tokenizer does not know.
+
+        None for rows of token ids.
+        """
         ...
 
 
@@ -454,12 +459,13 @@ class PreparesWords(Protocol):
         ...
 
 
-def prepares_inputs(modality: Any, words: bool = False) -> str | None:
+def preparation_code(modality: Any, rows_are_words: bool = False) -> str | None:
     """Return the code that prepares a row, None for a modality that has none.
 
     Args:
-        words: Whether rows are lists of words.
+        modality: The modality.
+        rows_are_words: Whether rows are lists of words.
     """
-    if words and isinstance(modality, PreparesWords):
+    if rows_are_words and isinstance(modality, PreparesWords):
         return modality.preparation_code_of_words()
     return modality.preparation_code() if isinstance(modality, PreparesInputs) else None

@@ -35,7 +35,7 @@ PREPARATION = r"""
 import re
 
 
-def spelled(value):  # a category has one spelling: 1 for 1.0, true for True
+def plain_spelling(value):  # a category has one spelling: 1 for 1.0, true for True
     text = str(value)
     return text.lower() if text.lower() in ("true", "false") else re.sub(r"^WHOLE$", r"\1", text)
 
@@ -48,7 +48,7 @@ places, categories = {}, {}  # counted from 1; 0 fills up the rows
 for place, code in enumerate(state["codes"], 1):
     field, _, text = code.partition("=")
     places[code] = place
-    categories.setdefault((field, spelled(text)), place)
+    categories.setdefault((field, plain_spelling(text)), place)
 codes = []
 for row in rows:
     in_row = set()
@@ -56,7 +56,7 @@ for row in rows:
         if isinstance(value, list):
             in_row |= {places.get(f"{field}={text}") for text in value}
         else:
-            category = categories.get((field, spelled(value)))
+            category = categories.get((field, plain_spelling(value)))
             in_row.add(places.get(f"{field}={value}", category))
     codes.append(sorted(in_row - {None}))
 width = max(1, *map(len, codes))
@@ -349,7 +349,7 @@ class StaticFeatures:
         }
 
 
-def share_of_known(
+def check_share(
     known: int, total: int, place: str, names: Collection[str], known_names: Collection[str]
 ) -> float:
     """Return the share of some rows' values that a state knows, 1 where they have no value.
@@ -376,10 +376,10 @@ def share_of_known(
     shown = sorted(known_names)[:MOST_NAMED]
     more_known = len(known_names) - len(shown)
     raise ValueError(
-        f"{place}: the source knows none of the values of these rows, by their names "
-        f"{', '.join([*described, *more])}; it knows "
-        f"{', '.join([*shown, *([f'{more_known} more'] if more_known else [])])}: name them as in "
-        "its rows, or take another source"
+        f"{place}: the source knows none of the values in these rows, whose names are "
+        f"{', '.join([*described, *more])}; the source knows "
+        f"{', '.join([*shown, *([f'{more_known} more'] if more_known else [])])}: rename them as "
+        "in the source's rows, or use another source"
     )
 
 

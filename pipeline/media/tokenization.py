@@ -22,10 +22,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from pipeline.io import storage
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-ALPHABET, COVERAGE = 1000, 0.9995
-"""A WordPiece vocabulary has the most frequent characters; others are unknown. It has so many of
-them, and more where this share of the text needs more (SentencePiece's character coverage), up to
-half of its tokens: Chinese has thousands, each a word of its own.
+MIN_ALPHABET, CHARACTER_COVERAGE = 1000, 0.9995
+"""A WordPiece vocabulary has this number of the most frequent characters. It has more where fewer
+would cover less than this share of the text (SentencePiece's character_coverage), up to half of its
+tokens, as in Chinese.
 """
 USUAL = {
     "pad": ("[PAD]", "<pad>", "<|endoftext|>"),
@@ -87,8 +87,10 @@ def _alphabet(counts: Counter[str], vocabulary: int) -> list[str]:
     characters = [character for character in counts if not character.isspace()]
     characters.sort(key=lambda character: (-counts[character], character))
     covered = np.cumsum([counts[character] for character in characters])
-    needed = int(np.searchsorted(covered, COVERAGE * covered[-1])) + 1 if characters else 0
-    return characters[: max(ALPHABET, min(needed, vocabulary // 2))]
+    needed = (
+        int(np.searchsorted(covered, CHARACTER_COVERAGE * covered[-1])) + 1 if characters else 0
+    )
+    return characters[: max(MIN_ALPHABET, min(needed, vocabulary // 2))]
 
 
 def _train_wordpiece(texts: list[str], vocabulary: int, lowercase: bool) -> Tokenizer:

@@ -30,7 +30,7 @@ from pipeline.media.static_features import (
     TAILS,
     StaticFeatures,
     StaticState,
-    share_of_known,
+    check_share,
 )
 
 NAMED = 8
@@ -43,15 +43,18 @@ mean, std = np.array(state["mean"]), np.array(state["std"])
 variable = {name: place for place, name in enumerate(state["variables"])}  # counted from 0
 events = []
 for record in records:
-    in_row = zip(record["times"], record["variables"], record["values"])
-    in_row = [(time, variable[name], value) for time, name, value in in_row if name in variable]
-    in_row = [one for one in in_row if -options["before"] <= one[0] < options["hours"]]
-    events.append(sorted(in_row, key=lambda event: event[0]))
+    triples = zip(record["times"], record["variables"], record["values"])
+    kept = [
+        (time, variable[name], value)
+        for time, name, value in triples
+        if name in variable and -options["before"] <= time < options["hours"]
+    ]
+    events.append(sorted(kept, key=lambda event: event[0]))
 shape = len(events), max(1, *map(len, events))
 inputs["times"], inputs["values"] = np.zeros((2, *shape), np.float32)
 inputs["variables"], inputs["mask"] = np.zeros(shape, np.int64), np.zeros(shape, bool)
-for row, in_row in enumerate(events):
-    for i, (time, place, value) in enumerate(in_row):
+for row, kept in enumerate(events):
+    for i, (time, place, value) in enumerate(kept):
         value = np.clip((value - mean[place]) / std[place], -MOST, MOST)
         inputs["times"][row, i], inputs["values"][row, i] = time, value
         inputs["variables"][row, i], inputs["mask"][row, i] = place, True
@@ -227,7 +230,7 @@ class Events(Modality):
         )
         return text + (f"; {static}" if static else "")
 
-    def known_share(self, table, columns) -> float:
+    def check_known_share(self, table, columns) -> float:
         counts, rows = _events_and_rows(table, columns)
         known, total = sum(counts[name] for name in self.state["variables"]), counts.total()
         # a rare name may identify a patient
@@ -239,7 +242,7 @@ class Events(Modality):
             known, total = known + of_static[0], total + of_static[1]
             names += [field.name for field in table.schema.field(static).type]
         place = f"columns {columns['variables']}, {columns.get('static', '')}".removesuffix(", ")
-        return share_of_known(known, total, place, names, known_names)
+        return check_share(known, total, place, names, known_names)
 
     def name_differences(self, table, columns) -> list[NameDifference]:
         """List all variables and static features that only the state or only these rows have.
@@ -374,7 +377,7 @@ class Events(Modality):
         record["values"] = self.state["mean"][:2]
         record["static"] = self.static_features.example_row()
         return (
-            f"records = [{record!r}]  # in its place: yours, with times in hours\n"
+            f"records = [{record!r}]  # an example: replace it by your rows, times in hours\n"
             'rows = [record["static"] for record in records]\n'
             f'state = graph["modality"]["state"].get("static", {StaticFeatures.empty_state()})\n'
             + self.static_features.preparation_code()

@@ -14,7 +14,7 @@ from pipeline.core.contracts import Arrays, Modality
 from pipeline.core.inputs import TableInputs
 from pipeline.core.ragged import pad
 from pipeline.core.specs import State
-from pipeline.media.static_features import StaticFeatures, StaticState, share_of_known
+from pipeline.media.static_features import StaticFeatures, StaticState, check_share
 
 
 class TableOptions(Options):
@@ -71,11 +71,11 @@ class Table(Modality):
         """Describe which fields and texts of these rows are not known; "" where all are."""
         return self.static_features.coverage(table[columns["features"]], columns["features"])
 
-    def known_share(self, table, columns) -> float:
+    def check_known_share(self, table, columns) -> float:
         name = columns["features"]
         known, total = self.static_features.known_values(table[name], name)
         names = [field.name for field in table.schema.field(name).type]
-        return share_of_known(
+        return check_share(
             known, total, f"column {name}", names, self.static_features.field_names()
         )
 
@@ -98,7 +98,8 @@ class Table(Modality):
     def preparation_code(self) -> str:
         """Return code that prepares rows as `decode` and `collate` do (`PreparesInputs`)."""
         return (
-            f"rows = [{self.static_features.example_row()!r}]  # in its place: yours\n"
+            f"rows = [{self.static_features.example_row()!r}]"
+            "  # an example: replace it by your rows\n"
             'state = graph["modality"]["state"]\n'
             + self.static_features.preparation_code()
             + 'inputs = {name: inputs[name] for name in graph["inputs"]}\n'

@@ -20,7 +20,7 @@ from torch import Tensor
 from pipeline.config.registry import Options, register, wanted_inputs
 from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import is_bytes, is_list, is_text
-from pipeline.core.capabilities import TruncationStats
+from pipeline.core.capabilities import UnreadText
 from pipeline.core.contracts import Arrays, Batch, Modality
 from pipeline.core.inputs import TextInputs
 from pipeline.media import minhash, tokenization
@@ -36,7 +36,7 @@ from tokenizers import Tokenizer
 tokenizer = Tokenizer.from_file("tokenizer.json")
 tokenizer.enable_truncation({length}, strategy="{strategy}")
 tokenizer.enable_padding(pad_id={pad})
-rows = {texts}  # in their place: yours
+rows = {texts}  # an example: replace it by your rows
 found = tokenizer.encode_batch(rows, is_pretokenized={words})
 inputs = {{
     "tokens": np.array([one.ids for one in found]),
@@ -49,11 +49,14 @@ TEXTS = '["A text.", "Another one."]'
 QUESTIONS = '[("A question?", "Its context.")]'
 WORDS = '[["A", "text", "."], ["Another", "one", "."]]'
 FIRST_TOKENS = """
-# scores[row, first_tokens[row][word]] are those of a word, by its number in the row
-first_tokens = [
-    {word: place for place, word in reversed([*enumerate(one.word_ids)]) if word is not None}
-    for one in found
-]
+# the scores of word number w of a row are scores[row, first_tokens[row][w]]
+first_tokens = []
+for row in found:
+    token_of_word = {}
+    for token, word in enumerate(row.word_ids):
+        if word is not None:
+            token_of_word.setdefault(word, token)
+    first_tokens.append(token_of_word)
 """
 """Code that finds the token of each word whose output counts."""
 RANDOM_TOKENS = 24
@@ -433,7 +436,7 @@ class Text(Modality):
             )
         return range(0, count * max(1, room - stride), max(1, room - stride)), ""
 
-    def truncation(self, table, columns) -> TruncationStats | None:
+    def unread_text(self, table, columns) -> UnreadText | None:
         """Count the words (of lists of words) or tokens beyond ``length``, and unknown ones.
 
         Nothing is cut where texts are read in windows: too long texts are rejected there. Tokens of
@@ -460,9 +463,10 @@ class Text(Modality):
                 ]
             )
         tokens = np.array(counts, dtype=np.int64).sum(0)
+        reads_windows = self.options.windows is not None
         # Of a pair the longer text is cut first, until both have room
-        lost = np.maximum(0, tokens - room) if self.options.windows is None else 0 * tokens
-        return TruncationStats(
+        lost = np.zeros_like(tokens) if reads_windows else np.maximum(0, tokens - room)
+        return UnreadText(
             len(table),
             int(np.count_nonzero(lost)),
             int(tokens.sum()),
@@ -474,7 +478,7 @@ class Text(Modality):
     def _is_unknown(self, ids: np.ndarray) -> np.ndarray:
         return ids == self.state["specials"][1]
 
-    def _cut_words(self, column) -> TruncationStats:
+    def _cut_words(self, column) -> UnreadText:
         """Count cut words: a word is cut off where its first token has no room."""
         lists, _ = _words(column, "text")
         room = self.options.length - 2
@@ -490,7 +494,7 @@ class Text(Modality):
             unknown += len(np.unique(of[self._is_unknown(ids)]))
             if len(ids) > room:
                 lost[i] = total[i] - (int(of[:room].max()) + 1)
-        return TruncationStats(
+        return UnreadText(
             len(lists),
             int(np.count_nonzero(lost)),
             int(total.sum()),

@@ -14,10 +14,10 @@ from pipeline.checkpoints import bundle, pretrained
 from pipeline.config import registry
 from pipeline.config.schema import ComponentConfig, Source, Target, spec_hash
 from pipeline.core.capabilities import (
+    check_known_share,
     extends_state,
     file_roles,
     ineffective_options,
-    known_share,
     reports_coverage,
 )
 from pipeline.core.contracts import Modality, Objective
@@ -191,7 +191,7 @@ def extend_modality(
         FIT_ROWS,
         strata_of(type(reads), columns),
     )
-    known_share(reads, table, columns)  # raises ValueError where it is 0
+    check_known_share(reads, table, columns)
     state = reads.extend_state(table, columns) if extends_state(reads) else reads.state
     coverage = reads.coverage(table, columns) if reports_coverage(reads) else ""
     return replace(modality, state=state), coverage

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 from pipeline.checkpoints import bundle
 from pipeline.core.capabilities import (
     ComparesFeatureNames,
-    TruncatesLongRows,
-    TruncationStats,
-    known_share,
+    CountsUnreadText,
+    UnreadText,
+    check_known_share,
 )
 from pipeline.core.contracts import Modality, Objective
 from pipeline.core.contracts.objective_capabilities import AllowsNullLabels
@@ -68,22 +68,22 @@ def text_findings(
     packed: bool,
     length_advice: str = LENGTH_ADVICE,
 ) -> list[Finding]:
-    """Tell how much of some texts is not read, in a sentence each: beyond the length, and unknown
-    to the tokenizer.
+    """Describe how much of some texts is not read: what is beyond the length, and what the
+    tokenizer does not know.
 
     Args:
         selections: The rows, by their name in the sentences.
         packed: Whether documents are packed into rows, so that nothing is cut.
         length_advice: What to do where much is cut.
     """
-    if not isinstance(modality, TruncatesLongRows):
+    if not isinstance(modality, CountsUnreadText):
         return []
     cut: list[str] = []
     unknown: list[str] = []
     largest_cut = largest_unknown = 0.0
     unit = "tokens"
     for name, selection in selections.items():
-        found, rows = _truncation(modality, selection, columns)
+        found, rows = _unread_text(modality, selection, columns)
         if found is None:
             continue
         unit = found.unit
@@ -110,25 +110,26 @@ def text_findings(
     if largest_unknown >= WARN_SHARE:
         findings.append(
             Finding(
-                f"{unit} that the tokenizer does not know, so that all look the same: "
-                f"{', '.join(unknown)}; take a tokenizer or a checkpoint of such texts",
+                f"the tokenizer does not know some of the {unit} ({', '.join(unknown)}) and reads "
+                "all of them as one token; use a tokenizer or a checkpoint that was trained on "
+                "texts in this language",
                 is_warning=True,
             )
         )
     return findings
 
 
-def _truncation(
-    modality: TruncatesLongRows, selection: Selection, columns: dict[str, str]
-) -> tuple[TruncationStats | None, int]:
-    """How much of a sample of the rows is truncated, and how many rows the sample has."""
+def _unread_text(
+    modality: CountsUnreadText, selection: Selection, columns: dict[str, str]
+) -> tuple[UnreadText | None, int]:
+    """Return how much of a sample of the rows is not read, and how many rows the sample has."""
     if not len(selection):
         return None, 0
     bytes_a_row = max(1, selection.manifest.size // max(1, selection.manifest.rows))
     rows = min(SAMPLE_ROWS, max(FEWEST_ROWS, SAMPLE_BYTES // bytes_a_row))
     names = [columns[role] for role in ("text", "text_pair") if role in columns]
     table = fit_components.sample(selection, names, rows)
-    return modality.truncation(table, columns), len(table)
+    return modality.unread_text(table, columns), len(table)
 
 
 def unshared_names(
@@ -152,10 +153,12 @@ def unshared_names(
         Finding(one.text() + sampled, in_terminal=False)
         for one in reads.name_differences(table, columns)
     ]
-    share = known_share(reads, table, columns)
+    share = check_known_share(reads, table, columns)
     if share < LEAST_KNOWN:
-        text = f"the source knows {share:.1%} of the values in these rows, and the others are left "
-        text += "out: are their names those of its rows?"
+        text = (
+            f"the source knows only {share:.1%} of the values in these rows, and the others are "
+            "not read; name columns, variables and categories as in the source's rows"
+        )
         found.insert(0, Finding(text + sampled, is_warning=True))
     return found
 

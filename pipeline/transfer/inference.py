@@ -473,9 +473,9 @@ def _write(
 
 
 def _coverage(rows: NewRows) -> str:
-    """Return a sentence on what of a sample of new rows the network knows by name.
+    """Describe how the names in a sample of the new rows differ from those of training.
 
-    It is empty where the modality has no names, or knows all of them.
+    Returns an empty string where the modality has no names, or knows all of them.
     """
     modality, columns, count = rows.modality, rows.columns, len(rows.selection)
     if not reports_coverage(modality) or not count:
@@ -485,13 +485,17 @@ def _coverage(rows: NewRows) -> str:
     table = fit_components.sample(rows.selection, names, fit_components.FIT_ROWS)
     coverage = modality.coverage(table, columns)
     sampled = f" (of {len(table):,} rows)" if len(table) < count else ""
-    return f"; what the network knows of them: {coverage}{sampled}" if coverage else ""
+    return f"; compared with the training rows: {coverage}{sampled}" if coverage else ""
 
 
 def _unread_texts(rows: NewRows) -> str:
     """Return a sentence on how much of a sample of new texts the network does not read, or ""."""
     findings = row_checks.text_findings(
-        rows.modality, {"new rows": rows.selection}, rows.columns, False, "cut the texts into rows"
+        rows.modality,
+        {"new rows": rows.selection},
+        rows.columns,
+        packed=False,
+        length_advice="cut the texts into rows",
     )
     return "".join(f"; {finding.text}" for finding in findings)
 
@@ -729,18 +733,15 @@ def columns_of_roles(
         column = next((name for name in candidates if name in names), None)
         was_in_training = role in known
         is_segment = role in SEGMENT_ROLES
-        is_needed = role in given or role in modality.roles
-        is_needed |= was_in_training and not is_segment and not is_label
-        if column is not None:
-            is_read = (
-                is_needed
-                or is_label
-                or (is_segment and (was_in_training or _holds_paths(found, out[modality.roles[0]])))
-            )
-            if is_read:
-                out[role] = column
-        elif is_needed:
-            raise _missing_column(modality, role, candidates[0], names, where)
+        is_optional_input = was_in_training and not is_segment and not is_label
+        is_needed = role in given or role in modality.roles or is_optional_input
+        if column is None:
+            if is_needed:
+                raise _missing_column(modality, role, candidates[0], names, where)
+            continue
+        is_piece = is_segment and (was_in_training or _names_files(found, out[modality.roles[0]]))
+        if is_needed or is_label or is_piece:
+            out[role] = column
     return out
 
 
@@ -759,10 +760,9 @@ def _missing_column(
     )
 
 
-def _holds_paths(found: manifests.Manifest, name: str) -> bool:
+def _names_files(found: manifests.Manifest, name: str) -> bool:
     """Return whether the column has paths of files, not their bytes."""
-    kind = found.schema.field(name).type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return arrow_lists.is_text(found.schema.field(name).type)
 
 
 def recording_columns(

@@ -86,8 +86,8 @@ from pipeline.transfer.grid import (
 )
 
 EVAL_ROWS = 256
-MOST_CHARACTERS = 2000
-"""Of an error in a record."""
+MAX_ERROR_CHARACTERS = 2000
+"""An error is cut at this length in a trial's record."""
 AT_THRESHOLD = (
     "f1_at_threshold",
     "precision_at_threshold",
@@ -899,7 +899,7 @@ def failed_record(
 ) -> TrialRecord:
     """Write the record of a trial that failed, so that the results table has its row."""
     if isinstance(error, Exception):
-        error = f"{type(error).__name__}: {error}"[:MOST_CHARACTERS]
+        error = f"{type(error).__name__}: {error}"[:MAX_ERROR_CHARACTERS]
     data = shared.targets[trial.target, trial.backbone_key]
     # not checked: it may be what failed
     train = data.spec.train.model_copy(update=trial.train_settings)

@@ -183,12 +183,11 @@ def test_what_is_known_of_other_rows_is_told():
         Events(EventsOptions(min_rows=2), STATE).coverage(rows, COLUMNS)
         == "2 of 4 variables are known (40.0% of the events); left out: drug: x, 1 others"
     )
-    assert Events(EventsOptions(), STATE).known_share(rows, COLUMNS) == 0.4
+    assert Events(EventsOptions(), STATE).check_known_share(rows, COLUMNS) == 0.4
     others = table(([1.0, 2.0], ["hr", "Mr S"], [1.0, 1.0]), ([1.0], ["hr"], [37.0]))
-    with pytest.raises(
-        ValueError, match=r"none of the values .* names hr \(did you mean HR\?\); it"
-    ):
-        Events(EventsOptions(min_rows=2), STATE).known_share(others, COLUMNS)
+    message = r"none of the values .* names are hr \(did you mean HR\?\); the source"
+    with pytest.raises(ValueError, match=message):
+        Events(EventsOptions(min_rows=2), STATE).check_known_share(others, COLUMNS)
 
 
 def test_the_code_beside_an_export_prepares_records_as_the_modality_does():

@@ -57,15 +57,16 @@ def test_rows_whose_names_are_all_others_are_refused_and_few_known_values_are_co
     modality = Table(TableOptions(), Table.fit(TableOptions(min_rows=1), stays(8), COLUMNS, ""))
 
     def share(**fields):
-        return modality.known_share(pa.table({"static": pa.array([fields])}), COLUMNS)
+        return modality.check_known_share(pa.table({"static": pa.array([fields])}), COLUMNS)
 
-    assert modality.known_share(stays(8), COLUMNS) == 1
+    assert modality.check_known_share(stays(8), COLUMNS) == 1
     assert share(Age=3.0, Weight=80.0, Gender="male", ward="a") == 0.5
     assert share(age=None) == 1, "rows without a value lack nothing"
     with pytest.raises(
         ValueError,
-        match=r"^column static: the source knows none of the values of these rows, by their names "
-        r"Gender \(with other texts\), age \(did you mean Age\?\), x7; it knows Age, Gender, codes: ",
+        match=r"^column static: the source knows none of the values in these rows, whose names are "
+        r"Gender \(with other texts\), age \(did you mean Age\?\), x7; the source knows Age, Gender, "
+        r"codes: ",
     ):
         share(age=3.0, Gender="SECRET", x7=1.0)
 

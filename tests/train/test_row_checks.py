@@ -65,7 +65,7 @@ def test_a_source_that_knows_little_of_the_rows_is_a_warning_and_one_that_knows_
 def test_tokens_beyond_the_length_are_counted(length):
     modality, texts = having(length), long_texts(60)
     counts = np.array([tokens(modality, text) for text in texts])
-    found = modality.truncation(pa.table({"t": texts}), {"text": "t"})
+    found = modality.unread_text(pa.table({"t": texts}), {"text": "t"})
     beyond = np.maximum(0, counts - (length - 2))
     assert found is not None
     assert found[:5] == (60, np.count_nonzero(beyond), counts.sum(), beyond.sum(), "tokens")
@@ -76,7 +76,7 @@ def test_of_pairs_both_texts_share_the_length():
     counts = np.array(
         [tokens(modality, x) + tokens(modality, y) for x, y in zip(a, b, strict=True)]
     )
-    found = modality.truncation(pa.table({"a": a, "b": b}), {"text": "a", "text_pair": "b"})
+    found = modality.unread_text(pa.table({"a": a, "b": b}), {"text": "a", "text_pair": "b"})
     assert (
         found is not None
         and found.lost == np.maximum(0, counts - 21).sum()
@@ -86,7 +86,7 @@ def test_of_pairs_both_texts_share_the_length():
 
 def test_words_without_a_place_are_counted():
     modality, rows = having(12), [text.split() for text in long_texts(60)]
-    found = modality.truncation(pa.table({"w": rows}), {"text": "w"})
+    found = modality.unread_text(pa.table({"w": rows}), {"text": "w"})
     arrays, _ = modality.decode(pa.table({"w": rows}), {"text": "w"})
     placed = [int(row.max()) + 1 for row in arrays["words"]]
     assert found is not None and found[:5] == (
@@ -101,13 +101,13 @@ def test_words_without_a_place_are_counted():
 
 def test_a_text_of_several_pieces_is_estimated_and_windows_are_never_cut():
     modality, text = having(64), "a grey cat sat there. " * 60_000  # 1.3 MB
-    found = modality.truncation(pa.table({"t": [text]}), {"text": "t"})
+    found = modality.unread_text(pa.table({"t": [text]}), {"text": "t"})
     assert (
         found is not None
         and found.units == pytest.approx(tokens(modality, text), rel=0.02)
         and found.lost == found.units - 62
     )
-    windowed = having(64, windows=4).truncation(
+    windowed = having(64, windows=4).unread_text(
         pa.table({"a": ["x"], "b": [text[:4000]]}), {"text": "a", "text_pair": "b"}
     )
     assert windowed is not None and windowed.lost == windowed.cut == 0
@@ -131,7 +131,7 @@ def test_what_is_cut_is_told_by_split_and_above_one_per_cent_it_is_a_warning(tmp
         "warning: task: texts are cut at length 100, and what lies beyond is never read: test "
     )
     assert "in 1 of 400 rows)" in found.text and "train" not in found.text
-    total = modality.truncation(pa.table({"t": ["the cat sat " * 40]}), {"text": "t"})
+    total = modality.unread_text(pa.table({"t": ["the cat sat " * 40]}), {"text": "t"})
     assert total is not None
     (found,) = row_checks.text_findings(having(total.units), {"test": test}, {"text": "t"}, False)
     assert not found.is_warning and "data.modality.text.length" not in found.text
@@ -153,14 +153,12 @@ def test_tokens_that_the_tokenizer_does_not_know_are_a_warning(tmp_path, packed)
     named = {name: rows[name] for name in ("train", "test")}
     (found,) = row_checks.text_findings(modality, named, {"text": "t"}, packed)
     assert found.is_warning and found.text.startswith(
-        "tokens that the tokenizer does not know, so that all look the same: "
-        f"train {100 * share:.1f} %, test 0.0 %;"
+        "the tokenizer does not know some of the tokens "
+        f"(train {100 * share:.1f} %, test 0.0 %) and reads all of them as one token;"
     )
     assert not row_checks.text_findings(modality, {"test": rows["test"]}, {"text": "t"}, packed)
     (found,) = row_checks.text_findings(modality, {"new rows": rows["words"]}, {"text": "t"}, False)
-    assert (
-        found.text.startswith("words that the tokenizer does not know") and "50.0 %" in found.text
-    )
+    assert "does not know some of the words (new rows 50.0 %)" in found.text
 
 
 def test_large_splits_are_estimated_from_some_rows(tmp_path, monkeypatch):

@@ -292,7 +292,7 @@ def test_predict_says_what_the_network_knows_of_the_rows(tmp_path, monkeypatch):
     pq.write_table(pa.table({"features": rows}), tmp_path / "rows.parquet")
     said = ran("predict", uri, tmp_path / "rows.parquet", "-o", tmp_path / "out")
     assert (
-        "what the network knows of them: numbers of features left out: age; not there: Age; 1 of 2 "
+        "compared with the training rows: numbers of features left out: age; not there: Age; 1 of 2 "
         "texts of features are unknown"
     ) in " ".join(said.split())
 
