@@ -618,8 +618,9 @@ def _prepare(out: Draft, output: str, splits: Column | None) -> None:
     new.pop("split_column", None)
     kept = [one for one in new.pop("drop", "").split(",") if one and one not in out.label_copies]
     new |= {"drop": ",".join(kept)} if kept else {}
-    # a column of few new rows may be empty, or hold numbers alone
-    new |= {"categorical": ",".join(out.categories)} if out.categories else {}
+    # a column of few new rows may be empty, or hold numbers alone; the list is cut at commas
+    named = [name for name in out.categories if "," not in name]
+    new |= {"categorical": ",".join(named)} if named else {}
     suffix = "".join(PurePosixPath(source).suffixes[-1:]) or f".{found.kind}"
     out.prepared_new = f"{out.prepared}_new"
     resized = [one for one in settings if "resize" in one]
