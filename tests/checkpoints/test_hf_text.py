@@ -790,7 +790,7 @@ def test_a_threshold_stands_in_the_configuration(tmp_path):
     spec = ModalitySpec("text", modality.options.model_dump(), modality.state)
     bundle.save(uri, task, spec)
     said = export.export_bundle(uri, str(tmp_path / "out"), "hugging-face", False)
-    assert "from a probability of 0.125 on (threshold of config.json)" in said
+    assert "from a probability of 0.125 on (threshold in config.json)" in said
     config: Any = loaded("AutoModelForSequenceClassification", tmp_path / "out").config
     assert config.threshold == 0.125 and config.threshold_of.endswith("called class 1")
     pretrained.read(f"hf:{tmp_path / 'out'}")
