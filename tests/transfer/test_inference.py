@@ -300,7 +300,7 @@ def test_an_exported_classifier_gives_calibrated_scores(norm, kind, tmp_path):
     beside = "classifier" if kind == "hugging-face" else "weights_classifier"
     described = json.loads((out / f"{'config' if in_timm else beside}.json").read_text())
     assert described["threshold"] == 0.125 and "called class 1" in described["threshold_of"]
-    assert ("from a probability of 0.125 on (threshold of config.json)" in said) == in_timm
+    assert ("from a probability of 0.125 on (threshold in config.json)" in said) == in_timm
     x = torch.randn(2, 3, 64, 64)
     ours = task.objective.predict(
         task.backbone, Batch(np.arange(2), torch.arange(2), {"image": x})
