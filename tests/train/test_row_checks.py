@@ -51,7 +51,10 @@ def test_a_source_that_knows_little_of_the_rows_is_a_warning_and_one_that_knows_
 
     others = {f"x{i}": 1.0 for i in range(11)}
     few = row_checks.unshared_names(spec, objective, selection("few", Age=1.0, **others), columns)
-    assert few[0].is_warning and "the source knows only 8.3% of the values in these rows" in few[0].text
+    assert (
+        few[0].is_warning
+        and "the source knows only 8.3% of the values in these rows" in few[0].text
+    )
     more = {"x0": 1.0, "Age": 1.0}
     found = row_checks.unshared_names(spec, objective, selection("more", **more), columns)
     assert found and not any(one.is_warning for one in found)
