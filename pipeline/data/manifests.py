@@ -891,7 +891,9 @@ def _splits(
             given[name] = _where(Selection(manifest), data, at)
             origin.append(f"{name} files")
     seed = f" (split_seed {data.split_seed})" if data.split_seed else ""
-    together = _split_unit(data, first)
+    fractions = {"test": data.test_fraction, "validation": data.validation_fraction}
+    draws = any(fraction > 0 and name not in given for name, fraction in fractions.items())
+    together = _split_unit(data, first) if fold is not None or draws else None
     if fold is not None:
         tested = _is_in_fold(train, data, roles, at, fold, together)
         given["test"], train = train.keep(tested), train.keep(~tested)
@@ -901,11 +903,10 @@ def _splits(
         origin.append(
             f"test: each of {fold.of} folds by hash of {together or 'the row'}{alike}{seed}"
         )
-    drawn_by = together if together and fold is not None and not data.group else ""
+    drawn_by = together if together and not data.group else ""
     empty_draws: dict[str, str] = {}
-    for name, fraction in (("test", data.test_fraction), ("validation", data.validation_fraction)):
+    for name, fraction in fractions.items():
         if name not in given and fraction > 0:
-            drawn_by = together if together and not data.group else ""
             group = read_columns(train, [together])[together] if together else None
             ids = np.arange(len(train)) if train.rows is None else train.rows
             salt = f"{name} {data.split_seed}" if data.split_seed else name
