@@ -635,10 +635,10 @@ def embed(
 
 EXPORT_KINDS = (
     "bundle: a verified copy; hugging-face: a folder for transformers' Auto classes or "
-    "timm.create_model (local-dir:); lerobot: prepared episodes as a LeRobot data set; onnx: a "
-    "graph for onnxruntime (extra onnx); peft: an adapter alone; sentence-transformers: texts to "
-    "vectors; state-dict: one .safetensors or .pt file; torch-export: a graph for "
-    "torch.export.load."
+    'timm.create_model("local-dir:OUTPUT", pretrained=True); lerobot: prepared episodes as a '
+    "LeRobot data set; onnx: a graph for onnxruntime (extra onnx); peft: an adapter alone; "
+    "sentence-transformers: texts to vectors; state-dict: one .safetensors or .pt file; "
+    "torch-export: a graph for torch.export.load."
 )
 
 

@@ -36,7 +36,7 @@ def is_known(manifest: Manifest) -> bool:
 @register("export", "hugging-face")
 def export(saved: Bundle, output: str, backbone_only: bool) -> str:
     """A folder with label names and tokenizer: transformers' Auto classes, or timm.create_model
-    (local-dir:FOLDER).
+    ("local-dir:FOLDER", pretrained=True).
     """
     export_folder.refuse_added_modules(saved)
 
