@@ -35,7 +35,9 @@ def test_the_samples_are_small_and_have_licences():
     files = {path.name for path in DATA.iterdir() if path.suffix in (".parquet", ".safetensors")}
     assert sum((DATA / name).stat().st_size for name in files) < 12e6
     licensed = [entry for entry in page.split("\n- ")[1:] if re.search(r"\n  Licence: \w", entry)]
-    named = {name for entry in licensed for name in re.findall(r"`(\w+\.\w+)`", entry.split(":")[0])}
+    named = {
+        name for entry in licensed for name in re.findall(r"`(\w+\.\w+)`", entry.split(":")[0])
+    }
     assert files == named
 
 
