@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,24 @@ def edit(monkeypatch):
 
 
 def toy(folder, bundles, paths) -> Job:
-    return job_of(folder, {"a": {"backbone": bundles["a"]}}, paths)
+    return job_of(folder, {"a": {"backbone": bundles["a"]}}, paths, ("scratch", "full"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, bundles, paths):
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        trials_in_this_process(patch)
+        again(toy(folder, bundles, paths))
+    return folder
+
+
+@pytest.fixture
+def finished_job(finished, tmp_path, bundles, paths) -> Job:
+    """A job that has run, in a folder of its own."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    return toy(tmp_path, bundles, paths)
 
 
 def shown(
@@ -108,11 +126,13 @@ def assert_trained_from_the_start(job: Job, state: job_state.JobState, one: str)
     assert state.trial_provenance[one].changes == ()
 
 
-def test_every_trial_and_bundle_records_what_made_it(tmp_path, bundles, paths, here):
-    job = toy(tmp_path, bundles, paths)
-    _, rows = again(job)
-    for one in here:
-        record = trial.read_record(job.root, trial_folder.find_all(job.root)[one])
+def test_every_trial_and_bundle_records_what_made_it(finished_job):
+    job = finished_job
+    rows = stages.current(prepared(job))
+    folders = trial_folder.find_all(job.root)
+    assert len(folders) == 4
+    for folder in folders.values():
+        record = trial.read_record(job.root, folder)
         assert record is not None
         made = record.made
         assert (
@@ -130,28 +150,24 @@ def test_every_trial_and_bundle_records_what_made_it(tmp_path, bundles, paths, h
         assert sum(part.startswith("technique ") for part in made.code) == 1
     for row in results.read(job.root):
         assert json.loads(row.versions) == provenance.versions() and len(row.made_by) == 12
-    assert len({row.made_by for row in rows}) == 3, "three techniques"
+    assert len({row.made_by for row in rows}) == 2, "two techniques"
     kept = next(row.bundle_uri for row in primary(rows) if row.bundle_uri)
     assert bundle.load(kept).manifest.made is not None
 
 
-def test_a_changed_technique_is_kept_marked_and_made_anew_on_request(
-    tmp_path, bundles, paths, here, edit
-):
-    job = toy(tmp_path, bundles, paths)
-    _, rows = again(job)
+def test_a_changed_technique_is_kept_marked_and_made_anew_on_request(finished_job, here, edit):
+    job = finished_job
     state, rows = again(job)
     found, markdown, terminal = shown(state, rows)
-    assert (
+    assert here == [] and (
         not any(entry.code_mark for entry in found) and "†" not in terminal and "†" not in markdown
     ), "nothing has changed"
     assert not [line for line in dry_run.describe(prepared(job)) if "other code" in line]
 
-    here.clear()
     edit("technique full")
     message = dry_run.describe(prepared(job))
     assert (
-        "2 of 6 trials were made by other code or versions than those of now and are used as "
+        "2 of 4 trials were made by other code or versions than those of now and are used as "
         "they are; --remake changed makes them anew" in message
     )
     assert "2 trials: technique full changed" in message
@@ -169,7 +185,7 @@ def test_a_changed_technique_is_kept_marked_and_made_anew_on_request(
 
     message = dry_run.describe(prepared(job, "sources", "trials"))
     assert (
-        "2 of 6 trials were made by other code or versions than those of now and are made anew"
+        "2 of 4 trials were made by other code or versions than those of now and are made anew"
         in message
     )
     assert not all(
@@ -222,12 +238,9 @@ def test_a_combined_trial_is_made_anew_with_the_trials_that_it_combines(
         plugins.use([])
 
 
-def test_a_comparison_of_trials_of_different_versions_carries_the_mark(
-    tmp_path, bundles, paths, here, edit
-):
+def test_a_comparison_of_trials_of_different_versions_carries_the_mark(finished_job, here, edit):
     """Scratch of one version of a library beside fine-tunes of another."""
-    job = toy(tmp_path, bundles, paths)
-    again(changed(job, techniques=["scratch", "full"]))
+    job = changed(finished_job, techniques=["scratch", "full", "lp_ft"])
     edit(timm="9.9")
     state, rows = again(job)
     found, markdown, terminal = shown(state, rows)
@@ -252,26 +265,22 @@ def test_a_comparison_of_trials_of_different_versions_carries_the_mark(
     )
 
 
-def test_seeds_of_different_code_make_an_entry_mixed(tmp_path, bundles, paths, here, edit):
-    job = toy(tmp_path, bundles, paths)
-    again(changed(job, fanout={"seeds": 1}))
+def test_seeds_of_different_code_make_an_entry_mixed(finished_job, here, edit):
     edit("pipeline.train.loop")
-    state, rows = again(job)
+    state, rows = again(changed(finished_job, fanout={"seeds": 3}))
     assert {entry.code_mark for entry in shown(state, rows)[0]} == {code_versions.MIXED}
 
 
 @pytest.mark.slow
-def test_records_of_before_count_as_not_recorded(tmp_path, bundles, paths, here):
-    job = toy(tmp_path, bundles, paths)
-    again(job)
-    for one in here:
-        uri = storage.join(job.root, trial_folder.find_all(job.root)[one], "record.json")
+def test_records_of_before_count_as_not_recorded(finished_job, here):
+    job = finished_job
+    for folder in trial_folder.find_all(job.root).values():
+        uri = storage.join(job.root, folder, "record.json")
         record = storage.read_json(uri)
         later = ("made_by", "versions", "parent_weights", "run", "content_sha256")
         storage.write_json(
             uri, {name: value for name, value in record.items() if name not in later}
         )
-    here.clear()
     state, rows = again(job)
     assert here == [] and {row.made_by for row in rows} == {row.versions for row in rows} == {None}
     assert any(
@@ -283,10 +292,10 @@ def test_records_of_before_count_as_not_recorded(tmp_path, bundles, paths, here)
         code_versions.OTHER
     } and "| torch | not recorded |" in markdown
     again(job, "trials")
-    assert len(here) == 6
+    assert len(here) == 4
 
 
-def test_trials_of_a_source_that_was_made_anew_are_marked(tmp_path, bundles, paths, here):
+def test_trials_of_a_source_that_was_made_anew_are_marked(finished_job, bundles):
     """Its key is the same, its weights are others: a trial's record says which it started from."""
     record = TrialRecord("one", **Provenance({}, {}).metadata(), parent_weights="old")
     assert code_versions.provenance_of_record(record, Provenance({}, {}), "a", "new").changes == (
@@ -299,10 +308,11 @@ def test_trials_of_a_source_that_was_made_anew_are_marked(tmp_path, bundles, pat
         ).changes
         == ()
     )
-    job = toy(tmp_path, bundles, paths)
-    _, rows = again(job)
+    rows = stages.current(prepared(finished_job))
     weights = bundle.weights_sha256(bundles["a"].partition(":")[2])
-    started = {row.source: trial.read_record(job.root, row.folder).parent_weights for row in rows}
+    started = {
+        row.source: trial.read_record(finished_job.root, row.folder).parent_weights for row in rows
+    }
     assert started == {"a": weights, "none": None}
 
 

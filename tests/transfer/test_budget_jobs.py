@@ -99,6 +99,10 @@ def test_a_budget_trains_less_and_what_it_cut_stays_in_sight(tmp_path, bundles, 
         "seed and cut 8 of 9 pairs of source and technique"
     )
     assert note in state.notes and note in state.progress.lines
+    shifts = [one for scores in state.source_scores.values() for one in scores.shifts]
+    assert sum(one.within_target for one in shifts) == 1, (
+        "test rows are compared with training rows in the features of one source"
+    )
 
     _, (markdown, _) = stages.show(state, rows)
     text = storage.read_bytes(markdown).decode()
@@ -113,12 +117,6 @@ def test_a_budget_trains_less_and_what_it_cut_stays_in_sight(tmp_path, bundles, 
     ended = existing_trials.trial_status(prepared(job))
     assert len(ended) == 16 and all(done for _, done in ended)
     assert existing_trials.all_ids(prepared(job)) == {row.trial_id for row in rows}
-
-
-def test_test_rows_are_compared_with_training_rows(tmp_path, bundles, paths, here):
-    state, _ = run_through(job_of(tmp_path, bundles, paths))
-    found = [one for scores in state.source_scores.values() for one in scores.shifts]
-    assert sum(one.within_target for one in found) == 1, "in the features of one source"
 
 
 @pytest.mark.slow

@@ -35,6 +35,8 @@ from pipeline.transfer import (
 COLUMNS = {"image": "picture", "label": "class"}
 STATE = {"values": ["class 2", "class 0", "class 1"], "labels": ["class 2", "class 0", "class 1"]}
 """The target's labels in another order."""
+SHORT = {"steps": 3}
+"""Training that shows which rows are read."""
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +227,7 @@ def test_no_label_of_the_target_calibrates_where_none_may_be_used(tmp_path, path
     objective = {"classification": {"calibrate": "temperature"}}
     found = {}
     for name in ("zero_shot", "dann"):
-        job, shared = world(tmp_path, paths, name, root=name, objective=objective)
+        job, shared = world(tmp_path, paths, name, root=name, objective=objective, train=SHORT)
         record = trial.run(trial_of(job, shared, name, fraction=0), shared)
         found[name] = "temperature" in record.rows[0].settings
     assert found == {"zero_shot": False, "dann": True}
@@ -293,7 +295,8 @@ def test_without_labels_everything_is_chosen_on_the_source(tmp_path, paths, tech
     """Wrong labels of training and validation rows change nothing, weights and validation."""
     found = []
     for number, files in enumerate((paths, wrong_labels(paths, tmp_path))):
-        job, shared = world(tmp_path, {**files, "more": paths["more"]}, technique, root=str(number))
+        files = {**files, "more": paths["more"]}
+        job, shared = world(tmp_path, files, technique, root=str(number), train=SHORT)
         record = trial.run(trial_of(job, shared, technique, fraction=0), shared)
         row = next(row for row in record.rows if row.split == "test")
         assert (row.n_train, row.label_fraction, row.status) == (0, "0/class", "done")
@@ -319,7 +322,7 @@ def test_rows_without_labels_are_read_where_a_target_names_some(tmp_path, paths,
     table = pq.read_table(paths["more"]).drop(["class"])
     pq.write_table(table, tmp_path / "unlabelled.parquet")
     data = {"uri": str(tmp_path / "unlabelled.parquet"), "modality": "image"}
-    job, shared = world(tmp_path, paths, "dann", unlabelled=data)
+    job, shared = world(tmp_path, paths, "dann", unlabelled=data, train=SHORT)
     for fraction in (1.0, 0):
         seen.clear()
         trial.run(trial_of(job, shared, "dann", fraction=fraction), shared)
@@ -327,7 +330,7 @@ def test_rows_without_labels_are_read_where_a_target_names_some(tmp_path, paths,
         assert rows == set(range(14)), "every row of the file, and no other"
     keys = [
         stages.check(one, Silent()).targets["task"]
-        for one in (job, world(tmp_path, paths, "dann", root="other")[0])
+        for one in (job, world(tmp_path, paths, "dann", root="other", train=SHORT)[0])
     ]
     assert keys[0].key == keys[1].key and keys[0].unlabelled_key and not keys[1].unlabelled_key
 

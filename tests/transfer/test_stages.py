@@ -75,7 +75,7 @@ def bundles(tmp_path_factory):
     }
 
 
-job_of = partial(stage_runs.job_of, techniques=("scratch", "linear_probe", "full"))
+job_of = partial(stage_runs.job_of, techniques=("scratch", "full"), seeds=1)
 
 
 def with_data(job: Job, name: str, **data) -> Job:
@@ -88,6 +88,23 @@ def with_data(job: Job, name: str, **data) -> Job:
 def here(monkeypatch):
     """Trials run in this process, one after the other; the ids of those that ran."""
     return trials_in_this_process(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, bundles, paths):
+    """The folder of a finished run of source ``a``."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        trials_in_this_process(patch)
+        run_through(job_of(folder, {"a": bundles["a"]}, paths))
+    return folder
+
+
+@pytest.fixture
+def finished_job(finished, tmp_path, bundles, paths):
+    """A job of source ``a`` that has run, in a folder of its own."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    return job_of(tmp_path, {"a": bundles["a"]}, paths)
 
 
 def reported(job: Job) -> tuple[job_state.JobState, list[dict[str, Any]]]:
@@ -107,23 +124,18 @@ def alike(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
 
 
 def test_a_run_leaves_its_table_and_report_says_the_same(tmp_path, bundles, paths, here):
-    job = job_of(tmp_path, {"a": bundles["a"], "b": bundles["b"]}, paths)
+    job = job_of(tmp_path, {"a": bundles["a"], "b": bundles["b"]}, paths, seeds=2)
     before = prepared(job)
     assert (
         existing_trials.trial_status(before)
         == [(one, False) for one, _ in existing_trials.trial_status(before)]
-        and len(existing_trials.trial_status(before)) == 10
+        and len(existing_trials.trial_status(before)) == 6
     ), "known, and none done"
     _, rows = run_through(job)
-    assert len(here) == 2 * (1 + 2 * 2), "scratch once for the two sources, which read alike"
+    assert len(here) == 2 * (1 + 2), "scratch once for the two sources, which read alike"
     assert {(row.source, row.technique, row.seed) for row in primary(rows)} == {
         *(("none", "scratch", seed) for seed in range(2)),
-        *(
-            (name, technique, seed)
-            for name in "ab"
-            for technique in ("linear_probe", "full")
-            for seed in range(2)
-        ),
+        *((name, "full", seed) for name in "ab" for seed in range(2)),
     }
     scratch = {row.seed: row.value for row in primary(rows, source="none")}
     for row in primary(rows):
@@ -143,12 +155,12 @@ def test_a_run_leaves_its_table_and_report_says_the_same(tmp_path, bundles, path
     ), "lower is better"
     assert all(row.gain is None for row in rows if row.split == "validation")
     written = results.read(job.root)
-    assert alike(written, rows) and len(written) == 10 * 2 * 3
+    assert alike(written, rows) and len(written) == 6 * 2 * 3
     state, again = reported(job)
     assert alike(again, rows) and state.notes == [] and state.unusable_targets == {}
     ended = existing_trials.trial_status(prepared(job))
     assert (
-        len(ended) == 10
+        len(ended) == 6
         and all(done for _, done in ended)
         and {one.id for one, _ in ended} == set(here)
     )
@@ -170,7 +182,7 @@ def test_the_table_tells_on_how_much_a_comparison_rests(tmp_path, bundles, paths
         tmp_path,
         {"a": bundles["a"], "b": f"bundle:{tmp_path / 'resnet'}"},
         paths,
-        techniques=("scratch", "full"),
+        seeds=2,
     )
     state, rows = run_through(job)
     entries = {(entry.source, entry.backbone): entry for entry in stages.show(state, rows)[0]}
@@ -200,13 +212,13 @@ def test_the_table_tells_on_how_much_a_comparison_rests(tmp_path, bundles, paths
 
 def test_a_bundle_is_told_of_where_it_is(tmp_path, bundles, paths, here):
     """The best seed of each entry, and no other, says where its bundle lies."""
-    _, rows = run_through(job_of(tmp_path, {"a": bundles["a"]}, paths))
+    _, rows = run_through(job_of(tmp_path, {"a": bundles["a"]}, paths, seeds=2))
     uris = {row.trial_id: row.bundle_uri for row in primary(rows)}
     assert all(
         uri is None or bundle.load(uri).manifest.spec_hash == name for name, uri in uris.items()
     )
-    assert sum(uri is not None for uri in uris.values()) == 3
-    for entry in (("none", "scratch"), ("a", "linear_probe"), ("a", "full")):
+    assert sum(uri is not None for uri in uris.values()) == 2
+    for entry in (("none", "scratch"), ("a", "full")):
         of = {
             row.trial_id: row
             for row in rows
@@ -220,25 +232,21 @@ def test_a_bundle_is_told_of_where_it_is(tmp_path, bundles, paths, here):
 
 def test_a_row_never_names_a_bundle_that_is_gone(tmp_path, bundles, paths, here):
     """After a run that kept the best bundles, another that keeps others or has fewer seeds."""
-    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"), seeds=3)
+    job = job_of(tmp_path, {"a": bundles["a"]}, paths, seeds=2)
     run_through(job)
-    for words in ({"seeds": 1}, {"seeds": 3, "keep_bundles": "none"}, {"keep_bundles": "all"}):
-        _, rows = run_through(changed(job, fanout={"seeds": 3, **words}))
+    for words in ({"seeds": 1}, {"keep_bundles": "none"}, {"keep_bundles": "all"}):
+        _, rows = run_through(changed(job, fanout={"seeds": 2, **words}))
         named = {row.bundle_uri for row in rows if row.bundle_uri}
         assert all(map(bundle.exists, named)), words
 
 
-def test_a_gain_without_predictions_has_no_interval(tmp_path, bundles, paths, here):
+def test_a_gain_without_predictions_has_no_interval(finished_job):
     """A metric may lack test units too. It is better or worse by its direction."""
-    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"))
-    _, rows = run_through(job)
-    for row in primary(rows, source="none"):
-        storage.remove_tree(storage.join(job.root, row.folder, "predictions.npz"))
-    _, again = reported(job)
+    (row,) = primary(reported(finished_job)[1], source="none")
+    storage.remove_tree(storage.join(finished_job.root, row.folder, "predictions.npz"))
+    _, again = reported(finished_job)
     compared = [row for row in again if row.gain is not None]
-    assert {row.metric for row in compared} == {"accuracy", "macro_f1", "loss"} and len(
-        compared
-    ) == 6
+    assert sorted(row.metric for row in compared) == ["accuracy", "loss", "macro_f1"]
     for row in compared:
         sign = -1 if row.metric == "loss" else 1
         assert (
@@ -256,11 +264,11 @@ def test_report_before_anything_ran_has_no_rows(tmp_path, bundles, paths):
 def test_an_interrupted_run_is_reported_as_far_as_it_came(
     tmp_path, bundles, paths, here, monkeypatch
 ):
-    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"))
+    job = job_of(tmp_path, {"a": bundles["a"]}, paths)
     real, count = trial.run, []
 
     def stop(one, shared, ranks):
-        if len(count) == 3:
+        if len(count) == 1:
             raise KeyboardInterrupt
         count.append(one.id)
         return real(one, shared, ranks)
@@ -271,45 +279,39 @@ def test_an_interrupted_run_is_reported_as_far_as_it_came(
     _, rows = reported(job)
     assert {row.trial_id for row in rows} == set(count)
     ended = existing_trials.trial_status(prepared(job))
-    assert sorted(done for _, done in ended) == [False, True, True, True]
+    assert sorted(done for _, done in ended) == [False, True]
     monkeypatch.setattr(trial, "run", real)
     here.clear()
     run_through(job)
     assert here == [one.id for one, done in ended if not done], "the rest alone"
 
 
-def test_a_technique_more_keeps_the_rows_that_are_there(tmp_path, bundles, paths, here):
-    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"))
-    _, rows = run_through(job)
-    here.clear()
-    _, more = run_through(changed(job, techniques=["scratch", "full", "linear_probe"]))
-    assert len(here) == 2 and {
+def test_a_technique_more_keeps_the_rows_that_are_there(finished_job, here):
+    _, rows = reported(finished_job)
+    _, more = run_through(changed(finished_job, techniques=["scratch", "full", "linear_probe"]))
+    assert len(here) == 1 and {
         row.trial_id for row in more if row.technique == "linear_probe"
     } == set(here)
     assert alike([row for row in more if row.technique != "linear_probe"], rows)
-    written = results.read(job.root)
+    written = results.read(finished_job.root)
     assert alike(written, more)
     here.clear()
-    _, fewer = run_through(job)
+    _, fewer = run_through(finished_job)
     assert here == [] and alike(fewer, rows), "the table of a job is of the job as it is now"
 
 
-def test_the_table_marks_rows_of_trials_that_are_no_longer_in_the_job(
-    tmp_path, bundles, paths, here
-):
-    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"))
-    run_through(job)
-    steps = job.model_dump(mode="json")
+def test_the_table_marks_rows_of_trials_that_are_no_longer_in_the_job(finished_job, here):
+    steps = finished_job.model_dump(mode="json")
     steps["targets"]["task"]["train"]["steps"] = 4
     longer = Job.model_validate(steps)
     _, rows = run_through(longer)
-    written = results.read(job.root)
+    written = results.read(finished_job.root)
     now = {row.trial_id for row in rows}
     assert len(written) == 2 * len(rows), "what was run before is kept"
     assert {row.trial_id for row in written if row.current} == now
     assert all(row.current is False for row in written if row.trial_id not in now)
-    reported(job)
-    assert {row.trial_id for row in results.read(job.root) if not row.current} == now, (
+    reported(finished_job)
+    assert {row.trial_id for row in results.read(finished_job.root) if not row.current} == now, (
         "the job as it was before again"
     )
 
@@ -385,7 +387,7 @@ def test_the_best_draws_are_tried_again_with_further_seeds_before_one_is_chosen(
         tmp_path,
         {"a": bundles["a"]},
         paths,
-        techniques=("scratch", "full"),
+        seeds=2,
         trials=4,
         search={"lr": [1e-4, 1e-1]},
         search_finalists=finalists,
@@ -467,9 +469,9 @@ def test_a_search_picks_the_best_draw_and_is_kept(tmp_path, bundles, paths, here
         tmp_path,
         {"a": bundles["a"]},
         paths,
-        techniques=("scratch", "full"),
         trials=2,
         search={"lr": [1e-4, 1e-1]},
+        search_finalists={"top": 2, "seeds": 1},
     )
     _, rows = run_through(job)
     for technique in ("scratch", "full"):
@@ -477,18 +479,18 @@ def test_a_search_picks_the_best_draw_and_is_kept(tmp_path, bundles, paths, here
         assert sorted(values) == sorted(
             draw["lr"]
             for draw in grid.draws(job, job.targets["task"], ComponentConfig(name="full"))
-        ) and {len(seeds) for seeds in values.values()} == {3}
+        ) and {len(seeds) for seeds in values.values()} == {2}
         best = max(values, key=lambda lr: sum(values[lr].values()))
         final = primary(rows, technique=technique)
         tried = {seed for seeds in values.values() for seed in seeds}
         assert not tried & {row.seed for row in final}, "a lucky network is not counted twice"
-        assert [row.seed for row in final] == [0, 1] and {
+        assert [row.seed for row in final] == [0] and {
             json.loads(row.hyper_parameters)["lr"] for row in final
         } == {best}, "of draws that are equally good, the first"
     assert alike(reported(job)[1], rows)
     assert (
         all(done for _, done in existing_trials.trial_status(prepared(job)))
-        and len(existing_trials.trial_status(prepared(job))) == 2 * (2 + 2 * 2) + 4
+        and len(existing_trials.trial_status(prepared(job))) == 2 * (2 + 2) + 2
     )
 
 
@@ -535,17 +537,15 @@ def test_ended_is_empty_while_a_source_has_no_bundle(tmp_path, bundles, paths):
 
 
 def test_two_names_of_one_bundle_are_two_sources(tmp_path, bundles, paths, here):
-    job = job_of(
-        tmp_path, {"a": bundles["a"], "same": bundles["a"]}, paths, techniques=("scratch", "full")
-    )
+    job = job_of(tmp_path, {"a": bundles["a"], "same": bundles["a"]}, paths)
     state, rows = run_through(job)
     assert state.sources["a"].key != state.sources["same"].key
     by_source = {
         name: {row.trial_id for row in primary(rows, source=name)} for name in ("a", "same", "none")
     }
     assert (
-        all(len(found) == 2 for found in by_source.values())
-        and len(set.union(*by_source.values())) == 6
+        all(len(found) == 1 for found in by_source.values())
+        and len(set.union(*by_source.values())) == 3
     )
     values = [
         sorted((row.seed, row.value) for row in primary(rows, source=name))
@@ -554,48 +554,41 @@ def test_two_names_of_one_bundle_are_two_sources(tmp_path, bundles, paths, here)
     assert values[0] == values[1], "with the same results"
 
 
-def test_what_a_checkpoint_holds_decides_and_not_its_place(tmp_path, bundles, paths, here):
-    first = saved_vit(tmp_path / "here", 1)
-    job = job_of(tmp_path, {"a": first}, paths, techniques=("scratch", "full"))
-    _, rows = run_through(job)
-    shutil.copytree(tmp_path / "here", tmp_path / "there")
-    moved = changed(job, sources={"a": {"backbone": f"bundle:{tmp_path / 'there'}"}})
-    assert prepared(moved).sources["a"].key == prepared(job).sources["a"].key
-    here.clear()
+def test_what_a_checkpoint_holds_decides_and_not_its_place(finished_job, tmp_path, bundles, here):
+    rows = reported(finished_job)[1]
+    shutil.copytree(bundles["a"].removeprefix("bundle:"), tmp_path / "there")
+    moved = changed(finished_job, sources={"a": {"backbone": f"bundle:{tmp_path / 'there'}"}})
+    assert prepared(moved).sources["a"].key == prepared(finished_job).sources["a"].key
     assert {row.trial_id for row in run_through(moved)[1]} == {
         row.trial_id for row in rows
     } and here == []
-    shutil.rmtree(tmp_path / "here")
-    saved_vit(tmp_path / "here", 2)
-    assert prepared(job).sources["a"].key != prepared(moved).sources["a"].key, (
+    shutil.rmtree(tmp_path / "there")
+    saved_vit(tmp_path / "there", 2)
+    assert prepared(moved).sources["a"].key != prepared(finished_job).sources["a"].key, (
         "the same path, other weights"
     )
-    here.clear()
-    _, again = run_through(job)
-    assert len(here) == 2, "full with each seed; scratch has no weights of a source"
+    _, again = run_through(moved)
+    assert len(here) == 1, "full; scratch has no weights of a source"
     assert {row.trial_id for row in primary(again, source="none")} == {
         row.trial_id for row in primary(rows, source="none")
     }
 
 
 def test_rows_that_are_there_take_the_label_that_their_backbone_has_now(
-    tmp_path, bundles, paths, here
+    finished_job, bundles, here
 ):
     """A second backbone group of one architecture: timm/test_vit becomes timm/test_vit@a, and the new table
     names it so in every row.
     """
-    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"))
-    _, rows = run_through(job)
+    rows = reported(finished_job)[1]
     assert {row.backbone for row in rows} == {"timm/test_vit"}
-    here.clear()
-    _, both = run_through(
-        changed(job, sources={"a": {"backbone": bundles["a"]}, "far": {"backbone": bundles["far"]}})
-    )
-    assert len(here) == 4, "only what is new: full and scratch of the other backbone group"
+    sources = {name: {"backbone": bundles[name]} for name in ("a", "far")}
+    _, both = run_through(changed(finished_job, sources=sources))
+    assert len(here) == 2, "only what is new: full and scratch of the other backbone group"
     old = {row.trial_id for row in rows}
     assert {row.backbone for row in both if row.trial_id in old} == {"timm/test_vit@a"}
     assert {row.backbone for row in both if row.trial_id not in old} == {"timm/test_vit@far"}
-    assert alike(results.read(job.root), both), "in the file too"
+    assert alike(results.read(finished_job.root), both), "in the file too"
     for row in primary(both):
         if row.source != "none":
             (against,) = primary(both, source="none", backbone=row.backbone, seed=row.seed)
@@ -608,11 +601,10 @@ def test_a_target_with_another_name_is_another_target(tmp_path, bundles, paths, 
             tmp_path,
             {"a": bundles["a"]},
             paths,
-            techniques=("scratch", "full"),
             target_names=("one", "two"),
         )
     )
-    assert len({row.trial_id for row in rows}) == 2 * 4
+    assert len({row.trial_id for row in rows}) == 2 * 2
     assert {(row.target, row.source) for row in primary(rows)} == {
         (t, s) for t in ("one", "two") for s in ("a", "none")
     }
@@ -628,7 +620,6 @@ def test_the_best_scored_source_alone_is_fanned_out_and_report_agrees(
         tmp_path,
         {"a": bundles["a"], "b": bundles["b"]},
         paths,
-        techniques=("scratch", "full"),
         select={"score": "logme", "top": 1},
     )
     assert existing_trials.trial_status(prepared(job)) == [], (
@@ -653,13 +644,13 @@ def test_the_best_scored_source_alone_is_fanned_out_and_report_agrees(
         f"| task | {best} | LogME | fine-tuned |" in text
         and f"| task | {other} | LogME | left out |" in text
     ), "the score of each stays in the report"
-    assert len(existing_trials.trial_status(prepared(job))) == 4 and all(
+    assert len(existing_trials.trial_status(prepared(job))) == 2 and all(
         done for _, done in existing_trials.trial_status(prepared(job))
     )
     here.clear()
-    everything = changed(job, fanout={"seeds": 2})
+    everything = changed(job, fanout={"seeds": 1})
     _, all_rows = run_through(everything)
-    assert len(here) == 2 and {row.source for row in all_rows} == {"a", "b", "none"}
+    assert len(here) == 1 and {row.source for row in all_rows} == {"a", "b", "none"}
     run_through(job)
     assert alike(reported(job)[1], rows), "though trials of the other source have ended meanwhile"
 
@@ -675,9 +666,7 @@ def test_a_source_without_a_score_is_ranked_last_and_named_and_the_others_go_on(
         next(broken.backbone.parameters()).fill_(float("nan"))
     bundle.save(str(tmp_path / "broken"), broken, MODALITY, training={"transfer": ""}, metrics={})
     sources = {"broken": f"bundle:{tmp_path / 'broken'}", "a": bundles["a"], "b": bundles["b"]}
-    job = job_of(
-        tmp_path, sources, paths, techniques=("scratch", "full"), select={"score": "knn", "top": 2}
-    )
+    job = job_of(tmp_path, sources, paths, select={"score": "knn", "top": 2})
     state, rows = run_through(job)
     assert {row.source for row in rows} == {"a", "b", "none"}
     named = [note for note in state.notes if "source broken has no score (" in note]
@@ -695,7 +684,6 @@ def test_sources_that_a_target_names_now_are_those_that_are_fanned_out(
         tmp_path,
         {"a": bundles["a"], "b": bundles["b"]},
         paths,
-        techniques=("scratch", "full"),
         select={"score": "logme", "top": 1},
     )
     _, rows = run_through(job)
@@ -712,20 +700,20 @@ def test_sources_that_a_target_names_now_are_those_that_are_fanned_out(
     assert {row.source for row in run_through(job)[1]} == {other, "none"}
 
 
-def test_rows_that_were_there_before_have_their_sources_score_too(tmp_path, bundles, paths, here):
-    job = job_of(
-        tmp_path, {"a": bundles["a"], "b": bundles["b"]}, paths, techniques=("scratch", "full")
-    )
-    run_through(job)
-    _, rows = run_through(changed(job, fanout={"seeds": 2, "select": {"score": "knn", "top": 2}}))
-    assert {row.score_name for row in primary(rows) if row.source != "none"} == {"knn"}
+def test_rows_that_were_there_before_have_their_sources_score_too(finished_job, bundles, here):
+    sources = {name: {"backbone": bundles[name]} for name in "ab"}
+    fanout_ = {"seeds": 1, "select": {"score": "knn", "top": 2}}
+    _, rows = run_through(changed(finished_job, sources=sources, fanout=fanout_))
+    assert len(here) == 1 and {row.score_name for row in primary(rows) if row.source != "none"} == {
+        "knn"
+    }
 
 
 def test_every_score_is_recorded_and_audited_where_there_is_a_choice(
     tmp_path, bundles, paths, here
 ):
     sources = {"a": bundles["a"], "b": bundles["b"]}
-    job = job_of(tmp_path, sources, paths, techniques=("scratch", "full"))
+    job = job_of(tmp_path, sources, paths)
     state, rows = run_through(job)
     assert set(state.source_scores) == {"a|task", "b|task"}
     for name in "ab":
@@ -744,7 +732,7 @@ def test_every_score_is_recorded_and_audited_where_there_is_a_choice(
 def test_shift_alone_is_measured_where_there_is_no_choice(tmp_path, bundles, here):
     """And that of the test rows, whose labels it reads, when all trials have ended."""
     paths = image_files(tmp_path / "data", {"train": 36, "validation": 18, "test": 36})
-    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"))
+    job = job_of(tmp_path, {"a": bundles["a"]}, paths)
     state, rows = run_through(job)
     (pair,) = state.source_scores.values()
     source, own = pair.shifts
@@ -764,7 +752,6 @@ def test_a_score_that_no_source_has_leaves_none_out(tmp_path, bundles, paths, he
         tmp_path,
         {"a": bundles["a"], "b": bundles["b"]},
         paths,
-        techniques=("scratch", "full"),
         select={"score": "mmd", "top": 1},
     )
     state, rows = run_through(job)
@@ -793,61 +780,40 @@ def damaged(paths: dict[str, str], folder: Path, split: str, count: int) -> dict
     return {**paths, split: str(folder / f"{split}.parquet")}
 
 
+def with_bad_target(job: Job, paths: dict[str, str]) -> Job:
+    """The job with target ``bad`` of the given files beside target ``task``."""
+    dumped = job.model_dump(mode="json")
+    dumped["targets"]["bad"] = dumped["targets"]["task"]
+    return with_data(Job.model_validate(dumped), "bad", **paths)
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_target_over_its_budget_of_bad_rows_is_left_out_and_the_other_goes_on(
-    tmp_path, bundles, paths, here, split
+    finished_job, tmp_path, paths, here, split
 ):
-    job = job_of(
-        tmp_path,
-        {"a": bundles["a"]},
-        paths,
-        techniques=("scratch", "full"),
-        target_names=("good", "bad"),
-    )
-    job = with_data(job, "bad", **damaged(paths, tmp_path / "damaged", split, 9))
+    """And `report` still tells of it."""
+    job = with_bad_target(finished_job, damaged(paths, tmp_path / "damaged", split, 9))
     state, rows = run_through(job)
     assert set(state.unusable_targets) == {"bad"} and state.unusable_targets["bad"].startswith(
         f"9 of {36 if split == 'train' else 18} rows cannot be used"
     )
-    assert {row.target for row in rows} == {"good"} and len(primary(rows)) == 4
+    assert {row.target for row in rows} == {"task"} and len(primary(rows)) == 2
     failed = stages.failures(state, rows)
     assert len(failed) == 1 and failed[0].startswith("targets.bad: 9 of ")
     assert any(
         line.startswith("warning: targets.bad is left out: 9 of") for line in state.progress.lines
     )
     assert any(note.startswith("bad: left out: 9 of") for note in state.notes), "in the report"
-
-
-def test_report_still_tells_of_a_target_that_was_left_out(tmp_path, bundles, paths, here):
-    job = job_of(
-        tmp_path,
-        {"a": bundles["a"]},
-        paths,
-        techniques=("scratch", "full"),
-        target_names=("good", "bad"),
-    )
-    job = with_data(job, "bad", **damaged(paths, tmp_path / "damaged", "train", 9))
-    state, rows = run_through(job)
     again, same = reported(job)
     assert alike(same, rows)
     assert again.notes == state.notes and again.unusable_targets == state.unusable_targets
-    assert stages.failures(again, same) == stages.failures(state, rows) != [], (
-        "so `report` exits with 1 as the run did"
-    )
+    assert stages.failures(again, same) == failed, "so `report` exits with 1 as the run did"
 
 
-@pytest.mark.parametrize("select", [None, {"score": "knn", "top": 1}], ids=str)
-def test_a_target_that_was_left_out_is_tried_again(tmp_path, bundles, paths, here, select):
+def test_a_target_that_was_left_out_is_tried_again(finished_job, tmp_path, paths, here):
     """Its budget is no part of any key, and yet a larger one is enough."""
-    job = job_of(
-        tmp_path,
-        {"a": bundles["a"]},
-        paths,
-        techniques=("scratch", "full"),
-        target_names=("good", "bad"),
-        select=select,
-    )
-    job = with_data(job, "bad", **damaged(paths, tmp_path / "damaged", "train", 9))
+    job = changed(finished_job, fanout={"seeds": 1, "select": {"score": "knn", "top": 1}})
+    job = with_bad_target(job, damaged(paths, tmp_path / "damaged", "train", 9))
     run_through(job)
     job = with_data(job, "bad", max_bad_rows=0.5)
     ended = existing_trials.trial_status(prepared(job))
@@ -855,9 +821,9 @@ def test_a_target_that_was_left_out_is_tried_again(tmp_path, bundles, paths, her
     here.clear()
     state, rows = run_through(job)
     assert (
-        len(here) == 4
+        len(here) == 2
         and state.unusable_targets == {}
-        and {row.target for row in primary(rows)} == {"good", "bad"}
+        and {row.target for row in primary(rows)} == {"task", "bad"}
     )
 
 
@@ -874,7 +840,7 @@ def test_where_every_target_is_left_out_nothing_runs(tmp_path, bundles, paths, h
 
 def test_bad_rows_within_the_budget_are_left_out_and_noted(tmp_path, bundles, paths, here):
     job = with_data(
-        job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full")),
+        job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch",)),
         "task",
         **damaged(paths, tmp_path / "damaged", "train", 2),
         max_bad_rows=0.1,
@@ -967,7 +933,7 @@ def test_test_rows_that_stand_in_a_source_are_counted_and_reported_again(
         tmp_path / "corpus.parquet",
     )
     job = with_source_data(
-        job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full")),
+        job_of(tmp_path, {"a": bundles["a"]}, paths),
         "corpus",
         str(tmp_path / "corpus.parquet"),
     )
@@ -979,7 +945,7 @@ def test_test_rows_that_stand_in_a_source_are_counted_and_reported_again(
     assert storage.read_json(storage.join(job.root, "facts.json"))["notes"] == state.notes
     again, same = reported(job)
     assert again.notes == state.notes and alike(same, rows)
-    other = changed(job, fanout={"seeds": 2, "select": {"top": 1}})
+    other = changed(job, fanout={"seeds": 1, "select": {"top": 1}})
     assert reported(other)[0].notes == [], "facts of another job are none of this one"
 
 
@@ -989,9 +955,7 @@ def test_a_part_replaces_its_own_results_and_leaves_the_others(tmp_path, bundles
         tmp_path,
         {"a": bundles["a"], "b": bundles["b"]},
         paths,
-        techniques=("scratch", "full"),
         target_names=("task", "other"),
-        seeds=1,
     )
     run_through(job)
     metadata = Path(job.root, "facts.json")
@@ -1131,7 +1095,7 @@ def leaking(tmp_path, bundles, paths):
         tmp_path / "corpus.parquet",
     )
     return with_source_data(
-        job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full")),
+        job_of(tmp_path, {"a": bundles["a"]}, paths),
         "corpus",
         str(tmp_path / "corpus.parquet"),
     )
@@ -1343,7 +1307,7 @@ def test_a_target_read_in_another_size_is_other_trials(tmp_path, bundles, paths,
     here.clear()
     larger = with_data(job, "task", modality={"image": {"size": 48}})
     state, other = run_through(larger)
-    assert len(here) == 2 and not {row.trial_id for row in other} & {row.trial_id for row in rows}
+    assert len(here) == 1 and not {row.trial_id for row in other} & {row.trial_id for row in rows}
     sizes = {}
     for one in (job, larger):
         state = prepared(one)
@@ -1382,7 +1346,7 @@ def test_every_row_says_where_its_splits_come_from_and_two_ways_never_share_a_ta
     entries, where = stages.show(state, both)
     names = {f"task [{row.split_origin}]" for row in both}
     assert {entry.target for entry in entries} == names and all(
-        entry.n_seeds == 2 for entry in entries
+        entry.n_seeds == 1 for entry in entries
     )
     text = storage.read_bytes(where[0]).decode()
     assert all(name.split(" [")[1].rstrip("]") in text for name in names)
@@ -1422,17 +1386,16 @@ def test_which_targets_are_scored(tmp_path, paths, objective, scored):
 # ---------------------------------------------------------------- the report's files
 
 
-def test_show_writes_the_report_of_the_rows(tmp_path, bundles, paths, here):
-    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"))
-    state, rows = run_through(job)
+def test_show_writes_the_report_of_the_rows(finished_job):
+    state, rows = reported(finished_job)
     entries, where = stages.show(state, rows)
     assert {(entry.source, entry.technique, entry.n_seeds) for entry in entries} == {
-        ("none", "scratch", 2),
-        ("a", "full", 2),
+        ("none", "scratch", 1),
+        ("a", "full", 1),
     }
     text = storage.read_bytes(where[0]).decode()
     assert "task" in text and "full" in text and all(storage.exists(uri) for uri in where)
-    again, same = reported(job)
+    again, same = reported(finished_job)
     assert stages.show(again, same)[0] == entries
 
 
@@ -1448,19 +1411,19 @@ def test_subgroups_of_test_rows_stand_in_the_table_and_the_report_and_train_noth
         ),
         files["test"],
     )
-    job = job_of(tmp_path, {"a": bundles["a"]}, files, techniques=("scratch", "full"))
+    job = job_of(tmp_path, {"a": bundles["a"]}, files)
     _, before = run_through(job)
-    assert len(here) == 4 and not [row for row in before if "@" in (row.metric or "")]
+    assert len(here) == 2 and not [row for row in before if "@" in (row.metric or "")]
     dumped = job.model_dump(mode="json")
     dumped["targets"]["task"]["subgroups"] = ["sex"]
     state, rows = run_through(Job.model_validate(dumped))
-    assert len(here) == 4, "no trial is run anew"
+    assert len(here) == 2, "no trial is run anew"
     parts = [row for row in rows if "@" in (row.metric or "")]
     assert {row.metric for row in parts} == {
         "accuracy@sex=female",
         "accuracy@sex=male",
         "accuracy@sex=not recorded",
-    } and len(parts) == 4 * 3
+    } and len(parts) == 2 * 3
     assert {(row.metric.partition("=")[2], row.n_eval) for row in parts} == {
         ("female", 26),
         ("male", 20),
@@ -1521,7 +1484,7 @@ def test_a_dry_run_counts_the_trials_that_try_the_best_draws_again(tmp_path, bun
         tmp_path,
         {"a": bundles["a"]},
         paths,
-        techniques=("scratch", "full"),
+        seeds=2,
         trials=8,
         search={"lr": [1e-4, 1e-1]},
     )

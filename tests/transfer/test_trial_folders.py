@@ -152,9 +152,8 @@ def test_a_run_of_an_older_version_goes_on_where_its_trials_lie(
 
 
 def test_search_trials_lie_beside_the_final_ones(tmp_path, vit, paths, ran):
-    job = job_at(
-        str(tmp_path / "runs"), tmp_path, vit, paths, 1, trials=2, search={"lr": [1e-4, 0.1]}
-    )
+    search = {"trials": 2, "search": {"lr": [1e-4, 0.1]}, "search_finalists": {"top": 1}}
+    job = job_at(str(tmp_path / "runs"), tmp_path, vit, paths, 1, **search)
     job = changed(job, techniques=["scratch", "full"], baselines=[])
     run_through(job)
     folders = trial_folder.find_all(job.root).values()
