@@ -282,17 +282,14 @@ class _Dataset:
         self._close()
         meta = self.folder / "meta"
         (meta / "episodes/chunk-000").mkdir(parents=True)
-        rows = [
-            {
-                **episode,
-                **{
-                    f"stats/{name}/{which}": value.tolist()
-                    for name, measured in statistics.items()
-                    for which, value in measured.items()
-                },
-            }
-            for episode, statistics in zip(self.episodes, self.statistics, strict=True)
-        ]
+        rows: list[dict[str, Any]] = []
+        for episode, statistics in zip(self.episodes, self.statistics, strict=True):
+            row = dict(episode)
+            for name, measured in statistics.items():
+                row |= {
+                    f"stats/{name}/{which}": value.tolist() for which, value in measured.items()
+                }
+            rows.append(row)
         pq.write_table(pa.Table.from_pylist(rows), meta / "episodes/chunk-000/file-000.parquet")
         index = pd.Index(list(self.tasks), name="task")
         pd.DataFrame({"task_index": list(self.tasks.values())}, index).to_parquet(

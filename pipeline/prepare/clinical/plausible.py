@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.core.arrow_compute import pc
+from pipeline.core.arrow_lists import dictionary_codes, floats, is_text
 
 NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?"
 BOUND = r"^(?i:<=?|>=?|less than|greater than|under|over)\s*"
@@ -68,21 +69,15 @@ def numbers(column: Any, pair: int | np.ndarray = 0) -> Numbers:
         pair: of "120/80" take the first (1), the second (2) or none (0); one for all, or (n,).
     """
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if pa.types.is_dictionary(array.type):
-        codes, values = array.indices, array.dictionary
-    elif pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
-        encoded = array.dictionary_encode()
-        codes, values = encoded.indices, encoded.dictionary
-    else:
+    kind = array.type.value_type if pa.types.is_dictionary(array.type) else array.type
+    if not is_text(kind):
         found = _plain(array)
         return Numbers(
             found, np.where(np.isnan(found), 1, 0).astype(np.int8), np.zeros(len(array), dtype=bool)
         )
-    if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
-        return numbers(array.cast(pa.float64()), pair)
-    first, second, reasons, censored = _texts(values.cast(pa.string()))
-    missing = ~np.asarray(codes.is_valid())
-    at = np.where(missing, len(values), codes.fill_null(0).to_numpy(zero_copy_only=False))
+    codes, texts = dictionary_codes(array)
+    first, second, reasons, censored = _texts(texts.cast(pa.string()))
+    at = np.where(codes < 0, len(texts), codes)
     reason, bound = np.append(reasons, np.int8(1))[at], np.append(censored, False)[at]
     one, two = np.append(first, np.nan)[at], np.append(second, np.nan)[at]
     is_pair = reason == REASONS.index(PAIR)
@@ -96,11 +91,7 @@ def numbers(column: Any, pair: int | np.ndarray = 0) -> Numbers:
 def _plain(array: Any) -> np.ndarray:
     """Convert a column that is no text to (n,) float64; NaN where it is null or infinite."""
     try:
-        found = (
-            array.cast(pa.float64(), safe=False)
-            .fill_null(float("nan"))
-            .to_numpy(zero_copy_only=False)
-        )
+        found = floats(array, np.float64)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise ValueError(
             f"a column of values has the type {array.type}; it must hold numbers or texts"
@@ -120,11 +111,8 @@ def _texts(values: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
     censored = is_number & np.asarray(pc.not_equal(bare, text))
     halves = pc.replace_substring_regex(pc.if_else(pa.array(is_pair), text, "0/0"), r"\s*/\s*", "/")
     first, second = (_cast(pc.list_element(pc.split_pattern(halves, "/"), i)) for i in (0, 1))
-    one = np.where(
-        is_pair,
-        first,
-        np.where(is_number, _cast(pc.if_else(pa.array(is_number), bare, "0")), np.nan),
-    )
+    single = _cast(pc.if_else(pa.array(is_number), bare, "0"))
+    one = np.select([is_pair, is_number], [first, single], np.nan)
     reasons = np.select([empty, is_number, is_pair], [1, 0, 3], 2).astype(np.int8)
     reasons[(reasons == 0) & ~np.isfinite(one)] = 2
     one[reasons == 2] = np.nan
@@ -132,11 +120,7 @@ def _texts(values: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def _cast(texts: Any) -> np.ndarray:
-    return (
-        pc.replace_substring_regex(texts, r"^\+", "")
-        .cast(pa.float64())
-        .to_numpy(zero_copy_only=False)
-    )
+    return floats(pc.replace_substring_regex(texts, r"^\+", ""), np.float64)
 
 
 # ---------------------------------------------------------------- units
@@ -169,12 +153,9 @@ class Units:
         self.of_variable: dict[tuple[str, str], float] = {}
         self.of_unit: dict[tuple[str, str], float] = {}
         for row in rows_of("units.csv"):
-            known, key = (
-                (self.of_unit, row["unit"])
-                if row["variable"] == "*"
-                else (self.of_variable, row["variable"])
-            )
-            known[key, plain_unit(row["written"])] = float(row["factor"])
+            of_all = row["variable"] == "*"
+            known, key = (self.of_unit, "unit") if of_all else (self.of_variable, "variable")
+            known[row[key], plain_unit(row["written"])] = float(row["factor"])
 
     def factor(self, written: str | None, variable: str, unit: str, conversion: str) -> float:
         """Return the factor from the unit `written` to that of the item, before the item's

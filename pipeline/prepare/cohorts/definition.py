@@ -16,8 +16,10 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config.registry import Options
+from pipeline.core import arrow_lists
 from pipeline.core.arrow_compute import pc
-from pipeline.core.arrow_lists import floats, joined
+from pipeline.core.arrow_lists import floats, is_text, joined
+from pipeline.prepare.engine.importing import first_reason
 
 EPS = 1e-6
 """Hours; tolerance of comparisons, as in Harutyunyan et al. 2019."""
@@ -25,8 +27,9 @@ KEPT = ("entity", "patient", "times", "variables", "values", "events", "static",
 LISTS = ("times", "variables", "values")
 UNSEEN = "no events in the window"
 ADULT = 18
-AGE_BANDS = ((18, "0-17"), (45, "18-44"), (65, "45-64"), (80, "65-79"), (np.inf, "80+"))
-"""(upper bound of age, name)."""
+AGE_BOUNDS = (18, 45, 65, 80)
+AGE_BANDS = ("0-17", "18-44", "45-64", "65-79", "80+")
+"""Names of the bands between these ages."""
 GENDERS = {0.0: "female", 1.0: "male"}
 ICU_TYPES = {1.0: "CCU", 2.0: "CSRU", 3.0: "MICU", 4.0: "SICU"}
 """PhysioNet 2012's codes of Gender and ICUType, under MIMIC-III's names; others (-1) are unknown.
@@ -143,17 +146,14 @@ def truncate_events(
 
 def invalid_row_reasons(table: pa.Table) -> np.ndarray:
     """Return (B,) objects: "", or why a row is no row of events (without a value of it)."""
-    lengths = [
-        pc.list_value_length(column_array(table, name)).fill_null(-1).to_numpy(zero_copy_only=False)
-        for name in LISTS
-    ]
+    lengths = [arrow_lists.lengths(column_array(table, name)) for name in LISTS]
     times = column_array(table, "times")
     strange = np.zeros(len(table), dtype=bool)
     strange[rows_of(times)[~np.isfinite(floats(times.flatten(), np.float64))]] = True
-    empty = np.asarray(column_array(table, "entity").is_null().to_numpy(zero_copy_only=False))
+    empty = np.asarray(column_array(table, "entity").is_null())
     shortest, longest = np.min(lengths, axis=0), np.max(lengths, axis=0)
     unsplit = (
-        np.asarray(column_array(table, "split").is_null().to_numpy(zero_copy_only=False))
+        np.asarray(column_array(table, "split").is_null())
         if "split" in table.column_names
         else np.zeros(len(table), dtype=bool)
     )
@@ -179,18 +179,11 @@ def column_array(table: pa.Table, name: str) -> Any:
 
 def names_of(schema: pa.Schema) -> list[str]:
     """Return all columns, and fields of structs as static.Age."""
-    return [
-        name
-        for field in schema
-        for name in [
-            field.name,
-            *(
-                [f"{field.name}.{inner.name}" for inner in field.type]
-                if pa.types.is_struct(field.type)
-                else []
-            ),
-        ]
-    ]
+    names: list[str] = []
+    for field in schema:
+        inner = list(field.type) if pa.types.is_struct(field.type) else []
+        names += [field.name, *(f"{field.name}.{one.name}" for one in inner)]
+    return names
 
 
 def numbers(table: pa.Table, name: str) -> np.ndarray:
@@ -200,15 +193,14 @@ def numbers(table: pa.Table, name: str) -> np.ndarray:
     """
     column = column_array(table, name)
     try:
-        found = column.cast(pa.int8()) if pa.types.is_boolean(column.type) else column
-        return np.asarray(found.cast(pa.float64()).to_numpy(zero_copy_only=False), dtype=np.float64)
+        return floats(column.cast(pa.float64()), np.float64)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise ValueError(f"column {name} is {column.type}, no number; give numbers") from None
 
 
 def rows_of(column: Any) -> np.ndarray:
     """Return the row of each value of all lists."""
-    return np.asarray(pc.list_parent_indices(column).to_numpy(zero_copy_only=False), dtype=np.int64)
+    return pc.list_parent_indices(column).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def offsets_of(counts: np.ndarray) -> np.ndarray:
@@ -228,10 +220,7 @@ def lists(counts: np.ndarray, values: np.ndarray, kind: pa.DataType) -> pa.Array
 
 def reasons(rows: int, *pairs: tuple[np.ndarray, str]) -> np.ndarray:
     """Return (rows,) objects: the reason of the first mask that holds, or ""."""
-    out = np.full(rows, "", dtype=object)
-    for mask, reason in reversed(pairs):
-        out[mask] = reason
-    return out
+    return first_reason((np.zeros(rows, dtype=bool), ""), *pairs).astype(object)
 
 
 def stay_hours(names: list[str]) -> str:
@@ -247,13 +236,10 @@ def benchmark_exclusions(table: pa.Table, exclude: str) -> list[tuple[np.ndarray
     """
     if exclude == "none":
         return []
-    age = numbers(table, "static.Age")
+    age, stays = numbers(table, "static.Age"), numbers(table, "stays_in_admission")
     return [
         (numbers(table, "transfers") != 0, "moved between ICUs, or not known"),
-        (
-            numbers(table, "stays_in_admission") != 1,
-            "several ICU stays in the admission, or not known",
-        ),
+        (stays != 1, "several ICU stays in the admission, or not known"),
         (np.isnan(age), "age unknown"),
         (age < ADULT, "younger than 18"),
     ]
@@ -288,12 +274,9 @@ def hourly(
 
 def last_hour(counts: np.ndarray, hours: np.ndarray) -> np.ndarray:
     """Return (B,) the last hour of each row of `hourly`; NaN where it has none."""
-    ends = np.cumsum(counts) - 1
-    return np.where(
-        counts > 0,
-        hours[np.clip(ends, 0, max(0, len(hours) - 1))] if len(hours) else np.nan,
-        np.nan,
-    )
+    out, has_hours = np.full(len(counts), np.nan), counts > 0
+    out[has_hours] = hours[np.cumsum(counts)[has_hours] - 1]
+    return out
 
 
 # ---------------------------------------------------------------- subgroups
@@ -308,16 +291,10 @@ def subgroups(table: pa.Table) -> dict[str, pa.Array]:
     if "static.Gender" in there:
         out["sex"] = _named(column_array(table, "static.Gender"), GENDERS)
     if "static.Age" in there:
-        ages = numbers(table, "static.Age").tolist()
-        out["age_band"] = pa.array(
-            [
-                None
-                if np.isnan(age) or age < 0
-                else next(band for top, band in AGE_BANDS if age < top)
-                for age in ages
-            ],
-            pa.string(),
-        )
+        age = numbers(table, "static.Age")
+        is_known = age >= 0
+        band = np.searchsorted(AGE_BOUNDS, np.where(is_known, age, 0), side="right")
+        out["age_band"] = pa.array(np.array(AGE_BANDS)[band], pa.string(), mask=~is_known)
     for name, places in (
         ("care_unit", ("care_unit", "static.CareUnit", "static.ICUType")),
         ("dbsource", ("dbsource", "static.Source")),
@@ -332,7 +309,7 @@ def subgroups(table: pa.Table) -> dict[str, pa.Array]:
 
 def _named(column: Any, names: dict[float, str]) -> pa.Array:
     """Return texts unchanged, and numbers by their names."""
-    if not names or pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+    if not names or is_text(column.type):
         return column.cast(pa.string())
     return pa.array(
         [None if value is None else names.get(float(value)) for value in column.to_pylist()],

@@ -11,6 +11,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from pipeline.config.registry import Options, register
+from pipeline.core.arrow_lists import lengths
 from pipeline.prepare.cohorts.definition import (
     BENCHMARK,
     CohortDefinition,
@@ -57,17 +58,12 @@ class NextCodes(CohortDefinition):
         }
 
     def include(self, table: pa.Table) -> np.ndarray:
-        counts = (
-            column_array(table, "next_icd9")
-            .value_lengths()
-            .fill_null(0)
-            .to_numpy(zero_copy_only=False)
-        )
+        counts = lengths(column_array(table, "next_icd9"))
         return reasons(
             len(table),
             *benchmark_exclusions(table, self.options.exclude),
             (np.isnan(numbers(table, "icu_hours")), "length of stay unknown"),
-            (counts == 0, "no next admission with codes"),
+            (counts <= 0, "no next admission with codes"),
         )
 
     def window(self, table: pa.Table) -> np.ndarray:

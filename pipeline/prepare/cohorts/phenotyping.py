@@ -11,6 +11,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from pipeline.config.registry import BenchmarkOptions, register
+from pipeline.core.arrow_lists import dictionary_codes
 from pipeline.prepare.clinical import plausible
 from pipeline.prepare.cohorts.definition import (
     BENCHMARK,
@@ -47,7 +48,7 @@ class Phenotyping(CohortDefinition):
         }
 
     def include(self, table: pa.Table) -> np.ndarray:
-        codes = np.asarray(column_array(table, "icd9").is_null().to_numpy(zero_copy_only=False))
+        codes = np.asarray(column_array(table, "icd9").is_null())
         return reasons(
             len(table),
             *benchmark_exclusions(table, self.options.exclude),
@@ -67,18 +68,10 @@ class Phenotyping(CohortDefinition):
         }
         names = np.array(sorted(set(groups.values())))
         number = {name: i for i, name in enumerate(names.tolist())}
-        codes = found.flatten().dictionary_encode()
-        each = np.array(
-            [number.get(groups.get(_plain(code), ""), -1) for code in codes.dictionary.to_pylist()],
-            dtype=np.int64,
-        )
-        mine = (
-            each[codes.indices.fill_null(0).to_numpy(zero_copy_only=False)]
-            if len(each)
-            else np.zeros(0, dtype=np.int64)
-        )
-        mine = np.where(codes.is_null().to_numpy(zero_copy_only=False), -1, mine)
-        pairs = np.unique(rows_of(found)[mine >= 0] * len(names) + mine[mine >= 0])
+        codes, distinct = dictionary_codes(found.flatten())
+        numbers_of = [number.get(groups.get(_plain(code), ""), -1) for code in distinct.to_pylist()]
+        label = np.array([*numbers_of, -1])[codes]  # code -1, no code, is the last one
+        pairs = np.unique(rows_of(found)[label >= 0] * len(names) + label[label >= 0])
         return {
             "labels": lists(
                 np.bincount(pairs // len(names), minlength=len(table)),

@@ -104,10 +104,8 @@ class AudioImporter(Importer):
 
     @property
     def sound_options(self) -> SoundOptions:
-        given = self.options.model_dump()
-        return SoundOptions(
-            **{one.name: given[one.name] for one in fields(SoundOptions) if one.name in given}
-        )
+        names = {field.name for field in fields(SoundOptions)}
+        return SoundOptions(**self.options.model_dump(include=names))
 
     @abstractmethod
     def index(self, source: str) -> Index:
@@ -130,12 +128,8 @@ def sounds(found: Listing) -> list[Entry]:
 
 def others(found: Listing, *read: str) -> dict[str, int]:
     """Count the files of each other suffix; `read`: suffixes that are read besides sound."""
-    kinds = Counter(
-        entry.suffix or entry.name.rpartition("/")[2]
-        for entry in found.entries
-        if not entry.name.endswith((*SUFFIXES, *read))
-    )
-    return dict(sorted(kinds.items()))
+    left = [entry for entry in found.entries if not entry.name.endswith((*SUFFIXES, *read))]
+    return dict(sorted(Counter(entry.suffix_or_name for entry in left).items()))
 
 
 def recording(
@@ -322,15 +316,11 @@ class AudioShardTask(IndexShardTask):
         rows, rate = self.index.rows, self.importer.sound_options.rate
         sizes = super().sizes()
         if rate:
-            sizes = sizes * np.where(
-                [path.lower().endswith(LOSSY) for path in rows["path"].to_pylist()], GROWTH, 1.0
-            )
+            is_lossy = [path.lower().endswith(LOSSY) for path in rows["path"].to_pylist()]
+            sizes = sizes * np.where(is_lossy, GROWTH, 1.0)
         seconds = rows["_seconds"].to_numpy()
-        return np.where(
-            np.isnan(seconds),
-            sizes,
-            np.minimum(sizes, np.nan_to_num(seconds) * FLAC_BYTES * (rate or 16_000)),
-        )
+        of_segments = np.minimum(sizes, np.nan_to_num(seconds) * FLAC_BYTES * (rate or 16_000))
+        return np.where(np.isnan(seconds), sizes, of_segments)
 
     @property
     def columns(self) -> list[pa.Field]:
@@ -475,16 +465,10 @@ def _row(
 ) -> tuple[Row, list[str]]:
     """Return (the row, which of COUNTED it is)."""
     start, stop = span
-    samples, rate, peak, clipped = (
-        audio_io.measured(data) if whole else audio_io.measured(data, start, stop - start)
-    )
-    counted = [
-        what
-        for what, is_so in zip(
-            COUNTED, (peak <= SILENT, clipped > CLIPPED, not whole), strict=False
-        )
-        if is_so
-    ]
+    segment = () if whole else (start, stop - start)
+    samples, rate, peak, clipped = audio_io.measured(data, *segment)
+    is_counted = (peak <= SILENT, clipped > CLIPPED, not whole)
+    counted = [what for what, is_so in zip(COUNTED, is_counted, strict=False) if is_so]
     content = _content(data) if whole else b""
     if whole and sound_options.rate in (0, rate) and not (sound_options.mono and info.channels > 1):
         audio = content

@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.core.arrow_lists import is_bytes, is_list, is_text
 from pipeline.io.json_values import Json, JsonObject, as_object
 
 FILE, CARD = "_croissant.json", "_card.md"
@@ -134,7 +135,7 @@ def _identifier(name: str) -> str:
 def _field(field: pa.Field) -> JsonObject | None:
     """Return the description of a column; None for a kind that Croissant has no word for."""
     kind, repeated = field.type, False
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+    if is_list(kind):
         kind, repeated = kind.value_type, True
     named = _data_type(field.name, kind)
     if named is None:
@@ -156,11 +157,11 @@ def _data_type(name: str, kind: pa.DataType) -> str | None:
         return "sc:Integer"
     if pa.types.is_floating(kind):
         return "sc:Float"
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    if is_text(kind):
         return "sc:Text"
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
         return "sc:Date"
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+    if is_bytes(kind):
         return MEDIA.get(name)
     return None
 

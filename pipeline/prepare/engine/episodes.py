@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.core.arrow_compute import pc
+from pipeline.core.arrow_lists import filled, floats
 from pipeline.prepare.engine.importing import Info, InvalidRow, Notes
 from pipeline.prepare.engine.row_groups import RowGroups
 from pipeline.prepare.engine.shard_tasks import (
@@ -150,13 +151,9 @@ def matrix(column: Any, what: str, width: int = 0) -> np.ndarray:
     if not pa.types.is_nested(held.type):
         if width > 1:
             raise UnusableError(f"{what} of 1 number in step 0, where {width} are needed")
-        return (
-            held.cast(pa.float64(), safe=False)
-            .fill_null(float("nan"))
-            .to_numpy(zero_copy_only=False)[:, None]
-        )
+        return floats(held, np.float64)[:, None]
     held = held.cast(pa.list_(pa.float64()))
-    widths = pc.list_value_length(held).fill_null(0).to_numpy()
+    widths = filled(pc.list_value_length(held), 0)
     first = width or int(widths[0])
     if (widths != first).any() or not first:
         at = int(np.argmax(widths != first))
@@ -164,12 +161,7 @@ def matrix(column: Any, what: str, width: int = 0) -> np.ndarray:
             f"{what} of {widths[at]} numbers in step {at}, where "
             + (f"{first} are needed" if width else f"step 0 has {first}")
         )
-    return (
-        held.flatten()
-        .fill_null(float("nan"))
-        .to_numpy(zero_copy_only=False)
-        .reshape(len(held), first)
-    )
+    return floats(held.flatten(), np.float64).reshape(len(held), first)
 
 
 def number_problem(steps: np.ndarray, what: str, names: Sequence[str] = ()) -> str:

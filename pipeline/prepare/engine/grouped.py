@@ -356,11 +356,8 @@ class GroupedShardTask(ShardTask):
         """Leave out the names of variables with so few events that they may tell of one patient."""
         out, rare = Amounts(), Counter[str]()
         for name, counts in amounts.items():
-            few = (
-                [split for split, count in counts.items() if count < LEAST]
-                if name.startswith(COUNTED)
-                else []
-            )
+            limit = LEAST if name.startswith(COUNTED) else 0
+            few = [split for split, count in counts.items() if count < limit]
             rare.update(few)
             if left := {split: count for split, count in counts.items() if split not in few}:
                 out[name] = left
@@ -503,15 +500,14 @@ def _make(
     if more is not None and len(more.rows):
         extra = np.empty(len(more.rows), dtype=EVENT)
         extra["row"], extra["hours"], extra["value"] = more.rows, more.hours, more.values
-        joined = sorted({*names, *more.names})
-        place = {name: i for i, name in enumerate(joined)}
-        found["variable"] = np.array([place[name] for name in names], dtype=np.int32)[
-            found["variable"]
-        ]
-        extra["variable"] = np.array([place[name] for name in more.names], dtype=np.int32)[
-            more.codes
-        ]
-        (found, _), names = _sorted(np.concatenate([found, extra])), joined
+        all_names = sorted({*names, *more.names})
+        number = {name: i for i, name in enumerate(all_names)}
+        for records, own_names, codes in (
+            (found, names, found["variable"]),
+            (extra, more.names, more.codes),
+        ):
+            records["variable"] = np.array([number[name] for name in own_names], np.int32)[codes]
+        (found, _), names = _sorted(np.concatenate([found, extra])), all_names
     derived = len(more.rows) if more is not None else 0
     offsets = np.searchsorted(found["row"], np.arange(len(table) + 1)).astype(np.int32)
     lists = [
@@ -521,23 +517,13 @@ def _make(
         ).dictionary_decode(),
         pa.array(found["value"]),
     ]
-    events = [pa.ListArray.from_arrays(pa.array(offsets), values) for values in lists]
-    columns = dict(
-        zip(
-            (column.name for column in COLUMNS),
-            [*events, pa.array(np.diff(offsets), pa.int32())],
-            strict=True,
-        )
-    )
-    out = pa.table(
-        [
-            columns.get(
-                column.name, table[column.name] if column.name in table.column_names else None
-            )
-            for column in schema
-        ],
-        schema=schema,
-    )
+    events: list[pa.Array] = [
+        pa.ListArray.from_arrays(pa.array(offsets), values) for values in lists
+    ]
+    events.append(pa.array(np.diff(offsets), pa.int32()))
+    columns: dict[str, Any] = {name: table[name] for name in table.column_names}
+    columns |= {field.name: array for field, array in zip(COLUMNS, events, strict=True)}
+    out = pa.table([columns[name] for name in schema.names], schema=schema)
     path = scratch / "part.parquet"
     pq.write_table(
         out,
@@ -612,16 +598,8 @@ def _sorted(records: np.ndarray) -> tuple[np.ndarray, int]:
     """Sort records by row, time, variable and value, without duplicates; also return how many
     those were.
     """
-    records = records[
-        np.lexsort((records["value"], records["variable"], records["hours"], records["row"]))
-    ]
+    keys = tuple(records[name] for name in ("value", "variable", "hours", "row"))
+    records = records[np.lexsort(keys)]
     new = np.ones(len(records), dtype=bool)
-    if len(records):
-        new[1:] = np.any(
-            [
-                records[name][1:] != records[name][:-1]
-                for name in ("row", "hours", "variable", "value")
-            ],
-            axis=0,
-        )
+    new[1:] = records[1:] != records[:-1]
     return records[new], int(len(records) - np.count_nonzero(new))

@@ -110,12 +110,12 @@ def _rows(
         except BrokenImageError as error:
             broken.append(invalid_row(importer.name_of(row), row["split"], str(error)))
             continue
-        width, height = picture.size
-        out[i] = {
-            **made,
-            "image": picture.data,
-            "width": width,
-            "height": height,
-            "sha256": hashlib.sha256(data).hexdigest(),
-        }
+        out[i] = {**made, **picture_columns(picture, data)}
     return [out[i] for i in sorted(out)], broken
+
+
+def picture_columns(picture: Picture, data: bytes) -> Row:
+    """Return the columns `image` and MEASURED. `data`: the publisher's file."""
+    width, height = picture.size
+    sha256 = hashlib.sha256(data).hexdigest()
+    return {"image": picture.data, "width": width, "height": height, "sha256": sha256}

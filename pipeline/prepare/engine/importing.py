@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, NotRequired, TypedDict
 
+import numpy as np
 import pyarrow as pa
 import pydantic
 
@@ -68,6 +69,11 @@ class InvalidRow(TypedDict):
 
 def invalid_row(path: str, split: str, reason: str) -> InvalidRow:
     return {"path": path, "split": split, "reason": reason}
+
+
+def first_reason(*reasons: tuple[np.ndarray, str]) -> np.ndarray:
+    """Return (n,) texts: of each row the first reason whose mask (n,) is true for it, else ""."""
+    return np.select([mask for mask, _ in reasons], [text for _, text in reasons], "")
 
 
 @dataclass(frozen=True)

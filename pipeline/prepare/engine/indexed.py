@@ -87,10 +87,7 @@ def _parts(listed: list[str], sizes: np.ndarray, settings: Settings) -> list[Out
     names, starts = np.unique(splits := np.array(listed), return_index=True)
     for split, start, stop in zip(names, starts, [*starts[1:], len(splits)], strict=True):
         rows_here = int(stop - start)
-        by_bytes = max(
-            1, min(rows_here, round(float(sizes[start:stop].sum()) / settings.part_bytes))
-        )
-        count = -(-rows_here // settings.rows_per_part) if settings.rows_per_part else by_bytes
+        count = settings.num_parts(rows_here, float(sizes[start:stop].sum()))
         cuts = [int(start) + rows_here * i // count for i in range(count + 1)]
         out += [(str(split), a, b) for a, b in pairwise(cuts)]
     return name_shards(out)

@@ -84,10 +84,7 @@ class InputFiles(NamedTuple):
 
 def plain_suffix(name: str) -> str:
     """Return the suffix without that of compression: .txt for a.txt.gz."""
-    name = name.lower()
-    return posixpath.splitext(
-        name.removesuffix(next((s for s in SQUEEZED if name.endswith(s)), ""))
-    )[1]
+    return posixpath.splitext(re.sub(r"\.(gz|zst)$", "", name.lower()))[1]
 
 
 def find_inputs(source: str, suffixes: tuple[str, ...], split: str = "") -> InputFiles:
@@ -115,11 +112,8 @@ def find_inputs(source: str, suffixes: tuple[str, ...], split: str = "") -> Inpu
     found = _list_glob(source) if is_glob else listing(source)
     visible = [entry for entry in found.entries if not re.search(r"(^|/)_", entry.name)]
     wanted = [entry for entry in visible if plain_suffix(entry.name) in suffixes]
-    others = Counter(
-        entry.suffix or posixpath.basename(entry.name)
-        for entry in visible
-        if plain_suffix(entry.name) not in suffixes
-    )
+    left = [entry for entry in visible if plain_suffix(entry.name) not in suffixes]
+    others = Counter(entry.suffix_or_name for entry in left)
     if not wanted:
         instead = f"; there are {preview(sorted(others))}" if others else ""
         raise ValueError(
@@ -177,17 +171,13 @@ def split_files(listed: InputFiles, most: int) -> list[InputSplit]:
     """Cut files into ranges of about `most` bytes; compressed ones are read whole."""
     out = []
     for entry, split in listed.files:
-        count = (
-            1
-            if entry.name.lower().endswith(SQUEEZED) or has_suffix(entry.uri, ".zip", *GZIPPED)
-            else max(1, round(entry.size / most))
-        )
+        is_packed = has_suffix(entry.uri, ".zip", *GZIPPED)
+        count = round(entry.size / most)
+        if count <= 1 or is_packed or entry.name.lower().endswith(SQUEEZED):
+            out.append(InputSplit(entry.name, split, entry, size=_weight(entry)))
+            continue
         cuts = [entry.size * i // count for i in range(count + 1)]
-        out += (
-            [InputSplit(entry.name, split, entry, size=_weight(entry))]
-            if count == 1
-            else [InputSplit(entry.name, split, entry, a, b, b - a) for a, b in pairwise(cuts)]
-        )
+        out += [InputSplit(entry.name, split, entry, a, b, b - a) for a, b in pairwise(cuts)]
     return out
 
 
@@ -242,16 +232,15 @@ class SplitReader:
         try:
             with self.opener(self.input_split.entry) as handle:
                 yield handle
-        except DAMAGED as error:
-            name = self.input_split.entry.name
-            raise ValueError(f"{name}: damaged ({error}); get it again") from None
-        except OSError as error:
-            if isinstance(error, storage.StorageError) or (
-                "compressed stream" not in str(error) and "ZSTD" not in str(error)
-            ):
+        except storage.StorageError:
+            raise
+        except (*DAMAGED, OSError) as error:
+            # gzip and zstd raise a plain OSError for some damage, and so does a full disk
+            is_damage = re.search("compressed stream|ZSTD", str(error))
+            if not isinstance(error, DAMAGED) and not is_damage:
                 raise
             name = self.input_split.entry.name
-            raise ValueError(f"{name}: damaged ({error}); get it again") from None
+            raise ValueError(f"{name}: damaged ({error}); download it again") from None
 
     def whole(self, most: int = MOST_BYTES) -> bytes | None:
         """Return all bytes, or None where there are more than `most`."""
@@ -298,11 +287,8 @@ class SplitReader:
                     at += 0 if raw.endswith(b"\n") else _length(handle, 1 << 20)
                     yield number, begins, None
                     continue
-                yield (
-                    number,
-                    begins,
-                    (raw.removeprefix(codecs.BOM_UTF8) if begins == 0 else raw).rstrip(b"\r\n"),
-                )
+                raw = raw.removeprefix(codecs.BOM_UTF8) if begins == 0 else raw
+                yield number, begins, raw.rstrip(b"\r\n")
 
 
 def _length(handle: BinaryIO, step: int) -> int:

@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.core.arrow_compute import pc
-from pipeline.core.arrow_lists import is_text
+from pipeline.core.arrow_lists import dictionary_codes, filled, is_text, joined
 from pipeline.prepare.clinical import plausible
 from pipeline.prepare.engine.grouped import EventReader, Events, GroupedImporter
-from pipeline.prepare.engine.importing import InvalidRow, Notes, invalid_row
+from pipeline.prepare.engine.importing import InvalidRow, Notes, first_reason, invalid_row
 from pipeline.prepare.engine.inputs import find_inputs
 from pipeline.prepare.readers.archives import Entry, Opener
 from pipeline.prepare.readers.csv_blocks import Column, schema, whole
@@ -181,12 +181,9 @@ def name_events(
     text = pc.if_else(pa.array(is_long), None, text)
     what = pc.if_else(pa.array(is_number), pc.coalesce(units, NUMBER), text)
     name = pc.coalesce(pc.binary_join_element_wise(codes, what, ": "), codes)
-    name = name.combine_chunks() if isinstance(name, pa.ChunkedArray) else name
-    encoded = name.dictionary_encode()
+    name_codes, names = dictionary_codes(name)
     return NamedEvents(
-        encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64),
-        [str(one) for one in encoded.dictionary.to_pylist()],
-        np.where(is_number, values, 1.0),
+        name_codes.astype(np.int64), names.to_pylist(), np.where(is_number, values, 1.0)
     )
 
 
@@ -229,7 +226,7 @@ class Labels:
         there = at >= 0
         seen = there.copy()
         seen[there] = first[at[there]] <= np.minimum(last[at[there]], self.times[there])
-        reasons = np.select([~there, ~seen], [NO_SUBJECT, EARLY], "")
+        reasons = first_reason((~there, NO_SUBJECT), (~seen, EARLY))
         broken = [
             invalid_row(self.places[i], "train", str(reasons[i]))
             for i in np.flatnonzero(reasons != "")
@@ -334,18 +331,12 @@ def read_labels(uri: str, column: str) -> Labels:
 
 def _sorted_labels(table: pa.Table, column: str, places: np.ndarray, mark: str) -> Labels:
     """Sort the valid rows by subject and time, and list the others."""
-    subject, time = (
-        table[name].combine_chunks().fill_null(0).to_numpy(zero_copy_only=False)
-        for name in ("subject_id", "prediction_time")
-    )
+    subject, time = (filled(joined(table[name]), 0) for name in ("subject_id", "prediction_time"))
     valid = {
         name: np.asarray(table[name].combine_chunks().is_valid()) for name in table.schema.names
     }
-    reasons = np.select(
-        [~valid["subject_id"], ~valid["prediction_time"], ~valid[column]],
-        ["no subject_id", "no prediction_time", f"no {column}"],
-        "",
-    ).astype(object)
+    needed = ("subject_id", "prediction_time", column)
+    reasons = first_reason(*((~valid[name], f"no {name}") for name in needed)).astype(object)
     order = np.lexsort((np.arange(len(table)), time, subject))
     order = order[reasons[order] == ""]
     is_again = (np.diff(subject[order]) == 0) & (np.diff(time[order]) == 0)

@@ -68,6 +68,12 @@ class Settings:
     def part_bytes(self) -> int:
         return round(self.part_mb * 2**20) if self.part_mb else PART_BYTES
 
+    def num_parts(self, rows: int, num_bytes: float) -> int:
+        """Return into how many shards so many rows, of so many bytes in all, are cut."""
+        if self.rows_per_part:
+            return -(-rows // self.rows_per_part)
+        return max(1, min(rows, round(num_bytes / self.part_bytes)))
+
     def reject(self, names: Iterable[str], reason: str) -> None:
         """Raise ValueError for the first of some settings that is given although it has no
         effect.

@@ -38,15 +38,9 @@ def summarise(
     for name in parts:
         with storage.open_read(storage.join(output, name)) as handle:
             file = pq.ParquetFile(handle)
-            tables.append(
-                file.read(
-                    columns=[
-                        n
-                        for n in dict.fromkeys(("split", "path", *measures, label))
-                        if n in file.schema_arrow.names
-                    ]
-                )
-            )
+            wanted = dict.fromkeys(("split", "path", *measures, label))
+            columns = [name for name in wanted if name in file.schema_arrow.names]
+            tables.append(file.read(columns=columns))
     rows = pa.concat_tables(tables).combine_chunks()
     return {
         "rows": dict(sorted(Counter(rows["split"].to_pylist()).items())),
@@ -187,26 +181,18 @@ def duplicates(rows: pa.Table, label: str) -> dict[str, Any]:
         sorted(group, key=lambda row: (row["split"], row["path"]))
         for _, group in sorted(same.items())
     ]
-    across: Counter[str] = Counter()
+    within, across = Counter[str](), Counter[str]()
     for group in groups:
-        across.update(
-            " and ".join(pair) for pair in combinations(sorted({row["split"] for row in group}), 2)
-        )
+        splits = Counter(row["split"] for row in group)
+        within.update(split for split, count in splits.items() if count > 1)
+        across.update(" and ".join(pair) for pair in combinations(sorted(splits), 2))
+    labels = [{str(row.get(label)) for row in group} for group in groups]
     return {
         "files": len(groups),
         "rows_beyond_the_first": sum(len(group) - 1 for group in groups),
-        "within": dict(
-            Counter(
-                split
-                for group in groups
-                for split, n in Counter(row["split"] for row in group).items()
-                if n > 1
-            )
-        ),
+        "within": dict(within),
         "across": dict(across),
-        "with_different_labels": sum(
-            len({str(row.get(label)) for row in group}) > 1 for group in groups
-        ),
+        "with_different_labels": sum(len(of_group) > 1 for of_group in labels),
         "examples": [
             [f"{row['split']}: {row['path']}" for row in group] for group in groups[:EXAMPLES]
         ],

@@ -208,15 +208,10 @@ class TableShardTask(ShardTask):
             storage.join(output, SCANS, shard.name.removesuffix(".parquet") + ".scan")
             for shard in self.shards
         ]
-        there = {
-            uri
-            for uri in uris
-            if checksums.kept_bytes(uri, "this part is scanned again") is not None
-        }
         jobs = [
             (uri, self.input_splits[shard.start : shard.stop])
             for uri, shard in zip(uris, self.shards, strict=True)
-            if uri not in there
+            if checksums.kept_bytes(uri, "this part is scanned again") is None
         ]
         for number, _ in enumerate(run_tasks(partial(scan_shard, self.importer), jobs, cpus), 1):
             report_progress(
@@ -257,15 +252,9 @@ class TableShardTask(ShardTask):
         return partial(_make, self.importer, self.schema)
 
     def payload(self, shard: OutputShard) -> Any:
-        held = slice(shard.start, shard.stop)
-        return list(
-            zip(
-                self.input_splits[held],
-                self._before[held],
-                self.inferred_schema.scan_results[held],
-                strict=True,
-            )
-        )
+        own = slice(shard.start, shard.stop)
+        scan_results = self.inferred_schema.scan_results[own]
+        return list(zip(self.input_splits[own], self._before[own], scan_results, strict=True))
 
     def source_rows(self, shard: OutputShard) -> int:
         return sum(self._read[shard.start : shard.stop])
@@ -280,14 +269,10 @@ class TableShardTask(ShardTask):
 
 def first_invalid(input_splits: list[InputSplit], found: list[Found]) -> str:
     """Return place and reason of the first invalid row of all scans, "" where there is none."""
-    return next(
-        (
-            f"{input_split.name}: {at}: {reason}"
-            for input_split, one in zip(input_splits, found, strict=True)
-            for at, reason in one["examples"]
-        ),
-        "",
-    )
+    for input_split, scan in zip(input_splits, found, strict=True):
+        for row, reason in scan["examples"][:1]:
+            return f"{input_split.name}: {row}: {reason}"
+    return ""
 
 
 def scan_shard(importer: TableImporter, uri: str, input_splits: list[InputSplit]) -> None:

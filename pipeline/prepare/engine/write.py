@@ -187,15 +187,9 @@ class Preparation:
             ValueError: more invalid rows than `max_bad` allows.
             ChangedFileError: a file of the source was changed since it was planned.
         """
-        broken = [
-            *self.task.broken,
-            *(
-                row
-                for shard in self.shards
-                if shard.name in self.records
-                for row in self.records[shard.name]["broken"]
-            ),
-        ]
+        complete = [shard.name for shard in self.shards if shard.name in self.records]
+        broken = [*self.task.broken]
+        broken += [row for name in complete for row in self.records[name]["broken"]]
         if self.is_done:
             manifest = atomic_folder.open_folder(self.output, MANIFEST)
             self._check_listed(
@@ -274,18 +268,10 @@ class Preparation:
         groups = [([row for row in broken if "pieces" not in row], total)]
         if pieces:
             stand = [shard for shard in self.shards if shard.name in self.records]
-            rows = sum(
-                self.records[shard.name]["rows"] + len(self.records[shard.name]["broken"])
-                for shard in stand
-            )
-            groups.append(
-                (
-                    pieces,
-                    rows
-                    * sum(map(self.task.source_rows, self.shards))
-                    // sum(map(self.task.source_rows, stand)),
-                )
-            )
+            records = [self.records[shard.name] for shard in stand]
+            rows = sum(record["rows"] + len(record["broken"]) for record in records)
+            read, of_all = (sum(map(self.task.source_rows, some)) for some in (stand, self.shards))
+            groups.append((pieces, rows * of_all // read))
         for found, of in groups:
             self._check_budget(
                 [f"{row['path']}: {row['reason']}" for row in found[:NAMED]], len(found), of

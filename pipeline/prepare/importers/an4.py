@@ -77,7 +77,8 @@ class An4(AudioImporter):
             for entry in found.entries
             if entry.name.startswith(root)
         }
-        missing = [name for pair in LISTS.values() for name in pair if name not in here]
+        lists = [name for pair in LISTS.values() for name in pair]
+        missing = [name for name in lists if name not in here]
         if missing:
             raise ValueError(
                 f"{source}: no {preview(missing)}; give the folder that holds etc/ and wav/, or "
@@ -96,13 +97,8 @@ class An4(AudioImporter):
                 entry, key = audio.get(f"wav/{name}"), (split, posixpath.basename(name))
                 if line.reason or entry is None:
                     without_audio.add(key)
-                    bad.append(
-                        invalid_row(
-                            line.place,
-                            split,
-                            line.reason or f"no recording wav/{name} with {', '.join(FORMS)}",
-                        )
-                    )
+                    reason = line.reason or f"no recording wav/{name} with {', '.join(FORMS)}"
+                    bad.append(invalid_row(line.place, split, reason))
                 elif key in rows:
                     bad.append(invalid_row(line.place, split, f"{name} stands twice in the list"))
                 else:
@@ -123,25 +119,14 @@ class An4(AudioImporter):
             "the transcriptions",
         )
         bad += wrong
-        return Index(
-            recordings(
-                good,
-                dict.fromkeys(("utterance", "transcript", "speaker"), pa.string()),
-                source,
-                bad,
-            ),
-            found.mark,
-            broken=bad,
-            notes={
-                "recordings that no list names": len(
-                    {entry.name for entry in audio.values()}
-                    - {row["path"] for row in rows.values()}
-                ),
-                "files left out": others(
-                    found, RAW, *(name for pair in LISTS.values() for name in pair)
-                ),
-            },
-        )
+        columns = dict.fromkeys(("utterance", "transcript", "speaker"), pa.string())
+        unlisted = {entry.name for entry in audio.values()} - {row["path"] for row in rows.values()}
+        notes = {
+            "recordings that no list names": len(unlisted),
+            "files left out": others(found, RAW, *lists),
+        }
+        table = recordings(good, columns, source, bad)
+        return Index(table, found.mark, broken=bad, notes=notes)
 
 
 def _by_stem(here: dict[str, archives.Entry]) -> dict[str, archives.Entry]:

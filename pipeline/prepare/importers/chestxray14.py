@@ -102,13 +102,10 @@ class ChestXray14(ImageImporter):
         for entry in found.images:
             name = entry.name.rpartition("/")[2]
             if name in images:
-                folders = [
-                    posixpath.dirname(one.name) or "the folder itself"
-                    for one in (images[name], entry)
-                ]
+                folders = [posixpath.dirname(one.name) for one in (images[name], entry)]
+                first, second = (folder or "the folder itself" for folder in folders)
                 raise ValueError(
-                    f"{source}: an image is there twice, in {folders[0]} and in {folders[1]}; "
-                    "remove one"
+                    f"{source}: an image is there twice, in {first} and in {second}; remove one"
                 )
             images[name] = entry
         splits = self._splits(source, uri, records)
@@ -159,11 +156,8 @@ class ChestXray14(ImageImporter):
                     f"{source}: {name} is not there; put the official lists beside the CSV, or "
                     "say --set lists=none to have all rows in train"
                 )
-            listed = [
-                (number, line.strip())
-                for number, line in enumerate(importing.text(uri).splitlines(), 1)
-                if line.strip()
-            ]
+            lines = map(str.strip, importing.text(uri).splitlines())
+            listed = [(number, image) for number, image in enumerate(lines, 1) if image]
             both = [number for number, image in listed if out.get(image, split) != split]
             if both:
                 raise ValueError(

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from pipeline.config import registry
 from pipeline.config.registry import Options, register
+from pipeline.core.arrow_lists import is_list
 from pipeline.prepare.cohorts import definition
 from pipeline.prepare.engine.importing import Notes, preview, validated
 from pipeline.prepare.engine.inputs import InputSplit, SplitReader, find_inputs
@@ -111,7 +112,7 @@ class Cohort(TableImporter):
                 )
         for name in definition.LISTS:
             kind = self.schema.field(name).type
-            if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+            if not is_list(kind):
                 raise ValueError(
                     f"{source}: column {name} is {kind}, no list; give event rows, one an "
                     "entity (onetomany prepare events)"

@@ -20,7 +20,15 @@ from pipeline.prepare.engine.audio import (
     recordings,
     sounds,
 )
-from pipeline.prepare.engine.importing import SPLITS, Index, InvalidRow, Row, names_in, preview
+from pipeline.prepare.engine.importing import (
+    SPLITS,
+    Index,
+    InvalidRow,
+    Notes,
+    Row,
+    names_in,
+    preview,
+)
 from pipeline.prepare.engine.inputs import InputSplit, SplitReader
 from pipeline.prepare.readers import archives
 from pipeline.prepare.readers.archives import Opener
@@ -92,18 +100,12 @@ class CommonVoice(AudioImporter):
         overlap = Counter(row["split"] for row in doubled) if self._overlaps else Counter()
         bad = bad if self._overlaps else [*bad, *doubled]
         kinds = {**dict.fromkeys(("transcript", "speaker", "language"), pa.string()), **columns}
-        return Index(
-            recordings(good, kinds, source, bad),
-            found.mark,
-            broken=bad,
-            notes={
-                "clips that no table read names": len(clips.keys() - {row["path"] for row in rows}),
-                **(
-                    {"rows of a table whose clip another one has": dict(overlap)} if overlap else {}
-                ),
-                "files left out": others(found, ".tsv"),
-            },
-        )
+        unnamed = clips.keys() - {row["path"] for row in rows}
+        notes: Notes = {"clips that no table read names": len(unnamed)}
+        if overlap:
+            notes["rows of a table whose clip another one has"] = dict(overlap)
+        notes["files left out"] = others(found, ".tsv")
+        return Index(recordings(good, kinds, source, bad), found.mark, broken=bad, notes=notes)
 
     @property
     def _listed(self) -> list[str]:
@@ -147,11 +149,8 @@ class CommonVoice(AudioImporter):
             for name in self._listed:
                 path = posixpath.join(folder, f"{name}.tsv")
                 if path not in there:
-                    listed = [
-                        posixpath.basename(one)[:-4]
-                        for one in there
-                        if posixpath.dirname(one) == folder
-                    ]
+                    beside = [one for one in there if posixpath.dirname(one) == folder]
+                    listed = [posixpath.basename(one)[:-4] for one in beside]
                     raise ValueError(
                         f"{source}: no {path}; say --set lists= with those that are there: "
                         f"{preview(sorted(listed))}"
@@ -191,14 +190,6 @@ def _read(
             for column in NUMBERS
             if column in row
         }
-        rows.append(
-            recording(
-                clips[path],
-                split,
-                transcript=row["sentence"].strip(),
-                speaker=row["client_id"],
-                language=language,
-                **kept,
-            )
-        )
+        kept |= {"transcript": row["sentence"].strip(), "speaker": row["client_id"]}
+        rows.append(recording(clips[path], split, language=language, **kept))
     return rows, reading.listed, [column for column in (*TEXTS, *NUMBERS) if column in header]

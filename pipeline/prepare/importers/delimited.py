@@ -97,16 +97,11 @@ class Csv(TableImporter):
         rows = self.dialect.rows(reading, o.header, names)
         first = next(rows, None)
         picked = self._picked(first[1], reading.place(first[0])) if first else []
+        required = [*map(str.strip, o.required.split(",")), "split"]
+        required = [name for name in required if name in dict(picked)]
         for number, fields in rows:
             row = {name: fields[i] for name, i in picked}
-            empty = next(
-                (
-                    name
-                    for name in map(str.strip, [*o.required.split(","), "split"])
-                    if name in row and not row[name].strip()
-                ),
-                None,
-            )
+            empty = next((name for name in required if not row[name].strip()), None)
             if empty is not None:
                 reading.bad(number, f"no {empty}")
             elif "split" in row and row["split"].strip().lower() not in SPLITS:

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from pipeline.config.registry import Options, register
 from pipeline.core.arrow_compute import pc
-from pipeline.core.arrow_lists import dictionary_codes
+from pipeline.core.arrow_lists import dictionary_codes, filled, is_number, joined
 from pipeline.data.csv_tables import csv_tables
 from pipeline.io import file_identity, storage
 from pipeline.prepare.clinical import plausible
@@ -31,6 +31,7 @@ from pipeline.prepare.engine.importing import (
     Info,
     InvalidRow,
     check_columns,
+    first_reason,
     invalid_row,
     names_in,
     preview,
@@ -38,6 +39,7 @@ from pipeline.prepare.engine.importing import (
 from pipeline.prepare.engine.inputs import InputSplit, find_inputs
 from pipeline.prepare.readers.archives import Opener
 from pipeline.prepare.readers.csv_blocks import (
+    KINDS,
     NULLS,
     SUFFIXES,
     Column,
@@ -230,19 +232,15 @@ class LongTable(GroupedImporter):
         ids = table[o.entity].combine_chunks()
         first = np.zeros(len(table), dtype=bool)
         first[np.unique(dictionary_codes(ids)[0], return_index=True)[1]] = True
-        reasons = np.where(
-            ~np.asarray(ids.is_valid()),
-            "no entity id",
-            np.where(~first, "the same entity id again", ""),
-        )
-        for column, reason in ((o.group, "no group"), (o.start, "no start")):
-            if column:
-                there = (
-                    instants(table[column])[1]
-                    if column == o.start
-                    else np.asarray(table[column].combine_chunks().is_valid())
-                )
-                reasons = np.where((reasons == "") & ~there, reason, reasons)
+        masks = [
+            (~np.asarray(ids.is_valid()), "no entity id"),
+            (~first, "the same entity id again"),
+        ]
+        if o.group:
+            masks.append((np.asarray(joined(table[o.group]).is_null()), "no group"))
+        if o.start:
+            masks.append((~instants(table[o.start])[1], "no start"))
+        reasons = first_reason(*masks)
         broken = [
             invalid_row(f"{name}:row {i + 1}", o.split, str(reasons[i]))
             for i in np.flatnonzero(reasons != "")
@@ -260,21 +258,13 @@ class LongTable(GroupedImporter):
 
     def _ids(self) -> pa.Array:
         """Return all entities that have events, sorted: one pass over that column."""
-        seen: pa.Array | None = None
+        ids = pa.array([], KINDS[self._kind])
+        columns = {self.options.entity: Column(self._kind)}
         with Opener() as opener:
             for part in self._parts:
-                for batch in batches(
-                    part, {self.options.entity: Column(self._kind)}, opener, RowCounts()
-                ):
-                    found = pc.drop_null(pc.unique(_trimmed(batch.column(0).combine_chunks())))
-                    seen = pc.unique(
-                        pa.concat_arrays([found, *([seen] if seen is not None else [])])
-                    )
-        ids = (
-            seen
-            if seen is not None
-            else pa.array([], pa.int64() if self._kind == "id" else pa.string())
-        )
+                for batch in batches(part, columns, opener, RowCounts()):
+                    own = pc.unique(_trimmed(batch.column(0).combine_chunks()))
+                    ids = pc.unique(pa.concat_arrays([ids, pc.drop_null(own)]))
         return ids.take(pc.sort_indices(ids))
 
     def events(self, reader: EventReader) -> Iterator[Events]:
@@ -305,7 +295,7 @@ class LongTable(GroupedImporter):
                     "far apart they are; write both with a zone, or both without"
                 )
             own = _trimmed(batch[o.entity].combine_chunks())
-            rows = pc.index_in(own, value_set=ids).fill_null(-1).to_numpy(zero_copy_only=False)
+            rows = filled(pc.index_in(own, value_set=ids), -1)
             hours, timed = self._hours(batch[o.time], rows, keys["start"], reader.input_split)
             names, codes = variable_codes(pc.utf8_trim_whitespace(batch[o.variable]))
             numbers = plausible.numbers(batch[o.value]) if o.value else None
@@ -441,12 +431,8 @@ def _struct(table: pa.Table, names: list[str]) -> pa.Array:
     for name in names:
         column = table[name].combine_chunks()
         kind = column.type
-        if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
-            column = (
-                column.cast(pa.int64()).cast(pa.float64())
-                if pa.types.is_boolean(kind)
-                else column.cast(pa.float64())
-            )
+        if is_number(kind) or pa.types.is_boolean(kind):
+            column = column.cast(pa.float64())
         elif not (
             pa.types.is_string(kind)
             or (pa.types.is_list(kind) and pa.types.is_string(kind.value_type))

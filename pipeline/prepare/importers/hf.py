@@ -168,12 +168,8 @@ def _named_type(feature: Any, stored: Any) -> pa.DataType:
     if _kind(feature) == "ClassLabel":
         return pa.string()
     if isinstance(feature, dict):
-        return pa.struct(
-            [
-                pa.field(name, _named_type(one, stored.field(name).type))
-                for name, one in feature.items()
-            ]
-        )
+        types = {name: _named_type(one, stored.field(name).type) for name, one in feature.items()}
+        return pa.struct(types)
     item = _item(feature)
     return stored if item is None else pa.list_(_named_type(item, stored.value_type))
 
@@ -317,19 +313,15 @@ class HfTask(ShardTask):
                 "becomes STRUCT_FIELD, a column with a name that is taken dataset_NAME); rename "
                 "one of them"
             )
-        classes = [one.name for one in self.kept if _kind(one.feature) == "ClassLabel"]
-        self.label = options.label or (classes[0] if len(classes) == 1 else "")
+        classes = {
+            one.name: one.feature.names for one in self.kept if _kind(one.feature) == "ClassLabel"
+        }
+        self.label = options.label or (next(iter(classes)) if len(classes) == 1 else "")
         names = [one.name for one in self.kept]
         if self.label and self.label not in names:
             raise ValueError(f"{source}: no column {self.label!r}; {nearest(self.label, names)}")
         self.measures = tuple(MEASURED[self.what])
-        self.info = {
-            "classes": {
-                one.name: one.feature.names
-                for one in self.kept
-                if _kind(one.feature) == "ClassLabel"
-            }
-        }
+        self.info = {"classes": classes}
 
     def before_shards(
         self, output: str, check: BudgetCheck, report_progress: ProgressCallback, cpus: float
@@ -375,9 +367,7 @@ class HfTask(ShardTask):
 def _cuts(found: Any, settings: Settings) -> list[int]:
     """Return where a split is cut into shards of equal size."""
     rows = len(found)
-    size = found.data.nbytes * rows / max(1, len(found.data))
-    by_bytes = max(1, min(rows, round(size / settings.part_bytes)))
-    number = -(-rows // settings.rows_per_part) if settings.rows_per_part else by_bytes
+    number = settings.num_parts(rows, found.data.nbytes * rows / max(1, len(found.data)))
     return [rows * i // number for i in range(number + 1)] if rows else []
 
 
@@ -437,9 +427,12 @@ def _checked(
     for cell, path in zip(cells, paths, strict=True):
         try:
             data = _bytes_of(cell)
-            own = _picture(data, settings) if what == "Image" else _recording(data)
-            own |= {"path": path, "sha256": hashlib.sha256(data).hexdigest()}
-            good.append(own)
+            if what == "Image":
+                picture = examine(data, settings.resize, settings.quality)
+                columns = images.picture_columns(picture, data)
+            else:
+                columns = _recording(data)
+            good.append({**columns, "path": path})
         except (BrokenImageError, audio_io.BrokenAudioError, storage.NotFoundError) as error:
             bad[path] = str(error)
     return good, bad
@@ -452,12 +445,6 @@ def _bytes_of(cell: Any) -> bytes:
     return cell["bytes"] or storage.read_bytes(cell["path"])
 
 
-def _picture(data: bytes, settings: Settings) -> Row:
-    picture = examine(data, settings.resize, settings.quality)
-    width, height = picture.size
-    return {"image": picture.data, "width": width, "height": height}
-
-
 def _recording(data: bytes) -> Row:
     info = audio_io.inspect(data)
     return {
@@ -466,4 +453,5 @@ def _recording(data: bytes) -> Row:
         "seconds": info.seconds,
         "rate": info.rate,
         "channels": info.channels,
+        "sha256": hashlib.sha256(data).hexdigest(),
     }

@@ -40,21 +40,12 @@ class ImageFolder(ImageImporter):
 
     def index(self, source: str) -> Index:
         found = archives.listing(source)
-        tops = {
-            name.split("/")[0] for name in [*(entry.name for entry in found.images), *found.empty]
-        }
-        if (
-            len(tops) == 1
-            and min((depth(e.name) for e in found.images), default=0) > 2
-            and not all(map(split_of_folder, tops))
-        ):
-            found = found.without_common_folder(
-                keep=[part for part in found.images[0].name.split("/") if split_of_folder(part)]
-            )
-            tops = {
-                name.split("/")[0]
-                for name in [*(entry.name for entry in found.images), *found.empty]
-            }
+        tops = _top_folders(found)
+        is_deep = min((depth(entry.name) for entry in found.images), default=0) > 2
+        if len(tops) == 1 and is_deep and not all(map(split_of_folder, tops)):
+            parts = found.images[0].name.split("/")
+            found = found.without_common_folder(keep=list(filter(split_of_folder, parts)))
+            tops = _top_folders(found)
         split = self.options.layout == "split/class" or (
             self.options.layout == "auto" and all(map(split_of_folder, tops))
         )
@@ -70,13 +61,8 @@ class ImageFolder(ImageImporter):
         rows = []
         for entry in found.images:
             *before, label, _ = entry.name.split("/")
-            rows.append(
-                place(
-                    entry,
-                    (split_of_folder(before[0]) or before[0]) if before else "train",
-                    label=label,
-                )
-            )
+            row_split = (split_of_folder(before[0]) or before[0]) if before else "train"
+            rows.append(place(entry, row_split, label=label))
         splits = Counter(row["split"] for row in rows)
         return Index(
             table(rows, {"label": pa.string()}, source),
@@ -88,6 +74,10 @@ class ImageFolder(ImageImporter):
                 "files left out": found.others(),
             },
         )
+
+
+def _top_folders(found: archives.Listing) -> set[str]:
+    return {name.split("/")[0] for name in [*(e.name for e in found.images), *found.empty]}
 
 
 def _without_images(found: archives.Listing, wanted: int) -> list[str]:

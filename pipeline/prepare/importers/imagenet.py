@@ -111,10 +111,9 @@ class ImageNet(ImageImporter):
             {**row, "label": at[row["wnid"]], "label_name": named.get(row["wnid"], row["wnid"])}
             for row in rows
         ]
+        columns = {"label": pa.int64(), "wnid": pa.string(), "label_name": pa.string()}
         return Index(
-            table(
-                rows, {"label": pa.int64(), "wnid": pa.string(), "label_name": pa.string()}, source
-            ),
+            table(rows, columns, source),
             " ".join(marks),
             notes={
                 "classes": len(classes),
@@ -174,24 +173,14 @@ def _meta(uri: str) -> list[tuple[int, str, str]]:
     from scipy.io.matlab import MatReadError
 
     try:
-        synsets = np.atleast_1d(
-            loadmat(
-                io.BytesIO(storage.read_bytes(uri)), squeeze_me=True, variable_names=["synsets"]
-            )["synsets"]
-        )
+        data = io.BytesIO(storage.read_bytes(uri))
+        found = loadmat(data, squeeze_me=True, variable_names=["synsets"])["synsets"]
         return [
             (int(s["ILSVRC2012_ID"]), str(s["WNID"]), str(s["words"]).split(",")[0])
-            for s in synsets
+            for s in np.atleast_1d(found)
             if int(s["num_children"]) == 0
         ]
-    except (
-        MatReadError,
-        ValueError,
-        KeyError,
-        IndexError,
-        TypeError,
-        NotImplementedError,
-    ) as error:
+    except (MatReadError, ValueError, LookupError, TypeError, NotImplementedError) as error:
         raise ValueError(
             f"{uri}: not the devkit's meta.mat ({type(error).__name__}: {error})"
         ) from None

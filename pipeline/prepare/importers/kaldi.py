@@ -45,6 +45,7 @@ SHORT_SPLITS = {"tr": "train", "dt": "validation", "et": "test"}
 """Splits by the first word of a name of several (dt05_real, et05_simu). Alone or further on, tr and
 et may be languages (test_tr, test/tr).
 """
+IS_COMMAND = "a command, and commands are not run: write its output to a file, and name that"
 TO_THE_END = -1.0
 """A segment that ends here ends with its recording."""
 
@@ -93,14 +94,7 @@ class Kaldi(AudioImporter):
             for name, line in wav.items():
                 path = _path(line.text)
                 if path is None:
-                    bad.append(
-                        invalid_row(
-                            line.place,
-                            split,
-                            "a command, and commands are not run: write its output to a file, and "
-                            "name that",
-                        )
-                    )
+                    bad.append(invalid_row(line.place, split, IS_COMMAND))
                 else:
                     named.append((line, path))
                     owners.append((folder, name))
@@ -123,12 +117,8 @@ class Kaldi(AudioImporter):
             for name in ("utterance", "transcript", "speaker", "gender")
             if any(row[name] is not None for row in good)
         }
-        kept = [
-            {name: value for name, value in row.items() if value is not None or name in columns}
-            for row in good
-        ]
         return Index(
-            recordings(kept, columns, source, bad),
+            recordings(good, columns, source, bad),
             mark,
             broken=bad,
             notes={

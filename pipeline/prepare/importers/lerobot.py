@@ -93,17 +93,10 @@ class Lerobot(EpisodeImporter):
         split, outside = lerobot_layout.splits(layout, o.split)
         episodes = sorted(layout.episodes, key=lambda one: (split[one.number], one.number))
         if not episodes:
-            raise ValueError(
-                f"{source}: no episodes"
-                + (
-                    f"; of {len(layout.missing)} in the metadata none has its files"
-                    if layout.missing
-                    else ""
-                )
-            )
-        each = 4 * sum(
-            map(self._width, [*self.observed, *filter(None, [o.actions])])
-        ) + self._image_bytes(layout, settings)
+            of = f"; of {len(layout.missing)} in the metadata none has its files"
+            raise ValueError(f"{source}: no episodes{of if layout.missing else ''}")
+        numbers = sum(map(self._width, [*self.observed, *filter(None, [o.actions])]))
+        step_bytes = 4 * numbers + self._image_bytes(layout, settings)
         cameras = [
             name
             for name, about in layout.features.items()
@@ -139,7 +132,7 @@ class Lerobot(EpisodeImporter):
         return Episodes(
             [(one, split[one.number]) for one in episodes],
             [split[one.number] for one in episodes],
-            np.array([one.length * each for one in episodes], dtype=np.float64),
+            np.array([one.length * step_bytes for one in episodes], dtype=np.float64),
             columns,
             layout.mark,
             notes,
@@ -216,12 +209,9 @@ class Lerobot(EpisodeImporter):
                         )
                     yield self._result(*left.pop(number), rows, settings)
                 for episode, split in left.values():
-                    yield self._left_out(
-                        episode,
-                        split,
-                        f"no row of it in {episode.data.name}, but its length in the metadata is "
-                        f"{episode.length}",
-                    )
+                    file, length = episode.data.name, episode.length
+                    reason = f"no row of it in {file}, but its length in the metadata is {length}"
+                    yield self._left_out(episode, split, reason)
 
     def _of_file(
         self, first: EpisodeInfo, wanted: dict[int, Any], opener: Opener
@@ -235,7 +225,7 @@ class Lerobot(EpisodeImporter):
         )
         with parquet.opened(SplitReader(input_split, opener)) as file:
             there = file.schema_arrow.names
-            start, stop = _groups(file.metadata, there, wanted)
+            start, stop = _groups(file.metadata, wanted)
         more = [name for name in ("next.reward", *ENDS) if name in self.layout.features]
         needed = [
             *self.observed,
@@ -368,17 +358,11 @@ class Lerobot(EpisodeImporter):
         ]
 
 
-def _groups(about: Any, names: list[str], wanted: dict[int, Any]) -> tuple[int, int]:
+def _groups(about: Any, wanted: dict[int, Any]) -> tuple[int, int]:
     """Return the range of row groups that may hold wanted episodes, by the file's statistics."""
     low, high = min(wanted), max(wanted)
-    column = (
-        next(
-            (i for i in range(about.num_columns) if about.schema.column(i).path == "episode_index"),
-            None,
-        )
-        if "episode_index" in names
-        else None
-    )
+    paths = [about.schema.column(i).path for i in range(about.num_columns)]
+    column = paths.index("episode_index") if "episode_index" in paths else None
     held = []
     for i in range(about.num_row_groups):
         found = about.row_group(i).column(column).statistics if column is not None else None

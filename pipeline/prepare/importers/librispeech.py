@@ -75,13 +75,9 @@ class LibriSpeech(AudioImporter):
             else posixpath.basename(storage.absolute(source))
         )
         wanted = names_in(self.options.subsets)
-        by_subset = {
-            entry.name: _place(entry.name, base)
-            for entry in [
-                *sounds(found),
-                *(e for e in found.entries if e.name.endswith(TRANSCRIPTS)),
-            ]
-        }
+        transcripts = [entry for entry in found.entries if entry.name.endswith(TRANSCRIPTS)]
+        read = [*sounds(found), *transcripts]
+        by_subset = {entry.name: _place(entry.name, base) for entry in read}
         strange = [name for name, parts in by_subset.items() if parts is None]
         if strange:
             raise ValueError(
@@ -101,11 +97,7 @@ class LibriSpeech(AudioImporter):
             for name, parts in by_subset.items()
             if parts and (not wanted or parts[0] in wanted)
         }
-        texts = [
-            entry
-            for entry in found.entries
-            if entry.name in taken and entry.name.endswith(TRANSCRIPTS)
-        ]
+        texts = [entry for entry in transcripts if entry.name in taken]
         if not texts:
             raise ValueError(
                 f"{source}: no SPEAKER-CHAPTER{TRANSCRIPTS} there; recordings without "
@@ -114,20 +106,15 @@ class LibriSpeech(AudioImporter):
         genders = _genders(
             [entry for entry in found.entries if posixpath.basename(entry.name) == "SPEAKERS.TXT"]
         )
+        found_rows = [_row(e, taken[e.name], genders) for e in sounds(found) if e.name in taken]
         rows, doubled = drop_repeated_keys(
-            [
-                _row(entry, taken[entry.name], genders)
-                for entry in sounds(found)
-                if entry.name in taken
-            ],
-            lambda row: (row["subset"], row["utterance"]),
+            found_rows, lambda row: (row["subset"], row["utterance"])
         )
         said: dict[Any, list[Line]] = {}
         for line in lines_of(texts):
             name, _, text = line.text.strip().partition(" ")
-            said.setdefault((taken[line.file][0], name), []).append(
-                line._replace(text=text.strip())
-            )
+            lines = said.setdefault((taken[line.file][0], name), [])
+            lines.append(line._replace(text=text.strip()))
         good, wrong = join_transcripts(
             {(row["subset"], row["utterance"]): row for row in rows},
             said,

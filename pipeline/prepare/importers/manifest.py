@@ -134,8 +134,6 @@ class Manifest(AudioImporter):
         }
         for row in good:
             row |= {name: as_kind(row.get(name), kind) for name, kind in kinds.items()}
-            for name in {"transcript", "speaker"} - own.keys():
-                del row[name]
         bad += doubled
         return Index(
             recordings(good, columns, source, bad),
@@ -215,14 +213,8 @@ def _wrong(fields: Any) -> str:
             return f"{name} {value!r} is no number of seconds" + (" above 0" if least else "")
     if not isinstance(fields.get("text", ""), str | None):
         return f"text {fields['text']!r:.80} is no text"
-    return next(
-        (
-            reason
-            for name, value in fields.items()
-            if isinstance(value, str) and (reason := text_problem(value, name))
-        ),
-        "",
-    )
+    texts = {name: value for name, value in fields.items() if isinstance(value, str)}
+    return next(filter(None, (text_problem(text, name) for name, text in texts.items())), "")
 
 
 def _number(value: Any) -> float | None:

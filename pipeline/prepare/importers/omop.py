@@ -16,7 +16,14 @@ from pipeline.core.arrow_lists import filled
 from pipeline.io.threads import threaded_map
 from pipeline.prepare.engine import records
 from pipeline.prepare.engine.grouped import Entities, EventReader, Events, EventTables
-from pipeline.prepare.engine.importing import InvalidRow, Notes, invalid_row, names_in, preview
+from pipeline.prepare.engine.importing import (
+    InvalidRow,
+    Notes,
+    first_reason,
+    invalid_row,
+    names_in,
+    preview,
+)
 from pipeline.prepare.engine.inputs import InputSplit, plain_suffix
 from pipeline.prepare.engine.records import (
     DAY,
@@ -114,7 +121,7 @@ class Concepts(NamedTuple):
 
     def of(self, ids: Any, column: str = "names") -> pa.Array:
         """Return (n,) texts, null for no concept (0 or null); concept/ID where it is not known."""
-        number = ids.fill_null(0).to_numpy(zero_copy_only=False)
+        number = filled(ids, 0)
         at = positions(self.ids, number)
         known = getattr(self, column).take(pa.array(at, mask=at < 0))
         bare = pc.binary_join_element_wise("concept", pa.array(number).cast(pa.string()), "/")
@@ -296,21 +303,14 @@ class Omop(RecordsImporter):
     def _visit_rows(self, persons: Persons, concepts: Concepts, opener: Opener) -> TimedRows:
         """Return a row for each visit that can be used, with its outcomes."""
         entry, tally = self._tables["visit_occurrence"], RowCounts()
-        table = whole(
-            "visit_occurrence",
-            entry,
-            {
-                "visit_occurrence_id": Column("id"),
-                "person_id": Column("id"),
-                "visit_concept_id": Column("id"),
-                **_times("visit_start"),
-                **_times("visit_end"),
-                "discharged_to_concept_id": Column("id", False),
-                "discharge_to_concept_id": Column("id", False),
-            },
-            opener,
-            tally,
-        )
+        wanted_columns = {
+            **dict.fromkeys(("visit_occurrence_id", "person_id", "visit_concept_id"), Column("id")),
+            **_times("visit_start"),
+            **_times("visit_end"),
+            "discharged_to_concept_id": Column("id", False),
+            "discharge_to_concept_id": Column("id", False),
+        }
+        table = whole("visit_occurrence", entry, wanted_columns, opener, tally)
         start, started = _moments(table, "visit_start", at_end=False)
         end, ended = _moments(table, "visit_end")
         self._check_zones("visit_occurrence", _zones(tally, np.append(start, end)))
@@ -328,22 +328,12 @@ class Omop(RecordsImporter):
             )
         again = np.ones(len(table), dtype=bool)
         again[np.unique(visit, return_index=True)[1]] = False
-        reasons = np.select(
-            [
-                table["visit_occurrence_id"].is_null().to_numpy(),
-                again,
-                positions(persons.ids, person) < 0,
-                ~(started & ended),
-                end < start,
-            ],
-            [
-                "no visit_occurrence_id",
-                "the same visit_occurrence_id again",
-                "no such person in table person",
-                "no start or no end",
-                "its end is before its start",
-            ],
-            "",
+        reasons = first_reason(
+            (table["visit_occurrence_id"].is_null().to_numpy(), "no visit_occurrence_id"),
+            (again, "the same visit_occurrence_id again"),
+            (positions(persons.ids, person) < 0, "no such person in table person"),
+            (~(started & ended), "no start or no end"),
+            (end < start, "its end is before its start"),
         )
         broken = [
             invalid_row(f"{entry.name}:row {i + 1}", "train", str(reasons[i]))
@@ -393,19 +383,12 @@ class Omop(RecordsImporter):
     # ---------------------------------------------------------------- tables
 
     def _persons(self, opener: Opener) -> Persons:
-        table = whole(
-            "person",
-            self._tables["person"],
-            {
-                "person_id": Column("id"),
-                "gender_concept_id": Column("id"),
-                "year_of_birth": Column("id"),
-                "month_of_birth": Column("id", False),
-                "day_of_birth": Column("id", False),
-                "birth_datetime": Column("moment", False),
-            },
-            opener,
-        )
+        columns = {
+            **dict.fromkeys(("person_id", "gender_concept_id", "year_of_birth"), Column("id")),
+            **dict.fromkeys(("month_of_birth", "day_of_birth"), Column("id", False)),
+            "birth_datetime": Column("moment", False),
+        }
+        table = whole("person", self._tables["person"], columns, opener)
         table = table.filter(pc.is_valid(table["person_id"])).sort_by("person_id")
         year, month, day = (
             table[name].combine_chunks()

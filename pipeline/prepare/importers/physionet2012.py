@@ -205,20 +205,14 @@ class Physionet2012(GroupedImporter):
         seen: set[float] = set()
         for place, entry in enumerate(sorted(self._records[name], key=_archive_order), 1):
             record, _, reason = _record(entry, _lines(entry, opener))
-            reason = (
-                "the same record again" if not reason and record["RecordID"] in seen else reason
-            )
+            if not reason and record["RecordID"] in seen:
+                reason = "the same record again"
             if not reason:
                 seen.add(record["RecordID"])
                 yield {**record, **outcomes.get(int(record["RecordID"]), {})}
             else:
-                broken.append(
-                    invalid_row(
-                        f"set-{name}: file {place} of {len(self._records[name])}",
-                        self.splits[name],
-                        reason,
-                    )
-                )
+                file = f"set-{name}: file {place} of {len(self._records[name])}"
+                broken.append(invalid_row(file, self.splits[name], reason))
 
     def _outcome_rows(self, name: str, opener: Opener) -> dict[int, dict[str, float]]:
         if name not in self._outcomes:
@@ -331,11 +325,8 @@ def _record(entry: Entry, lines: list[str]) -> tuple[dict[str, float], list[str]
     """Return (the first value of each general descriptor at 00:00, lines of events, "") of a
     record, or ({}, [], why it is invalid).
     """
-    if not lines or [part.strip() for part in lines[0].split(",")] != [
-        "Time",
-        "Parameter",
-        "Value",
-    ]:
+    header = [part.strip() for part in lines[0].split(",")] if lines else []
+    if header != ["Time", "Parameter", "Value"]:
         return {}, [], "no line Time,Parameter,Value at its begin"
     out: dict[str, float] = {}
     events, at = [], 1

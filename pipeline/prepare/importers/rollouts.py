@@ -157,24 +157,11 @@ class Rollouts(EpisodeImporter):
             for number in range(getattr(o, option)):
                 seed = mix(o.seed, place, number) >> (63 - SEED_BITS)
                 skill = self.skills[number % len(self.skills)] if self.skills else ""
-                jobs.append(
-                    Job(
-                        split,
-                        number,
-                        World(
-                            source,
-                            steps,
-                            seed,
-                            environment.sample_dynamics(self.ranges, seed),
-                            skill,
-                        ),
-                    )
-                )
+                dynamics = environment.sample_dynamics(self.ranges, seed)
+                jobs.append(Job(split, number, World(source, steps, seed, dynamics, skill)))
         content = self._load()
-        widths = [
-            self._look(job.world)
-            for job in {job.world.skill: job for job in reversed(jobs)}.values()
-        ]
+        first_worlds = {job.world.skill: job.world for job in reversed(jobs)}
+        widths = [self._look(world) for world in first_worlds.values()]
         judged = rollout.has_success_criterion(source)
         self.label = "task" if self.skills else "success" if judged else ""
         if o.keep == "success" and not judged:
@@ -192,14 +179,7 @@ class Rollouts(EpisodeImporter):
             "fps": self.fps,
             "versions": versions,
         }
-        mark = " ".join(
-            [
-                source,
-                str(steps),
-                content,
-                *(f"{name} {version}" for name, version in versions.items()),
-            ]
-        )
+        mark = " ".join([source, str(steps), content, *map(" ".join, versions.items())])
         sizes = np.full(len(jobs), 4.0 * steps * max(seen + 2 * done + 1 for seen, done in widths))
         columns = [*fields(self.classes is not None, True, executed=True), *MORE]
         return Episodes(
@@ -232,15 +212,9 @@ class Rollouts(EpisodeImporter):
             self.trained = TrainedPolicy.from_bytes(storage.read_bytes(kept))
             return
         ranged = any(isinstance(value, tuple) for value in self.ranges.values())
-        worlds = [
-            replace(
-                self.world,
-                dynamics=environment.sample_dynamics(
-                    self.ranges, mix(self.options.seed, len(SPLITS), i)
-                ),
-            )
-            for i in range(WORLDS if ranged else 1)
-        ]
+        seeds = [mix(self.options.seed, len(SPLITS), i) for i in range(WORLDS if ranged else 1)]
+        dynamics = [environment.sample_dynamics(self.ranges, seed) for seed in seeds]
+        worlds = [replace(self.world, dynamics=one) for one in dynamics]
         self.trained = training.train(
             worlds[0],
             env_steps=self.options.expert_steps,
@@ -328,11 +302,8 @@ class Rollouts(EpisodeImporter):
         # processor's cache
         for job in items:
             explore = self.options.explore if job.split == "train" else 0.0
-            (shown,) = experts.demonstrations(
-                [job.world],
-                [self.trained or experts.expert(self.options.expert, job.world)],
-                explore,
-            )
+            expert = self.trained or experts.expert(self.options.expert, job.world)
+            (shown,) = experts.demonstrations([job.world], [expert], explore)
             blind = (
                 shown
                 if self.options.expert == "random"
@@ -343,13 +314,9 @@ class Rollouts(EpisodeImporter):
     def _result(self, job: Job, found: rollout.Episode, random: rollout.Episode) -> Result:
         name, total = f"{job.split}-{job.number:06d}", float(found.rewards.sum())
         if found.diverged:
-            return Result(
-                job.split,
-                broken=invalid_row(
-                    f"episode {name}", job.split, f"the simulator diverged: {found.diverged}"
-                ),
-                amounts={"diverged": 1},
-            )
+            reason = f"the simulator diverged: {found.diverged}"
+            broken = invalid_row(f"episode {name}", job.split, reason)
+            return Result(job.split, broken=broken, amounts={"diverged": 1})
         amounts = {"simulated": 1, "return": total, **_success(found.success)}
         if job.world.skill:
             amounts |= _success(found.success, f" at {job.world.skill}")
@@ -383,15 +350,9 @@ class Rollouts(EpisodeImporter):
             executed,
         )
         more = zip(MORE, (job.world.text(), total, found.success, *blind), strict=True)
-        return Result(
-            job.split,
-            row(
-                episode,
-                job.split,
-                {field.name: pa.array([value], field.type) for field, value in more},
-            ),
-            amounts={**amounts, "steps": len(found.rewards)},
-        )
+        columns = {field.name: pa.array([value], field.type) for field, value in more}
+        table = row(episode, job.split, columns)
+        return Result(job.split, table, amounts={**amounts, "steps": len(found.rewards)})
 
     def summary_amounts(self, amounts: Amounts) -> Notes:
         shares = {

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from pipeline.config.registry import SplitOptions, register
 from pipeline.core.arrow_compute import pc
+from pipeline.core.arrow_lists import dictionary_codes
 from pipeline.prepare.engine.importing import (
     Notes,
     check_columns,
@@ -149,11 +150,7 @@ class Series(TableImporter):
                 "--set channels= is missing: name the columns of the sensors, such as --set "
                 "channels=S1..S24"
             )
-        if o.test_share + o.validation_share >= 1:
-            raise ValueError(
-                f"--set test_share={o.test_share:g} and validation_share={o.validation_share:g} "
-                "leave no train steps; give less than 1 in all"
-            )
+        self.rules = logs.CutRules(0, o.validation_share, o.test_share)
         check_one_split(o)
         if self._shares and (o.split_column or o.split):
             raise ValueError(
@@ -173,7 +170,6 @@ class Series(TableImporter):
             )
         self.label = "label" if o.label or o.label_folders else ""
         self.roles = logs.ColumnRoles(())
-        self.rules = logs.CutRules(0, o.validation_share, o.test_share)
 
     @property
     def _shares(self) -> bool:
@@ -463,8 +459,8 @@ def _codes(rows: pa.Table, column: str) -> tuple[np.ndarray, list[Any]]:
         values = pc.if_else(pc.equal(values, ""), None, values)
     else:
         values = pc.if_else(pc.is_finite(values), values, None)
-    encoded = values.dictionary_encode()
-    return encoded.indices.fill_null(-1).to_numpy(), encoded.dictionary.to_pylist()
+    codes, distinct = dictionary_codes(values)
+    return codes, distinct.to_pylist()
 
 
 def _most_common(segment: Segment, column: str) -> np.ndarray:

@@ -103,23 +103,16 @@ class SpeechCommands(AudioImporter):
             )
         split_of, unlisted = self._splits(source, found, words)
         labels = self._labels(source, words)
-        rows = [
-            recording(
-                entry,
-                split_of[entry.name],
-                label=labels[word],
-                word=word,
-                speaker=_speaker(entry.name),
-            )
-            for word, entries in words.items()
-            for entry in entries
-            if labels[word]
-        ]
+        rows: list[Row] = []
+        for word, entries in words.items():
+            for entry in entries if labels[word] else ():
+                columns = {"label": labels[word], "word": word, "speaker": _speaker(entry.name)}
+                rows.append(recording(entry, split_of[entry.name], **columns))
         quiet, wrong = self._noise(noise) if self.options.silence else ([], [])
         bad = [*unlisted, *wrong]
-        columns: dict[str, pa.DataType] = dict.fromkeys(("label", "word", "speaker"), pa.string())
+        types: dict[str, pa.DataType] = dict.fromkeys(("label", "word", "speaker"), pa.string())
         return Index(
-            recordings(rows + quiet, columns, source, bad),
+            recordings(rows + quiet, types, source, bad),
             found.mark,
             broken=bad,
             info={"labels": sorted({row["label"] for row in rows + quiet})},
@@ -171,9 +164,8 @@ class SpeechCommands(AudioImporter):
             for line in lines_of([lists[file]]):
                 name = posixpath.normpath(line.text.strip().replace("\\", "/"))
                 if name not in out:
-                    bad.append(
-                        invalid_row(line.place, split, line.reason or f"no recording {name}")
-                    )
+                    reason = line.reason or f"no recording {name}"
+                    bad.append(invalid_row(line.place, split, reason))
                 elif out[name] not in ("train", split):
                     raise ValueError(
                         f"{source}: {name} stands in both lists; a clip lies in one split"
@@ -198,19 +190,11 @@ class SpeechCommands(AudioImporter):
             split = (
                 self.options.split
                 if self.options.split not in ("official", "hash")
-                else _held_out(100.0 * (i + 0.5) / count, last=True)
+                else _held_out((100.0 * (i + 0.5) / count + sum(SHARES.values())) % 100)
             )
-            rows.append(
-                recording(
-                    entry,
-                    split,
-                    start=i * WINDOW_SECONDS,
-                    seconds=WINDOW_SECONDS,
-                    label=self.options.silence,
-                    word=None,
-                    speaker=None,
-                )
-            )
+            start, label = i * WINDOW_SECONDS, self.options.silence
+            window = recording(entry, split, start=start, seconds=WINDOW_SECONDS, label=label)
+            rows.append({**window, "word": None, "speaker": None})
         return rows, bad
 
 
@@ -219,19 +203,11 @@ def _speaker(name: str) -> str | None:
     return found[1] if found else None
 
 
-def _held_out(percent: float, last: bool = False) -> str:
-    """Return the order of splits in a noise file: validation, test, train, or train first."""
-    if last:
-        percent -= 100.0 - sum(SHARES.values())
-        if percent < 0:
-            return "train"
-    return (
-        "validation"
-        if percent < SHARES["validation"]
-        else "test"
-        if percent < sum(SHARES.values())
-        else "train"
-    )
+def _held_out(percent: float) -> str:
+    """Return the split of a percentage from 0 to 100: validation, then test, then train."""
+    if percent < SHARES["validation"]:
+        return "validation"
+    return "test" if percent < sum(SHARES.values()) else "train"
 
 
 def _hashed(name: str) -> str:

@@ -168,14 +168,9 @@ class Squad(TableImporter):
             return "", 0, f"an answer without text or answer_start: {_short(str(answer))}"
         if start >= 0 and context.startswith(text, start):
             return text, start, ""
-        places = [
-            i
-            for i in (
-                context.rfind(text, 0, max(0, start) + len(text)),
-                context.find(text, max(0, start)),
-            )
-            if i >= 0
-        ]
+        before = context.rfind(text, 0, max(0, start) + len(text))
+        after = context.find(text, max(0, start))
+        places = [place for place in (before, after) if place >= 0]
         nearest = min(places, key=lambda i: abs(i - start)) if places else None
         if nearest is not None and self.options.repair and abs(nearest - start) <= NEAR:
             return text, nearest, ""

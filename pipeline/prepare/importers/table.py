@@ -16,6 +16,7 @@ from pydantic import Field
 
 from pipeline.config.registry import DelimitedOptions, register
 from pipeline.core.arrow_compute import pc
+from pipeline.core.arrow_lists import is_number, is_text
 from pipeline.prepare.engine.importing import (
     NO_SPLIT,
     SPLITS,
@@ -46,6 +47,11 @@ FEW, MANY = 10, 1000
 ROWS = 4096
 """Rows that are processed at a time."""
 FEATURES = "features"
+OF_COLUMNS = (
+    *("label", "id", "group", "split_column"),
+    *("columns", "drop", "categorical", "numeric"),
+)
+"""Options that name columns."""
 
 
 class TableOptions(DelimitedOptions):
@@ -170,26 +176,9 @@ class Table(TableImporter):
 
     def _fits(self, name: str, kind: pa.DataType, reading: SplitReader) -> None:
         """Raise ValueError for a feature in Parquet that is neither number nor text."""
-        types = pa.types
-        plain = (
-            types.is_integer(kind)
-            or types.is_floating(kind)
-            or types.is_decimal(kind)
-            or types.is_boolean(kind)
-            or types.is_string(kind)
-            or types.is_large_string(kind)
-            or types.is_string_view(kind)
-            or types.is_null(kind)
-            or (
-                types.is_dictionary(kind)
-                and (types.is_string(kind.value_type) or types.is_large_string(kind.value_type))
-            )
-        )
-        if (
-            not plain
-            and name not in self.dropped
-            and (not self.columns or name in (*self.columns, *self.carried))
-        ):
+        is_value = is_number(kind) or pa.types.is_decimal(kind) or pa.types.is_boolean(kind)
+        is_read = not self.columns or name in (*self.columns, *self.carried)
+        if is_read and name not in self.dropped and not (is_value or is_text(kind)):
             raise ValueError(
                 f"{reading.input_split.name}: column {name} is {kind}, neither a number nor a "
                 f"category; turn it into one, or say --set drop={name}"
@@ -202,23 +191,7 @@ class Table(TableImporter):
         o = self.options
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"{place}: two columns are called {twice[0]!r}; rename one")
-        given = [
-            *(
-                (option, name)
-                for option in ("label", "id", "group", "split_column")
-                for name in names_in(getattr(o, option))
-            ),
-            *(
-                (option, name)
-                for option, found in (
-                    ("columns", self.columns),
-                    ("drop", self.dropped),
-                    ("categorical", self.categorical),
-                    ("numeric", self.numeric),
-                )
-                for name in found
-            ),
-        ]
+        given = [(option, name) for option in OF_COLUMNS for name in names_in(getattr(o, option))]
         check_columns(place, names, *given)
         own = [*self.carried, *names_in(o.split_column)]
         for name in [name for name in self.carried if name in (FEATURES, "split")]:
@@ -255,14 +228,10 @@ class Table(TableImporter):
         for i in sorted(lacking):
             reading.bad(places[i], lacking[i])
         keep = [i for i in range(len(places)) if i not in lacking]
-        yield (
-            (
-                [places[i] for i in keep],
-                {name: [values[i] for i in keep] for name, values in columns.items()},
-            )
-            if lacking
-            else (places, columns)
-        )
+        if lacking:
+            places = [places[i] for i in keep]
+            columns = {name: [values[i] for i in keep] for name, values in columns.items()}
+        yield places, columns
 
     # ------------------------------------------------------------ the two passes
 
@@ -279,16 +248,10 @@ class Table(TableImporter):
 
     def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
         columns: dict[str, _Column] = {}
-        first = next(
-            (
-                input_split.name
-                for input_split, one in zip(input_splits, found, strict=True)
-                if one["columns"]
-            ),
-            "",
-        )
+        first = ""
         for input_split, one in zip(input_splits, found, strict=True):
             here = one["columns"]
+            first = first or (input_split.name if here else "")
             if here and columns and here.keys() != columns.keys():
                 odd = sorted(here.keys() ^ columns.keys())
                 raise ValueError(

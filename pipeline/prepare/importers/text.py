@@ -16,8 +16,9 @@ from pydantic import Field
 
 from pipeline.config import registry
 from pipeline.config.registry import Options, register
+from pipeline.core.arrow_lists import is_text
 from pipeline.media import minhash
-from pipeline.prepare.engine.importing import Notes, Row, names_in
+from pipeline.prepare.engine.importing import Notes, Row, check_columns, names_in
 from pipeline.prepare.engine.inputs import (
     ROW_BYTES,
     InputFiles,
@@ -280,38 +281,28 @@ class Text(TableImporter):
                 yield Document(number, text, kept)
 
     def _of_parquet(self, reading: SplitReader) -> Iterator[Document]:
-        name, input_split = self.options.text, reading.input_split
-        start, stop = input_split.start, input_split.stop
-        with parquet.opened(reading) as file:
-            self._check_columns(file.schema_arrow, input_split.name)
-            row = sum(file.metadata.row_group(i).num_rows for i in range(start))
-            groups = list(range(start, stop)) if stop >= 0 else None
-            for batch in file.iter_batches(BATCH_ROWS, groups, [name, *self.kept]):
-                column = batch.column(name)
-                if pa.types.is_dictionary(column.type):
-                    column = column.cast(pa.string())
-                kept = batch.select(self.kept).to_pylist()
-                for i, data in enumerate(column.cast(pa.large_binary()).to_pylist()):
-                    row += 1
-                    is_long = data is not None and len(data) > ROW_BYTES
-                    text, wrong = (
-                        ("", "null") if data is None else decoded(None if is_long else data)
-                    )
-                    if wrong:
-                        reading.bad(row, wrong)
-                    else:
-                        yield Document(row, text, kept[i] if self.kept else {})
+        name = self.options.text
+        self._check_columns(parquet.schema(reading.input_split), reading.input_split.name)
+        for before, batch in parquet.batches(reading, [name, *self.kept], BATCH_ROWS):
+            column = batch[name]
+            if pa.types.is_dictionary(column.type):
+                column = column.cast(pa.string())
+            kept = batch.select(self.kept).to_pylist()
+            for i, data in enumerate(column.cast(pa.large_binary()).to_pylist()):
+                row = before + i + 1
+                is_long = data is not None and len(data) > ROW_BYTES
+                text, wrong = ("", "null") if data is None else decoded(None if is_long else data)
+                if wrong:
+                    reading.bad(row, wrong)
+                else:
+                    yield Document(row, text, kept[i] if self.kept else {})
 
     def _check_columns(self, schema: pa.Schema, place: str) -> None:
         """Raise ValueError for a wanted column that is missing, and for texts that are none."""
-        for wanted in (self.options.text, *self.kept):
-            if wanted not in schema.names:
-                raise ValueError(
-                    f"{place}: no column {wanted!r}; {registry.nearest(wanted, schema.names)}"
-                )
-        kind, types = schema.field(self.options.text).type, pa.types
-        is_text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-        if not is_text and not types.is_dictionary(kind):
+        kept = [("keep", name) for name in self.kept]
+        check_columns(place, schema.names, ("text", self.options.text), *kept)
+        kind = schema.field(self.options.text).type
+        if not is_text(kind):
             raise ValueError(f"{place}: column {self.options.text!r} is {kind}, no text")
 
     # ------------------------------------------------------------ what is left out
@@ -431,19 +422,12 @@ class Text(TableImporter):
         gone = np.flatnonzero(reasons)
 
         def ids(rows: np.ndarray) -> list[str]:
-            return [
-                f"{input_splits[input_split].name}:{place}"
-                for input_split, place in zip(
-                    owner[rows].tolist(), places[rows].tolist(), strict=True
-                )
-            ]
+            pairs = zip(owner[rows].tolist(), places[rows].tolist(), strict=True)
+            return [f"{input_splits[number].name}:{place}" for number, place in pairs]
 
-        twin = [
-            name if at != row else None
-            for name, at, row in zip(
-                ids(twins[gone]), twins[gone].tolist(), gone.tolist(), strict=True
-            )
-        ]
+        has_twin = (twins[gone] != gone).tolist()
+        named = zip(ids(twins[gone]), has_twin, strict=True)
+        twin = [name if is_other else None for name, is_other in named]
         return pa.table(
             {
                 "id": ids(gone),

@@ -27,6 +27,7 @@ from pipeline.prepare.readers.csv_blocks import SUFFIXES, schema
 
 SINGLE = ("episode", "order", "reward", "done", "task", "embodiment", "split_column")
 """Options that name one column each."""
+SAME_IDS = "ids of episodes that stand in several files, which rows name FILE/ID"
 
 
 class TrajectoriesOptions(SplitOptions):
@@ -116,14 +117,15 @@ class Trajectories(TableImporter):
                 "--set observations= is missing: name the columns that the robot observes, "
                 "such as --set observations=S1..S24"
             )
-        shares = o.test_share + o.validation_share
-        if shares >= 1:
-            raise ValueError(
-                f"--set test_share={o.test_share:g} and "
-                f"validation_share={o.validation_share:g} leave no train steps; give less than "
-                "1 in all"
-            )
-        if sum(map(bool, (shares, o.split_column, o.split))) > 1:
+        self.rules = logs.CutRules(
+            o.episode_steps,
+            o.validation_share,
+            o.test_share,
+            o.open == "allow",
+            o.task_name,
+            o.embodiment_name,
+        )
+        if sum(map(bool, (self._shares, o.split_column, o.split))) > 1:
             raise ValueError(
                 "--set split=, split_column= and test_share= or validation_share= all say "
                 "what a step's split is; give one of them"
@@ -136,14 +138,6 @@ class Trajectories(TableImporter):
                 )
         self.low = _bounds("action_low", o.action_low)
         self.high = _bounds("action_high", o.action_high)
-        self.rules = logs.CutRules(
-            o.episode_steps,
-            o.validation_share,
-            o.test_share,
-            o.open == "allow",
-            o.task_name,
-            o.embodiment_name,
-        )
         self.roles = logs.ColumnRoles(())
         self.coded = False  # actions are classes because the first ones are whole numbers
 
@@ -296,41 +290,17 @@ class Trajectories(TableImporter):
                     "whole numbers and so was taken as classes; say --set discrete=false where it "
                     "is numbers, --set discrete=true where it is names of classes"
                 )
-        known: dict[str, tuple[list[int], str]] = {}  # robot to widths, and who has them first
-        for input_split, one in zip(input_splits, found, strict=True):
-            for robot, widths, name in one["robots"]:
-                episode = f"{input_split.name}: episode {name}"
-                first_widths, first_episode = known.setdefault(robot, (widths, episode))
-                if first_widths != widths:
-                    what, a, b = next(
-                        (what, a, b)
-                        for what, a, b in zip(
-                            ("observations", "actions"), first_widths, widths, strict=True
-                        )
-                        if a != b
-                    )
-                    raise ValueError(
-                        f"{episode}: {what} of {b} numbers, where "
-                        f"{first_episode} has {a}, of the same robot; name robots by --set "
-                        "embodiment=COLUMN, or prepare them apart"
-                    )
+        _check_widths(input_splits, found)
         names = Counter(name for one in found for name in one["names"])
         doubled = sorted(name for name, count in names.items() if count > 1)
         classes = sorted({name for one in found for name in one["classes"]})
         scan_results = [(one["episodes"], bool(doubled)) for one in found]
-        notes = {
+        notes: Notes = {
             "columns of an observation": len(self.roles.observations),
             **({"classes of actions": len(classes)} if self.roles.discrete else {}),
-            **(
-                {
-                    "ids of episodes that stand in several files, which rows name FILE/ID": preview(
-                        doubled
-                    )
-                }
-                if doubled
-                else {}
-            ),
         }
+        if doubled:
+            notes[SAME_IDS] = preview(doubled)
         info = {
             "observations": list(self.roles.observations),
             "actions": list(self.roles.actions),
@@ -350,6 +320,22 @@ class Trajectories(TableImporter):
         for found, split in self._episodes(reading, there):
             row = episodes.row(found, split)
             yield row.set_column(0, "episode", pa.array([prefix + found.name])) if prefix else row
+
+
+def _check_widths(input_splits: list[InputSplit], found: list[Found]) -> None:
+    """Raise ValueError for a robot whose observations or actions have several widths."""
+    first: dict[tuple[str, str], tuple[int, str]] = {}
+    for input_split, scan in zip(input_splits, found, strict=True):
+        for robot, widths, name in scan["robots"]:
+            episode = f"{input_split.name}: episode {name}"
+            for what, width in zip(("observations", "actions"), widths, strict=True):
+                first_width, its_episode = first.setdefault((robot, what), (width, episode))
+                if width != first_width:
+                    raise ValueError(
+                        f"{episode}: {what} of {width} numbers, where {its_episode} has "
+                        f"{first_width}, of the same robot; name robots by --set "
+                        "embodiment=COLUMN, or prepare them apart"
+                    )
 
 
 # ---------------------------------------------------------------- options

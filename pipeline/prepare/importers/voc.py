@@ -41,8 +41,6 @@ of these numbers.
 OBJECTS = "SegmentationObject"
 MASK_FOLDERS = ("SegmentationClass", OBJECTS)
 """Folders of pictures that are named like the photographs."""
-NO_OBJECT = 255
-"""Number of the pixels at the edges of objects, which belong to none."""
 
 
 class VocObject(NamedTuple):

@@ -75,13 +75,8 @@ class WebDataset(ImageImporter):
                     "json": sample.texts.get("json"),
                     "key": key,
                 }
-                rows.append(
-                    place(
-                        files[kind]._replace(name=f"{shard_name}/{files[kind].name}"),
-                        split,
-                        **columns,
-                    )
-                )
+                image = files[kind]._replace(name=f"{shard_name}/{files[kind].name}")
+                rows.append(place(image, split, **columns))
         kinds: dict[str, pa.DataType] = {"key": pa.string()}
         if self.options.label:
             whole = all(re.fullmatch(r"-?\d{1,18}", row["label"]) for row in rows)

@@ -276,12 +276,8 @@ def _input(found: Inspection, target_column: str | None) -> Draft:
     named = bool(texts) and bool(texts[0].parts & set(look.TEXTS))
     series = look.series_columns(found.main.schema, free, named)
     if series and not _other_task(found):
-        return Draft(
-            found,
-            "series",
-            {"series": series[0]},
-            steps_of_series=series_steps(found.main, series[0]),
-        )
+        steps = series_steps(found.main, series[0])
+        return Draft(found, "series", {"series": series[0]}, steps_of_series=steps)
     struct = next((one for one in found.columns if one.name == "features"), None)
     if struct is not None and struct.kind == "other":
         return Draft(found, "table", {"features": "features"})
@@ -386,16 +382,11 @@ def _label(
         out.labels["label_name"] = named[0]
     grouped = look.label_columns([one for one in free if one.name in groups])
     possible = [*listed, *(one for one in grouped if one.distinct <= look.MOST_GROUPS)]
-    out.others = [
-        name
-        for name in (
-            *(one.name for one in possible),
-            *(one.name for one in numbers if look.is_named_number(one)),
-            *sets,
-            *(one.name for one in spoken),
-        )
-        if name not in (out.label, *copies) and name not in out.inputs.values()
-    ]
+    named_numbers = [one for one in numbers if look.is_named_number(one)]
+    names = [one.name for one in (*possible, *named_numbers)]
+    taken = {out.label, *copies, *out.inputs.values()}
+    listed_names = [*names, *sets, *(one.name for one in spoken)]
+    out.others = [name for name in listed_names if name not in taken]
 
 
 def _is_transcript(out: Draft, column: Column, spoken: Sequence[Column]) -> bool:

@@ -7,7 +7,7 @@ import math
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.arrow_compute import pc
+from pipeline.core.arrow_lists import filled
 from pipeline.core.sampling import evenly_spread
 from pipeline.data import manifests, to_parquet
 from pipeline.data.manifests import Manifest, Selection
@@ -284,14 +285,8 @@ def _class_folders(
 def _too_deep(files: Sequence[str]) -> str:
     """Return the folder of a file that lies deeper than in one folder a class, or ""."""
     shared = posixpath.commonpath(files)
-    return next(
-        (
-            posixpath.dirname(file)
-            for file in files
-            if file[len(shared) :].strip("/").count("/") > 1
-        ),
-        "",
-    )
+    deep = (file for file in files if file[len(shared) :].strip("/").count("/") > 1)
+    return posixpath.dirname(next(deep, ""))
 
 
 def _split_files(files: Sequence[tuple[str, str]], places: Sequence[str]) -> dict[str, list[str]]:
@@ -397,7 +392,7 @@ def series_steps(manifest: Manifest, column: str) -> int:
     array = values.combine_chunks()
     if pa.types.is_struct(array.type):
         array = array.field(0)
-    counts = pc.list_value_length(array).fill_null(0).to_numpy(zero_copy_only=False)
+    counts = filled(pc.list_value_length(array), 0)
     return int(np.quantile(counts, 0.95)) if len(counts) else 0
 
 
@@ -417,7 +412,8 @@ def media_of(found: Inspection) -> Media | None:
         cells = [
             storage.join(root, cell) if root and isinstance(cell, str) else cell for cell in cells
         ]
-        here, missing = _existing(cells)
+        missing = [cell for cell in cells if isinstance(cell, str) and not storage.exists(cell)]
+        here = [cell for cell in cells if cell not in missing]
         if missing and not here:
             raise ValueError(
                 f"column {column.name} names files, and none of {len(missing)} that were looked "
@@ -456,17 +452,6 @@ def _folders(place: str) -> list[str]:
     if storage.is_remote(place):
         return []
     return sorted(Path(place, one.name).as_posix() for one in os.scandir(place) if one.is_dir())
-
-
-def _existing(cells: Iterable[Any]) -> tuple[list[Any], list[str]]:
-    here: list[Any] = []
-    missing: list[str] = []
-    for cell in cells:
-        if isinstance(cell, str) and not storage.exists(cell):
-            missing.append(cell)
-        else:
-            here.append(cell)
-    return here, missing
 
 
 def _file_of(cell: Any) -> Any:

@@ -74,6 +74,11 @@ class Entry(NamedTuple):
         return posixpath.splitext(self.name)[1].lower()
 
     @property
+    def suffix_or_name(self) -> str:
+        """What a file is counted by: its suffix, or its name where it has none."""
+        return self.suffix or posixpath.basename(self.name)
+
+    @property
     def is_image(self) -> bool:
         return self.suffix in IMAGE_SUFFIXES
 
@@ -98,24 +103,16 @@ class Listing:
 
     def others(self) -> dict[str, int]:
         """Count the files that are no images, by suffix."""
-        return dict(
-            Counter(
-                entry.suffix or posixpath.basename(entry.name)
-                for entry in self.entries
-                if not entry.is_image
-            )
-        )
+        left = [entry for entry in self.entries if not entry.is_image]
+        return dict(Counter(entry.suffix_or_name for entry in left))
 
     def without_common_folder(self, keep: Container[str] = ()) -> Listing:
         """Drop the folder that holds all files from their names (train2017.zip holds train2017/).
 
         Repeats for deeper folders, up to one of `keep`.
         """
-        shared = (
-            posixpath.commonpath([posixpath.dirname(entry.name) for entry in self.entries])
-            if self.entries
-            else ""
-        )
+        folders = [posixpath.dirname(entry.name) for entry in self.entries] or [""]
+        shared = posixpath.commonpath(folders)
         shared = "/".join(takewhile(lambda name: name not in keep, shared.split("/")))
         cut = len(shared) + 1 if shared else 0
         return replace(
@@ -160,11 +157,8 @@ def is_gzipped(uri: str) -> bool:
 def _folder(uri: str) -> Listing:
     files = [file for file in storage.list_files(uri) if not _hidden(file[len(uri) :])]
     on_s3 = storage.is_remote(uri) and not s3.is_read_only(uri)
-    known = (
-        {f"s3://{path}": info for path, info in s3.on_s3("list", uri, "find", detail=True).items()}
-        if on_s3
-        else {}
-    )
+    objects = s3.on_s3("list", uri, "find", detail=True) if on_s3 else {}
+    known = {f"s3://{path}": info for path, info in objects.items()}
     contents = {} if on_s3 else {file.uri: file.content for file in file_identity.identify(files)}
 
     def look(file: str) -> tuple[list[Entry], str, list[str]]:

@@ -24,6 +24,7 @@ import pyarrow as pa
 
 from pipeline.config import registry
 from pipeline.core.arrow_compute import pc
+from pipeline.core.arrow_lists import filled, is_bytes, is_text
 from pipeline.data.csv_tables import open_csv
 from pipeline.prepare.engine.inputs import (
     SQUEEZED,
@@ -220,8 +221,8 @@ def instants(column: Any, unit: str = "s") -> tuple[np.ndarray, np.ndarray]:
         )
     there = np.asarray(array.is_valid())
     zone = array.type.tz if pa.types.is_timestamp(array.type) else None
-    whole = array.cast(pa.timestamp(unit, tz=zone), safe=False).cast(pa.int64()).fill_null(0)
-    return whole.to_numpy(zero_copy_only=False), there
+    whole = array.cast(pa.timestamp(unit, tz=zone), safe=False).cast(pa.int64())
+    return filled(whole, 0), there
 
 
 def zones(column: Any) -> set[bool]:
@@ -232,7 +233,7 @@ def zones(column: Any) -> set[bool]:
         return zones(column.cast(column.type.value_type))
     if pa.types.is_timestamp(column.type):
         return {column.type.tz is not None}
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+    if not is_text(column.type):
         return {False}
     text = pc.utf8_trim_whitespace(column)
     if _cast_times(text) is not None:
@@ -371,14 +372,10 @@ def without_nulls(array: Any, text: bool) -> Any:
 
 def _fitting(array: Any, kind: str, name: str, entry: Entry) -> Any:
     """Convert a column to a kind. Raises ValueError naming the column and its type."""
-    types, found = pa.types, array.type
+    found = array.type
+    is_time = pa.types.is_temporal(found)
     try:
-        bytes_ = (
-            types.is_binary(found)
-            or types.is_large_binary(found)
-            or types.is_fixed_size_binary(found)
-        )
-        if bytes_ or (kind in ("id", "number") and types.is_temporal(found)):
+        if is_bytes(found) or (kind in ("id", "number") and is_time):
             raise pa.ArrowInvalid
         return _shape(array, kind)
     except MixedZonesError:
@@ -392,7 +389,7 @@ def _fitting(array: Any, kind: str, name: str, entry: Entry) -> Any:
         }.get(kind, "times, or texts such as 2101-10-20 19:08:00")
         advice = (
             "; if these are times of events, give unit=timestamp and start=COLUMN"
-            if kind == "number" and types.is_temporal(found)
+            if kind == "number" and is_time
             else ""
         )
         raise ValueError(
@@ -404,11 +401,7 @@ def _fitting(array: Any, kind: str, name: str, entry: Entry) -> Any:
 def _shape(array: Any, kind: str) -> Any:
     """Convert a column to a kind; numbers may stay texts, for `plausible.numbers`."""
     if pa.types.is_dictionary(array.type) or pa.types.is_large_string(array.type):
-        array = (
-            array.cast(pa.string())
-            if pa.types.is_large_string(array.type) or kind != "text"
-            else array.dictionary_decode().cast(pa.string())
-        )
+        array = array.cast(pa.string())
     if kind == "time":
         seconds, there = instants(array)
         return pa.array(seconds, pa.int64(), mask=~there).cast(KINDS["time"])

@@ -132,21 +132,12 @@ def read(source: str, camera: str) -> Layout:
         if absent:
             missing.append((number, f"no file {absent[0]}"))
             continue
-        rows = (
-            (int(record["dataset_from_index"]), int(record["dataset_to_index"]))
-            if major == 3
-            else None
-        )
-        episodes.append(
-            EpisodeInfo(
-                number,
-                int(record["length"]),
-                tuple(record.get("tasks") or ()),
-                there[data],
-                rows,
-                (there[video[0]].uri, video[1]) if video else None,
-            )
-        )
+        rows = None
+        if major == 3:
+            rows = int(record["dataset_from_index"]), int(record["dataset_to_index"])
+        length, its_tasks = int(record["length"]), tuple(record.get("tasks") or ())
+        its_video = (there[video[0]].uri, video[1]) if video else None
+        episodes.append(EpisodeInfo(number, length, its_tasks, there[data], rows, its_video))
     return Layout(version, info, info["features"], tasks, episodes, files.mark, missing)
 
 
@@ -273,21 +264,12 @@ def _tasks(source: str, there: dict[str, Entry]) -> dict[int, str]:
                 "meta/tasks.parquet: columns task_index and task are needed; there are "
                 f"{preview(table.column_names)}"
             )
-        return dict(
-            zip(
-                table["task_index"].to_pylist(),
-                table[text].cast(pa.string()).to_pylist(),
-                strict=True,
-            )
-        )
-    return (
-        {
-            int(row["task_index"]): str(row["task"])
-            for row in _lines(source, "meta/tasks.jsonl", there)
-        }
-        if "meta/tasks.jsonl" in there
-        else {}
-    )
+        texts = table[text].cast(pa.string()).to_pylist()
+        return dict(zip(table["task_index"].to_pylist(), texts, strict=True))
+    if "meta/tasks.jsonl" not in there:
+        return {}
+    rows = _lines(source, "meta/tasks.jsonl", there)
+    return {int(row["task_index"]): str(row["task"]) for row in rows}
 
 
 def _parquet(entry: Entry) -> pq.ParquetFile:

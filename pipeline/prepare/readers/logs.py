@@ -103,6 +103,13 @@ class CutRules:
     task: str = ""
     embodiment: str = ""
 
+    def __post_init__(self):
+        if self.test + self.validation >= 1:
+            raise ValueError(
+                f"--set test_share={self.test:g} and validation_share={self.validation:g} leave "
+                "no train steps; give less than 1 in all"
+            )
+
     def bounds(self, length: int) -> list[tuple[int, str]]:
         """Return [(end row, split)] of a log of so many rows: first train, then validation, then
         test.
@@ -143,17 +150,14 @@ def tables(
     Raises ValueError for a line that is no row, since it may belong to any episode.
     """
     tally = RowCounts()
+    of_numbers = [name for name, one in columns.items() if one.kind in ("number", "moment")]
     for batch in batches(input_split, columns, opener, tally):
         if tally.bad:
             break
-        yield pa.table(
-            {
-                name: _numbers(batch[name], counts)
-                if columns[name].kind in ("number", "moment")
-                else batch[name]
-                for name in columns
-            }
-        )
+        for name in of_numbers:
+            place = batch.column_names.index(name)
+            batch = batch.set_column(place, name, _numbers(batch[name], counts))
+        yield batch
     if tally.bad:
         raise ValueError(
             f"{tally.listed[0]}; {tally.bad} such lines, which cannot be assigned to an episode or "

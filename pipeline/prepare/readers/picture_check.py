@@ -35,13 +35,11 @@ class Picture:
 
     Attributes:
         data: the file to keep.
-        stored: (width, height) in its header.
-        seen: the same after EXIF orientation.
+        seen: (width, height) in its header, after EXIF orientation.
         size: of what `data` shows.
     """
 
     data: bytes
-    stored: tuple[int, int]
     seen: tuple[int, int]
     size: tuple[int, int]
 
@@ -66,27 +64,25 @@ def examine(data: bytes, resize: int | None = None, quality: int | None = None) 
     turn = _orientation(image)
     turned = turn in _TURNED
     seen = _turned(stored) if turned else stored
-    shorter = min(seen)
-    smaller = resize is not None and shorter > resize
-    if not smaller and quality is None:
-        return Picture(data, stored, seen, seen)
+    size = shrunk_size(seen, resize)
+    if size == seen and quality is None:
+        return Picture(data, seen, seen)
     image = _eight_bits(image)
-    size = seen
-    if smaller:
-        assert resize is not None
-        size = (
-            max(resize, round(seen[0] * resize / shorter)),
-            max(resize, round(seen[1] * resize / shorter)),
-        )
+    if size != seen:
         image = image.resize(
             _turned(size) if turned else size, PIL.Image.Resampling.BICUBIC, box, reducing_gap=3.0
         )
-    return Picture(
-        _jpeg(image.transpose(_UPRIGHT[turn]) if turn in _UPRIGHT else image, quality or QUALITY),
-        stored,
-        seen,
-        size,
-    )
+    image = image.transpose(_UPRIGHT[turn]) if turn in _UPRIGHT else image
+    return Picture(encode_jpeg(image, quality), seen, size)
+
+
+def shrunk_size(size: tuple[int, int], shorter_side: int | None) -> tuple[int, int]:
+    """Return (width, height) with at most so many pixels on the shorter side; None: unchanged."""
+    shorter = min(size)
+    if shorter_side is None or shorter <= shorter_side:
+        return size
+    width, height = (max(shorter_side, round(side * shorter_side / shorter)) for side in size)
+    return width, height
 
 
 def _turned(size: tuple[int, int]) -> tuple[int, int]:
@@ -163,10 +159,11 @@ def _eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
     )
 
 
-def _jpeg(image: PIL.Image.Image, quality: int) -> bytes:
+def encode_jpeg(image: PIL.Image.Image, quality: int | None) -> bytes:
+    """Encode an image as JPEG. Raises BrokenImageError for one that is too large for that."""
     sink = io.BytesIO()
     try:
-        image.save(sink, "JPEG", quality=quality)
+        image.save(sink, "JPEG", quality=quality or QUALITY)
     except (OSError, ValueError) as error:  # a side above 65500 pixels
         raise BrokenImageError(f"cannot be written as JPEG: {error}") from None
     return sink.getvalue()

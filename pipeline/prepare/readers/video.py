@@ -4,7 +4,6 @@ decoders).
 
 from __future__ import annotations
 
-import io
 from collections.abc import Generator
 from contextlib import closing
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 from pipeline.config import extras
 from pipeline.io import storage
 from pipeline.prepare.engine.episodes import UnusableError
-from pipeline.prepare.readers.picture_check import QUALITY
+from pipeline.prepare.readers.picture_check import encode_jpeg, shrunk_size
 
 
 def library() -> Any:
@@ -89,12 +88,6 @@ def _decoded(av: Any, uri: str, start: float) -> Generator[tuple[float, Any], No
 
 def _jpeg(frame: Any, resize: int | None, quality: int | None) -> bytes:
     image = frame.to_image()
-    shorter = min(image.size)
-    if resize is not None and shorter > resize:
-        image = image.resize(
-            tuple(max(resize, round(side * resize / shorter)) for side in image.size),
-            reducing_gap=3.0,
-        )
-    sink = io.BytesIO()
-    image.save(sink, "JPEG", quality=quality or QUALITY)
-    return sink.getvalue()
+    size = shrunk_size(image.size, resize)
+    image = image.resize(size, reducing_gap=3.0) if size != image.size else image
+    return encode_jpeg(image, quality)
