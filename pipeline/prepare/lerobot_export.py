@@ -35,8 +35,8 @@ from pipeline.core.sampling import evenly_spread
 from pipeline.data.manifests import SPLITS
 from pipeline.io import atomic_folder, storage
 from pipeline.media import image_io
-from pipeline.prepare.engine.episodes import VECTORS, matrix
-from pipeline.prepare.engine.importing import preview
+from pipeline.prepare.engine.episodes import VECTORS, as_matrix
+from pipeline.prepare.engine.importing import first_few
 from pipeline.prepare.engine.write import MANIFEST
 from pipeline.prepare.readers.lerobot_layout import ENDS, INFO, PATHS, Feature
 from pipeline.prepare.readers.parquet import open_parquet
@@ -51,7 +51,7 @@ WRITTEN = ("task", "embodiment", "observations", "actions", "rewards", "images",
 IMPLIED = ("episode", "steps", "split")
 """Columns that follow from the order and number of episodes and steps."""
 DATA_PATH = PATHS[3][0]
-FILES_A_CHUNK = 1000
+FILES_PER_CHUNK = 1000
 """Files in a folder, LeRobot's default."""
 FILE_MB = 100
 """Size at which LeRobot begins a new file, in MiB."""
@@ -89,7 +89,7 @@ def export(source: str, output: str, fps: float | None = None) -> str:
         raise ValueError(f"{output} is there already; give a new folder, or remove it first")
     manifest = _manifest(source)
     about, columns = manifest.get("about") or {}, manifest["columns"]
-    rate = _steps_a_second(source, fps, about)
+    rate = _steps_per_second(source, fps, about)
     with storage.scratch_folder() as scratch:
         folder = Path(scratch, "folder")
         written = _Dataset(folder, rate, about)
@@ -103,7 +103,7 @@ def export(source: str, output: str, fps: float | None = None) -> str:
     return (
         f"{output}: LeRobot data set v3.0, {len(written.episodes)} episodes of "
         f"{written.frames} steps at {rate} a second"
-        + (f"; without {preview(left_out)}, which have no place there" if left_out else "")
+        + (f"; without {first_few(left_out)}, which have no place there" if left_out else "")
     )
 
 
@@ -120,21 +120,21 @@ def _manifest(source: str) -> dict[str, Any]:
     if columns.get("observations") != str(VECTORS):
         raise ValueError(
             f"{source}: no column observations with a list of numbers a step; --kind {KIND} takes "
-            f"{what}; there are {preview(columns)}"
+            f"{what}; there are {first_few(columns)}"
         )
     if columns.get("actions", str(VECTORS)) != str(VECTORS):
         raise ValueError(f"{source}: actions are names of classes; those of LeRobot are numbers")
     return manifest
 
 
-def _steps_a_second(source: str, fps: float | None, about: dict[str, Any]) -> int:
+def _steps_per_second(source: str, fps: float | None, about: dict[str, Any]) -> int:
     """Return the steps a second that are given, else those of the folder."""
     found = fps if fps is not None else about.get("fps")
     if found is None:
-        raise ValueError(f"{source} does not say how many steps a second has; say --fps 10")
+        raise ValueError(f"{source} does not say how many steps a second has; pass --fps 10")
     if found <= 0 or found != int(found):
         said = f"--fps {found:g}" if fps is not None else f"{source} has {found:g} steps a second"
-        raise ValueError(f"{said}: LeRobot takes a whole number above 0; say --fps 10")
+        raise ValueError(f"{said}: LeRobot takes a whole number above 0; pass --fps 10")
     return int(found)
 
 
@@ -207,11 +207,11 @@ class _Dataset:
 
         Those of the first episode define ``features``. Raises ValueError where others differ.
         """
-        observations = matrix(pc.list_flatten(row["observations"]), "observations")
+        observations = as_matrix(pc.list_flatten(row["observations"]), "observations")
         steps = len(observations)
         out: dict[str, Any] = {STATE: observations.astype(np.float32)}
         if "actions" in row.column_names:
-            out[ACTION] = matrix(pc.list_flatten(row["actions"]), "actions").astype(np.float32)
+            out[ACTION] = as_matrix(pc.list_flatten(row["actions"]), "actions").astype(np.float32)
         if "rewards" in row.column_names:
             out[REWARD] = pc.list_flatten(row["rewards"]).to_numpy().astype(np.float32)
         for name, ended in ENDS.items():
@@ -260,12 +260,12 @@ class _Dataset:
         if writer is None or self.path.stat().st_size + table.nbytes > FILE_MB * 2**20:
             writer = self._next_file(table.schema)
         writer.write_table(table)
-        return divmod(self.file_number, FILES_A_CHUNK)
+        return divmod(self.file_number, FILES_PER_CHUNK)
 
     def _next_file(self, schema: pa.Schema) -> pq.ParquetWriter:
         self._close()
         self.file_number += 1
-        chunk, file = divmod(self.file_number, FILES_A_CHUNK)
+        chunk, file = divmod(self.file_number, FILES_PER_CHUNK)
         self.path = self.folder / DATA_PATH.format(chunk_index=chunk, file_index=file)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.writer = pq.ParquetWriter(self.path, schema)
@@ -317,7 +317,7 @@ class _Dataset:
             "total_episodes": len(self.episodes),
             "total_frames": self.frames,
             "total_tasks": len(self.tasks),
-            "chunks_size": FILES_A_CHUNK,
+            "chunks_size": FILES_PER_CHUNK,
             "data_files_size_in_mb": FILE_MB,
             "video_files_size_in_mb": 200,
             "fps": self.fps,

@@ -50,7 +50,7 @@ def index(name: str, source, *pairs: str) -> tuple[list[dict], importing.Index]:
 
 
 def bad(found: importing.Index) -> dict[str, tuple[str, str]]:
-    return {row["path"]: (row["split"], row["reason"]) for row in found.broken}
+    return {row["path"]: (row["split"], row["reason"]) for row in found.invalid}
 
 
 def reasons(found: dict) -> dict[str, str]:

@@ -251,7 +251,9 @@ def test_a_damaged_zip_member_is_one_broken_row(tmp_path):
 
 def test_a_member_larger_than_an_image_is_not_read(tmp_path):
     with pytest.raises(BrokenImageError, match="more than an image has"):
-        archives.Reader()(str(tmp_path / "nothing.zip"), "bomb.jpg", -1, archives.MOST_BYTES + 1)
+        archives.Reader()(
+            str(tmp_path / "nothing.zip"), "bomb.jpg", -1, archives.MAX_FILE_BYTES + 1
+        )
 
 
 def test_the_mark_changes_with_a_file(tmp_path):

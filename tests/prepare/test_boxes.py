@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 from pipeline.prepare.engine import importing
 from pipeline.prepare.engine.write import Preparation, Settings
 from pipeline.prepare.importers import labelstudio as label_studio
-from pipeline.prepare.readers.picture_check import nearest
+from pipeline.prepare.readers.picture_check import resize_nearest
 
 CLASSES = ("bird", "boat", "cat")
 SIZE = (40, 30)
@@ -605,7 +605,7 @@ def test_images_of_annotation_tools_that_are_missing_or_of_another_size(tmp_path
         ("cvat", "a.xml", "<!DOCTYPE a><annotations/>", "a document type"),
         ("cvat", "a.txt", "", r"no \.xml file"),
         ("cvat", "a.xml", "<annotations><image name='a'/></annotations>", "no attribute 'width'"),
-        ("labelstudio", "a.txt", "", r"There are no \.json files; say --set annotations"),
+        ("labelstudio", "a.txt", "", r"There are no \.json files; pass --set annotations"),
         ("labelstudio", "a.json", "[", "is no JSON"),
         ("labelstudio", "a.json", '[{"image": "a.jpg"}]', "no list of tasks.*export.*as JSON"),
         (
@@ -782,7 +782,7 @@ def test_masks_of_objects_are_written_in_the_size_of_the_image(tmp_path, form, r
     assert row["label_names"] == ["bird", "cat"] and rows["b.jpg"]["masks"] == []
     large, small = (coco_mask.decode(rle).astype(bool) for rle in row["masks"])
     assert large.shape == small.shape == (row["height"], row["width"])
-    wanted = nearest(drawn(POLYGONS["a"][0][1]), (row["width"], row["height"]))
+    wanted = resize_nearest(drawn(POLYGONS["a"][0][1]), (row["width"], row["height"]))
     assert (large == wanted).all() and large.sum() > 50
     if "m.jpg" in rows:
         assert rows["m.jpg"]["masks"] == row["masks"][:1]

@@ -151,7 +151,7 @@ def test_ranges_of_a_file_give_every_document_once_with_its_place(documents, see
         pieces, _, _ = importer.input_splits(str(tmp_path / "a.txt"), size)
         for piece in pieces:
             reading = inputs.SplitReader(piece, inputs.Opener(), before=before)
-            found += [(text, reading.place(at)) for at, text, _ in importer._documents(reading)]
+            found += [(text, reading.location(at)) for at, text, _ in importer._documents(reading)]
             before += reading.lines
         assert found == wanted, size
         assert (len(pieces) > 100) == (size == 7)
@@ -223,7 +223,7 @@ def test_each_filter_drops_what_it_says(tmp_path):
     ],
 )
 def test_shares_of_letters_and_scripts(text, script, letters, own):
-    assert cleaning.shares(text, script) == pytest.approx((letters, own))
+    assert cleaning.letter_shares(text, script) == pytest.approx((letters, own))
 
 
 def test_the_first_of_equal_documents_stays_and_held_out_ones_come_first(tmp_path):
@@ -292,12 +292,12 @@ def test_documents_that_share_no_more_than_bands_are_verified():
     signs = draw.integers(0, 1 << 32, (400, minhash.NUM_PERM), dtype=np.uint32)
     # One band of 200 documents
     signs[:200, : minhash.rows_a_band(0.8)] = signs[0, : minhash.rows_a_band(0.8)]
-    assert (cleaning.near(signs, 0.8) == np.arange(400)).all()
+    assert (cleaning.first_near_duplicates(signs, 0.8) == np.arange(400)).all()
     signs[150] = signs[7]
     signs[150, 100:120] += 1
     signs[399], signs[398] = signs[300], signs[300]
     signs[398, :30] += 1
-    found = cleaning.near(signs, 0.8)
+    found = cleaning.first_near_duplicates(signs, 0.8)
     assert (
         found[150] == 7
         and found[399] == 300
@@ -470,7 +470,7 @@ def test_a_hundred_thousand_documents_take_the_memory_and_time_that_is_said():
     signs = draw.integers(0, 1 << 32, (100_000, minhash.NUM_PERM), dtype=np.uint32)
     signs[50_000:] = signs[:50_000]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = cleaning.near(signs, 0.8)
+    found = cleaning.first_near_duplicates(signs, 0.8)
     assert (found[50_000:] == np.arange(50_000)).all() and (
         found[:50_000] == np.arange(50_000)
     ).all()

@@ -280,7 +280,7 @@ def test_what_a_field_means_does_not_depend_on_the_others(tmp_path, beside):
     path.write_text(f"id,time\n{odd}{beside}\n")
     columns = {"id": csv_blocks.Column("id"), "time": csv_blocks.Column("time")}
     entry = Entry(path.name, str(path), "", -1, path.stat().st_size)
-    found = csv_blocks.whole("rows", entry, columns, Opener())
+    found = csv_blocks.read_table("rows", entry, columns, Opener())
     assert found["id"].to_pylist() == [None, 7, 5, 7]
     assert found["time"].is_null().to_pylist() == [True, False, False, "morning" in beside]
 
@@ -468,11 +468,11 @@ def test_a_gzip_cut_short(tmp_path):
         + b"".join(b"%d,%d,x,%d\n" % (i % 7, i, i * 977 % 1000) for i in range(50_000))
     )
     (tmp_path / "long.csv.gz").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=r"long\.csv\.gz: damaged .*; get it again"):
+    with pytest.raises(ValueError, match=r"long\.csv\.gz: damaged .*; download it again"):
         prepare("events", tmp_path / "long.csv.gz", tmp_path / "out")
     people = tmp_path / "people.csv"
     people.write_text("entity,a\n1,1\n")
-    with pytest.raises(ValueError, match=r"long\.csv\.gz: damaged .*; get it again"):
+    with pytest.raises(ValueError, match=r"long\.csv\.gz: damaged .*; download it again"):
         prepare("events", tmp_path / "long.csv.gz", tmp_path / "out2", f"entities={people}")
 
 

@@ -33,7 +33,7 @@ def test_images_that_a_csv_names_by_paths_below_it(tmp_path):
     assert reasons(found) == {
         "list.csv: row 5": f"no file {tmp_path}/set/jpg/none.jpg",
         "list.csv: row 6": "no name in column file",
-        "list.csv: row 7": "its split is none of train, validation and test",
+        "list.csv: row 7": "its split is not one of train, validation and test",
     }
     assert found["classes"]["train"]["labels"] == {"k0": 2}
 
@@ -56,7 +56,7 @@ def test_the_column_of_files_must_be_told_apart(tmp_path):
     table = pa.table({"image": ["a.png"], "mask": ["a.png"], "kind": [1]})
     pq.write_table(table, tmp_path / "rows.parquet")
     source = tmp_path / "rows.parquet"
-    with pytest.raises(ValueError, match=r"several columns name files \(image, mask\): say --set"):
+    with pytest.raises(ValueError, match=r"several columns name files \(image, mask\): pass --set"):
         prepare("files", source, tmp_path / "out")
     prepare("files", source, tmp_path / "out", "column=image")
     assert [row["mask"] for row in read(tmp_path / "out")] == ["a.png"]

@@ -412,7 +412,7 @@ def test_chestxray14_files_that_do_not_fit(chest):
         index("chestxray14", chest)
     table.write_text(text.replace("Hernia|Mass", "Hernja|Mass"))
     with pytest.raises(
-        ValueError, match=r"csv:6: 'Hernja' is none of the 14 findings; did you mean Hernia"
+        ValueError, match=r"csv:6: 'Hernja' is not one of the 14 findings; did you mean Hernia"
     ):
         index("chestxray14", chest)
     table.write_text(text)
@@ -593,7 +593,7 @@ def test_coco_images_of_two_files_of_one_split_are_refused(coco):
     shutil.copy(annotations / "instances_train2017.json", annotations / "instances_train2014.json")
     with pytest.raises(
         ValueError,
-        match=r"into one split: 000001\.jpg \(train\), 000002\.jpg \(train\), .*; say --set "
+        match=r"into one split: 000001\.jpg \(train\), 000002\.jpg \(train\), .*; pass --set "
         r"annotations=",
     ):
         index("coco", coco)

@@ -108,7 +108,7 @@ def test_lines_that_cannot_be_used_have_their_reason(tmp_path):
         "segments:3": "a segment from 0.3 to 0.2 seconds",
         "segments:4": "not UTTERANCE RECORDING START END, in seconds",
         "segments:5": "not UTTERANCE RECORDING START END, in seconds",
-        "a.wav": "stands twice, with another transcript ('one')",
+        "a.wav": "occurs twice, with another transcript ('one')",
         "text:3": "a transcript without its recording",
     }
 

@@ -624,10 +624,10 @@ def test_what_cannot_be_is_told(tmp_path):
     write(tmp_path / "a.csv", "text,label,split\na,1,dev\nb,2,train\nc,3,test\n")
     for pairs, said in (
         (["columns=text=txet"], "a.csv:1: no column 'txet' for --set columns; did you mean text?"),
-        ([], "say --set split_column=split"),
+        ([], "pass --set split_column=split"),
         (["columns=text"], "'text' is not NAME=VALUE"),
         (["delimiter=ab"], "one character"),
-        (["names=a,b"], "say --set header=false too"),
+        (["names=a,b"], "pass --set header=false too"),
         (["columns=text=label", "split_column=split"], "as another one is called"),
         (["encoding=utf-16"], "no encoding in which ASCII is ASCII"),
         (["types=label=integer", "split_column=split"], "types=label=integer: did you mean int"),

@@ -438,7 +438,7 @@ def test_an_episode_of_v3_whose_metadata_is_not_true_is_left_out_naming_both_num
         ),
         (
             lambda rows: rows.assign(task_index=7),
-            "task_index 7 is none of the 2 tasks of meta/tasks",
+            "task_index 7 is not one of the 2 tasks of meta/tasks",
         ),
         (
             lambda rows: rows.assign(episode_index=0),
@@ -485,7 +485,7 @@ def test_videos_that_are_missing_or_broken(v21, tmp_path):
         (
             {"meta/info.json": info("v1.6")},
             [],
-            r"codebase_version 'v1\.6', which is none of v2\.0, v2\.1 and v3\.0",
+            r"codebase_version 'v1\.6', which is not one of v2\.0, v2\.1 and v3\.0",
         ),
         (
             {"meta/info.json": info("v2.1", splits={"seen": "0:3"})},
@@ -512,7 +512,7 @@ def test_videos_that_are_missing_or_broken(v21, tmp_path):
         (
             {"meta/episodes.jsonl": lines([{"episode_index": 0, "length": 6}] * 2)},
             [],
-            "episode 0 stands twice in the metadata",
+            "episode 0 occurs twice in the metadata",
         ),
         (
             {},

@@ -19,7 +19,7 @@ from pipeline.api import export, push
 from pipeline.checkpoints.export_folder import EXPORTED
 from pipeline.io import atomic_folder, storage
 from pipeline.prepare import lerobot_export
-from pipeline.prepare.engine.episodes import Episode, row
+from pipeline.prepare.engine.episodes import Episode, episode_row
 from pipeline.prepare.engine.write import MANIFEST
 
 FRONT = "observation.images.front"
@@ -50,7 +50,7 @@ def prepared(folder: Path, episodes: list[tuple[Episode, str]], **about) -> str:
     folder.mkdir()
     for place, (one, split) in enumerate(episodes):
         name = f"{split}-{place:05d}.parquet"
-        table = row(one, split, more)
+        table = episode_row(one, split, more)
         pq.write_table(table, folder / name)
         files[name] = {"split": split}
     columns = {field.name: str(field.type) for field in table.schema}
@@ -80,7 +80,7 @@ def written(tmp_path, monkeypatch):
 def test_episodes_are_read_back_as_they_were(written, tmp_path):
     prepare(written, tmp_path / "again", f"images={FRONT}")
     found = {row["episode"]: row for row in read(tmp_path / "again")}
-    expected = {one.name: row(one, split).to_pylist()[0] for one, split in EPISODES}
+    expected = {one.name: episode_row(one, split).to_pylist()[0] for one, split in EPISODES}
     assert found == expected
     assert len(list((written / "data/chunk-000").iterdir())) == 2
 
@@ -184,8 +184,8 @@ GREY = [encoded(step, size=(12, 8), mode="L") for step in range(4)]
             "action is of shape [2], in",
         ),
         ([episode(0, images=GREY)], {}, None, "12 x 8 L; those of LeRobot"),
-        ([episode(0)], {"fps": None}, None, "say --fps 10"),
-        ([episode(0)], {}, 12.5, "--fps 12.5: LeRobot takes a whole number above 0; say --fps 10"),
+        ([episode(0)], {"fps": None}, None, "pass --fps 10"),
+        ([episode(0)], {}, 12.5, "--fps 12.5: LeRobot takes a whole number above 0; pass --fps 10"),
         ([episode(0)], {"fps": 12.5}, None, "has 12.5 steps a second: LeRobot takes a whole"),
     ],
 )

@@ -151,11 +151,13 @@ def test_manifests_with_what_is_wrong_in_them(tmp_path):
         ("a.wav", "test", "x"),
         ("b.wav", "test", "y"),
     }
-    message = sorted((row["path"], row["reason"]) for row in found.broken if row["path"] != "a.wav")
+    message = sorted(
+        (row["path"], row["reason"]) for row in found.invalid if row["path"] != "a.wav"
+    )
     at = {int(path.rpartition(":")[2]): reason for path, reason in message} | {
         13: bad(found)["a.wav"][1]
     }
-    assert len(at) == len(found.broken) == len(wrong)
+    assert len(at) == len(found.invalid) == len(wrong)
     for number, (_, reason) in enumerate(wrong, 1):
         assert reason in at[number], number
 

@@ -580,7 +580,7 @@ def test_a_gzip_cut_short(mimic, tmp_path, name):
     data = gzip.compress(lines.encode())
     (mimic / f"{name}.csv").unlink()
     (mimic / f"{name}.csv.gz").write_bytes(data[: 2 * len(data) // 3])
-    with pytest.raises(ValueError, match=rf"{name}\.csv\.gz: damaged .*; get it again"):
+    with pytest.raises(ValueError, match=rf"{name}\.csv\.gz: damaged .*; download it again"):
         prepare(mimic, tmp_path / "out", **SOME)
 
 

@@ -320,7 +320,8 @@ def test_a_split_that_is_none_is_a_broken_row(importer, tmp_path):
     assert done["rows"] == {"test": 1, "train": 1, "validation": 1}
     ((path, reason),) = listed(tmp_path / "out")
     assert (
-        path.startswith("a.csv:3") and reason == "its split is none of train, validation and test"
+        path.startswith("a.csv:3")
+        and reason == "its split is not one of train, validation and test"
     )
     assert not any(
         b"SECRET" in file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()

@@ -60,7 +60,7 @@ def test_the_size_is_that_after_exif_orientation(turn, form):
         mode=ImageReadMode.RGB,
         apply_exif_orientation=True,
     )
-    assert picture.seen == picture.size == (decoded.shape[2], decoded.shape[1])
+    assert picture.upright_size == picture.size == (decoded.shape[2], decoded.shape[1])
     small = opened(examine(data, resize=20, quality=95).data)
     assert small.size == ((30, 20) if turn < 5 else (20, 30))
     assert small.getexif().get(0x0112) is None, "upright now"
@@ -96,7 +96,7 @@ def test_a_large_photo_is_made_smaller_as_well_as_by_the_whole_of_it(size):
     ]
     data = saved(PIL.Image.fromarray(np.stack(waves, 2).astype(np.uint8)), quality=95)
     picture = examine(data, resize=160, quality=100)
-    assert picture.seen == size and min(picture.size) == 160
+    assert picture.upright_size == size and min(picture.size) == 160
     wanted = np.asarray(
         opened(data).resize(picture.size, PIL.Image.Resampling.BICUBIC), dtype=float
     )
@@ -206,7 +206,7 @@ def test_damaged_exif_is_no_reason_to_lose_an_image():
 def test_masks_keep_their_classes_when_they_move():
     mask = np.zeros((40, 60), dtype=np.uint8)
     mask[10:30, 20:40], mask[12:20, 22:30] = 90, 255
-    small = picture_check.nearest(mask, (30, 20))
+    small = picture_check.resize_nearest(mask, (30, 20))
     assert small.shape == (20, 30) and set(np.unique(small)) == {0, 90, 255}
     assert (small == mask[1::2, 1::2]).all()
-    assert (np.asarray(opened(picture_check.png(mask))) == mask).all()
+    assert (np.asarray(opened(picture_check.encode_png(mask))) == mask).all()

@@ -147,7 +147,7 @@ def test_no_window_crosses_a_gap_or_a_cut_by_time(tmp_path):
         (
             ["channels=x", "window=4", "split_column=sides"],
             r"no window of 4 steps is left; the longest .* has 3 steps .*; invalid: "
-            r"1, the first one: log\.csv: rows 4 to 12: its split is none of",
+            r"1, the first one: log\.csv: rows 4 to 12: its split is not one of",
         ),
         (
             ["channels=x", "window=50"],

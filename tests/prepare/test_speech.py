@@ -278,12 +278,12 @@ def test_commonvoice_validated_clips_stay_where_they_are_held_out(tmp_path):
     rows, found = index("commonvoice", tmp_path, "lists=train,dev,test,validated")
     assert (
         Counter(row["split"] for row in rows) == {"train": 4, "validation": 1, "test": 1}
-        and not found.broken
+        and not found.invalid
     )
     assert found.notes["rows of a table whose clip another one has"] == {"train": 5}
     with pytest.raises(
         ValueError,
-        match=r"no cv-corpus-17\.0/de/other\.tsv; say --set lists= with those that are there: "
+        match=r"no cv-corpus-17\.0/de/other\.tsv; pass --set lists= with those that are there: "
         r"dev, test, train, validated",
     ):
         index("commonvoice", tmp_path, "lists=other")
@@ -342,11 +342,11 @@ def test_commonvoice_with_what_is_wrong_in_it(tmp_path):
     )
     assert (
         message[f"a transcript without its recording: no {place}/clips/../../../../etc/passwd"] == 1
-        and message["stands twice"] == 1
+        and message["occurs twice"] == 1
     )
     assert (
         message["stands in validation too"] == 1
-        and len(found.broken) == 6
+        and len(found.invalid) == 6
         and sum("not UTF-8" in reason for reason in message) == 1
     )
     table.write_text("client\tpath\n")
@@ -536,7 +536,7 @@ def test_an4_with_what_is_wrong_in_it(tmp_path):
         message["etc/an4_train.fileids:2"][1].startswith(
             "no recording wav/an4_clstk/fash/cen1-fash-b"
         )
-        and "stands twice" in message["etc/an4_train.fileids:4"][1]
+        and "occurs twice" in message["etc/an4_train.fileids:4"][1]
     )
     assert (
         message["etc/an4_train.transcription:4"] == ("train", "a transcript without its recording")

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from pipeline import cli
 from pipeline.config import registry
 from pipeline.io import storage
-from pipeline.prepare.engine import importing, inputs, row_groups, table_importer
+from pipeline.prepare.engine import importing, inputs, row_groups, table_importer, value_types
 from pipeline.prepare.engine.write import MANIFEST, verify
 
 SMALL = 200 / 2**20
@@ -144,7 +144,7 @@ def test_a_job_reads_what_every_importer_of_tables_writes(name, request, tmp_pat
     [
         ({"resize": 20}, "--resize 20: importer text reads text"),
         ({"quality": 90}, "--quality 90: importer text"),
-        ({"rows_per_part": 9}, "--rows-per-part 9: .* say --part-mb"),
+        ({"rows_per_part": 9}, "--rows-per-part 9: .* pass --part-mb"),
     ],
 )
 def test_settings_of_images_are_refused(text, tmp_path, settings, said):
@@ -634,23 +634,20 @@ def test_the_command_line_lists_the_importers_of_text():
         )
 
 
-def test_kinds_of_values_widen_to_one_that_holds_both():
+def test_types_of_values_have_a_common_one_that_holds_both():
     values = {0: None, 1: True, 2: 5, 3: 0.5, 4: "a"}
-    assert [table_importer.kind_of(value) for value in values.values()] == list(values)
+    assert [value_types.type_of_value(value) for value in values.values()] == list(values)
     for a in values:
         for b in values:
-            kind = table_importer.wider(a, b)
-            assert kind == table_importer.wider(b, a)
-            column = pa.array(
-                [table_importer.as_kind(values[a], kind), table_importer.as_kind(values[b], kind)],
-                table_importer.KINDS[kind],
-            )
+            common = value_types.common_type(a, b)
+            assert common == value_types.common_type(b, a)
+            both = [value_types.convert(values[one], common) for one in (a, b)]
+            column = pa.array(both, common.column_type)
             assert len(column) == 2 and (values[a] is None) == (column[0].as_py() is None)
-    assert (
-        table_importer.as_kind(True, 4) == "true"
-        and table_importer.as_kind({"a": [1]}, 4) == '{"a": [1]}'
-        and table_importer.kind_of(1 << 70) == 4
-    )
+    string = value_types.ValueType.STRING
+    assert value_types.convert(True, string) == "true"
+    assert value_types.convert({"a": [1]}, string) == '{"a": [1]}'
+    assert value_types.type_of_value(1 << 70) == string
 
 
 def test_an_s3_file_of_text_larger_than_a_request_is_streamed(tmp_path, s3_server):

@@ -18,13 +18,13 @@ from pipeline.prepare.engine.importing import InvalidRow, Notes, invalid_row
 from pipeline.prepare.engine.inputs import plain_suffix
 from pipeline.prepare.readers.archives import Entry, Listing, Opener
 from pipeline.prepare.readers.csv_blocks import (
-    KINDS,
+    COLUMN_TYPES,
     SUFFIXES,
     Column,
     RowCounts,
     check_zones,
-    stem,
-    whole,
+    read_table,
+    table_name,
 )
 
 NEEDED = {
@@ -93,7 +93,7 @@ class Stays(NamedTuple):
         rows: as in SCHEMA, sorted by patient and start.
         times: (n, 3) int64 seconds: admission to hospital, to intensive care, discharge from it.
         admissions: (n,) hadm_id.
-        broken: invalid stays: path, split and reason.
+        invalid: invalid stays: path, split and reason.
         notes: counts for the summary.
         zoned: whether the times had a zone in the tables (`csv_blocks.RowCounts`).
     """
@@ -101,7 +101,7 @@ class Stays(NamedTuple):
     rows: pa.Table
     times: np.ndarray
     admissions: np.ndarray
-    broken: list[InvalidRow]
+    invalid: list[InvalidRow]
     notes: Notes
     zoned: set[bool]
 
@@ -114,7 +114,7 @@ def find_tables(found: Listing, source: str) -> dict[str, list[Entry]]:
     tables: dict[str, list[Entry]] = {}
     for entry in found.entries:
         if plain_suffix(entry.name) in SUFFIXES:
-            name = stem(entry)
+            name = table_name(entry)
             if name in ONLY_MIMIC4:
                 raise ValueError(
                     f"{source}: this is MIMIC-IV (only it has a table {name}), and mimic3 reads "
@@ -139,7 +139,7 @@ def find_tables(found: Listing, source: str) -> dict[str, list[Entry]]:
     return tables
 
 
-def missing(tables: dict[str, list[Entry]]) -> dict[str, str]:
+def missing_tables(tables: dict[str, list[Entry]]) -> dict[str, str]:
     """Return tables that are not there, and what is then lacking."""
     inputs = {"inputevents", "inputevents_cv", "inputevents_mv"}
     given = inputs.intersection(tables)
@@ -294,8 +294,8 @@ that had ended. An admission without known codes has null for them, not an empty
 """
 
 
-def stays(tables: dict[str, list[Entry]]) -> Stays:
-    """Return the valid stays; `broken` has the reasons against the others, by their row in
+def read_stays(tables: dict[str, list[Entry]]) -> Stays:
+    """Return the valid stays; `invalid` has the reasons against the others, by their row in
     ICUSTAYS.
 
     Raises ValueError where the times of ICUSTAYS have a zone and those of ADMISSIONS have none, or
@@ -310,7 +310,7 @@ def stays(tables: dict[str, list[Entry]]) -> Stays:
         check_zones(name, zoned[0], other, zoned[1])
         found = connection.sql(STAYS).to_arrow_table()
     bad = found.filter(pc.not_equal(found["wrong"], "")).sort_by("place")
-    broken = [
+    invalid = [
         invalid_row(f"{name}:row {row + 1}", "train", reason)
         for row, reason in zip(bad["place"].to_pylist(), bad["wrong"].to_pylist(), strict=True)
     ]
@@ -328,7 +328,7 @@ def stays(tables: dict[str, list[Entry]]) -> Stays:
         rows,
         np.stack(times, axis=1).astype(np.int64),
         good["hadm_id"].to_numpy().astype(np.int64),
-        broken,
+        invalid,
         notes,
         zoned[0] | zoned[1],
     )
@@ -343,9 +343,11 @@ def _read(name: str, tables: dict[str, list[Entry]], opener: Opener, tally: RowC
         for column, kind in COLUMNS_READ[name].items()
     }
     if name in tables:
-        table = whole(name, tables[name][0], kinds, opener, tally)
+        table = read_table(name, tables[name][0], kinds, opener, tally)
     else:
-        table = pa.table({column: pa.array([], KINDS[one.kind]) for column, one in kinds.items()})
+        table = pa.table(
+            {column: pa.array([], COLUMN_TYPES[one.kind]) for column, one in kinds.items()}
+        )
     columns: dict[str, Any] = {"place": np.arange(len(table))}
     for column, one in kinds.items():
         values = table[column]

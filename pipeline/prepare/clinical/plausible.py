@@ -52,7 +52,7 @@ def rows_of(name: str, folder: Path = CLINICAL) -> Iterator[dict[str, str]]:
     yield from csv.DictReader(line for line in lines if line.strip() and not line.startswith("#"))
 
 
-def mark() -> str:
+def fingerprint() -> str:
     """Return a digest that changes when the data files do."""
     return hashlib.sha256(
         b"".join(file.read_bytes() for file in sorted(CLINICAL.glob("*.csv")))

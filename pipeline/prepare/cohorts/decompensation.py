@@ -12,10 +12,10 @@ from pipeline.prepare.cohorts.definition import (
     CohortDefinition,
     benchmark_exclusions,
     first_event,
-    hourly,
     last_hour,
-    lists,
+    list_array,
     numbers,
+    prediction_hours,
     reasons,
 )
 
@@ -69,8 +69,8 @@ class Decompensation(CohortDefinition):
         counts, hours = self._hours(table)
         dies = np.repeat(self._lived(table), counts) - hours < self.options.horizon
         return {
-            "label_times": lists(counts, hours, pa.float32()),
-            "label_values": lists(counts, dies.astype(np.int8), pa.int8()),
+            "label_times": list_array(counts, hours, pa.float32()),
+            "label_values": list_array(counts, dies.astype(np.int8), pa.int8()),
         }
 
     def _lived(self, table: pa.Table) -> np.ndarray:
@@ -83,4 +83,4 @@ class Decompensation(CohortDefinition):
 
     def _hours(self, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
         last = np.fmin(numbers(table, "icu_hours"), self._lived(table))
-        return hourly(first_event(table), self.options.first, last, self.options.every)
+        return prediction_hours(first_event(table), self.options.first, last, self.options.every)

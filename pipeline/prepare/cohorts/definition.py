@@ -148,8 +148,8 @@ def invalid_row_reasons(table: pa.Table) -> np.ndarray:
     """Return (B,) objects: "", or why a row is no row of events (without a value of it)."""
     lengths = [arrow_lists.lengths(column_array(table, name)) for name in LISTS]
     times = column_array(table, "times")
-    strange = np.zeros(len(table), dtype=bool)
-    strange[rows_of(times)[~np.isfinite(floats(times.flatten(), np.float64))]] = True
+    has_no_time = np.zeros(len(table), dtype=bool)
+    has_no_time[rows_of(times)[~np.isfinite(floats(times.flatten(), np.float64))]] = True
     empty = np.asarray(column_array(table, "entity").is_null())
     shortest, longest = np.min(lengths, axis=0), np.max(lengths, axis=0)
     unsplit = (
@@ -163,7 +163,7 @@ def invalid_row_reasons(table: pa.Table) -> np.ndarray:
         (unsplit, "no split"),
         (shortest < 0, "no times, variables or values"),
         (shortest != longest, "times, variables and values of different lengths"),
-        (strange, "a time that is no number"),
+        (has_no_time, "a time that is no number"),
     )
 
 
@@ -208,7 +208,7 @@ def offsets_of(counts: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
-def lists(counts: np.ndarray, values: np.ndarray, kind: pa.DataType) -> pa.Array:
+def list_array(counts: np.ndarray, values: np.ndarray, kind: pa.DataType) -> pa.Array:
     """Return (B,) lists of `counts` values each, taken in order from `values`."""
     return pa.ListArray.from_arrays(
         pa.array(offsets_of(counts), pa.int32()), pa.array(values, kind)
@@ -256,7 +256,7 @@ def first_event(table: pa.Table) -> np.ndarray:
     return out
 
 
-def hourly(
+def prediction_hours(
     after: np.ndarray, first: float, last: np.ndarray, every: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the hours at which predictions are made: ((B,) how many, all of them concatenated).

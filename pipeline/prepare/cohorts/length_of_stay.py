@@ -13,10 +13,10 @@ from pipeline.prepare.cohorts.definition import (
     CohortDefinition,
     benchmark_exclusions,
     first_event,
-    hourly,
     last_hour,
-    lists,
+    list_array,
     numbers,
+    prediction_hours,
     reasons,
 )
 
@@ -85,12 +85,12 @@ class LengthOfStay(CohortDefinition):
             return {"label": pa.array(_bucket(stay - self.options.at), pa.int64())}
         counts, hours = self._hours(table)
         return {
-            "label_times": lists(counts, hours, pa.float32()),
-            "label_values": lists(counts, _bucket(np.repeat(stay, counts) - hours), pa.int8()),
+            "label_times": list_array(counts, hours, pa.float32()),
+            "label_values": list_array(counts, _bucket(np.repeat(stay, counts) - hours), pa.int8()),
         }
 
     def _hours(self, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-        return hourly(
+        return prediction_hours(
             first_event(table), self.options.first, numbers(table, "icu_hours"), self.options.every
         )
 

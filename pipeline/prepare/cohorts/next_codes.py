@@ -17,7 +17,7 @@ from pipeline.prepare.cohorts.definition import (
     CohortDefinition,
     benchmark_exclusions,
     column_array,
-    lists,
+    list_array,
     numbers,
     reasons,
     rows_of,
@@ -81,7 +81,7 @@ class NextCodes(CohortDefinition):
             np.array([row for row, _ in pairs], dtype=np.int64), minlength=len(table)
         )
         return {
-            "labels": lists(
+            "labels": list_array(
                 counts, np.array([code for _, code in pairs], dtype=object), pa.string()
             )
         }

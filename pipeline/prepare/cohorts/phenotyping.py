@@ -18,7 +18,7 @@ from pipeline.prepare.cohorts.definition import (
     CohortDefinition,
     benchmark_exclusions,
     column_array,
-    lists,
+    list_array,
     numbers,
     reasons,
     rows_of,
@@ -73,7 +73,7 @@ class Phenotyping(CohortDefinition):
         label = np.array([*numbers_of, -1])[codes]  # code -1, no code, is the last one
         pairs = np.unique(rows_of(found)[label >= 0] * len(names) + label[label >= 0])
         return {
-            "labels": lists(
+            "labels": list_array(
                 np.bincount(pairs // len(names), minlength=len(table)),
                 names[pairs % len(names)],
                 pa.string(),

@@ -19,11 +19,11 @@ from pipeline.prepare.engine.importing import (
     Index,
     InvalidRow,
     Row,
+    file_row,
+    first_few,
+    index_table,
     invalid_row,
-    place,
-    preview,
     split_of_folders,
-    table,
 )
 from pipeline.prepare.readers import archives
 from pipeline.prepare.readers.picture_check import Picture
@@ -104,12 +104,12 @@ class AnnotatedImagesImporter(ImageImporter):
         names = [*listed, *sorted(used - set(listed))]
         files = ImagesByName(found.images)
         taken: dict[str, str] = {}
-        rows, lost = [], []
-        broken: list[InvalidRow] = []
+        rows, missing_images = [], []
+        invalid: list[InvalidRow] = []
         for one in annotated:
             image = files.find(one.names)
             if image is None:
-                lost.append(f"{one.names[-1]} ({one.where})")
+                missing_images.append(f"{one.names[-1]} ({one.where})")
                 continue
             if image.name in taken:
                 raise ValueError(
@@ -118,32 +118,32 @@ class AnnotatedImagesImporter(ImageImporter):
                 )
             taken[image.name] = one.where
             if one.problem:
-                broken.append(invalid_row(image.name, _split(image, one), one.problem))
+                invalid.append(invalid_row(image.name, _split(image, one), one.problem))
             else:
                 rows.append(_row(image, one, names, counts))
-        if lost and self.options.missing == "refuse":
+        if missing_images and self.options.missing == "refuse":
             raise ValueError(
                 f"{source}: images that are named but not there (or several times): "
-                f"{preview(lost)}; add them below {source}, or leave them out with "
+                f"{first_few(missing_images)}; add them below {source}, or leave them out with "
                 "--set missing=skip"
             )
-        counts["images that are named but not there, left out"] = len(lost)
+        counts["images that are named but not there, left out"] = len(missing_images)
         counts["images that the export does not name, left out"] = len(found.images) - len(taken)
         has_masks = self.options.masks == "instance"
         kinds = {**COLUMNS, boxes.SEGMENTATIONS: pa.string()} if has_masks else COLUMNS
         return Index(
-            table(rows, kinds, source),
-            found.mark,
+            index_table(rows, kinds, source),
+            found.fingerprint,
             (boxes.MASKS,) if has_masks else (),
             notes={"boxes": sum(len(row["boxes"]) for row in rows), **+counts},
             info=boxes.info_of(dict(enumerate(names))),
-            broken=broken,
+            invalid=invalid,
         )
 
     def postprocess(self, row: Row, picture: Picture) -> Row:
         if (row["_width"], row["_height"]) == (UNKNOWN, UNKNOWN):
             return {**row, "masks": []}
-        return boxes.resized(row, picture)
+        return boxes.resize(row, picture)
 
 
 def polygon(name: str, points: Sequence[Sequence[float]]) -> AnnotatedObject:
@@ -202,11 +202,11 @@ def _row(image: archives.Entry, one: AnnotatedImage, names: list[str], counts: C
     kept = [
         found._replace(box=box)
         for found in one.objects
-        if (box := boxes.clipped(found.box, width, height, counts)) is not None
+        if (box := boxes.clip(found.box, width, height, counts)) is not None
     ]
     counts["images without a box"] += not kept
     segmentations = json.dumps([found.segmentation for found in kept])
-    return place(
+    return file_row(
         image,
         _split(image, one),
         **{boxes.SEGMENTATIONS: segmentations},

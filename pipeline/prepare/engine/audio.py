@@ -25,17 +25,24 @@ from pipeline.io import storage
 from pipeline.io.threads import threaded_map
 from pipeline.media import audio_io
 from pipeline.media.audio_io import BrokenAudioError, Info, Sound
-from pipeline.prepare.engine.importing import Index, InvalidRow, Row, invalid_row, place, table
-from pipeline.prepare.engine.indexed import IndexShardTask, is_one_way, loaded
+from pipeline.prepare.engine.importing import (
+    Index,
+    InvalidRow,
+    Row,
+    file_row,
+    index_table,
+    invalid_row,
+)
+from pipeline.prepare.engine.indexed import IndexShardTask, is_one_way, load_rows
 from pipeline.prepare.engine.inputs import HELD_OUT_FIRST, InputSplit, SplitReader, decoded
 from pipeline.prepare.engine.row_groups import RowGroups, tables_of
 from pipeline.prepare.engine.shard_tasks import Importer, Settings, ShardResult, sum_by_split
 from pipeline.prepare.readers.archives import (
     Entry,
+    FileRange,
     Listing,
     Opener,
     Reader,
-    Window,
     is_gzipped,
     open_archive,
 )
@@ -43,7 +50,7 @@ from pipeline.prepare.readers.picture_check import BrokenImageError
 
 SUFFIXES = (".flac", ".wav", ".sph", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".au")
 """If a recording exists in several formats, the first of these is taken."""
-NAMED = 3
+MAX_NAMED = 3
 MEASURED = {
     "recording_start": pa.float64(),
     "seconds": pa.float64(),
@@ -122,17 +129,17 @@ class AudioImporter(Importer):
 # ---------------------------------------------------------------- what importers make an index of
 
 
-def sounds(found: Listing) -> list[Entry]:
+def audio_entries(found: Listing) -> list[Entry]:
     return [entry for entry in found.entries if entry.suffix in SUFFIXES]
 
 
-def others(found: Listing, *read: str) -> dict[str, int]:
+def count_other_files(found: Listing, *read: str) -> dict[str, int]:
     """Count the files of each other suffix; `read`: suffixes that are read besides sound."""
     left = [entry for entry in found.entries if not entry.name.endswith((*SUFFIXES, *read))]
     return dict(sorted(Counter(entry.suffix_or_name for entry in left).items()))
 
 
-def recording(
+def recording_row(
     entry: Entry,
     split: str,
     *,
@@ -151,7 +158,7 @@ def recording(
         columns: further columns of the row.
     """
     return {
-        **place(entry, split),
+        **file_row(entry, split),
         "_start": start,
         "_seconds": seconds,
         "_layout": layout,
@@ -159,7 +166,7 @@ def recording(
     }
 
 
-def recordings(
+def recordings_table(
     rows: list[Row],
     columns: dict[str, pa.DataType],
     source: str,
@@ -169,11 +176,11 @@ def recordings(
     ones.
     """
     if not rows and bad:
-        first = "; ".join(f"{row['path']}: {row['reason']}" for row in bad[:NAMED])
+        first = "; ".join(f"{row['path']}: {row['reason']}" for row in bad[:MAX_NAMED])
         raise ValueError(
             f"{source}: no recording that can be used, {len(bad)} broken ones. First ones: {first}"
         )
-    return table(
+    return index_table(
         rows,
         {"_start": pa.float64(), "_seconds": pa.float64(), "_layout": pa.string(), **columns},
         source,
@@ -190,7 +197,7 @@ class Line(NamedTuple):
     reason: str
 
     @property
-    def place(self) -> str:
+    def file_row(self) -> str:
         return f"{self.file}:{self.number}"
 
 
@@ -225,7 +232,7 @@ def segment_of(row: Row) -> tuple[Any, ...]:
 def unnamed_sounds(found: Listing, rows: list[Row]) -> int:
     """Count the recordings that no row of an index is of."""
     named = {(row["_uri"], row["path"]) for row in rows}
-    return len({(entry.uri, entry.name) for entry in sounds(found)} - named)
+    return len({(entry.uri, entry.name) for entry in audio_entries(found)} - named)
 
 
 def join_transcripts(
@@ -256,7 +263,7 @@ def join_transcripts(
     for key, lines in said.items():
         if key not in rows:
             reason = lines[0].reason or "a transcript without its recording"
-            bad.append(invalid_row(lines[0].place, split_of(key), reason))
+            bad.append(invalid_row(lines[0].location, split_of(key), reason))
     return out, bad
 
 
@@ -265,9 +272,9 @@ def _transcript_problem(lines: list[Line], wanted: str) -> str:
     if not lines:
         return f"a recording without a transcript: no line for it in {wanted}"
     if lines[0].reason:
-        return f"its transcript ({lines[0].place}) is {lines[0].reason}"
+        return f"its transcript ({lines[0].location}) is {lines[0].reason}"
     if len({line.text for line in lines}) > 1:
-        return f"two transcripts: {lines[0].place} and {lines[1].place}; remove the wrong one"
+        return f"two transcripts: {lines[0].location} and {lines[1].location}; remove the wrong one"
     return ""
 
 
@@ -281,15 +288,17 @@ def drop_repeated_keys(
     first: dict[Any, Row] = {}
     out, bad = [], []
     for row in sorted(rows, key=lambda row: HELD_OUT_FIRST.get(row["split"], 3)):
-        twin = first.setdefault(key(row), row)
-        if twin is row:
+        earlier_row = first.setdefault(key(row), row)
+        if earlier_row is row:
             out.append(row)
             continue
         reason = (
-            "stands twice" if twin["split"] == row["split"] else f"stands in {twin['split']} too"
+            "occurs twice"
+            if earlier_row["split"] == row["split"]
+            else f"stands in {earlier_row['split']} too"
         )
-        if twin.get("transcript") != row.get("transcript"):
-            reason += f", with another transcript ({twin.get('transcript')!r:.80})"
+        if earlier_row.get("transcript") != row.get("transcript"):
+            reason += f", with another transcript ({earlier_row.get('transcript')!r:.80})"
         bad.append(invalid_row(row["path"], row["split"], reason))
     return out, bad
 
@@ -366,7 +375,7 @@ def _rows(
     """Yield (position in the index, row); invalid rows go to `bad`, counts for the summary to
     `counts`.
     """
-    for i, row, data in loaded(listed, _Load(reader)):
+    for i, row, data in load_rows(listed, _Load(reader)):
         try:
             if isinstance(data, Exception):
                 raise data
@@ -414,7 +423,7 @@ class _Load:
         return cast(BinaryIO, io.BufferedReader(_Owning(open_archive(uri), offset, size), 1 << 20))
 
 
-class _Owning(Window):
+class _Owning(FileRange):
     """A part of a file that closes the file with it."""
 
     def close(self) -> None:

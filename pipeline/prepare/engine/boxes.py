@@ -14,7 +14,7 @@ import pyarrow as pa
 from pipeline.media import instance_masks
 from pipeline.media.instance_masks import RunLengths
 from pipeline.prepare.engine.importing import Info, Row
-from pipeline.prepare.readers.picture_check import BrokenImageError, Picture, nearest
+from pipeline.prepare.readers.picture_check import BrokenImageError, Picture, resize_nearest
 
 COLUMNS = {
     "boxes": pa.list_(pa.list_(pa.float32())),
@@ -41,7 +41,7 @@ def info_of(names: Mapping[int, str]) -> Info:
     return {"categories": categories, "box_format": "xywh in pixels"}
 
 
-def clipped(
+def clip(
     box: list[float], width: float, height: float, counts: Counter[str], rounding: float = ROUNDING
 ) -> list[float] | None:
     """Return a box [x, y, width, height] clipped to its image; none for an unusable one.
@@ -68,7 +68,7 @@ def clipped(
     return [x0, y0, x1 - x0, y1 - y0]
 
 
-def resized(row: Row, picture: Picture) -> Row:
+def resize(row: Row, picture: Picture) -> Row:
     """Scale a row's boxes, and draw its masks if it has any, to the size of the written image.
 
     Args:
@@ -80,25 +80,25 @@ def resized(row: Row, picture: Picture) -> Row:
             be drawn.
     """
     width, height = row["_width"], row["_height"]
-    if picture.seen != (width, height):
+    if picture.upright_size != (width, height):
+        found = "{} x {}".format(*picture.upright_size)
         raise BrokenImageError(
-            f"the image is {picture.seen[0]} x {picture.seen[1]} pixels, its annotations are for "
-            f"{width} x {height}"
+            f"the image is {found} pixels, its annotations are for {width} x {height}"
         )
     across, down = picture.size[0] / width, picture.size[1] / height
-    out = {**row, "boxes": scaled(row["boxes"], across, down)}
+    out = {**row, "boxes": scale(row["boxes"], across, down)}
     if row.get(SEGMENTATIONS) is not None:
         segmentations = json.loads(row[SEGMENTATIONS])
-        out["masks"] = written_masks(segmentations, (width, height), out["boxes"], picture.size)
+        out["masks"] = encode_masks(segmentations, (width, height), out["boxes"], picture.size)
     return out
 
 
-def scaled(boxes: list[Any], x: float, y: float) -> list[list[float]]:
+def scale(boxes: list[Any], x: float, y: float) -> list[list[float]]:
     """Return boxes with horizontal numbers times ``x`` and vertical ones times ``y``."""
     return [[left * x, top * y, w * x, h * y] for left, top, w, h in boxes]
 
 
-def written_masks(
+def encode_masks(
     segmentations: list[Any],
     size: tuple[int, int],
     boxes: list[list[float]],
@@ -121,7 +121,7 @@ def written_masks(
             if not segmentation:
                 raise ValueError("the object has a box, but no polygon or mask")
             mask = instance_masks.mask_of(segmentation, size[1], size[0])
-            out.append(written_mask(mask, box, written_size))
+            out.append(encode_mask(mask, box, written_size))
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise BrokenImageError(
                 f"mask {number} of {len(boxes)} cannot be drawn: {error}"
@@ -129,7 +129,7 @@ def written_masks(
     return out
 
 
-def written_mask(mask: np.ndarray, box: list[float], size: tuple[int, int]) -> RunLengths:
+def encode_mask(mask: np.ndarray, box: list[float], size: tuple[int, int]) -> RunLengths:
     """Return the run lengths of a mask, resized to the written image (nearest pixel).
 
     An object that is so small that no pixel is left of it keeps the one at the middle of its box.
@@ -146,7 +146,7 @@ def written_mask(mask: np.ndarray, box: list[float], size: tuple[int, int]) -> R
     scale = size[0] / mask.shape[1]
     if not mask.any() and min(wide, high) >= 2 * scale:
         raise ValueError(f"a mask without a pixel, in a box of {wide:.4g} x {high:.4g} pixels")
-    out = nearest(mask.astype(np.uint8), size).astype(bool)
+    out = resize_nearest(mask.astype(np.uint8), size).astype(bool)
     if not out.any():
         out = out.copy()
         column = min(int(x + wide / 2), size[0] - 1)

@@ -175,7 +175,7 @@ def card(name: str, importer: str, found: Mapping[str, Any], schema: pa.Schema) 
     rows: Mapping[str, int] = found["rows"]
     total = sum(rows.values())
     size = next((words for most, words in SIZES if total < most), "n>10M")
-    broken = as_object(found.get("broken")).get("rows", 0)
+    invalid = as_object(found.get("broken")).get("rows", 0)
     splits = [f"| {split or 'none'} | {count} |" for split, count in rows.items()]
     columns = [f"| `{field.name}` | {field.type} |" for field in schema]
     lines = [
@@ -190,7 +190,7 @@ def card(name: str, importer: str, found: Mapping[str, Any], schema: pa.Schema) 
         f"# {name}",
         "",
         f"{_counts(rows)} in Parquet files, prepared by `onetomany prepare {importer}`. Rows of "
-        f"the publisher's files that could not be read and are left out: {broken}.",
+        f"the publisher's files that could not be read and are left out: {invalid}.",
         "",
         "| split | rows |",
         "|---|---|",

@@ -70,7 +70,7 @@ class Episode:
     executed: np.ndarray | list[str] | None = None
 
 
-def fields(
+def episode_fields(
     discrete: bool | None, rewards: bool, images: bool = False, executed: bool = False
 ) -> list[pa.Field]:
     """Return the columns of an episode, without `split`.
@@ -93,7 +93,7 @@ def fields(
     ]
 
 
-def row(episode: Episode, split: str, more: dict[str, pa.Array] | None = None) -> pa.Table:
+def episode_row(episode: Episode, split: str, more: dict[str, pa.Array] | None = None) -> pa.Table:
     """Return the episode as a table of one row; `more`: further columns, arrays of one value."""
     e = episode
     columns: dict[str, object] = {
@@ -135,7 +135,7 @@ def _vectors(steps: np.ndarray) -> pa.Array:
     )
 
 
-def matrix(column: Any, what: str, width: int = 0) -> np.ndarray:
+def as_matrix(column: Any, what: str, width: int = 0) -> np.ndarray:
     """Convert a column of lists of numbers, or of numbers, to (T, n) float64, NaN for missing
     ones.
 
@@ -201,20 +201,20 @@ class Episodes:
         splits: of the items.
         sizes: estimated bytes of each.
         columns: as they are written, without `split`.
-        mark: changes when the source does.
+        fingerprint: changes when the source does.
         notes: counts for the summary.
         info: what the columns mean, kept in the manifest.
-        broken: episodes known to be unusable: path, split and reason.
+        invalid: episodes known to be unusable: path, split and reason.
     """
 
     items: list[Any]
     splits: list[str]
     sizes: np.ndarray
     columns: list[pa.Field]
-    mark: str
+    fingerprint: str
     notes: Notes = field(default_factory=dict)
     info: Info = field(default_factory=dict)
-    broken: list[InvalidRow] = field(default_factory=list)
+    invalid: list[InvalidRow] = field(default_factory=list)
 
 
 class Result(NamedTuple):
@@ -223,13 +223,13 @@ class Result(NamedTuple):
     Attributes:
         split: of the item.
         row: the episode; None where it is left out on purpose, or broken.
-        broken: path, split and reason of an unusable episode.
+        invalid: path, split and reason of an unusable episode.
         amounts: what is added up over all, by name; a row always has `steps`.
     """
 
     split: str
     row: pa.Table | None = None
-    broken: InvalidRow | None = None
+    invalid: InvalidRow | None = None
     amounts: Mapping[str, float] = {}
 
 
@@ -283,12 +283,15 @@ class EpisodeShardTask(ShardTask):
             self.found.splits, self.found.sizes.tolist(), settings.part_bytes, rows
         )
         self.key = (
-            self.found.mark,
+            self.found.fingerprint,
             settings.resize,
             settings.quality,
             [[shard.name, shard.start, shard.stop] for shard in self.shards],
         )
-        self.broken, self.total = self.found.broken, len(self.found.items) + len(self.found.broken)
+        self.invalid, self.total = (
+            self.found.invalid,
+            len(self.found.items) + len(self.found.invalid),
+        )
         self.notes, self.info = self.found.notes, self.found.info
 
     def before_shards(
@@ -326,12 +329,12 @@ def _make(
     """Write the episodes of a shard to a Parquet file, with a row group and one episode in
     memory.
     """
-    path, broken, counts = scratch / "part.parquet", [], []
+    path, invalid, counts = scratch / "part.parquet", [], []
     with RowGroups(path, schema) as writer:
         for found in importer.episodes(items, settings):
-            if found.broken is not None:
-                broken.append(found.broken)
+            if found.invalid is not None:
+                invalid.append(found.invalid)
             elif found.row is not None:
                 writer.add(found.row.select(schema.names).cast(schema))
             counts += [(name, found.split, count) for name, count in found.amounts.items()]
-    return ShardResult(path, writer.rows, broken, sum_by_split(counts))
+    return ShardResult(path, writer.rows, invalid, sum_by_split(counts))

@@ -50,7 +50,7 @@ from pipeline.prepare.engine.shard_tasks import (
     name_shards,
     run_tasks,
 )
-from pipeline.prepare.engine.table_importer import NAMED
+from pipeline.prepare.engine.table_importer import MAX_NAMED
 from pipeline.prepare.readers.archives import Opener
 from pipeline.prepare.readers.csv_blocks import Column, RowCounts, batches
 
@@ -60,9 +60,9 @@ FLUSH_EVENTS = 1 << 20
 """Events that are held in memory before they are partitioned."""
 GROUP_EVENTS, GROUP_ROWS = 1 << 19, 16384
 """Most events (about), and most rows, of a row group."""
-NAMED_VARIABLES = 400
+MAX_NAMED_VARIABLES = 400
 """The summary counts variables one by one up to this many (all drugs count as one)."""
-LEAST, COUNTED = 5, "events of "
+MIN_EVENTS, COUNTED = 5, "events of "
 """A variable with fewer events in a split is not named in the summary: it may tell of one patient.
 The others are named after these words.
 """
@@ -82,12 +82,12 @@ class EventTables:
 
     Attributes:
         pieces: for each task, the input splits that it reads.
-        mark: changes when any file does.
+        fingerprint: changes when any file does.
         notes: counts for the summary.
     """
 
     pieces: list[list[InputSplit]]
-    mark: str
+    fingerprint: str
     notes: Notes = field(default_factory=dict)
 
 
@@ -100,7 +100,7 @@ class Entities:
             events.
         keys: what `events` needs to find an event's row; it is sent to tasks.
         group: the column whose rows are kept in one shard.
-        broken: rows that cannot be used: path, split and reason.
+        invalid: rows that cannot be used: path, split and reason.
         notes: counts for the summary.
         info: what the columns mean, kept in the manifest.
     """
@@ -108,7 +108,7 @@ class Entities:
     rows: pa.Table
     keys: Any
     group: str = "entity"
-    broken: list[InvalidRow] = field(default_factory=list)
+    invalid: list[InvalidRow] = field(default_factory=list)
     notes: Notes = field(default_factory=dict)
     info: Info = field(default_factory=dict)
 
@@ -244,12 +244,12 @@ class GroupedShardTask(ShardTask):
         self.sources = importer.sources(source, min(RANGE_BYTES, 2 * most))
         self.entities = importer.entities(source)
         rows = self.entities.rows
-        if not len(rows) and not self.entities.broken:
+        if not len(rows) and not self.entities.invalid:
             raise ValueError(
-                f"{source}: no entities; the table that names them is empty: get it again"
+                f"{source}: no entities; the table that names them is empty: download it again"
             )
         if not len(rows):
-            first, count = self.entities.broken[0], len(self.entities.broken)
+            first, count = self.entities.invalid[0], len(self.entities.invalid)
             raise ValueError(
                 f"{source}: none of {count} entities can be used. First one: {first['path']}: "
                 f"{first['reason']}"
@@ -260,9 +260,9 @@ class GroupedShardTask(ShardTask):
             sum(part.size for piece in self.sources.pieces for part in piece),
             most,
         )
-        self.total, self.broken = len(rows) + len(self.entities.broken), self.entities.broken
+        self.total, self.invalid = len(rows) + len(self.entities.invalid), self.entities.invalid
         self.key = (
-            self.sources.mark,
+            self.sources.fingerprint,
             [
                 [piece[0].name, len(piece), piece[0].start, piece[0].stop]
                 for piece in self.sources.pieces
@@ -283,8 +283,8 @@ class GroupedShardTask(ShardTask):
         were read but no event is left.
         """
         check(
-            [f"{row['path']}: {row['reason']}" for row in self.broken[:NAMED]],
-            len(self.broken),
+            [f"{row['path']}: {row['reason']}" for row in self.invalid[:MAX_NAMED]],
+            len(self.invalid),
             self.total,
         )
         self._scratch = [
@@ -318,7 +318,7 @@ class GroupedShardTask(ShardTask):
                 "right table of entities"
             )
         names = {name for one in found for name in one["names"]}
-        self._counts = len(set(map(_kind, names))) <= NAMED_VARIABLES
+        self._counts = len(set(map(_kind, names))) <= MAX_NAMED_VARIABLES
         self.notes |= {
             "rows of events read": read,
             **({"lines that are no rows, left out": bad} if bad else {}),
@@ -356,14 +356,14 @@ class GroupedShardTask(ShardTask):
         """Leave out the names of variables with so few events that they may tell of one patient."""
         out, rare = Amounts(), Counter[str]()
         for name, counts in amounts.items():
-            limit = LEAST if name.startswith(COUNTED) else 0
+            limit = MIN_EVENTS if name.startswith(COUNTED) else 0
             few = [split for split, count in counts.items() if count < limit]
             rare.update(few)
             if left := {split: count for split, count in counts.items() if split not in few}:
                 out[name] = left
         return {
             **out,
-            **({f"variables with fewer than {LEAST} events": dict(rare)} if rare else {}),
+            **({f"variables with fewer than {MIN_EVENTS} events": dict(rare)} if rare else {}),
         }
 
 

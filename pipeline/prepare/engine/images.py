@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.prepare.engine.importing import Index, InvalidRow, Row, invalid_row
-from pipeline.prepare.engine.indexed import IndexShardTask, loaded
+from pipeline.prepare.engine.indexed import IndexShardTask, load_rows
 from pipeline.prepare.engine.row_groups import RowGroups, tables_of
 from pipeline.prepare.engine.shard_tasks import Importer, Settings, ShardResult
 from pipeline.prepare.readers.archives import Reader
@@ -23,7 +23,7 @@ from pipeline.prepare.readers.picture_check import BrokenImageError, Picture, ex
 
 MEASURED = {"width": pa.int64(), "height": pa.int64(), "sha256": pa.string()}
 """What is written beside each image."""
-BYTES_A_PIXEL = 0.4
+BYTES_PER_PIXEL = 0.4
 """Of a JPEG at quality 92, to estimate the size of shards when images are resized."""
 
 
@@ -65,7 +65,7 @@ class ImageShardTask(IndexShardTask):
 
     def sizes(self) -> np.ndarray:
         sizes, side = super().sizes(), self.settings.resize
-        return np.minimum(sizes, BYTES_A_PIXEL * 1.4 * side**2) if side else sizes
+        return np.minimum(sizes, BYTES_PER_PIXEL * 1.4 * side**2) if side else sizes
 
     @property
     def columns(self) -> list[pa.Field]:
@@ -87,18 +87,18 @@ def _make(
     """Read, check and write one shard."""
     path = scratch / "part.parquet"
     with Reader() as reader:
-        out, broken = _rows(importer, settings, reader, rows)
+        out, invalid = _rows(importer, settings, reader, rows)
     with RowGroups(path, schema, holds_files=True) as writer:
         for block in tables_of(out, schema):
             writer.add(block)
-    return ShardResult(path, writer.rows, broken)
+    return ShardResult(path, writer.rows, invalid)
 
 
 def _rows(
     importer: ImageImporter, settings: Settings, reader: Reader, rows: pa.Table
 ) -> tuple[list[Row], list[InvalidRow]]:
-    out, broken = {}, []
-    for i, row, data in loaded(
+    out, invalid = {}, []
+    for i, row, data in load_rows(
         rows.to_pylist(),
         lambda row: reader(row["_uri"], row["_member"], row["_offset"], row["_size"]),
     ):
@@ -108,10 +108,10 @@ def _rows(
             picture = examine(data, settings.resize, settings.quality)
             made = importer.postprocess(row, picture)
         except BrokenImageError as error:
-            broken.append(invalid_row(importer.name_of(row), row["split"], str(error)))
+            invalid.append(invalid_row(importer.name_of(row), row["split"], str(error)))
             continue
         out[i] = {**made, **picture_columns(picture, data)}
-    return [out[i] for i in sorted(out)], broken
+    return [out[i] for i in sorted(out)], invalid
 
 
 def picture_columns(picture: Picture, data: bytes) -> Row:

@@ -26,7 +26,7 @@ Notes = dict[str, Any]
 """What the summary says, by what it is of: counts, short texts, or counts by a name."""
 Info = dict[str, Any]
 """What the columns mean, as plain values that the manifest keeps."""
-PLACE = pa.schema(
+FILE_COLUMNS = pa.schema(
     [
         ("_uri", pa.string()),
         ("_member", pa.string()),
@@ -51,8 +51,8 @@ SPLITS = {
 """Publishers' names of splits, and the names that a job uses."""
 HELD_OUT = re.compile(r"(?<![a-z])(eval|evaluation|(held|hold)[\W_]?out)(set)?(?![a-z])")
 """Names of held-out rows that are validation to some publishers and test to others."""
-NO_SPLIT = "its split is none of train, validation and test"
-NAMED = 5
+NO_SPLIT = "its split is not one of train, validation and test"
+MAX_NAMED = 5
 """An error message names so many examples."""
 
 
@@ -81,24 +81,24 @@ class Index:
     """The rows of a source, before any file is read.
 
     Attributes:
-        rows: PLACE and the importer's own columns; those that begin with an underscore are not
-            written.
-        mark: changes when the files do.
+        rows: FILE_COLUMNS and the importer's own columns; those that begin with an underscore are
+            not written.
+        fingerprint: changes when the files do.
         extra: columns that `postprocess` adds.
         notes: counts for the summary.
         info: what the columns mean, kept in the manifest.
-        broken: rows without a file (a transcript without its recording): path, split and reason.
+        invalid: rows without a file (a transcript without its recording): path, split and reason.
     """
 
     rows: pa.Table
-    mark: str
+    fingerprint: str
     extra: tuple[pa.Field, ...] = ()
     notes: Notes = field(default_factory=dict)
     info: Info = field(default_factory=dict)
-    broken: list[InvalidRow] = field(default_factory=list)
+    invalid: list[InvalidRow] = field(default_factory=list)
 
 
-def place(entry: Entry, split: str, **columns: Any) -> Row:
+def file_row(entry: Entry, split: str, **columns: Any) -> Row:
     """Make one row of an index."""
     return {
         "_uri": entry.uri,
@@ -111,7 +111,7 @@ def place(entry: Entry, split: str, **columns: Any) -> Row:
     }
 
 
-def table(
+def index_table(
     rows: list[Row], columns: dict[str, pa.DataType], source: str, noun: str = "images"
 ) -> pa.Table:
     """Return the rows as a table. Raises ValueError if there are none."""
@@ -121,20 +121,23 @@ def table(
             "prepare --list"
         )
     return pa.Table.from_pylist(
-        rows, schema=pa.schema([*PLACE, *(pa.field(name, kind) for name, kind in columns.items())])
+        rows,
+        schema=pa.schema(
+            [*FILE_COLUMNS, *(pa.field(name, kind) for name, kind in columns.items())]
+        ),
     )
 
 
-def names_in(text: str) -> list[str]:
+def parse_names(text: str) -> list[str]:
     """Return the names that an option holds, with commas between them."""
     return [name for name in map(str.strip, text.split(",")) if name]
 
 
-def preview(names: Iterable[Any]) -> str:
+def first_few(names: Iterable[Any]) -> str:
     """Format the first few names, and how many there are."""
     names = list(names)
-    return ", ".join(map(str, names[:NAMED])) + (
-        f", ... ({len(names)} in all)" if len(names) > NAMED else ""
+    return ", ".join(map(str, names[:MAX_NAMED])) + (
+        f", ... ({len(names)} in all)" if len(names) > MAX_NAMED else ""
     )
 
 
@@ -206,7 +209,7 @@ def first_existing(source: str, *candidates: str) -> str | None:
     )
 
 
-def text(uri: str) -> str:
+def read_text(uri: str) -> str:
     """Read a text file. Raises ValueError for one that is not UTF-8."""
     try:
         return storage.read_bytes(uri).decode("utf-8-sig")
@@ -216,9 +219,9 @@ def text(uri: str) -> str:
         ) from None
 
 
-def lines(uri: str) -> list[str]:
+def read_lines(uri: str) -> list[str]:
     """Read the non-blank lines of a text file. Raises ValueError for one that is not UTF-8."""
-    return [line.strip() for line in text(uri).splitlines() if line.strip()]
+    return [line.strip() for line in read_text(uri).splitlines() if line.strip()]
 
 
 def check_no_empty_classes(names: Iterable[str], source: str) -> None:
@@ -226,7 +229,7 @@ def check_no_empty_classes(names: Iterable[str], source: str) -> None:
     names = sorted(names)
     if names:
         raise ValueError(
-            f"{source}: class folders without images: {preview(names)}; fill or remove them"
+            f"{source}: class folders without images: {first_few(names)}; fill or remove them"
         )
 
 

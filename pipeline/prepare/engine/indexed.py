@@ -41,13 +41,13 @@ class IndexShardTask(ShardTask):
         self.key = (
             *self.depends,
             settings.rows_per_part,
-            self.index.mark,
+            self.index.fingerprint,
             self.index.info,
             _digest(rows),
             *sized,
         )
         self.label, self.notes, self.info = importer.label, self.index.notes, self.index.info
-        self.broken, self.total = self.index.broken, len(self.order) + len(self.index.broken)
+        self.invalid, self.total = self.index.invalid, len(self.order) + len(self.index.invalid)
 
     @property
     def depends(self) -> tuple[Any, ...]:
@@ -107,7 +107,7 @@ def is_one_way(rows: list[Row]) -> bool:
     return any(is_gzipped(row["_uri"]) for row in rows)
 
 
-def loaded(rows: list[Row], load: Callable[[Row], Any]) -> Iterator[tuple[int, Row, Any]]:
+def load_rows(rows: list[Row], load: Callable[[Row], Any]) -> Iterator[tuple[int, Row, Any]]:
     """Load each row: yield (position, row, result of `load` or the error of an invalid file).
 
     Rows of a tar.gz come in the order of the archive; others in order, read ahead by threads.

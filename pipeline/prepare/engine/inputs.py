@@ -18,13 +18,19 @@ from itertools import pairwise
 from typing import Any, BinaryIO, NamedTuple
 
 from pipeline.io import file_identity, storage
-from pipeline.prepare.engine.importing import InvalidRow, Notes, invalid_row, preview, split_of_file
+from pipeline.prepare.engine.importing import (
+    InvalidRow,
+    Notes,
+    first_few,
+    invalid_row,
+    split_of_file,
+)
 from pipeline.prepare.readers.archives import (
     ARCHIVES,
     COMPRESSED,
     DAMAGED,
     GZIPPED,
-    MOST_BYTES,
+    MAX_FILE_BYTES,
     Entry,
     Listing,
     Opener,
@@ -34,14 +40,14 @@ from pipeline.prepare.readers.archives import (
 )
 
 SQUEEZED = (".gz", ".zst")
-EXPANSION = 4
+TEXT_EXPANSION = 4
 """Estimated bytes of text in one byte of a compressed file, for the size of shards."""
 ROW_BYTES = 32 << 20
 """A longer line, record or document is an invalid row."""
 HELD_OUT_FIRST = {"test": 0, "validation": 1, "train": 2}
 """Order of splits. Of duplicate documents the first is kept, so held-out ones come first (`text`).
 """
-MOST_LISTED = 1000
+MAX_LISTED = 1000
 
 
 class InputSplit(NamedTuple):
@@ -69,12 +75,12 @@ class InputFiles(NamedTuple):
     Attributes:
         files: each with its split, in reading order.
         others: how many files of each other suffix are left out.
-        mark: changes when any of the files does.
+        fingerprint: changes when any of the files does.
     """
 
     files: list[tuple[Entry, str]]
     others: dict[str, int]
-    mark: str
+    fingerprint: str
 
     @property
     def notes(self) -> Notes:
@@ -115,13 +121,15 @@ def find_inputs(source: str, suffixes: tuple[str, ...], split: str = "") -> Inpu
     left = [entry for entry in visible if plain_suffix(entry.name) not in suffixes]
     others = Counter(entry.suffix_or_name for entry in left)
     if not wanted:
-        instead = f"; there are {preview(sorted(others))}" if others else ""
+        instead = f"; there are {first_few(sorted(others))}" if others else ""
         raise ValueError(
             f"{source}: no files with "
             f"{', '.join(suffix or 'no suffix' for suffix in suffixes)} there{instead}"
         )
     listed = [(entry, split or split_of_file(entry.name)) for entry in wanted]
-    return InputFiles(sorted(listed, key=_reading_order), dict(sorted(others.items())), found.mark)
+    return InputFiles(
+        sorted(listed, key=_reading_order), dict(sorted(others.items())), found.fingerprint
+    )
 
 
 def _list_glob(pattern: str) -> Listing:
@@ -182,7 +190,7 @@ def split_files(listed: InputFiles, most: int) -> list[InputSplit]:
 
 
 def _weight(entry: Entry) -> int:
-    return entry.size * (EXPANSION if entry.name.lower().endswith(SQUEEZED) else 1)
+    return entry.size * (TEXT_EXPANSION if entry.name.lower().endswith(SQUEEZED) else 1)
 
 
 # ---------------------------------------------------------------- reading
@@ -199,7 +207,7 @@ class SplitReader:
         before: lines of the file before the split.
         most: how many invalid rows are listed.
         lines: how many lines begin in the split, known at the end.
-        broken: how many invalid rows there are.
+        num_invalid: how many invalid rows there are.
         listed: the first of them: path, split and reason.
     """
 
@@ -208,20 +216,20 @@ class SplitReader:
     is_scan: bool = True
     scan_result: Any = None
     before: int = 0
-    most: int = MOST_LISTED
+    most: int = MAX_LISTED
     lines: int = 0
-    broken: int = 0
+    num_invalid: int = 0
     listed: list[InvalidRow] = field(default_factory=list)
 
-    def place(self, at: int | str) -> str:
+    def location(self, at: int | str) -> str:
         """Return file:place; a number is a line of the split, counted from 1."""
         return f"{self.input_split.name}:{at + self.before if isinstance(at, int) else at}"
 
     def bad(self, at: int | str, reason: str) -> None:
         """Record an invalid row."""
-        self.broken += 1
+        self.num_invalid += 1
         if len(self.listed) < self.most:
-            self.listed.append(invalid_row(self.place(at), self.input_split.split, reason))
+            self.listed.append(invalid_row(self.location(at), self.input_split.split, reason))
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
@@ -242,7 +250,7 @@ class SplitReader:
             name = self.input_split.entry.name
             raise ValueError(f"{name}: damaged ({error}); download it again") from None
 
-    def whole(self, most: int = MOST_BYTES) -> bytes | None:
+    def whole(self, most: int = MAX_FILE_BYTES) -> bytes | None:
         """Return all bytes, or None where there are more than `most`."""
         with self.open() as handle:
             data = handle.read(most + 1)

@@ -27,17 +27,16 @@ def locate(
         root: a folder, absolute or below `source`; "": the folder of the line's own file.
 
     Returns:
-        (for each line its file or the reason why there is none; a mark that changes when any of the
-        files does).
+        (for each line its file or the reason why there is none; a fingerprint that changes when any
+        of the files does).
     """
     files = _Recordings(source, found)
-    places = [files.place(line, path, root) for line, path in named]
+    places = [files.find(line, path, root) for line, path in named]
     outside = list(dict.fromkeys(place for place in places if isinstance(place, str)))
-    seen = _look(outside)
-    digest = hashlib.sha256(
-        f"{found.mark} {sorted((uri, mark) for uri, (_, mark) in seen.items())}".encode()
-    )
-    return [_located(place, seen) for place in places], digest.hexdigest()
+    known = _look(outside)
+    contents = sorted((uri, content) for uri, (_, content) in known.items())
+    fingerprint = hashlib.sha256(f"{found.fingerprint} {contents}".encode()).hexdigest()
+    return [_located(place, known) for place in places], fingerprint
 
 
 class _Recordings:
@@ -53,7 +52,7 @@ class _Recordings:
         self.folder = "" if is_folder else posixpath.dirname(storage.absolute(source))
         """The folder of a text file that was given alone, else ""."""
 
-    def place(self, line: Line, path: str, root: str) -> Located | str:
+    def find(self, line: Line, path: str, root: str) -> Located | str:
         """Return the file, the address where it should be, or why it cannot be used."""
         if storage.is_absolute(path):
             return self._at(path)

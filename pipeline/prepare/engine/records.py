@@ -22,12 +22,12 @@ from pipeline.prepare.engine.grouped import EventReader, Events, GroupedImporter
 from pipeline.prepare.engine.importing import InvalidRow, Notes, first_reason, invalid_row
 from pipeline.prepare.engine.inputs import find_inputs
 from pipeline.prepare.readers.archives import Entry, Opener
-from pipeline.prepare.readers.csv_blocks import Column, schema, whole
+from pipeline.prepare.readers.csv_blocks import Column, read_schema, read_table
 
 HOUR = 3_600_000_000
 DAY, YEAR = 24 * HOUR, 365.2425 * 24 * HOUR
 """Microseconds."""
-MOST_AT_ONCE = 1 << 20
+MAX_EVENTS_AT_ONCE = 1 << 20
 """Events that are made of one block at a time, where each enters several rows."""
 NUMBER = "number"
 """What stands after the name of a variable whose values are numbers of an unknown unit."""
@@ -71,7 +71,7 @@ class Windows:
 
     def places(self, subjects: np.ndarray) -> np.ndarray:
         """Return (n,) position of each id among the subjects, or -1."""
-        return positions(self.subjects, subjects)
+        return index_in_sorted(self.subjects, subjects)
 
     def events(
         self,
@@ -97,7 +97,9 @@ class Windows:
         counts = self.stops[place] - first
         enters = np.zeros(len(event), dtype=bool)
         total = np.cumsum(counts)
-        cuts = np.searchsorted(total, np.arange(MOST_AT_ONCE, counts.sum(), MOST_AT_ONCE))
+        cuts = np.searchsorted(
+            total, np.arange(MAX_EVENTS_AT_ONCE, counts.sum(), MAX_EVENTS_AT_ONCE)
+        )
         for begin, stop in pairwise([0, *cuts.tolist(), len(event)]):
             some = counts[begin:stop]
             which = np.repeat(np.arange(begin, stop), some)
@@ -129,7 +131,7 @@ def merge_spans(spans: list[pa.Table]) -> pa.Table:
     )
 
 
-def positions(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+def index_in_sorted(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Return (n,) position of each number among the sorted `known`, or -1."""
     if not len(known):
         return np.full(len(wanted), -1)
@@ -199,8 +201,8 @@ class Labels:
         times: (n,) int64 microseconds since 1970, the times of prediction.
         values: (n,) labels: int64 (also true and false), float64 or string.
         places: (n,) where each stands: file and row.
-        broken: rows that cannot be used: path, split and reason.
-        mark: changes when the files do.
+        invalid: rows that cannot be used: path, split and reason.
+        fingerprint: changes when the files do.
         column: the column that the labels are from.
     """
 
@@ -208,8 +210,8 @@ class Labels:
     times: np.ndarray
     values: pa.Array
     places: np.ndarray
-    broken: list[InvalidRow]
-    mark: str
+    invalid: list[InvalidRow]
+    fingerprint: str
     column: str
 
     def usable(
@@ -222,16 +224,16 @@ class Labels:
             ids: (S,) sorted subjects of the data.
             first, last: (S,) times of their events; `first` is after `last` where there are none.
         """
-        at = positions(ids, self.subjects)
+        at = index_in_sorted(ids, self.subjects)
         there = at >= 0
         seen = there.copy()
         seen[there] = first[at[there]] <= np.minimum(last[at[there]], self.times[there])
         reasons = first_reason((~there, NO_SUBJECT), (~seen, EARLY))
-        broken = [
+        invalid = [
             invalid_row(self.places[i], "train", str(reasons[i]))
             for i in np.flatnonzero(reasons != "")
         ]
-        return seen, [*self.broken, *broken]
+        return seen, [*self.invalid, *invalid]
 
 
 class RecordsImporter(GroupedImporter):
@@ -275,9 +277,9 @@ class RecordsImporter(GroupedImporter):
         if self.labels is None:
             has_events = first <= last
             notes[f"{noun} without timed events, left out"] = int(np.count_nonzero(~has_events))
-            persons, end_times, label_columns, broken = ids[has_events], last[has_events], {}, []
+            persons, end_times, label_columns, invalid = ids[has_events], last[has_events], {}, []
         else:
-            good, broken = self.labels.usable(ids, first, last)
+            good, invalid = self.labels.usable(ids, first, last)
             has_no_label = ~np.isin(ids, self.labels.subjects)
             notes[f"{noun} without label rows, left out"] = int(np.count_nonzero(has_no_label))
             persons, end_times = self.labels.subjects[good], self.labels.times[good]
@@ -287,7 +289,7 @@ class RecordsImporter(GroupedImporter):
             "patient": pa.array(persons),
             "prediction_time": pa.array(end_times, pa.timestamp("us")),
         }
-        return pa.table({**columns, **label_columns}), broken
+        return pa.table({**columns, **label_columns}), invalid
 
 
 def read_labels(uri: str, column: str) -> Labels:
@@ -314,7 +316,7 @@ def read_labels(uri: str, column: str) -> Labels:
     with Opener() as opener:
         for entry, _ in found.files:
             check_types(entry, opener, LABEL_TYPES)
-            table = whole("labels", entry, wanted, opener)
+            table = read_table("labels", entry, wanted, opener)
             table = pa.table({name: _label(table[name], name) for name in wanted})
             tables.append(table)
             places += [f"{entry.name}:row {i + 1}" for i in range(len(table))]
@@ -326,10 +328,10 @@ def read_labels(uri: str, column: str) -> Labels:
             f"{uri}: one of {', '.join(names)} holds the label, and with values there are {there}; "
             f"{'name it: --set label=' + given[0] if given else 'give a table with labels'}"
         )
-    return _sorted_labels(table, given[0], np.array(places, dtype=object), found.mark)
+    return _sorted_labels(table, given[0], np.array(places, dtype=object), found.fingerprint)
 
 
-def _sorted_labels(table: pa.Table, column: str, places: np.ndarray, mark: str) -> Labels:
+def _sorted_labels(table: pa.Table, column: str, places: np.ndarray, fingerprint: str) -> Labels:
     """Sort the valid rows by subject and time, and list the others."""
     subject, time = (filled(joined(table[name]), 0) for name in ("subject_id", "prediction_time"))
     valid = {
@@ -341,12 +343,12 @@ def _sorted_labels(table: pa.Table, column: str, places: np.ndarray, mark: str) 
     order = order[reasons[order] == ""]
     is_again = (np.diff(subject[order]) == 0) & (np.diff(time[order]) == 0)
     reasons[order[1:][is_again]] = "the same subject and time again"
-    broken = [
+    invalid = [
         invalid_row(places[i], "train", str(reasons[i])) for i in np.flatnonzero(reasons != "")
     ]
     kept = order[reasons[order] == ""]
     values = table[column].combine_chunks().take(pa.array(kept))
-    return Labels(subject[kept], time[kept], values, places[kept], broken, mark, column)
+    return Labels(subject[kept], time[kept], values, places[kept], invalid, fingerprint, column)
 
 
 def _label(column: Any, name: str) -> Any:
@@ -400,7 +402,7 @@ def check_types(entry: Entry, opener: Opener, types: ColumnTypes) -> None:
     """
     if not entry.name.lower().endswith(".parquet"):
         return
-    for field in schema(entry, opener):
+    for field in read_schema(entry, opener):
         if field.name not in types:
             continue
         fits, wanted = types[field.name]

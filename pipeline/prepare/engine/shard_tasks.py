@@ -106,14 +106,14 @@ class ShardResult:
     Attributes:
         file: Parquet, which is moved to its place.
         rows: how many it holds.
-        broken: rows that were left out: path, split, reason, and `pieces` for one of so many
+        invalid: rows that were left out: path, split, reason, and `pieces` for one of so many
             segments that a recording was cut into.
         amounts: what the importer adds up, by name and split.
     """
 
     file: Path
     rows: int
-    broken: list[InvalidRow]
+    invalid: list[InvalidRow]
     amounts: Amounts = field(default_factory=dict)
 
 
@@ -163,7 +163,7 @@ class ShardTask(ABC):
         key: what the rows depend on besides the importer's name and options.
         label: the column whose values the summary counts, or "".
         total: number of rows of the source, invalid ones included.
-        broken: invalid rows that are known from the publisher's lists.
+        invalid: invalid rows that are known from the publisher's lists.
         notes: counts for the summary.
         info: what the columns mean, kept in the manifest.
     """
@@ -181,12 +181,12 @@ class ShardTask(ABC):
             reason = f"importer {name} {self.without_images}; leave it out"
             settings.reject(("resize", "quality"), reason)
         if self.makes_parts_of:
-            reason = f"importer {name} makes parts of {self.makes_parts_of}; say --part-mb"
+            reason = f"importer {name} makes parts of {self.makes_parts_of}; pass --part-mb"
             settings.reject(("rows_per_part",), reason)
         self.importer, self.settings = importer, settings
         self.label: str = importer.label
         self.total = 0
-        self.broken: Sequence[InvalidRow] = ()
+        self.invalid: Sequence[InvalidRow] = ()
         self.notes: Notes = {}
         self.info: Info = {}
 

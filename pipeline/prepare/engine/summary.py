@@ -26,7 +26,7 @@ def summarise(
     parts: list[str],
     label: str,
     measures: tuple[str, ...],
-    broken: list[InvalidRow],
+    invalid: list[InvalidRow],
     notes: dict[str, Any],
 ) -> dict[str, Any]:
     """Count rows and classes of each split, and invalid rows by reason.
@@ -55,9 +55,9 @@ def summarise(
             else {}
         ),
         "broken": {
-            "rows": len(broken),
-            "reasons": dict(Counter(row["reason"] for row in broken).most_common()),
-            "files": broken,
+            "rows": len(invalid),
+            "reasons": dict(Counter(row["reason"] for row in invalid).most_common()),
+            "files": invalid,
         },
         "notes": notes,
     }

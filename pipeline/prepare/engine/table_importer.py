@@ -42,7 +42,7 @@ from pipeline.prepare.engine.shard_tasks import (
 )
 from pipeline.prepare.readers.archives import Opener
 
-NAMED = 3
+MAX_NAMED = 3
 PLAIN = "plain"
 """Name of the array that holds, as JSON, the scan results that are not arrays."""
 Found = dict[str, Any]
@@ -86,13 +86,13 @@ class TableImporter(Importer):
         """Find the files and cut them up; those with `suffixes`, each whole, unless overridden.
 
         Returns:
-            (the input splits in reading order, the same at every call; a mark that changes when the
-                files do; notes for the summary).
+            (the input splits in reading order, the same at every call; a fingerprint that changes
+                when the files do; notes for the summary).
         """
         o = self.options
         by_rows = "all" if getattr(o, "split_column", "") else ""
         listed = find_inputs(source, self.suffixes, o.split or by_rows)
-        return whole_files(listed), listed.mark, listed.notes
+        return whole_files(listed), listed.fingerprint, listed.notes
 
     @abstractmethod
     def rows(self, reading: SplitReader) -> Iterator[Row | pa.Table]:
@@ -125,41 +125,6 @@ class TableImporter(Importer):
         return TableShardTask(self, source, settings)
 
 
-# ---------------------------------------------------------------- kinds of values
-
-KINDS = (pa.null(), pa.bool_(), pa.int64(), pa.float64(), pa.string())
-"""Each type holds the values of those before it, except that only a string holds a bool."""
-
-
-def kind_of(value: Any) -> int:
-    """Return the index in KINDS of a value's type."""
-    if value is None:
-        return 0
-    if isinstance(value, bool):
-        return 1
-    if isinstance(value, int) and abs(value) < 1 << 63:
-        return 2
-    return 3 if isinstance(value, float) else 4
-
-
-def wider(a: int, b: int) -> int:
-    """Return the type (an index in KINDS) that holds the values of both."""
-    return 4 if {1} < {a, b} - {0} else max(a, b)
-
-
-def as_kind(value: Any, kind: int) -> Any:
-    """Convert a value to a type of KINDS."""
-    if value is None or isinstance(value, str) or (kind < 4 and kind_of(value) == kind):
-        return value
-    if kind == 3:
-        return float(value)
-    return (
-        json.dumps(value, ensure_ascii=False, default=str)
-        if isinstance(value, bool | int | float | list | dict)
-        else str(value)
-    )
-
-
 # ---------------------------------------------------------------- the two passes
 
 
@@ -171,7 +136,7 @@ class TableShardTask(ShardTask):
 
     def __init__(self, importer: TableImporter, source: str, settings: Settings):
         super().__init__(importer, settings)
-        self.input_splits, mark, self._found_notes = importer.input_splits(
+        self.input_splits, fingerprint, self._found_notes = importer.input_splits(
             source, settings.part_bytes
         )
         self.label = importer.label
@@ -181,7 +146,7 @@ class TableShardTask(ShardTask):
             settings.part_bytes,
         )
         self.key = (
-            mark,
+            fingerprint,
             [
                 [input_split.name, input_split.split, input_split.start, input_split.stop]
                 for input_split in self.input_splits
@@ -232,7 +197,9 @@ class TableShardTask(ShardTask):
                 f"{self.input_splits[0].entry.uri}: {self.importer.why_no_rows(found)}"
             )
         examples = [
-            SplitReader(input_split, Opener(), before=before).place(int(at) if at.isdigit() else at)
+            SplitReader(input_split, Opener(), before=before).location(
+                int(at) if at.isdigit() else at
+            )
             + f": {reason}"
             for input_split, one, before in zip(self.input_splits, found, self._before, strict=True)
             for at, reason in one["examples"]
@@ -281,11 +248,11 @@ def scan_shard(importer: TableImporter, uri: str, input_splits: list[InputSplit]
     arrays: dict[str, np.ndarray] = {}
     with Opener() as opener:
         for number, input_split in enumerate(input_splits):
-            reading = SplitReader(input_split, opener, most=NAMED)
+            reading = SplitReader(input_split, opener, most=MAX_NAMED)
             found = importer.scan(reading)
             found |= {
                 "lines": reading.lines,
-                "broken": reading.broken,
+                "broken": reading.num_invalid,
                 "examples": [
                     (row["path"].removeprefix(f"{input_split.name}:"), row["reason"])
                     for row in reading.listed
@@ -320,7 +287,7 @@ def _make(
     """Write the rows of a shard to a Parquet file, with one row group (or what is shuffled) in
     memory.
     """
-    path, broken, counts = scratch / "part.parquet", [], Counter()
+    path, invalid, counts = scratch / "part.parquet", [], Counter()
     with Opener() as opener, RowGroups(path, schema, importer.shuffles_rows) as writer:
         for input_split, before, scan_result in payload:
             reading = SplitReader(input_split, opener, False, scan_result, before, most=1 << 62)
@@ -328,9 +295,9 @@ def _make(
             for block in tables_of(rows, schema):
                 counts.update(_counted(block, importer.amounts))
                 writer.add(block)
-            broken += reading.listed
+            invalid += reading.listed
     amounts = sum_by_split((name, split, count) for (split, name), count in sorted(counts.items()))
-    return ShardResult(path, writer.rows, broken, amounts)
+    return ShardResult(path, writer.rows, invalid, amounts)
 
 
 def _with_split(row: Row | pa.Table, split: str) -> Row | pa.Table:

@@ -18,7 +18,7 @@ from pipeline.config.schema import spec_hash
 from pipeline.io import atomic_folder, checksums, file_identity, s3, storage
 from pipeline.io.threads import threaded_map
 from pipeline.prepare.engine import croissant, summary
-from pipeline.prepare.engine.importing import InvalidRow, preview
+from pipeline.prepare.engine.importing import InvalidRow, first_few
 from pipeline.prepare.engine.shard_tasks import (
     SCANS,
     Amounts,
@@ -34,7 +34,7 @@ from pipeline.prepare.engine.shard_tasks import (
 MANIFEST, BEGUN = "_manifest.json", "_prepare.json"
 """Names that begin with an underscore are ignored where the folder is read as data."""
 FORMAT_VERSION = 1
-NAMED = 3
+MAX_NAMED = 3
 """An error message names so many invalid rows."""
 
 
@@ -96,7 +96,7 @@ class Preparation:
         ]:
             raise ValueError(
                 f"{self.output} holds other files "
-                f"({preview(name.rpartition('/')[2] for name in others)}); give an empty folder"
+                f"({first_few(name.rpartition('/')[2] for name in others)}); give an empty folder"
             )
 
     def _begun_key(self) -> str:
@@ -188,12 +188,12 @@ class Preparation:
             ChangedFileError: a file of the source was changed since it was planned.
         """
         complete = [shard.name for shard in self.shards if shard.name in self.records]
-        broken = [*self.task.broken]
-        broken += [row for name in complete for row in self.records[name]["broken"]]
+        invalid = [*self.task.invalid]
+        invalid += [row for name in complete for row in self.records[name]["broken"]]
         if self.is_done:
             manifest = atomic_folder.open_folder(self.output, MANIFEST)
             self._check_listed(
-                broken, manifest.get("read", sum(manifest["rows"].values()) + len(broken))
+                invalid, manifest.get("read", sum(manifest["rows"].values()) + len(invalid))
             )
             return manifest
         begun = storage.join(self.output, BEGUN)
@@ -209,9 +209,9 @@ class Preparation:
             },
         )
         self.task.before_shards(self.output, self._check_budget, report_progress, cpus)
-        self._check_listed(broken, self.task.total)
+        self._check_listed(invalid, self.task.total)
         todo = self.todo
-        done = len(self.task.broken) + sum(
+        done = len(self.task.invalid) + sum(
             self.task.source_rows(shard) for shard in self.shards if shard.name in self.records
         )
         jobs = ((storage.join(self.output, shard.name), self.task.payload(shard)) for shard in todo)
@@ -220,15 +220,15 @@ class Preparation:
         ):
             self.records[shard.name] = record
             checksums.write_document(self._record_uri(shard), record)
-            broken += record["broken"]
-            self._check_listed(broken, self.task.total)
+            invalid += record["broken"]
+            self._check_listed(invalid, self.task.total)
             done += self.task.source_rows(shard)
             report_progress(
-                f"prepare {self.name}: {done}/{self.task.total} rows  {len(broken)} broken",
+                f"prepare {self.name}: {done}/{self.task.total} rows  {len(invalid)} broken",
                 done == self.task.total,
             )
         self._check_source()
-        return self._finish(broken)
+        return self._finish(invalid)
 
     def _check_source(self) -> None:
         """Raise ChangedFileError, naming the file, for a source that was changed meanwhile: its
@@ -258,14 +258,14 @@ class Preparation:
             f"there{warnings}"
         )
 
-    def _check_listed(self, broken: list[InvalidRow], total: int) -> None:
+    def _check_listed(self, invalid: list[InvalidRow], total: int) -> None:
         """Check the invalid rows against the budget.
 
         Invalid segments of recordings that were cut are compared with the expected number of rows,
         extrapolated from the shards that are complete.
         """
-        pieces = [row for row in broken if "pieces" in row]
-        groups = [([row for row in broken if "pieces" not in row], total)]
+        pieces = [row for row in invalid if "pieces" in row]
+        groups = [([row for row in invalid if "pieces" not in row], total)]
         if pieces:
             stand = [shard for shard in self.shards if shard.name in self.records]
             records = [self.records[shard.name] for shard in stand]
@@ -274,18 +274,18 @@ class Preparation:
             groups.append((pieces, rows * of_all // read))
         for found, of in groups:
             self._check_budget(
-                [f"{row['path']}: {row['reason']}" for row in found[:NAMED]], len(found), of
+                [f"{row['path']}: {row['reason']}" for row in found[:MAX_NAMED]], len(found), of
             )
 
-    def _check_budget(self, first: list[str], broken: int, total: int) -> None:
+    def _check_budget(self, first: list[str], invalid: int, total: int) -> None:
         share = self.settings.max_bad
-        if broken > (max(1, share * total) if share else 0):
+        if invalid > (max(1, share * total) if share else 0):
             raise ValueError(
-                f"{broken} of {total} rows are broken, more than --max-bad {share:g} allows. "
-                f"First ones: {'; '.join(first[:NAMED])}"
+                f"{invalid} of {total} rows are broken, more than --max-bad {share:g} allows. "
+                f"First ones: {'; '.join(first[:MAX_NAMED])}"
             )
 
-    def _finish(self, broken: list[InvalidRow]) -> dict[str, Any]:
+    def _finish(self, invalid: list[InvalidRow]) -> dict[str, Any]:
         amounts = sum_by_split(
             (name, split, count)
             for record in self.records.values()
@@ -298,7 +298,7 @@ class Preparation:
             [shard.name for shard in self.shards],
             self.task.label,
             self.task.measures,
-            broken,
+            invalid,
             notes,
         )
         storage.write_json(storage.join(self.output, "_summary.json"), found)
@@ -318,7 +318,7 @@ class Preparation:
                 "resize": self.settings.resize,
                 "quality": self.settings.quality,
                 "rows": found["rows"],
-                "broken": len(broken),
+                "broken": len(invalid),
                 "read": self.task.total,
                 **({"warnings": warned} if (warned := summary.warnings(found)) else {}),
                 "about": self.task.info,
@@ -373,7 +373,7 @@ def write_shard(make: Callable[[Any, Path], ShardResult], uri: str, payload: Any
         made = make(payload, Path(scratch))
         entry = s3.call("read", made.file, atomic_folder.entry_of_file, made.file)
         storage.write_file(uri, made.file)
-    record: dict[str, Any] = {**entry, "rows": made.rows, "broken": made.broken}
+    record: dict[str, Any] = {**entry, "rows": made.rows, "broken": made.invalid}
     if made.amounts:
         record["amounts"] = made.amounts
     return cast(ShardRecord, record)

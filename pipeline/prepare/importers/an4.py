@@ -16,13 +16,13 @@ from pipeline.prepare.engine.audio import (
     SUFFIXES,
     AudioImporter,
     Line,
+    count_other_files,
     join_transcripts,
     lines_of,
-    others,
-    recording,
-    recordings,
+    recording_row,
+    recordings_table,
 )
-from pipeline.prepare.engine.importing import Index, Row, invalid_row, preview
+from pipeline.prepare.engine.importing import Index, Row, first_few, invalid_row
 from pipeline.prepare.readers import archives
 
 RAW = ".raw"
@@ -81,7 +81,7 @@ class An4(AudioImporter):
         missing = [name for name in lists if name not in here]
         if missing:
             raise ValueError(
-                f"{source}: no {preview(missing)}; give the folder that holds etc/ and wav/, or "
+                f"{source}: no {first_few(missing)}; give the folder that holds etc/ and wav/, or "
                 "the publisher's archive"
             )
         little = self.options.raw == "little" or (
@@ -98,11 +98,13 @@ class An4(AudioImporter):
                 if line.reason or entry is None:
                     without_audio.add(key)
                     reason = line.reason or f"no recording wav/{name} with {', '.join(FORMS)}"
-                    bad.append(invalid_row(line.place, split, reason))
+                    bad.append(invalid_row(line.location, split, reason))
                 elif key in rows:
-                    bad.append(invalid_row(line.place, split, f"{name} stands twice in the list"))
+                    bad.append(
+                        invalid_row(line.location, split, f"{name} occurs twice in the list")
+                    )
                 else:
-                    rows[key] = recording(
+                    rows[key] = recording_row(
                         entry,
                         split,
                         layout="" if entry.suffix != RAW else "<i2" if little else ">i2",
@@ -123,10 +125,10 @@ class An4(AudioImporter):
         unlisted = {entry.name for entry in audio.values()} - {row["path"] for row in rows.values()}
         notes = {
             "recordings that no list names": len(unlisted),
-            "files left out": others(found, RAW, *lists),
+            "files left out": count_other_files(found, RAW, *lists),
         }
-        table = recordings(good, columns, source, bad)
-        return Index(table, found.mark, broken=bad, notes=notes)
+        table = recordings_table(good, columns, source, bad)
+        return Index(table, found.fingerprint, invalid=bad, notes=notes)
 
 
 def _by_stem(here: dict[str, archives.Entry]) -> dict[str, archives.Entry]:

@@ -12,7 +12,14 @@ from pipeline.config.registry import Options, nearest, register
 from pipeline.io import storage
 from pipeline.prepare.engine import importing
 from pipeline.prepare.engine.images import ImageImporter
-from pipeline.prepare.engine.importing import Index, Row, first_existing, place, preview, table
+from pipeline.prepare.engine.importing import (
+    Index,
+    Row,
+    file_row,
+    first_existing,
+    first_few,
+    index_table,
+)
 from pipeline.prepare.readers import archives
 from pipeline.prepare.readers.dialect import rows_of
 
@@ -34,7 +41,7 @@ FINDINGS = (
 )
 NOTHING = "No Finding"
 COLUMNS = ("Image Index", "Finding Labels", "Patient ID")
-KINDS = {
+COLUMN_TYPES = {
     "findings": pa.list_(pa.string()),
     "patient_id": pa.int64(),
     "follow_up": pa.int64(),
@@ -93,7 +100,7 @@ class ChestXray14(ImageImporter):
         )
         if uri is None:
             raise ValueError(
-                f"{source}: neither Data_Entry_2017.csv nor Data_Entry_2017_v2020.csv; say "
+                f"{source}: neither Data_Entry_2017.csv nor Data_Entry_2017_v2020.csv; pass "
                 "--set table=NAME"
             )
         records = _records(uri)
@@ -119,13 +126,15 @@ class ChestXray14(ImageImporter):
         _refuse_patients_in_both(uri, present, splits)
         rows = []
         for record in present:
-            columns = {name: value for name, value in record._asdict().items() if name in KINDS}
+            columns = {
+                name: value for name, value in record._asdict().items() if name in COLUMN_TYPES
+            }
             image, split = images[record.path], splits[record.path]
-            rows.append(place(image, split, **columns, _line=record.line))
+            rows.append(file_row(image, split, **columns, _line=record.line))
         unlisted = set(images) - {record.path for record in records}
         return Index(
-            table(rows, {**KINDS, "_line": pa.int64()}, source),
-            found.mark,
+            index_table(rows, {**COLUMN_TYPES, "_line": pa.int64()}, source),
+            found.fingerprint,
             info={"labels": list(FINDINGS), "split": self.options.lists},
             notes={
                 "split": "the official lists"
@@ -154,9 +163,9 @@ class ChestXray14(ImageImporter):
             if uri is None:
                 raise ValueError(
                     f"{source}: {name} is not there; put the official lists beside the CSV, or "
-                    "say --set lists=none to have all rows in train"
+                    "pass --set lists=none to have all rows in train"
                 )
-            lines = map(str.strip, importing.text(uri).splitlines())
+            lines = map(str.strip, importing.read_text(uri).splitlines())
             listed = [(number, image) for number, image in enumerate(lines, 1) if image]
             both = [number for number, image in listed if out.get(image, split) != split]
             if both:
@@ -187,7 +196,7 @@ def _records(uri: str) -> list[Record]:
         wrong = [name for name in findings if name not in FINDINGS]
         if wrong:
             raise ValueError(
-                f"{uri}:{number}: {wrong[0]!r} is none of the 14 findings; "
+                f"{uri}:{number}: {wrong[0]!r} is not one of the 14 findings; "
                 f"{nearest(wrong[0], FINDINGS)}"
             )
         name = row["Image Index"].strip()
@@ -247,4 +256,4 @@ def _refuse_patients_in_both(uri: str, records: list[Record], splits: dict[str, 
 
 
 def _counted_lines(numbers: list[int]) -> str:
-    return f"line {numbers[0]}" if len(numbers) == 1 else f"lines {preview(numbers)}"
+    return f"line {numbers[0]}" if len(numbers) == 1 else f"lines {first_few(numbers)}"

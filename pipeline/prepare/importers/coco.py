@@ -23,15 +23,20 @@ from pipeline.prepare.engine.images import ImageImporter
 from pipeline.prepare.engine.importing import (
     Index,
     Row,
+    file_row,
     first_existing,
-    place,
-    preview,
+    first_few,
+    index_table,
     split_of,
     split_of_folders,
-    table,
 )
 from pipeline.prepare.readers import archives
-from pipeline.prepare.readers.picture_check import BrokenImageError, Picture, nearest, png
+from pipeline.prepare.readers.picture_check import (
+    BrokenImageError,
+    Picture,
+    encode_png,
+    resize_nearest,
+)
 
 IGNORED = 255
 """Class of pixels that no metric counts: crowds."""
@@ -127,9 +132,9 @@ class Coco(ImageImporter):
         found = storage.glob(storage.join(source, self.options.annotations))
         if not found:
             raise ValueError(
-                f"{source}: no {self.options.annotations} there; say --set annotations=NAME.json"
+                f"{source}: no {self.options.annotations} there; pass --set annotations=NAME.json"
             )
-        rows, marks, counts, categories = [], [], Counter(), {}
+        rows, fingerprints, counts, categories = [], [], Counter(), {}
         for uri in found:
             # Not kept: a second copy of COCO's 450 MB takes 2.2 GB
             ours = {one["id"]: str(one["name"]) for one in _read(uri)["categories"]}
@@ -145,12 +150,12 @@ class Coco(ImageImporter):
             wrong := [i for i in categories if not 0 <= i + shift < IGNORED]
         ):
             raise ValueError(
-                f"{found[0]}: category ids that a mask of 8 bits cannot hold: {preview(wrong)}"
+                f"{found[0]}: category ids that a mask of 8 bits cannot hold: {first_few(wrong)}"
             )
         for uri in found:
             name = re.sub(r"^instances?_", "", PurePosixPath(uri).stem)
             listed = archives.listing(self._images(source, name))
-            marks.append(listed.mark)
+            fingerprints.append(listed.fingerprint)
             folders = uri.split("/")[-1 - self.options.annotations.count("/") : -1]
             split = _split(name, "/".join(folders))
             rows += self._rows(_read(uri), uri, _by_name(listed), split, categories, counts)
@@ -159,7 +164,7 @@ class Coco(ImageImporter):
         if twice:
             raise ValueError(
                 f"{source}: images that two of the annotation files put into one split: "
-                f"{preview(twice)}; say --set annotations=NAME.json"
+                f"{first_few(twice)}; pass --set annotations=NAME.json"
             )
         extra = {
             "none": (),
@@ -170,8 +175,8 @@ class Coco(ImageImporter):
         for category in info["categories"] if self.options.masks == "semantic" else ():
             category["mask_value"] = category["id"] + shift
         return Index(
-            table(rows, COLUMNS, source),
-            " ".join(marks),
+            index_table(rows, COLUMNS, source),
+            " ".join(fingerprints),
             extra,
             notes={"boxes": sum(len(row["boxes"]) for row in rows), **counts},
             info=info,
@@ -209,7 +214,7 @@ class Coco(ImageImporter):
             kept = _kept(by_image[image["id"]], image, counts)
             counts["images without a box"] += not kept
             rows.append(
-                place(
+                file_row(
                     images[image["file_name"]],
                     split,
                     image_id=image["id"],
@@ -235,9 +240,9 @@ class Coco(ImageImporter):
         """Refuse or count annotations and images that refer to nothing."""
         listed = {image["id"] for image in data["images"]}
         annotations = data["annotations"]
-        lost = [a.get("id") for a in annotations if a["image_id"] not in listed]
+        without_image = [a.get("id") for a in annotations if a["image_id"] not in listed]
         what = "annotations that name an image which is not listed"
-        self._refuse_or_count(lost, what, "annotation ids", uri, counts)
+        self._refuse_or_count(without_image, what, "annotation ids", uri, counts)
         unnamed = [a.get("id") for a in annotations if a["category_id"] not in categories]
         what = "annotations of a category that is not listed"
         self._refuse_or_count(unnamed, what, "annotation ids", uri, counts)
@@ -270,14 +275,14 @@ class Coco(ImageImporter):
     ) -> None:
         if wrong and self.options.missing == "refuse":
             raise ValueError(
-                f"{uri}: {what} ({names} {preview(wrong)}); correct the file, or leave them "
+                f"{uri}: {what} ({names} {first_few(wrong)}); correct the file, or leave them "
                 "out with --set missing=skip"
             )
         if wrong:
             counts[f"{what}, left out"] += len(wrong)
 
     def postprocess(self, row: Row, picture: Picture) -> Row:
-        out = boxes.resized(row, picture)
+        out = boxes.resize(row, picture)
         if row["_objects"] is None:
             return out
         objects, shift = json.loads(row["_objects"])
@@ -285,7 +290,7 @@ class Coco(ImageImporter):
             mask = semantic(objects, shift, row["_height"], row["_width"])
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise BrokenImageError(f"its mask cannot be drawn: {error}") from None
-        return {**out, "mask": png(nearest(mask, picture.size))}
+        return {**out, "mask": encode_png(resize_nearest(mask, picture.size))}
 
 
 def semantic(objects: list[Any], shift: int, height: int, width: int) -> np.ndarray:
@@ -317,7 +322,7 @@ def _read(uri: str) -> CocoFile:
     for name, key in (("images", "id"), ("images", "file_name"), ("categories", "id")):
         doubled = [value for value, n in Counter(item[key] for item in data[name]).items() if n > 1]
         if doubled:
-            raise ValueError(f"{uri}: {name} with the same {key}: {preview(doubled)}")
+            raise ValueError(f"{uri}: {name} with the same {key}: {first_few(doubled)}")
     return data
 
 
@@ -344,7 +349,7 @@ def _kept(
     """Return usable annotations with their box [x, y, width, height], clipped to the image."""
     out = []
     for annotation in annotations:
-        kept = boxes.clipped(annotation["bbox"], image["width"], image["height"], counts)
+        kept = boxes.clip(annotation["bbox"], image["width"], image["height"], counts)
         if kept is not None:
             out.append((annotation, kept))
     return out

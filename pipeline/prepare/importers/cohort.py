@@ -17,7 +17,7 @@ from pipeline.config import registry
 from pipeline.config.registry import Options, register
 from pipeline.core.arrow_lists import is_list
 from pipeline.prepare.cohorts import definition
-from pipeline.prepare.engine.importing import Notes, preview, validated
+from pipeline.prepare.engine.importing import Notes, first_few, validated
 from pipeline.prepare.engine.inputs import InputSplit, SplitReader, find_inputs
 from pipeline.prepare.engine.table_importer import Found, InferredSchema, TableImporter
 from pipeline.prepare.readers import parquet
@@ -71,7 +71,7 @@ class Cohort(TableImporter):
         if not self.task:
             if self.options.options:
                 raise ValueError(
-                    f"--set {next(iter(self.options.options))}=...: an option of no task; say "
+                    f"--set {next(iter(self.options.options))}=...: an option of no task; pass "
                     f"--set task={'|'.join(registry.names('cohort'))}"
                 )
             return
@@ -90,7 +90,7 @@ class Cohort(TableImporter):
         listed = find_inputs(source, parquet.SUFFIXES)
         input_splits = parquet.split_files(listed, part_bytes)
         first = {input_split.name: input_split for input_split in input_splits}
-        schemas = {name: parquet.schema(input_split) for name, input_split in first.items()}
+        schemas = {name: parquet.read_schema(input_split) for name, input_split in first.items()}
         self.schema = next(iter(schemas.values()))
         for name, schema in schemas.items():
             if schema != self.schema:
@@ -98,7 +98,7 @@ class Cohort(TableImporter):
                     f"{name}: other columns than {next(iter(schemas))}; give one kind of event rows"
                 )
         self._check(source)
-        return input_splits, listed.mark, listed.notes
+        return input_splits, listed.fingerprint, listed.notes
 
     def _check(self, source: str) -> None:
         """Raise ValueError for a needed column that is missing."""
@@ -154,7 +154,7 @@ class Cohort(TableImporter):
         notes = {
             "rows of the cohort": counts[""],
             "rows left out": left,
-            "columns not written (outcomes)": preview(outcomes) if outcomes else "none",
+            "columns not written (outcomes)": first_few(outcomes) if outcomes else "none",
         }
         about = {
             "task": self.task,

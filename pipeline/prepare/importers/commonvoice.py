@@ -14,11 +14,11 @@ from pipeline.config.registry import Options, nearest, register
 from pipeline.io import storage
 from pipeline.prepare.engine.audio import (
     AudioImporter,
+    audio_entries,
+    count_other_files,
     drop_repeated_keys,
-    others,
-    recording,
-    recordings,
-    sounds,
+    recording_row,
+    recordings_table,
 )
 from pipeline.prepare.engine.importing import (
     SPLITS,
@@ -26,8 +26,8 @@ from pipeline.prepare.engine.importing import (
     InvalidRow,
     Notes,
     Row,
-    names_in,
-    preview,
+    first_few,
+    parse_names,
 )
 from pipeline.prepare.engine.inputs import InputSplit, SplitReader
 from pipeline.prepare.readers import archives
@@ -90,7 +90,7 @@ class CommonVoice(AudioImporter):
     def index(self, source: str) -> Index:
         found = archives.listing(source)
         tables = self._tables(source, found)
-        clips = {entry.name: entry for entry in sounds(found)}
+        clips = {entry.name: entry for entry in audio_entries(found)}
         rows, bad, columns = [], [], {}
         for entry, language in tables:
             more, wrong, names = _read(entry, language, clips)
@@ -104,12 +104,14 @@ class CommonVoice(AudioImporter):
         notes: Notes = {"clips that no table read names": len(unnamed)}
         if overlap:
             notes["rows of a table whose clip another one has"] = dict(overlap)
-        notes["files left out"] = others(found, ".tsv")
-        return Index(recordings(good, kinds, source, bad), found.mark, broken=bad, notes=notes)
+        notes["files left out"] = count_other_files(found, ".tsv")
+        return Index(
+            recordings_table(good, kinds, source, bad), found.fingerprint, invalid=bad, notes=notes
+        )
 
     @property
     def _listed(self) -> list[str]:
-        return [name.removesuffix(".tsv") for name in names_in(self.options.lists)]
+        return [name.removesuffix(".tsv") for name in parse_names(self.options.lists)]
 
     @property
     def _overlaps(self) -> bool:
@@ -125,7 +127,7 @@ class CommonVoice(AudioImporter):
         there = {entry.name: entry for entry in found.entries if entry.suffix == ".tsv"}
         languages: dict[str, str] = {}
         for folder in sorted(
-            {posixpath.dirname(posixpath.dirname(entry.name)) for entry in sounds(found)}
+            {posixpath.dirname(posixpath.dirname(entry.name)) for entry in audio_entries(found)}
             & {posixpath.dirname(name) for name in there}
         ):
             language = posixpath.basename(folder) or posixpath.basename(storage.absolute(source))
@@ -152,8 +154,8 @@ class CommonVoice(AudioImporter):
                     beside = [one for one in there if posixpath.dirname(one) == folder]
                     listed = [posixpath.basename(one)[:-4] for one in beside]
                     raise ValueError(
-                        f"{source}: no {path}; say --set lists= with those that are there: "
-                        f"{preview(sorted(listed))}"
+                        f"{source}: no {path}; pass --set lists= with those that are there: "
+                        f"{first_few(sorted(listed))}"
                     )
                 out.append((there[path], language))
         return out
@@ -173,7 +175,7 @@ def _read(
         reading = SplitReader(InputSplit(table.name, split, table), opener, most=1 << 62)
         records = list(Dialect("tab", "").rows(reading))
     if not records:
-        raise ValueError(f"{table.name}: an empty table; get it again")
+        raise ValueError(f"{table.name}: an empty table; download it again")
     header = records[0][1]
     for column in NEEDED:
         if column not in header:
@@ -191,5 +193,5 @@ def _read(
             if column in row
         }
         kept |= {"transcript": row["sentence"].strip(), "speaker": row["client_id"]}
-        rows.append(recording(clips[path], split, language=language, **kept))
+        rows.append(recording_row(clips[path], split, language=language, **kept))
     return rows, reading.listed, [column for column in (*TEXTS, *NUMBERS) if column in header]

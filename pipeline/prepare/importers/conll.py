@@ -14,7 +14,7 @@ from pydantic import Field
 
 from pipeline.config.registry import Options, register
 from pipeline.media.tagging_schemes import check
-from pipeline.prepare.engine.importing import Notes, Row, preview
+from pipeline.prepare.engine.importing import Notes, Row, first_few
 from pipeline.prepare.engine.inputs import InputSplit, SplitReader, decoded
 from pipeline.prepare.engine.table_importer import Found, InferredSchema, TableImporter
 
@@ -35,7 +35,7 @@ SUFFIXES = (
     ".annotated",
 )
 DOCUMENT = "-DOCSTART-"
-MOST_WORDS = 100_000
+MAX_WORDS = 100_000
 """A longer sentence means a file without blank lines."""
 WIDEST = 100
 
@@ -84,7 +84,7 @@ class Sentence(NamedTuple):
     reason: str
 
 
-class Layout(NamedTuple):
+class FileScan(NamedTuple):
     """What the scan finds of a file: scheme of the tags, columns of a line, documents before it."""
 
     scheme: str
@@ -149,9 +149,9 @@ class Conll(TableImporter):
                 wrong = f"{len(cells)} columns: no column {missing}"
             if wrong and not reason:
                 reason = f"line {number + reading.before}: {wrong}"
-            if len(words) > MOST_WORDS:
+            if len(words) > MAX_WORDS:
                 raise ValueError(
-                    f"{reading.place(first)}: more than {MOST_WORDS} words without a blank "
+                    f"{reading.location(first)}: more than {MAX_WORDS} words without a blank "
                     "line; in this layout one stands after every sentence"
                 )
         if words or reason:
@@ -187,7 +187,7 @@ class Conll(TableImporter):
         inside = sum(one["inside"] for one in found)
         layouts, documents = [], 0
         for one in found:
-            layouts.append(Layout(scheme, one["width"], documents))
+            layouts.append(FileScan(scheme, one["width"], documents))
             documents += one["documents"]
         notes = {
             "scheme": f"{scheme}, written as bio ({inside} I- became B-)"
@@ -207,7 +207,7 @@ class Conll(TableImporter):
         )
 
     def rows(self, reading: SplitReader) -> Iterator[Row]:
-        layout: Layout = reading.scan_result
+        layout: FileScan = reading.scan_result
         width, scheme = layout.width, layout.scheme
         for line, words, tags, widths, document, reason in self._sentences(reading):
             other = [n for n in widths if n != width]
@@ -261,8 +261,8 @@ def _scheme(found: list[Found]) -> str:
     prefixes = {name for one in found for name in one["prefixes"]} - {""}
     if not prefixes <= {"B", "I", "O", "E", "S"}:
         raise ValueError(
-            f"tags that begin with {preview(sorted(prefixes - set('BIOES')))}: neither bio, bioes "
-            "nor iob1; is tag_column right? --set scheme=none takes tags of any kind, --set "
+            f"tags that begin with {first_few(sorted(prefixes - set('BIOES')))}: neither bio, "
+            "bioes nor iob1; is tag_column right? --set scheme=none takes tags of any kind, --set "
             "scheme=bio lists such rows as broken"
         )
     if prefixes & {"E", "S"}:

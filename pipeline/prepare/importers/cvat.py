@@ -18,7 +18,7 @@ from pipeline.prepare.engine.annotated_images import (
     polygon,
     rotated,
 )
-from pipeline.prepare.engine.importing import preview, split_of_folder
+from pipeline.prepare.engine.importing import first_few, split_of_folder
 from pipeline.prepare.readers import archives
 
 NO_SUBSET = "default"
@@ -49,7 +49,7 @@ class Cvat(AnnotatedImagesImporter):
     ) -> tuple[list[AnnotatedImage], list[str]]:
         files = [entry for entry in found.entries if entry.name.lower().endswith(".xml")]
         if len(files) != 1:
-            what = f"{len(files)} .xml files ({preview(one.name for one in files)})"
+            what = f"{len(files)} .xml files ({first_few(one.name for one in files)})"
             raise ValueError(
                 f"{source}: {what if files else 'no .xml file'}; give the folder or zip of one "
                 "export of the format CVAT for images 1.1"

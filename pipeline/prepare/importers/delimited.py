@@ -16,19 +16,18 @@ from pipeline.prepare.engine.importing import (
     Row,
     check_columns,
     check_one_split,
-    preview,
+    first_few,
 )
 from pipeline.prepare.engine.inputs import InputSplit, SplitReader
 from pipeline.prepare.engine.table_importer import (
-    KINDS,
     Found,
     InferredSchema,
     TableImporter,
-    wider,
 )
-from pipeline.prepare.readers.dialect import SUFFIXES, Dialect, field_kind, field_value
+from pipeline.prepare.engine.value_types import ValueType, common_type
+from pipeline.prepare.readers.dialect import SUFFIXES, Dialect, type_of_field, value_of_field
 
-NAMES = {"string": 4, "float": 3, "int": 2}
+NAMES = {"string": ValueType.STRING, "float": ValueType.FLOAT, "int": ValueType.INTEGER}
 TEXTS = ("text", "text_pair")
 
 
@@ -85,7 +84,7 @@ class Csv(TableImporter):
         check_one_split(o)
         if o.names and o.header:
             raise ValueError(
-                f"--set names={o.names}: names are for files without a header; say --set "
+                f"--set names={o.names}: names are for files without a header; pass --set "
                 "header=false too, or rename with --set columns=NEW=OLD"
             )
         self.dialect = Dialect(o.delimiter, o.quote, o.encoding)
@@ -96,7 +95,7 @@ class Csv(TableImporter):
         names = [name.strip() for name in o.names.split(",")] if o.names else []
         rows = self.dialect.rows(reading, o.header, names)
         first = next(rows, None)
-        picked = self._picked(first[1], reading.place(first[0])) if first else []
+        picked = self._picked(first[1], reading.location(first[0])) if first else []
         required = [*map(str.strip, o.required.split(",")), "split"]
         required = [name for name in required if name in dict(picked)]
         for number, fields in rows:
@@ -126,60 +125,59 @@ class Csv(TableImporter):
         if clash:
             raise ValueError(
                 f"{place}: --set columns calls a column {clash[0]!r}, as another one is "
-                "called; rename that one too, or say --set keep=false"
+                "called; rename that one too, or pass --set keep=false"
             )
         if "split" in dict(taken):
             raise ValueError(
                 f"{place}: a column is called split, as the one that says which rows are for "
-                "training and which for tests; if it is that, say --set split_column=split, else "
+                "training and which for tests; if it is that, pass --set split_column=split, else "
                 "rename it: --set columns=fold=split"
             )
         return [*taken, ("split", header.index(split))] if split else taken
 
     def scan(self, reading: SplitReader) -> Found:
         """Return the columns and what their values look like."""
-        kinds: dict[str, int] = {}
+        types: dict[str, int] = {}
         rows = 0
         for row in self._named(reading):
             rows += 1
             for name, value in row.items():
-                known = kinds.get(name, 0)
-                kinds[name] = (
-                    known if known == 4 else wider(known, 4 if name in TEXTS else field_kind(value))
-                )
-        return {"rows": rows, "kinds": kinds}
+                known = types.get(name, ValueType.NULL)
+                if known != ValueType.STRING:
+                    own = ValueType.STRING if name in TEXTS else type_of_field(value)
+                    types[name] = common_type(known, own)
+        return {"rows": rows, "kinds": types}
 
     def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
-        kinds: dict[str, int] = {}
+        types: dict[str, ValueType] = {}
         for one in found:
-            for name, kind in one["kinds"].items():
-                kinds[name] = wider(kinds.get(name, 0), kind)
-        kinds.pop("split", None)
-        for name, kind in self.given_types.items():
-            if name not in kinds:
+            for name, value_type in one["kinds"].items():
+                types[name] = common_type(types.get(name, ValueType.NULL), value_type)
+        types.pop("split", None)
+        for name, given in self.given_types.items():
+            if name not in types:
                 raise ValueError(
-                    f"--set types: no column {name!r}; {registry.nearest(name, kinds)}"
+                    f"--set types: no column {name!r}; {registry.nearest(name, types)}"
                 )
-            if kinds[name] > NAMES[kind]:
+            if types[name] > NAMES[given]:
+                is_string = types[name] == ValueType.STRING
                 raise ValueError(
-                    f"--set types={name}={kind}: it holds values that are "
-                    f"{'no numbers' if kinds[name] == 4 else 'no whole numbers'}"
+                    f"--set types={name}={given}: it holds values that are "
+                    f"{'no numbers' if is_string else 'no whole numbers'}"
                 )
-            kinds[name] = NAMES[kind]
+            types[name] = NAMES[given]
         missing = {
-            name: preview(
+            name: first_few(
                 input_split.name
                 for input_split, one in zip(input_splits, found, strict=True)
                 if one["rows"] and name not in one["kinds"]
             )
-            for name in kinds
+            for name in types
         }
-        columns = [
-            pa.field(name, KINDS[kind] if kind else pa.string()) for name, kind in kinds.items()
-        ]
+        columns = [pa.field(name, of_column.column_type) for name, of_column in types.items()]
         return InferredSchema(
             columns,
-            [kinds] * len(input_splits),
+            [types] * len(input_splits),
             {
                 f"files without a column {name}, where it is null": where
                 for name, where in missing.items()
@@ -188,15 +186,12 @@ class Csv(TableImporter):
         )
 
     def rows(self, reading: SplitReader) -> Iterator[Row]:
-        kinds: dict[str, int] = reading.scan_result
+        types: dict[str, int] = reading.scan_result
         for row in self._named(reading):
-            made = {
-                name: field_value(row[name], kind) if name in row else None
-                for name, kind in kinds.items()
-            }
+            values = {name: value_of_field(row.get(name, ""), of) for name, of in types.items()}
             if "split" in row:
-                made["split"] = SPLITS[row["split"].strip().lower()]
-            yield made
+                values["split"] = SPLITS[row["split"].strip().lower()]
+            yield values
 
 
 def _pairs(option: str, text: str) -> dict[str, str]:

@@ -31,31 +31,31 @@ from pipeline.prepare.engine.importing import (
     Info,
     InvalidRow,
     check_columns,
+    first_few,
     first_reason,
     invalid_row,
-    names_in,
-    preview,
+    parse_names,
 )
 from pipeline.prepare.engine.inputs import InputSplit, find_inputs
 from pipeline.prepare.readers.archives import Opener
 from pipeline.prepare.readers.csv_blocks import (
-    KINDS,
+    COLUMN_TYPES,
     NULLS,
     SUFFIXES,
     Column,
     RowCounts,
     batches,
-    instants,
-    schema,
+    epoch_times,
+    read_schema,
     split_table,
+    timezone_awareness,
     without_nulls,
-    zones,
 )
 
 HOURS = {"hours": 1.0, "minutes": 1 / 60, "seconds": 1 / 3600, "days": 24.0}
 MICROSECONDS_PER_HOUR = 3_600_000_000
 TABLE = "events"
-MOST_HOURS = 100_000
+MAX_HOURS = 100_000
 """More than eleven years from an entity's start: probably absolute times, written as numbers."""
 
 
@@ -157,12 +157,12 @@ class LongTable(GroupedImporter):
                 part for entry in taken for part in split_table(TABLE, entry, cut_bytes, o.newlines)
             ]
             self._kind = "id" if _is_whole(taken[0], o.entity, opener) else "text"
-        marks = [
-            found.mark,
+        fingerprints = [
+            found.fingerprint,
             *([file_identity.fingerprint(storage.absolute(o.entities))] if o.entities else []),
-            *([plausible.mark()] if o.clean != "none" else []),
+            *([plausible.fingerprint()] if o.clean != "none" else []),
         ]
-        return EventTables([[part] for part in self._parts], " ".join(marks), found.notes)
+        return EventTables([[part] for part in self._parts], " ".join(fingerprints), found.notes)
 
     def entities(self, source: str) -> Entities:
         o = self.options
@@ -177,7 +177,7 @@ class LongTable(GroupedImporter):
         name = o.entities.rpartition("/")[2]
         table = _table(o.entities, (o.entity, o.group))
         columns = table.column_names
-        static, outcomes = (names_in(text) for text in (o.static, o.outcomes))
+        static, outcomes = (parse_names(text) for text in (o.static, o.outcomes))
         check_columns(
             name,
             columns,
@@ -203,7 +203,7 @@ class LongTable(GroupedImporter):
                     one,
                     _ids(table[one], f"{name}: column {one!r} for --set {option}"),
                 )
-        table, broken = self._good(table, name)
+        table, invalid = self._good(table, name)
         out = {
             "entity": table[o.entity],
             **({"patient": table[o.group]} if o.group else {}),
@@ -213,8 +213,8 @@ class LongTable(GroupedImporter):
         rows = pa.table(
             {**out, "split": pa.array([o.split] * len(table), pa.string())}
         ).combine_chunks()
-        start = instants(table[o.start], "us")[0] if o.start else None
-        zoned = zones(table[o.start]) if o.start else set()
+        start = epoch_times(table[o.start], "us")[0] if o.start else None
+        zoned = timezone_awareness(table[o.start]) if o.start else set()
         ids = rows["entity"].combine_chunks()
         self._kind = "id" if pa.types.is_integer(ids.type) else "text"
         keys = {"ids": ids, "start": start, "start_zoned": zoned}
@@ -222,7 +222,7 @@ class LongTable(GroupedImporter):
             rows,
             keys,
             "patient" if o.group else "entity",
-            broken,
+            invalid,
             info=self._info(static, outcomes),
         )
 
@@ -239,14 +239,14 @@ class LongTable(GroupedImporter):
         if o.group:
             masks.append((np.asarray(joined(table[o.group]).is_null()), "no group"))
         if o.start:
-            masks.append((~instants(table[o.start])[1], "no start"))
+            masks.append((~epoch_times(table[o.start])[1], "no start"))
         reasons = first_reason(*masks)
-        broken = [
+        invalid = [
             invalid_row(f"{name}:row {i + 1}", o.split, str(reasons[i]))
             for i in np.flatnonzero(reasons != "")
         ]
         table = table.filter(pa.array(reasons == ""))
-        return table.take(pc.sort_indices(table[o.entity])), broken
+        return table.take(pc.sort_indices(table[o.entity])), invalid
 
     def _info(self, static: list[str], outcomes: list[str]) -> Info:
         return {
@@ -258,7 +258,7 @@ class LongTable(GroupedImporter):
 
     def _ids(self) -> pa.Array:
         """Return all entities that have events, sorted: one pass over that column."""
-        ids = pa.array([], KINDS[self._kind])
+        ids = pa.array([], COLUMN_TYPES[self._kind])
         columns = {self.options.entity: Column(self._kind)}
         with Opener() as opener:
             for part in self._parts:
@@ -333,10 +333,10 @@ class LongTable(GroupedImporter):
             )
         found = plausible.numbers(column)
         hours, timed = found.values * HOURS[self.options.unit], found.reasons == 0
-        if far := np.count_nonzero(timed & (rows >= 0) & (np.abs(hours) > MOST_HOURS)):
+        if far := np.count_nonzero(timed & (rows >= 0) & (np.abs(hours) > MAX_HOURS)):
             raise ValueError(
                 f"{part.entry.name}: {far} of {len(hours)} "
-                f"rows are more than {MOST_HOURS} hours from the entity's start, with --set "
+                f"rows are more than {MAX_HOURS} hours from the entity's start, with --set "
                 f"unit={self.options.unit}; name their unit, or if they are absolute, write them "
                 "as timestamps (2101-10-20 19:08:00) and give unit=timestamp and start=COLUMN of "
                 "the entities' table"
@@ -348,7 +348,7 @@ def _is_whole(entry: Any, column: str, opener: Opener) -> bool:
     """Whether a Parquet table has whole numbers in a column. Raises ValueError if it has no such
     column.
     """
-    found = schema(entry, opener)
+    found = read_schema(entry, opener)
     if column not in found.names:
         column = next((name for name in found.names if name.lower() == column.lower()), column)
     check_columns(entry.name, found.names, ("entity", column))
@@ -363,9 +363,9 @@ def _table(uri: str, ids: tuple[str, ...]) -> pa.Table:
     """
     found = find_inputs(uri, SUFFIXES, "all")
     if len(found.files) != 1:
+        names = first_few(entry.name for entry, _ in found.files)
         raise ValueError(
-            f"{uri}: {len(found.files)} tables ({preview(entry.name for entry, _ in found.files)}) "
-            "for --set entities; name one file"
+            f"{uri}: {len(found.files)} tables ({names}) for --set entities; name one file"
         )
     entry = found.files[0][0]
     with Opener() as opener:
@@ -386,7 +386,7 @@ def _table(uri: str, ids: tuple[str, ...]) -> pa.Table:
         # Arrow's words may hold a row: they are not shown
         except (ValueError, OSError, EOFError, zlib.error):
             raise ValueError(
-                f"{entry.name}: not a whole table with one row an entity; get it again"
+                f"{entry.name}: not a whole table with one row an entity; download it again"
             ) from None
     return pa.table({field.name: _plain(table[field.name], field.type) for field in table.schema})
 

@@ -15,7 +15,12 @@ from pipeline.data import manifests
 from pipeline.io import file_identity, storage
 from pipeline.io.threads import threaded_map
 from pipeline.prepare.engine import audio, images
-from pipeline.prepare.engine.audio import AudioImporter, AudioShardTask, recording, recordings
+from pipeline.prepare.engine.audio import (
+    AudioImporter,
+    AudioShardTask,
+    recording_row,
+    recordings_table,
+)
 from pipeline.prepare.engine.images import ImageImporter, ImageShardTask
 from pipeline.prepare.engine.importing import (
     NO_SPLIT,
@@ -24,11 +29,11 @@ from pipeline.prepare.engine.importing import (
     InvalidRow,
     Row,
     check_columns,
+    file_row,
+    first_few,
+    index_table,
     invalid_row,
     kind_of_files,
-    place,
-    preview,
-    table,
 )
 from pipeline.prepare.engine.shard_tasks import Importer
 from pipeline.prepare.readers.archives import Entry
@@ -101,7 +106,7 @@ def _column_of(rows: pa.Table, source: str) -> str:
     if len(found) != 1:
         which = f"several columns name files ({', '.join(found)})" if found else "no column does"
         raise ValueError(
-            f"{source}: which column names image or audio files? {which}: say --set column=NAME; "
+            f"{source}: which column names image or audio files? {which}: pass --set column=NAME; "
             f"columns are {', '.join(rows.column_names)}"
         )
     return found[0]
@@ -128,7 +133,7 @@ class _Listed:
         return {**self.__dict__, "listed": None}
 
     def entries(self, source: str) -> tuple[list[tuple[Entry, str, Row]], list[InvalidRow], str]:
-        """Return (file, split and columns of each valid row; the invalid rows; a mark)."""
+        """Return (file, split and columns of each valid row; the invalid rows; a fingerprint)."""
         root = self.options.root or posixpath.dirname(source)
         names = self.listed[self.column].to_pylist()
         uris = [
@@ -161,12 +166,12 @@ class _Listed:
         if not good:
             raise ValueError(
                 f"{source}: none of {len(names)} rows of column {self.column} names a file that is "
-                f"there: {preview(one['reason'] for one in bad)}; relative names begin in {root}, "
-                "say --set root=FOLDER for another one"
+                f"there: {first_few(row['reason'] for row in bad)}; relative names begin in "
+                f"{root}, pass --set root=FOLDER for another one"
             )
         contents = [known[uri] for uri in uris if uri]
-        mark = hashlib.sha256(f"{file_identity.fingerprint(source)} {contents}".encode())
-        return good, bad, mark.hexdigest()
+        fingerprint = hashlib.sha256(f"{file_identity.fingerprint(source)} {contents}".encode())
+        return good, bad, fingerprint.hexdigest()
 
     @property
     def types(self) -> dict[str, pa.DataType]:
@@ -180,9 +185,9 @@ class Pictures(_Listed, ImageImporter):
     what = "image"
 
     def index(self, source: str) -> Index:
-        good, bad, mark = self.entries(source)
-        rows = [{**place(entry, split), **more} for entry, split, more in good]
-        return Index(table(rows, self.types, source), mark, broken=bad)
+        good, bad, fingerprint = self.entries(source)
+        rows = [{**file_row(entry, split), **more} for entry, split, more in good]
+        return Index(index_table(rows, self.types, source), fingerprint, invalid=bad)
 
 
 class Sounds(_Listed, AudioImporter):
@@ -195,7 +200,7 @@ class Sounds(_Listed, AudioImporter):
         _Listed.__init__(self, options, rows, column)
 
     def index(self, source: str) -> Index:
-        good, bad, mark = self.entries(source)
+        good, bad, fingerprint = self.entries(source)
         # a table's own column may be called start or entry, too
-        rows = [{**recording(entry, split), **more} for entry, split, more in good]
-        return Index(recordings(rows, self.types, source, bad), mark, broken=bad)
+        rows = [{**recording_row(entry, split), **more} for entry, split, more in good]
+        return Index(recordings_table(rows, self.types, source, bad), fingerprint, invalid=bad)

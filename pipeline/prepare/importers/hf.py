@@ -25,7 +25,7 @@ from pipeline.core.rng import mix, row_keys
 from pipeline.io import file_identity, storage
 from pipeline.media import audio_io
 from pipeline.prepare.engine import audio, images
-from pipeline.prepare.engine.importing import SPLITS, Row, invalid_row, names_in
+from pipeline.prepare.engine.importing import SPLITS, Row, invalid_row, parse_names
 from pipeline.prepare.engine.row_groups import RowGroups
 from pipeline.prepare.engine.shard_tasks import (
     BudgetCheck,
@@ -88,7 +88,7 @@ class Hf(Importer):
 # ---------------------------------------------------------------- opening
 
 
-def _opened(source: str, options: HfOptions) -> dict[str, Any]:
+def _open_dataset(source: str, options: HfOptions) -> dict[str, Any]:
     """Return the data sets of the splits that are asked for, by the publisher's names."""
     try:
         import datasets
@@ -117,7 +117,7 @@ def _opened(source: str, options: HfOptions) -> dict[str, Any]:
         raise ValueError(f"{source}: datasets cannot load it: {error}") from error
     if not isinstance(found, dict):
         found = {str(found.split or "train"): found}
-    wanted = names_in(options.splits)
+    wanted = parse_names(options.splits)
     for name in wanted:
         if name not in found:
             raise ValueError(f"{source}: no split {name!r}; {nearest(name, list(found))}")
@@ -128,7 +128,7 @@ def _opened(source: str, options: HfOptions) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Column:
+class _OutputColumn:
     """A column of the result.
 
     Attributes:
@@ -144,7 +144,7 @@ class _Column:
     type: pa.DataType
 
 
-def _kind(feature: Any) -> str:
+def _feature_type(feature: Any) -> str:
     return type(feature).__name__
 
 
@@ -152,7 +152,7 @@ def _item(feature: Any) -> Any:
     """Return the feature of a list's items; none for what is no list."""
     if isinstance(feature, list):
         return feature[0]
-    return feature.feature if _kind(feature) in ("List", "LargeList", "Sequence") else None
+    return feature.feature if _feature_type(feature) in ("List", "LargeList", "Sequence") else None
 
 
 def _has_classes(feature: Any) -> bool:
@@ -160,12 +160,12 @@ def _has_classes(feature: Any) -> bool:
     if isinstance(feature, dict):
         return any(map(_has_classes, feature.values()))
     item = _item(feature)
-    return _kind(feature) == "ClassLabel" or (item is not None and _has_classes(item))
+    return _feature_type(feature) == "ClassLabel" or (item is not None and _has_classes(item))
 
 
 def _named_type(feature: Any, stored: Any) -> pa.DataType:
     """Return the Arrow type of a feature's values once its classes have names."""
-    if _kind(feature) == "ClassLabel":
+    if _feature_type(feature) == "ClassLabel":
         return pa.string()
     if isinstance(feature, dict):
         types = {name: _named_type(one, stored.field(name).type) for name, one in feature.items()}
@@ -174,16 +174,16 @@ def _named_type(feature: Any, stored: Any) -> pa.DataType:
     return stored if item is None else pa.list_(_named_type(item, stored.value_type))
 
 
-def _named(feature: Any, value: Any) -> Any:
+def _with_class_names(feature: Any, value: Any) -> Any:
     """Return a value with the names of its classes; -1 stands for no class."""
     if value is None:
         return None
-    if _kind(feature) == "ClassLabel":
+    if _feature_type(feature) == "ClassLabel":
         return None if value == -1 else feature.int2str(value)
     if isinstance(feature, dict):
-        return {name: _named(one, value[name]) for name, one in feature.items()}
+        return {name: _with_class_names(one, value[name]) for name, one in feature.items()}
     item = _item(feature)
-    return value if item is None else [_named(item, one) for one in value]
+    return value if item is None else [_with_class_names(item, one) for one in value]
 
 
 def _plain(stored: Any) -> pa.DataType:
@@ -196,7 +196,7 @@ def _plain(stored: Any) -> pa.DataType:
 
 def _columns(
     features: Mapping[str, Any], types: Any, taken: set[str], at: tuple[str, ...] = ()
-) -> Iterator[_Column]:
+) -> Iterator[_OutputColumn]:
     """Yield the columns of features; structs become a column for each field."""
     for name, feature in features.items():
         source, stored = (*at, name), types.field(name).type
@@ -206,7 +206,7 @@ def _columns(
         own = "_".join(source)
         plain = _plain(stored)
         has_classes = _has_classes(feature)
-        yield _Column(
+        yield _OutputColumn(
             f"dataset_{own}" if own in taken else own,
             source,
             feature if has_classes else None,
@@ -214,13 +214,13 @@ def _columns(
         )
 
 
-def _values(block: pa.Table, column: _Column) -> pa.ChunkedArray:
+def _values(block: pa.Table, column: _OutputColumn) -> pa.ChunkedArray:
     """Return the values of a column of the result."""
     values: Any = block[column.source[0]]
     for name in column.source[1:]:
         values = pc.struct_field(values, name)
     if column.feature is not None:
-        named = [_named(column.feature, value) for value in values.to_pylist()]
+        named = [_with_class_names(column.feature, value) for value in values.to_pylist()]
         return pa.chunked_array([pa.array(named, column.type)])
     if isinstance(values.type, pa.ExtensionType):
         storage_type = values.type.storage_type
@@ -239,11 +239,11 @@ class HfTask(ShardTask):
     def __init__(self, importer: Hf, source: str, settings: Settings):
         super().__init__(importer, settings)
         options = importer.options
-        self.found = _opened(source, options)
+        self.found = _open_dataset(source, options)
         self.names = {name: SPLITS.get(name.strip().lower(), name) for name in self.found}
         if len(set(self.names.values())) < len(self.names):
             raise ValueError(
-                f"{source}: {', '.join(self.names)} are the same splits under two names; say "
+                f"{source}: {', '.join(self.names)} are the same splits under two names; pass "
                 "--set splits=NAME,NAME"
             )
         first = next(iter(self.found.values()))
@@ -254,24 +254,24 @@ class HfTask(ShardTask):
         for name, one in self.found.items():
             if one.features != first.features:
                 raise ValueError(
-                    f"{source}: split {name} has other columns than the first one; say --set "
+                    f"{source}: split {name} has other columns than the first one; pass --set "
                     "splits=NAME to write splits apart"
                 )
         self._read_features(source, first.features)
         self.order: dict[str, np.ndarray] = {}
-        marks, spans = [], []
+        fingerprints, spans = [], []
         for name, one in self.found.items():
             if options.streaming:
                 settings.reject(
                     ("rows_per_part", "part_mb"), "of a streamed data set the parts are its own"
                 )
-                cuts, mark = list(range(one.num_shards + 1)), f"{source} {options.revision}"
+                cuts, fingerprint = list(range(one.num_shards + 1)), f"{source} {options.revision}"
             else:
                 zero = np.zeros(1, dtype=np.int64)
                 keys = row_keys(mix(*b"prepare"), zero, np.arange(len(one)))
                 self.order[name] = np.argsort(keys, kind="stable")
-                cuts, mark = _cuts(one, settings), _mark(one, self.media)
-            marks.append([name, mark])
+                cuts, fingerprint = _cuts(one, settings), _fingerprint(one, self.media)
+            fingerprints.append([name, fingerprint])
             spans += [(name, start, stop) for start, stop in pairwise(cuts)]
         if not spans:
             raise ValueError(f"{source}: no rows")
@@ -280,14 +280,14 @@ class HfTask(ShardTask):
         self.publisher = {
             shard.name: name for shard, (name, _, _) in zip(self.shards, spans, strict=True)
         }
-        self.key = (marks, str(first.features), settings.resize, settings.quality, spans)
+        self.key = (fingerprints, str(first.features), settings.resize, settings.quality, spans)
         self.rows = {name: len(order) for name, order in self.order.items()}
         self.total = sum(self.rows.values())
 
     def _read_features(self, source: str, features: Any) -> None:
         """Find the column of images or recordings, the label, and the columns to write."""
         options = self.importer.options
-        media = [name for name, one in features.items() if _kind(one) in ("Image", "Audio")]
+        media = [name for name, one in features.items() if _feature_type(one) in ("Image", "Audio")]
         if options.column and options.column not in media:
             raise ValueError(
                 f"{source}: {options.column!r} is no column of images or recordings; "
@@ -295,11 +295,11 @@ class HfTask(ShardTask):
             )
         if len(media) > 1 and not options.column:
             raise ValueError(
-                f"{source}: several columns have images or recordings ({', '.join(media)}); say "
+                f"{source}: several columns have images or recordings ({', '.join(media)}); pass "
                 "--set column=NAME"
             )
         self.media = options.column or next(iter(media), "")
-        self.what = _kind(features[self.media]) if self.media else ""
+        self.what = _feature_type(features[self.media]) if self.media else ""
         if self.what != "Image":
             self.settings.reject(("resize", "quality"), "there are no images; leave it out")
         taken = {"split", *MEASURED[self.what]}
@@ -314,7 +314,9 @@ class HfTask(ShardTask):
                 "one of them"
             )
         classes = {
-            one.name: one.feature.names for one in self.kept if _kind(one.feature) == "ClassLabel"
+            one.name: one.feature.names
+            for one in self.kept
+            if _feature_type(one.feature) == "ClassLabel"
         }
         self.label = options.label or (next(iter(classes)) if len(classes) == 1 else "")
         names = [one.name for one in self.kept]
@@ -329,9 +331,9 @@ class HfTask(ShardTask):
         """Count the rows of streamed splits whose number the data set does not tell."""
         for name, one in self.found.items():
             if name not in self.rows:
-                told = (one.info.splits or {}).get(name)
+                stated = (one.info.splits or {}).get(name)
                 blocks = one.with_format("arrow").iter(batch_size=COUNTED_ROWS)
-                known = told.num_examples if told is not None else 0
+                known = stated.num_examples if stated is not None else 0
                 self.rows[name] = known or sum(len(block) for block in blocks)
         self.total = sum(self.rows.values())
 
@@ -371,27 +373,27 @@ def _cuts(found: Any, settings: Settings) -> list[int]:
     return [rows * i // number for i in range(number + 1)] if rows else []
 
 
-def _mark(found: Any, media: str) -> list[str]:
+def _fingerprint(found: Any, media: str) -> list[str]:
     """Return what changes with the rows of a split: the content of its Arrow files, and of the
     images or recordings that they name by path.
     """
     files = [one["filename"] for one in found.cache_files]
-    mark = [one.content for one in file_identity.identify(files)]
+    fingerprint = [one.content for one in file_identity.identify(files)]
     if not files:
-        mark = [found._fingerprint]  # held in memory
+        fingerprint = [found._fingerprint]  # held in memory
     if media:
         cells = found.data.column(media)
         without = pc.invert(pc.is_valid(pc.struct_field(cells, "bytes")))
         paths = pc.struct_field(cells, "path").filter(without).drop_null().to_pylist()
         named = file_identity.identify(filter(None, paths), absent_ok=True)
-        mark += [one.content for one in named]
-    return mark
+        fingerprint += [one.content for one in named]
+    return fingerprint
 
 
 def _make(
     media: str,
     what: str,
-    kept: list[_Column],
+    kept: list[_OutputColumn],
     settings: Settings,
     schema: pa.Schema,
     payload: tuple[Any, str, list[str] | str],
@@ -400,7 +402,7 @@ def _make(
     """Write one shard, with a row group in memory."""
     dataset, split, given = payload
     names = iter(given) if isinstance(given, list) else (f"{given}/{row}" for row in count())
-    path, broken = scratch / "part.parquet", []
+    path, invalid = scratch / "part.parquet", []
     with RowGroups(path, schema) as writer:
         for block in dataset.with_format("arrow").iter(batch_size=BATCH_ROWS):
             paths = [next(names) for _ in range(len(block))]
@@ -408,7 +410,7 @@ def _make(
             columns["split"] = pa.array([split] * len(block), pa.string())
             if what:
                 measured, bad = _checked(block[media].to_pylist(), paths, what, settings)
-                broken += [invalid_row(one, split, why) for one, why in bad.items()]
+                invalid += [invalid_row(one, split, why) for one, why in bad.items()]
                 good = pa.array([number for number, one in enumerate(paths) if one not in bad])
                 columns = {name: values.take(good) for name, values in columns.items()}
                 columns |= {
@@ -416,7 +418,7 @@ def _make(
                     for name in (what.lower(), "path", *MEASURED[what])
                 }
             writer.add(pa.table([columns[name] for name in schema.names], schema=schema))
-    return ShardResult(path, writer.rows, broken)
+    return ShardResult(path, writer.rows, invalid)
 
 
 def _checked(

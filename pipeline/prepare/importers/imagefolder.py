@@ -14,10 +14,10 @@ from pipeline.prepare.engine.importing import (
     Index,
     check_no_empty_classes,
     depth,
-    place,
-    preview,
+    file_row,
+    first_few,
+    index_table,
     split_of_folder,
-    table,
 )
 from pipeline.prepare.readers import archives
 
@@ -54,19 +54,19 @@ class ImageFolder(ImageImporter):
         if wrong:
             raise ValueError(
                 f"{source}: images that do not lie as "
-                f"{'SPLIT/CLASS/FILE' if split else 'CLASS/FILE'}: {preview(wrong)}; "
-                "move them, or say --set layout=split/class or class"
+                f"{'SPLIT/CLASS/FILE' if split else 'CLASS/FILE'}: {first_few(wrong)}; "
+                "move them, or pass --set layout=split/class or class"
             )
         check_no_empty_classes([*found.empty, *_without_images(found, wanted)], source)
         rows = []
         for entry in found.images:
             *before, label, _ = entry.name.split("/")
             row_split = (split_of_folder(before[0]) or before[0]) if before else "train"
-            rows.append(place(entry, row_split, label=label))
+            rows.append(file_row(entry, row_split, label=label))
         splits = Counter(row["split"] for row in rows)
         return Index(
-            table(rows, {"label": pa.string()}, source),
-            found.mark,
+            index_table(rows, {"label": pa.string()}, source),
+            found.fingerprint,
             info={"labels": sorted({row["label"] for row in rows})},
             notes={
                 "layout": "split/class" if split else "class, all rows in train",

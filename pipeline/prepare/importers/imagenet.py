@@ -18,11 +18,11 @@ from pipeline.prepare.engine.images import ImageImporter
 from pipeline.prepare.engine.importing import (
     Index,
     check_no_empty_classes,
+    file_row,
     first_existing,
-    lines,
-    place,
-    preview,
-    table,
+    first_few,
+    index_table,
+    read_lines,
 )
 from pipeline.prepare.readers import archives
 from pipeline.prepare.readers.dialect import rows_of
@@ -78,15 +78,15 @@ class ImageNet(ImageImporter):
         if train is None and validation is None:
             raise ValueError(
                 f"{source}: neither training nor validation images; looked for "
-                f"{', '.join((*TRAIN, *VALIDATION))}, also in {' and '.join(BELOW[1:])}; say --set "
-                "train=NAME"
+                f"{', '.join((*TRAIN, *VALIDATION))}, also in {' and '.join(BELOW[1:])}; pass "
+                "--set train=NAME"
             )
-        rows, marks, left = [], [], {}
+        rows, fingerprints, left = [], [], {}
         for split, uri in (("train", train), ("validation", validation)):
             if uri is None:
                 continue
             found = archives.listing(uri)
-            marks.append(found.mark)
+            fingerprints.append(found.fingerprint)
             left[split] = found.others()
             check_no_empty_classes(found.empty, uri)
             wnids = {entry.name: _wnid(entry.name) for entry in found.images}
@@ -94,17 +94,17 @@ class ImageNet(ImageImporter):
             if flat and (split == "train" or len(flat) < len(wnids)):
                 raise ValueError(
                     f"{uri}: not in a folder called by a WordNet id (n and eight digits): "
-                    f"{preview(flat)}; use importer imagefolder for other layouts"
+                    f"{first_few(flat)}; use importer imagefolder for other layouts"
                 )
             if flat:
                 wnids = _truth(source, found.images)
-            rows += [place(entry, split, wnid=wnids[entry.name]) for entry in found.images]
+            rows += [file_row(entry, split, wnid=wnids[entry.name]) for entry in found.images]
         classes = sorted(named) or sorted({row["wnid"] for row in rows})
         unknown = sorted({row["wnid"] for row in rows} - set(classes))
         if unknown:
             raise ValueError(
                 f"{source}: classes that {' or '.join((*NAMES, MAP))} does not name: "
-                f"{preview(unknown)}; the file is not that of these images"
+                f"{first_few(unknown)}; the file is not that of these images"
             )
         at = {wnid: i for i, wnid in enumerate(classes)}
         rows = [
@@ -113,8 +113,8 @@ class ImageNet(ImageImporter):
         ]
         columns = {"label": pa.int64(), "wnid": pa.string(), "label_name": pa.string()}
         return Index(
-            table(rows, columns, source),
-            " ".join(marks),
+            index_table(rows, columns, source),
+            " ".join(fingerprints),
             notes={
                 "classes": len(classes),
                 "files left out": {k: n for part in left.values() for k, n in part.items()},
@@ -145,7 +145,7 @@ def _names(source: str) -> dict[str, str]:
     uri = _beside(source, *NAMES)
     if uri is None:
         return {wnid: name.replace("_", " ") for _, wnid, name in _map(source)}
-    pairs = [line.partition(" ") for line in lines(uri)]
+    pairs = [line.partition(" ") for line in read_lines(uri)]
     return {wnid: words.strip().split(",")[0] for wnid, _, words in pairs}
 
 
@@ -157,7 +157,7 @@ def _map(source: str) -> list[tuple[int, str, str]]:
     if uri is None and (meta := _beside(source, META)) is not None:
         return _meta(meta)
     out = []
-    for number, line in enumerate(lines(uri) if uri else (), 1):
+    for number, line in enumerate(read_lines(uri) if uri else (), 1):
         found = re.fullmatch(r"(n\d{8})\s+(\d+)\s+(\S+)", line)
         if found is None:
             raise ValueError(f"{uri}:{number}: {line!r} is not WNID NUMBER NAME")
@@ -200,7 +200,7 @@ def _truth(source: str, images: list[archives.Entry]) -> dict[str, str]:
         wrong = [f"{name}: {wnid!r}" for name, wnid in wnid_of.items() if not WNID.fullmatch(wnid)]
         if wrong:
             raise ValueError(
-                f"{solution}: PredictionString begins with no WordNet id: {preview(wrong)}"
+                f"{solution}: PredictionString begins with no WordNet id: {first_few(wrong)}"
             )
         keys = {entry.name: entry.name.rpartition("/")[2].partition(".")[0] for entry in images}
         where = solution
@@ -211,12 +211,12 @@ def _truth(source: str, images: list[archives.Entry]) -> dict[str, str]:
                 f"{truth}: its numbers are in the devkit's order, which {META} or {MAP} says: "
                 f"put one of them, or {SOLUTION}, beside it"
             )
-        numbers = lines(truth)
+        numbers = read_lines(truth)
         outside = [number for number in numbers if number not in wnids]
         if outside:
             raise ValueError(
                 f"{truth}: numbers that the devkit's {MAP} or {META} does not have: "
-                f"{preview(outside)}"
+                f"{first_few(outside)}"
             )
         wnid_of = {i: wnids[number] for i, number in enumerate(numbers, 1)}
         keys = {entry.name: _serial(entry.name) for entry in images}
@@ -228,7 +228,7 @@ def _truth(source: str, images: list[archives.Entry]) -> dict[str, str]:
         )
     unnamed = [name for name, key in keys.items() if key not in wnid_of]
     if unnamed:
-        raise ValueError(f"{where}: no class for {preview(unnamed)}")
+        raise ValueError(f"{where}: no class for {first_few(unnamed)}")
     return {name: wnid_of[key] for name, key in keys.items()}
 
 

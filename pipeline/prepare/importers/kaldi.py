@@ -17,12 +17,12 @@ from pipeline.config.registry import RecordingOptions, nearest, register
 from pipeline.prepare.engine.audio import (
     AudioImporter,
     Line,
+    count_other_files,
     drop_repeated_keys,
     join_transcripts,
     lines_of,
-    others,
-    recording,
-    recordings,
+    recording_row,
+    recordings_table,
     segment_of,
     unnamed_sounds,
 )
@@ -94,15 +94,15 @@ class Kaldi(AudioImporter):
             for name, line in wav.items():
                 path = _path(line.text)
                 if path is None:
-                    bad.append(invalid_row(line.place, split, IS_COMMAND))
+                    bad.append(invalid_row(line.location, split, IS_COMMAND))
                 else:
                     named.append((line, path))
                     owners.append((folder, name))
-        where, mark = locate(source, found, named, self.options.root)
+        where, fingerprint = locate(source, found, named, self.options.root)
         files: dict[str, dict[str, archives.Entry]] = {folder: {} for folder in sets}
         for (folder, name), (line, _), (entry, reason) in zip(owners, named, where, strict=True):
             if entry is None:
-                bad.append(invalid_row(line.place, sets[folder], reason))
+                bad.append(invalid_row(line.location, sets[folder], reason))
             else:
                 files[folder][name] = entry
         rows = [
@@ -118,13 +118,13 @@ class Kaldi(AudioImporter):
             if any(row[name] is not None for row in good)
         }
         return Index(
-            recordings(good, columns, source, bad),
-            mark,
-            broken=bad,
+            recordings_table(good, columns, source, bad),
+            fingerprint,
+            invalid=bad,
             notes={
                 "sets": len(sets),
                 "recordings that no line names": unnamed_sounds(found, rows),
-                "files left out": others(found, *TABLES),
+                "files left out": count_other_files(found, *TABLES),
             },
         )
 
@@ -204,9 +204,9 @@ class _Table:
                 key, _, rest = line.text.strip().partition("\t")
             reason = line.reason
             if key in self.lines and not reason:
-                reason = f"a second line for {key}, after {self.lines[key].place}"
+                reason = f"a second line for {key}, after {self.lines[key].location}"
             if reason:
-                bad.append(invalid_row(line.place, split, reason))
+                bad.append(invalid_row(line.location, split, reason))
             else:
                 self.lines[key] = line._replace(text=rest.strip())
 
@@ -240,7 +240,7 @@ def _utterances(
     rows: dict[str, Row] = {}
     for name, (entry, start, seconds) in _pieces(segments, split, files, bad).items():
         speaker = speakers.get(name)
-        rows[name] = recording(
+        rows[name] = recording_row(
             entry,
             split,
             start=start,
@@ -284,7 +284,7 @@ def _pieces(
             start, end = times
             found[name] = files[recording], start, None if end == TO_THE_END else end - start
             continue
-        bad.append(invalid_row(line.place, split, reason))
+        bad.append(invalid_row(line.location, split, reason))
     return found
 
 

@@ -25,7 +25,7 @@ from pipeline.prepare.engine.annotated_images import (
     polygon,
     rotated,
 )
-from pipeline.prepare.engine.importing import preview
+from pipeline.prepare.engine.importing import first_few
 from pipeline.prepare.readers import archives
 from pipeline.prepare.readers.archives import IMAGE_SUFFIXES
 
@@ -76,7 +76,7 @@ class LabelStudio(AnnotatedImagesImporter):
         if len(wanted) != 1 or wanted[0] not in there:
             raise ValueError(
                 f"{source}: which file is Label Studio's export? There are "
-                f"{preview(there) or 'no .json files'}; say --set annotations=FILE"
+                f"{first_few(there) or 'no .json files'}; pass --set annotations=FILE"
             )
         data = archives.read_entry(there[wanted[0]])
         where = f"{source}: {wanted[0]}"
@@ -122,12 +122,12 @@ class LabelStudio(AnnotatedImagesImporter):
         names = {field: named for field in fields if (named := _names_of(data.get(field)))}
         if len(names) > 1:
             raise ValueError(
-                f"{where}: {len(names)} fields of its data name images ({preview(names)}); say "
+                f"{where}: {len(names)} fields of its data name images ({first_few(names)}); say "
                 "which one the results are on: --set image=FIELD"
             )
         if not names:
             raise ValueError(
-                f"{where}: no image in {self.options.image or 'its data'} ({preview(data)}); of "
+                f"{where}: no image in {self.options.image or 'its data'} ({first_few(data)}); of "
                 "texts, export CSV or CONLL2003, and use prepare csv or conll"
             )
         return next(iter(names.values()))
@@ -141,8 +141,8 @@ class LabelStudio(AnnotatedImagesImporter):
         objects = {result["to_name"] for result in results if result.get("to_name")}
         if not wanted and len(objects) > 1:
             raise ValueError(
-                f"{where}: results on several objects ({preview(sorted(objects))}); say which one "
-                "is the image: --set to_name=NAME"
+                f"{where}: results on several objects ({first_few(sorted(objects))}); say which "
+                "one is the image: --set to_name=NAME"
             )
         if not wanted:
             return results

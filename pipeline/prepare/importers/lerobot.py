@@ -19,13 +19,13 @@ from pipeline.prepare.engine.episodes import (
     Episodes,
     Result,
     UnusableError,
-    fields,
-    matrix,
+    as_matrix,
+    episode_fields,
+    episode_row,
     number_problem,
-    row,
 )
-from pipeline.prepare.engine.images import BYTES_A_PIXEL
-from pipeline.prepare.engine.importing import invalid_row, names_in, preview
+from pipeline.prepare.engine.images import BYTES_PER_PIXEL
+from pipeline.prepare.engine.importing import first_few, invalid_row, parse_names
 from pipeline.prepare.engine.inputs import InputSplit, SplitReader
 from pipeline.prepare.engine.shard_tasks import Settings
 from pipeline.prepare.readers import lerobot_layout, parquet, video
@@ -81,16 +81,16 @@ class Lerobot(EpisodeImporter):
 
     def index(self, source: str, settings: Settings) -> Episodes:
         o = self.options
-        layout = lerobot_layout.read(source, o.images)
+        layout = lerobot_layout.read_layout(source, o.images)
         self.observed = self._check(layout, source)
         if o.images and layout.features[o.images]["dtype"] == "video":
-            video.library()
+            video.import_pyav()
         if not o.images and (settings.resize or settings.quality):
             raise ValueError(
                 "--resize and --quality say how images are written; name a camera: --set "
                 "images=observation.images.front"
             )
-        split, outside = lerobot_layout.splits(layout, o.split)
+        split, outside = lerobot_layout.splits_of_info(layout, o.split)
         episodes = sorted(layout.episodes, key=lambda one: (split[one.number], one.number))
         if not episodes:
             of = f"; of {len(layout.missing)} in the metadata none has its files"
@@ -104,11 +104,15 @@ class Lerobot(EpisodeImporter):
         ]
         # Travels to every task: without the episodes
         self.layout = Layout(
-            layout.version, layout.info, layout.features, layout.tasks, [], layout.mark
+            layout.version, layout.info, layout.features, layout.tasks, [], layout.fingerprint
         )
         notes = {
             "layout": layout.version,
-            **({"cameras left out (--set images= takes one)": preview(cameras)} if cameras else {}),
+            **(
+                {"cameras left out (--set images= takes one)": first_few(cameras)}
+                if cameras
+                else {}
+            ),
             **({"episodes in no range of splits, taken as train": outside} if outside else {}),
         }
         info = {
@@ -123,10 +127,10 @@ class Lerobot(EpisodeImporter):
                 if name
             },
         }
-        broken = [
+        invalid = [
             invalid_row(f"episode {number}", split[number], why) for number, why in layout.missing
         ]
-        columns = fields(
+        columns = episode_fields(
             False if o.actions else None, "next.reward" in layout.features, bool(o.images)
         )
         return Episodes(
@@ -134,10 +138,10 @@ class Lerobot(EpisodeImporter):
             [split[one.number] for one in episodes],
             np.array([one.length * step_bytes for one in episodes], dtype=np.float64),
             columns,
-            layout.mark,
+            layout.fingerprint,
             notes,
             info,
-            broken,
+            invalid,
         )
 
     def _check(self, layout: Layout, source: str) -> list[str]:
@@ -151,7 +155,7 @@ class Lerobot(EpisodeImporter):
             for name, about in there.items()
             if str(about["dtype"]).startswith(NUMBERS) and len(about["shape"]) == 1
         ]
-        named = names_in(o.observations)
+        named = parse_names(o.observations)
         for option, names in (
             ("observations", named),
             ("actions", [o.actions] if o.actions else []),
@@ -177,7 +181,7 @@ class Lerobot(EpisodeImporter):
         if not found:
             raise ValueError(
                 f"{source}: no observation.* that is a row of numbers; name the features: "
-                f"--set observations=; there are {preview(numbers)}"
+                f"--set observations=; there are {first_few(numbers)}"
             )
         return found
 
@@ -190,7 +194,7 @@ class Lerobot(EpisodeImporter):
         shape = [int(side) for side in layout.features[self.options.images]["shape"]]
         height, width = sorted(shape)[-2:]
         scale = min(1.0, settings.resize / min(height, width)) if settings.resize else 1.0
-        return BYTES_A_PIXEL * height * width * scale**2
+        return BYTES_PER_PIXEL * height * width * scale**2
 
     # ------------------------------------------------------------ the episodes of a part
 
@@ -201,11 +205,13 @@ class Lerobot(EpisodeImporter):
             for _, group in groupby(items, key=lambda item: item[0].data.uri):
                 wanted = {episode.number: (episode, split) for episode, split in group}
                 left = dict(wanted)
-                for number, rows in self._of_file(next(iter(wanted.values()))[0], wanted, opener):
+                for number, rows in self._episodes_of_file(
+                    next(iter(wanted.values()))[0], wanted, opener
+                ):
                     if number not in left:
                         raise ValueError(
                             f"{wanted[number][0].data.name}: the rows of episode {number} do "
-                            "not stand together; get the file again"
+                            "not stand together; download the file again"
                         )
                     yield self._result(*left.pop(number), rows, settings)
                 for episode, split in left.values():
@@ -213,7 +219,7 @@ class Lerobot(EpisodeImporter):
                     reason = f"no row of it in {file}, but its length in the metadata is {length}"
                     yield self._left_out(episode, split, reason)
 
-    def _of_file(
+    def _episodes_of_file(
         self, first: EpisodeInfo, wanted: dict[int, Any], opener: Opener
     ) -> Iterator[tuple[int, pa.Table]]:
         """Yield (number, rows) of the wanted episodes of a file, in order, with one of them in
@@ -221,9 +227,9 @@ class Lerobot(EpisodeImporter):
         """
         entry = first.data
         input_split = InputSplit(
-            entry.name, "", entry, 0, max(1, len(parquet.groups(entry))), entry.size
+            entry.name, "", entry, 0, max(1, len(parquet.row_group_bytes(entry))), entry.size
         )
-        with parquet.opened(SplitReader(input_split, opener)) as file:
+        with parquet.open_split(SplitReader(input_split, opener)) as file:
             there = file.schema_arrow.names
             start, stop = _groups(file.metadata, wanted)
         more = [name for name in ("next.reward", *ENDS) if name in self.layout.features]
@@ -233,16 +239,16 @@ class Lerobot(EpisodeImporter):
             *more,
             *self._stored_images(),
         ]
-        if lacking := [name for name in ("episode_index", *needed) if name not in there]:
+        if missing_columns := [name for name in ("episode_index", *needed) if name not in there]:
             raise ValueError(
-                f"{entry.name}: no column {lacking[0]!r}, which meta/info.json names; there "
-                f"are {preview(there)}"
+                f"{entry.name}: no column {missing_columns[0]!r}, which meta/info.json names; "
+                f"there are {first_few(there)}"
             )
         if first.video is not None and "timestamp" not in there:
             raise ValueError(
                 f"{entry.name}: no column 'timestamp', by which the frames of "
-                f"{self.options.images} are found; get the file again, or leave "
-                f"--set images= out; there are {preview(there)}"
+                f"{self.options.images} are found; download the file again, or leave "
+                f"--set images= out; there are {first_few(there)}"
             )
         held: list[pa.Table] = []
         current = -1
@@ -268,7 +274,7 @@ class Lerobot(EpisodeImporter):
         return [name] if name and self.layout.features[name]["dtype"] == "image" else []
 
     def _left_out(self, episode: EpisodeInfo, split: str, reason: str) -> Result:
-        return Result(split, broken=invalid_row(f"episode {episode.number}", split, reason))
+        return Result(split, invalid=invalid_row(f"episode {episode.number}", split, reason))
 
     def _result(
         self, episode: EpisodeInfo, split: str, rows: pa.Table, settings: Settings
@@ -285,14 +291,16 @@ class Lerobot(EpisodeImporter):
             "steps": len(rows),
             **({"episodes of several tasks, named by their first": 1} if several else {}),
         }
-        return Result(split, row(found, split), amounts=amounts)
+        return Result(split, episode_row(found, split), amounts=amounts)
 
     def _episode(self, episode: EpisodeInfo, rows: pa.Table, settings: Settings) -> Episode:
         o = self.options
-        parts = [matrix(rows[name], name, self._width(name)) for name in self.observed]
-        actions = matrix(rows[o.actions], o.actions, self._width(o.actions)) if o.actions else None
+        parts = [as_matrix(rows[name], name, self._width(name)) for name in self.observed]
+        actions = (
+            as_matrix(rows[o.actions], o.actions, self._width(o.actions)) if o.actions else None
+        )
         rewards = (
-            matrix(rows["next.reward"], "next.reward", 1)[:, 0]
+            as_matrix(rows["next.reward"], "next.reward", 1)[:, 0]
             if "next.reward" in self.layout.features
             else None
         )
@@ -304,7 +312,7 @@ class Lerobot(EpisodeImporter):
             if values is not None and (why := number_problem(values, name)):
                 raise UnusableError(why)
         ended = {
-            name: bool(matrix(rows[name], name, 1)[-1, 0])
+            name: bool(as_matrix(rows[name], name, 1)[-1, 0])
             for name in ENDS
             if name in self.layout.features
         }
@@ -327,7 +335,7 @@ class Lerobot(EpisodeImporter):
             number = rows["task_index"][0].as_py()
             if number not in self.layout.tasks:
                 raise UnusableError(
-                    f"task_index {number} is none of the {len(self.layout.tasks)} tasks of "
+                    f"task_index {number} is not one of the {len(self.layout.tasks)} tasks of "
                     "meta/tasks"
                 )
             return self.layout.tasks[number]
@@ -340,7 +348,7 @@ class Lerobot(EpisodeImporter):
             return None
         if episode.video is not None:
             uri, start = episode.video
-            return video.frames(
+            return video.frames_at(
                 uri,
                 start + rows["timestamp"].to_numpy().astype(np.float64),
                 0.5 / self.layout.fps,

@@ -16,15 +16,15 @@ from pipeline.io import storage
 from pipeline.prepare.engine.audio import (
     AudioImporter,
     Line,
+    audio_entries,
+    count_other_files,
     drop_repeated_keys,
     join_transcripts,
     lines_of,
-    others,
-    recording,
-    recordings,
-    sounds,
+    recording_row,
+    recordings_table,
 )
-from pipeline.prepare.engine.importing import SPLITS, Index, Row, names_in, preview
+from pipeline.prepare.engine.importing import SPLITS, Index, Row, first_few, parse_names
 from pipeline.prepare.readers import archives
 
 TRANSCRIPTS = ".trans.txt"
@@ -74,15 +74,15 @@ class LibriSpeech(AudioImporter):
             if archives.has_suffix(source, *archives.ARCHIVES)
             else posixpath.basename(storage.absolute(source))
         )
-        wanted = names_in(self.options.subsets)
+        wanted = parse_names(self.options.subsets)
         transcripts = [entry for entry in found.entries if entry.name.endswith(TRANSCRIPTS)]
-        read = [*sounds(found), *transcripts]
+        read = [*audio_entries(found), *transcripts]
         by_subset = {entry.name: _place(entry.name, base) for entry in read}
         strange = [name for name, parts in by_subset.items() if parts is None]
         if strange:
             raise ValueError(
                 f"{source}: files that do not lie as SUBSET/SPEAKER/CHAPTER/FILE, SUBSET called "
-                f"train-, dev- or test-: {preview(strange)}; move them, or use importer manifest "
+                f"train-, dev- or test-: {first_few(strange)}; move them, or use importer manifest "
                 "for other layouts"
             )
         there = {parts[0] for parts in by_subset.values() if parts}
@@ -106,7 +106,9 @@ class LibriSpeech(AudioImporter):
         genders = _genders(
             [entry for entry in found.entries if posixpath.basename(entry.name) == "SPEAKERS.TXT"]
         )
-        found_rows = [_row(e, taken[e.name], genders) for e in sounds(found) if e.name in taken]
+        found_rows = [
+            _row(e, taken[e.name], genders) for e in audio_entries(found) if e.name in taken
+        ]
         rows, doubled = drop_repeated_keys(
             found_rows, lambda row: (row["subset"], row["utterance"])
         )
@@ -124,13 +126,13 @@ class LibriSpeech(AudioImporter):
         bad = [*doubled, *wrong]
         empty = [name for name in found.empty if not wanted or set(wanted) & set(name.split("/"))]
         return Index(
-            recordings(good, COLUMNS, source, bad),
-            found.mark,
-            broken=bad,
+            recordings_table(good, COLUMNS, source, bad),
+            found.fingerprint,
+            invalid=bad,
             notes={
                 "speakers of a known gender": len(genders),
-                "files left out": others(found, TRANSCRIPTS, "SPEAKERS.TXT"),
-                **({"empty folders": preview(empty)} if empty else {}),
+                "files left out": count_other_files(found, TRANSCRIPTS, "SPEAKERS.TXT"),
+                **({"empty folders": first_few(empty)} if empty else {}),
             },
         )
 
@@ -154,7 +156,7 @@ def _row(entry: archives.Entry, parts: tuple[str, str, str], genders: dict[str, 
     """Make a row; paths are those below LibriSpeech/, in folders and archives alike."""
     subset, speaker, chapter = parts
     file = posixpath.basename(entry.name)
-    return recording(
+    return recording_row(
         entry._replace(name="/".join((*parts, file))),
         _split(subset),
         utterance=posixpath.splitext(file)[0],

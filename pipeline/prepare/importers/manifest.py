@@ -19,11 +19,11 @@ from pipeline.prepare.engine.audio import (
     MEASURED,
     AudioImporter,
     Line,
+    count_other_files,
     drop_repeated_keys,
     lines_of,
-    others,
-    recording,
-    recordings,
+    recording_row,
+    recordings_table,
     segment_of,
     unnamed_sounds,
 )
@@ -31,14 +31,14 @@ from pipeline.prepare.engine.importing import (
     Index,
     InvalidRow,
     Row,
+    first_few,
     invalid_row,
-    names_in,
-    preview,
+    parse_names,
     split_of_file,
 )
 from pipeline.prepare.engine.inputs import text_problem
 from pipeline.prepare.engine.located import locate
-from pipeline.prepare.engine.table_importer import KINDS, as_kind, kind_of, wider
+from pipeline.prepare.engine.value_types import ValueType, common_type, convert, type_of_value
 from pipeline.prepare.readers import archives
 
 SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -46,7 +46,7 @@ OWN = ("audio_filepath", "duration", "offset", "text", "speaker")
 """Fields with a meaning of their own; all others become columns."""
 TAKEN = ("audio", "path", "split", "transcript", *MEASURED)
 """Columns that every row has: a field of that name becomes manifest_NAME."""
-MOST_FIELDS = 200
+MAX_FIELDS = 200
 
 
 class ManifestOptions(RecordingOptions):
@@ -91,24 +91,25 @@ class Manifest(AudioImporter):
             for entry, split in manifests
             for line, fields in self._objects(entry, split, bad)
         ]
-        where, mark = locate(
+        where, fingerprint = locate(
             source,
             found,
             [(line, fields["audio_filepath"]) for line, _, fields in lines],
             self.options.root,
         )
-        kinds: dict[str, int] = {}
+        types: dict[str, ValueType] = {}
         rows = []
         for (line, split, fields), (entry, reason) in zip(lines, where, strict=True):
             if entry is None:
-                bad.append(invalid_row(line.place, split, reason))
+                bad.append(invalid_row(line.location, split, reason))
                 continue
             extra = {_column(name): value for name, value in fields.items() if name not in OWN}
             for name, value in extra.items():
-                kinds[name] = wider(kinds.get(name, 0), kind_of(value))
+                known = types.get(name, ValueType.NULL)
+                types[name] = common_type(known, type_of_value(value))
             rows.append(
                 extra
-                | recording(
+                | recording_row(
                     entry,
                     split,
                     start=_number(fields.get("offset")),
@@ -117,10 +118,10 @@ class Manifest(AudioImporter):
                     speaker=None if fields.get("speaker") is None else str(fields["speaker"]),
                 )
             )
-        if len(kinds) > MOST_FIELDS:
+        if len(types) > MAX_FIELDS:
             raise ValueError(
-                f"{source}: {len(kinds)} different fields, more than {MOST_FIELDS}: "
-                f"{preview(kinds)}; are the fields' names data?"
+                f"{source}: {len(types)} different fields, more than {MAX_FIELDS}: "
+                f"{first_few(types)}; are the fields' names data?"
             )
         good, doubled = drop_repeated_keys(rows, segment_of)
         own = {
@@ -128,21 +129,18 @@ class Manifest(AudioImporter):
             for name in ("transcript", "speaker")
             if any(row[name] is not None for row in good)
         }
-        columns = {
-            **own,
-            **{name: KINDS[kind] if kind else pa.string() for name, kind in sorted(kinds.items())},
-        }
+        columns = own | {name: types[name].column_type for name in sorted(types)}
         for row in good:
-            row |= {name: as_kind(row.get(name), kind) for name, kind in kinds.items()}
+            row |= {name: convert(row.get(name), of_field) for name, of_field in types.items()}
         bad += doubled
         return Index(
-            recordings(good, columns, source, bad),
-            mark,
-            broken=bad,
+            recordings_table(good, columns, source, bad),
+            fingerprint,
+            invalid=bad,
             notes={
                 "manifests": len(manifests),
                 "recordings that no line names": unnamed_sounds(found, rows),
-                "files left out": others(found, *SUFFIXES),
+                "files left out": count_other_files(found, *SUFFIXES),
             },
         )
 
@@ -162,12 +160,12 @@ class Manifest(AudioImporter):
         else:
             found = archives.listing(source)
         there = {entry.name: entry for entry in found.entries if entry.suffix in SUFFIXES}
-        wanted = names_in(self.options.manifests)
+        wanted = parse_names(self.options.manifests)
         for name in wanted:
             if name not in there:
                 raise ValueError(
                     f"--set manifests={self.options.manifests}: no {name} in {source}; there "
-                    f"are {preview(there) or 'no .json or .jsonl files'}"
+                    f"are {first_few(there) or 'no .json or .jsonl files'}"
                 )
         named = [name for name in there if "manifest" in posixpath.basename(name).lower()]
         chosen = wanted or named or list(there)
@@ -189,7 +187,7 @@ class Manifest(AudioImporter):
                 except (ValueError, RecursionError) as error:
                     reason = f"not JSON: {error}"
             if reason:
-                bad.append(invalid_row(line.place, split, reason))
+                bad.append(invalid_row(line.location, split, reason))
             else:
                 yield line, fields
 

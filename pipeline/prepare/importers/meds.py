@@ -16,7 +16,7 @@ from pipeline.core.arrow_compute import pc
 from pipeline.io.threads import threaded_map
 from pipeline.prepare.engine import records
 from pipeline.prepare.engine.grouped import Entities, EventReader, Events, EventTables
-from pipeline.prepare.engine.importing import Notes, Row, preview, split_of
+from pipeline.prepare.engine.importing import Notes, Row, first_few, split_of
 from pipeline.prepare.engine.inputs import InputSplit
 from pipeline.prepare.engine.records import YEAR, RecordsImporter, Windows
 from pipeline.prepare.readers.archives import Listing, Opener, listing
@@ -24,8 +24,8 @@ from pipeline.prepare.readers.csv_blocks import (
     Column,
     RowCounts,
     batches,
+    read_table,
     split_table,
-    whole,
 )
 
 TABLE = "data"
@@ -141,15 +141,15 @@ class Meds(RecordsImporter):
             self._parts = [part for entry in taken for part in split_table(TABLE, entry, cut_bytes)]
             self._splits = _splits(found, opener)
             self._about = _about(found, opener)
-        mark = f"{found.mark} {self.labels.mark if self.labels else ''}"
-        return EventTables([[part] for part in self._parts], mark)
+        fingerprint = f"{found.fingerprint} {self.labels.fingerprint if self.labels else ''}"
+        return EventTables([[part] for part in self._parts], fingerprint)
 
     # ---------------------------------------------------------------- rows
 
     def entities(self, source: str) -> Entities:
         found = _subjects(self._parts)
         notes: Notes = {"subjects": len(found.spans)}
-        rows, broken = self.rows_of_persons(found.spans, "subjects", notes)
+        rows, invalid = self.rows_of_persons(found.spans, "subjects", notes)
         if self._splits is not None:
             split = np.array(
                 [self._splits.get(subject, "") for subject in rows["patient"].to_pylist()],
@@ -185,7 +185,7 @@ class Meds(RecordsImporter):
             **self._about,
         }
         shown = {name: count for name, count in notes.items() if count or name == "subjects"}
-        return Entities(rows, keys, "patient", broken, shown, info)
+        return Entities(rows, keys, "patient", invalid, shown, info)
 
     # ---------------------------------------------------------------- events
 
@@ -213,13 +213,15 @@ def _splits(found: Listing, opener: Opener) -> dict[int, str] | None:
     if entry is None:
         return None
     records.check_types(entry, opener, records.SPLIT_TYPES)
-    table = whole("splits", entry, {"subject_id": Column("id"), "split": Column("text")}, opener)
+    table = read_table(
+        "splits", entry, {"subject_id": Column("id"), "split": Column("text")}, opener
+    )
     names = table["split"].drop_null().unique().to_pylist()
     known = {name: SPLITS.get(name) or split_of(name) for name in names}
     if unknown := sorted(name for name, split in known.items() if not split):
         raise ValueError(
-            f"{entry.name}: splits called {preview(unknown)}; they are called {', '.join(SPLITS)} "
-            "in MEDS: rename them"
+            f"{entry.name}: splits called {first_few(unknown)}; in MEDS they are called "
+            f"{', '.join(SPLITS)}: rename them"
         )
     pairs = zip(table["subject_id"].to_pylist(), table["split"].to_pylist(), strict=True)
     out: dict[int, str] = {}

@@ -23,14 +23,14 @@ from pipeline.prepare.engine.grouped import (
     GroupedImporter,
     variable_codes,
 )
-from pipeline.prepare.engine.records import positions
+from pipeline.prepare.engine.records import index_in_sorted
 from pipeline.prepare.readers.archives import Opener, listing
 from pipeline.prepare.readers.csv_blocks import (
     Column,
     check_zones,
-    instants,
+    epoch_times,
+    read_table,
     split_table,
-    whole,
 )
 
 MEASURED = ("chartevents", "labevents", "outputevents")
@@ -123,15 +123,15 @@ class Mimic3(GroupedImporter):
             for entry in self.tables.get(name, ())
             for part in split_table(name, entry, cut_bytes)
         ]
-        lacking = mimic3_stays.missing(self.tables)
+        absent = mimic3_stays.missing_tables(self.tables)
         return EventTables(
             out,
-            f"{found.mark} {plausible.mark()}",
-            {"tables that are not there": lacking} if lacking else {},
+            f"{found.fingerprint} {plausible.fingerprint()}",
+            {"tables that are not there": absent} if absent else {},
         )
 
     def entities(self, source: str) -> Entities:
-        found = mimic3_stays.stays(self.tables)
+        found = mimic3_stays.read_stays(self.tables)
         names, items, units = self._items()
         keys = {
             "by_admission": _Intervals(found.admissions, found.times),
@@ -156,7 +156,7 @@ class Mimic3(GroupedImporter):
             "outcomes": outcomes,
             "units": plausible.units(),
         }
-        return Entities(found.rows, keys, "patient", found.broken, found.notes, info)
+        return Entities(found.rows, keys, "patient", found.invalid, found.notes, info)
 
     def _items(
         self,
@@ -197,7 +197,7 @@ class Mimic3(GroupedImporter):
             "unitname": Column("text", False),
         }
         with Opener() as opener:
-            table = whole("d_items", self.tables["d_items"][0], columns, opener)
+            table = read_table("d_items", self.tables["d_items"][0], columns, opener)
         labels: dict[int, str] = {}
         units: dict[int, tuple[float, int]] = {}
         for row in table.select(list(columns)).to_pylist():
@@ -242,7 +242,7 @@ class Mimic3(GroupedImporter):
         for batch in reader.batches(columns):
             reader.begin(len(batch))
             item = filled(batch["itemid"], -1)
-            at = positions(items, item)
+            at = index_in_sorted(items, item)
             reader.drop(NO_ITEM, item < 0)
             reader.drop(UNKNOWN, at < 0)
             reader.drop(
@@ -250,7 +250,7 @@ class Mimic3(GroupedImporter):
                 (filled(batch["error"], -1) == 1) | (filled(batch["iserror"], -1) == 1),
             )
             batch, at = reader.keep(batch), at[reader.good]  # the most rows of CHARTEVENTS end here
-            rows, hours = reader.place(batch, batch["charttime"])
+            rows, hours = reader.assign_stays(batch, batch["charttime"])
             batch, at = batch.filter(pa.array(reader.good)), at[reader.good]
             values, reasons, censored = _values(batch, conversions[at])
             reader.begin(len(batch))
@@ -279,7 +279,7 @@ class Mimic3(GroupedImporter):
             reader.begin(len(batch))
             reader.drop("no drug", codes < 0)
             batch, codes = reader.keep(batch), codes[reader.good]
-            rows, hours = reader.place(batch, batch["startdate"], whole_days=True)
+            rows, hours = reader.assign_stays(batch, batch["startdate"], whole_days=True)
             yield Events(rows, hours, codes[reader.good], names, np.ones(len(rows)))
 
     def _inputs(self, reader: _StayReader) -> Iterator[Events]:
@@ -298,7 +298,7 @@ class Mimic3(GroupedImporter):
         for batch in reader.batches(columns):
             reader.begin(len(batch))
             item = filled(batch["itemid"], -1)
-            at = positions(items, item)
+            at = index_in_sorted(items, item)
             reader.drop(NO_ITEM, item < 0)
             reader.drop(UNKNOWN, at < 0)
             status = pc.utf8_lower(batch["statusdescription"].combine_chunks())
@@ -313,7 +313,7 @@ class Mimic3(GroupedImporter):
             values = amount.values * factors
             batch, at, values = reader.keep(batch), at[reader.good], values[reader.good]
             time = pc.coalesce(batch["charttime"], batch["endtime"])
-            rows, hours = reader.place(batch, time)
+            rows, hours = reader.assign_stays(batch, time)
             yield Events(rows, hours, at[reader.good], names, values[reader.good])
 
     def derived(
@@ -369,7 +369,7 @@ class _Intervals:
         """Return ((n,) index of the stay, or -1; (n,) whether there is any stay under the key)."""
         if not len(self.known):
             return np.full(len(keys), -1), np.zeros(len(keys), dtype=bool)
-        at = positions(self.known, keys)
+        at = index_in_sorted(self.known, keys)
         there = at >= 0
         since = np.clip(seconds - self.base, 0, (1 << WIDTH) - 1)
         place = np.searchsorted(self.packed, (at << WIDTH) + since)
@@ -443,7 +443,7 @@ class _StayReader(EventReader):
     def keep(self, batch: pa.Table) -> pa.Table:
         return batch.filter(pa.array(self.good))
 
-    def place(
+    def assign_stays(
         self, batch: pa.Table, column: Any, whole_days: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
         """Assign rows to stays, by the admission that a row names, else by its patient.
@@ -458,7 +458,7 @@ class _StayReader(EventReader):
             (index of the stay, hours since its start) of the rows that have one; `good` is then
                 theirs.
         """
-        seconds, timed = instants(column)
+        seconds, timed = epoch_times(column)
         if whole_days:
             is_day = (seconds % DAY == 0) | (True in self.keys["zoned"])
             seconds = np.where(is_day, seconds + DAY, seconds)

@@ -19,10 +19,10 @@ from pipeline.prepare.engine.grouped import Entities, EventReader, Events, Event
 from pipeline.prepare.engine.importing import (
     InvalidRow,
     Notes,
+    first_few,
     first_reason,
     invalid_row,
-    names_in,
-    preview,
+    parse_names,
 )
 from pipeline.prepare.engine.inputs import InputSplit, plain_suffix
 from pipeline.prepare.engine.records import (
@@ -31,8 +31,8 @@ from pipeline.prepare.engine.records import (
     YEAR,
     RecordsImporter,
     Windows,
+    index_in_sorted,
     merge_spans,
-    positions,
 )
 from pipeline.prepare.readers.archives import Entry, Opener, listing
 from pipeline.prepare.readers.csv_blocks import (
@@ -41,9 +41,9 @@ from pipeline.prepare.readers.csv_blocks import (
     RowCounts,
     batches,
     check_zones,
+    read_table,
     split_table,
-    stem,
-    whole,
+    table_name,
 )
 
 EVENTS = {
@@ -122,7 +122,7 @@ class Concepts(NamedTuple):
     def of(self, ids: Any, column: str = "names") -> pa.Array:
         """Return (n,) texts, null for no concept (0 or null); concept/ID where it is not known."""
         number = filled(ids, 0)
-        at = positions(self.ids, number)
+        at = index_in_sorted(self.ids, number)
         known = getattr(self, column).take(pa.array(at, mask=at < 0))
         bare = pc.binary_join_element_wise("concept", pa.array(number).cast(pa.string()), "/")
         return pc.if_else(pa.array(number == 0), None, pc.coalesce(known, bare))
@@ -135,7 +135,7 @@ class TimedRows(NamedTuple):
         persons: (n,) int64 person_id.
         start, zero, end: (n,) int64 microseconds since 1970, as `Windows` takes them.
         columns: further columns; `entity` and `visit` among them where a row is a visit.
-        broken: rows that cannot be used.
+        invalid: rows that cannot be used.
     """
 
     persons: np.ndarray
@@ -143,7 +143,7 @@ class TimedRows(NamedTuple):
     zero: np.ndarray
     end: np.ndarray
     columns: dict[str, pa.Array]
-    broken: list[InvalidRow]
+    invalid: list[InvalidRow]
 
 
 @register("importer", "omop", options=OmopOptions)
@@ -168,14 +168,14 @@ class Omop(RecordsImporter):
     def __init__(self, options: Any = None):
         super().__init__(options)
         o = self.options
-        self.wanted = names_in(o.tables)
+        self.wanted = parse_names(o.tables)
         if unknown := [name for name in self.wanted if name not in EVENTS]:
             raise ValueError(
                 f"--set tables={o.tables}: no table of events is called {unknown[0]!r}; they are "
                 f"{', '.join(EVENTS)}"
             )
         try:
-            self.kinds = [int(number) for number in names_in(o.visits)]
+            self.kinds = [int(number) for number in parse_names(o.visits)]
         except ValueError:
             raise ValueError(
                 f"--set visits={o.visits}: write numbers of concepts, such as 9201,262"
@@ -190,7 +190,7 @@ class Omop(RecordsImporter):
         found = listing(source)
         self._tables: dict[str, Entry] = {}
         for entry in found.entries:
-            name = stem(entry)
+            name = table_name(entry)
             if plain_suffix(entry.name) not in SUFFIXES or name not in (*EVENTS, *OTHERS):
                 continue
             if name in self._tables:
@@ -216,10 +216,10 @@ class Omop(RecordsImporter):
         self._parts = [
             part for name in taken for part in split_table(name, self._tables[name], cut_bytes)
         ]
-        lacking = [name for name in (*EVENTS, *OTHERS) if name not in self._tables]
-        notes = {"tables that are not there": ", ".join(lacking)} if lacking else {}
-        mark = f"{found.mark} {self.labels.mark if self.labels else ''}"
-        return EventTables([[part] for part in self._parts], mark, notes)
+        absent = [name for name in (*EVENTS, *OTHERS) if name not in self._tables]
+        notes = {"tables that are not there": ", ".join(absent)} if absent else {}
+        fingerprint = f"{found.fingerprint} {self.labels.fingerprint if self.labels else ''}"
+        return EventTables([[part] for part in self._parts], fingerprint, notes)
 
     def _no_events(self, source: str) -> str:
         """Return what is wrong, and the fix, where no table of events is left to be read."""
@@ -252,9 +252,11 @@ class Omop(RecordsImporter):
                 if self._of_persons
                 else self._visit_rows(persons, concepts, opener)
             )
-        if not len(timed.persons) and not timed.broken:
-            raise ValueError(f"{source}: no person has an event with a time; get the tables again")
-        at = positions(persons.ids, timed.persons)
+        if not len(timed.persons) and not timed.invalid:
+            raise ValueError(
+                f"{source}: no person has an event with a time; download the tables again"
+            )
+        at = index_in_sorted(persons.ids, timed.persons)
         fields = {"Age": _age(persons, at, timed.zero), "Gender": persons.gender.take(_index(at))}
         columns = dict(timed.columns)
         if "visit" in columns:
@@ -281,7 +283,7 @@ class Omop(RecordsImporter):
         notes = {"persons": len(persons.ids), **{name: n for name, n in notes.items() if n}}
         windows = Windows(timed.persons, timed.start, timed.zero, timed.end)
         keys = {"windows": windows, "concepts": concepts}
-        return Entities(rows, keys, "patient", timed.broken, notes, info)
+        return Entities(rows, keys, "patient", timed.invalid, notes, info)
 
     def _check_zones(self, table: str, zoned: set[bool]) -> None:
         """Raise ValueError where times have a zone and those of a table before have none, or the
@@ -293,12 +295,12 @@ class Omop(RecordsImporter):
 
     def _person_rows(self, spans: pa.Table, notes: Notes) -> TimedRows:
         """Return a row for each label that can be used, or for each person."""
-        rows, broken = self.rows_of_persons(spans, "persons", notes)
+        rows, invalid = self.rows_of_persons(spans, "persons", notes)
         zero = rows["prediction_time"].cast(pa.int64()).to_numpy()
         own = ["prediction_time", "label"] if self.labels else []
         columns = {name: rows[name].combine_chunks() for name in own}
         persons = rows["patient"].to_numpy()
-        return TimedRows(persons, zero - self.history, zero, zero, columns, broken)
+        return TimedRows(persons, zero - self.history, zero, zero, columns, invalid)
 
     def _visit_rows(self, persons: Persons, concepts: Concepts, opener: Opener) -> TimedRows:
         """Return a row for each visit that can be used, with its outcomes."""
@@ -310,7 +312,7 @@ class Omop(RecordsImporter):
             "discharged_to_concept_id": Column("id", False),
             "discharge_to_concept_id": Column("id", False),
         }
-        table = whole("visit_occurrence", entry, wanted_columns, opener, tally)
+        table = read_table("visit_occurrence", entry, wanted_columns, opener, tally)
         start, started = _moments(table, "visit_start", at_end=False)
         end, ended = _moments(table, "visit_end")
         self._check_zones("visit_occurrence", _zones(tally, np.append(start, end)))
@@ -324,18 +326,18 @@ class Omop(RecordsImporter):
             raise ValueError(
                 f"{entry.name}: no visit has one of the concepts --set "
                 f"visits={self.options.visits}; there are "
-                f"{preview(f'{name} ({count})' for name, count in kinds)}"
+                f"{first_few(f'{name} ({count})' for name, count in kinds)}"
             )
         again = np.ones(len(table), dtype=bool)
         again[np.unique(visit, return_index=True)[1]] = False
         reasons = first_reason(
             (table["visit_occurrence_id"].is_null().to_numpy(), "no visit_occurrence_id"),
             (again, "the same visit_occurrence_id again"),
-            (positions(persons.ids, person) < 0, "no such person in table person"),
+            (index_in_sorted(persons.ids, person) < 0, "no such person in table person"),
             (~(started & ended), "no start or no end"),
             (end < start, "its end is before its start"),
         )
-        broken = [
+        invalid = [
             invalid_row(f"{entry.name}:row {i + 1}", "train", str(reasons[i]))
             for i in np.flatnonzero(wanted & (reasons != ""))
         ]
@@ -348,7 +350,7 @@ class Omop(RecordsImporter):
             "visit": concepts.of(table["visit_concept_id"].combine_chunks().take(pa.array(kept))),
             **self._outcomes(person, start, end, filled(to, -1)[kept] == DIED, opener),
         }
-        return TimedRows(person, start - self.history, start, end, columns, broken)
+        return TimedRows(person, start - self.history, start, end, columns, invalid)
 
     def _outcomes(
         self,
@@ -365,7 +367,7 @@ class Omop(RecordsImporter):
         starts after the end: one within this visit, as in intensive care, is no readmission.
         """
         ids, earliest, latest = self._deaths(opener)
-        at = np.where(positions(ids, person) < 0, len(ids), positions(ids, person))
+        at = np.where(index_in_sorted(ids, person) < 0, len(ids), index_in_sorted(ids, person))
         began, death = (np.append(times, 0)[at] for times in (earliest, latest))
         known = (at < len(ids)) & (death >= start)
         # An end of 24:00 is before the next day, although the times are equal
@@ -388,7 +390,7 @@ class Omop(RecordsImporter):
             **dict.fromkeys(("month_of_birth", "day_of_birth"), Column("id", False)),
             "birth_datetime": Column("moment", False),
         }
-        table = whole("person", self._tables["person"], columns, opener)
+        table = read_table("person", self._tables["person"], columns, opener)
         table = table.filter(pc.is_valid(table["person_id"])).sort_by("person_id")
         year, month, day = (
             table[name].combine_chunks()
@@ -414,7 +416,7 @@ class Omop(RecordsImporter):
             nobody = np.empty(0, dtype=np.int64)
             return nobody, nobody, nobody
         columns, tally = {"person_id": Column("id"), **_times(DEATH)}, RowCounts()
-        table = whole(DEATH, self._tables[DEATH], columns, opener, tally)
+        table = read_table(DEATH, self._tables[DEATH], columns, opener, tally)
         table = table.filter(pc.is_valid(table["person_id"]))
         latest, known = _moments(table, DEATH)
         earliest, _ = _moments(table, DEATH, at_end=False)
@@ -436,7 +438,9 @@ class Omop(RecordsImporter):
             spans.append(span)
         if "visit_occurrence" in self._tables:
             columns = {"visit_concept_id": Column("id")}
-            kinds = whole("visit_occurrence", self._tables["visit_occurrence"], columns, opener)
+            kinds = read_table(
+                "visit_occurrence", self._tables["visit_occurrence"], columns, opener
+            )
             ids.append(filled(kinds["visit_concept_id"].unique(), -1))
         return np.unique(np.concatenate(ids)), merge_spans(spans)
 

@@ -25,20 +25,20 @@ from pipeline.prepare.engine.grouped import (
     GroupedImporter,
     variable_codes,
 )
-from pipeline.prepare.engine.importing import InvalidRow, Row, invalid_row, preview
-from pipeline.prepare.engine.inputs import EXPANSION, InputSplit
-from pipeline.prepare.engine.records import positions
+from pipeline.prepare.engine.importing import InvalidRow, Row, first_few, invalid_row
+from pipeline.prepare.engine.inputs import TEXT_EXPANSION, InputSplit
+from pipeline.prepare.engine.records import index_in_sorted
 from pipeline.prepare.readers.archives import Entry, Opener, has_suffix, listing
 from pipeline.prepare.readers.csv_blocks import (
     Column,
+    read_table,
     split_table,
-    whole,
 )
 
 RECORD = re.compile(r"(?:^|/)set-([a-z])/(\d+)\.txt$")
 OUTCOMES = re.compile(r"(?:^|/)outcomes-([a-z])\.(?:txt|csv)$")
 TABLE = re.compile(r"(?:^|/)(events|records)_([a-z])\.(?:parquet|csv|csv\.gz)$")
-FILES_A_PIECE = 500
+FILES_PER_TASK = 500
 DESCRIPTORS = ("RecordID", "Age", "Gender", "Height", "ICUType", "Weight")
 GENDERS, UNITS = {0.0: "female", 1.0: "male"}, {1.0: "CCU", 2.0: "CSRU", 3.0: "MICU", 4.0: "SICU"}
 """Coronary, cardiac surgery recovery, medical and surgical intensive care, under MIMIC's names."""
@@ -125,29 +125,29 @@ class Physionet2012(GroupedImporter):
                 InputSplit(f"set-{name}", "", entry, size=entry.size * _expansion(entry))
                 for entry in sorted(self._records.get(name, ()), key=_archive_order)
             ]
-            out += [files[i : i + FILES_A_PIECE] for i in range(0, len(files), FILES_A_PIECE)]
+            out += [files[i : i + FILES_PER_TASK] for i in range(0, len(files), FILES_PER_TASK)]
             if name in self._tables:
                 events, _ = self._tables[name]
                 out += [[part] for part in split_table(f"set-{name}", events, cut_bytes)]
         if left := [name for name in there if name not in wanted]:
-            notes["sets left out"] = preview(left)
+            notes["sets left out"] = first_few(left)
         if bare := [
             name for name in wanted if name in self._records and name not in self._outcomes
         ]:
-            notes["sets without an Outcomes file, whose outcomes are null"] = preview(bare)
-        return EventTables(out, f"{found.mark} {plausible.mark()}", notes)
+            notes["sets without an Outcomes file, whose outcomes are null"] = first_few(bare)
+        return EventTables(out, f"{found.fingerprint} {plausible.fingerprint()}", notes)
 
     # ---------------------------------------------------------------- one row a record
 
     def entities(self, source: str) -> Entities:
         rows: list[Row] = []
-        broken: list[InvalidRow] = []
+        invalid: list[InvalidRow] = []
         with Opener() as opener:
             for name in self.sets:
                 found = (
                     self._of_tables(name, opener)
                     if name in self._tables
-                    else self._of_files(name, opener, broken)
+                    else self._of_files(name, opener, invalid)
                 )
                 rows += [{**record, "set": name} for record in found]
         numbers = [(name, pa.float64()) for name in (*DESCRIPTORS, *LABELS)]
@@ -190,7 +190,7 @@ class Physionet2012(GroupedImporter):
             "sets": self.splits,
             "units": plausible.units(),
         }
-        return Entities(table, keys, "entity", broken, info=info)
+        return Entities(table, keys, "entity", invalid, info=info)
 
     def _measured(self, name: str, values: pa.Array) -> pa.Array:
         """Return static features within their plausible range, null for others."""
@@ -199,7 +199,7 @@ class Physionet2012(GroupedImporter):
         clipped = pc.min_element_wise(pc.max_element_wise(values, valid_low), valid_high)
         return pc.if_else(is_plausible, clipped, None)
 
-    def _of_files(self, name: str, opener: Opener, broken: list[InvalidRow]) -> Iterator[Row]:
+    def _of_files(self, name: str, opener: Opener, invalid: list[InvalidRow]) -> Iterator[Row]:
         """Yield the descriptors of each record (at 00:00), with its outcomes."""
         outcomes = self._outcome_rows(name, opener)
         seen: set[float] = set()
@@ -212,7 +212,7 @@ class Physionet2012(GroupedImporter):
                 yield {**record, **outcomes.get(int(record["RecordID"]), {})}
             else:
                 file = f"set-{name}: file {place} of {len(self._records[name])}"
-                broken.append(invalid_row(file, self.splits[name], reason))
+                invalid.append(invalid_row(file, self.splits[name], reason))
 
     def _outcome_rows(self, name: str, opener: Opener) -> dict[int, dict[str, float]]:
         if name not in self._outcomes:
@@ -269,7 +269,7 @@ class Physionet2012(GroupedImporter):
         known = reader.keys[reader.table.removeprefix("set-")]
         found = plausible.numbers(texts)
         vocabulary, codes = variable_codes(names)
-        rows = np.append(known[:, 1], -1)[positions(known[:, 0], numbers)]
+        rows = np.append(known[:, 1], -1)[index_in_sorted(known[:, 0], numbers)]
         reader.begin(len(numbers))
         reader.drop("no such record", rows < 0)
         reader.drop("no variable", codes < 0)
@@ -290,7 +290,7 @@ def _decoded(codes: pa.Array, names: dict[float, str]) -> pa.Array:
 
 
 def _expansion(entry: Entry) -> int:
-    return EXPANSION if has_suffix(entry.uri, "gz") else 1
+    return TEXT_EXPANSION if has_suffix(entry.uri, "gz") else 1
 
 
 def _rows_of_numbers(
@@ -299,7 +299,7 @@ def _rows_of_numbers(
     """Yield the rows of a table of numbers that have a RecordID; NaN for what is no number."""
     needed = ("RecordID", "In-hospital_death")
     wanted = {name: Column("number", name in needed) for name in columns}
-    table = whole("records", entry, wanted, opener)
+    table = read_table("records", entry, wanted, opener)
     values = [plausible.numbers(table[name]).values.tolist() for name in columns]
     for row in zip(*values, strict=True):
         found = dict(zip(columns, row, strict=True))

@@ -17,8 +17,15 @@ from pydantic import Field
 from pipeline.config.registry import Options, nearest, register
 from pipeline.core.rng import mix
 from pipeline.io import storage
-from pipeline.prepare.engine.episodes import Episode, EpisodeImporter, Episodes, Result, fields, row
-from pipeline.prepare.engine.importing import Notes, invalid_row, names_in
+from pipeline.prepare.engine.episodes import (
+    Episode,
+    EpisodeImporter,
+    Episodes,
+    Result,
+    episode_fields,
+    episode_row,
+)
+from pipeline.prepare.engine.importing import Notes, invalid_row, parse_names
 from pipeline.prepare.engine.shard_tasks import Amounts, ProgressCallback, Settings
 from pipeline.prepare.engine.table_importer import SCANS
 from pipeline.simulation import environment, experts, rollout, training
@@ -128,7 +135,7 @@ class Rollouts(EpisodeImporter):
                 "or the file of a trained one"
             )
         self.ranges = _ranges(o.dynamics)
-        self.skills = names_in(o.skills)
+        self.skills = parse_names(o.skills)
         if not sum(getattr(o, option) for option in SPLITS.values()):
             raise ValueError(
                 "--set episodes=0: no episodes in any split; give episodes=, "
@@ -179,11 +186,17 @@ class Rollouts(EpisodeImporter):
             "fps": self.fps,
             "versions": versions,
         }
-        mark = " ".join([source, str(steps), content, *map(" ".join, versions.items())])
+        fingerprint = " ".join([source, str(steps), content, *map(" ".join, versions.items())])
         sizes = np.full(len(jobs), 4.0 * steps * max(seen + 2 * done + 1 for seen, done in widths))
-        columns = [*fields(self.classes is not None, True, executed=True), *MORE]
+        columns = [*episode_fields(self.classes is not None, True, executed=True), *MORE]
         return Episodes(
-            jobs, [job.split for job in jobs], sizes, columns, mark, {"steps at most": steps}, info
+            jobs,
+            [job.split for job in jobs],
+            sizes,
+            columns,
+            fingerprint,
+            {"steps at most": steps},
+            info,
         )
 
     def _load(self) -> str:
@@ -315,8 +328,8 @@ class Rollouts(EpisodeImporter):
         name, total = f"{job.split}-{job.number:06d}", float(found.rewards.sum())
         if found.diverged:
             reason = f"the simulator diverged: {found.diverged}"
-            broken = invalid_row(f"episode {name}", job.split, reason)
-            return Result(job.split, broken=broken, amounts={"diverged": 1})
+            invalid = invalid_row(f"episode {name}", job.split, reason)
+            return Result(job.split, invalid=invalid, amounts={"diverged": 1})
         amounts = {"simulated": 1, "return": total, **_success(found.success)}
         if job.world.skill:
             amounts |= _success(found.success, f" at {job.world.skill}")
@@ -351,7 +364,7 @@ class Rollouts(EpisodeImporter):
         )
         more = zip(MORE, (job.world.text(), total, found.success, *blind), strict=True)
         columns = {field.name: pa.array([value], field.type) for field, value in more}
-        table = row(episode, job.split, columns)
+        table = episode_row(episode, job.split, columns)
         return Result(job.split, table, amounts={**amounts, "steps": len(found.rewards)})
 
     def summary_amounts(self, amounts: Amounts) -> Notes:
@@ -392,12 +405,12 @@ def _ranges(text: str) -> dict[str, float | tuple[float, float]]:
     """Parse mass=2.5,gear=0.5..2 to numbers and (low, high). Raises ValueError for another form."""
     out: dict[str, float | tuple[float, float]] = {}
     known = (*environment.MULTIPLIERS, *environment.ADDED)
-    for part in names_in(text):
+    for part in parse_names(text):
         name, equals, value = (word.strip() for word in part.partition("="))
         if name not in known or name in out:
             raise ValueError(
                 f"--set dynamics={text}: {name!r} "
-                + ("stands twice" if name in out else f"is none of them; {nearest(name, known)}")
+                + ("occurs twice" if name in out else f"is not one of them; {nearest(name, known)}")
             )
         try:
             ends = [float(end) for end in value.split("..")] if equals else []

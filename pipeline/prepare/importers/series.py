@@ -18,7 +18,7 @@ from pipeline.prepare.engine.importing import (
     Notes,
     check_columns,
     check_one_split,
-    preview,
+    first_few,
     split_of_folder,
 )
 from pipeline.prepare.engine.inputs import InputSplit, SplitReader, find_inputs, whole_files
@@ -30,7 +30,7 @@ from pipeline.prepare.engine.table_importer import (
 )
 from pipeline.prepare.readers import logs
 from pipeline.prepare.readers.archives import Opener
-from pipeline.prepare.readers.csv_blocks import SUFFIXES, Column, schema
+from pipeline.prepare.readers.csv_blocks import SUFFIXES, Column, read_schema
 
 BLOCK_STEPS = 1 << 18
 """About how many steps of windows are made at a time."""
@@ -185,7 +185,7 @@ class Series(TableImporter):
             self.roles = self._roles(files[0], opener)
         for file in files if o.label_folders else ():
             _folder(file)
-        return files, listed.mark, listed.notes
+        return files, listed.fingerprint, listed.notes
 
     def _roles(self, input_split: InputSplit, opener: Opener) -> logs.ColumnRoles:
         """Return what the columns are, as the first file has them.
@@ -194,7 +194,7 @@ class Series(TableImporter):
         and the reward is the value.
         """
         o = self.options
-        names = [name.strip() for name in schema(input_split.entry, opener).names]
+        names = [name.strip() for name in read_schema(input_split.entry, opener).names]
         own = {
             option: getattr(o, option)
             for option in ("recording", "order", "label", "value", "subject", "split_column")
@@ -234,7 +234,7 @@ class Series(TableImporter):
     ) -> Iterator[Segment]:
         """Yield the valid segments of a file; the others go to `reading.bad`."""
         is_cut = self._shares or bool(self.options.split_column)
-        tables = logs.tables(reading.input_split, self._columns(), reading.opener, counts)
+        tables = logs.read_tables(reading.input_split, self._columns(), reading.opener, counts)
         recordings = [list(parts) for _, parts in groupby(episodes, lambda episode: episode.log)]
         whole = [ones[0]._replace(stop=ones[-1].stop) for ones in recordings]
         for ones, rows in zip(recordings, logs.read_episodes(whole, tables), strict=True):
@@ -328,16 +328,16 @@ class Series(TableImporter):
     def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
         o = self.options
         counts = sum((Counter(one["counts"]) for one in found), Counter[str]())
-        channels, broken = self.roles.observations, sum(one["broken"] for one in found)
-        first = f"; invalid: {broken}, the first one: {first_invalid(input_splits, found)}"
+        channels, invalid = self.roles.observations, sum(one["broken"] for one in found)
+        first = f"; invalid: {invalid}, the first one: {first_invalid(input_splits, found)}"
         if not any(one["rows"] for one in found):  # then some are invalid
             is_any = any(one["longest"] for one in found)
             why = self.why_no_rows(found) if is_any else "no recording is valid"
             raise ValueError(f"{why}{first}")
         if empty := [name for name in channels if not any(f["num_finite"][name] for f in found)]:
             raise ValueError(
-                f"{input_splits[0].name}: channels without any number: {preview(empty)}; leave "
-                f"them out of --set channels={first if broken else ''}"
+                f"{input_splits[0].name}: channels without any number: {first_few(empty)}; leave "
+                f"them out of --set channels={first if invalid else ''}"
             )
         lists = pa.struct([pa.field(name, pa.list_(pa.float64())) for name in channels])
         columns = [

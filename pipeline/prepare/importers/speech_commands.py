@@ -16,26 +16,26 @@ from pipeline.config.registry import Options, nearest, register
 from pipeline.media import audio_io
 from pipeline.prepare.engine.audio import (
     AudioImporter,
+    audio_entries,
+    count_other_files,
     lines_of,
-    others,
-    recording,
-    recordings,
-    sounds,
+    recording_row,
+    recordings_table,
 )
 from pipeline.prepare.engine.importing import (
     Index,
     InvalidRow,
     Row,
+    first_few,
     invalid_row,
-    names_in,
-    preview,
+    parse_names,
 )
 from pipeline.prepare.readers import archives
 from pipeline.prepare.readers.picture_check import BrokenImageError
 
 NOISE = "_background_noise_"
 LISTS = {"validation": "validation_list.txt", "test": "testing_list.txt"}
-MOST_CLIPS = 2**27 - 1
+MAX_CLIPS = 2**27 - 1
 """In the publisher's hash: more than a word will ever have."""
 SHARES = {"validation": 10.0, "test": 10.0}
 """Percent of the speakers, and of the noise, that are held out."""
@@ -86,7 +86,7 @@ class SpeechCommands(AudioImporter):
     def index(self, source: str) -> Index:
         found = archives.listing(source).without_common_folder()
         words: dict[str, list[archives.Entry]] = {}
-        for entry in sounds(found):
+        for entry in audio_entries(found):
             folder = posixpath.dirname(entry.name)
             if not folder or "/" in folder:
                 raise ValueError(
@@ -98,7 +98,7 @@ class SpeechCommands(AudioImporter):
         bare = sorted({name for name in found.empty if "/" not in name} - {NOISE})
         if bare:
             raise ValueError(
-                f"{source}: folders of words without recordings: {preview(bare)}; fill or "
+                f"{source}: folders of words without recordings: {first_few(bare)}; fill or "
                 "remove them"
             )
         split_of, unlisted = self._splits(source, found, words)
@@ -107,21 +107,21 @@ class SpeechCommands(AudioImporter):
         for word, entries in words.items():
             for entry in entries if labels[word] else ():
                 columns = {"label": labels[word], "word": word, "speaker": _speaker(entry.name)}
-                rows.append(recording(entry, split_of[entry.name], **columns))
+                rows.append(recording_row(entry, split_of[entry.name], **columns))
         quiet, wrong = self._noise(noise) if self.options.silence else ([], [])
         bad = [*unlisted, *wrong]
         types: dict[str, pa.DataType] = dict.fromkeys(("label", "word", "speaker"), pa.string())
         return Index(
-            recordings(rows + quiet, types, source, bad),
-            found.mark,
-            broken=bad,
+            recordings_table(rows + quiet, types, source, bad),
+            found.fingerprint,
+            invalid=bad,
             info={"labels": sorted({row["label"] for row in rows + quiet})},
             notes={
                 "split": self.options.split,
                 "words": len(words),
                 "files of background noise": len(noise),
                 "clips of other words left out": sum(map(len, words.values())) - len(rows),
-                "files left out": others(found, *LISTS.values()),
+                "files left out": count_other_files(found, *LISTS.values()),
             },
         )
 
@@ -129,7 +129,7 @@ class SpeechCommands(AudioImporter):
         """Return the label of each word, "" for one that is left out. Raises ValueError for a word
         without a folder.
         """
-        wanted = names_in(self.options.words)
+        wanted = parse_names(self.options.words)
         for word in wanted:
             if word not in words:
                 raise ValueError(
@@ -155,8 +155,8 @@ class SpeechCommands(AudioImporter):
         missing = [name for name in LISTS.values() if name not in lists]
         if missing:
             raise ValueError(
-                f"{source}: {preview(missing)} not there; put the publisher's lists beside the "
-                "words, or say --set split=hash or split=train"
+                f"{source}: {first_few(missing)} not there; put the publisher's lists beside the "
+                "words, or pass --set split=hash or split=train"
             )
         out: dict[str, str] = dict.fromkeys(names, "train")
         bad: list[InvalidRow] = []
@@ -165,7 +165,7 @@ class SpeechCommands(AudioImporter):
                 name = posixpath.normpath(line.text.strip().replace("\\", "/"))
                 if name not in out:
                     reason = line.reason or f"no recording {name}"
-                    bad.append(invalid_row(line.place, split, reason))
+                    bad.append(invalid_row(line.location, split, reason))
                 elif out[name] not in ("train", split):
                     raise ValueError(
                         f"{source}: {name} stands in both lists; a clip lies in one split"
@@ -193,7 +193,7 @@ class SpeechCommands(AudioImporter):
                 else _held_out((100.0 * (i + 0.5) / count + sum(SHARES.values())) % 100)
             )
             start, label = i * WINDOW_SECONDS, self.options.silence
-            window = recording(entry, split, start=start, seconds=WINDOW_SECONDS, label=label)
+            window = recording_row(entry, split, start=start, seconds=WINDOW_SECONDS, label=label)
             rows.append({**window, "word": None, "speaker": None})
         return rows, bad
 
@@ -215,4 +215,4 @@ def _hashed(name: str) -> str:
     _nohash_, so that a speaker stays in one split as clips are added.
     """
     digest = hashlib.sha1(re.sub(r"_nohash_.*$", "", posixpath.basename(name)).encode()).hexdigest()
-    return _held_out(int(digest, 16) % (MOST_CLIPS + 1) * (100.0 / MOST_CLIPS))
+    return _held_out(int(digest, 16) % (MAX_CLIPS + 1) * (100.0 / MAX_CLIPS))

@@ -17,7 +17,7 @@ from pipeline.io.json_values import JsonObject
 from pipeline.prepare.engine.importing import Notes, Row
 from pipeline.prepare.engine.inputs import InputSplit, SplitReader, text_problem
 from pipeline.prepare.engine.table_importer import Found, InferredSchema, TableImporter
-from pipeline.prepare.readers.archives import MOST_BYTES
+from pipeline.prepare.readers.archives import MAX_FILE_BYTES
 
 SHOWN = 40
 """Characters of a text that a reason shows."""
@@ -206,13 +206,15 @@ def _document(reading: SplitReader) -> Any:
     data = reading.whole()
     if data is None:
         raise ValueError(
-            f"{reading.input_split.name}: more than {MOST_BYTES >> 20} MiB of JSON; cut it into "
-            "several files"
+            f"{reading.input_split.name}: more than {MAX_FILE_BYTES >> 20} MiB of JSON; cut it "
+            "into several files"
         )
     try:
         return json.loads(data.decode("utf-8-sig", "surrogateescape"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{reading.input_split.name}: not JSON ({error}); get it again") from None
+        raise ValueError(
+            f"{reading.input_split.name}: not JSON ({error}); download it again"
+        ) from None
 
 
 def _walk(document: Any, name: str) -> Iterator[tuple[str, Any, JsonObject]]:

@@ -23,8 +23,8 @@ from pipeline.prepare.engine.importing import (
     Notes,
     check_columns,
     check_one_split,
-    names_in,
-    preview,
+    first_few,
+    parse_names,
 )
 from pipeline.prepare.engine.inputs import (
     InputSplit,
@@ -34,12 +34,11 @@ from pipeline.prepare.engine.inputs import (
     plain_suffix,
 )
 from pipeline.prepare.engine.table_importer import (
-    KINDS,
     Found,
     InferredSchema,
     TableImporter,
-    wider,
 )
+from pipeline.prepare.engine.value_types import ValueType, common_type
 from pipeline.prepare.readers import dialect, parquet
 
 FEW, MANY = 10, 1000
@@ -99,13 +98,13 @@ class Table(TableImporter):
         super().__init__(options)
         o = self.options
         self.dialect = dialect.Dialect(o.delimiter, o.quote, o.encoding)
-        self.labels = names_in(o.label)
-        self.columns = names_in(o.columns)
-        self.dropped = names_in(o.drop)
-        self.categorical = names_in(o.categorical)
-        self.numeric = names_in(o.numeric)
-        self.header = names_in(o.names)
-        self.carried = list(dict.fromkeys([*self.labels, *names_in(o.id), *names_in(o.group)]))
+        self.labels = parse_names(o.label)
+        self.columns = parse_names(o.columns)
+        self.dropped = parse_names(o.drop)
+        self.categorical = parse_names(o.categorical)
+        self.numeric = parse_names(o.numeric)
+        self.header = parse_names(o.names)
+        self.copied = list(dict.fromkeys([*self.labels, *parse_names(o.id), *parse_names(o.group)]))
         self.missing = frozenset(text.strip() for text in o.missing.split(","))
         both = sorted(set(self.categorical) & set(self.numeric))
         if both:
@@ -114,7 +113,7 @@ class Table(TableImporter):
             )
         check_one_split(o)
         for option, names in (("drop", self.dropped), ("columns", self.columns)):
-            if taken := [name for name in names if name in self.carried or name == o.split_column]:
+            if taken := [name for name in names if name in self.copied or name == o.split_column]:
                 raise ValueError(
                     f"--set {option}= names {taken[0]}, which is label, id, group or "
                     "split_column; such a column is no feature anyway"
@@ -129,7 +128,7 @@ class Table(TableImporter):
         kinds = (*dialect.SUFFIXES, *parquet.SUFFIXES)
         listed = find_inputs(source, kinds, self.options.split or by_rows)
         check_kinds(listed, kinds)
-        return parquet.split_files(listed, part_bytes), listed.mark, listed.notes
+        return parquet.split_files(listed, part_bytes), listed.fingerprint, listed.notes
 
     def _batches(self, reading: SplitReader) -> Iterator[tuple[list[int], dict[str, list[Any]]]]:
         """Yield (place of each row, {column: values}) of valid rows in batches.
@@ -139,12 +138,12 @@ class Table(TableImporter):
         if plain_suffix(reading.input_split.name) in parquet.SUFFIXES:
             for before, block in parquet.batches(reading):
                 for name, kind in zip(block.column_names, block.schema.types, strict=True):
-                    self._fits(name, kind, reading)
+                    self._check_type(name, kind, reading)
                 columns = {
-                    name: self._there(_values(block[name]))
+                    name: self._with_missing_as_none(_values(block[name]))
                     for name in self._wanted(block.column_names, reading.input_split.name)
                 }
-                yield from self._whole(
+                yield from self._drop_unlabelled_rows(
                     reading, [before + 1 + i for i in range(len(block))], columns
                 )
             return
@@ -155,18 +154,19 @@ class Table(TableImporter):
             raise ValueError(f"{place}: empty, not even a header; leave it out")
         if "" in names:
             raise ValueError(
-                f"{reading.place(line)}: column {names.index('') + 1} has no name; give it one, or "
-                "say --set names=... for a file without a header"
+                f"{reading.location(line)}: column {names.index('') + 1} has no name; give it one, "
+                "or pass --set names=... for a file without a header"
             )
         wanted = self._wanted(names, place)
         at = {name: names.index(name) for name in wanted}
         while batch := list(islice(records, ROWS)):
             columns = {
-                name: self._there([fields[i] for _, fields in batch]) for name, i in at.items()
+                name: self._with_missing_as_none([fields[i] for _, fields in batch])
+                for name, i in at.items()
             }
-            yield from self._whole(reading, [number for number, _ in batch], columns)
+            yield from self._drop_unlabelled_rows(reading, [number for number, _ in batch], columns)
 
-    def _there(self, values: list[Any]) -> list[Any]:
+    def _with_missing_as_none(self, values: list[Any]) -> list[Any]:
         """Strip texts, and set values that mean a missing one to None."""
         stripped = [value.strip() if isinstance(value, str) else value for value in values]
         return [
@@ -174,14 +174,14 @@ class Table(TableImporter):
             for value in stripped
         ]
 
-    def _fits(self, name: str, kind: pa.DataType, reading: SplitReader) -> None:
+    def _check_type(self, name: str, kind: pa.DataType, reading: SplitReader) -> None:
         """Raise ValueError for a feature in Parquet that is neither number nor text."""
         is_value = is_number(kind) or pa.types.is_decimal(kind) or pa.types.is_boolean(kind)
-        is_read = not self.columns or name in (*self.columns, *self.carried)
+        is_read = not self.columns or name in (*self.columns, *self.copied)
         if is_read and name not in self.dropped and not (is_value or is_text(kind)):
             raise ValueError(
                 f"{reading.input_split.name}: column {name} is {kind}, neither a number nor a "
-                f"category; turn it into one, or say --set drop={name}"
+                f"category; turn it into one, or pass --set drop={name}"
             )
 
     def _wanted(self, names: list[str], place: str) -> list[str]:
@@ -191,10 +191,12 @@ class Table(TableImporter):
         o = self.options
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"{place}: two columns are called {twice[0]!r}; rename one")
-        given = [(option, name) for option in OF_COLUMNS for name in names_in(getattr(o, option))]
+        given = [
+            (option, name) for option in OF_COLUMNS for name in parse_names(getattr(o, option))
+        ]
         check_columns(place, names, *given)
-        own = [*self.carried, *names_in(o.split_column)]
-        for name in [name for name in self.carried if name in (FEATURES, "split")]:
+        own = [*self.copied, *parse_names(o.split_column)]
+        for name in [name for name in self.copied if name in (FEATURES, "split")]:
             raise ValueError(f"{place}: column {name} has a name that is taken here; rename it")
         features = self.columns or [
             name for name in names if name not in own and name not in self.dropped
@@ -203,13 +205,13 @@ class Table(TableImporter):
             raise ValueError(f"{place}: no column is left for the features")
         return [*features, *own]
 
-    def _whole(
+    def _drop_unlabelled_rows(
         self, reading: SplitReader, places: list[int], columns: dict[str, list[Any]]
     ) -> Iterator[tuple[list[int], dict[str, list[Any]]]]:
         """Drop rows without label or split from a batch; these go to `reading.bad`."""
         lacking: dict[int, str] = {}
         if self.options.split_column:
-            texts = [_text(value) for value in columns[self.options.split_column]]
+            texts = [_as_category(value) for value in columns[self.options.split_column]]
             lacking = {
                 i: NO_SPLIT
                 for i, text in enumerate(texts)
@@ -239,15 +241,15 @@ class Table(TableImporter):
         """For each column return the type of its values, how many are missing or no number, and
         its distinct values as long as they are few.
         """
-        rows, columns = 0, dict[str, _Column]()
+        rows, columns = 0, dict[str, _ColumnStatistics]()
         for places, found in self._batches(reading):
             rows += len(places)
             for name, values in found.items():
-                columns.setdefault(name, _Column()).see(values)
-        return {"rows": rows, "columns": {name: one.counted() for name, one in columns.items()}}
+                columns.setdefault(name, _ColumnStatistics()).update(values)
+        return {"rows": rows, "columns": {name: one.to_json() for name, one in columns.items()}}
 
     def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
-        columns: dict[str, _Column] = {}
+        columns: dict[str, _ColumnStatistics] = {}
         first = ""
         for input_split, one in zip(input_splits, found, strict=True):
             here = one["columns"]
@@ -255,27 +257,28 @@ class Table(TableImporter):
             if here and columns and here.keys() != columns.keys():
                 odd = sorted(here.keys() ^ columns.keys())
                 raise ValueError(
-                    f"{input_split.name}: other columns than {first}: {preview(odd)} in one of "
+                    f"{input_split.name}: other columns than {first}: {first_few(odd)} in one of "
                     "them alone; make them alike, or name the features: --set columns="
                 )
-            for name, counted in here.items():
-                columns.setdefault(name, _Column()).join(*counted)
+            for name, statistics in here.items():
+                columns.setdefault(name, _ColumnStatistics()).merge(*statistics)
         features = [
             name
             for name in columns
-            if name not in self.carried and name != self.options.split_column
+            if name not in self.copied and name != self.options.split_column
         ]
         number = {
-            name: name in self.numeric or (name not in self.categorical and columns[name].kind < 4)
+            name: name in self.numeric
+            or (name not in self.categorical and columns[name].value_type < ValueType.STRING)
             for name in features
         }
         fields = [
             pa.field(name, pa.float64() if number[name] else pa.string()) for name in features
         ]
-        kinds = {name: columns[name].kind for name in self.carried}
-        if self.label and kinds[self.label] == 3:
+        types = {name: columns[name].value_type for name in self.copied}
+        if self.label and types[self.label] == ValueType.FLOAT:
             self.label = ""  # a number to estimate has no classes to count
-        own = [pa.field(name, KINDS[kind] if kind else pa.string()) for name, kind in kinds.items()]
+        own = [pa.field(name, of.column_type) for name, of in types.items()]
         info = {
             "label": self.labels,
             "id": self.options.id,
@@ -286,32 +289,36 @@ class Table(TableImporter):
         notes = self._notes(columns, number, sum(one["rows"] for one in found))
         return InferredSchema(
             [pa.field(FEATURES, pa.struct(fields)), *own],
-            [(number, kinds)] * len(input_splits),
+            [(number, types)] * len(input_splits),
             notes,
             info,
         )
 
-    def _notes(self, columns: dict[str, _Column], number: dict[str, bool], rows: int) -> Notes:
+    def _notes(
+        self, columns: dict[str, _ColumnStatistics], number: dict[str, bool], rows: int
+    ) -> Notes:
         """Return what a user may want to know of the columns: names and counts, no values."""
         features = {name: columns[name] for name in number}
         whole = [
             name
             for name, column in features.items()
-            if number[name] and column.kind == 2 and 1 < len(column.distinct) <= FEW
+            if number[name]
+            and column.value_type == ValueType.INTEGER
+            and 1 < len(column.hashes) <= FEW
         ]
-        strange = {
-            name: column.strange
+        num_not_numeric = {
+            name: column.num_not_numeric
             for name, column in features.items()
-            if number[name] and column.strange
+            if number[name] and column.num_not_numeric
         }
         noted = {
             "columns without a value": [
-                name for name, column in features.items() if not column.present
+                name for name, column in features.items() if not column.num_present
             ],
             "columns with one value": [
                 name
                 for name, column in features.items()
-                if column.present and len(column.distinct) == 1
+                if column.num_present and len(column.hashes) == 1
             ],
             "whole numbers with few values (if they are codes: --set categorical=)": whole,
             "categories though most values are numbers (if the others mean none: --set numeric=)": [
@@ -319,46 +326,44 @@ class Table(TableImporter):
                 for name, column in features.items()
                 if not number[name]
                 and name not in self.categorical
-                and 0 < 2 * column.strange < column.present
+                and 0 < 2 * column.num_not_numeric < column.num_present
             ],
             f"categories with more than {MANY} values (names? --set drop=)": [
                 name
                 for name, column in features.items()
-                if not number[name] and len(column.distinct) > MANY
+                if not number[name] and len(column.hashes) > MANY
             ],
         }
         missing = {
-            name: rows - column.present
+            name: rows - column.num_present
             for name, column in features.items()
-            if column.present < rows
+            if column.num_present < rows
         }
         return {
             "numeric features": sum(number.values()),
             "categorical features": len(number) - sum(number.values()),
             **({"values missing": missing} if missing else {}),
-            **({"values that are no number, now null": strange} if strange else {}),
-            **{name: preview(found) for name, found in noted.items() if found},
+            **({"values that are no number, now null": num_not_numeric} if num_not_numeric else {}),
+            **{name: first_few(found) for name, found in noted.items() if found},
         }
 
     def rows(self, reading: SplitReader) -> Iterator[pa.Table]:
         number: dict[str, bool]
-        kinds: dict[str, int]
-        number, kinds = reading.scan_result
+        types: dict[str, ValueType]
+        number, types = reading.scan_result
         for places, found in self._batches(reading):
             arrays = [
-                pa.array([_number(value) for value in found[name]], pa.float64())
+                pa.array([_as_finite_number(value) for value in found[name]], pa.float64())
                 if number[name]
-                else pa.array([_text(value) for value in found[name]], pa.string())
+                else pa.array([_as_category(value) for value in found[name]], pa.string())
                 for name in number
             ]
             made: dict[str, pa.Array] = {FEATURES: pa.StructArray.from_arrays(arrays, list(number))}
-            for name, kind in kinds.items():
-                made[name] = pa.array(
-                    [_as(value, kind) for value in found[name]],
-                    KINDS[kind] if kind else pa.string(),
-                )
+            for name, of_column in types.items():
+                values = [_convert(value, of_column) for value in found[name]]
+                made[name] = pa.array(values, of_column.column_type)
             if self.options.split_column:
-                texts = [_text(value) or "" for value in found[self.options.split_column]]
+                texts = [_as_category(value) or "" for value in found[self.options.split_column]]
                 made["split"] = pa.array([SPLITS[text.lower()] for text in texts], pa.string())
             if places:
                 yield pa.table(made)
@@ -367,59 +372,62 @@ class Table(TableImporter):
 # ---------------------------------------------------------------- columns and values
 
 
-class _Column:
+class _ColumnStatistics:
     """Statistics of a column.
 
     Attributes:
-        kind: the widest type, an index in KINDS.
-        present: number of values that are not missing.
-        strange: number of values that are no number.
-        distinct: hashes of its values, as long as they are few.
+        value_type: the one that holds all values.
+        num_present: number of values that are not missing.
+        num_not_numeric: number of values that are no number.
+        hashes: hashes of its values, as long as they are few.
     """
 
     def __init__(self):
-        self.kind = self.present = self.strange = 0
-        self.distinct: set[int] = set()
+        self.value_type, self.num_present, self.num_not_numeric = ValueType.NULL, 0, 0
+        self.hashes: set[int] = set()
 
-    def see(self, values: Iterable[Any]) -> None:
+    def update(self, values: Iterable[Any]) -> None:
         for value, count in Counter(values).items():
             if value is None or value != value:
                 continue
-            self.present += count
-            self.kind = wider(self.kind, _kind(value))
-            self.strange += count * (_number(value) is None)
-            if len(self.distinct) <= MANY:
-                self.distinct.add(_hash(value))
+            self.num_present += count
+            self.value_type = common_type(self.value_type, _type_of(value))
+            self.num_not_numeric += count * (_as_finite_number(value) is None)
+            if len(self.hashes) <= MANY:
+                self.hashes.add(_hash(value))
 
-    def counted(self) -> tuple[int, int, int, list[int]]:
-        """Return (kind, number of present values, of strange ones, hashes of distinct ones).
+    def to_json(self) -> tuple[int, int, int, list[int]]:
+        """Return the statistics as JSON can hold them, and as `merge` takes them."""
+        return self.value_type, self.num_present, self.num_not_numeric, sorted(self.hashes)
 
-        JSON can hold them, and `join` takes them.
-        """
-        return self.kind, self.present, self.strange, sorted(self.distinct)
-
-    def join(self, kind: int, present: int, strange: int, distinct: list[int]) -> None:
-        self.kind = wider(self.kind, kind)
-        self.present += present
-        self.strange += strange
-        self.distinct.update(distinct)
+    def merge(
+        self, value_type: int, num_present: int, num_not_numeric: int, hashes: list[int]
+    ) -> None:
+        self.value_type = common_type(self.value_type, value_type)
+        self.num_present += num_present
+        self.num_not_numeric += num_not_numeric
+        self.hashes.update(hashes)
 
 
 def _hash(value: Any) -> int:
     """Hash a value, the same for 1 and "1" and in every process, unlike Python's own."""
     return int.from_bytes(
-        hashlib.blake2b(str(_text(value)).encode(), digest_size=8).digest(), "little", signed=True
+        hashlib.blake2b(str(_as_category(value)).encode(), digest_size=8).digest(),
+        "little",
+        signed=True,
     )
 
 
-def _kind(value: Any) -> int:
-    """Return a value's type as an index in KINDS; bools are categories, 1.0 is a whole number."""
+def _type_of(value: Any) -> ValueType:
+    """Return the type of a value; bools are categories, 1.0 is a whole number."""
     if isinstance(value, str):
-        kind = dialect.field_kind(value)
-        return _kind(float(value)) if kind == 3 else kind
+        of_field = dialect.type_of_field(value)
+        return _type_of(float(value)) if of_field == ValueType.FLOAT else of_field
     if isinstance(value, float):
-        return 2 if value.is_integer() and abs(value) < 1 << 53 else 3
-    return 2 if not isinstance(value, bool) and abs(value) < 1 << 63 else 4
+        is_whole = value.is_integer() and abs(value) < 1 << 53
+        return ValueType.INTEGER if is_whole else ValueType.FLOAT
+    is_whole = not isinstance(value, bool) and abs(value) < 1 << 63
+    return ValueType.INTEGER if is_whole else ValueType.STRING
 
 
 def _values(column: pa.ChunkedArray) -> list[Any]:
@@ -429,7 +437,7 @@ def _values(column: pa.ChunkedArray) -> list[Any]:
     return (pc.cast(column, pa.float64()) if pa.types.is_decimal(kind) else column).to_pylist()
 
 
-def _number(value: Any) -> float | None:
+def _as_finite_number(value: Any) -> float | None:
     """Return the value as a finite number, or None."""
     if value is None or (isinstance(value, str) and not dialect.NUMBER.fullmatch(value)):
         return None
@@ -437,7 +445,7 @@ def _number(value: Any) -> float | None:
     return found if math.isfinite(found) else None
 
 
-def _text(value: Any) -> str | None:
+def _as_category(value: Any) -> str | None:
     """Return the value as a category; None where it is missing."""
     if value is None or value != value:
         return None
@@ -446,16 +454,13 @@ def _text(value: Any) -> str | None:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _as(value: Any, kind: int) -> Any:
-    """Convert a label, id or group to a type of KINDS."""
-    if kind == 4:
-        return _text(value)
+def _convert(value: Any, value_type: ValueType) -> Any:
+    """Convert a label, id or group to a type."""
+    if value_type == ValueType.STRING:
+        return _as_category(value)
     if value is None or value != value:
         return None
-    if kind == 2:
-        return (
-            int(float(value))
-            if isinstance(value, str) and not dialect.WHOLE.fullmatch(value)
-            else int(value)
-        )
-    return float(value)
+    if value_type != ValueType.INTEGER:
+        return float(value)
+    is_float = isinstance(value, str) and not dialect.WHOLE.fullmatch(value)
+    return int(float(value)) if is_float else int(value)

@@ -18,7 +18,7 @@ from pipeline.config import registry
 from pipeline.config.registry import Options, register
 from pipeline.core.arrow_lists import is_text
 from pipeline.media import minhash
-from pipeline.prepare.engine.importing import Notes, Row, check_columns, names_in
+from pipeline.prepare.engine.importing import Notes, Row, check_columns, parse_names
 from pipeline.prepare.engine.inputs import (
     ROW_BYTES,
     InputFiles,
@@ -33,14 +33,11 @@ from pipeline.prepare.engine.inputs import (
     whole_files,
 )
 from pipeline.prepare.engine.table_importer import (
-    KINDS,
     Found,
     InferredSchema,
     TableImporter,
-    as_kind,
-    kind_of,
-    wider,
 )
+from pipeline.prepare.engine.value_types import ValueType, common_type, convert, type_of_value
 from pipeline.prepare.readers import cleaning, parquet
 
 PLAIN, LINES, PARQUET = (".txt", ".text"), (".jsonl", ".ndjson"), parquet.SUFFIXES
@@ -132,16 +129,16 @@ class Document(NamedTuple):
     kept: Row
 
 
-class Selection(NamedTuple):
+class DroppedDocuments(NamedTuple):
     """Which documents of an input split are dropped, and the types of the kept columns.
 
     Attributes:
         is_dropped: (documents,) bool.
-        kinds: indices in KINDS.
+        types: of the kept columns.
     """
 
     is_dropped: np.ndarray
-    kinds: dict[str, int]
+    types: dict[str, ValueType]
 
 
 @register("importer", "text", options=TextOptions)
@@ -161,7 +158,7 @@ class Text(TableImporter):
 
     def __init__(self, options: Any = None):
         super().__init__(options)
-        self.kept = names_in(self.options.keep)
+        self.kept = parse_names(self.options.keep)
         wrong = [name for name in self.kept if name in RESERVED or name == self.options.text]
         if wrong:
             raise ValueError(
@@ -179,7 +176,7 @@ class Text(TableImporter):
             by_lines = suffix in LINES or (suffix in PLAIN and self.options.documents != "file")
             return split_files(one, part_bytes) if by_lines else whole_files(one)
 
-        return parquet.split_files(listed, part_bytes, cut), listed.mark, listed.notes
+        return parquet.split_files(listed, part_bytes, cut), listed.fingerprint, listed.notes
 
     # ------------------------------------------------------------ documents
 
@@ -282,7 +279,7 @@ class Text(TableImporter):
 
     def _of_parquet(self, reading: SplitReader) -> Iterator[Document]:
         name = self.options.text
-        self._check_columns(parquet.schema(reading.input_split), reading.input_split.name)
+        self._check_columns(parquet.read_schema(reading.input_split), reading.input_split.name)
         for before, batch in parquet.batches(reading, [name, *self.kept], BATCH_ROWS):
             column = batch[name]
             if pa.types.is_dictionary(column.type):
@@ -320,7 +317,7 @@ class Text(TableImporter):
         if o.min_words and len(stripped.split()) < o.min_words:
             return 4
         if o.min_letters or o.script:
-            letters, own = cleaning.shares(stripped, o.script)
+            letters, own = cleaning.letter_shares(stripped, o.script)
             if letters < o.min_letters:
                 return 5
             if o.script and own < o.min_script:
@@ -331,14 +328,15 @@ class Text(TableImporter):
         """For each document return its place and why it is dropped; for those that are kept what
         they are compared by; and the types of the kept columns.
         """
-        places, reasons, digests, signs, kinds = [], [], [], [], dict.fromkeys(self.kept, 0)
+        places, reasons, digests, signs = [], [], [], []
+        types = dict.fromkeys(self.kept, ValueType.NULL)
 
         def staying() -> Iterator[str]:
             for place, text, kept in self._documents(reading):
                 places.append(place)
                 reasons.append(self._reason(text))
                 for name, value in kept.items():
-                    kinds[name] = wider(kinds[name], kind_of(value))
+                    types[name] = common_type(types[name], type_of_value(value))
                 if not reasons[-1]:
                     if self.options.dedup != "none":
                         digests.append(cleaning.digest(text))
@@ -355,22 +353,20 @@ class Text(TableImporter):
             "reasons": np.array(reasons, dtype=np.uint8),
             "digests": np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2),
             "signs": np.array(signs, dtype=np.uint32).reshape(-1, minhash.NUM_PERM),
-            "kinds": kinds,
+            "kinds": types,
         }
 
     def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
         reasons = np.concatenate([one["reasons"] for one in found])
         twins = self._alike(found, reasons)
         cuts = np.cumsum([len(one["reasons"]) for one in found])[:-1]
-        kinds = {}
+        types = dict.fromkeys(self.kept, ValueType.NULL)
         for name in self.kept:
             for one in found:
-                kinds[name] = wider(kinds.get(name, 0), one["kinds"][name])
-        kept = [
-            pa.field(name, KINDS[kind] if kind else pa.string()) for name, kind in kinds.items()
-        ]
+                types[name] = common_type(types[name], one["kinds"][name])
+        kept = [pa.field(name, of_column.column_type) for name, of_column in types.items()]
         columns = [pa.field("text", pa.string()), pa.field("id", pa.string()), *kept]
-        selections = [Selection(part > 0, kinds) for part in np.split(reasons, cuts)]
+        selections = [DroppedDocuments(part > 0, types) for part in np.split(reasons, cuts)]
         counts = Counter(reasons[reasons > 0].tolist())
         notes = {
             "dropped": {REASONS[code]: count for code, count in sorted(counts.items())},
@@ -396,12 +392,12 @@ class Text(TableImporter):
         if self.options.dedup == "none":
             return first
         there = np.flatnonzero(reasons == 0)
-        same = cleaning.exact(np.concatenate([one["digests"] for one in found]))
+        same = cleaning.first_exact_duplicates(np.concatenate([one["digests"] for one in found]))
         first[there] = there[same]
         reasons[there[same != np.arange(len(same))]] = EXACT
         if self.options.dedup == "near":
             alone = np.flatnonzero(same == np.arange(len(same)))
-            like = cleaning.near(
+            like = cleaning.first_near_duplicates(
                 np.concatenate([one["signs"] for one in found])[alone], self.options.threshold
             )
             first[there[alone]] = there[alone[like]]
@@ -438,11 +434,11 @@ class Text(TableImporter):
         )
 
     def rows(self, reading: SplitReader) -> Iterator[Row]:
-        selection: Selection = reading.scan_result
+        selection: DroppedDocuments = reading.scan_result
         for number, (place, text, kept) in enumerate(self._documents(reading)):
             if not selection.is_dropped[number]:
                 yield {
                     "text": text,
-                    "id": reading.place(place),
-                    **{key: as_kind(value, selection.kinds[key]) for key, value in kept.items()},
+                    "id": reading.location(place),
+                    **{key: convert(value, selection.types[key]) for key, value in kept.items()},
                 }

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from pipeline.config.registry import SplitOptions, register
 from pipeline.prepare.engine import episodes
-from pipeline.prepare.engine.importing import Notes, check_columns, names_in, preview
+from pipeline.prepare.engine.importing import Notes, check_columns, first_few, parse_names
 from pipeline.prepare.engine.inputs import InputSplit, SplitReader, find_inputs, whole_files
 from pipeline.prepare.engine.table_importer import (
     Found,
@@ -23,7 +23,7 @@ from pipeline.prepare.engine.table_importer import (
 )
 from pipeline.prepare.readers import logs
 from pipeline.prepare.readers.archives import Opener
-from pipeline.prepare.readers.csv_blocks import SUFFIXES, schema
+from pipeline.prepare.readers.csv_blocks import SUFFIXES, read_schema
 
 SINGLE = ("episode", "order", "reward", "done", "task", "embodiment", "split_column")
 """Options that name one column each."""
@@ -149,7 +149,7 @@ class Trajectories(TableImporter):
         with Opener() as opener:
             self.roles = self._roles(whole_files(listed)[0], opener)
         self.label = "actions" if self.roles.discrete else "task" if o.task else ""
-        return whole_files(listed), listed.mark, listed.notes
+        return whole_files(listed), listed.fingerprint, listed.notes
 
     @property
     def _shares(self) -> bool:
@@ -158,7 +158,10 @@ class Trajectories(TableImporter):
     # ---------------------------------------------------- what the columns are, from the first file
 
     def _roles(self, input_split: InputSplit, opener: Opener) -> logs.ColumnRoles:
-        o, names = self.options, [name.strip() for name in schema(input_split.entry, opener).names]
+        o, names = (
+            self.options,
+            [name.strip() for name in read_schema(input_split.entry, opener).names],
+        )
         own = {option: getattr(o, option) for option in SINGLE}
         check_columns(input_split.name, names, *own.items())
         place, taken = input_split.name, set(own.values())
@@ -197,7 +200,7 @@ class Trajectories(TableImporter):
             actions,
             discrete,
             listed,
-            tuple(names_in(o.action_names)),
+            tuple(parse_names(o.action_names)),
             self.low,
             self.high,
             o.episode,
@@ -243,12 +246,12 @@ class Trajectories(TableImporter):
         is_cut = bool(
             self.rules.steps or self._shares or o.split_column or (o.done and not o.episode)
         )
-        tables = logs.tables(reading.input_split, self.roles.columns(), reading.opener)
+        tables = logs.read_tables(reading.input_split, self.roles.columns(), reading.opener)
         for episode_rows, rows in zip(found, logs.read_episodes(found, tables), strict=True):
             log, number = episode_rows.log, episode_rows.number
             name = f"{log}-{number:05d}" if is_cut else log
             try:
-                episode = logs.episode(rows, episode_rows, self.roles, self.rules, name)
+                episode = logs.make_episode(rows, episode_rows, self.roles, self.rules, name)
             except logs.UnusableError as error:
                 reading.bad(f"episode {name} (from row {episode_rows.start + 1})", str(error))
                 continue
@@ -287,7 +290,7 @@ class Trajectories(TableImporter):
             ):
                 raise ValueError(
                     f"{input_split.name}: {self.roles.actions[0]} is {text!r}, while it began with "
-                    "whole numbers and so was taken as classes; say --set discrete=false where it "
+                    "whole numbers and so was taken as classes; pass --set discrete=false where it "
                     "is numbers, --set discrete=true where it is names of classes"
                 )
         _check_widths(input_splits, found)
@@ -300,7 +303,7 @@ class Trajectories(TableImporter):
             **({"classes of actions": len(classes)} if self.roles.discrete else {}),
         }
         if doubled:
-            notes[SAME_IDS] = preview(doubled)
+            notes[SAME_IDS] = first_few(doubled)
         info = {
             "observations": list(self.roles.observations),
             "actions": list(self.roles.actions),
@@ -310,7 +313,10 @@ class Trajectories(TableImporter):
             "validation_share": self.rules.validation,
         }
         return InferredSchema(
-            episodes.fields(self.roles.discrete, bool(self.roles.reward)), scan_results, notes, info
+            episodes.episode_fields(self.roles.discrete, bool(self.roles.reward)),
+            scan_results,
+            notes,
+            info,
         )
 
     def rows(self, reading: SplitReader) -> Iterator[pa.Table]:
@@ -318,7 +324,7 @@ class Trajectories(TableImporter):
         prefix = f"{reading.input_split.name}/" if has_prefix else ""
         there = [logs.EpisodeRows(*one) for one in there]
         for found, split in self._episodes(reading, there):
-            row = episodes.row(found, split)
+            row = episodes.episode_row(found, split)
             yield row.set_column(0, "episode", pa.array([prefix + found.name])) if prefix else row
 
 
@@ -343,7 +349,7 @@ def _check_widths(input_splits: list[InputSplit], found: list[Found]) -> None:
 
 def _bounds(option: str, text: str) -> tuple[float, ...]:
     try:
-        found = tuple(float(part) for part in names_in(text))
+        found = tuple(float(part) for part in parse_names(text))
     except ValueError:
         raise ValueError(
             f"--set {option}={text}: not numbers; write one, or one for each column of "

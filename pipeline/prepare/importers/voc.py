@@ -21,10 +21,10 @@ from pipeline.prepare.engine.importing import (
     SPLITS,
     Index,
     Row,
-    place,
-    preview,
+    file_row,
+    first_few,
+    index_table,
     split_of_folders,
-    table,
 )
 from pipeline.prepare.readers import archives
 from pipeline.prepare.readers.picture_check import BrokenImageError, Picture
@@ -106,7 +106,7 @@ class Voc(ImageImporter):
             for entry, data in zip(files, texts, strict=True)
         ]
         names = sorted({one.name for _, objects in read for one in objects})
-        rows, counts, lost = [], Counter[str](), []
+        rows, counts, missing_images = [], Counter[str](), []
         taken: dict[str, str] = {}
         for entry, ((width, height), objects) in zip(files, read, strict=True):
             path = PurePosixPath(entry.name)
@@ -119,7 +119,7 @@ class Voc(ImageImporter):
                 continue
             image = _image_of(path, same_stem[path.stem])
             if image is None:
-                lost.append(entry.name)
+                missing_images.append(entry.name)
                 continue
             if image.name in taken:
                 raise ValueError(
@@ -130,11 +130,11 @@ class Voc(ImageImporter):
             kept = [
                 (box, one)
                 for one in objects
-                if (box := boxes.clipped(one.box, width, height, counts)) is not None
+                if (box := boxes.clip(one.box, width, height, counts)) is not None
             ]
             counts["images without a box"] += not kept
             rows.append(
-                place(
+                file_row(
                     image,
                     _split_of(image, entry) if lists is None else lists[path.stem],
                     boxes=[box for box, _ in kept],
@@ -148,27 +148,28 @@ class Voc(ImageImporter):
                     _height=height,
                 )
             )
-        if lost and self.options.missing == "refuse":
+        if missing_images and self.options.missing == "refuse":
             raise ValueError(
                 f"{source}: annotations without an image of their name (or with several): "
-                f"{preview(lost)}; add the images, or leave them out with --set missing=skip"
+                f"{first_few(missing_images)}; add the images, or leave them out with --set "
+                "missing=skip"
             )
-        if lost:
-            counts["annotations without an image, left out"] = len(lost)
-        if files and not rows and not lost:
+        if missing_images:
+            counts["annotations without an image, left out"] = len(missing_images)
+        if files and not rows and not missing_images:
             raise ValueError(
                 f"{source}: the lists in ImageSets/{lists_of} name none of its annotations"
             )
         return Index(
-            table(rows, COLUMNS | MASK_COLUMNS if has_masks else COLUMNS, source),
-            found.mark,
+            index_table(rows, COLUMNS | MASK_COLUMNS if has_masks else COLUMNS, source),
+            found.fingerprint,
             (boxes.MASKS,) if has_masks else (),
             notes={"boxes": sum(len(row["boxes"]) for row in rows), **counts},
             info=boxes.info_of(dict(enumerate(names))),
         )
 
     def postprocess(self, row: Row, picture: Picture) -> Row:
-        out = boxes.resized(row, picture)
+        out = boxes.resize(row, picture)
         if self.options.masks == "instance":
             out["masks"] = _masks(row, out["boxes"], picture)
         return out
@@ -217,7 +218,7 @@ def _masks(row: Row, written_boxes: list[list[float]], picture: Picture) -> list
             inside = mask[int(y) : math.ceil(y + h), int(x) : math.ceil(x + w)]
             if inside.sum() < mask.sum() / 2:
                 raise ValueError(f"most pixels of object {number} lie outside of its box")
-            out.append(boxes.written_mask(mask, written, picture.size))
+            out.append(boxes.encode_mask(mask, written, picture.size))
     except ValueError as error:
         raise BrokenImageError(f"its PNG in {OBJECTS}: {error}") from None
     return out

@@ -17,7 +17,7 @@ from pipeline.data.to_parquet import IMAGE_SUFFIXES
 from pipeline.io import storage
 from pipeline.io.threads import threaded_map
 from pipeline.prepare.engine.images import ImageImporter
-from pipeline.prepare.engine.importing import Index, place, preview, split_of_file, table
+from pipeline.prepare.engine.importing import Index, file_row, first_few, index_table, split_of_file
 from pipeline.prepare.readers import archives
 
 TEXTS = ("cls", "txt", "json")
@@ -54,11 +54,13 @@ class WebDataset(ImageImporter):
 
     def index(self, source: str) -> Index:
         shards = _shards(source)
-        rows, marks, bare, left = [], [], [], {}
-        for shard, (samples, mark) in zip(shards, threaded_map(_samples, shards), strict=True):
+        rows, fingerprints, bare, left = [], [], [], {}
+        for shard, (samples, fingerprint) in zip(
+            shards, threaded_map(_samples, shards), strict=True
+        ):
             path = PurePosixPath(storage.file_name(shard))
             shard_name = path.name
-            marks.append(f"{shard_name} {mark}")
+            fingerprints.append(f"{shard_name} {fingerprint}")
             split = self.options.split or split_of_file(f"{path.parent.name}/{path.name}")
             for key, sample in samples.items():
                 files = sample.files
@@ -76,7 +78,7 @@ class WebDataset(ImageImporter):
                     "key": key,
                 }
                 image = files[kind]._replace(name=f"{shard_name}/{files[kind].name}")
-                rows.append(place(image, split, **columns))
+                rows.append(file_row(image, split, **columns))
         kinds: dict[str, pa.DataType] = {"key": pa.string()}
         if self.options.label:
             whole = all(re.fullmatch(r"-?\d{1,18}", row["label"]) for row in rows)
@@ -90,8 +92,8 @@ class WebDataset(ImageImporter):
             if any(row[name] is not None for row in rows)
         }
         return Index(
-            table(rows, kinds, source),
-            " ".join(marks),
+            index_table(rows, kinds, source),
+            " ".join(fingerprints),
             notes={
                 "shards": len(shards),
                 "samples without an image, left out": len(bare),
@@ -109,7 +111,7 @@ class WebDataset(ImageImporter):
         if part not in sample.texts:
             have = ", ".join([*sample.files, *sample.texts])
             raise ValueError(
-                f"{place}: no part {part} for the label (it has {have}); say --set "
+                f"{place}: no part {part} for the label (it has {have}); pass --set "
                 "label=json.FIELD, or --set label= for none"
             )
         if not name:
@@ -136,7 +138,7 @@ def _shards(source: str) -> list[str]:
     ]
     missing = [text for text in spread if len(spread) > 1 and not storage.exists(text)]
     if missing:
-        raise ValueError(f"{source}: shards that are not there: {preview(missing)}")
+        raise ValueError(f"{source}: shards that are not there: {first_few(missing)}")
     tars = sorted(
         uri
         for uri in found
@@ -162,7 +164,7 @@ def _braces(text: str) -> list[str]:
 
 
 def _samples(shard: str) -> tuple[dict[str, Sample], str]:
-    """Return (the samples by their key, the shard's mark)."""
+    """Return (the samples by their key, the shard's fingerprint)."""
     found = archives.listing(shard)
     samples: dict[str, Sample] = {}
     with archives.Reader() as reader:
@@ -181,4 +183,4 @@ def _samples(shard: str) -> tuple[dict[str, Sample], str]:
                     raise ValueError(f"{shard}: {entry.name}: not UTF-8 text ({problem})") from None
             else:
                 sample.files[suffix] = entry
-    return samples, found.mark
+    return samples, found.fingerprint

@@ -23,18 +23,18 @@ from pipeline.prepare.engine.importing import (
     SPLITS,
     Index,
     Row,
-    place,
-    preview,
+    file_row,
+    first_few,
+    index_table,
     split_of_folder,
     split_of_folders,
-    table,
 )
 from pipeline.prepare.readers import archives
 from pipeline.prepare.readers.picture_check import Picture
 
 ROUNDING = 1e-4
 """Share of an image by which publishers' rounding puts boxes outside."""
-FARTHEST = 2.0
+MAX_COORDINATE = 2.0
 """A larger number is no share of an image: it is in pixels."""
 DATA_LINE = re.compile(r"^\s*(train|valid|test)\s*=\s*(\S.*?)\s*$", re.MULTILINE)
 """A list of images that Darknet's obj.data names."""
@@ -107,12 +107,12 @@ class Yolo(ImageImporter):
                     continue
                 where = f"{source}: {_text_of(image.name)}:{number}"
                 label, box = _parsed(line, where, names, keypoints)
-                inside = boxes.clipped(box, 1.0, 1.0, counts, ROUNDING)
+                inside = boxes.clip(box, 1.0, 1.0, counts, ROUNDING)
                 if inside is not None:
                     kept.append((label, inside, self._polygon(line, where)))
             counts["images without a box"] += not kept
             rows.append(
-                place(
+                file_row(
                     image,
                     split,
                     boxes=[box for _, box, _ in kept],
@@ -123,8 +123,8 @@ class Yolo(ImageImporter):
                 )
             )
         return Index(
-            table(rows, COLUMNS, source),
-            found.mark,
+            index_table(rows, COLUMNS, source),
+            found.fingerprint,
             (boxes.MASKS,) if self.options.masks == "instance" else (),
             notes={"boxes": sum(len(row["boxes"]) for row in rows), **counts},
             info=boxes.info_of(names),
@@ -145,9 +145,9 @@ class Yolo(ImageImporter):
         if wanted and wanted not in there:
             raise ValueError(f"{source}: no file {wanted} there (--set names=)")
         if not wanted and len(usual) != 1:
-            there_is = f"there are {preview(usual)}" if usual else "no .yaml and no classes.txt"
+            there_is = f"there are {first_few(usual)}" if usual else "no .yaml and no classes.txt"
             raise ValueError(
-                f"{source}: which file names the classes? {there_is}; say --set names=FILE"
+                f"{source}: which file names the classes? {there_is}; pass --set names=FILE"
             )
         name = wanted or usual[0]
         text = _decoded(reader.entry(there[name]))
@@ -181,14 +181,14 @@ class Yolo(ImageImporter):
         return numbers
 
     def postprocess(self, row: Row, picture: Picture) -> Row:
-        out = {**row, "boxes": boxes.scaled(row["boxes"], *picture.size)}
+        out = {**row, "boxes": boxes.scale(row["boxes"], *picture.size)}
         if self.options.masks == "none":
             return out
         polygons = [
-            [(np.array(shares).reshape(-1, 2) * picture.seen).reshape(-1).tolist()]
+            [(np.array(shares).reshape(-1, 2) * picture.upright_size).reshape(-1).tolist()]
             for shares in row["_polygons"]
         ]
-        masks = boxes.written_masks(polygons, picture.seen, out["boxes"], picture.size)
+        masks = boxes.encode_masks(polygons, picture.upright_size, out["boxes"], picture.size)
         return {**out, "masks": masks}
 
 
@@ -282,7 +282,7 @@ def _splits(
     if unclear and is_split:
         stated_too = f" The splits {places} are stated." if places else ""
         raise ValueError(
-            f"{source}: of which split is {preview(unclear)}? No folder is called train, val or "
+            f"{source}: of which split is {first_few(unclear)}? No folder is called train, val or "
             f"test, and no list (train.txt, val.txt, test.txt) names it.{stated_too} Move these "
             "images and their texts into such folders, or add lists"
         )
@@ -325,7 +325,7 @@ def _parsed(
             f"{where}: {line.strip()[:80]!r} is {wanted}, of a class from 0 to "
             f"{max(names, default=-1)}; correct it"
         )
-    if max(map(abs, numbers)) > FARTHEST:
+    if max(map(abs, numbers)) > MAX_COORDINATE:
         raise ValueError(
             f"{where}: {line.strip()[:80]!r} has numbers beyond the image, as if in pixels; write "
             "shares of its width and height, from 0 to 1"

@@ -32,7 +32,7 @@ NUMBERS = {
 """Words in the names of columns that are usually estimated, where they hold numbers."""
 CODES = {"class", "category", "label", "code", "type"}
 """Words in the names of whole numbers that stand for classes."""
-KINDS = {
+CLASS_WORDS = {
     "species", "diagnosis", "finding", "findings", "intent", "topic", "emotion", "genre", "digit",
     "word", "command", "disease", "event", "tag", "tags", "sentiment", "breed", "defect",
 }  # fmt: skip
@@ -57,7 +57,7 @@ JOINED = re.compile(rf"(?<![a-z])({'|'.join(sorted(GROUPS))})(id|no|nr|num|name)
 """A name of a group without a space, such as patientid."""
 NAMING = {"id", "no", "nr", "num", "number", "name", "code", "key", "index", "uuid"}
 """Words beside that of a group which do not make it another thing: patient_id, not patient_type."""
-FEWEST_GROUPS = 5
+MIN_GROUPS = 5
 """Fewer groups can hardly be shared out over three splits."""
 TEXTS = (
     "text", "sentence", "review", "comment", "tweet", "message", "content", "body", "document",
@@ -74,13 +74,13 @@ NO_SERIES = {
 }  # fmt: skip
 """Words in the names of lists of numbers that are no series."""
 IDS = {"id", "index", "idx", "uuid", "guid", "key", "unnamed"}
-MOST_CLASSES, MOST_CODES, MOST_LETTERS, MOST_GROUPS = 1000, 20, 60, 50
+MAX_CLASSES, MAX_CODES, MAX_LETTERS, MAX_GROUPS = 1000, 20, 60, 50
 """A label has at most so many values, as whole numbers without a telling name at most the second,
 as text at most so many letters on average, and as persons at most the last.
 """
-FEWEST_ROWS = 5
+MIN_ROWS = 5
 """A label with two values of at least so many rows is taken before others."""
-FEWEST_WORDS, FEWEST_TEXTS = 6.0, 0.1
+MIN_WORDS, MIN_DISTINCT_SHARE = 6.0, 0.1
 """A text column without a telling name has so many words on average, and such a share of its
 values differ.
 """
@@ -195,13 +195,13 @@ def group_columns(columns: Iterable[Column]) -> list[Column]:
 
     def order(column: Column) -> tuple[bool, bool, int]:
         speaks_of = any(word.removesuffix("s") not in GROUPS | NAMING for word in column.parts)
-        return speaks_of, column.distinct < FEWEST_GROUPS, column.distinct
+        return speaks_of, column.distinct < MIN_GROUPS, column.distinct
 
     found = [
         column
         for column in columns
         if column.kind in ("text", "whole")
-        and column.letters <= MOST_LETTERS
+        and column.letters <= MAX_LETTERS
         and column.parts & GROUPS
         and column.parts.isdisjoint({"age", "sex", "gender", "count"})
         and 2 < column.distinct < column.present
@@ -214,7 +214,7 @@ def may_name_rows(column: Column) -> bool:
 
     A sample cannot tell which: of each group it may hold one row.
     """
-    if column.kind not in ("text", "whole") or column.letters > MOST_LETTERS:
+    if column.kind not in ("text", "whole") or column.letters > MAX_LETTERS:
         return False
     return bool(column.parts & GROUPS) or column.is_unique
 
@@ -259,9 +259,9 @@ def text_columns(columns: Sequence[Column]) -> list[Column]:
             continue
         if "answer" in column.parts:  # what is asked for, not what is read
             continue
-        varied = column.distinct >= FEWEST_TEXTS * column.present
+        varied = column.distinct >= MIN_DISTINCT_SHARE * column.present
         named = next((len(TEXTS) - i for i, word in enumerate(TEXTS) if word in column.parts), 0)
-        is_long = column.words >= FEWEST_WORDS or (column.letters >= 40 and column.words < 1.5)
+        is_long = column.words >= MIN_WORDS or (column.letters >= 40 and column.words < 1.5)
         if varied and (is_long or (named and column.words >= 2)):
             scored.append((100 * named + column.words, column))
     return [column for _, column in sorted(scored, key=lambda one: -one[0])]
@@ -287,10 +287,10 @@ def label_columns(columns: Sequence[Column]) -> list[Column]:
             continue
         score = 100.0 if column.name.lower() in LABELS else 50.0 if named else 0.0
         score += {"text": 6, "bool": 6, "whole": 4}.get(column.kind, 0)
-        score += 5 if column.distinct == 2 else 3 if column.distinct <= MOST_CODES else 0
+        score += 5 if column.distinct == 2 else 3 if column.distinct <= MAX_CODES else 0
         score += 10 if place == len(columns) - 1 else 0
         score -= 12 if column.parts & CIRCUMSTANCES else 0
-        score -= 40 if sorted(column.counts.values())[-2] < FEWEST_ROWS else 0
+        score -= 40 if sorted(column.counts.values())[-2] < MIN_ROWS else 0
         scored.append((score, column))
     return [column for _, column in sorted(scored, key=lambda one: -one[0])]
 
@@ -315,14 +315,14 @@ def is_estimated(column: Column) -> bool:
         return column.distinct > 2 and column.present >= column.rows / 2
     if column.kind != "whole" or column.present < column.rows / 2:
         return False
-    if column.distinct <= MOST_CODES or not column.parts.isdisjoint(CODES):
+    if column.distinct <= MAX_CODES or not column.parts.isdisjoint(CODES):
         return False
-    names_kinds = not column.parts.isdisjoint(KINDS) and column.parts.isdisjoint(COUNTED)
-    if names_kinds and column.distinct <= min(MOST_CLASSES, column.present / 2):
+    names_kinds = not column.parts.isdisjoint(CLASS_WORDS) and column.parts.isdisjoint(COUNTED)
+    if names_kinds and column.distinct <= min(MAX_CLASSES, column.present / 2):
         return False
     least, most = min(column.counts), max(column.counts)
     counts_up = least in (0, 1) and column.distinct >= 0.9 * (most - least + 1)
-    return not (counts_up and column.present >= FEWEST_ROWS * column.distinct)
+    return not (counts_up and column.present >= MIN_ROWS * column.distinct)
 
 
 def number_columns(columns: Sequence[Column]) -> list[Column]:
@@ -355,9 +355,9 @@ def holds_classes(column: Column, named: bool = True) -> bool:
     """Tell whether the values of a column can be classes, even if they look like numbers."""
     if column.kind not in ("text", "bool", "whole") or column.present < column.rows / 2:
         return False
-    if column.kind == "text" and column.letters > MOST_LETTERS:
+    if column.kind == "text" and column.letters > MAX_LETTERS:
         return False
-    most = MOST_CLASSES if named or column.kind == "text" else MOST_CODES
+    most = MAX_CLASSES if named or column.kind == "text" else MAX_CODES
     return 2 <= column.distinct <= min(most, column.present / 2)
 
 
@@ -368,7 +368,7 @@ def label_set_columns(table: pa.Table, columns: Sequence[Column]) -> list[str]:
         if column.kind != "list" or not is_text(table.schema.field(column.name).type.value_type):
             continue
         counts = Counter(table[column.name].combine_chunks().flatten().to_pylist())
-        if 2 <= len(counts) <= MOST_CLASSES and sum(counts.values()) >= 2 * len(counts):
+        if 2 <= len(counts) <= MAX_CLASSES and sum(counts.values()) >= 2 * len(counts):
             found.append(column.name)
     return found
 
@@ -422,7 +422,7 @@ def id_columns(columns: Iterable[Column]) -> list[str]:
     return found
 
 
-def preview(counts: dict[Any, int]) -> str:
+def describe_counts(counts: dict[Any, int]) -> str:
     """Return the commonest values with their rows: "train (40 rows), test (10)"."""
     order = sorted(counts.items(), key=lambda one: -one[1])
     shown = ", ".join(

@@ -18,8 +18,9 @@ from pipeline.config import registry
 from pipeline.config.schema import Data
 from pipeline.data import manifests, to_parquet
 from pipeline.data.manifests import Selection, value_text
-from pipeline.prepare.engine.importing import SPLITS, preview
-from pipeline.prepare.new_job import columns as look
+from pipeline.prepare.engine.importing import SPLITS, first_few
+from pipeline.prepare.engine.value_types import ValueType
+from pipeline.prepare.new_job import columns as guesses
 from pipeline.prepare.new_job.columns import Column
 from pipeline.prepare.new_job.inspection import (
     IN_FOLDERS,
@@ -28,9 +29,9 @@ from pipeline.prepare.new_job.inspection import (
     media_of,
     series_steps,
 )
-from pipeline.prepare.readers.dialect import field_kind
+from pipeline.prepare.readers.dialect import type_of_field
 
-SEEDS, MOST_ROWS = 20, 100_000
+SEEDS, MAX_ROWS = 20, 100_000
 """So many seeds of the splits are tried, with more rows only the first."""
 FEW_ROWS = 500
 """With fewer rows larger shares are held out: twenty test rows are the least for a verdict."""
@@ -38,10 +39,10 @@ RARE, RARE_PREPARED = 3, 5
 """A class with fewer rows cannot stand in three splits; the second where splits are not known yet.
 """
 LENGTHS, SIZES, BATCHES = (32, 64, 128, 256), (32, 48, 64, 96), (8, 16, 32, 64)
-PATCHES, MOST_STEPS = (16, 8, 4, 2), 1024
+PATCHES, MAX_STEPS = (16, 8, 4, 2), 1024
 """Steps of a patch of a series, and of a row at most."""
-TOKENS_A_WORD, LETTERS_A_TOKEN = 1.5, 4
-FEWEST_NUMBERS = 4
+TOKENS_PER_WORD, LETTERS_PER_TOKEN = 1.5, 4
+MIN_NUMBERS = 4
 """A text column without a telling name is no input beside so many columns of numbers."""
 SECONDS = {"seconds", "duration_s", "duration_seconds"}
 ELSEWHERE = (
@@ -78,7 +79,7 @@ class Draft:
         steps_of_series: 95 % of the series have at most this many steps.
         kept_classes: those to keep, where some rows have none or a rare one.
         fields: of data: split_column, group, validation_fraction and so on.
-        why: a sentence for each field of the job, by its name.
+        reasons: a sentence for each field of the job, by its name.
         notes: sentences for the header: what was found and what was not used.
         prepare: the command that converts the files first, or "".
         prepare_command_for_new_rows: the one for rows without a label.
@@ -103,7 +104,7 @@ class Draft:
     steps_of_series: int = 0
     kept_classes: list[Any] = field(default_factory=list[Any])
     fields: dict[str, Any] = field(default_factory=dict[str, Any])
-    why: dict[str, str] = field(default_factory=dict[str, str])
+    reasons: dict[str, str] = field(default_factory=dict[str, str])
     notes: list[str] = field(default_factory=list[str])
     prepare: str = ""
     prepare_command_for_new_rows: str = ""
@@ -131,7 +132,7 @@ class Draft:
             more = {"max_seconds": float(math.ceil(1.2 * longest))} if longest > 40 else {}
             return {"rate": 8000 if slow else 16000, **more}
         if self.modality == "series":
-            patches = min(self.steps_of_series, MOST_STEPS) / self.patch
+            patches = min(self.steps_of_series, MAX_STEPS) / self.patch
             return {"length": self.patch * max(2, math.ceil(patches))}
         return {}
 
@@ -154,7 +155,7 @@ class Draft:
             for value in self.found.table[name].to_pylist()
             if value
         ]
-        counts = [max(TOKENS_A_WORD * len(v.split()), len(v) / LETTERS_A_TOKEN) for v in values]
+        counts = [max(TOKENS_PER_WORD * len(v.split()), len(v) / LETTERS_PER_TOKEN) for v in values]
         return 2 + len(self.inputs) * float(np.quantile(counts, 0.95))
 
     @property
@@ -197,7 +198,7 @@ class Draft:
         )
 
 
-def draft(
+def draft_job(
     found: Inspection,
     target_column: str | None,
     output: str,
@@ -217,18 +218,18 @@ def draft(
         ValueError: nothing can be the label, or the column that was named cannot.
     """
     _check_named(found, target_column)
-    out = _input(found, target_column)
-    _check_objective(out, target_column, objective)
-    out.notes += found.notes
-    splits = _split_column(out)
-    _label(out, target_column, objective, splits)
-    _check_header(out)
-    _leave_out_unlabelled(out)
-    _count(out)
-    _note_other_columns(out, splits)
-    _prepare(out, output, splits)
-    _split(out, splits, scratch)
-    return out
+    draft = _input(found, target_column)
+    _check_objective(draft, target_column, objective)
+    draft.notes += found.notes
+    splits = _split_column(draft)
+    _label(draft, target_column, objective, splits)
+    _check_header(draft)
+    _leave_out_unlabelled(draft)
+    _count(draft)
+    _note_other_columns(draft, splits)
+    _prepare(draft, output, splits)
+    _split(draft, splits, scratch)
+    return draft
 
 
 # ---------------------------------------------------------------- input and label
@@ -240,7 +241,7 @@ def _check_named(found: Inspection, name: str | None) -> None:
         raise ValueError(f"--target-column {name}: {registry.nearest(name, names)}")
 
 
-def _check_objective(out: Draft, target_column: str | None, objective: str | None) -> None:
+def _check_objective(draft: Draft, target_column: str | None, objective: str | None) -> None:
     """Raise ValueError for an objective that cannot be chosen, or without a label."""
     if objective is None:
         return
@@ -251,7 +252,7 @@ def _check_objective(out: Draft, target_column: str | None, objective: str | Non
         )
     if target_column is None:
         raise ValueError(f"--objective {objective}: name its column with --target-column")
-    if out.objective == "tagging":
+    if draft.objective == "tagging":
         raise ValueError(
             f"--objective {objective}: {target_column} has a tag for each word; leave --objective "
             "out"
@@ -269,12 +270,12 @@ def _input(found: Inspection, target_column: str | None) -> Draft:
             seconds = [one.name for one in found.columns if one.name.lower() in SECONDS]
             inputs |= {"seconds": seconds[0]} if seconds else {}
         return Draft(found, media.what, inputs, media=media)
-    tags = look.tag_columns(found.table, free)
+    tags = guesses.tag_columns(found.table, free)
     if tags is not None and target_column in (None, tags[1]):
         return Draft(found, "text", {"text": tags[0]}, "tagging", {"tags": tags[1]})
-    texts = look.text_columns(free)
-    named = bool(texts) and bool(texts[0].parts & set(look.TEXTS))
-    series = look.series_columns(found.main.schema, free, named)
+    texts = guesses.text_columns(free)
+    named = bool(texts) and bool(texts[0].parts & set(guesses.TEXTS))
+    series = guesses.series_columns(found.main.schema, free, named)
     if series and not _other_task(found):
         steps = series_steps(found.main, series[0])
         return Draft(found, "series", {"series": series[0]}, steps_of_series=steps)
@@ -282,39 +283,41 @@ def _input(found: Inspection, target_column: str | None) -> Draft:
     if struct is not None and struct.kind == "other":
         return Draft(found, "table", {"features": "features"})
     numbers = [column for column in free if column.kind in ("whole", "number")]
-    if texts and (named or len(numbers) < FEWEST_NUMBERS):
-        pair = look.pair_of(texts[0], free)
+    if texts and (named or len(numbers) < MIN_NUMBERS):
+        pair = guesses.pair_of(texts[0], free)
         more = {"text_pair": pair.name} if pair else {}
         passed = [one.name for one in texts[1:] if one is not pair]
-        out = Draft(found, "text", {"text": texts[0].name, **more})
+        draft = Draft(found, "text", {"text": texts[0].name, **more})
         if passed:
-            out.why["text"] = f"also texts: {', '.join(passed)}"
-        return out
+            draft.reasons["text"] = f"also texts: {', '.join(passed)}"
+        return draft
     return Draft(found, "table", {"features": "features"})
 
 
-def _split_column(out: Draft) -> Column | None:
+def _split_column(draft: Draft) -> Column | None:
     """Return the column that tells the split of each row, if there is one, counted in all rows.
 
     Of several the one that a group does not cross. A note tells of rows in no split.
     """
-    if "uri" not in out.found.places:
+    if "uri" not in draft.found.places:
         return None
-    listed = look.split_columns(out.found.columns)
-    groups = look.group_columns(out.found.columns)
+    listed = guesses.split_columns(draft.found.columns)
+    groups = guesses.group_columns(draft.found.columns)
     chosen = min(
         listed,
-        key=lambda one: bool(groups) and bool(_crossing(out.found, one.name, groups[0].name)),
+        key=lambda one: bool(groups) and bool(_crossing(draft.found, one.name, groups[0].name)),
         default=None,
     )
     if chosen is None:
         return None
-    values = [value for value in out.found.whole(chosen.name) if value and value.strip()]
+    values = [value for value in draft.found.whole(chosen.name) if value and value.strip()]
     counts = dict(Counter(values).most_common())
     known = {value: n for value, n in counts.items() if value.strip().lower() in SPLITS}
     odd = {value: n for value, n in counts.items() if value not in known}
     if odd:
-        out.notes.append(f"rows in no split, by their {chosen.name}: {look.preview(odd)}")
+        draft.notes.append(
+            f"rows in no split, by their {chosen.name}: {guesses.describe_counts(odd)}"
+        )
     return replace(chosen, present=len(values), counts=known)
 
 
@@ -329,68 +332,75 @@ def _crossing(found: Inspection, split: str, group: str) -> int:
 
 
 def _label(
-    out: Draft, target_column: str | None, objective: str | None, splits: Column | None
+    draft: Draft, target_column: str | None, objective: str | None, splits: Column | None
 ) -> None:
     """Set objective and label.
 
     Raises:
         ValueError: there is none.
     """
-    found = out.found
-    if out.objective == "tagging":
+    found = draft.found
+    if draft.objective == "tagging":
         return
-    used = {*out.inputs.values(), *(one.name for one in look.split_columns(found.columns))}
+    used = {
+        *draft.inputs.values(),
+        *(one.name for one in guesses.split_columns(found.columns)),
+    }
     free = [column for column in found.columns if column.name not in used]
-    groups = {column.name for column in look.group_columns(free)}
-    ids = set(look.id_columns(free))
-    listed = look.label_columns([one for one in free if one.name not in groups | ids])
-    sets = look.label_set_columns(found.table, free)
-    spoken = [one for one in free if one.name.lower() in look.TRANSCRIPTS and one.kind == "text"]
-    numbers = look.number_columns([one for one in free if one.name not in groups | ids])
-    has_named_number = bool(numbers) and look.is_named_number(numbers[0])
+    groups = {column.name for column in guesses.group_columns(free)}
+    ids = set(guesses.id_columns(free))
+    listed = guesses.label_columns([one for one in free if one.name not in groups | ids])
+    sets = guesses.label_set_columns(found.table, free)
+    spoken = [one for one in free if one.name.lower() in guesses.TRANSCRIPTS and one.kind == "text"]
+    numbers = guesses.number_columns([one for one in free if one.name not in groups | ids])
+    has_named_number = bool(numbers) and guesses.is_named_number(numbers[0])
     if target_column is not None:
         chosen = found.column(target_column)
         if objective is None and target_column in sets:
-            out.objective, out.labels = "multilabel", {"labels": target_column}
-        elif objective is None and _is_transcript(out, chosen, spoken):
-            out.objective, out.labels = "ctc", {"transcript": target_column}
-        elif objective == "regression" or (objective is None and look.is_estimated(chosen)):
+            draft.objective, draft.labels = "multilabel", {"labels": target_column}
+        elif objective is None and _is_transcript(draft, chosen, spoken):
+            draft.objective, draft.labels = "ctc", {"transcript": target_column}
+        elif objective == "regression" or (objective is None and guesses.is_estimated(chosen)):
             _check_number(chosen)
-            out.objective, out.labels = "regression", {"value": target_column}
+            draft.objective, draft.labels = "regression", {"value": target_column}
         else:
             _check_label(chosen)
-            out.labels = {"label": target_column}
-    elif out.modality == "audio" and spoken and not (listed and look.is_named_label(listed[0])):
-        out.objective, out.labels = "ctc", {"transcript": spoken[0].name}
+            draft.labels = {"label": target_column}
+    elif (
+        draft.modality == "audio" and spoken and not (listed and guesses.is_named_label(listed[0]))
+    ):
+        draft.objective, draft.labels = "ctc", {"transcript": spoken[0].name}
     elif has_named_number and not _has_likelier_label(listed, free):
-        out.objective, out.labels = "regression", {"value": numbers[0].name}
-    elif listed and not look.is_likely_label(listed[0]) and (other := _other_task(found)):
+        draft.objective, draft.labels = "regression", {"value": numbers[0].name}
+    elif listed and not guesses.is_likely_label(listed[0]) and (other := _other_task(found)):
         raise ValueError(other)
     elif listed:
-        out.labels = {"label": listed[0].name}
+        draft.labels = {"label": listed[0].name}
     elif sets:
-        out.objective, out.labels = "multilabel", {"labels": sets[0]}
-    elif groups and (again := look.label_columns([one for one in free if one.name in groups])):
-        out.labels = {"label": again[0].name}
+        draft.objective, draft.labels = "multilabel", {"labels": sets[0]}
+    elif groups and (again := guesses.label_columns([one for one in free if one.name in groups])):
+        draft.labels = {"label": again[0].name}
     elif numbers and not _other_task(found):
-        out.objective, out.labels = "regression", {"value": numbers[0].name}
+        draft.objective, draft.labels = "regression", {"value": numbers[0].name}
     else:
-        raise ValueError(_other_task(found) or _no_label(out, free))
-    copies = look.label_copies(found.table, out.label, listed) if "label" in out.labels else []
+        raise ValueError(_other_task(found) or _no_label(draft, free))
+    copies = (
+        guesses.label_copies(found.table, draft.label, listed) if "label" in draft.labels else []
+    )
     named = [one for one in copies if found.column(one).kind == "text" and "name" in one.lower()]
-    if named and found.column(out.label).kind == "whole" and _is_read_without_conversion(out):
-        out.labels["label_name"] = named[0]
-    grouped = look.label_columns([one for one in free if one.name in groups])
-    possible = [*listed, *(one for one in grouped if one.distinct <= look.MOST_GROUPS)]
-    named_numbers = [one for one in numbers if look.is_named_number(one)]
+    if named and found.column(draft.label).kind == "whole" and _is_read_without_conversion(draft):
+        draft.labels["label_name"] = named[0]
+    grouped = guesses.label_columns([one for one in free if one.name in groups])
+    possible = [*listed, *(one for one in grouped if one.distinct <= guesses.MAX_GROUPS)]
+    named_numbers = [one for one in numbers if guesses.is_named_number(one)]
     names = [one.name for one in (*possible, *named_numbers)]
-    taken = {out.label, *copies, *out.inputs.values()}
+    taken = {draft.label, *copies, *draft.inputs.values()}
     listed_names = [*names, *sets, *(one.name for one in spoken)]
-    out.others = [name for name in listed_names if name not in taken]
+    draft.others = [name for name in listed_names if name not in taken]
 
 
-def _is_transcript(out: Draft, column: Column, spoken: Sequence[Column]) -> bool:
-    return out.modality == "audio" and column in spoken and not look.can_be_label(column)
+def _is_transcript(draft: Draft, column: Column, spoken: Sequence[Column]) -> bool:
+    return draft.modality == "audio" and column in spoken and not guesses.can_be_label(column)
 
 
 def _has_likelier_label(listed: Sequence[Column], free: Sequence[Column]) -> bool:
@@ -402,13 +412,13 @@ def _has_likelier_label(listed: Sequence[Column], free: Sequence[Column]) -> boo
     if not listed:
         return False
     last = free[-1]
-    has_two_classes_last = last in listed and last.distinct == 2 and look.is_likely_label(last)
-    return look.is_named_label(listed[0]) or has_two_classes_last
+    has_two_classes_last = last in listed and last.distinct == 2 and guesses.is_likely_label(last)
+    return guesses.is_named_label(listed[0]) or has_two_classes_last
 
 
 def _check_number(column: Column) -> None:
     """Raise ValueError where no numbers can be estimated from the column that was named."""
-    if not look.holds_numbers(column):
+    if not guesses.holds_numbers(column):
         raise ValueError(
             f"--target-column {column.name}: it is {column.describe()}: regression estimates "
             "numbers that differ; take --objective classification for classes"
@@ -417,13 +427,13 @@ def _check_number(column: Column) -> None:
 
 def _check_label(column: Column) -> None:
     """Raise ValueError where the column that was named as the label cannot be one."""
-    if look.holds_classes(column):
+    if guesses.holds_classes(column):
         return
     if column.distinct < 2:
         reason = f"it has {column.distinct} value in {column.rows} rows, and a label has two"
     else:
         reason = (
-            f"it is {column.describe()}: a label has 2 to {look.MOST_CLASSES} values, each in "
+            f"it is {column.describe()}: a label has 2 to {guesses.MAX_CLASSES} values, each in "
             "several rows"
         )
     raise ValueError(f"--target-column {column.name}: {reason}")
@@ -442,11 +452,11 @@ def _other_task(found: Inspection) -> str:
     return ""
 
 
-def _no_label(out: Draft, free: Sequence[Column]) -> str:
+def _no_label(draft: Draft, free: Sequence[Column]) -> str:
     """Return the message where nothing can be the label."""
-    place = ", ".join(out.found.all_places)
+    place = ", ".join(draft.found.all_places)
     held = ", ".join(column.describe() for column in free) or "no column beside the input"
-    if out.found.kind in IN_FOLDERS:
+    if draft.found.kind in IN_FOLDERS:
         return (
             f"{place}: all files are of one class ({held}): a label has at least two; give the "
             "folder that holds the folders of all classes"
@@ -457,145 +467,146 @@ def _no_label(out: Draft, free: Sequence[Column]) -> str:
         "series": "; series without labels are for a source (objective masked_series), as "
         "jobs/data.md says",
     }
-    more = "" if out.modality == "text" and free else without_labels.get(out.modality, "")
+    more = "" if draft.modality == "text" and free else without_labels.get(draft.modality, "")
     return (
         f"{place}: nothing can be the label: {held}{more}. A label has 2 to "
-        f"{look.MOST_CLASSES} values, each in several rows: add such a column, or name one with "
+        f"{guesses.MAX_CLASSES} values, each in several rows: add such a column, or name one with "
         "--target-column"
     )
 
 
-def _check_header(out: Draft) -> None:
+def _check_header(draft: Draft) -> None:
     """Raise ValueError for a CSV file whose first line is a row."""
-    column = out.found.column(out.label)
-    if out.found.kind == "csv" and column.name in map(str, column.counts):
+    column = draft.found.column(draft.label)
+    if draft.found.kind == "csv" and column.name in map(str, column.counts):
         raise ValueError(
-            f"{out.found.all_places[0]}: its first line seems to be a row, since {column.name!r} "
+            f"{draft.found.all_places[0]}: its first line seems to be a row, since {column.name!r} "
             "stands below it too: write a line with the names of the columns above it"
         )
 
 
-def _leave_out_unlabelled(out: Draft) -> None:
+def _leave_out_unlabelled(draft: Draft) -> None:
     """Leave out files of a split that have no label, such as those of a competition's test rows."""
-    found = out.found
+    found = draft.found
     for split, manifest in list(found.manifests.items()):
-        if out.label in manifest.schema.names:
+        if draft.label in manifest.schema.names:
             continue
         files = found.places.pop(split)
         found.manifests.pop(split)
-        out.notes.append(
-            f"{', '.join(files)}: no column {out.label}, so it is left out; predict it later"
+        draft.notes.append(
+            f"{', '.join(files)}: no column {draft.label}, so it is left out; predict it later"
         )
     if list(found.places) == ["train"]:
         found.places["uri"] = found.places.pop("train")
         found.manifests["uri"] = found.manifests.pop("train")
 
 
-def _count(out: Draft) -> None:
+def _count(draft: Draft) -> None:
     """Count the rows of each class, and leave out rows without a class."""
-    found, values = out.found, out.found.whole(out.label)
-    if out.objective == "classification":
+    found, values = draft.found, draft.found.whole(draft.label)
+    if draft.objective == "classification":
         counts = Counter(
             value for value in values if value is not None and value == value and value != ""
         )
         missing = len(values) - sum(counts.values())
-        least = RARE if _is_read_without_conversion(out) else RARE_PREPARED
+        least = RARE if _is_read_without_conversion(draft) else RARE_PREPARED
         rare = {value: count for value, count in counts.items() if count < least}
         kept = {value: count for value, count in counts.items() if count >= least}
         if len(kept) < 2:
             raise ValueError(
-                f"column {out.label}: {len(kept)} of its {len(counts)} values stand in {least} "
+                f"column {draft.label}: {len(kept)} of its {len(counts)} values stand in {least} "
                 "rows or more, and a label has at least two such values"
             )
-        out.counts = dict(sorted(kept.items(), key=lambda one: -one[1]))
+        draft.counts = dict(sorted(kept.items(), key=lambda one: -one[1]))
         if rare or missing:
-            out.kept_classes = [
-                one if not isinstance(one, float) else int(one) for one in out.counts
+            draft.kept_classes = [
+                one if not isinstance(one, float) else int(one) for one in draft.counts
             ]
             reasons = [
                 f"{missing} rows without a label" if missing else "",
                 f"{sum(rare.values())} rows of {len(rare)} classes with fewer than {least} rows "
-                f"({preview(map(str, rare))})"
+                f"({first_few(map(str, rare))})"
                 if rare
                 else "",
             ]
-            out.why["where"] = f"left out: {' and '.join(filter(None, reasons))}"
-        if "label_name" in out.labels:
-            names = dict(zip(values, found.whole(out.labels["label_name"]), strict=True))
-            out.counts_by_name = {names[value]: count for value, count in out.counts.items()}
-    elif out.objective == "regression":
+            draft.reasons["where"] = f"left out: {' and '.join(filter(None, reasons))}"
+        if "label_name" in draft.labels:
+            names = dict(zip(values, found.whole(draft.labels["label_name"]), strict=True))
+            draft.counts_by_name = {names[value]: count for value, count in draft.counts.items()}
+    elif draft.objective == "regression":
         numbers = np.array([math.nan if one is None else one for one in values], dtype=float)
         is_number = np.isfinite(numbers)
-        out.unlabelled_rows = int((~is_number).sum())
-        out.numbers = tuple(np.quantile(numbers[is_number], [0.05, 0.5, 0.95]).tolist())
-        if out.unlabelled_rows and _is_read_without_conversion(out):
+        draft.unlabelled_rows = int((~is_number).sum())
+        draft.numbers = tuple(np.quantile(numbers[is_number], [0.05, 0.5, 0.95]).tolist())
+        if draft.unlabelled_rows and _is_read_without_conversion(draft):
             # of a small split the share may be a few times that of all rows
-            share = out.unlabelled_rows / len(values)
-            out.fields["max_bad_rows"] = min(1.0, math.ceil(300 * share + 10) / 100)
-            out.why["max_bad_rows"] = (
-                f"share of the rows that may be unusable: {out.unlabelled_rows} have no {out.label}"
+            share = draft.unlabelled_rows / len(values)
+            draft.fields["max_bad_rows"] = min(1.0, math.ceil(300 * share + 10) / 100)
+            draft.reasons["max_bad_rows"] = (
+                f"share of the rows that may be unusable: {draft.unlabelled_rows} have no "
+                f"{draft.label}"
             )
-    elif out.objective in ("multilabel", "tagging"):
-        out.counts = dict(Counter(label for row in values for label in row or ()).most_common())
+    elif draft.objective in ("multilabel", "tagging"):
+        draft.counts = dict(Counter(label for row in values for label in row or ()).most_common())
 
 
-def _is_read_without_conversion(out: Draft) -> bool:
+def _is_read_without_conversion(draft: Draft) -> bool:
     """Tell whether a job reads the files as they are."""
-    is_raw_table = out.modality == "table" and "features" not in {
-        column.name for column in out.found.columns if column.kind == "other"
+    is_raw_table = draft.modality == "table" and "features" not in {
+        column.name for column in draft.found.columns if column.kind == "other"
     }
-    return not (is_raw_table or out.found.delimiter or (out.media and out.media.root))
+    return not (is_raw_table or draft.found.delimiter or (draft.media and draft.media.root))
 
 
-def _note_other_columns(out: Draft, splits: Column | None) -> None:
-    if out.modality == "table" or out.found.kind in IN_FOLDERS:
+def _note_other_columns(draft: Draft, splits: Column | None) -> None:
+    if draft.modality == "table" or draft.found.kind in IN_FOLDERS:
         return
-    used = {*out.inputs.values(), *out.labels.values(), *([splits.name] if splits else [])}
-    rest = [column.name for column in out.found.columns if column.name not in used]
+    used = {*draft.inputs.values(), *draft.labels.values(), *([splits.name] if splits else [])}
+    rest = [column.name for column in draft.found.columns if column.name not in used]
     if rest:
-        out.notes.append(f"columns that are not read: {', '.join(rest)}")
+        draft.notes.append(f"columns that are not read: {', '.join(rest)}")
 
 
 # ---------------------------------------------------------------- prepare
 
 
-def _prepare(out: Draft, output: str, splits: Column | None) -> None:
+def _prepare(draft: Draft, output: str, splits: Column | None) -> None:
     """Set the command that converts the files, where a job cannot read them as they are."""
-    if _is_read_without_conversion(out):
+    if _is_read_without_conversion(draft):
         return
-    found = out.found
+    found = draft.found
     places = found.all_places
     source = places[0] if len(places) == 1 else posixpath.commonpath(places)
     stem = job_name(source)
-    out.prepared = Path(output, "prepared", stem).as_posix()
+    draft.prepared = Path(output, "prepared", stem).as_posix()
     pairs: dict[str, str] = {}
     settings: list[str] = []
-    if out.modality == "table":
-        name, pairs = "table", _table_options(out)
-        labelled = sum(out.counts.values())
-        if out.objective == "regression":
-            labelled = found.rows - out.unlabelled_rows
+    if draft.modality == "table":
+        name, pairs = "table", _table_options(draft)
+        labelled = sum(draft.counts.values())
+        if draft.objective == "regression":
+            labelled = found.rows - draft.unlabelled_rows
         dropped = found.main.rows and 1 - labelled / found.rows
-        missing = found.column(out.label).present < found.column(out.label).rows
+        missing = found.column(draft.label).present < found.column(draft.label).rows
         settings += [f"--max-bad {math.ceil(100 * dropped) / 100:g}"] if missing else []
-    elif out.media is not None:
-        name, pairs = "files", {"column": out.media.column, "label": out.label}
+    elif draft.media is not None:
+        name, pairs = "files", {"column": draft.media.column, "label": draft.label}
         listed = [file for file, _ in to_parquet.expand(places, found.kind)]
         source, places = listed[0], listed
-        out.prepared = Path(output, "prepared", job_name(source)).as_posix()
+        draft.prepared = Path(output, "prepared", job_name(source)).as_posix()
         beside = posixpath.dirname(source) or "."
-        pairs |= {} if out.media.root == beside else {"root": out.media.root}
-        if out.media.what == "image" and min(out.media.sides) > 256:
+        pairs |= {} if draft.media.root == beside else {"root": draft.media.root}
+        if draft.media.what == "image" and min(draft.media.sides) > 256:
             settings.append("--resize 256")
-        if out.media.missing:
-            settings.append(f"--max-bad {out.media.missing_share:g}")
-        out.inputs = {out.media.what: out.media.what}
-        out.inputs |= {"seconds": "seconds"} if out.media.what == "audio" else {}
+        if draft.media.missing:
+            settings.append(f"--max-bad {draft.media.missing_share:g}")
+        draft.inputs = {draft.media.what: draft.media.what}
+        draft.inputs |= {"seconds": "seconds"} if draft.media.what == "audio" else {}
     else:
         name = "csv"
-        renamed = [n for n in (*out.inputs.values(), *out.labels.values()) if n == "split"]
+        renamed = [n for n in (*draft.inputs.values(), *draft.labels.values()) if n == "split"]
         assert not renamed, "a split column is no input and no label"
-    if len(places) > 1 and (out.media is not None or "uri" in found.places):
+    if len(places) > 1 and (draft.media is not None or "uri" in found.places):
         raise ValueError(
             f"{', '.join(places)}: these files are converted first, by a command that takes one "
             "place: join them into one table, or give the folder that holds them alone"
@@ -604,19 +615,19 @@ def _prepare(out: Draft, output: str, splits: Column | None) -> None:
         pairs["delimiter"] = "tab" if found.delimiter == "\t" else found.delimiter
     if splits is not None:
         pairs["split_column"] = splits.name
-    out.prepare = _command(name, source, out.prepared, pairs, settings)
+    draft.prepare = _command(name, source, draft.prepared, pairs, settings)
     new = {key: value for key, value in pairs.items() if key not in ("label", "group")}
     new.pop("split_column", None)
-    kept = [one for one in new.pop("drop", "").split(",") if one and one not in out.label_copies]
+    kept = [one for one in new.pop("drop", "").split(",") if one and one not in draft.label_copies]
     new |= {"drop": ",".join(kept)} if kept else {}
     # a column of few new rows may be empty, or hold numbers alone; the list is cut at commas
-    named = [name for name in out.categories if "," not in name]
+    named = [name for name in draft.categories if "," not in name]
     new |= {"categorical": ",".join(named)} if named else {}
     suffix = "".join(PurePosixPath(source).suffixes[-1:]) or f".{found.kind}"
-    out.prepared_new = f"{out.prepared}_new"
+    draft.prepared_new = f"{draft.prepared}_new"
     resized = [one for one in settings if "resize" in one]
-    out.prepare_command_for_new_rows = _command(
-        name, f"new{suffix}", out.prepared_new, new, resized
+    draft.prepare_command_for_new_rows = _command(
+        name, f"new{suffix}", draft.prepared_new, new, resized
     )
 
 
@@ -624,7 +635,7 @@ def _holds_texts(column: Column) -> bool:
     """Tell whether the importer `table` takes a column for a category, by its values."""
     missing = registry.get("importer", "table").options_class().missing.split(",")
     values = (str(value).strip() for value in column.counts)
-    return any(field_kind(value) == 4 for value in values if value not in missing)
+    return any(type_of_field(value) == ValueType.STRING for value in values if value not in missing)
 
 
 def _command(
@@ -636,36 +647,36 @@ def _command(
     return " ".join([*words, *settings])
 
 
-def _table_options(out: Draft) -> dict[str, str]:
+def _table_options(draft: Draft) -> dict[str, str]:
     """Return the options of the importer `table`: label, id, group, and what is no feature."""
-    found = out.found
+    found = draft.found
     if "" in {column.name for column in found.columns}:
         raise ValueError(
             f"{found.all_places[0]}: a column has no name (pandas writes its index "
             "so): write the table without it (index=False), or name it"
         )
-    free = [column for column in found.columns if column.name != out.label]
-    ids = look.id_columns(free)
-    groups = [one.name for one in look.group_columns(free)]
-    # each of two columns of numbers determines the other, where no value stands twice
-    is_class = out.objective != "regression"
-    copies = look.label_copies(found.table, out.label, free) if is_class else []
-    out.label_copies = copies = [name for name in copies if name not in groups]
-    splits = {one.name for one in look.split_columns(found.columns)}
-    wordy = [
+    free = [column for column in found.columns if column.name != draft.label]
+    ids = guesses.id_columns(free)
+    groups = [one.name for one in guesses.group_columns(free)]
+    # each of two columns of numbers determines the other, where no value occurs twice
+    is_class = draft.objective != "regression"
+    copies = guesses.label_copies(found.table, draft.label, free) if is_class else []
+    draft.label_copies = copies = [name for name in copies if name not in groups]
+    splits = {one.name for one in guesses.split_columns(found.columns)}
+    long_texts = [
         column.name
         for column in free
-        if column.kind in look.NO_VALUES
-        or (column.kind == "text" and column.distinct > look.MOST_CLASSES)
+        if column.kind in guesses.NO_VALUES
+        or (column.kind == "text" and column.distinct > guesses.MAX_CLASSES)
     ]
-    options = {"label": out.label}
+    options = {"label": draft.label}
     if ids:
         options["id"] = ids[0]
     if groups:
         options["group"] = groups[0]
     dropped = [
         name
-        for name in dict.fromkeys([*ids[1:], *copies, *wordy, *groups[1:]])
+        for name in dict.fromkeys([*ids[1:], *copies, *long_texts, *groups[1:]])
         if name not in splits and name not in options.values()
     ]
     no_features = {*dropped, *options.values(), *splits}
@@ -673,29 +684,29 @@ def _table_options(out: Draft) -> dict[str, str]:
     if not features:
         raise ValueError(
             f"{found.all_places[0]}: no column is left for the features beside the "
-            f"label {out.label}"
+            f"label {draft.label}"
         )
     if dropped:
         options["drop"] = ",".join(dropped)
-    _note_dropped(out, dropped)
-    categories = _note_features(out, features)
-    coded = [column.name for column in features if _is_coded(column)]
-    out.categories = [*coded, *(name for name in categories if _holds_texts(found.column(name)))]
-    if coded:
-        options["categorical"] = ",".join(coded)
+    _note_dropped(draft, dropped)
+    categories = _note_features(draft, features)
+    codes = [column.name for column in features if _is_coded(column)]
+    draft.categories = [*codes, *(name for name in categories if _holds_texts(found.column(name)))]
+    if codes:
+        options["categorical"] = ",".join(codes)
     return options
 
 
-def _note_dropped(out: Draft, dropped: Sequence[str]) -> None:
+def _note_dropped(draft: Draft, dropped: Sequence[str]) -> None:
     """Note which columns are dropped, and why."""
-    out.notes += [
-        f"{name} has another name for each value of {out.label}: it would tell the label, and is "
+    draft.notes += [
+        f"{name} has another name for each value of {draft.label}: it would tell the label, and is "
         "dropped"
-        for name in out.label_copies
+        for name in draft.label_copies
     ]
-    names = [name for name in dropped if name not in out.label_copies]
-    unreadable = [name for name in names if out.found.column(name).kind in look.NO_VALUES]
-    out.notes += [
+    names = [name for name in dropped if name not in draft.label_copies]
+    unreadable = [name for name in names if draft.found.column(name).kind in guesses.NO_VALUES]
+    draft.notes += [
         f"dropped, as they {why}: {', '.join(which)}"
         for why, which in (
             ("are neither numbers nor categories", unreadable),
@@ -705,12 +716,12 @@ def _note_dropped(out: Draft, dropped: Sequence[str]) -> None:
     ]
 
 
-def _note_features(out: Draft, features: Sequence[Column]) -> list[str]:
+def _note_features(draft: Draft, features: Sequence[Column]) -> list[str]:
     """Note which features are numbers and which are categories, and return the categories."""
     numbers = [column.name for column in features if column.kind in ("whole", "number")]
     categories = [column.name for column in features if column.name not in numbers]
-    out.notes += [
-        f"{len(names)} features of {what}: {preview(names)}"
+    draft.notes += [
+        f"{len(names)} features of {what}: {first_few(names)}"
         for what, names in (("numbers", numbers), ("categories", categories))
         if names
     ]
@@ -726,72 +737,74 @@ def _is_coded(column: Column) -> bool:
 # ---------------------------------------------------------------- splits
 
 
-def _split(out: Draft, splits: Column | None, scratch: str) -> None:
+def _split(draft: Draft, splits: Column | None, scratch: str) -> None:
     """Set where training, validation and test rows come from, and what must not cross."""
-    found = out.found
+    found = draft.found
     few = found.rows < FEW_ROWS
     test, validation = (0.3, 0.2) if few else (0.2, 0.1)
-    group = next(iter(_groups(out)), "")
+    group = next(iter(_groups(draft)), "")
     have: set[str] = set(found.places) - {"uri"}
     if splits is not None:
         have = {SPLITS[value.strip().lower()] for value in splits.counts}
         crossing = _crossing(found, splits.name, group) if group else 0
-        out.fields["split_column"] = splits.name if _is_read_without_conversion(out) else "split"
-        shown = look.preview(splits.counts)
-        out.why["split_column"] = f"the split that the data come with: {shown}"
-        if _is_read_without_conversion(out):
-            _split_values(out, splits)
+        draft.fields["split_column"] = (
+            splits.name if _is_read_without_conversion(draft) else "split"
+        )
+        shown = guesses.describe_counts(splits.counts)
+        draft.reasons["split_column"] = f"the split that the data come with: {shown}"
+        if _is_read_without_conversion(draft):
+            _split_values(draft, splits)
         if group and crossing:
-            out.why["split_column"] += (
+            draft.reasons["split_column"] += (
                 f". {crossing} values of {group} stand in several of these splits, so test rows "
                 f"are of a {group} that was trained on: leave split_column out and say group: "
                 f"{group} to test on others"
             )
             group = ""
-    elif "uri" not in found.places and not _is_read_without_conversion(out):
-        out.fields["split_column"] = "split"
-        out.why["split_column"] = "prepare writes it, from the names of the files"
+    elif "uri" not in found.places and not _is_read_without_conversion(draft):
+        draft.fields["split_column"] = "split"
+        draft.reasons["split_column"] = "prepare writes it, from the names of the files"
     if splits is None and group and "uri" not in found.places and _crosses_files(found, group):
-        out.why["files"] = f"values of {group} stand in several of these files"
+        draft.reasons["files"] = f"values of {group} stand in several of these files"
         group = ""
     if "validation" not in have:
-        out.fields["validation_fraction"] = validation
-        out.why["validation_fraction"] = (
+        draft.fields["validation_fraction"] = validation
+        draft.reasons["validation_fraction"] = (
             "share of the training rows to choose the best weights and settings by"
         )
     if "test" not in have:
-        out.fields["test_fraction"] = test
-        out.why["test_fraction"] = "share of the rows that is only tested on"
+        draft.fields["test_fraction"] = test
+        draft.reasons["test_fraction"] = "share of the rows that is only tested on"
         if few:
-            out.why["test_fraction"] += ": large, as a verdict needs 20 test rows or more"
+            draft.reasons["test_fraction"] += ": large, as a verdict needs 20 test rows or more"
     if group:
-        out.fields["group"] = group
-        out.why["group"] = f"all rows of one {group} stay in one split"
-    if out.media is not None and out.media.missing and _is_read_without_conversion(out):
-        least = out.fields.get("max_bad_rows", 0.0)
-        out.fields["max_bad_rows"] = max(least, out.media.missing_share)
-        why = out.why.get("max_bad_rows")
+        draft.fields["group"] = group
+        draft.reasons["group"] = f"all rows of one {group} stay in one split"
+    if draft.media is not None and draft.media.missing and _is_read_without_conversion(draft):
+        least = draft.fields.get("max_bad_rows", 0.0)
+        draft.fields["max_bad_rows"] = max(least, draft.media.missing_share)
+        why = draft.reasons.get("max_bad_rows")
         files = "share of the rows whose file may be missing or broken"
-        out.why["max_bad_rows"] = f"{why}; files may be missing" if why else files
-    held = sum(value for key, value in out.fields.items() if key.endswith("_fraction"))
+        draft.reasons["max_bad_rows"] = f"{why}; files may be missing" if why else files
+    held = sum(value for key, value in draft.fields.items() if key.endswith("_fraction"))
     rows = found.main.rows if splits is None else found.rows * _train_share(splits)
-    out.train_rows = max(1, round(rows * (1 - held)))
-    if _is_read_without_conversion(out):
-        _choose_seed(out, scratch)
-    _note_other_groups(out)
-    _name_as_prepared(out)
+    draft.train_rows = max(1, round(rows * (1 - held)))
+    if _is_read_without_conversion(draft):
+        _choose_seed(draft, scratch)
+    _note_other_groups(draft)
+    _name_as_prepared(draft)
 
 
-def _name_as_prepared(out: Draft) -> None:
+def _name_as_prepared(draft: Draft) -> None:
     """Name label and group as the importer `files` does, where it converts the files."""
-    if out.media is None or _is_read_without_conversion(out):
+    if draft.media is None or _is_read_without_conversion(draft):
         return
     from pipeline.prepare.importers.files import column_name  # here: it needs the media libraries
 
-    what = out.media.what
-    out.labels = {role: column_name(name, what) for role, name in out.labels.items()}
-    if "group" in out.fields:
-        out.fields["group"] = column_name(out.fields["group"], what)
+    what = draft.media.what
+    draft.labels = {role: column_name(name, what) for role, name in draft.labels.items()}
+    if "group" in draft.fields:
+        draft.fields["group"] = column_name(draft.fields["group"], what)
 
 
 def _train_share(splits: Column) -> float:
@@ -801,32 +814,32 @@ def _train_share(splits: Column) -> float:
     return train / max(1, splits.present)
 
 
-def _groups(out: Draft) -> list[str]:
+def _groups(draft: Draft) -> list[str]:
     """Return the columns whose rows belong together, the one to take first."""
-    taken = {*out.labels.values(), *out.inputs.values()}
-    if out.found.kind == "audio":
+    taken = {*draft.labels.values(), *draft.inputs.values()}
+    if draft.found.kind == "audio":
         # pieces of one long recording
-        pieces = out.found.column("recording")
+        pieces = draft.found.column("recording")
         return ["recording"] if pieces.distinct < pieces.present else []
     return [
         column.name
-        for column in look.group_columns(out.found.columns)
+        for column in guesses.group_columns(draft.found.columns)
         if column.name not in taken
-        and all(column.name in rows.schema.names for rows in out.found.manifests.values())
+        and all(column.name in rows.schema.names for rows in draft.found.manifests.values())
     ]
 
 
-def _note_other_groups(out: Draft) -> None:
+def _note_other_groups(draft: Draft) -> None:
     """Name the groups that the chosen one does not keep together."""
-    group, groups = out.fields.get("group"), _groups(out)
+    group, groups = draft.fields.get("group"), _groups(draft)
     if group is None:
         return
-    chosen = out.found.whole(group)
+    chosen = draft.found.whole(group)
     for other in groups[groups.index(group) + 1 :]:
-        values = out.found.whole(other)
+        values = draft.found.whole(other)
         pairs = {pair for pair in zip(values, chosen, strict=True) if pair[0] is not None}
         if len(pairs) > len({value for value, _ in pairs}):
-            out.notes.append(
+            draft.notes.append(
                 f"rows of one {other} may stand in several splits, as the group is {group}: put "
                 f"{other} in its place if those belong together more"
             )
@@ -841,65 +854,65 @@ def _crosses_files(found: Inspection, group: str) -> bool:
     return False
 
 
-def _split_values(out: Draft, splits: Column) -> None:
+def _split_values(draft: Draft, splits: Column) -> None:
     """Name the values of each split, where they are not those that a job knows."""
     usual = Data.model_fields["split_values"].get_default(call_default_factory=True)
     named: dict[str, list[str]] = {}
     for value in splits.counts:
         named.setdefault(SPLITS[value.strip().lower()], []).append(value)
     if any(set(values) - set(usual[split]) for split, values in named.items()):
-        out.fields["split_values"] = named
+        draft.fields["split_values"] = named
 
 
-def _choose_seed(out: Draft, scratch: str) -> None:
+def _choose_seed(draft: Draft, scratch: str) -> None:
     """Take the first seed by which every class stands in every split; else change the splits.
 
     Raises:
         ValueError: no seed gives training, validation and test rows of every class.
     """
-    if not {"validation_fraction", "test_fraction"} & set(out.fields):
+    if not {"validation_fraction", "test_fraction"} & set(draft.fields):
         return
-    best = _best_seed(out, scratch)
-    if best is None and "group" in out.fields:
-        group = out.fields.pop("group")
-        out.why.pop("group")
-        best = _best_seed(out, scratch)
-        out.notes.append(
+    best = _best_seed(draft, scratch)
+    if best is None and "group" in draft.fields:
+        group = draft.fields.pop("group")
+        draft.reasons.pop("group")
+        best = _best_seed(draft, scratch)
+        draft.notes.append(
             f"group: {group} is not set, though rows of one {group} should stay in one split: with "
-            f"{out.found.column(group).distinct} of them no split has training, validation and "
+            f"{draft.found.column(group).distinct} of them no split has training, validation and "
             "test rows of every class"
         )
     if best is None:
         raise ValueError(
-            f"{out.found.all_places[0]}: {out.found.rows} rows are too few to hold "
-            f"out validation and test rows of every class of {out.label}: "
-            f"{look.preview(out.counts)}; add rows, or leave rare classes out"
+            f"{draft.found.all_places[0]}: {draft.found.rows} rows are too few to hold "
+            f"out validation and test rows of every class of {draft.label}: "
+            f"{guesses.describe_counts(draft.counts)}; add rows, or leave rare classes out"
         )
     if best:
-        out.fields["split_seed"] = best
-        out.why["split_seed"] = "the first one by which every class stands in every split"
+        draft.fields["split_seed"] = best
+        draft.reasons["split_seed"] = "the first one by which every class stands in every split"
 
 
-def _best_seed(out: Draft, scratch: str) -> int | None:
+def _best_seed(draft: Draft, scratch: str) -> int | None:
     """Return the first seed with every class in training, and best in all splits; None: no one."""
-    places = out.found.places
+    places = draft.found.places
     fallback: int | None = None
-    for seed in range(SEEDS if out.found.rows <= MOST_ROWS else 1):
+    for seed in range(SEEDS if draft.found.rows <= MAX_ROWS else 1):
         try:
             parts = manifests.splits(
-                out.data(places, seed), tuple(out.labels), "targets.x", scratch, True
+                draft.data(places, seed), tuple(draft.labels), "targets.x", scratch, True
             ).by_name()
         except ValueError:
             continue  # an empty split
         if len(parts["train"]) < BATCHES[0]:
             continue
-        out.train_rows = len(parts["train"])
-        if out.objective != "classification":
+        draft.train_rows = len(parts["train"])
+        if draft.objective != "classification":
             return seed
         classes = {
             name: {
                 value_text(one)
-                for one in manifests.read_columns(part, [out.label])[out.label].to_pylist()
+                for one in manifests.read_columns(part, [draft.label])[draft.label].to_pylist()
             }
             for name, part in parts.items()
         }

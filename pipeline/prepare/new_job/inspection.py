@@ -24,7 +24,7 @@ from pipeline.data import manifests, to_parquet
 from pipeline.data.manifests import Manifest, Selection
 from pipeline.io import storage
 from pipeline.media import image_io
-from pipeline.prepare.engine.importing import preview, split_of_file, split_of_folder
+from pipeline.prepare.engine.importing import first_few, split_of_file, split_of_folder
 from pipeline.prepare.new_job.columns import Column, may_name_rows, names_files, profile
 
 TABLES = ("parquet", "csv", "jsonl")
@@ -41,7 +41,7 @@ SAMPLE_TEXT_FILES = 2_000
 """Files of text of a sample."""
 IN_FOLDERS = {*to_parquet.LISTED, "documents"}
 """Kinds of files whose folder is their class."""
-MOST_UP = 3
+MAX_PARENTS = 3
 """A path that leads so many folders up is no easier to read than an absolute one."""
 DELIMITERS = (";", "\t", "|")
 HEAVY = ("bytes", "file", "time", "other")
@@ -344,7 +344,7 @@ def _as_parquet(files: list[str], delimiter: str, scratch: str) -> list[str]:
     return paths
 
 
-def places_of(manifest: Manifest, most: int) -> np.ndarray:
+def sample_row_ids(manifest: Manifest, most: int) -> np.ndarray:
     """Return the ids of a sample of rows, from row groups all over the files."""
     groups = evenly_spread(len(manifest.groups), SAMPLE_ROW_GROUPS)
     each = -(-most // len(groups))
@@ -363,7 +363,7 @@ def _sample(manifest: Manifest, kind: str) -> tuple[pa.Table, list[Column]]:
     kinds = {name: profile(name, empty[name]) for name in manifest.schema.names}
     is_text = kind == "documents"
     light = [name for name, column in kinds.items() if column.kind not in HEAVY or is_text]
-    ids = places_of(manifest, SAMPLE_TEXT_FILES if is_text else SAMPLE_ROWS)
+    ids = sample_row_ids(manifest, SAMPLE_TEXT_FILES if is_text else SAMPLE_ROWS)
     table = manifests.Reader(manifest, light).take(ids) if light else pa.table({})
     if is_text:
         texts = [text.decode("utf-8", "replace") for text in table["text"].to_pylist()]
@@ -388,7 +388,9 @@ def _of_all_rows(manifest: Manifest, columns: Sequence[Column], sampled: int) ->
 
 def series_steps(manifest: Manifest, column: str) -> int:
     """Return how many steps 95 % of the series of a column have at most, in a sample."""
-    values = manifests.Reader(manifest, [column]).take(places_of(manifest, SAMPLE_SERIES))[column]
+    values = manifests.Reader(manifest, [column]).take(sample_row_ids(manifest, SAMPLE_SERIES))[
+        column
+    ]
     array = values.combine_chunks()
     if pa.types.is_struct(array.type):
         array = array.field(0)
@@ -404,7 +406,7 @@ def media_of(found: Inspection) -> Media | None:
     for column in found.columns:
         if column.kind not in ("bytes", "file") and not names_files(column):
             continue
-        ids = places_of(found.main, SAMPLE_MEDIA_FILES)
+        ids = sample_row_ids(found.main, SAMPLE_MEDIA_FILES)
         cells = manifests.Reader(found.main, [column.name]).take(ids)[column.name].to_pylist()
         cells = [cell for cell in cells if cell]
         names = [cell for cell in cells if isinstance(cell, str)]
@@ -417,8 +419,8 @@ def media_of(found: Inspection) -> Media | None:
         if missing and not here:
             raise ValueError(
                 f"column {column.name} names files, and none of {len(missing)} that were looked "
-                f"for is there: {preview(missing[:2])}; relative names may begin in the folder of "
-                "the table or in the current one"
+                f"for is there: {first_few(missing[:2])}; relative names may begin in the folder "
+                "of the table or in the current one"
             )
         media = _pictures(here) or _recordings(here)
         if media is not None:
@@ -496,4 +498,4 @@ def relative_to(place: str, folder: str) -> str:
     if storage.is_remote(place):
         return place
     relative = Path(os.path.relpath(place, folder)).as_posix()
-    return os.path.abspath(place) if relative.startswith("../" * MOST_UP) else relative
+    return os.path.abspath(place) if relative.startswith("../" * MAX_PARENTS) else relative

@@ -13,9 +13,9 @@ from typing import Any
 from pipeline.checkpoints import bundle
 from pipeline.config.schema import CHECKPOINT_PREFIXES, HUBS
 from pipeline.io import storage
-from pipeline.prepare.engine.importing import preview as named
-from pipeline.prepare.new_job.columns import preview
-from pipeline.prepare.new_job.draft import Draft, draft, job_name
+from pipeline.prepare.engine.importing import first_few
+from pipeline.prepare.new_job.columns import describe_counts
+from pipeline.prepare.new_job.draft import Draft, draft_job, job_name
 from pipeline.prepare.new_job.inspection import IN_FOLDERS, inspect, relative_to
 
 WIDTH = 100
@@ -126,9 +126,9 @@ def write(
     checkpoints = [checkpoint(place, folder) for place in sources]
     with storage.scratch_folder() as scratch:
         found = inspect(places, str(scratch))
-        made = draft(found, target_column, folder, str(scratch), objective)
-        text = job_text(made, path, places, checkpoints)
-        lines = summary(made, path)
+        draft = draft_job(found, target_column, folder, str(scratch), objective)
+        text = job_text(draft, path, places, checkpoints)
+        lines = summary(draft, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return lines
@@ -157,19 +157,19 @@ def checkpoint(place: str, folder: str) -> str:
 # ---------------------------------------------------------------- the job
 
 
-def job_text(made: Draft, path: Path, places: list[str], checkpoints: list[str]) -> str:
+def job_text(draft: Draft, path: Path, places: list[str], checkpoints: list[str]) -> str:
     """Return the job file."""
     out = _Lines()
     name = path.stem if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", path.stem) else "first"
-    target = _key(made.label)
-    _header(out, made, path, name, target, places)
+    target = _key(draft.label)
+    _header(out, draft, path, name, target, places)
     out.add(0, f"name: {scalar(name)}", f"the results stand in runs/{name}")
     out.add(0, "storage: runs", "a folder below the current one, or s3://bucket/prefix")
     if checkpoints:
-        _given_sources(out, made, checkpoints)
+        _given_sources(out, draft, checkpoints)
     else:
-        _own_source(out, made, path)
-    _target(out, made, path, target, shared=not checkpoints, checkpoints=checkpoints)
+        _own_source(out, draft, path)
+    _target(out, draft, path, target, shared=not checkpoints, checkpoints=checkpoints)
     out.add(
         0,
         "techniques: [scratch, linear_probe, full]",
@@ -186,15 +186,15 @@ def _key(label: str) -> str:
 
 
 def _header(
-    out: _Lines, made: Draft, path: Path, name: str, target: str, places: list[str]
+    out: _Lines, draft: Draft, path: Path, name: str, target: str, places: list[str]
 ) -> None:
-    found, job = made.found, shlex.quote(str(path))
+    found, job = draft.found, shlex.quote(str(path))
     commands = [
-        made.prepare,
+        draft.prepare,
         f"onetomany run {job} --dry-run",
         f"onetomany run {job}",
-        made.prepare_command_for_new_rows,
-        f"onetomany predict runs/{name} {_new_rows(made)} --target {target} -o predictions",
+        draft.prepare_command_for_new_rows,
+        f"onetomany predict runs/{name} {_new_rows(draft)} --target {target} -o predictions",
     ]
     for command in filter(None, commands):
         out.command(command)
@@ -202,27 +202,27 @@ def _header(
     out.comment(
         f"`onetomany init {shlex.join(places)}` wrote this job from what it found; change what you "
         "like. `onetomany schema` explains every field. "
-        + ("prepare converts the files, once. " if made.prepare else "")
+        + ("prepare converts the files, once. " if draft.prepare else "")
         + "--dry-run says what would run and what is wrong with the rows; predict is for new rows."
     )
     out.blank()
     parts = ", ".join(f"{key} {one.rows}" for key, one in found.manifests.items() if key != "uri")
-    out.comment(f"Found {found.rows} rows{f' ({parts})' if parts else ''} of {_what(made)}.")
-    for line in _facts(made):
+    out.comment(f"Found {found.rows} rows{f' ({parts})' if parts else ''} of {_what(draft)}.")
+    for line in _facts(draft):
         out.comment(f"- {line}", hang="  ")
     out.lines.append("")
 
 
-def _new_rows(made: Draft) -> str:
+def _new_rows(draft: Draft) -> str:
     """Return an example of files to predict."""
-    if made.found.kind == "documents":
+    if draft.found.kind == "documents":
         return "new_files --input-format documents"
-    if made.found.kind in IN_FOLDERS:
+    if draft.found.kind in IN_FOLDERS:
         return "new_files"
-    return shlex.quote(made.prepared_new) if made.prepare else NEW_ROWS[made.found.kind]
+    return shlex.quote(draft.prepared_new) if draft.prepare else NEW_ROWS[draft.found.kind]
 
 
-def _what(made: Draft) -> str:
+def _what(draft: Draft) -> str:
     kinds = {
         "text": "texts",
         "image": "images",
@@ -230,49 +230,48 @@ def _what(made: Draft) -> str:
         "series": "series of numbers",
         "table": "a table",
     }
-    return kinds[made.modality]
+    return kinds[draft.modality]
 
 
-def _facts(made: Draft) -> list[str]:
+def _facts(draft: Draft) -> list[str]:
     """Return what was found, in sentences without a full stop."""
     out = []
-    if made.modality == "text":
-        out.append(f"95 % of the texts have at most about {made.tokens:.0f} tokens")
-    if made.modality == "series":
-        out.append(f"95 % of the series have at most {made.steps_of_series} steps")
-    if made.media is not None and made.media.sides:
-        sides = sorted(made.media.sides)
-        grey = "grey" if made.media.grey else "colour"
+    if draft.modality == "text":
+        out.append(f"95 % of the texts have at most about {draft.tokens:.0f} tokens")
+    if draft.modality == "series":
+        out.append(f"95 % of the series have at most {draft.steps_of_series} steps")
+    if draft.media is not None and draft.media.sides:
+        sides = sorted(draft.media.sides)
+        grey = "grey" if draft.media.grey else "colour"
         out.append(f"images: {grey}, shorter side {sides[0]} to {sides[-1]} pixels")
-    if made.media is not None and made.media.seconds:
-        seconds, rates = sorted(made.media.seconds), sorted(set(made.media.rates))
+    if draft.media is not None and draft.media.seconds:
+        seconds, rates = sorted(draft.media.seconds), sorted(set(draft.media.rates))
+        lengths = f"{seconds[0]:.1f} to {seconds[-1]:.1f} s"
+        out.append(f"recordings: {lengths}, {first_few(rates)} samples a second")
+    if draft.media is not None and draft.media.missing:
         out.append(
-            f"recordings: {seconds[0]:.1f} to {seconds[-1]:.1f} s, {named(rates)} samples a second"
+            f"{len(draft.media.missing)} of a sample of the files are not there, such as "
+            f"{draft.media.missing[0]}: rows without a file are left out"
         )
-    if made.media is not None and made.media.missing:
-        out.append(
-            f"{len(made.media.missing)} of a sample of the files are not there, such as "
-            f"{made.media.missing[0]}: rows without a file are left out"
-        )
-    if made.counts:
-        what = {"multilabel": "labels", "tagging": "tags"}.get(made.objective, "classes")
-        shown = preview(made.counts_by_name or made.counts)
-        out.append(f"{len(made.counts)} {what} of {made.label}: {shown}")
-    if made.numbers:
-        low, median, high = made.numbers
+    if draft.counts:
+        what = {"multilabel": "labels", "tagging": "tags"}.get(draft.objective, "classes")
+        shown = describe_counts(draft.counts_by_name or draft.counts)
+        out.append(f"{len(draft.counts)} {what} of {draft.label}: {shown}")
+    if draft.numbers:
+        low, median, high = draft.numbers
         span = f"from {low:.4g} to {high:.4g}"
-        out.append(f"{made.label}: 90 % of the numbers lie {span}, the median is {median:.4g}")
-    if made.others:
+        out.append(f"{draft.label}: 90 % of the numbers lie {span}, the median is {median:.4g}")
+    if draft.others:
         out.append(
-            f"{made.label} is the most plausible label; {named(made.others)} could be it too: "
-            "give --target-column"
+            f"{draft.label} is the most plausible label; {first_few(draft.others)} could be it "
+            "too: give --target-column"
         )
-    return [*out, *made.notes]
+    return [*out, *draft.notes]
 
 
 def _data(
     out: _Lines,
-    made: Draft,
+    draft: Draft,
     path: Path,
     depth: int,
     columns: dict[str, str],
@@ -280,114 +279,116 @@ def _data(
 ) -> None:
     """Add the rows: places, splits, modality and columns."""
     folder = str(path.parent)
-    if made.prepared:
+    if draft.prepared:
         out.add(
-            depth, f"uri: {scalar(relative_to(made.prepared, folder))}", "relative to this file"
+            depth, f"uri: {scalar(relative_to(draft.prepared, folder))}", "relative to this file"
         )
     else:
-        for i, (key, listed) in enumerate(made.found.places.items()):
+        for i, (key, listed) in enumerate(draft.found.places.items()):
             named_here = [relative_to(place, folder) for place in listed]
             value: Any = named_here[0] if len(named_here) == 1 else named_here
-            why = made.why.get("files", "") or PLACE
+            why = draft.reasons.get("files", "") or PLACE
             out.add(depth, f"{key}: {scalar(value)}", "" if i else why)
-        if made.found.stated:
-            is_text = made.found.kind == "documents"
+        if draft.found.stated:
+            is_text = draft.found.kind == "documents"
             why = "a row is a file, its label the name of its folder" if is_text else ""
             why = why or "there are files of other kinds, too"
-            out.add(depth, f"format: {made.found.kind}", why)
-    for key, value in made.fields.items():
-        out.add(depth, f"{key}: {scalar(value)}", made.why.get(key, ""))
-    if made.kept_classes:
-        classes = scalar({made.label: made.kept_classes})
-        out.add(depth, f"where: {classes}", made.why["where"])
+            out.add(depth, f"format: {draft.found.kind}", why)
+    for key, value in draft.fields.items():
+        out.add(depth, f"{key}: {scalar(value)}", draft.reasons.get(key, ""))
+    if draft.kept_classes:
+        classes = scalar({draft.label: draft.kept_classes})
+        out.add(depth, f"where: {classes}", draft.reasons["where"])
     # a checkpoint brings its own size and rate
-    kept = {"text": {"length"}, "audio": {"max_seconds"}}.get(made.modality, set[str]())
-    options = {k: v for k, v in made.options.items() if k in kept or not checkpoints}
-    value = {made.modality: options} if options else made.modality
-    why = _why_options(made) if options or not checkpoints else "read as the checkpoint says"
+    kept = {"text": {"length"}, "audio": {"max_seconds"}}.get(draft.modality, set[str]())
+    options = {k: v for k, v in draft.options.items() if k in kept or not checkpoints}
+    value = {draft.modality: options} if options else draft.modality
+    why = _why_options(draft) if options or not checkpoints else "read as the checkpoint says"
     out.add(depth, f"modality: {scalar(value)}", why)
     if columns:
         out.add(depth, f"columns: {scalar(columns)}", "role: name of the column")
 
 
-def _why_options(made: Draft) -> str:
+def _why_options(draft: Draft) -> str:
     return {
         "text": "length: tokens of a row; longer texts are cut",
         "image": "size: pixels a side; larger is slower and often better",
         "audio": "rate: samples a second",
         "series": "length: steps that the network reads",
-    }.get(made.modality, "")
+    }.get(draft.modality, "")
 
 
-def _own_source(out: _Lines, made: Draft, path: Path) -> None:
+def _own_source(out: _Lines, draft: Draft, path: Path) -> None:
     """Add the source that needs no checkpoint: it learns from the user's own rows."""
     backbone: Any
     train: dict[str, float] = {
-        "steps": max(100, made.steps),
-        "global_batch": made.batch,
+        "steps": max(100, draft.steps),
+        "global_batch": draft.batch,
         "lr": 1e-3,
     }
-    columns = dict(made.inputs)
-    objective: Any = made.objective
-    learns = f"it learns {made.label} from the training rows themselves, so its gain is that of "
+    columns = dict(draft.inputs)
+    objective: Any = draft.objective
+    learns = f"it learns {draft.label} from the training rows themselves, so its gain is that of "
     learns += "training longer: put other data with the same columns here to transfer from"
-    if made.modality == "text":
+    if draft.modality == "text":
         backbone = {"transformers/bert": {"layers": 2, "hidden": 128, "heads": 4}}
-        if made.objective != "tagging" and "text_pair" not in made.inputs:
+        if draft.objective != "tagging" and "text_pair" not in draft.inputs:
             objective, learns = "mlm", "it learns to fill in masked words of the training texts"
-            train["global_batch"] = made.packed_batch
-    elif made.modality == "image":
+            train["global_batch"] = draft.packed_batch
+    elif draft.modality == "image":
         backbone, objective = "timm/resnet10t", "simclr"
         learns = "it learns to recognise two views of one training image, without labels"
-    elif made.modality == "audio":
+    elif draft.modality == "audio":
         backbone = "torchaudio/deepspeech2"
         objective = {"wav2vec2": {"entries": 64, "code_width": 64, "width": 128, "mask_length": 5}}
         learns = "it learns to fill in hidden parts of the training recordings, without labels"
-        train = {"steps": 100, "batch_cost": _cost(made), "lr": 1e-3}
-    elif made.modality == "series":
-        config = {"patch_length": made.patch, "patch_stride": made.patch, "scaling": None}
+        train = {"steps": 100, "batch_cost": _cost(draft), "lr": 1e-3}
+    elif draft.modality == "series":
+        config = {"patch_length": draft.patch, "patch_stride": draft.patch, "scaling": None}
         config |= {"d_model": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 128}
         backbone, objective = {"hf/patchtst": {"config": config}}, "masked_series"
         learns = "it learns to fill in hidden patches of the training series, without labels"
     else:
         backbone = {"table/ft_transformer": {"width": 64, "layers": 2}}
-    if objective == made.objective:
-        columns |= made.labels
+    if objective == draft.objective:
+        columns |= draft.labels
     out.comment("What to start from. `own` needs no download: " + learns + ".")
     out.add(0, "sources:")
     out.add(1, "own:")
     out.add(2, "data: &rows", "test rows are held out here as well")
-    _data(out, made, path, 3, columns)
+    _data(out, draft, path, 3, columns)
     out.add(2, f"backbone: {scalar(backbone)}", "`onetomany backbones` lists others")
     out.add(2, f"objective: {scalar(objective)}", "`onetomany objectives NAME` explains it")
-    out.add(2, f"train: {scalar(train)}", _why_train(made))
-    _hub(out, made)
+    out.add(2, f"train: {scalar(train)}", _why_train(draft))
+    _hub(out, draft)
 
 
-def _cost(made: Draft) -> float:
+def _cost(draft: Draft) -> float:
     """Return the seconds of a step: as many recordings as a batch has rows, at most a minute."""
-    seconds = made.media.seconds if made.media else (1.0,)
+    seconds = draft.media.seconds if draft.media else (1.0,)
     mean = sum(seconds) / len(seconds)
-    return float(round(min(60.0, max(8.0, 4 * max(seconds), made.batch * mean))))
+    return float(round(min(60.0, max(8.0, 4 * max(seconds), draft.batch * mean))))
 
 
-def _why_train(made: Draft) -> str:
+def _why_train(draft: Draft) -> str:
     return (
-        "batch_cost: seconds of audio a step" if made.modality == "audio" else "small, for a laptop"
+        "batch_cost: seconds of audio a step"
+        if draft.modality == "audio"
+        else "small, for a laptop"
     )
 
 
-def _hub(out: _Lines, made: Draft) -> None:
+def _hub(out: _Lines, draft: Draft) -> None:
     """Add a published checkpoint as a comment."""
-    if made.modality not in HUB:
+    if draft.modality not in HUB:
         return
-    name, what = HUB[made.modality]
+    name, what = HUB[draft.modality]
     out.comment(f"A published checkpoint ({what}), often much better; the run downloads it:", 1)
     out.comment("published:", 1)
     out.comment(f"  backbone: {name}", 1)
 
 
-def _given_sources(out: _Lines, made: Draft, checkpoints: list[str]) -> None:
+def _given_sources(out: _Lines, draft: Draft, checkpoints: list[str]) -> None:
     out.comment("What to start from: the checkpoints that were given with --source.")
     out.add(0, "sources:")
     taken: set[str] = set()
@@ -399,27 +400,27 @@ def _given_sources(out: _Lines, made: Draft, checkpoints: list[str]) -> None:
         taken.add(key)
         out.add(1, f"{key}:")
         out.add(2, f"backbone: {scalar(place)}")
-    _hub(out, made)
+    _hub(out, draft)
 
 
 def _target(
-    out: _Lines, made: Draft, path: Path, target: str, shared: bool, checkpoints: list[str]
+    out: _Lines, draft: Draft, path: Path, target: str, shared: bool, checkpoints: list[str]
 ) -> None:
     """Add the task."""
     out.comment("What to learn; there may be several targets.")
     out.add(0, "targets:")
     out.add(1, f"{target}:")
     out.add(2, "data:")
-    columns = {**made.inputs, **made.labels}
+    columns = {**draft.inputs, **draft.labels}
     if shared:
         out.add(3, "<<: *rows", "the same rows as above")
-        if made.modality == "audio":
+        if draft.modality == "audio":
             out.add(3, "modality: audio", "at the rate of its source")
-        out.add(3, f"columns: {scalar(columns)}", _label_comment(made))
+        out.add(3, f"columns: {scalar(columns)}", _label_comment(draft))
     else:
-        _data(out, made, path, 3, columns, checkpoints)
-    out.add(2, f"objective: {made.objective}", "`onetomany objectives` lists others")
-    metric, why = _metric(made)
+        _data(out, draft, path, 3, columns, checkpoints)
+    out.add(2, f"objective: {draft.objective}", "`onetomany objectives` lists others")
+    metric, why = _metric(draft)
     if metric:
         out.add(2, f"metric: {metric}", why)
     out.add(
@@ -427,47 +428,47 @@ def _target(
         "label_fractions: [1.0]",
         "1.0 is all labels; [0.1, 1.0] also says what a tenth of them is enough for",
     )
-    out.add(2, f"train: {scalar(_train(made, checkpoints))}", _why_train(made))
+    out.add(2, f"train: {scalar(_train(draft, checkpoints))}", _why_train(draft))
 
 
-def _label_comment(made: Draft) -> str:
-    return f"{made.label} is learned" + (
-        f"; {named(made.others)} could be it too" if made.others else ""
+def _label_comment(draft: Draft) -> str:
+    return f"{draft.label} is learned" + (
+        f"; {first_few(draft.others)} could be it too" if draft.others else ""
     )
 
 
-def _metric(made: Draft) -> tuple[str, str]:
+def _metric(draft: Draft) -> tuple[str, str]:
     """Return the metric to judge by, and why; "" for the objective's own."""
-    if made.objective == "regression":
+    if draft.objective == "regression":
         return "rmse", "the root of the mean squared error, in the unit of the column; or mae, r2"
-    if made.objective != "classification":
+    if draft.objective != "classification":
         return "", ""
-    share = max(made.counts.values()) / sum(made.counts.values())
-    if len(made.counts) == 2 and share > 0.6:
+    share = max(draft.counts.values()) / sum(draft.counts.values())
+    if len(draft.counts) == 2 and share > 0.6:
         return "auroc", f"the larger class has {share:.0%} of the rows, so accuracy says little"
-    ratio = max(made.counts.values()) / min(made.counts.values())
-    if len(made.counts) > 2 and ratio > 5:
+    ratio = max(draft.counts.values()) / min(draft.counts.values())
+    if len(draft.counts) > 2 and ratio > 5:
         return "macro_f1", f"the largest class has {ratio:.0f} times the rows of the smallest"
     return "accuracy", "the classes are about equally large"
 
 
-def _train(made: Draft, checkpoints: list[str]) -> dict[str, float]:
+def _train(draft: Draft, checkpoints: list[str]) -> dict[str, float]:
     """Return how a fine-tune trains: published networks with a smaller rate."""
-    lr = 1e-4 if checkpoints and made.modality in ("text", "audio") else 1e-3
-    if made.objective == "ctc":
-        return {"epochs": 20, "batch_cost": _cost(made), "lr": lr}
-    if made.modality == "audio":
-        return {"steps": made.steps, "batch_cost": _cost(made), "lr": lr}
-    return {"steps": made.steps, "global_batch": made.batch, "lr": lr}
+    lr = 1e-4 if checkpoints and draft.modality in ("text", "audio") else 1e-3
+    if draft.objective == "ctc":
+        return {"epochs": 20, "batch_cost": _cost(draft), "lr": lr}
+    if draft.modality == "audio":
+        return {"steps": draft.steps, "batch_cost": _cost(draft), "lr": lr}
+    return {"steps": draft.steps, "global_batch": draft.batch, "lr": lr}
 
 
-def summary(made: Draft, path: Path) -> list[str]:
+def summary(draft: Draft, path: Path) -> list[str]:
     """Return what was found and the commands that follow, for the terminal."""
     job = shlex.quote(str(path))
-    first = [f"first: {made.prepare}"] if made.prepare else []
+    first = [f"first: {draft.prepare}"] if draft.prepare else []
     return [
-        f"{made.found.rows} rows of {_what(made)}; to learn: {made.label} ({made.objective})",
-        *(f"- {line}" for line in _facts(made)),
+        f"{draft.found.rows} rows of {_what(draft)}; to learn: {draft.label} ({draft.objective})",
+        *(f"- {line}" for line in _facts(draft)),
         f"wrote {path}",
         *first,
         f"next: onetomany run {job} --dry-run, then onetomany run {job}",

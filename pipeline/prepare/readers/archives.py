@@ -43,7 +43,7 @@ costs one pass.
 """
 ARCHIVES = (".tar", ".zip", *GZIPPED)
 COMPRESSED = (".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
-MOST_BYTES = 256 << 20
+MAX_FILE_BYTES = 256 << 20
 """Largest file; a zip member that claims to be larger is not decompressed."""
 
 
@@ -90,12 +90,12 @@ class Listing:
     Attributes:
         entries: sorted by name.
         empty: folders without files.
-        mark: a digest of names and contents (ETags on S3).
+        fingerprint: a digest of names and contents (ETags on S3).
     """
 
     entries: list[Entry]
     empty: list[str] = field(default_factory=list)
-    mark: str = ""
+    fingerprint: str = ""
 
     @property
     def images(self) -> list[Entry]:
@@ -165,7 +165,7 @@ def _folder(uri: str) -> Listing:
         name = file[len(uri) :].lstrip("/")
         if has_suffix(file, *ARCHIVES, *COMPRESSED):
             found = _archive(file, re.sub(r"(\.tar)?\.\w+$", "/", name), contents.get(file))
-            return found.entries, found.mark, found.empty
+            return found.entries, found.fingerprint, found.empty
         info = known.get(file)
         if info is not None:
             file_identity.of_object(file, info["size"], info["ETag"])
@@ -176,10 +176,10 @@ def _folder(uri: str) -> Listing:
     entries, digest, empty = [], hashlib.sha256(), []
     if not storage.is_remote(uri):
         empty = _empty_folders(s3.split(uri)[1])
-    for found, mark, bare in threaded_map(look, files):
+    for found, fingerprint, bare in threaded_map(look, files):
         entries += found
         empty += bare
-        digest.update(f"{[entry.name for entry in found]} {mark}".encode())
+        digest.update(f"{[entry.name for entry in found]} {fingerprint}".encode())
     _refuse_doubled(
         entries, uri, "such as in an archive and in a folder of its name; remove one of them"
     )
@@ -254,7 +254,7 @@ def _inside(name: str, where: str) -> str:
     ):
         raise ValueError(
             f"{where}: member {name!r} leads outside of the archive; such an archive is not to "
-            "be trusted: get it anew or pack it again"
+            "be trusted: download it anew or pack it again"
         )
     return posixpath.normpath(path)
 
@@ -263,7 +263,7 @@ def _zip(uri: str, handle: BinaryIO, where: str) -> tuple[list[Entry], list[str]
     try:
         archive = zipfile.ZipFile(handle)
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{where}: not a whole zip file ({error}); get it again") from None
+        raise ValueError(f"{where}: not a whole zip file ({error}); download it again") from None
     entries, folders = [], []
     for info in archive.infolist():
         name = _inside(info.filename, where)
@@ -285,7 +285,7 @@ def _tar(
     """List the members of a tar in `size` bytes of `handle` from `start`; offsets are in
     `handle`.
     """
-    view = io.BufferedReader(Window(handle, start, size)) if size is not None else handle
+    view = io.BufferedReader(FileRange(handle, start, size)) if size is not None else handle
     entries, folders = [], []
     try:
         with tarfile.open(fileobj=view, mode="r:") as archive:
@@ -302,7 +302,7 @@ def _tar(
                     )
                 # It is unpacked to be passed
                 elif (
-                    member.size > MOST_BYTES
+                    member.size > MAX_FILE_BYTES
                     and isinstance(handle, gzip.GzipFile)
                     and not name.lower().endswith(".tar")
                 ):
@@ -322,18 +322,18 @@ def _tar(
             view.seek(archive.offset)
             end = view.read(tarfile.BLOCKSIZE)
     except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{where}: not a whole tar file ({error}); get it again") from None
+        raise ValueError(f"{where}: not a whole tar file ({error}); download it again") from None
     # The tarfile module takes a damaged header, and a file that ends early, for the end
     if len(end) < tarfile.BLOCKSIZE or end.strip(b"\0"):
         raise ValueError(
             f"{where}: not a whole tar file (at byte {start + archive.offset}, after "
             f"{len(entries)} files, is neither a header nor the end mark); "
-            "get it again"
+            "download it again"
         )
     return entries, folders
 
 
-class Window(RangeReader):
+class FileRange(RangeReader):
     """A range of a file, as a file."""
 
     def __init__(self, handle: BinaryIO, start: int, size: int):
@@ -412,7 +412,7 @@ class Opener:
             self._archives[entry.uri] = (
                 cast(BinaryIO, gzip.GzipFile(fileobj=handle)) if is_gzipped(entry.uri) else handle
             )
-        window = Window(self._archives[entry.uri], entry.offset, entry.size)
+        window = FileRange(self._archives[entry.uri], entry.offset, entry.size)
         return io.BufferedReader(window, 1 << 20)
 
 
@@ -440,12 +440,12 @@ class Reader:
 
         Raises BrokenImageError for a cut or damaged member, StorageError for an unreadable file.
         """
-        if size > MOST_BYTES:
+        if size > MAX_FILE_BYTES:
             raise BrokenImageError(f"{size} bytes are more than an image has")
         entry = Entry(member, uri, member, offset, size)
         if member:
-            data = self._unpacked(entry, "broken member of the zip", MOST_BYTES + 1)
-            if len(data) > MOST_BYTES:
+            data = self._unpacked(entry, "broken member of the zip", MAX_FILE_BYTES + 1)
+            if len(data) > MAX_FILE_BYTES:
                 raise BrokenImageError("it unpacks to more than an image has")
             return data
         if offset < 0:

@@ -45,7 +45,7 @@ def _letter(character: str) -> str:
     return "han" if word == "cjk" else word
 
 
-def shares(text: str, script: str) -> tuple[float, float]:
+def letter_shares(text: str, script: str) -> tuple[float, float]:
     """Return (letters / non-blank characters, letters of the script / letters that have a script).
 
     0 where there are none.
@@ -74,13 +74,13 @@ def digest(text: str) -> bytes:
 # ---------------------------------------------------------------- all documents
 
 
-def exact(digests: np.ndarray) -> np.ndarray:
+def first_exact_duplicates(digests: np.ndarray) -> np.ndarray:
     """For each of (n, 2) uint64 digests, return the index of the first equal one: (n,) int64."""
     _, first, inverse = np.unique(digests, axis=0, return_index=True, return_inverse=True)
     return first[inverse.reshape(-1)]
 
 
-def near(signs: np.ndarray, threshold: float) -> np.ndarray:
+def first_near_duplicates(signs: np.ndarray, threshold: float) -> np.ndarray:
     """Return the first document of each one's component of near duplicates, (n,) int64.
 
     `signs`: (n, NUM_PERM) signatures; neighbours agree in at least `threshold` of them.

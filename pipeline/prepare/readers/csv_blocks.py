@@ -34,11 +34,11 @@ from pipeline.prepare.engine.inputs import (
     plain_suffix,
 )
 from pipeline.prepare.readers import parquet
-from pipeline.prepare.readers.archives import Entry, Opener, Window, is_gzipped
+from pipeline.prepare.readers.archives import Entry, FileRange, Opener, is_gzipped
 
 BLOCK_BYTES, BATCH_ROWS = 1 << 20, 16384
 """What is read of CSV and of Parquet at a time."""
-EXPANSION = 8
+TABLE_EXPANSION = 8
 """Estimated bytes of text in a byte of a compressed table (CHARTEVENTS: 33 GB in 4.2)."""
 SUFFIXES = (".csv", ".tsv", ".parquet")
 INSTANT = r"^\d{4}-\d\d-\d\d([ T]\d\d:\d\d(:\d\d(\.\d{1,9})?)?)?$"
@@ -48,13 +48,13 @@ MIXED_ZONES = (
     "some of its times have a zone (Z, +02:00) and others none, so nobody can tell how far apart "
     "they are; write all of them in one way"
 )
-LARGEST_ID = str(np.iinfo(np.int64).max)
+MAX_ID = str(np.iinfo(np.int64).max)
 BAD_LINE = "another number of fields than the header has"
 NULLS = ["", "NULL", "NA", "NaN", "nan"]
 """Fields that mean nothing in columns of numbers, times or ids. In texts only the empty field
 does: a variable may be called NA, a drug nan.
 """
-KINDS = {
+COLUMN_TYPES = {
     "id": pa.int64(),
     "number": pa.float64(),
     "time": pa.timestamp("s"),
@@ -114,11 +114,11 @@ def split_table(
     is_whole = squeezed or entry.member or is_gzipped(entry.uri) or has_line_ends
     count = 1 if is_whole else max(1, -(-entry.size // most))
     bounds = [entry.size * i // count for i in range(count)] + [-1]
-    size = max(1, entry.size * (EXPANSION if squeezed else 1) // count)
+    size = max(1, entry.size * (TABLE_EXPANSION if squeezed else 1) // count)
     return [InputSplit(table, "", entry, start, stop, size) for start, stop in pairwise(bounds)]
 
 
-def stem(entry: Entry) -> str:
+def table_name(entry: Entry) -> str:
     """Return the name without folder and suffixes, in lower case: chartevents of
     a/CHARTEVENTS.csv.gz.
     """
@@ -144,7 +144,7 @@ def batches(
         ValueError: a missing column, a file that is no table, or one that ends early.
     """
     entry = part.entry
-    picked = _picked(entry, schema(entry, opener).names, columns)
+    picked = _picked(entry, read_schema(entry, opener).names, columns)
     read = _of_parquet if _is_parquet(entry) else _of_csv
     for found in read(part, list(dict.fromkeys(picked.values())), opener, tally):
         tally.rows += len(found)
@@ -154,7 +154,7 @@ def batches(
         made: dict[str, Any] = {}
         for name, column in columns.items():
             if name not in picked:
-                made[name] = pa.nulls(len(found), KINDS[column.kind])
+                made[name] = pa.nulls(len(found), COLUMN_TYPES[column.kind])
                 continue
             values = found[picked[name]].combine_chunks()
             if read is _of_csv:
@@ -163,7 +163,7 @@ def batches(
         yield pa.table(made)
 
 
-def whole(
+def read_table(
     table: str,
     entry: Entry,
     columns: dict[str, Column],
@@ -178,26 +178,28 @@ def whole(
     found = list(batches(InputSplit(table, "", entry), columns, opener, tally))
     if tally.bad:
         raise ValueError(
-            f"{tally.listed[0]}; {tally.bad} such lines: repair the table or get it again"
+            f"{tally.listed[0]}; {tally.bad} such lines: repair the table or download it again"
         )
     return (
         pa.concat_tables(found).combine_chunks()
         if found
-        else pa.table({name: pa.array([], KINDS[column.kind]) for name, column in columns.items()})
+        else pa.table(
+            {name: pa.array([], COLUMN_TYPES[column.kind]) for name, column in columns.items()}
+        )
     )
 
 
-def schema(entry: Entry, opener: Opener) -> pa.Schema:
+def read_schema(entry: Entry, opener: Opener) -> pa.Schema:
     """Return a table's columns, unchanged; those of CSV are texts."""
     reading = SplitReader(InputSplit(entry.name, "", entry), opener)
     if _is_parquet(entry):
-        with parquet.opened(reading) as file:
+        with parquet.open_split(reading) as file:
             return file.schema_arrow
     with reading.open() as handle:
         return pa.schema([(name, pa.string()) for name in _header(entry, handle)[0]])
 
 
-def instants(column: Any, unit: str = "s") -> tuple[np.ndarray, np.ndarray]:
+def epoch_times(column: Any, unit: str = "s") -> tuple[np.ndarray, np.ndarray]:
     """Convert times, or texts such as 2101-10-20T19:08:00+02:00, to whole seconds.
 
     Args:
@@ -225,12 +227,12 @@ def instants(column: Any, unit: str = "s") -> tuple[np.ndarray, np.ndarray]:
     return filled(whole, 0), there
 
 
-def zones(column: Any) -> set[bool]:
+def timezone_awareness(column: Any) -> set[bool]:
     """Return whether the times of a column have a zone: {True}, {False}, both, or an empty set."""
     if column.null_count == len(column):
         return set()
     if pa.types.is_dictionary(column.type):
-        return zones(column.cast(column.type.value_type))
+        return timezone_awareness(column.cast(column.type.value_type))
     if pa.types.is_timestamp(column.type):
         return {column.type.tz is not None}
     if not is_text(column.type):
@@ -265,7 +267,7 @@ def _times(array: Any) -> Any:
     text = pc.utf8_trim_whitespace(array)
     if (found := _cast_times(text)) is not None:
         return found
-    with_zone = zones(text)
+    with_zone = timezone_awareness(text)
     if len(with_zone) == 2:
         raise MixedZonesError(MIXED_ZONES)
     is_zoned = True in with_zone
@@ -339,7 +341,7 @@ def _see_zones(found: dict[str, tuple[Any, str]], entry: Entry, tally: RowCounts
     for own, column in times.items():
         if is_day[own] and not all(is_day.values()):
             continue
-        tally.zoned |= zones(column)
+        tally.zoned |= timezone_awareness(column)
         if len(tally.zoned) == 2:
             raise MixedZonesError(f"{entry.name}: column {own!r}: {MIXED_ZONES}")
 
@@ -403,8 +405,8 @@ def _shape(array: Any, kind: str) -> Any:
     if pa.types.is_dictionary(array.type) or pa.types.is_large_string(array.type):
         array = array.cast(pa.string())
     if kind == "time":
-        seconds, there = instants(array)
-        return pa.array(seconds, pa.int64(), mask=~there).cast(KINDS["time"])
+        seconds, there = epoch_times(array)
+        return pa.array(seconds, pa.int64(), mask=~there).cast(COLUMN_TYPES["time"])
     if kind == "moment":
         array = _times(array) if pa.types.is_string(array.type) else array
         if not pa.types.is_temporal(array.type) and not pa.types.is_null(array.type):
@@ -423,11 +425,11 @@ def _shape(array: Any, kind: str) -> Any:
         text = pc.if_else(pc.match_substring_regex(text, r"^[+-]?0*\d{1,19}(\.0+)?$"), text, None)
         array = pc.replace_substring_regex(text, r"\.0+$|^\+", "")
         digits = pc.utf8_ltrim(array, "-0")
-        fits = pc.or_(pc.less(pc.utf8_length(digits), 19), pc.less_equal(digits, LARGEST_ID))
+        fits = pc.or_(pc.less(pc.utf8_length(digits), 19), pc.less_equal(digits, MAX_ID))
         array = pc.if_else(fits, array, None)
     if kind == "number" and pa.types.is_string(array.type):
         return array
-    return array.cast(KINDS[kind])
+    return array.cast(COLUMN_TYPES[kind])
 
 
 def _header(entry: Entry, handle: BinaryIO) -> tuple[list[str], str, int]:
@@ -443,7 +445,8 @@ def _header(entry: Entry, handle: BinaryIO) -> tuple[list[str], str, int]:
     names = next(csv.reader([line], delimiter=delimiter), [])
     if not any(name.strip() for name in names):
         raise ValueError(
-            f"{entry.name}: an empty file, where the first line must name the columns; get it again"
+            f"{entry.name}: an empty file, where the first line must name the columns; download "
+            "it again"
         )
     return [name.strip() for name in names], delimiter, len(raw)
 
@@ -462,7 +465,9 @@ def _of_csv(
                 for at in (part.start, part.stop if part.stop >= 0 else entry.size)
             )
             handle.seek(start)
-            body = cast(BinaryIO, io.BufferedReader(Window(handle, start, stop - start), 1 << 20))
+            body = cast(
+                BinaryIO, io.BufferedReader(FileRange(handle, start, stop - start), 1 << 20)
+            )
             if start >= stop:
                 return
         try:
@@ -484,7 +489,7 @@ def _of_csv(
             why = (
                 "it is not UTF-8 text: convert it (iconv -t UTF-8)"
                 if "UTF8" in str(error)
-                else "it is no CSV, or a quote is left open: get it again"
+                else "it is no CSV, or a quote is left open: download it again"
             )
             raise ValueError(f"{entry.name}: cannot be read after row {rows}: {why}") from None
 

@@ -18,6 +18,7 @@ from typing import Any
 from pipeline.config import registry
 from pipeline.data.csv_tables import CODE
 from pipeline.prepare.engine.inputs import ROW_BYTES, InputSplit, SplitReader, decoded, plain_suffix
+from pipeline.prepare.engine.value_types import ValueType
 from pipeline.prepare.readers.archives import Entry, Opener
 
 SUFFIXES = (".csv", ".tsv", ".tab")
@@ -66,12 +67,12 @@ class Dialect:
         if len(header) == 1 and other and written and not self.delimiter:
             raise ValueError(
                 f"{place}: one column, {header[0]!r}; is it {'tab' if other == TAB else other} "
-                "that stands between them? Say --set delimiter=..."
+                "that stands between them? Pass --set delimiter=..."
             )
         doubled = next((name for name in header if header.count(name) > 1), None)
         if doubled is not None:
             raise ValueError(
-                f"{place}: two columns are called {doubled!r}; if this line is a row, say "
+                f"{place}: two columns are called {doubled!r}; if this line is a row, pass "
                 "--set header=false, else rename one"
             )
 
@@ -99,7 +100,7 @@ class Dialect:
                     columns = list(names)
                 else:
                     columns = [str(i) for i in range(len(fields))]
-                self.check_header(columns, reading.place(number), has_header)
+                self.check_header(columns, reading.location(number), has_header)
                 width = len(columns)
                 yield number, columns
                 if has_header:
@@ -139,7 +140,7 @@ class Dialect:
                     wrong = wrong if wrong != OPEN and wrong else f"{OPEN}: no later line closes it"
             if wrong and header and not width:
                 raise ValueError(
-                    f"{reading.place(number)}: the names of the columns cannot be read: "
+                    f"{reading.location(number)}: the names of the columns cannot be read: "
                     f"{wrong}; see --set encoding, quote and header"
                 )
             if wrong:
@@ -191,7 +192,7 @@ def rows_of(uri: str, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str,
     with Opener() as opener:
         reading = SplitReader(InputSplit(name, "", Entry.of_file(name, uri)), opener)
         for number, fields in Dialect().records(reading, True):
-            if reading.broken:
+            if reading.num_invalid:
                 break
             if names:
                 yield number, dict(zip(names, [*fields, *[""] * len(names)], strict=False))
@@ -202,12 +203,12 @@ def rows_of(uri: str, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str,
                     raise ValueError(
                         f"{uri}: no column {column!r}; {registry.nearest(column, names)}"
                     )
-    if reading.broken:
+    if reading.num_invalid:
         raise ValueError(
             f"{reading.listed[0]['path']}: {reading.listed[0]['reason']}; repair the table"
         )
     if not names:
-        raise ValueError(f"{uri}: an empty table; get it again")
+        raise ValueError(f"{uri}: an empty table; download it again")
 
 
 def _taker(
@@ -227,20 +228,22 @@ def _taker(
     return take
 
 
-def field_kind(value: str) -> int:
-    """Return what a field looks like, as an index in `table_importer.KINDS`."""
-    value = value.strip()
-    if not value:
-        return 0
-    if WHOLE.fullmatch(value):
-        return 2
-    return 4 if LABEL.fullmatch(value) or not NUMBER.fullmatch(value) else 3
+def type_of_field(text: str) -> ValueType:
+    """Return the type of what a field looks like; a label with leading zeros is a string."""
+    text = text.strip()
+    if not text:
+        return ValueType.NULL
+    if WHOLE.fullmatch(text):
+        return ValueType.INTEGER
+    is_number = NUMBER.fullmatch(text) and not LABEL.fullmatch(text)
+    return ValueType.FLOAT if is_number else ValueType.STRING
 
 
-def field_value(text: str, kind: int) -> Any:
-    """Convert a field to that kind; None where it is empty."""
-    if kind != 4:
-        text = text.strip()
+def value_of_field(text: str, value_type: int) -> Any:
+    """Convert a field to a type; None where it is empty."""
+    if value_type == ValueType.STRING:
+        return text or None
+    text = text.strip()
     if not text:
         return None
-    return int(text) if kind == 2 else float(text) if kind == 3 else text
+    return int(text) if value_type == ValueType.INTEGER else float(text)

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.io import storage
-from pipeline.prepare.engine.importing import SPLITS, Row, lines, preview
+from pipeline.prepare.engine.importing import SPLITS, Row, first_few, read_lines
 from pipeline.prepare.readers.archives import Entry, listing
 from pipeline.prepare.readers.parquet import open_parquet
 
@@ -82,7 +82,7 @@ class Layout:
     features: dict[str, Feature]
     tasks: dict[int, str]
     episodes: list[EpisodeInfo]
-    mark: str
+    fingerprint: str
     missing: list[tuple[int, str]] = field(default_factory=list)
 
     @property
@@ -90,7 +90,7 @@ class Layout:
         return float(self.info["fps"])
 
 
-def read(source: str, camera: str) -> Layout:
+def read_layout(source: str, camera: str) -> Layout:
     """Read the metadata below `source`.
 
     `camera`: the feature whose files are wanted, if it is a video. Raises ValueError for a folder
@@ -106,11 +106,11 @@ def read(source: str, camera: str) -> Layout:
     major = int(found[1]) if (found := re.fullmatch(r"v?([23])\.\d+", version)) else 0
     if not major:
         raise ValueError(
-            f"{source}: {INFO} says codebase_version {version!r}, which is none of v2.0, v2.1 "
+            f"{source}: {INFO} says codebase_version {version!r}, which is not one of v2.0, v2.1 "
             "and v3.0; convert it with LeRobot's own scripts"
         )
-    if lacking := [name for name in ("features", "fps") if not info.get(name)]:
-        raise ValueError(f"{source}: {INFO} has no {lacking[0]}; get it again")
+    if missing_keys := [name for name in ("features", "fps") if not info.get(name)]:
+        raise ValueError(f"{source}: {INFO} has no {missing_keys[0]}; download it again")
     camera = camera if info["features"].get(camera, {}).get("dtype") == "video" else ""
     files = listing(source)
     there = {entry.name: entry for entry in files.entries}
@@ -123,8 +123,8 @@ def read(source: str, camera: str) -> Layout:
         number = record["episode_index"]
         if number in seen:
             raise ValueError(
-                f"{source}: episode {number} stands twice in the metadata (meta/episodes); get "
-                "it again"
+                f"{source}: episode {number} occurs twice in the metadata (meta/episodes); "
+                "download it again"
             )
         seen.add(number)
         data, video = _paths(info, major, record, camera)
@@ -138,10 +138,10 @@ def read(source: str, camera: str) -> Layout:
         length, its_tasks = int(record["length"]), tuple(record.get("tasks") or ())
         its_video = (there[video[0]].uri, video[1]) if video else None
         episodes.append(EpisodeInfo(number, length, its_tasks, there[data], rows, its_video))
-    return Layout(version, info, info["features"], tasks, episodes, files.mark, missing)
+    return Layout(version, info, info["features"], tasks, episodes, files.fingerprint, missing)
 
 
-def splits(layout: Layout, fixed: str = "") -> tuple[dict[int, str], int]:
+def splits_of_info(layout: Layout, fixed: str = "") -> tuple[dict[int, str], int]:
     """Return (the split of every episode, how many are in no range of meta/info.json and so are
     train).
 
@@ -157,13 +157,13 @@ def splits(layout: Layout, fixed: str = "") -> tuple[dict[int, str], int]:
         if not found or not split:
             raise ValueError(
                 f"{INFO}: split {name!r}: {text!r} is no range of episodes of train, "
-                "validation or test; say --set split=train"
+                "validation or test; pass --set split=train"
             )
         start, stop = int(found[1]), int(found[2])
         if both := next((other for a, b, other in ranges if max(a, start) < min(b, stop)), ""):
             raise ValueError(
                 f"{INFO}: split {name!r}: {text!r} overlaps the range of {both}; correct the "
-                "ranges, or say --set split=train"
+                "ranges, or pass --set split=train"
             )
         ranges.append((start, stop, split))
     out = {
@@ -215,20 +215,23 @@ def _paths(
 def _lines(source: str, name: str, there: dict[str, Entry]) -> Iterator[Row]:
     """Read the objects of a file of JSON lines."""
     if name not in there:
-        raise ValueError(f"{source}: no {name}, which a data set of layout v2 has; get it again")
-    for number, line in enumerate(lines(there[name].uri), 1):
+        raise ValueError(
+            f"{source}: no {name}, which a data set of layout v2 has; download it again"
+        )
+    for number, line in enumerate(read_lines(there[name].uri), 1):
         try:
             found = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{name}:{number}: not JSON ({error}); get it again") from None
-        needed = (
+            raise ValueError(f"{name}:{number}: not JSON ({error}); download it again") from None
+        required = (
             ("episode_index", "length")
             if name.endswith("episodes.jsonl")
             else ("task_index", "task")
         )
-        if not isinstance(found, dict) or any(key not in found for key in needed):
+        if not isinstance(found, dict) or any(key not in found for key in required):
             raise ValueError(
-                f"{name}:{number}: an object with {' and '.join(needed)} is needed; get it again"
+                f"{name}:{number}: an object with {' and '.join(required)} is needed; download it "
+                "again"
             )
         yield found
 
@@ -241,14 +244,14 @@ def _tables(source: str, there: dict[str, Entry]) -> Iterator[Row]:
     if not names:
         raise ValueError(
             f"{source}: no meta/episodes/chunk-000/file-000.parquet, which a data set of "
-            "layout v3 has; get it again"
+            "layout v3 has; download it again"
         )
     for name in sorted(names):
         file = _parquet(there[name])
         columns = [column for column in file.schema_arrow.names if not column.startswith("stats/")]
-        for needed in ("episode_index", "length", "dataset_from_index", "dataset_to_index"):
-            if needed not in columns:
-                raise ValueError(f"{name}: no column {needed!r}; there are {preview(columns)}")
+        for required in ("episode_index", "length", "dataset_from_index", "dataset_to_index"):
+            if required not in columns:
+                raise ValueError(f"{name}: no column {required!r}; there are {first_few(columns)}")
         yield from file.read(columns=columns).to_pylist()
 
 
@@ -262,7 +265,7 @@ def _tasks(source: str, there: dict[str, Entry]) -> dict[int, str]:
         if "task_index" not in table.column_names or not text:
             raise ValueError(
                 "meta/tasks.parquet: columns task_index and task are needed; there are "
-                f"{preview(table.column_names)}"
+                f"{first_few(table.column_names)}"
             )
         texts = table[text].cast(pa.string()).to_pylist()
         return dict(zip(table["task_index"].to_pylist(), texts, strict=True))

@@ -19,11 +19,17 @@ import pyarrow as pa
 
 from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import dictionary_codes
-from pipeline.prepare.engine.episodes import Episode, UnusableError, matrix, number_problem
-from pipeline.prepare.engine.importing import NO_SPLIT, SPLITS, check_columns, names_in, preview
+from pipeline.prepare.engine.episodes import Episode, UnusableError, as_matrix, number_problem
+from pipeline.prepare.engine.importing import (
+    NO_SPLIT,
+    SPLITS,
+    check_columns,
+    first_few,
+    parse_names,
+)
 from pipeline.prepare.engine.inputs import InputSplit
 from pipeline.prepare.readers.archives import Opener
-from pipeline.prepare.readers.csv_blocks import Column, RowCounts, batches, schema
+from pipeline.prepare.readers.csv_blocks import Column, RowCounts, batches, read_schema
 
 NUMBER = r"^\s*[+-]?((\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?|inf)\s*$"
 NOT_A_NUMBER = "texts that are no number, taken as missing"
@@ -137,7 +143,7 @@ class EpisodeRows(NamedTuple):
     split: str
 
 
-def tables(
+def read_tables(
     input_split: InputSplit,
     columns: dict[str, Column],
     opener: Opener,
@@ -194,7 +200,7 @@ def find_episodes(
     columns = roles.columns()
     rows, blocks = 0, list[pa.Table]()
     columns_read = {one: columns[one] for one in cut_columns or roles.observations[:1]}
-    for table in tables(input_split, columns_read, opener):
+    for table in read_tables(input_split, columns_read, opener):
         rows += len(table)
         blocks.append(pa.table({one: table[one].dictionary_encode() for one in cut_columns}))
     if not rows:
@@ -300,7 +306,7 @@ def named_columns(
     Raises ValueError for one that is missing or named twice.
     """
     out: list[str] = []
-    for part in names_in(text):
+    for part in parse_names(text):
         span = re.fullmatch(r"(.*?)(\d+)\.\.(.*?)(\d+)", part)
         if part in names:
             found = [part]
@@ -320,7 +326,7 @@ def named_columns(
         if not found:
             raise ValueError(
                 f"{place}: no column begins with {part[:-1]!r} for --set {option}={text}; "
-                f"there are {preview(names)}"
+                f"there are {first_few(names)}"
             )
         check_columns(place, names, *((option, name) for name in found))
         for name in found:
@@ -343,7 +349,7 @@ def column_types(
         if first is None:
             raise ValueError(f"{input_split.name}: no rows below the header; leave it out")
         return dict.fromkeys(names, "text"), {name: first[name].combine_chunks() for name in names}
-    found = schema(input_split.entry, opener)
+    found = read_schema(input_split.entry, opener)
     kinds = {
         "numbers": lambda kind: pa.types.is_nested(kind),
         "whole": pa.types.is_integer,
@@ -376,7 +382,7 @@ def all_match(values: pa.Array, pattern: str) -> bool:
 # ---------------------------------------------------------------- one episode
 
 
-def episode(
+def make_episode(
     rows: pa.Table, episode_rows: EpisodeRows, roles: ColumnRoles, rules: CutRules, name: str
 ) -> Episode:
     """Check the steps of an episode and return it. Raises UnusableError with the reason."""
@@ -465,7 +471,7 @@ def _steps(rows: pa.Table, columns: tuple[str, ...], roles: ColumnRoles, what: s
     """Return columns of numbers, or one column of lists, as (T, n) float64."""
     if columns[0] not in roles.listed:
         return np.stack([rows[name].to_numpy() for name in columns], axis=1)
-    return matrix(rows[columns[0]], what)
+    return as_matrix(rows[columns[0]], what)
 
 
 def _vector_actions(rows: pa.Table, roles: ColumnRoles) -> np.ndarray:

@@ -20,14 +20,14 @@ from pipeline.prepare.engine.inputs import (
     plain_suffix,
     whole_files,
 )
-from pipeline.prepare.readers.archives import MOST_BYTES, Entry, Opener
+from pipeline.prepare.readers.archives import MAX_FILE_BYTES, Entry, Opener
 
 SUFFIXES = (".parquet", ".pq")
 BATCH_BYTES, BATCH_ROWS = 32 << 20, 4096
 """Most bytes (about), and most rows, at a time."""
 
 
-def groups(entry: Entry) -> list[int]:
+def row_group_bytes(entry: Entry) -> list[int]:
     """Return the bytes of each row group, or nothing for a file that cannot be read in parts.
 
     Raises ValueError for a damaged file.
@@ -60,9 +60,9 @@ def split_files(
     So are Parquet files in archives, compressed ones and ones without rows.
     """
     out: list[InputSplit] = []
-    for (entry, split), sizes in zip(
-        listed.files, threaded_map(groups, [entry for entry, _ in listed.files]), strict=True
-    ):
+    entries = [entry for entry, _ in listed.files]
+    sizes_of_files = threaded_map(row_group_bytes, entries)
+    for (entry, split), sizes in zip(listed.files, sizes_of_files, strict=True):
         one = InputFiles([(entry, split)], {}, "")
         out += row_groups(entry, split, sizes, most) or cut_others(one)
     return out
@@ -76,7 +76,7 @@ def naming_damage(name: str) -> Iterator[None]:
     except storage.StorageError:
         raise
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{name}: not a whole Parquet file ({error}); get it again") from None
+        raise ValueError(f"{name}: not a whole Parquet file ({error}); download it again") from None
 
 
 def open_parquet(handle: BinaryIO, name: str) -> pq.ParquetFile:
@@ -91,24 +91,24 @@ def _is_plain(entry: Entry) -> bool:
 
 
 @contextmanager
-def opened(reading: SplitReader) -> Iterator[pq.ParquetFile]:
+def open_split(reading: SplitReader) -> Iterator[pq.ParquetFile]:
     """Open the file of an input split. Raises ValueError for a damaged one."""
     entry = reading.input_split.entry
     with reading.open() as handle:
         stored = handle
         if not _is_plain(entry):
-            stored = io.BytesIO(handle.read(MOST_BYTES + 1))
-            if len(stored.getbuffer()) > MOST_BYTES:
+            stored = io.BytesIO(handle.read(MAX_FILE_BYTES + 1))
+            if len(stored.getbuffer()) > MAX_FILE_BYTES:
                 raise ValueError(
-                    f"{entry.name}: more than {MOST_BYTES >> 20} MiB in an archive; unpack it"
+                    f"{entry.name}: more than {MAX_FILE_BYTES >> 20} MiB in an archive; unpack it"
                 )
         with naming_damage(entry.name):
             yield pq.ParquetFile(stored)
 
 
-def schema(input_split: InputSplit) -> pa.Schema:
+def read_schema(input_split: InputSplit) -> pa.Schema:
     """Return the columns of an input split's file, without metadata."""
-    with Opener() as opener, opened(SplitReader(input_split, opener)) as file:
+    with Opener() as opener, open_split(SplitReader(input_split, opener)) as file:
         return file.schema_arrow.remove_metadata()
 
 
@@ -117,7 +117,7 @@ def batches(
 ) -> Iterator[tuple[int, pa.Table]]:
     """Yield (rows of the file before them, rows) of an input split, in order."""
     start, stop = reading.input_split.start, reading.input_split.stop
-    with opened(reading) as file:
+    with open_split(reading) as file:
         about = file.metadata
         sizes = [about.row_group(i) for i in range(about.num_row_groups)]
         held = sizes[start:stop] if stop >= 0 else sizes

@@ -35,12 +35,12 @@ class Picture:
 
     Attributes:
         data: the file to keep.
-        seen: (width, height) in its header, after EXIF orientation.
+        upright_size: (width, height) in its header, after EXIF orientation.
         size: of what `data` shows.
     """
 
     data: bytes
-    seen: tuple[int, int]
+    upright_size: tuple[int, int]
     size: tuple[int, int]
 
 
@@ -63,17 +63,17 @@ def examine(data: bytes, resize: int | None = None, quality: int | None = None) 
     image, stored, box = _decoded(data, resize)
     turn = _orientation(image)
     turned = turn in _TURNED
-    seen = _turned(stored) if turned else stored
-    size = shrunk_size(seen, resize)
-    if size == seen and quality is None:
-        return Picture(data, seen, seen)
+    upright_size = _turned(stored) if turned else stored
+    size = shrunk_size(upright_size, resize)
+    if size == upright_size and quality is None:
+        return Picture(data, upright_size, upright_size)
     image = _eight_bits(image)
-    if size != seen:
+    if size != upright_size:
         image = image.resize(
             _turned(size) if turned else size, PIL.Image.Resampling.BICUBIC, box, reducing_gap=3.0
         )
     image = image.transpose(_UPRIGHT[turn]) if turn in _UPRIGHT else image
-    return Picture(encode_jpeg(image, quality), seen, size)
+    return Picture(encode_jpeg(image, quality), upright_size, size)
 
 
 def shrunk_size(size: tuple[int, int], shorter_side: int | None) -> tuple[int, int]:
@@ -169,14 +169,14 @@ def encode_jpeg(image: PIL.Image.Image, quality: int | None) -> bytes:
     return sink.getvalue()
 
 
-def png(mask: np.ndarray) -> bytes:
+def encode_png(mask: np.ndarray) -> bytes:
     """Encode (H, W) uint8 as a grey PNG."""
     sink = io.BytesIO()
     PIL.Image.fromarray(mask, "L").save(sink, "PNG")
     return sink.getvalue()
 
 
-def nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def resize_nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resize (H, W) uint8 to (width, height) by nearest neighbour, so that no class is mixed from
     two.
     """

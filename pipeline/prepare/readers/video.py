@@ -16,7 +16,7 @@ from pipeline.prepare.engine.episodes import UnusableError
 from pipeline.prepare.readers.picture_check import encode_jpeg, shrunk_size
 
 
-def library() -> Any:
+def import_pyav() -> Any:
     """Return PyAV. Raises ValueError naming the extra if it is not installed."""
     try:
         import av
@@ -27,7 +27,7 @@ def library() -> Any:
     return av
 
 
-def frames(
+def frames_at(
     uri: str,
     times: np.ndarray,
     tolerance: float,
@@ -50,7 +50,7 @@ def frames(
         UnusableError: the video cannot be decoded, or has no frame near one of the times.
         StorageError: it cannot be read.
     """
-    av = library()
+    av = import_pyav()
     name = uri.rpartition("/")[2]
     out: list[bytes] = []
     try:

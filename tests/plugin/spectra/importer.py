@@ -26,7 +26,7 @@ class Spectra(TableImporter):
 
     def input_splits(self, source, part_bytes):
         listed = find_inputs(source, (".spectra",), self.options.split)
-        return whole_files(listed), listed.mark, {}
+        return whole_files(listed), listed.fingerprint, {}
 
     def rows(self, reading):
         for number, _, line in reading.numbered():
