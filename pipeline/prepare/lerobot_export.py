@@ -248,11 +248,7 @@ class _Dataset:
         role = {STATE: "observations", ACTION: "actions"}.get(name, "")
         names = self.about.get(role)
         is_of_each = isinstance(names, list) and len(names) == shape[0]
-        return {
-            "dtype": str(values.dtype),
-            "shape": shape,
-            "names": names if is_of_each else None,
-        }
+        return {"dtype": str(values.dtype), "shape": shape, "names": names if is_of_each else None}
 
     def _write(self, table: pa.Table) -> tuple[int, int]:
         """Write an episode as a row group, and return its chunk and file."""

@@ -113,6 +113,6 @@ def test_a_member_of_a_zip_that_unpacks_to_too_much_is_refused(tmp_path):
 def test_limits_are_what_the_errors_say():
     assert (
         to_parquet.LINE_BYTES == csv_tables.ROW_BYTES == 64 * MEBIBYTE
-        and archives.MOST_BYTES == 256 * MEBIBYTE
+        and archives.MAX_FILE_BYTES == 256 * MEBIBYTE
     )
     assert manifests.GROUP_BYTES <= 512 * MEBIBYTE

@@ -100,7 +100,7 @@ def test_on_a_web_server_they_are_the_same_with_a_query_too(suffix, tmp_path):
             archives.listing(f"{web.address}/absent.{suffix}?download=1")
         with archives.Reader() as reader:
             assert [reader.entry(entry) for entry in found.entries] == [b"one", b"two"]
-    assert found.mark == local.mark
+    assert found.fingerprint == local.fingerprint
     assert [entry.name for entry in found.entries] == ["a/1.jpg", "a/2.jpg"]
 
 
@@ -258,10 +258,10 @@ def test_a_member_larger_than_an_image_is_not_read(tmp_path):
 
 def test_the_mark_changes_with_a_file(tmp_path):
     write(tmp_path / "a/1.jpg", b"one")
-    first = archives.listing(str(tmp_path / "a")).mark
-    assert archives.listing(str(tmp_path / "a")).mark == first
+    first = archives.listing(str(tmp_path / "a")).fingerprint
+    assert archives.listing(str(tmp_path / "a")).fingerprint == first
     write(tmp_path / "a/2.jpg", b"two")
-    assert archives.listing(str(tmp_path / "a")).mark != first
+    assert archives.listing(str(tmp_path / "a")).fingerprint != first
 
 
 def test_empty_folders_are_told(tmp_path):

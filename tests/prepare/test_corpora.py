@@ -167,7 +167,9 @@ def test_a_parquet_string_that_is_no_utf8_is_one_broken_row(tmp_path):
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "b.parquet")
     with pytest.raises(ValueError, match=r"b\.parquet: column 'text' is int64, no text"):
         prepare(tmp_path / "b.parquet", tmp_path / "none")
-    with pytest.raises(ValueError, match=r"a\.parquet: no column 'txt'; did you mean text"):
+    with pytest.raises(
+        ValueError, match=r"a\.parquet: no column 'txt' for --set text; did you mean text"
+    ):
         prepare(tmp_path / "a.parquet", tmp_path / "none", "text=txt")
     with pytest.raises(ValueError, match="id is a name of the corpus's own columns"):
         prepare(tmp_path / "a.parquet", tmp_path / "none", "keep=id")

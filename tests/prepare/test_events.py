@@ -94,7 +94,7 @@ def test_parquet_in_an_archive(tmp_path, monkeypatch):
         prepare("events", source, tmp_path / f"of_{source.name}", *COLUMNS)
     plain, unpacked = (entity_rows(tmp_path / f"of_{one.name}") for one in (file, packed))
     assert plain == unpacked
-    monkeypatch.setattr(parquet, "MOST_BYTES", 1 << 10)
+    monkeypatch.setattr(parquet, "MAX_FILE_BYTES", 1 << 10)
     with pytest.raises(
         ValueError, match=r"long\.parquet: more than 0 MiB in an archive; unpack it"
     ):

@@ -106,7 +106,7 @@ def test_one_manifest_alone_and_one_without_texts(tmp_path):
         rows, _ = index("manifest", tmp_path, f"root={root}", "manifests=lists/dev.jsonl")
         assert [(row["split"], row["path"]) for row in rows] == [("validation", "wav/a.wav")]
     with pytest.raises(
-        ValueError, match=r"no dev\.json in .*; there are lists/dev\.jsonl, test\.jsonl"
+        ValueError, match=r"no dev\.json in .*; did you mean lists/dev\.jsonl or test\.jsonl"
     ):
         index("manifest", tmp_path, "manifests=dev.json")
 
@@ -114,10 +114,10 @@ def test_one_manifest_alone_and_one_without_texts(tmp_path):
 def test_a_recording_outside_that_changes_makes_another_source(tmp_path):
     write(tmp_path / "wav/a.wav", sound(1, form="WAV"))
     source = manifest(tmp_path / "lists", [{"audio_filepath": str(tmp_path / "wav/a.wav")}])
-    before = index("manifest", source)[1].mark
-    assert index("manifest", source)[1].mark == before
+    before = index("manifest", source)[1].fingerprint
+    assert index("manifest", source)[1].fingerprint == before
     write(tmp_path / "wav/a.wav", sound(2, 0.7, form="WAV"))
-    assert index("manifest", source)[1].mark != before
+    assert index("manifest", source)[1].fingerprint != before
 
 
 def test_manifests_with_what_is_wrong_in_them(tmp_path):

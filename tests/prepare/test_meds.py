@@ -340,7 +340,9 @@ def test_missing_files_and_wrong_labels(tmp_path):
         folder / meds.subject_splits_filepath,
         pa.table({"subject_id": [1, 2], "split": ["fold one", "train"]}),
     )
-    with pytest.raises(ValueError, match="splits called fold one; they are called train, tuning"):
+    with pytest.raises(
+        ValueError, match="splits called fold one; in MEDS they are called train, tuning"
+    ):
         prepare(folder, tmp_path / "out")
     save(
         folder / meds.subject_splits_filepath,
@@ -466,7 +468,7 @@ def reference(demo: Path, history: float) -> dict[tuple, list[tuple]]:
 @pytest.mark.parametrize("history", [24.0, 8784.0])
 def test_rows_of_real_records_equal_pandas(demo, tmp_path, history, monkeypatch):
     """Every event, hour, value, label and split, in several parts and pieces."""
-    monkeypatch.setattr(records, "MOST_AT_ONCE", 5000)
+    monkeypatch.setattr(records, "MAX_EVENTS_AT_ONCE", 5000)
     monkeypatch.setattr(grouped, "RANGE_BYTES", 1 << 18)
     task = demo / "tasks/task"
     prepare(

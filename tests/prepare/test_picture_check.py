@@ -200,7 +200,7 @@ def test_broken_images_are_refused_with_a_reason(data):
 def test_damaged_exif_is_no_reason_to_lose_an_image():
     data = oriented(smooth(60, 40), 6).replace(b"MM\0*", b"XX\0*")
     assert b"XX\0*" in data
-    assert examine(data).seen == (60, 40)
+    assert examine(data).upright_size == (60, 40)
 
 
 def test_masks_keep_their_classes_when_they_move():

@@ -47,9 +47,7 @@ OPTIONAL = {
     "d_icd_diagnoses": "",
     "d_icd_procedures": "",
 }
-"""Tables and what they are for; those with an empty text have no times, or names that
-`clinical/items.csv` has.
-"""
+"""Tables and what they are for; those without a text have no times, or names of `items.csv`."""
 ONLY_MIMIC4 = ("procedureevents", "ingredientevents", "emar", "omr", "poe", "pharmacy")
 """Tables of MIMIC-IV that MIMIC-III does not have."""
 OLDEST, SHIFTED = 150, 91.4
@@ -107,10 +105,7 @@ class Stays(NamedTuple):
 
 
 def find_tables(found: Listing, source: str) -> dict[str, list[Entry]]:
-    """Find the files of each table, by its lower-case name (CHARTEVENTS may be several files).
-
-    Raises ValueError naming what is missing.
-    """
+    """Find each table's files by its lower-case name. Raises ValueError for a missing table."""
     tables: dict[str, list[Entry]] = {}
     for entry in found.entries:
         if plain_suffix(entry.name) in SUFFIXES:
@@ -295,11 +290,10 @@ that had ended. An admission without known codes has null for them, not an empty
 
 
 def read_stays(tables: dict[str, list[Entry]]) -> Stays:
-    """Return the valid stays; `invalid` has the reasons against the others, by their row in
-    ICUSTAYS.
+    """Return the valid stays, and why the other rows of ICUSTAYS are invalid.
 
-    Raises ValueError where the times of ICUSTAYS have a zone and those of ADMISSIONS have none, or
-    the other way round. Days of birth are not compared: a few hours make no difference to an age.
+    Raises ValueError where the times of ICUSTAYS or of ADMISSIONS have a zone and the others none.
+    Days of birth are not compared: a few hours make no difference to an age.
     """
     counts = {name: RowCounts() for name in COLUMNS_READ}
     with Opener() as opener, duckdb.connect() as connection:
@@ -335,9 +329,7 @@ def read_stays(tables: dict[str, list[Entry]]) -> Stays:
 
 
 def _read(name: str, tables: dict[str, list[Entry]], opener: Opener, tally: RowCounts) -> pa.Table:
-    """Read a small table, with times in seconds and the number of each row; one that is not there
-    has no rows.
-    """
+    """Read a small table: times in seconds, rows numbered; one that is missing has no rows."""
     kinds = {
         column: Column(kind.rstrip("?"), not kind.endswith("?"))
         for column, kind in COLUMNS_READ[name].items()

@@ -20,6 +20,7 @@ from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import dictionary_codes, floats, is_text
 
 NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?"
+"""Without nan and inf, which are no measurements."""
 BOUND = r"^(?i:<=?|>=?|less than|greater than|under|over)\s*"
 NO_VALUE = "no value"
 NO_NUMBER = "no number"
@@ -100,9 +101,7 @@ def _plain(array: Any) -> np.ndarray:
 
 
 def _texts(values: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Parse distinct texts: (number, second number of a pair, index in REASONS, whether it is a
-    bound).
-    """
+    """Parse texts: (number, second number of a pair, index in REASONS, whether it is a bound)."""
     text = pc.utf8_trim_whitespace(values).fill_null("")
     bare = pc.replace_substring_regex(text, BOUND, "")
     is_number = np.asarray(pc.match_substring_regex(bare, f"^{NUMBER}$"))
@@ -145,9 +144,7 @@ def plain_unit(text: str) -> str:
 
 
 class Units:
-    """Units in which a variable's values may be written, and their factors
-    (`clinical/units.csv`).
-    """
+    """Units that a variable's values may be written in, and their factors (`units.csv`)."""
 
     def __init__(self):
         self.of_variable: dict[tuple[str, str], float] = {}
@@ -158,10 +155,9 @@ class Units:
             known[row[key], plain_unit(row["written"])] = float(row["factor"])
 
     def factor(self, written: str | None, variable: str, unit: str, conversion: str) -> float:
-        """Return the factor from the unit `written` to that of the item, before the item's
-        conversion.
+        """Return the factor from the unit that is written to the item's own, before its conversion.
 
-        NaN for an unknown unit; no unit counts as the item's own. `unit`: that of the variable.
+        It is NaN for an unknown unit, and 1 where no unit is written. `unit`: that of the variable.
         """
         plain = plain_unit(written or "")
         own = RAW_UNITS.get(conversion, unit)

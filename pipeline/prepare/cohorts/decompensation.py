@@ -8,15 +8,12 @@ from pydantic import Field
 
 from pipeline.config.registry import BenchmarkOptions, register
 from pipeline.prepare.cohorts.definition import (
-    BENCHMARK,
-    CohortDefinition,
-    benchmark_exclusions,
+    BenchmarkCohort,
     first_event,
     last_hour,
     list_array,
     numbers,
     prediction_hours,
-    reasons,
 )
 
 
@@ -27,7 +24,7 @@ class DecompensationOptions(BenchmarkOptions):
 
 
 @register("cohort", "decompensation", options=DecompensationOptions)
-class Decompensation(CohortDefinition):
+class Decompensation(BenchmarkCohort):
     """`label_times`: hours from the fourth one on, after the first event, until ICU discharge or
     death; `label_values`: 1 where death comes less than 24 hours later (exactly 24 hours: 0), else
     0 (Harutyunyan et al. 2019, Scientific Data 6:96; their code, unlike their text, begins after
@@ -39,28 +36,25 @@ class Decompensation(CohortDefinition):
 
     label = "label_values"
 
-    def needs(self, names: list[str]) -> dict[str, str]:
+    def own_needs(self, names: list[str]) -> dict[str, str]:
         return {
             "hospital_death": "death in the hospital",
             "death_hours": "hours from ICU admission to death",
             "icu_hours": "length of the ICU stay",
-            **(BENCHMARK if self.options.exclude == "benchmark" else {}),
         }
 
-    def include(self, table: pa.Table) -> np.ndarray:
+    def own_reasons(self, table: pa.Table) -> list[tuple[np.ndarray, str]]:
         death, lived, stay = (
             numbers(table, name) for name in ("hospital_death", "death_hours", "icu_hours")
         )
         counts, _ = self._hours(table)
-        return reasons(
-            len(table),
-            *benchmark_exclusions(table, self.options.exclude),
+        return [
             (~np.isin(death, (0, 1)), "outcome unknown"),
             ((death == 1) & np.isnan(lived), "hour of death unknown"),
             (np.isnan(stay), "length of stay unknown"),
             (np.isinf(first_event(table)), "no events in the window"),
             (counts == 0, "no hour to predict at"),
-        )
+        ]
 
     def window(self, table: pa.Table) -> np.ndarray:
         return last_hour(*self._hours(table))
@@ -74,9 +68,7 @@ class Decompensation(CohortDefinition):
         }
 
     def _lived(self, table: pa.Table) -> np.ndarray:
-        """Return (B,) hours from ICU admission to death in hospital; inf for patients who left it
-        alive.
-        """
+        """Return (B,) hours from ICU admission to death in hospital; inf for survivors."""
         return np.where(
             numbers(table, "hospital_death") == 1, numbers(table, "death_hours"), np.inf
         )

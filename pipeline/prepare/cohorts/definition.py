@@ -80,16 +80,42 @@ class CohortDefinition(ABC):
 
     @abstractmethod
     def labels(self, table: pa.Table) -> dict[str, pa.Array]:
-        """Return the label columns of rows that belong; types must not depend on the table, even
-        if empty.
-        """
+        """Return the label columns of rows that belong; even an empty table has their types."""
+
+
+class BenchmarkCohort(CohortDefinition):
+    """A cohort that can leave out what Harutyunyan et al. 2019 leave out (`BenchmarkOptions`).
+
+    A subclass has `own_needs` and `own_reasons` in place of `needs` and `include`.
+    """
+
+    @abstractmethod
+    def own_needs(self, names: list[str]) -> dict[str, str]:
+        """Return what `needs` returns, without what the exclusions need."""
+
+    @abstractmethod
+    def own_reasons(self, table: pa.Table) -> list[tuple[np.ndarray, str]]:
+        """Return masks (B,) of rows that do not belong, each with the reason."""
+
+    def excludes(self, names: list[str]) -> bool:
+        """Return whether the exclusions apply to rows with columns of these names."""
+        return self.options.exclude == "benchmark"
+
+    def needs(self, names: list[str]) -> dict[str, str]:
+        return self.own_needs(names) | (BENCHMARK if self.excludes(names) else {})
+
+    def include(self, table: pa.Table) -> np.ndarray:
+        exclusions = benchmark_exclusions(table) if self.excludes(table.column_names) else []
+        return reasons(len(table), *exclusions, *self.own_reasons(table))
 
 
 # ---------------------------------------------------------------- selection
 
 
 def select(
-    definition: CohortDefinition, table: pa.Table, history: bool = True
+    definition: CohortDefinition,
+    table: pa.Table,
+    history: bool = True,
 ) -> tuple[pa.Table, np.ndarray]:
     """Return (rows of the cohort, (B,) objects: "" or why a row of `table` is left out).
 
@@ -119,7 +145,9 @@ def select(
 
 
 def truncate_events(
-    table: pa.Table, window: np.ndarray, history: bool = True
+    table: pa.Table,
+    window: np.ndarray,
+    history: bool = True,
 ) -> tuple[pa.Table, np.ndarray]:
     """Drop events after the window: (the table, (B,) number of events between start and window)."""
     lists = {name: column_array(table, name) for name in LISTS}
@@ -229,13 +257,11 @@ def stay_hours(names: list[str]) -> str:
     return "discharge_hours" if no_icu else "icu_hours"
 
 
-def benchmark_exclusions(table: pa.Table, exclude: str) -> list[tuple[np.ndarray, str]]:
-    """Return the exclusions of Harutyunyan et al. 2019 as masks with reasons, or none of them.
+def benchmark_exclusions(table: pa.Table) -> list[tuple[np.ndarray, str]]:
+    """Return what Harutyunyan et al. 2019 leave out, as masks (B,) with reasons.
 
-    Moved between ICUs, several ICU stays in the admission, no adult.
+    They leave out moves between ICUs, admissions of several ICU stays, and children.
     """
-    if exclude == "none":
-        return []
     age, stays = numbers(table, "static.Age"), numbers(table, "stays_in_admission")
     return [
         (numbers(table, "transfers") != 0, "moved between ICUs, or not known"),
@@ -246,9 +272,7 @@ def benchmark_exclusions(table: pa.Table, exclude: str) -> list[tuple[np.ndarray
 
 
 def first_event(table: pa.Table) -> np.ndarray:
-    """Return (B,) float64, the hour of the first event at or after the start; inf where there is
-    none.
-    """
+    """Return (B,) hours of the first event at or after the start; inf where there is none."""
     times = column_array(table, "times")
     hours, row = floats(times.flatten(), np.float64), rows_of(times)
     out = np.full(len(table), np.inf)
@@ -257,12 +281,15 @@ def first_event(table: pa.Table) -> np.ndarray:
 
 
 def prediction_hours(
-    after: np.ndarray, first: float, last: np.ndarray, every: float = 1.0
+    after: np.ndarray,
+    first: float,
+    last: np.ndarray,
+    every: float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the hours at which predictions are made: ((B,) how many, all of them concatenated).
+    """Return the hours at which predictions are made: ((B,) how many, all of them in order).
 
-    They are multiples of `every` from `first` to `last` (B,), inclusive, and later than `after`
-    (B,), the first event. A row whose bounds are not finite has none.
+    They are the multiples of `every` from `first` to `last` (B,), inclusive, that are later than
+    the first event, `after` (B,). A row has none where either bound is not finite.
     """
     fine = np.isfinite(after) & np.isfinite(last)
     low = np.maximum(np.ceil(first / every - EPS), np.floor(np.where(fine, after, 0.0) / every) + 1)
@@ -283,26 +310,24 @@ def last_hour(counts: np.ndarray, hours: np.ndarray) -> np.ndarray:
 
 
 def subgroups(table: pa.Table) -> dict[str, pa.Array]:
-    """Return the columns by which results are split: sex, age_band, care_unit, dbsource, as far as
-    known.
-    """
+    """Return the known columns of subgroups: sex, age_band, care_unit, dbsource."""
     out: dict[str, pa.Array] = {}
-    there = names_of(table.schema)
-    if "static.Gender" in there:
+    names = names_of(table.schema)
+    if "static.Gender" in names:
         out["sex"] = _named(column_array(table, "static.Gender"), GENDERS)
-    if "static.Age" in there:
+    if "static.Age" in names:
         age = numbers(table, "static.Age")
         is_known = age >= 0
         band = np.searchsorted(AGE_BOUNDS, np.where(is_known, age, 0), side="right")
         out["age_band"] = pa.array(np.array(AGE_BANDS)[band], pa.string(), mask=~is_known)
-    for name, places in (
+    for name, columns in (
         ("care_unit", ("care_unit", "static.CareUnit", "static.ICUType")),
         ("dbsource", ("dbsource", "static.Source")),
     ):
-        place = next((place for place in places if place in there), None)
-        if place is not None:
+        column = next((column for column in columns if column in names), None)
+        if column is not None:
             out[name] = _named(
-                column_array(table, place), ICU_TYPES if place == "static.ICUType" else {}
+                column_array(table, column), ICU_TYPES if column == "static.ICUType" else {}
             )
     return out
 

@@ -8,22 +8,17 @@ from pydantic import Field
 
 from pipeline.config.registry import BenchmarkOptions, register
 from pipeline.prepare.cohorts.definition import (
-    BENCHMARK,
     EPS,
-    CohortDefinition,
-    benchmark_exclusions,
+    BenchmarkCohort,
     first_event,
     last_hour,
     list_array,
     numbers,
     prediction_hours,
-    reasons,
 )
 
 DAYS = (1, 2, 3, 4, 5, 6, 7, 8, 14)
-"""Bounds of the buckets: 0 is less than a day, 1 to 7 that many days, 8 is 8 to 14 days, 9 is 14
-days and more.
-"""
+"""Bounds between the buckets, in days: bucket 8 is 8 to 14 days, 9 is 14 days and more."""
 
 
 class LengthOfStayOptions(BenchmarkOptions):
@@ -38,7 +33,7 @@ class LengthOfStayOptions(BenchmarkOptions):
 
 
 @register("cohort", "length_of_stay", options=LengthOfStayOptions)
-class LengthOfStay(CohortDefinition):
+class LengthOfStay(BenchmarkCohort):
     """Remaining time in the ICU as a bucket: 0 (less than a day), 1 to 7 (days), 8 (8 to 14 days),
     9 (14 and more).
 
@@ -51,26 +46,23 @@ class LengthOfStay(CohortDefinition):
         super().__init__(options)
         self.label = "label" if self.options.at else "label_values"
 
-    def needs(self, names: list[str]) -> dict[str, str]:
+    def own_needs(self, names: list[str]) -> dict[str, str]:
         return {
             "icu_hours": "length of the ICU stay, the label",
-            **(BENCHMARK if self.options.exclude == "benchmark" else {}),
         }
 
-    def include(self, table: pa.Table) -> np.ndarray:
+    def own_reasons(self, table: pa.Table) -> list[tuple[np.ndarray, str]]:
         stay, counts = numbers(table, "icu_hours"), self._hours(table)[0]
         short = (
             (stay < self.options.at - EPS, f"stay shorter than {self.options.at:g} hours")
             if self.options.at
             else (counts == 0, "no hour to predict at")
         )
-        return reasons(
-            len(table),
-            *benchmark_exclusions(table, self.options.exclude),
+        return [
             (np.isnan(stay), "length of stay unknown"),
             (np.isinf(first_event(table)), "no events in the window"),
             short,
-        )
+        ]
 
     def window(self, table: pa.Table) -> np.ndarray:
         return (

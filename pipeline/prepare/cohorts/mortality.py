@@ -8,12 +8,9 @@ from pydantic import Field
 
 from pipeline.config.registry import BenchmarkOptions, register
 from pipeline.prepare.cohorts.definition import (
-    BENCHMARK,
     EPS,
-    CohortDefinition,
-    benchmark_exclusions,
+    BenchmarkCohort,
     numbers,
-    reasons,
     stay_hours,
 )
 
@@ -31,7 +28,7 @@ class MortalityOptions(BenchmarkOptions):
 
 
 @register("cohort", "mortality", options=MortalityOptions)
-class Mortality(CohortDefinition):
+class Mortality(BenchmarkCohort):
     """`label`: 1 for death in hospital, else 0 (Harutyunyan et al. 2019, Scientific Data 6:96;
     Silva et al. 2012 for PhysioNet 2012).
 
@@ -44,7 +41,10 @@ class Mortality(CohortDefinition):
     discharge do not always agree).
     """
 
-    def needs(self, names: list[str]) -> dict[str, str]:
+    def excludes(self, names: list[str]) -> bool:
+        return super().excludes(names) and self._column(names) == "hospital_death"
+
+    def own_needs(self, names: list[str]) -> dict[str, str]:
         column = self._column(names)
         if column != "hospital_death":
             return {column: "death in the hospital, the label"}
@@ -52,27 +52,24 @@ class Mortality(CohortDefinition):
             column: "death in the hospital, the label (in_hospital_death in PhysioNet 2012; else "
             "--set outcome=)",
             stay_hours(names): "length of the ICU stay, else of the hospital stay",
-            **(BENCHMARK if self.options.exclude == "benchmark" else {}),
         }
 
-    def include(self, table: pa.Table) -> np.ndarray:
+    def own_reasons(self, table: pa.Table) -> list[tuple[np.ndarray, str]]:
         unknown = ~np.isin(self._death(table), (0, 1)), "outcome unknown"
         if self._column(table.column_names) != "hospital_death":
-            return reasons(len(table), unknown)
+            return [unknown]
         stay = numbers(table, stay_hours(table.column_names))
         died = (
             numbers(table, "death_hours")
             if "death_hours" in table.column_names
             else np.full(len(table), np.nan)
         )
-        return reasons(
-            len(table),
-            *benchmark_exclusions(table, self.options.exclude),
+        return [
             unknown,
             (np.isnan(stay), "length of stay unknown"),
             (stay < self.options.hours - EPS, f"stay shorter than {self.options.hours:g} hours"),
             (died < self.options.hours - EPS, "died before the prediction time"),
-        )
+        ]
 
     def window(self, table: pa.Table) -> np.ndarray:
         return np.full(len(table), self.options.hours)

@@ -13,13 +13,10 @@ from pydantic import Field
 from pipeline.config.registry import Options, register
 from pipeline.core.arrow_lists import lengths
 from pipeline.prepare.cohorts.definition import (
-    BENCHMARK,
-    CohortDefinition,
-    benchmark_exclusions,
+    BenchmarkCohort,
     column_array,
     list_array,
     numbers,
-    reasons,
     rows_of,
 )
 
@@ -40,7 +37,7 @@ class NextCodesOptions(Options):
 
 
 @register("cohort", "next_codes", options=NextCodesOptions)
-class NextCodes(CohortDefinition):
+class NextCodes(BenchmarkCohort):
     """`labels`: categories of the ICD-9 codes of the patient's next admission, sorted (as in
     Doctor AI, Choi et al. 2016).
 
@@ -50,21 +47,18 @@ class NextCodes(CohortDefinition):
 
     label = "labels"
 
-    def needs(self, names: list[str]) -> dict[str, str]:
+    def own_needs(self, names: list[str]) -> dict[str, str]:
         return {
             "next_icd9": "the next admission's ICD-9 codes, the labels",
             "icu_hours": "length of the ICU stay, whose events are inputs",
-            **(BENCHMARK if self.options.exclude == "benchmark" else {}),
         }
 
-    def include(self, table: pa.Table) -> np.ndarray:
+    def own_reasons(self, table: pa.Table) -> list[tuple[np.ndarray, str]]:
         counts = lengths(column_array(table, "next_icd9"))
-        return reasons(
-            len(table),
-            *benchmark_exclusions(table, self.options.exclude),
+        return [
             (np.isnan(numbers(table, "icu_hours")), "length of stay unknown"),
             (counts <= 0, "no next admission with codes"),
-        )
+        ]
 
     def window(self, table: pa.Table) -> np.ndarray:
         return numbers(table, "icu_hours")
@@ -88,8 +82,6 @@ class NextCodes(CohortDefinition):
 
 
 def _leading(code: str, characters: int) -> str:
-    """Return the first characters of an ICD-9 code, one more of an E code: its categories have four
-    (E888), as in Doctor AI.
-    """
+    """Return the first characters of an ICD-9 code, and one more of an E code (E888)."""
     plain = code.strip().replace(".", "").upper()
     return plain[: characters + plain.startswith("E")]

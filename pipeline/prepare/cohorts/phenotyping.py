@@ -14,13 +14,10 @@ from pipeline.config.registry import BenchmarkOptions, register
 from pipeline.core.arrow_lists import dictionary_codes
 from pipeline.prepare.clinical import plausible
 from pipeline.prepare.cohorts.definition import (
-    BENCHMARK,
-    CohortDefinition,
-    benchmark_exclusions,
+    BenchmarkCohort,
     column_array,
     list_array,
     numbers,
-    reasons,
     rows_of,
 )
 
@@ -32,7 +29,7 @@ class PhenotypingOptions(BenchmarkOptions):
 
 
 @register("cohort", "phenotyping", options=PhenotypingOptions)
-class Phenotyping(CohortDefinition):
+class Phenotyping(BenchmarkCohort):
     """`labels`: names of the conditions among the ICD-9 codes of the admission, sorted
     (Harutyunyan et al. 2019, Scientific Data 6:96; groups of codes are HCUP CCS 2015's, in
     phenotypes.csv). Codes of no group, and dots and blanks in codes, are ignored.
@@ -40,21 +37,18 @@ class Phenotyping(CohortDefinition):
 
     label = "labels"
 
-    def needs(self, names: list[str]) -> dict[str, str]:
+    def own_needs(self, names: list[str]) -> dict[str, str]:
         return {
             "icd9": "the admission's ICD-9 codes, the labels",
             "icu_hours": "length of the ICU stay, whose events are inputs",
-            **(BENCHMARK if self.options.exclude == "benchmark" else {}),
         }
 
-    def include(self, table: pa.Table) -> np.ndarray:
+    def own_reasons(self, table: pa.Table) -> list[tuple[np.ndarray, str]]:
         codes = np.asarray(column_array(table, "icd9").is_null())
-        return reasons(
-            len(table),
-            *benchmark_exclusions(table, self.options.exclude),
+        return [
             (np.isnan(numbers(table, "icu_hours")), "length of stay unknown"),
             (codes, "codes unknown"),
-        )
+        ]
 
     def window(self, table: pa.Table) -> np.ndarray:
         return numbers(table, "icu_hours")

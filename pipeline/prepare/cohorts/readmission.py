@@ -8,12 +8,9 @@ from pydantic import Field
 
 from pipeline.config.registry import BenchmarkOptions, register
 from pipeline.prepare.cohorts.definition import (
-    BENCHMARK,
     EPS,
-    CohortDefinition,
-    benchmark_exclusions,
+    BenchmarkCohort,
     numbers,
-    reasons,
     stay_hours,
 )
 
@@ -27,7 +24,7 @@ class ReadmissionOptions(BenchmarkOptions):
 
 
 @register("cohort", "readmission", options=ReadmissionOptions)
-class Readmission(CohortDefinition):
+class Readmission(BenchmarkCohort):
     """`label`: 1 where the patient's next admission begins at most 30 days after hospital
     discharge, else 0.
 
@@ -35,25 +32,22 @@ class Readmission(CohortDefinition):
     readmission. Events of the whole ICU stay are inputs. Not a task of Harutyunyan et al. 2019.
     """
 
-    def needs(self, names: list[str]) -> dict[str, str]:
+    def own_needs(self, names: list[str]) -> dict[str, str]:
         return {
             "hospital_death": "death in the hospital, which leaves no readmission",
             stay_hours(names): "length of the ICU stay, else of the hospital stay, whose events "
             "are inputs",
             "readmission_days": "days from discharge to the next admission, the label",
-            **(BENCHMARK if self.options.exclude == "benchmark" else {}),
         }
 
-    def include(self, table: pa.Table) -> np.ndarray:
+    def own_reasons(self, table: pa.Table) -> list[tuple[np.ndarray, str]]:
         death = numbers(table, "hospital_death")
-        return reasons(
-            len(table),
-            *benchmark_exclusions(table, self.options.exclude),
+        return [
             (death == 1, "died in the hospital"),
             (death != 0, "outcome unknown"),
             (np.isnan(numbers(table, stay_hours(table.column_names))), "length of stay unknown"),
             (numbers(table, "readmission_days") < 0, "next admission before discharge"),
-        )
+        ]
 
     def window(self, table: pa.Table) -> np.ndarray:
         return numbers(table, stay_hours(table.column_names))

@@ -28,12 +28,7 @@ from pipeline.prepare.engine.importing import (
 from pipeline.prepare.readers import archives
 from pipeline.prepare.readers.picture_check import Picture
 
-COLUMNS = {
-    **boxes.COLUMNS,
-    "tags": pa.list_(pa.string()),
-    "tag": pa.string(),
-    **boxes.SIZE_COLUMNS,
-}
+COLUMNS = {**boxes.COLUMNS, "tags": pa.list_(pa.string()), "tag": pa.string(), **boxes.SIZE_COLUMNS}
 UNKNOWN = 0
 """Width and height of an image without boxes, where the export does not state them."""
 
@@ -88,21 +83,24 @@ class AnnotatedImagesImporter(ImageImporter):
 
     @abstractmethod
     def read(
-        self, source: str, found: archives.Listing, counts: Counter[str]
+        self,
+        source: str,
+        listing: archives.Listing,
+        counts: Counter[str],
     ) -> tuple[list[AnnotatedImage], list[str]]:
-        """Return the annotated images, and the names of the classes in the order of their numbers
-        (those that it lacks follow, by name). What is left out is added to `counts`.
+        """Return (annotated images, the names of the classes in the order of their numbers).
 
-        Raises ValueError for a file that is no export of the tool.
+        Classes that are not named follow, by name. What is left out is added to `counts`. Raises
+        ValueError for a file that the tool did not export.
         """
 
     def index(self, source: str) -> Index:
-        found = archives.listing(source)
+        listing = archives.listing(source)
         counts = Counter[str]()
-        annotated, listed = self.read(source, found, counts)
+        annotated, listed = self.read(source, listing, counts)
         used = {one.name for image in annotated for one in image.objects}
         names = [*listed, *sorted(used - set(listed))]
-        files = ImagesByName(found.images)
+        files = ImagesByName(listing.images)
         taken: dict[str, str] = {}
         rows, missing_images = [], []
         invalid: list[InvalidRow] = []
@@ -128,12 +126,12 @@ class AnnotatedImagesImporter(ImageImporter):
                 "--set missing=skip"
             )
         counts["images that are named but not there, left out"] = len(missing_images)
-        counts["images that the export does not name, left out"] = len(found.images) - len(taken)
+        counts["images that the export does not name, left out"] = len(listing.images) - len(taken)
         has_masks = self.options.masks == "instance"
         kinds = {**COLUMNS, boxes.SEGMENTATIONS: pa.string()} if has_masks else COLUMNS
         return Index(
             index_table(rows, kinds, source),
-            found.fingerprint,
+            listing.fingerprint,
             (boxes.MASKS,) if has_masks else (),
             notes={"boxes": sum(len(row["boxes"]) for row in rows), **+counts},
             info=boxes.info_of(dict(enumerate(names))),

@@ -67,13 +67,11 @@ FLAC_BYTES = 1.2
 STREAMED = 64 << 20
 """Larger files are read as a stream where possible (not from zip or tar.gz)."""
 SLACK_SECONDS = 0.1
-"""A segment that begins and ends this close to the recording's ends is the whole recording:
-publishers round seconds.
-"""
-SILENT, CLIPPED = 1e-3, 1e-3
-"""Silent: no sample above this share of full scale (-60 dB). Clipped: a larger share of samples
-than this is at full scale.
-"""
+"""Publishers round seconds: a segment this close to both ends is the whole recording."""
+SILENT = 1e-3
+"""A recording is silent if no sample is above this share of full scale (-60 dB)."""
+CLIPPED = 1e-3
+"""A recording is clipped if a larger share of its samples is at full scale."""
 LEVELS = (
     "silent: no sample above 0.001 of full scale; clipped: over 0.1 % of the samples at full scale"
 )
@@ -129,13 +127,13 @@ class AudioImporter(Importer):
 # ---------------------------------------------------------------- what importers make an index of
 
 
-def audio_entries(found: Listing) -> list[Entry]:
-    return [entry for entry in found.entries if entry.suffix in SUFFIXES]
+def audio_entries(listing: Listing) -> list[Entry]:
+    return [entry for entry in listing.entries if entry.suffix in SUFFIXES]
 
 
-def count_other_files(found: Listing, *read: str) -> dict[str, int]:
+def count_other_files(listing: Listing, *read: str) -> dict[str, int]:
     """Count the files of each other suffix; `read`: suffixes that are read besides sound."""
-    left = [entry for entry in found.entries if not entry.name.endswith((*SUFFIXES, *read))]
+    left = [entry for entry in listing.entries if not entry.name.endswith((*SUFFIXES, *read))]
     return dict(sorted(Counter(entry.suffix_or_name for entry in left).items()))
 
 
@@ -170,15 +168,14 @@ def recordings_table(
     rows: list[Row],
     columns: dict[str, pa.DataType],
     source: str,
-    bad: list[InvalidRow],
+    invalid: list[InvalidRow],
 ) -> pa.Table:
-    """Return the rows as a table. Raises ValueError if there are none, with the first invalid
-    ones.
-    """
-    if not rows and bad:
-        first = "; ".join(f"{row['path']}: {row['reason']}" for row in bad[:MAX_NAMED])
+    """Return the rows as a table. Raises ValueError, naming invalid rows, if there are none."""
+    if not rows and invalid:
+        first = "; ".join(f"{row['path']}: {row['reason']}" for row in invalid[:MAX_NAMED])
         raise ValueError(
-            f"{source}: no recording that can be used, {len(bad)} broken ones. First ones: {first}"
+            f"{source}: no recording that can be used, {len(invalid)} broken ones. First ones: "
+            f"{first}"
         )
     return index_table(
         rows,
@@ -197,7 +194,7 @@ class Line(NamedTuple):
     reason: str
 
     @property
-    def file_row(self) -> str:
+    def location(self) -> str:
         return f"{self.file}:{self.number}"
 
 
@@ -229,10 +226,10 @@ def segment_of(row: Row) -> tuple[Any, ...]:
     return row["_uri"], row["_member"], row["_offset"], start, row["_seconds"]
 
 
-def unnamed_sounds(found: Listing, rows: list[Row]) -> int:
+def unnamed_sounds(listing: Listing, rows: list[Row]) -> int:
     """Count the recordings that no row of an index is of."""
     named = {(row["_uri"], row["path"]) for row in rows}
-    return len({(entry.uri, entry.name) for entry in audio_entries(found)} - named)
+    return len({(entry.uri, entry.name) for entry in audio_entries(listing)} - named)
 
 
 def join_transcripts(
@@ -253,18 +250,18 @@ def join_transcripts(
         (rows with their transcript, invalid rows).
     """
     out: list[Row] = []
-    bad: list[InvalidRow] = []
+    invalid: list[InvalidRow] = []
     for key, row in rows.items():
         lines = said.get(key, [])
         if reason := _transcript_problem(lines, wanted):
-            bad.append(invalid_row(row["path"], row["split"], reason))
+            invalid.append(invalid_row(row["path"], row["split"], reason))
         else:
             out.append({**row, "transcript": lines[0].text})
     for key, lines in said.items():
         if key not in rows:
             reason = lines[0].reason or "a transcript without its recording"
-            bad.append(invalid_row(lines[0].location, split_of(key), reason))
-    return out, bad
+            invalid.append(invalid_row(lines[0].location, split_of(key), reason))
+    return out, invalid
 
 
 def _transcript_problem(lines: list[Line], wanted: str) -> str:
@@ -279,14 +276,15 @@ def _transcript_problem(lines: list[Line], wanted: str) -> str:
 
 
 def drop_repeated_keys(
-    rows: list[Row], key: Callable[[Row], Any]
+    rows: list[Row],
+    key: Callable[[Row], Any],
 ) -> tuple[list[Row], list[InvalidRow]]:
     """Keep one row for each `key`: (rows, invalid ones).
 
-    The held-out one is kept: test before validation before train, then the first.
+    Of several it is the one held out (test before validation before train), then the first.
     """
     first: dict[Any, Row] = {}
-    out, bad = [], []
+    out, invalid = [], []
     for row in sorted(rows, key=lambda row: HELD_OUT_FIRST.get(row["split"], 3)):
         earlier_row = first.setdefault(key(row), row)
         if earlier_row is row:
@@ -299,8 +297,8 @@ def drop_repeated_keys(
         )
         if earlier_row.get("transcript") != row.get("transcript"):
             reason += f", with another transcript ({earlier_row.get('transcript')!r:.80})"
-        bad.append(invalid_row(row["path"], row["split"], reason))
-    return out, bad
+        invalid.append(invalid_row(row["path"], row["split"], reason))
+    return out, invalid
 
 
 # ---------------------------------------------------------------- parts
@@ -345,14 +343,17 @@ class AudioShardTask(IndexShardTask):
 
 
 def _make(
-    sound_options: SoundOptions, schema: pa.Schema, rows: pa.Table, scratch: Path
+    sound_options: SoundOptions,
+    schema: pa.Schema,
+    rows: pa.Table,
+    scratch: Path,
 ) -> ShardResult:
     """Read, check and write one shard."""
     listed, path = rows.to_pylist(), scratch / "part.parquet"
-    bad: list[InvalidRow] = []
+    invalid: list[InvalidRow] = []
     counts: Counter[tuple[str, str]] = Counter()
     with Reader() as reader, RowGroups(path, schema, holds_files=True) as writer:
-        numbered = _rows(sound_options, reader, listed, bad, counts)
+        numbered = _rows(sound_options, reader, listed, invalid, counts)
         if is_one_way(listed):
             numbered = sorted(numbered, key=lambda pair: pair[0])
         for block in tables_of((row for _, row in numbered), schema):
@@ -360,7 +361,7 @@ def _make(
     return ShardResult(
         path,
         writer.rows,
-        bad,
+        invalid,
         sum_by_split((what, split, number) for (what, split), number in sorted(counts.items())),
     )
 
@@ -369,12 +370,10 @@ def _rows(
     sound_options: SoundOptions,
     reader: Reader,
     listed: list[Row],
-    bad: list[InvalidRow],
+    invalid: list[InvalidRow],
     counts: Counter[tuple[str, str]],
 ) -> Iterator[tuple[int, Row]]:
-    """Yield (position in the index, row); invalid rows go to `bad`, counts for the summary to
-    `counts`.
-    """
+    """Yield (index, row); fills `invalid` with invalid rows, and `counts` for the summary."""
     for i, row, data in load_rows(listed, _Load(reader)):
         try:
             if isinstance(data, Exception):
@@ -385,25 +384,25 @@ def _rows(
                 spans, whole = _spans(row, data, info, sound_options)
                 for span in spans:
                     try:
-                        made, counted = _row(row, data, info, span, whole, sound_options)
+                        new_row, counted = _row(row, data, info, span, whole, sound_options)
                     except BrokenAudioError as error:
                         at = "" if whole else f" from {span[0]:.2f} s to {span[1]:.2f} s"
-                        wrong = invalid_row(f"{row['path']}{at}", row["split"], str(error))
+                        left_out = invalid_row(f"{row['path']}{at}", row["split"], str(error))
                         if len(spans) > 1:
-                            wrong["pieces"] = str(len(spans))
-                        bad.append(wrong)
+                            left_out["pieces"] = str(len(spans))
+                        invalid.append(left_out)
                         continue
                     counts.update((what, row["split"]) for what in counted)
-                    yield i, made
+                    yield i, new_row
         except (BrokenAudioError, BrokenImageError) as error:
-            bad.append(invalid_row(row["path"], row["split"], str(error)))
+            invalid.append(invalid_row(row["path"], row["split"], str(error)))
 
 
 class _Load:
     """Loads a row's file: its bytes, or an open file if it is large or only a segment is wanted.
 
-    The last member of a tar.gz is kept: rows that are segments of one file follow one another, and
-    reading it again would decompress the archive from its start.
+    The last member of a tar.gz is kept, as several rows may be segments of it, and to read it again
+    is to decompress the archive from its start.
     """
 
     def __init__(self, reader: Reader):
@@ -444,7 +443,10 @@ def _with_header(row: Row, data: Sound) -> Sound:
 
 
 def _spans(
-    row: Row, data: Sound, info: Info, sound_options: SoundOptions
+    row: Row,
+    data: Sound,
+    info: Info,
+    sound_options: SoundOptions,
 ) -> tuple[list[tuple[float, float]], bool]:
     """Return ([(start, stop) in seconds of each row], whether the one row is the whole file)."""
     start = row["_start"] or 0.0
@@ -460,7 +462,12 @@ def _spans(
             f"longest={sound_options.longest:g}: align and cut it, or raise --set longest"
         )
     return audio_io.pieces(
-        data, None, sound_options.longest, sound_options.cut, start, None if whole else stop - start
+        data,
+        None,
+        sound_options.longest,
+        sound_options.cut,
+        start,
+        None if whole else stop - start,
     ), False
 
 

@@ -42,7 +42,11 @@ def info_of(names: Mapping[int, str]) -> Info:
 
 
 def clip(
-    box: list[float], width: float, height: float, counts: Counter[str], rounding: float = ROUNDING
+    box: list[float],
+    width: float,
+    height: float,
+    counts: Counter[str],
+    rounding: float = ROUNDING,
 ) -> list[float] | None:
     """Return a box [x, y, width, height] clipped to its image; none for an unusable one.
 

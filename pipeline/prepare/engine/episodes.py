@@ -71,7 +71,10 @@ class Episode:
 
 
 def episode_fields(
-    discrete: bool | None, rewards: bool, images: bool = False, executed: bool = False
+    discrete: bool | None,
+    rewards: bool,
+    images: bool = False,
+    executed: bool = False,
 ) -> list[pa.Field]:
     """Return the columns of an episode, without `split`.
 
@@ -147,13 +150,13 @@ def as_matrix(column: Any, what: str, width: int = 0) -> np.ndarray:
     Raises:
         UnusableError: lists of different lengths, or of another width.
     """
-    held = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if not pa.types.is_nested(held.type):
+    lists = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if not pa.types.is_nested(lists.type):
         if width > 1:
             raise UnusableError(f"{what} of 1 number in step 0, where {width} are needed")
-        return floats(held, np.float64)[:, None]
-    held = held.cast(pa.list_(pa.float64()))
-    widths = filled(pc.list_value_length(held), 0)
+        return floats(lists, np.float64)[:, None]
+    lists = lists.cast(pa.list_(pa.float64()))
+    widths = filled(pc.list_value_length(lists), 0)
     first = width or int(widths[0])
     if (widths != first).any() or not first:
         at = int(np.argmax(widths != first))
@@ -161,13 +164,13 @@ def as_matrix(column: Any, what: str, width: int = 0) -> np.ndarray:
             f"{what} of {widths[at]} numbers in step {at}, where "
             + (f"{first} are needed" if width else f"step 0 has {first}")
         )
-    return floats(held.flatten(), np.float64).reshape(len(held), first)
+    return floats(lists.flatten(), np.float64).reshape(len(lists), first)
 
 
 def number_problem(steps: np.ndarray, what: str, names: Sequence[str] = ()) -> str:
-    """Return why numbers (T, n) or (T,) are invalid, or "": the first one that is not finite.
+    """Return "", or which of the numbers (T, n) or (T,) is the first that is not finite.
 
-    `names`: of the columns, for the reason.
+    `names`: of the columns.
     """
     with np.errstate(over="ignore"):
         found = np.argwhere(~np.isfinite(steps.astype(np.float32, copy=False)))
@@ -276,39 +279,43 @@ class EpisodeShardTask(ShardTask):
     def __init__(self, importer: EpisodeImporter, source: str, settings: Settings):
         self.without_images = "" if importer.sees else "writes no images"
         super().__init__(importer, settings)
-        self.found = importer.index(source, settings)
+        self.episodes = importer.index(source, settings)
         self.label = importer.label
         rows = settings.rows_per_part or (0 if settings.part_mb else importer.rows_a_part)
         self.shards = group_neighbours(
-            self.found.splits, self.found.sizes.tolist(), settings.part_bytes, rows
+            self.episodes.splits, self.episodes.sizes.tolist(), settings.part_bytes, rows
         )
         self.key = (
-            self.found.fingerprint,
+            self.episodes.fingerprint,
             settings.resize,
             settings.quality,
             [[shard.name, shard.start, shard.stop] for shard in self.shards],
         )
         self.invalid, self.total = (
-            self.found.invalid,
-            len(self.found.items) + len(self.found.invalid),
+            self.episodes.invalid,
+            len(self.episodes.items) + len(self.episodes.invalid),
         )
-        self.notes, self.info = self.found.notes, self.found.info
+        self.notes, self.info = self.episodes.notes, self.episodes.info
 
     def before_shards(
-        self, output: str, check: BudgetCheck, report_progress: ProgressCallback, cpus: float
+        self,
+        output: str,
+        check: BudgetCheck,
+        report_progress: ProgressCallback,
+        cpus: float,
     ) -> None:
         self.importer.before_shards(output, report_progress)
 
     @property
     def columns(self) -> list[pa.Field]:
-        return [*self.found.columns, pa.field("split", pa.string())]
+        return [*self.episodes.columns, pa.field("split", pa.string())]
 
     @property
     def make_shard(self) -> Callable[[Any, Path], ShardResult]:
         return partial(_make, self.importer, self.settings, self.schema)
 
     def payload(self, shard: OutputShard) -> list[Any]:
-        return self.found.items[shard.start : shard.stop]
+        return self.episodes.items[shard.start : shard.stop]
 
     def summary_amounts(self, amounts: Amounts) -> Notes:
         if not amounts.get("steps"):
@@ -326,9 +333,7 @@ def _make(
     items: list[Any],
     scratch: Path,
 ) -> ShardResult:
-    """Write the episodes of a shard to a Parquet file, with a row group and one episode in
-    memory.
-    """
+    """Write a shard's episodes to Parquet, with one row group and one episode in memory."""
     path, invalid, counts = scratch / "part.parquet", [], []
     with RowGroups(path, schema) as writer:
         for found in importer.episodes(items, settings):

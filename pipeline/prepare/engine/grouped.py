@@ -62,10 +62,10 @@ GROUP_EVENTS, GROUP_ROWS = 1 << 19, 16384
 """Most events (about), and most rows, of a row group."""
 MAX_NAMED_VARIABLES = 400
 """The summary counts variables one by one up to this many (all drugs count as one)."""
-MIN_EVENTS, COUNTED = 5, "events of "
-"""A variable with fewer events in a split is not named in the summary: it may tell of one patient.
-The others are named after these words.
-"""
+MIN_EVENTS = 5
+"""A variable with fewer events in a split is not named: it may tell of one patient."""
+COUNTED = "events of "
+"""What stands before the names of variables in the summary."""
 EVENT = np.dtype([("row", "<i4"), ("hours", "<f4"), ("variable", "<i4"), ("value", "<f4")])
 DUPLICATE, NOT_FINITE = "duplicate", "out of range"
 COLUMNS = (
@@ -184,9 +184,7 @@ class EventReader:
 
 
 def variable_codes(column: Any, prefix: str = "") -> tuple[list[str], np.ndarray]:
-    """Return the distinct names of a column of texts, and (n,) the index of each row's name, -1 for
-    null and for an empty text.
-    """
+    """Return the distinct names in a column of texts, and (n,) the index of each, -1 for none."""
     codes, dictionary = arrow_lists.dictionary_codes(column)
     names = [str(name) for name in dictionary.to_pylist()]
     if "" in names:
@@ -220,7 +218,7 @@ class GroupedImporter(Importer):
         values: np.ndarray,
         names: list[str],
     ) -> Events | None:
-        """Return events that follow from those of a bucket (a sum of scores); none by default.
+        """Return events computed from those of a bucket, such as a sum of scores; None by default.
 
         The arguments are the bucket's events, sorted by row and time.
         """
@@ -231,9 +229,7 @@ class GroupedImporter(Importer):
 
 
 class GroupedShardTask(ShardTask):
-    """The shards of long tables: in each split as many buckets as give about 64 MiB of text
-    each.
-    """
+    """Shards of long tables: each split is cut into buckets of about 64 MiB of text."""
 
     noun, without_images = "entities", "reads tables, not images"
     makes_parts_of = "about so much source text"
@@ -275,12 +271,16 @@ class GroupedShardTask(ShardTask):
         self.notes, self.info = {**self.sources.notes, **self.entities.notes}, self.entities.info
 
     def before_shards(
-        self, output: str, check: BudgetCheck, report_progress: ProgressCallback, cpus: float
+        self,
+        output: str,
+        check: BudgetCheck,
+        report_progress: ProgressCallback,
+        cpus: float,
     ) -> None:
         """Partition the events of every piece of every table.
 
-        Raises ValueError when there are more invalid entities or lines than allowed, and when rows
-        were read but no event is left.
+        Raises ValueError where more entities or lines are invalid than allowed, or no event is
+        left.
         """
         check(
             [f"{row['path']}: {row['reason']}" for row in self.invalid[:MAX_NAMED]],
@@ -305,19 +305,20 @@ class GroupedShardTask(ShardTask):
                 f"{len(self._scratch) - len(jobs) + number}/{len(self._scratch)} pieces",
                 number == len(jobs),
             )
-        found = [atomic_folder.open_folder(uri) for uri in self._scratch]
-        bad, read = sum(one["bad"] for one in found), sum(one["rows"] for one in found)
-        check([place for one in found for place in one["listed"]], bad, read + bad)
+        manifests = [atomic_folder.open_folder(uri) for uri in self._scratch]
+        bad = sum(manifest["bad"] for manifest in manifests)
+        read = sum(manifest["rows"] for manifest in manifests)
+        check([place for manifest in manifests for place in manifest["listed"]], bad, read + bad)
         dropped: Counter[str] = Counter()
-        for one in found:
-            dropped.update(one["dropped"])
-        if read and not any(one["events"] for one in found):
+        for manifest in manifests:
+            dropped.update(manifest["dropped"])
+        if read and not any(manifest["events"] for manifest in manifests):
             why = ", ".join(f"{name} {count}" for name, count in sorted(dropped.items()) if count)
             raise ValueError(
                 f"no event is left of {read} rows: {why}; name the right columns, and the "
                 "right table of entities"
             )
-        names = {name for one in found for name in one["names"]}
+        names = {name for manifest in manifests for name in manifest["names"]}
         self._counts = len(set(map(_kind, names))) <= MAX_NAMED_VARIABLES
         self.notes |= {
             "rows of events read": read,
@@ -368,7 +369,10 @@ class GroupedShardTask(ShardTask):
 
 
 def _buckets(
-    rows: pa.Table, group: str, size: int, most: int
+    rows: pa.Table,
+    group: str,
+    size: int,
+    most: int,
 ) -> tuple[np.ndarray, list[OutputShard]]:
     """Assign rows to buckets.
 
@@ -450,12 +454,13 @@ def partition_events(
 
 
 def _flushes(
-    blocks: Iterator[Events], vocabulary: dict[str, int], dropped: Counter[str], table: str
+    blocks: Iterator[Events],
+    vocabulary: dict[str, int],
+    dropped: Counter[str],
+    table: str,
 ) -> Iterator[np.ndarray]:
-    """Yield records of many events at a time; their variables are positions in the growing
-    `vocabulary`.
-    """
-    held: list[np.ndarray] = []
+    """Yield records of many events at a time; their variables count by the growing vocabulary."""
+    waiting: list[np.ndarray] = []
     size = 0
     for block in blocks:
         used, codes = np.unique(block.codes, return_inverse=True)
@@ -463,21 +468,23 @@ def _flushes(
             [vocabulary.setdefault(block.names[code], len(vocabulary)) for code in used],
             dtype=np.int32,
         )
-        found = np.empty(len(block.rows), dtype=EVENT)
+        records = np.empty(len(block.rows), dtype=EVENT)
         with np.errstate(over="ignore"):
-            found["row"], found["hours"], found["value"] = block.rows, block.hours, block.values
-        found["variable"] = places[codes] if len(used) else 0
-        good = np.isfinite(found["value"]) & np.isfinite(found["hours"])
+            records["row"] = block.rows
+            records["hours"] = block.hours
+            records["value"] = block.values
+        records["variable"] = places[codes] if len(used) else 0
+        good = np.isfinite(records["value"]) & np.isfinite(records["hours"])
         if not good.all():
             dropped[f"{table}: {NOT_FINITE}"] += int(len(good) - np.count_nonzero(good))
-            found = found[good]
-        held.append(found)
-        size += len(found)
+            records = records[good]
+        waiting.append(records)
+        size += len(records)
         if size >= FLUSH_EVENTS:
-            yield np.concatenate(held)
-            held, size = [], 0
+            yield np.concatenate(waiting)
+            waiting, size = [], 0
     if size:
-        yield np.concatenate(held)
+        yield np.concatenate(waiting)
 
 
 # ---------------------------------------------------------------- the second pass
@@ -493,60 +500,65 @@ def _make(
 ) -> ShardResult:
     """Write the entities of a bucket to a Parquet file, with the bucket in memory."""
     bucket, split, rows, table = payload
-    found, names = _bucket(pieces, bucket)
-    found["row"] = np.searchsorted(rows, found["row"])
-    found, doubled = _sorted(found)
-    more = importer.derived(found["row"], found["hours"], found["variable"], found["value"], names)
-    if more is not None and len(more.rows):
-        extra = np.empty(len(more.rows), dtype=EVENT)
-        extra["row"], extra["hours"], extra["value"] = more.rows, more.hours, more.values
-        all_names = sorted({*names, *more.names})
-        number = {name: i for i, name in enumerate(all_names)}
-        for records, own_names, codes in (
-            (found, names, found["variable"]),
-            (extra, more.names, more.codes),
-        ):
-            records["variable"] = np.array([number[name] for name in own_names], np.int32)[codes]
-        (found, _), names = _sorted(np.concatenate([found, extra])), all_names
-    derived = len(more.rows) if more is not None else 0
-    offsets = np.searchsorted(found["row"], np.arange(len(table) + 1)).astype(np.int32)
-    lists = [
-        pa.array(found["hours"]),
-        pa.DictionaryArray.from_arrays(
-            pa.array(found["variable"]), pa.array(names, pa.string())
-        ).dictionary_decode(),
-        pa.array(found["value"]),
-    ]
-    events: list[pa.Array] = [
-        pa.ListArray.from_arrays(pa.array(offsets), values) for values in lists
-    ]
-    events.append(pa.array(np.diff(offsets), pa.int32()))
-    columns: dict[str, Any] = {name: table[name] for name in table.column_names}
-    columns |= {field.name: array for field, array in zip(COLUMNS, events, strict=True)}
+    records, names = _bucket(pieces, bucket)
+    records["row"] = np.searchsorted(rows, records["row"])
+    records, num_duplicates = _sorted(records)
+    hours, variables = records["hours"], records["variable"]
+    derived = importer.derived(records["row"], hours, variables, records["value"], names)
+    num_derived = len(derived.rows) if derived is not None else 0
+    if derived is not None and num_derived:
+        records, names = _with_derived(records, names, derived)
+    offsets = np.searchsorted(records["row"], np.arange(len(table) + 1)).astype(np.int32)
+    events = _as_columns(records, names, offsets)
+    columns: dict[str, Any] = {name: table[name] for name in table.column_names} | events
     out = pa.table([columns[name] for name in schema.names], schema=schema)
     path = scratch / "part.parquet"
-    pq.write_table(
-        out,
-        path,
-        compression="zstd",
-        row_group_size=max(1, min(GROUP_ROWS, GROUP_EVENTS * len(out) // max(1, len(found)))),
-    )
+    group_rows = min(GROUP_ROWS, GROUP_EVENTS * len(out) // max(1, len(records)))
+    pq.write_table(out, path, compression="zstd", row_group_size=max(1, group_rows))
     amounts: Amounts = {
-        "events": {split: len(found)},
-        f"events dropped: {DUPLICATE}": {split: doubled},
-        "events that follow from others": {split: derived},
+        "events": {split: len(records)},
+        f"events dropped: {DUPLICATE}": {split: num_duplicates},
+        "events that follow from others": {split: num_derived},
         "entities without events": {split: int(np.count_nonzero(np.diff(offsets) == 0))},
     }
     if counts:
-        per = np.bincount(found["variable"], minlength=len(names))
-        for name, count in zip(names, per, strict=True):
+        per_name = np.bincount(records["variable"], minlength=len(names))
+        for name, count in zip(names, per_name, strict=True):
             amounts.setdefault(f"{COUNTED}{_kind(name)}", {split: 0})[split] += int(count)
-    return ShardResult(
-        path,
-        len(out),
-        [],
-        {name: count for name, count in amounts.items() if count[split] or name == "events"},
-    )
+    shown = {name: count for name, count in amounts.items() if count[split] or name == "events"}
+    return ShardResult(path, len(out), [], shown)
+
+
+def _with_derived(
+    records: np.ndarray,
+    names: list[str],
+    derived: Events,
+) -> tuple[np.ndarray, list[str]]:
+    """Return all records, sorted, and the sorted names that their variables count by."""
+    extra = np.empty(len(derived.rows), dtype=EVENT)
+    extra["row"], extra["hours"], extra["value"] = derived.rows, derived.hours, derived.values
+    all_names = sorted({*names, *derived.names})
+    number = {name: i for i, name in enumerate(all_names)}
+    numbers = np.array([number[name] for name in names], dtype=np.int32)
+    records["variable"] = numbers[records["variable"]]
+    numbers = np.array([number[name] for name in derived.names], dtype=np.int32)
+    extra["variable"] = numbers[derived.codes]
+    return _sorted(np.concatenate([records, extra]))[0], all_names
+
+
+def _as_columns(
+    records: np.ndarray,
+    names: list[str],
+    offsets: np.ndarray,
+) -> dict[str, pa.Array]:
+    """Return COLUMNS of the rows whose events begin at the offsets (rows + 1,)."""
+    texts = pa.array(names, pa.string())
+    variables = pa.DictionaryArray.from_arrays(pa.array(records["variable"]), texts)
+    values = (pa.array(records["hours"]), variables.dictionary_decode(), pa.array(records["value"]))
+    starts = pa.array(offsets)
+    columns: list[pa.Array] = [pa.ListArray.from_arrays(starts, column) for column in values]
+    columns.append(pa.array(np.diff(offsets), pa.int32()))
+    return {field.name: column for field, column in zip(COLUMNS, columns, strict=True)}
 
 
 def _kind(variable: str) -> str:
@@ -556,9 +568,7 @@ def _kind(variable: str) -> str:
 
 
 def _bucket(pieces: list[str], bucket: int) -> tuple[np.ndarray, list[str]]:
-    """Read a bucket: (its records from all pieces, the sorted names that their variables
-    count by).
-    """
+    """Read a bucket: (its records from all pieces, the sorted names of their variables)."""
     found, place, names = [np.empty(0, dtype=EVENT)], dict[str, int](), list[str]()
     for uri in pieces:
         manifest = atomic_folder.open_folder(uri)
@@ -595,9 +605,7 @@ def _bucket(pieces: list[str], bucket: int) -> tuple[np.ndarray, list[str]]:
 
 
 def _sorted(records: np.ndarray) -> tuple[np.ndarray, int]:
-    """Sort records by row, time, variable and value, without duplicates; also return how many
-    those were.
-    """
+    """Sort records by row, time, variable, value: (distinct records, how many repeated)."""
     keys = tuple(records[name] for name in ("value", "variable", "hours", "row"))
     records = records[np.lexsort(keys)]
     new = np.ones(len(records), dtype=bool)

@@ -1,6 +1,4 @@
-"""Images of an index to shards: each is decoded once, resized where asked, and written with its
-size and the SHA-256 of the publisher's file.
-"""
+"""Images of an index to shards: decode each once, resize it where asked, and measure it."""
 
 from __future__ import annotations
 
@@ -82,7 +80,11 @@ class ImageShardTask(IndexShardTask):
 
 
 def _make(
-    importer: ImageImporter, settings: Settings, schema: pa.Schema, rows: pa.Table, scratch: Path
+    importer: ImageImporter,
+    settings: Settings,
+    schema: pa.Schema,
+    rows: pa.Table,
+    scratch: Path,
 ) -> ShardResult:
     """Read, check and write one shard."""
     path = scratch / "part.parquet"
@@ -95,7 +97,10 @@ def _make(
 
 
 def _rows(
-    importer: ImageImporter, settings: Settings, reader: Reader, rows: pa.Table
+    importer: ImageImporter,
+    settings: Settings,
+    reader: Reader,
+    rows: pa.Table,
 ) -> tuple[list[Row], list[InvalidRow]]:
     out, invalid = {}, []
     for i, row, data in load_rows(
@@ -106,11 +111,11 @@ def _rows(
             if isinstance(data, BrokenImageError):
                 raise data
             picture = examine(data, settings.resize, settings.quality)
-            made = importer.postprocess(row, picture)
+            columns = importer.postprocess(row, picture)
         except BrokenImageError as error:
             invalid.append(invalid_row(importer.name_of(row), row["split"], str(error)))
             continue
-        out[i] = {**made, **picture_columns(picture, data)}
+        out[i] = {**columns, **picture_columns(picture, data)}
     return [out[i] for i in sorted(out)], invalid
 
 

@@ -57,8 +57,9 @@ MAX_NAMED = 5
 
 
 class InvalidRow(TypedDict):
-    """A row that was left out: its place, its split and why. ``pieces``: the recording was cut into
-    so many rows, of which this is one.
+    """A row that was left out: where it is, its split and why.
+
+    ``pieces``: how many rows its recording was cut into, where that was cut.
     """
 
     path: str
@@ -112,7 +113,10 @@ def file_row(entry: Entry, split: str, **columns: Any) -> Row:
 
 
 def index_table(
-    rows: list[Row], columns: dict[str, pa.DataType], source: str, noun: str = "images"
+    rows: list[Row],
+    columns: dict[str, pa.DataType],
+    source: str,
+    noun: str = "images",
 ) -> pa.Table:
     """Return the rows as a table. Raises ValueError if there are none."""
     if not rows:
@@ -133,6 +137,16 @@ def parse_names(text: str) -> list[str]:
     return [name for name in map(str.strip, text.split(",")) if name]
 
 
+def chosen_names(option: str, text: str, known: Iterable[str], source: str) -> list[str]:
+    """Return the names that an option holds. Raises ValueError for one that is not known."""
+    names, known = parse_names(text), list(known)
+    for name in names:
+        if name not in known:
+            nearest = registry.nearest(name, known) if known else "there is none"
+            raise ValueError(f"--set {option}={text}: no {name} in {source}; {nearest}")
+    return names
+
+
 def first_few(names: Iterable[Any]) -> str:
     """Format the first few names, and how many there are."""
     names = list(names)
@@ -148,7 +162,7 @@ def split_of_folder(folder: str) -> str:
 
 
 def split_of_folders(name: str) -> str:
-    """Return the split of the folder nearest to a file that is called like one, "" for none.
+    """Return the split that the nearest folder of a file is called by, "" for none.
 
     Raises ValueError for a folder of held-out files that may be either (eval).
     """
@@ -164,8 +178,7 @@ def split_of_folders(name: str) -> str:
 
 
 def split_of(name: str) -> str:
-    """Return the split that a word of a file's name tells, else one of its nearest folder, "" for
-    none.
+    """Return the split in a file's name, else in its nearest folder with one, else "".
 
     Examples: eng.testa, wnut17train.conll, dev-v2.0.json, testset.csv, val-shards/000.tar.
     """
@@ -177,9 +190,9 @@ def split_of(name: str) -> str:
 
 
 def split_of_file(name: str) -> str:
-    """Return the split of a file by its name or folder as `split_of` does, else train.
+    """Return the split of a file by `split_of`, train where that finds none.
 
-    Raises ValueError for a name that says held out, but not for what (eval, holdout).
+    Raises ValueError for a name that may mean validation or test (eval, holdout).
     """
     for part in reversed(name.split("/")):
         if split := split_of(part):
@@ -249,10 +262,7 @@ def check_columns(place: str, names: Collection[str], *wanted: tuple[str, str]) 
 
 
 def check_one_split(options: Any) -> None:
-    """Raise ValueError where one split is given for all rows, and a column that tells each row's.
-
-    `options`: of an importer, derived from `SplitOptions`.
-    """
+    """Raise ValueError where both one split for all rows and a column of splits are given."""
     if options.split and options.split_column:
         raise ValueError(
             f"--set split={options.split}: --set split_column={options.split_column} gives each "
@@ -267,8 +277,8 @@ def depth(name: str) -> int:
 def options_of(name: str, pairs: list[str]) -> Any:
     """Parse an importer's options from `key=value` texts.
 
-    Unknown keys go into its `options`, if it has such, which then checks them. Raises ValueError
-    naming the wrong key and the nearest right one.
+    Where it has an option `options`, that takes the keys that the importer does not know. Raises
+    ValueError with the nearest key for a wrong one.
     """
     kind = registry.entry("importer", name).options
     given: dict[str, object] = {}

@@ -155,9 +155,7 @@ def check_kinds(listed: InputFiles, suffixes: tuple[str, ...]) -> None:
 
 
 def _reading_order(file: tuple[Entry, str]) -> tuple[int, str, str, int, str]:
-    """Sort key: by split and name; in a tar.gz by offset, since it can only be read from its
-    start.
-    """
+    """Sort key: by split and name; in a tar.gz, which is read from its start, by offset."""
     entry, split = file
     return (
         HELD_OUT_FIRST.get(split, 3),

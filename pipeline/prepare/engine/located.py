@@ -16,7 +16,10 @@ Located = tuple[Entry | None, str]
 
 
 def locate(
-    source: str, found: Listing, named: list[tuple[Line, str]], root: str
+    source: str,
+    listing: Listing,
+    named: list[tuple[Line, str]],
+    root: str,
 ) -> tuple[list[Located], str]:
     """Find the files that lines name.
 
@@ -30,23 +33,23 @@ def locate(
         (for each line its file or the reason why there is none; a fingerprint that changes when any
         of the files does).
     """
-    files = _Recordings(source, found)
+    files = _Recordings(source, listing)
     places = [files.find(line, path, root) for line, path in named]
     outside = list(dict.fromkeys(place for place in places if isinstance(place, str)))
-    known = _look(outside)
-    contents = sorted((uri, content) for uri, (_, content) in known.items())
-    fingerprint = hashlib.sha256(f"{found.fingerprint} {contents}".encode()).hexdigest()
+    known = existing_files(outside)
+    contents = sorted((uri, known[uri][1] if uri in known else "") for uri in outside)
+    fingerprint = hashlib.sha256(f"{listing.fingerprint} {contents}".encode()).hexdigest()
     return [_located(place, known) for place in places], fingerprint
 
 
 class _Recordings:
     """The files below a source, by name and by address."""
 
-    def __init__(self, source: str, found: Listing):
+    def __init__(self, source: str, listing: Listing):
         self.source = source
-        self.names = {entry.name: entry for entry in found.entries}
+        self.names = {entry.name: entry for entry in listing.entries}
         self.uris = {
-            entry.uri: entry for entry in found.entries if entry.offset < 0 and not entry.member
+            entry.uri: entry for entry in listing.entries if entry.offset < 0 and not entry.member
         }
         is_folder = storage.is_dir(source) or archives.has_suffix(source, *archives.ARCHIVES)
         self.folder = "" if is_folder else posixpath.dirname(storage.absolute(source))
@@ -78,17 +81,18 @@ class _Recordings:
         return (self.uris[uri], "") if uri in self.uris else uri
 
 
-def _located(place: Located | str, seen: dict[str, tuple[int, str]]) -> Located:
+def _located(place: Located | str, known: dict[str, tuple[int, str]]) -> Located:
     if not isinstance(place, str):
         return place
-    size, _ = seen[place]
-    return (Entry.of_file(place, place, size), "") if size >= 0 else (None, f"no recording {place}")
+    if place not in known:
+        return None, f"no recording {place}"
+    return Entry.of_file(place, place, known[place][0]), ""
 
 
-def _look(uris: list[str]) -> dict[str, tuple[int, str]]:
-    """Return (size, fingerprint) of each file; size -1 for one that does not exist."""
+def existing_files(uris: list[str]) -> dict[str, tuple[int, str]]:
+    """Return (size, fingerprint) of each file that exists."""
     is_folder = dict(zip(uris, threaded_map(storage.is_dir, uris), strict=True))
     identified = file_identity.identify([uri for uri in uris if not is_folder[uri]], absent_ok=True)
-    there = {file.uri: file.content for file in identified if file.content != file_identity.ABSENT}
-    sizes = dict(zip(there, threaded_map(storage.size, there), strict=True))
-    return {uri: (sizes[uri], there[uri]) if uri in there else (-1, "") for uri in uris}
+    files = [file for file in identified if file.content != file_identity.ABSENT]
+    sizes = threaded_map(storage.size, [file.uri for file in files])
+    return {file.uri: (size, file.content) for file, size in zip(files, sizes, strict=True)}

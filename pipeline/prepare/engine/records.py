@@ -151,7 +151,12 @@ class NamedEvents(NamedTuple):
 
 
 def name_events(
-    codes: Any, numbers: Any, texts: Any, units: Any, characters: int, dropped: Counter[str]
+    codes: Any,
+    numbers: Any,
+    texts: Any,
+    units: Any,
+    characters: int,
+    dropped: Counter[str],
 ) -> NamedEvents:
     """Name the variable of each event by its code and by what its value is.
 
@@ -215,7 +220,10 @@ class Labels:
     column: str
 
     def usable(
-        self, ids: np.ndarray, first: np.ndarray, last: np.ndarray
+        self,
+        ids: np.ndarray,
+        first: np.ndarray,
+        last: np.ndarray,
     ) -> tuple[np.ndarray, list[InvalidRow]]:
         """Return ((n,) whether there are events that a label may be predicted from, all rows of
         the table that cannot be used).
@@ -224,16 +232,18 @@ class Labels:
             ids: (S,) sorted subjects of the data.
             first, last: (S,) times of their events; `first` is after `last` where there are none.
         """
-        at = index_in_sorted(ids, self.subjects)
-        there = at >= 0
-        seen = there.copy()
-        seen[there] = first[at[there]] <= np.minimum(last[at[there]], self.times[there])
-        reasons = first_reason((~there, NO_SUBJECT), (~seen, EARLY))
+        index = index_in_sorted(ids, self.subjects)
+        is_known = index >= 0
+        has_events = is_known.copy()
+        has_events[is_known] = first[index[is_known]] <= np.minimum(
+            last[index[is_known]], self.times[is_known]
+        )
+        reasons = first_reason((~is_known, NO_SUBJECT), (~has_events, EARLY))
         invalid = [
             invalid_row(self.places[i], "train", str(reasons[i]))
             for i in np.flatnonzero(reasons != "")
         ]
-        return seen, [*self.invalid, *invalid]
+        return has_events, [*self.invalid, *invalid]
 
 
 class RecordsImporter(GroupedImporter):
@@ -262,7 +272,10 @@ class RecordsImporter(GroupedImporter):
         return round(self.options.history * HOUR)
 
     def rows_of_persons(
-        self, spans: pa.Table, noun: str, notes: Notes
+        self,
+        spans: pa.Table,
+        noun: str,
+        notes: Notes,
     ) -> tuple[pa.Table, list[InvalidRow]]:
         """Return (one row a label, or one a person that ends with the last event; the label rows
         that cannot be used).
@@ -397,8 +410,8 @@ SPLIT_TYPES: ColumnTypes = {
 def check_types(entry: Entry, opener: Opener, types: ColumnTypes) -> None:
     """Raise ValueError for a column of a Parquet file that has another type than MEDS gives it.
 
-    Widths may differ (float64 for float), dictionaries count as their values, and a column without
-    any value may have no type.
+    Widths may differ (float64 for float), and so may dictionaries. A column without values may have
+    any type.
     """
     if not entry.name.lower().endswith(".parquet"):
         return

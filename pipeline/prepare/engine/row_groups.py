@@ -39,7 +39,11 @@ class RowGroups:
     """
 
     def __init__(
-        self, path: Path, schema: pa.Schema, shuffles: bool = False, holds_files: bool = False
+        self,
+        path: Path,
+        schema: pa.Schema,
+        shuffles: bool = False,
+        holds_files: bool = False,
     ):
         self.shuffles_rows = shuffles
         texts = [one.name for one in schema if is_text(one.type) and one.name not in DISTINCT]
@@ -103,17 +107,15 @@ class RowGroups:
 
 
 def tables_of(rows: Iterable[Row | pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:
-    """Yield rows as tables with the columns of a schema; single rows are gathered, up to about
-    GROUP_BYTES.
-    """
-    held: list[Row] = []
+    """Yield rows as tables of about GROUP_BYTES with the columns of a schema."""
+    waiting: list[Row] = []
     size = 0
 
     def gathered() -> Iterator[pa.Table]:
         nonlocal size
-        if held:
-            yield pa.Table.from_pylist(held, schema=schema)
-            held.clear()
+        if waiting:
+            yield pa.Table.from_pylist(waiting, schema=schema)
+            waiting.clear()
         size = 0
 
     for row in rows:
@@ -121,9 +123,9 @@ def tables_of(rows: Iterable[Row | pa.Table], schema: pa.Schema) -> Iterator[pa.
             yield from gathered()
             yield row.select(schema.names).cast(schema)
             continue
-        held.append(row)
+        waiting.append(row)
         size += sum(len(value) for value in row.values() if isinstance(value, str | bytes | list))
-        if size >= GROUP_BYTES or len(held) >= GROUP_ROWS:
+        if size >= GROUP_BYTES or len(waiting) >= GROUP_ROWS:
             yield from gathered()
     yield from gathered()
 

@@ -75,9 +75,7 @@ class Settings:
         return max(1, min(rows, round(num_bytes / self.part_bytes)))
 
     def reject(self, names: Iterable[str], reason: str) -> None:
-        """Raise ValueError for the first of some settings that is given although it has no
-        effect.
-        """
+        """Raise ValueError for the first of some settings that is given without an effect."""
         for name in names:
             if (value := getattr(self, name)) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: {reason}")
@@ -85,9 +83,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class OutputShard:
-    """One file to write: `start` to `stop` of what the source is cut into (rows, or input
-    splits).
-    """
+    """One file to write, of the rows (or input splits) from `start` to `stop`."""
 
     name: str
     split: str
@@ -118,9 +114,7 @@ class ShardResult:
 
 
 BudgetCheck = Callable[[list[str], int, int], None]
-"""Takes descriptions of the first invalid rows, their number, and the number of all rows. Raises
-ValueError when there are too many.
-"""
+"""Takes the first invalid rows and the numbers of invalid and of all; ValueError if too many."""
 ProgressCallback = Callable[[str, bool], None]
 
 
@@ -191,7 +185,11 @@ class ShardTask(ABC):
         self.info: Info = {}
 
     def before_shards(
-        self, output: str, check: BudgetCheck, report_progress: ProgressCallback, cpus: float
+        self,
+        output: str,
+        check: BudgetCheck,
+        report_progress: ProgressCallback,
+        cpus: float,
     ) -> None:
         """Learn what must be known of the whole source before the first shard is made."""
         return
@@ -210,9 +208,7 @@ class ShardTask(ABC):
     @property
     @abstractmethod
     def make_shard(self) -> Callable[[Any, Path], ShardResult]:
-        """The function that makes a shard: (payload, scratch folder) to a result. It is sent to
-        tasks.
-        """
+        """The function that makes a shard of (payload, scratch folder). It is sent to tasks."""
 
     @abstractmethod
     def payload(self, shard: OutputShard) -> Any:
@@ -245,22 +241,23 @@ def name_shards(spans: list[tuple[str, int, int]]) -> list[OutputShard]:
 
 
 def group_neighbours(
-    splits: Sequence[str], sizes: Sequence[float], most: float, rows: int = 0
+    splits: Sequence[str],
+    sizes: Sequence[float],
+    most: float,
+    rows: int = 0,
 ) -> list[OutputShard]:
-    """Group neighbouring items of one split into shards of up to `most` bytes, or of `rows`
-    items.
-    """
+    """Group neighbours of one split into shards of at most `most` bytes, or of `rows` items."""
     spans: list[tuple[str, int, int]] = []
-    held = 0.0
+    size_of_last = 0.0
     for i, (split, size) in enumerate(zip(splits, sizes, strict=True)):
         begins = not spans or split != spans[-1][0]
-        is_full = not begins and (i - spans[-1][1] >= rows if rows else held + size > most)
+        is_full = not begins and (i - spans[-1][1] >= rows if rows else size_of_last + size > most)
         if begins or is_full:
             spans.append((split, i, i + 1))
-            held = size
+            size_of_last = size
         else:
             spans[-1] = (split, spans[-1][1], i + 1)
-            held += size
+            size_of_last += size
     return name_shards(spans)
 
 
@@ -268,8 +265,8 @@ def sum_by_split(counts: Iterable[tuple[str, str, float]]) -> Amounts:
     """Add up (name, split, count): {name: {split: sum}}, in the order of first appearance."""
     out: Amounts = {}
     for name, split, count in counts:
-        held = out.setdefault(name, {})
-        held[split] = held.get(split, 0) + count
+        sums = out.setdefault(name, {})
+        sums[split] = sums.get(split, 0) + count
     return out
 
 
@@ -277,7 +274,9 @@ def sum_by_split(counts: Iterable[tuple[str, str, float]]) -> Amounts:
 
 
 def run_tasks(
-    function: Callable[[str, Any], Any], jobs: Iterable[tuple[str, Any]], cpus: float
+    function: Callable[[str, Any], Any],
+    jobs: Iterable[tuple[str, Any]],
+    cpus: float,
 ) -> Iterator[Any]:
     """Run `function(uri, payload)` for each job (uri, payload), as Ray tasks if Ray is running.
 

@@ -1,6 +1,4 @@
-"""Summary of a finished preparation, counted from the shards: sizes, classes, exact duplicates and
-invalid files.
-"""
+"""Summary of a finished preparation: sizes, classes, exact duplicates and invalid files."""
 
 from __future__ import annotations
 
@@ -107,9 +105,7 @@ def _percentiles(values: np.ndarray) -> dict[str, float]:
 
 
 def _recordings(rows: pa.Table) -> dict[str, Any]:
-    """For each split its hours, percentiles of seconds a row, number of speakers, and fewest and
-    most rows of a speaker.
-    """
+    """Return hours, percentiles of seconds, and rows a speaker (least, most) of each split."""
     out: dict[str, Any] = {}
     for split in sorted(set(rows["split"].to_pylist())):
         here = rows.filter(pc.equal(rows["split"], split))
@@ -132,9 +128,7 @@ def _recordings(rows: pa.Table) -> dict[str, Any]:
 
 
 def _speakers(rows: pa.Table) -> dict[str, Any]:
-    """Count rows of each speaker by split, and speakers in two splits, whose voice would be both
-    trained on and tested.
-    """
+    """Count rows of each speaker by split, and the speakers that two splits share."""
     if "speaker" not in rows.column_names:
         return {}
     pairs = Counter(zip(rows["speaker"].to_pylist(), rows["split"].to_pylist(), strict=True))
@@ -157,9 +151,9 @@ def _speakers(rows: pa.Table) -> dict[str, Any]:
     }
 
 
-def warnings(found: dict[str, Any]) -> list[str]:
+def warnings(summary: dict[str, Any]) -> list[str]:
     """Return what is also shown at the end of the run."""
-    two = found.get("speakers", {}).get("in_two_splits", {})
+    two = summary.get("speakers", {}).get("in_two_splits", {})
     if not two.get("speakers"):
         return []
     return [
@@ -169,9 +163,7 @@ def warnings(found: dict[str, Any]) -> list[str]:
 
 
 def duplicates(rows: pa.Table, label: str) -> dict[str, Any]:
-    """Count rows whose files have equal bytes (SHA-256): within splits, across splits, and with
-    different labels.
-    """
+    """Count rows with equal files: within splits, across them, and with different labels."""
     counts = pc.value_counts(rows["sha256"].combine_chunks())
     doubled = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
     same: dict[str, list[dict[str, Any]]] = {}
@@ -199,16 +191,16 @@ def duplicates(rows: pa.Table, label: str) -> dict[str, Any]:
     }
 
 
-def markdown(title: str, found: dict[str, Any], noun: str = "files") -> str:
+def markdown(title: str, summary: dict[str, Any], noun: str = "files") -> str:
     """Format the summary for people; `noun`: what invalid rows are called."""
     out = [
         f"# {title}",
         "",
         "| split | rows |",
         "|---|---|",
-        *(f"| {split} | {n} |" for split, n in found["rows"].items()),
+        *(f"| {split} | {n} |" for split, n in summary["rows"].items()),
     ]
-    if found["sizes"]:
+    if summary["sizes"]:
         out += [
             "",
             "| size | " + " | ".join(f"{share} %" for share in PERCENTILES) + " |",
@@ -218,30 +210,30 @@ def markdown(title: str, found: dict[str, Any], noun: str = "files") -> str:
             f"| {name.replace('_', ' ')} | "
             + " | ".join(f"{value:g}" for value in values.values())
             + " |"
-            for name, values in found["sizes"].items()
+            for name, values in summary["sizes"].items()
         ]
-    out += _recording_table(found["recordings"]) if "recordings" in found else []
-    out += ["", *(f"Warning: {line}." for line in lines)] if (lines := warnings(found)) else []
-    out += _class_table(found["classes"])
-    out += _duplicate_lines(found["duplicates"]) if found["duplicates"] else []
-    out += ["", f"Broken {noun}, left out: {found['broken']['rows']}."]
+    out += _recording_table(summary["recordings"]) if "recordings" in summary else []
+    out += ["", *(f"Warning: {line}." for line in lines)] if (lines := warnings(summary)) else []
+    out += _class_table(summary["classes"])
+    out += _duplicate_lines(summary["duplicates"]) if summary["duplicates"] else []
+    out += ["", f"Broken {noun}, left out: {summary['broken']['rows']}."]
     out += [
         f"- {row['split']}: {row['path']}: {row['reason']}"
-        for row in found["broken"]["files"][:EXAMPLES]
+        for row in summary["broken"]["files"][:EXAMPLES]
     ]
-    if found["notes"]:
+    if summary["notes"]:
         out += [
             "",
             *(
                 f"- {name}: {_format_counts(value) if isinstance(value, dict) else value}"
-                for name, value in found["notes"].items()
+                for name, value in summary["notes"].items()
             ),
         ]
     return "\n".join(out) + "\n"
 
 
-def _recording_table(found: dict[str, Any]) -> list[str]:
-    with_speakers = any("speakers" in one for one in found.values())
+def _recording_table(recordings: dict[str, Any]) -> list[str]:
+    with_speakers = any("speakers" in of_split for of_split in recordings.values())
     out = [
         "",
         "| split | hours | "
@@ -250,10 +242,11 @@ def _recording_table(found: dict[str, Any]) -> list[str]:
         + ("speakers | rows a speaker |" if with_speakers else ""),
     ]
     out += ["|---" * (len(PERCENTILES) + 2 + 2 * with_speakers) + "|"]
-    for split, one in found.items():
-        cells = [split, f"{one['hours']:g}", *(f"{value:g} s" for value in one["seconds"].values())]
+    for split, of_split in recordings.items():
+        seconds = [f"{value:g} s" for value in of_split["seconds"].values()]
+        cells = [split, f"{of_split['hours']:g}", *seconds]
         cells += (
-            [str(one["speakers"]), "{} to {}".format(*one["rows_a_speaker"])]
+            [str(of_split["speakers"]), "{} to {}".format(*of_split["rows_a_speaker"])]
             if with_speakers
             else []
         )

@@ -45,7 +45,7 @@ from pipeline.prepare.readers.archives import Opener
 MAX_NAMED = 3
 PLAIN = "plain"
 """Name of the array that holds, as JSON, the scan results that are not arrays."""
-Found = dict[str, Any]
+Scan = dict[str, Any]
 """The result of scanning an input split: NumPy arrays, and values that JSON can hold."""
 
 
@@ -102,23 +102,20 @@ class TableImporter(Importer):
         publisher's format.
         """
 
-    def scan(self, reading: SplitReader) -> Found:
-        """Return what `infer_schema` needs to know of an input split; always `rows`, their
-        number.
-        """
+    def scan(self, reading: SplitReader) -> Scan:
+        """Return what `infer_schema` must know of an input split; always the number of `rows`."""
         rows = self.rows(reading)
         return {"rows": sum(1 if isinstance(row, dict) else len(row) for row in rows)}
 
-    def why_no_rows(self, found: list[Found]) -> str:
+    def why_no_rows(self, scans: list[Scan]) -> str:
         """Return the message where the scans found no row, not even an invalid one."""
         return "no rows in the layout that this importer reads; see onetomany prepare --list"
 
     @abstractmethod
-    def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
-        """Combine the scans of all input splits.
+    def infer_schema(self, input_splits: list[InputSplit], scans: list[Scan]) -> InferredSchema:
+        """Combine the scans of all input splits; `before` of each is the lines that precede it.
 
-        Each scan also has `before`: lines of the file before the split. Raises ValueError where the
-        files do not go together.
+        Raises ValueError where the files do not go together.
         """
 
     def plan(self, source: str, settings: Settings) -> TableShardTask:
@@ -163,7 +160,11 @@ class TableShardTask(ShardTask):
         return self._inferred_schema
 
     def before_shards(
-        self, output: str, check: BudgetCheck, report_progress: ProgressCallback, cpus: float
+        self,
+        output: str,
+        check: BudgetCheck,
+        report_progress: ProgressCallback,
+        cpus: float,
     ) -> None:
         """Scan the source, shard by shard; scans that were kept are not repeated.
 
@@ -184,28 +185,30 @@ class TableShardTask(ShardTask):
                 f"{len(uris) - len(jobs) + number}/{len(uris)} parts",
                 number == len(jobs),
             )
-        found = [one for uri in uris for one in _load(uri)]
+        scans = [scan for uri in uris for scan in _load(uri)]
         self._before, lines = [], Counter()
-        for input_split, one in zip(self.input_splits, found, strict=True):
+        for input_split, scan in zip(self.input_splits, scans, strict=True):
             self._before.append(lines[input_split.entry])
-            lines[input_split.entry] += one["lines"]
-            one["before"] = self._before[-1]
-        self._read = [one["rows"] + one["broken"] for one in found]
+            lines[input_split.entry] += scan["lines"]
+            scan["before"] = self._before[-1]
+        self._read = [scan["rows"] + scan["broken"] for scan in scans]
         self.total = sum(self._read)
         if not self.total:
             raise ValueError(
-                f"{self.input_splits[0].entry.uri}: {self.importer.why_no_rows(found)}"
+                f"{self.input_splits[0].entry.uri}: {self.importer.why_no_rows(scans)}"
             )
         examples = [
             SplitReader(input_split, Opener(), before=before).location(
                 int(at) if at.isdigit() else at
             )
             + f": {reason}"
-            for input_split, one, before in zip(self.input_splits, found, self._before, strict=True)
-            for at, reason in one["examples"]
+            for input_split, scan, before in zip(
+                self.input_splits, scans, self._before, strict=True
+            )
+            for at, reason in scan["examples"]
         ]
-        check(examples, sum(one["broken"] for one in found), self.total)
-        self._inferred_schema = self.importer.infer_schema(self.input_splits, found)
+        check(examples, sum(scan["broken"] for scan in scans), self.total)
+        self._inferred_schema = self.importer.infer_schema(self.input_splits, scans)
         self.notes = {**self._found_notes, **self.inferred_schema.notes}
         self.info = self.inferred_schema.info
         self.label = self.importer.label
@@ -234,9 +237,9 @@ class TableShardTask(ShardTask):
             storage.write_bytes(storage.join(output, "_dropped.parquet"), sink.getvalue())
 
 
-def first_invalid(input_splits: list[InputSplit], found: list[Found]) -> str:
+def first_invalid(input_splits: list[InputSplit], scans: list[Scan]) -> str:
     """Return place and reason of the first invalid row of all scans, "" where there is none."""
-    for input_split, scan in zip(input_splits, found, strict=True):
+    for input_split, scan in zip(input_splits, scans, strict=True):
         for row, reason in scan["examples"][:1]:
             return f"{input_split.name}: {row}: {reason}"
     return ""
@@ -244,13 +247,13 @@ def first_invalid(input_splits: list[InputSplit], found: list[Found]) -> str:
 
 def scan_shard(importer: TableImporter, uri: str, input_splits: list[InputSplit]) -> None:
     """Scan the input splits of a shard and keep the results at `uri`, without pickling."""
-    plain: list[Found] = []
+    plain: list[Scan] = []
     arrays: dict[str, np.ndarray] = {}
     with Opener() as opener:
         for number, input_split in enumerate(input_splits):
             reading = SplitReader(input_split, opener, most=MAX_NAMED)
-            found = importer.scan(reading)
-            found |= {
+            scan = importer.scan(reading)
+            scan |= {
                 "lines": reading.lines,
                 "broken": reading.num_invalid,
                 "examples": [
@@ -258,19 +261,19 @@ def scan_shard(importer: TableImporter, uri: str, input_splits: list[InputSplit]
                     for row in reading.listed
                 ],
             }
-            own = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
+            own = {name: value for name, value in scan.items() if isinstance(value, np.ndarray)}
             arrays |= {f"{number}/{name}": array for name, array in own.items()}
-            plain.append({name: value for name, value in found.items() if name not in own})
+            plain.append({name: value for name, value in scan.items() if name not in own})
     sink = io.BytesIO()
     arrays[PLAIN] = np.frombuffer(json.dumps(plain).encode(), np.uint8)
     np.savez(sink, allow_pickle=False, **arrays)
     checksums.keep_bytes(uri, sink.getvalue())
 
 
-def _load(uri: str) -> list[Found]:
+def _load(uri: str) -> list[Scan]:
     """Read the results that `scan_shard` kept, one for each input split."""
     with np.load(io.BytesIO(checksums.read_kept(uri)), allow_pickle=False) as stored:
-        out: list[Found] = json.loads(stored[PLAIN].tobytes())
+        out: list[Scan] = json.loads(stored[PLAIN].tobytes())
         for name in stored.files:
             if name != PLAIN:
                 number, _, key = name.partition("/")
@@ -284,9 +287,7 @@ def _make(
     payload: list[tuple[InputSplit, int, Any]],
     scratch: Path,
 ) -> ShardResult:
-    """Write the rows of a shard to a Parquet file, with one row group (or what is shuffled) in
-    memory.
-    """
+    """Write a shard's rows to Parquet, with one row group (or what is shuffled) in memory."""
     path, invalid, counts = scratch / "part.parquet", [], Counter()
     with Opener() as opener, RowGroups(path, schema, importer.shuffles_rows) as writer:
         for input_split, before, scan_result in payload:

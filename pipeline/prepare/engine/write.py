@@ -120,9 +120,7 @@ class Preparation:
 
     @cached_property
     def records(self) -> dict[str, ShardRecord]:
-        """Records of the shards that are complete: those with a record and of the size that it
-        states.
-        """
+        """Records of complete shards: those whose file has the size that its record states."""
         files = set(storage.list_files(self.output))
 
         def record(shard: OutputShard) -> ShardRecord | None:
@@ -172,7 +170,9 @@ class Preparation:
         return not self.todo and storage.exists(storage.join(self.output, MANIFEST))
 
     def run(
-        self, report_progress: ProgressCallback = lambda line, final: None, cpus: float = 1.0
+        self,
+        report_progress: ProgressCallback = lambda line, final: None,
+        cpus: float = 1.0,
     ) -> dict[str, Any]:
         """Write the missing shards, as Ray tasks if Ray is running, and the manifest last.
 
@@ -210,6 +210,17 @@ class Preparation:
         )
         self.task.before_shards(self.output, self._check_budget, report_progress, cpus)
         self._check_listed(invalid, self.task.total)
+        self._write_shards(invalid, report_progress, cpus)
+        self._check_source()
+        return self._finish(invalid)
+
+    def _write_shards(
+        self,
+        invalid: list[InvalidRow],
+        report_progress: ProgressCallback,
+        cpus: float,
+    ) -> None:
+        """Write the missing shards and their records; adds their invalid rows to `invalid`."""
         todo = self.todo
         done = len(self.task.invalid) + sum(
             self.task.source_rows(shard) for shard in self.shards if shard.name in self.records
@@ -227,13 +238,9 @@ class Preparation:
                 f"prepare {self.name}: {done}/{self.task.total} rows  {len(invalid)} broken",
                 done == self.task.total,
             )
-        self._check_source()
-        return self._finish(invalid)
 
     def _check_source(self) -> None:
-        """Raise ChangedFileError, naming the file, for a source that was changed meanwhile: its
-        parts then hold old and new rows.
-        """
+        """Raise ChangedFileError if a file of the source was changed while its shards were made."""
         try:
             file_identity.check_unchanged(self._files)
         except file_identity.ChangedFileError as error:
@@ -261,8 +268,8 @@ class Preparation:
     def _check_listed(self, invalid: list[InvalidRow], total: int) -> None:
         """Check the invalid rows against the budget.
 
-        Invalid segments of recordings that were cut are compared with the expected number of rows,
-        extrapolated from the shards that are complete.
+        Rows that are pieces of a recording are compared with an estimate of how many there will be,
+        from the shards that are complete.
         """
         pieces = [row for row in invalid if "pieces" in row]
         groups = [([row for row in invalid if "pieces" not in row], total)]
@@ -285,7 +292,8 @@ class Preparation:
                 f"First ones: {'; '.join(first[:MAX_NAMED])}"
             )
 
-    def _finish(self, invalid: list[InvalidRow]) -> dict[str, Any]:
+    def _summarise(self, invalid: list[InvalidRow]) -> dict[str, Any]:
+        """Write the summary of all shards, and return it."""
         amounts = sum_by_split(
             (name, split, count)
             for record in self.records.values()
@@ -306,6 +314,11 @@ class Preparation:
             storage.join(self.output, "_summary.md"),
             summary.markdown(f"{self.name}: {self.source}", found, self.task.noun).encode(),
         )
+        return found
+
+    def _finish(self, invalid: list[InvalidRow]) -> dict[str, Any]:
+        """Write the summary, the descriptions for others and, last, the manifest."""
+        found = self._summarise(invalid)
         self._describe_for_others(found)
         self.task.after_shards(self.output)
         manifest = atomic_folder.with_checksum(
@@ -370,10 +383,10 @@ def verify(output: str) -> dict[str, Any]:
 def write_shard(make: Callable[[Any, Path], ShardResult], uri: str, payload: Any) -> ShardRecord:
     """Make and write one shard; return its record."""
     with storage.scratch_folder() as scratch:
-        made = make(payload, Path(scratch))
-        entry = s3.call("read", made.file, atomic_folder.entry_of_file, made.file)
-        storage.write_file(uri, made.file)
-    record: dict[str, Any] = {**entry, "rows": made.rows, "broken": made.invalid}
-    if made.amounts:
-        record["amounts"] = made.amounts
+        result = make(payload, Path(scratch))
+        entry = s3.call("read", result.file, atomic_folder.entry_of_file, result.file)
+        storage.write_file(uri, result.file)
+    record: dict[str, Any] = {**entry, "rows": result.rows, "broken": result.invalid}
+    if result.amounts:
+        record["amounts"] = result.amounts
     return cast(ShardRecord, record)

@@ -1,6 +1,4 @@
-"""AN4 (Acero and Stern 1990, Carnegie Mellon): names, addresses and numbers, spelled, with lists
-of files and of transcripts.
-"""
+"""AN4 (Acero and Stern 1990, Carnegie Mellon): names, addresses and numbers, spelled out."""
 
 from __future__ import annotations
 
@@ -31,6 +29,7 @@ LISTS = {
     "train": ("etc/an4_train.fileids", "etc/an4_train.transcription"),
     "test": ("etc/an4_test.fileids", "etc/an4_test.transcription"),
 }
+COLUMNS = ("utterance", "transcript", "speaker")
 NO_WORD = re.compile(r"<[^<>\s]*>|\+\+[^\s]*\+\+|(?<=\S)\(\d+\)")
 """<s>, </s> and <sil>; fillers such as ++NOISE++; the number of a pronunciation: A(2)."""
 
@@ -66,15 +65,19 @@ class An4(AudioImporter):
     """
 
     def index(self, source: str) -> Index:
-        found = archives.listing(source)
+        listing = archives.listing(source)
         ends = LISTS["train"][0]
         root = next(
-            (entry.name.removesuffix(ends) for entry in found.entries if entry.name.endswith(ends)),
+            (
+                entry.name.removesuffix(ends)
+                for entry in listing.entries
+                if entry.name.endswith(ends)
+            ),
             "",
         )
         here = {
             entry.name[len(root) :]: entry._replace(name=entry.name[len(root) :])
-            for entry in found.entries
+            for entry in listing.entries
             if entry.name.startswith(root)
         }
         lists = [name for pair in LISTS.values() for name in pair]
@@ -90,7 +93,7 @@ class An4(AudioImporter):
         audio = _by_stem(here)
         rows: dict[Any, Row] = {}
         said: dict[Any, list[Line]] = {}
-        without_audio, bad = set(), []
+        without_audio, invalid = set(), []
         for split, (ids, transcripts) in LISTS.items():
             for line in lines_of([here[ids]]):
                 name = line.text.strip()
@@ -98,9 +101,9 @@ class An4(AudioImporter):
                 if line.reason or entry is None:
                     without_audio.add(key)
                     reason = line.reason or f"no recording wav/{name} with {', '.join(FORMS)}"
-                    bad.append(invalid_row(line.location, split, reason))
+                    invalid.append(invalid_row(line.location, split, reason))
                 elif key in rows:
-                    bad.append(
+                    invalid.append(
                         invalid_row(line.location, split, f"{name} occurs twice in the list")
                     )
                 else:
@@ -120,15 +123,15 @@ class An4(AudioImporter):
             lambda key: key[0],
             "the transcriptions",
         )
-        bad += wrong
-        columns = dict.fromkeys(("utterance", "transcript", "speaker"), pa.string())
+        invalid += wrong
+        columns: dict[str, pa.DataType] = dict.fromkeys(COLUMNS, pa.string())
         unlisted = {entry.name for entry in audio.values()} - {row["path"] for row in rows.values()}
         notes = {
             "recordings that no list names": len(unlisted),
-            "files left out": count_other_files(found, RAW, *lists),
+            "files left out": count_other_files(listing, RAW, *lists),
         }
-        table = recordings_table(good, columns, source, bad)
-        return Index(table, found.fingerprint, invalid=bad, notes=notes)
+        table = recordings_table(good, columns, source, invalid)
+        return Index(table, listing.fingerprint, invalid=invalid, notes=notes)
 
 
 def _by_stem(here: dict[str, archives.Entry]) -> dict[str, archives.Entry]:
@@ -144,9 +147,7 @@ def _by_stem(here: dict[str, archives.Entry]) -> dict[str, archives.Entry]:
 
 
 def _said(line: Line) -> tuple[str, Line]:
-    """Return (name of the utterance, the line with only its transcript) of `<s> HELLO WORLD </s>
-    (an251-fash-b)`.
-    """
+    """Split `<s> HELLO </s> (an251-fash-b)` into (utterance, the line with its transcript)."""
     found = re.fullmatch(r"\s*(.*?)\s*\(([^()\s]+)\)\s*", line.text)
     if found is None:
         return line.text.strip()[:80], line._replace(

@@ -52,7 +52,7 @@ COLUMN_TYPES = {
 
 
 class Record(NamedTuple):
-    """A row of the CSV: the image's name, the line, and what is written of it (KINDS)."""
+    """A row of the CSV: the image's name, the line, and what is written of it (COLUMN_TYPES)."""
 
     path: str
     line: int
@@ -104,9 +104,9 @@ class ChestXray14(ImageImporter):
                 "--set table=NAME"
             )
         records = _records(uri)
-        found = archives.listing(source)
+        listing = archives.listing(source)
         images: dict[str, archives.Entry] = {}
-        for entry in found.images:
+        for entry in listing.images:
             name = entry.name.rpartition("/")[2]
             if name in images:
                 folders = [posixpath.dirname(one.name) for one in (images[name], entry)]
@@ -134,7 +134,7 @@ class ChestXray14(ImageImporter):
         unlisted = set(images) - {record.path for record in records}
         return Index(
             index_table(rows, {**COLUMN_TYPES, "_line": pa.int64()}, source),
-            found.fingerprint,
+            listing.fingerprint,
             info={"labels": list(FINDINGS), "split": self.options.lists},
             notes={
                 "split": "the official lists"
@@ -152,8 +152,7 @@ class ChestXray14(ImageImporter):
     def _splits(self, source: str, table_uri: str, records: list[Record]) -> dict[str, str]:
         """Return the split of each image by its name.
 
-        Errors name lines of the lists and of the table, since names of images begin with the
-        patient's number.
+        Names begin with the patient's number, so errors have line numbers instead.
         """
         if self.options.lists == "none":
             return {record.path: "train" for record in records}
@@ -228,8 +227,9 @@ def _number(text: str | None) -> int | None:
 
 
 def _years(text: str | None) -> int | None:
-    """Return whole years: the table of 2017 has ages as in DICOM (PS3.5, 6.2: AS), 058Y, 007M or
-    013D, that of 2020 numbers of years.
+    """Return whole years.
+
+    The table of 2020 has years; that of 2017 has ages of DICOM (PS3.5, 6.2: AS): 058Y, 007M, 013D.
     """
     written = (text or "").strip()
     number = _number(written.rstrip("YMD"))
@@ -239,9 +239,7 @@ def _years(text: str | None) -> int | None:
 
 
 def _refuse_patients_in_both(uri: str, records: list[Record], splits: dict[str, str]) -> None:
-    """Raise ValueError where patients have images in both official lists, with their number and
-    the lines; no patient is named.
-    """
+    """Raise ValueError, with line numbers alone, where patients have images in both lists."""
     splits_of_patient: dict[int, set[str]] = {}
     for record in records:
         splits_of_patient.setdefault(record.patient_id, set()).add(splits[record.path])

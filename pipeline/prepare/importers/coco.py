@@ -1,6 +1,4 @@
-"""COCO instances (Lin et al. 2014): boxes, category ids, crowds, and masks of polygons or run
-lengths.
-"""
+"""COCO instances (Lin et al. 2014): boxes, crowds, and masks of polygons or run lengths."""
 
 from __future__ import annotations
 
@@ -129,20 +127,20 @@ class Coco(ImageImporter):
     label = "label_names"
 
     def index(self, source: str) -> Index:
-        found = storage.glob(storage.join(source, self.options.annotations))
-        if not found:
+        files = storage.glob(storage.join(source, self.options.annotations))
+        if not files:
             raise ValueError(
                 f"{source}: no {self.options.annotations} there; pass --set annotations=NAME.json"
             )
         rows, fingerprints, counts, categories = [], [], Counter(), {}
-        for uri in found:
+        for uri in files:
             # Not kept: a second copy of COCO's 450 MB takes 2.2 GB
             ours = {one["id"]: str(one["name"]) for one in _read(uri)["categories"]}
             clash = [i for i in ours.keys() & categories.keys() if ours[i] != categories[i]]
             if clash:
                 raise ValueError(
                     f"{uri}: category {clash[0]} is {ours[clash[0]]!r} here and "
-                    f"{categories[clash[0]]!r} in {found[0]}"
+                    f"{categories[clash[0]]!r} in {files[0]}"
                 )
             categories |= ours
         shift = int(0 in categories)
@@ -150,9 +148,9 @@ class Coco(ImageImporter):
             wrong := [i for i in categories if not 0 <= i + shift < IGNORED]
         ):
             raise ValueError(
-                f"{found[0]}: category ids that a mask of 8 bits cannot hold: {first_few(wrong)}"
+                f"{files[0]}: category ids that a mask of 8 bits cannot hold: {first_few(wrong)}"
             )
-        for uri in found:
+        for uri in files:
             name = re.sub(r"^instances?_", "", PurePosixPath(uri).stem)
             listed = archives.listing(self._images(source, name))
             fingerprints.append(listed.fingerprint)
@@ -251,7 +249,9 @@ class Coco(ImageImporter):
         self._refuse_or_count(missing, "images without a file", "files", uri, counts)
 
     def _segmentations(
-        self, kept: list[tuple[CocoAnnotation, list[float]]], categories: dict[int, str]
+        self,
+        kept: list[tuple[CocoAnnotation, list[float]]],
+        categories: dict[int, str],
     ) -> dict[str, str]:
         """Return the columns from which an image's masks are drawn, as JSON."""
         if self.options.masks == "instance":
@@ -271,7 +271,12 @@ class Coco(ImageImporter):
         return {}
 
     def _refuse_or_count(
-        self, wrong: list[Any], what: str, names: str, uri: str, counts: Counter[str]
+        self,
+        wrong: list[Any],
+        what: str,
+        names: str,
+        uri: str,
+        counts: Counter[str],
     ) -> None:
         if wrong and self.options.missing == "refuse":
             raise ValueError(
@@ -344,7 +349,9 @@ def _by_name(listed: archives.Listing) -> dict[str, archives.Entry]:
 
 
 def _kept(
-    annotations: list[CocoAnnotation], image: CocoImage, counts: Counter[str]
+    annotations: list[CocoAnnotation],
+    image: CocoImage,
+    counts: Counter[str],
 ) -> list[tuple[CocoAnnotation, list[float]]]:
     """Return usable annotations with their box [x, y, width, height], clipped to the image."""
     out = []

@@ -1,6 +1,4 @@
-"""Rows of events to a cohort with labels, without events after the prediction time and without
-outcomes.
-"""
+"""Rows of events to a cohort with labels, without later events and outcomes."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ from pipeline.core.arrow_lists import is_list
 from pipeline.prepare.cohorts import definition
 from pipeline.prepare.engine.importing import Notes, first_few, validated
 from pipeline.prepare.engine.inputs import InputSplit, SplitReader, find_inputs
-from pipeline.prepare.engine.table_importer import Found, InferredSchema, TableImporter
+from pipeline.prepare.engine.table_importer import InferredSchema, Scan, TableImporter
 from pipeline.prepare.readers import parquet
 
 ROWS = {
@@ -103,12 +101,12 @@ class Cohort(TableImporter):
     def _check(self, source: str) -> None:
         """Raise ValueError for a needed column that is missing."""
         assert self.schema is not None
-        there = definition.names_of(self.schema)
-        for name, what in {**ROWS, **self.definition.needs(there)}.items():
-            if name not in there:
+        names = definition.names_of(self.schema)
+        for name, what in {**ROWS, **self.definition.needs(names)}.items():
+            if name not in names:
                 raise ValueError(
                     f"{source}: no column {name} ({what}), which task {self.task} needs; "
-                    f"columns there: {', '.join(there)}"
+                    f"columns there: {', '.join(names)}"
                 )
         for name in definition.LISTS:
             kind = self.schema.field(name).type
@@ -128,17 +126,17 @@ class Cohort(TableImporter):
                 self.definition, table.filter(pa.array(reasons == "")), self.options.history
             )
 
-    def scan(self, reading: SplitReader) -> Found:
+    def scan(self, reading: SplitReader) -> Scan:
         counts: Counter[str] = Counter()
         for _, reasons in self._selected(reading):
             counts.update(reasons.tolist())
         return {"rows": counts.total(), "reasons": dict(counts)}
 
-    def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
+    def infer_schema(self, input_splits: list[InputSplit], scans: list[Scan]) -> InferredSchema:
         assert self.schema is not None
         counts: Counter[str] = Counter()
-        for one in found:
-            counts.update(one["reasons"])
+        for scan in scans:
+            counts.update(scan["reasons"])
         left = dict(sorted((reason, n) for reason, n in counts.items() if reason))
         if not counts[""]:
             raise ValueError(
@@ -146,11 +144,11 @@ class Cohort(TableImporter):
                 f"{', '.join(f'{reason} {n}' for reason, n in left.items())}; "
                 "other rows, or another --set exclude="
             )
-        made, _ = definition.select(
+        selected, _ = definition.select(
             self.definition, self.schema.empty_table(), self.options.history
         )
-        columns = [field for field in made.schema if field.name != "split"]
-        outcomes = [name for name in self.schema.names if name not in made.column_names]
+        columns = [field for field in selected.schema if field.name != "split"]
+        outcomes = [name for name in self.schema.names if name not in selected.column_names]
         notes = {
             "rows of the cohort": counts[""],
             "rows left out": left,
@@ -170,9 +168,7 @@ class Cohort(TableImporter):
 
 
 def _options(task: str, given: dict[str, str]) -> Any:
-    """Parse the options of a definition. Raises ValueError naming the wrong one and the nearest
-    right one.
-    """
+    """Parse a definition's options. Raises ValueError with the nearest name for a wrong one."""
     kind = registry.entry("cohort", task).options
     for name, value in given.items():
         if name not in kind.model_fields:

@@ -1,6 +1,4 @@
-"""Common Voice (Ardila et al. 2020): clips of volunteers reading sentences, with tab-separated
-tables.
-"""
+"""Common Voice (Ardila et al. 2020): clips of volunteers who read sentences."""
 
 from __future__ import annotations
 
@@ -88,25 +86,28 @@ class CommonVoice(AudioImporter):
     label = "language"
 
     def index(self, source: str) -> Index:
-        found = archives.listing(source)
-        tables = self._tables(source, found)
-        clips = {entry.name: entry for entry in audio_entries(found)}
-        rows, bad, columns = [], [], {}
+        listing = archives.listing(source)
+        tables = self._tables(source, listing)
+        clips = {entry.name: entry for entry in audio_entries(listing)}
+        rows, invalid, columns = [], [], {}
         for entry, language in tables:
             more, wrong, names = _read(entry, language, clips)
-            rows, bad = rows + more, bad + wrong
+            rows, invalid = rows + more, invalid + wrong
             columns |= {name: pa.int64() if name in NUMBERS else pa.string() for name in names}
         good, doubled = drop_repeated_keys(rows, lambda row: row["path"])
         overlap = Counter(row["split"] for row in doubled) if self._overlaps else Counter()
-        bad = bad if self._overlaps else [*bad, *doubled]
+        invalid = invalid if self._overlaps else [*invalid, *doubled]
         kinds = {**dict.fromkeys(("transcript", "speaker", "language"), pa.string()), **columns}
         unnamed = clips.keys() - {row["path"] for row in rows}
         notes: Notes = {"clips that no table read names": len(unnamed)}
         if overlap:
             notes["rows of a table whose clip another one has"] = dict(overlap)
-        notes["files left out"] = count_other_files(found, ".tsv")
+        notes["files left out"] = count_other_files(listing, ".tsv")
         return Index(
-            recordings_table(good, kinds, source, bad), found.fingerprint, invalid=bad, notes=notes
+            recordings_table(good, kinds, source, invalid),
+            listing.fingerprint,
+            invalid=invalid,
+            notes=notes,
         )
 
     @property
@@ -115,20 +116,16 @@ class CommonVoice(AudioImporter):
 
     @property
     def _overlaps(self) -> bool:
-        """Whether clips are in several tables on purpose: those of validated, other and
-        invalidated are.
-        """
+        """Whether tables may share clips: validated, other and invalidated do."""
         return not set(self._listed) <= set(SPLITS)
 
-    def _tables(self, source: str, found: archives.Listing) -> list[tuple[archives.Entry, str]]:
-        """Return the chosen tables with their language. Raises ValueError for one that is
-        missing.
-        """
-        there = {entry.name: entry for entry in found.entries if entry.suffix == ".tsv"}
+    def _tables(self, source: str, listing: archives.Listing) -> list[tuple[archives.Entry, str]]:
+        """Return the chosen tables and their language. Raises ValueError for a missing one."""
+        tables = {entry.name: entry for entry in listing.entries if entry.suffix == ".tsv"}
         languages: dict[str, str] = {}
         for folder in sorted(
-            {posixpath.dirname(posixpath.dirname(entry.name)) for entry in audio_entries(found)}
-            & {posixpath.dirname(name) for name in there}
+            {posixpath.dirname(posixpath.dirname(entry.name)) for entry in audio_entries(listing)}
+            & {posixpath.dirname(name) for name in tables}
         ):
             language = posixpath.basename(folder) or posixpath.basename(storage.absolute(source))
             if language in languages:
@@ -150,19 +147,21 @@ class CommonVoice(AudioImporter):
         for language, folder in languages.items() if not wanted else [(wanted, languages[wanted])]:
             for name in self._listed:
                 path = posixpath.join(folder, f"{name}.tsv")
-                if path not in there:
-                    beside = [one for one in there if posixpath.dirname(one) == folder]
+                if path not in tables:
+                    beside = [one for one in tables if posixpath.dirname(one) == folder]
                     listed = [posixpath.basename(one)[:-4] for one in beside]
                     raise ValueError(
                         f"{source}: no {path}; pass --set lists= with those that are there: "
                         f"{first_few(sorted(listed))}"
                     )
-                out.append((there[path], language))
+                out.append((tables[path], language))
         return out
 
 
 def _read(
-    table: archives.Entry, language: str, clips: dict[str, archives.Entry]
+    table: archives.Entry,
+    language: str,
+    clips: dict[str, archives.Entry],
 ) -> tuple[list[Row], list[InvalidRow], list[str]]:
     """Return (rows, invalid rows, which of TEXTS and NUMBERS there are).
 

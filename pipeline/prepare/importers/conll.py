@@ -1,6 +1,4 @@
-"""Named entities, one word a line: CoNLL-2003 (Tjong Kim Sang and De Meulder 2003), WNUT
-(Derczynski et al. 2017).
-"""
+"""Named entities, one word a line: CoNLL-2003 (Tjong Kim Sang and De Meulder), WNUT 2017."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from pipeline.config.registry import Options, register
 from pipeline.media.tagging_schemes import check
 from pipeline.prepare.engine.importing import Notes, Row, first_few
 from pipeline.prepare.engine.inputs import InputSplit, SplitReader, decoded
-from pipeline.prepare.engine.table_importer import Found, InferredSchema, TableImporter
+from pipeline.prepare.engine.table_importer import InferredSchema, Scan, TableImporter
 
 SUFFIXES = (
     ".conll",
@@ -117,38 +115,36 @@ class Conll(TableImporter):
         return super().input_splits(source, part_bytes)
 
     def _sentences(self, reading: SplitReader) -> Iterator[Sentence]:
-        """Yield every sentence of a file, valid or not; lines before the first -DOCSTART- are a
-        document.
-        """
+        """Yield every sentence of a file, valid or not, and the number of its document."""
         o = self.options
         # Other spaces are part of a word
         between = re.compile("\t" if o.separator == "tab" else "[ \t]+")
         words, tags, widths, first, reason, document = [], [], Counter[int](), 0, "", 0
         for number, _, raw in reading.numbered():
-            line, wrong = decoded(raw)
-            wrong = wrong or ("a carriage return within the line" if "\r" in line else "")
+            line, problem = decoded(raw)
+            problem = problem or ("a carriage return within the line" if "\r" in line else "")
             cells = between.split(line if o.separator == "tab" else line.strip(" \t"))
-            starts = not wrong and line.startswith(DOCUMENT)
-            if not wrong and (starts or not line.strip()):
+            starts = not problem and line.startswith(DOCUMENT)
+            if not problem and (starts or not line.strip()):
                 if words or reason:
                     yield Sentence(first, words, tags, widths, document, reason)
                 words, tags, widths, first, reason = [], [], Counter[int](), 0, ""
                 document += starts
                 continue
-            if not wrong and o.comment and line.startswith(o.comment):
+            if not problem and o.comment and line.startswith(o.comment):
                 continue
             first, document = first or number, document or 1
             try:
-                if not wrong:
+                if not problem:
                     widths[min(len(cells), WIDEST)] += 1
                     words.append(cells[o.word_column].strip())
                     tags.append(cells[o.tag_column].strip())
             except IndexError:
                 has_word = -len(cells) <= o.word_column < len(cells)
                 missing = o.tag_column if has_word else o.word_column
-                wrong = f"{len(cells)} columns: no column {missing}"
-            if wrong and not reason:
-                reason = f"line {number + reading.before}: {wrong}"
+                problem = f"{len(cells)} columns: no column {missing}"
+            if problem and not reason:
+                reason = f"line {number + reading.before}: {problem}"
             if len(words) > MAX_WORDS:
                 raise ValueError(
                     f"{reading.location(first)}: more than {MAX_WORDS} words without a blank "
@@ -157,10 +153,8 @@ class Conll(TableImporter):
         if words or reason:
             yield Sentence(first, words, tags, widths, document, reason)
 
-    def scan(self, reading: SplitReader) -> Found:
-        """Count sentences, documents, the columns that most lines have, and what tells the scheme
-        of tags.
-        """
+    def scan(self, reading: SplitReader) -> Scan:
+        """Count sentences, documents and columns, and the tags that tell the scheme."""
         widths, tags, seen = Counter[int](), Counter[str](), Counter[str]()
         rows = last = 0
         for sentence in self._sentences(reading):
@@ -182,13 +176,13 @@ class Conll(TableImporter):
             "begin": seen["B"],
         }
 
-    def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
-        scheme = self.options.scheme if self.options.scheme != "auto" else _scheme(found)
-        inside = sum(one["inside"] for one in found)
+    def infer_schema(self, input_splits: list[InputSplit], scans: list[Scan]) -> InferredSchema:
+        scheme = self.options.scheme if self.options.scheme != "auto" else _scheme(scans)
+        inside = sum(scan["inside"] for scan in scans)
         layouts, documents = [], 0
-        for one in found:
-            layouts.append(FileScan(scheme, one["width"], documents))
-            documents += one["documents"]
+        for scan in scans:
+            layouts.append(FileScan(scheme, scan["width"], documents))
+            documents += scan["documents"]
         notes = {
             "scheme": f"{scheme}, written as bio ({inside} I- became B-)"
             if scheme == "iob1"
@@ -240,9 +234,7 @@ def _against(tags: list[str], scheme: str) -> str:
 
 
 def _openings(tags: list[str]) -> list[str]:
-    """For each tag return "I" or "B" if it is one and the tag before is of another entity, else
-    "".
-    """
+    """Return "I" or "B" for each tag that begins an entity of another type than before, else ""."""
     out, before = [], "O"
     for tag in tags:
         out.append(
@@ -254,11 +246,12 @@ def _openings(tags: list[str]) -> list[str]:
     return out
 
 
-def _scheme(found: list[Found]) -> str:
-    """Return the scheme: bioes has S- or E-; in iob1 an entity begins with I-, and with B- only
-    after one of the same type.
+def _scheme(scans: list[Scan]) -> str:
+    """Return the scheme of the tags.
+
+    bioes has S- or E-. In iob1 an entity begins with I-, and with B- only after one of its type.
     """
-    prefixes = {name for one in found for name in one["prefixes"]} - {""}
+    prefixes = {name for scan in scans for name in scan["prefixes"]} - {""}
     if not prefixes <= {"B", "I", "O", "E", "S"}:
         raise ValueError(
             f"tags that begin with {first_few(sorted(prefixes - set('BIOES')))}: neither bio, "
@@ -269,6 +262,6 @@ def _scheme(found: list[Found]) -> str:
         return "bioes"
     return (
         "iob1"
-        if any(one["inside"] for one in found) and not any(one["begin"] for one in found)
+        if any(scan["inside"] for scan in scans) and not any(scan["begin"] for scan in scans)
         else "bio"
     )

@@ -45,9 +45,12 @@ class Cvat(AnnotatedImagesImporter):
     """
 
     def read(
-        self, source: str, found: archives.Listing, counts: Counter[str]
+        self,
+        source: str,
+        listing: archives.Listing,
+        counts: Counter[str],
     ) -> tuple[list[AnnotatedImage], list[str]]:
-        files = [entry for entry in found.entries if entry.name.lower().endswith(".xml")]
+        files = [entry for entry in listing.entries if entry.name.lower().endswith(".xml")]
         if len(files) != 1:
             what = f"{len(files)} .xml files ({first_few(one.name for one in files)})"
             raise ValueError(
@@ -75,7 +78,10 @@ class Cvat(AnnotatedImagesImporter):
 
 
 def _image(
-    image: ElementTree.Element, where: str, has_masks: bool, counts: Counter[str]
+    image: ElementTree.Element,
+    where: str,
+    has_masks: bool,
+    counts: Counter[str],
 ) -> AnnotatedImage:
     name = image.get("name", "")
     where = f"{where}: image {name}"
@@ -130,7 +136,8 @@ def _box(shape: ElementTree.Element, counts: Counter[str]) -> list[float]:
 def _masked(shape: ElementTree.Element, size: tuple[int, int]) -> AnnotatedObject:
     """Return the object of a <mask>, whose run lengths go along the rows of its own rectangle.
 
-    They alternate background and object, from background on. Raises ValueError for others.
+    They alternate between background and object, and begin with background. Raises ValueError for
+    others.
     """
     left, top, wide, high = (int(shape.attrib[name]) for name in ("left", "top", "width", "height"))
     width, height = size

@@ -19,11 +19,7 @@ from pipeline.prepare.engine.importing import (
     first_few,
 )
 from pipeline.prepare.engine.inputs import InputSplit, SplitReader
-from pipeline.prepare.engine.table_importer import (
-    Found,
-    InferredSchema,
-    TableImporter,
-)
+from pipeline.prepare.engine.table_importer import InferredSchema, Scan, TableImporter
 from pipeline.prepare.engine.value_types import ValueType, common_type
 from pipeline.prepare.readers.dialect import SUFFIXES, Dialect, type_of_field, value_of_field
 
@@ -109,9 +105,7 @@ class Csv(TableImporter):
                 yield row
 
     def _picked(self, header: list[str], place: str) -> list[tuple[str, int]]:
-        """Return (new name, index of the field) of the columns to keep. Raises ValueError for a
-        missing one.
-        """
+        """Return (new name, field) of columns to keep. Raises ValueError for a missing one."""
         split = self.options.split_column
         renamed = [("columns", old) for old in self.mapping.values()]
         check_columns(place, header, *renamed, ("split_column", split))
@@ -135,7 +129,7 @@ class Csv(TableImporter):
             )
         return [*taken, ("split", header.index(split))] if split else taken
 
-    def scan(self, reading: SplitReader) -> Found:
+    def scan(self, reading: SplitReader) -> Scan:
         """Return the columns and what their values look like."""
         types: dict[str, int] = {}
         rows = 0
@@ -148,10 +142,10 @@ class Csv(TableImporter):
                     types[name] = common_type(known, own)
         return {"rows": rows, "kinds": types}
 
-    def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
+    def infer_schema(self, input_splits: list[InputSplit], scans: list[Scan]) -> InferredSchema:
         types: dict[str, ValueType] = {}
-        for one in found:
-            for name, value_type in one["kinds"].items():
+        for scan in scans:
+            for name, value_type in scan["kinds"].items():
                 types[name] = common_type(types.get(name, ValueType.NULL), value_type)
         types.pop("split", None)
         for name, given in self.given_types.items():
@@ -169,8 +163,8 @@ class Csv(TableImporter):
         missing = {
             name: first_few(
                 input_split.name
-                for input_split, one in zip(input_splits, found, strict=True)
-                if one["rows"] and name not in one["kinds"]
+                for input_split, scan in zip(input_splits, scans, strict=True)
+                if scan["rows"] and name not in scan["kinds"]
             )
             for name in types
         }

@@ -170,9 +170,7 @@ class LongTable(GroupedImporter):
             ids = self._ids()
             rows = pa.table({"entity": ids, "split": pa.array([o.split] * len(ids), pa.string())})
             return Entities(
-                rows,
-                {"ids": ids, "start": None, "start_zoned": set()},
-                info=self._info([], []),
+                rows, {"ids": ids, "start": None, "start_zoned": set()}, info=self._info([], [])
             )
         name = o.entities.rpartition("/")[2]
         table = _table(o.entities, (o.entity, o.group))
@@ -312,7 +310,12 @@ class LongTable(GroupedImporter):
             rows, hours, codes, values = (column[good] for column in (rows, hours, codes, values))
             if o.clean == "clinical":
                 values, good = plausible.canonical(
-                    values, codes, names, ranges, reader.dropped, TABLE
+                    values,
+                    codes,
+                    names,
+                    ranges,
+                    reader.dropped,
+                    TABLE,
                 )
                 rows, hours, codes, values = (
                     column[good] for column in (rows, hours, codes, values)
@@ -320,7 +323,11 @@ class LongTable(GroupedImporter):
             yield Events(rows, hours, codes, names, values)
 
     def _hours(
-        self, column: Any, rows: np.ndarray, start: np.ndarray | None, part: InputSplit
+        self,
+        column: Any,
+        rows: np.ndarray,
+        start: np.ndarray | None,
+        part: InputSplit,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return ((n,) hours since the entity's start, (n,) whether they are known).
 
@@ -345,9 +352,7 @@ class LongTable(GroupedImporter):
 
 
 def _is_whole(entry: Any, column: str, opener: Opener) -> bool:
-    """Whether a Parquet table has whole numbers in a column. Raises ValueError if it has no such
-    column.
-    """
+    """Tell whether a Parquet column has whole numbers. Raises ValueError if it is missing."""
     found = read_schema(entry, opener)
     if column not in found.names:
         column = next((name for name in found.names if name.lower() == column.lower()), column)
@@ -424,9 +429,7 @@ def _trimmed(column: Any) -> Any:
 
 
 def _struct(table: pa.Table, names: list[str]) -> pa.Array:
-    """Return static features as a struct: float64, texts or lists of texts. Raises ValueError for
-    other types.
-    """
+    """Return static features as a struct. Raises ValueError for a type that is none."""
     fields = []
     for name in names:
         column = table[name].combine_chunks()

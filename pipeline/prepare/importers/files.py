@@ -13,7 +13,6 @@ from pipeline.config.registry import RecordingOptions, register
 from pipeline.core.arrow_lists import is_text
 from pipeline.data import manifests
 from pipeline.io import file_identity, storage
-from pipeline.io.threads import threaded_map
 from pipeline.prepare.engine import audio, images
 from pipeline.prepare.engine.audio import (
     AudioImporter,
@@ -35,6 +34,7 @@ from pipeline.prepare.engine.importing import (
     invalid_row,
     kind_of_files,
 )
+from pipeline.prepare.engine.located import existing_files
 from pipeline.prepare.engine.shard_tasks import Importer
 from pipeline.prepare.readers.archives import Entry
 
@@ -140,38 +140,34 @@ class _Listed:
             name if not name or storage.is_absolute(name) else storage.join(root, name)
             for name in names
         ]
-        known = {
-            file.uri: file.content
-            for file in file_identity.identify(sorted(set(filter(None, uris))), absent_ok=True)
-        }
-        there = [uri for uri, content in known.items() if content != file_identity.ABSENT]
-        sizes = dict(zip(there, threaded_map(storage.size, there), strict=True))
+        known = existing_files(sorted(set(filter(None, uris))))
         given = self.options.split_column
         splits = self.listed[given].to_pylist() if given else ["train"] * len(names)
         columns = self.listed.select(list(self.kept)).rename_columns(list(self.kept.values()))
         good: list[tuple[Entry, str, Row]] = []
-        bad: list[InvalidRow] = []
+        invalid: list[InvalidRow] = []
         for row, (name, uri, split, more) in enumerate(
             zip(names, uris, splits, columns.to_pylist() or [{}] * len(names), strict=True), 1
         ):
             named = SPLITS.get(str(split).strip().lower(), "")
             reason = "" if named else NO_SPLIT
-            if uri not in sizes:
+            if uri not in known:
                 reason = f"no file {uri}" if name else f"no name in column {self.column}"
             if reason:
                 shown = f"{posixpath.basename(source)}: row {row}"
-                bad.append(invalid_row(shown, named or "train", reason))
+                invalid.append(invalid_row(shown, named or "train", reason))
             else:
-                good.append((Entry.of_file(name, uri, sizes[uri]), named, more))
+                good.append((Entry.of_file(name, uri, known[uri][0]), named, more))
         if not good:
             raise ValueError(
                 f"{source}: none of {len(names)} rows of column {self.column} names a file that is "
-                f"there: {first_few(row['reason'] for row in bad)}; relative names begin in "
+                f"there: {first_few(row['reason'] for row in invalid)}; relative names begin in "
                 f"{root}, pass --set root=FOLDER for another one"
             )
-        contents = [known[uri] for uri in uris if uri]
+        absent = 0, file_identity.ABSENT
+        contents = [known.get(uri, absent)[1] for uri in uris if uri]
         fingerprint = hashlib.sha256(f"{file_identity.fingerprint(source)} {contents}".encode())
-        return good, bad, fingerprint.hexdigest()
+        return good, invalid, fingerprint.hexdigest()
 
     @property
     def types(self) -> dict[str, pa.DataType]:
@@ -185,9 +181,9 @@ class Pictures(_Listed, ImageImporter):
     what = "image"
 
     def index(self, source: str) -> Index:
-        good, bad, fingerprint = self.entries(source)
+        good, invalid, fingerprint = self.entries(source)
         rows = [{**file_row(entry, split), **more} for entry, split, more in good]
-        return Index(index_table(rows, self.types, source), fingerprint, invalid=bad)
+        return Index(index_table(rows, self.types, source), fingerprint, invalid=invalid)
 
 
 class Sounds(_Listed, AudioImporter):
@@ -200,7 +196,9 @@ class Sounds(_Listed, AudioImporter):
         _Listed.__init__(self, options, rows, column)
 
     def index(self, source: str) -> Index:
-        good, bad, fingerprint = self.entries(source)
+        good, invalid, fingerprint = self.entries(source)
         # a table's own column may be called start or entry, too
         rows = [{**recording_row(entry, split), **more} for entry, split, more in good]
-        return Index(recordings_table(rows, self.types, source, bad), fingerprint, invalid=bad)
+        return Index(
+            recordings_table(rows, self.types, source, invalid), fingerprint, invalid=invalid
+        )

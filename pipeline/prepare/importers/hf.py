@@ -1,6 +1,4 @@
-"""Data sets of Hugging Face's library `datasets` (Lhoest et al. 2021): of the hub, in its cache,
-streamed, saved to disk, or in files that it reads.
-"""
+"""Data sets of Hugging Face's library `datasets` (Lhoest et al. 2021): on the hub or on disk."""
 
 from __future__ import annotations
 
@@ -195,7 +193,10 @@ def _plain(stored: Any) -> pa.DataType:
 
 
 def _columns(
-    features: Mapping[str, Any], types: Any, taken: set[str], at: tuple[str, ...] = ()
+    features: Mapping[str, Any],
+    types: Any,
+    taken: set[str],
+    at: tuple[str, ...] = (),
 ) -> Iterator[_OutputColumn]:
     """Yield the columns of features; structs become a column for each field."""
     for name, feature in features.items():
@@ -239,19 +240,19 @@ class HfTask(ShardTask):
     def __init__(self, importer: Hf, source: str, settings: Settings):
         super().__init__(importer, settings)
         options = importer.options
-        self.found = _open_dataset(source, options)
-        self.names = {name: SPLITS.get(name.strip().lower(), name) for name in self.found}
+        self.datasets = _open_dataset(source, options)
+        self.names = {name: SPLITS.get(name.strip().lower(), name) for name in self.datasets}
         if len(set(self.names.values())) < len(self.names):
             raise ValueError(
                 f"{source}: {', '.join(self.names)} are the same splits under two names; pass "
                 "--set splits=NAME,NAME"
             )
-        first = next(iter(self.found.values()))
-        if any(one.features is None for one in self.found.values()):
+        first = next(iter(self.datasets.values()))
+        if any(one.features is None for one in self.datasets.values()):
             raise ValueError(
                 f"{source}: its columns are not known before it is read; leave out streaming"
             )
-        for name, one in self.found.items():
+        for name, one in self.datasets.items():
             if one.features != first.features:
                 raise ValueError(
                     f"{source}: split {name} has other columns than the first one; pass --set "
@@ -260,7 +261,7 @@ class HfTask(ShardTask):
         self._read_features(source, first.features)
         self.order: dict[str, np.ndarray] = {}
         fingerprints, spans = [], []
-        for name, one in self.found.items():
+        for name, one in self.datasets.items():
             if options.streaming:
                 settings.reject(
                     ("rows_per_part", "part_mb"), "of a streamed data set the parts are its own"
@@ -326,10 +327,14 @@ class HfTask(ShardTask):
         self.info = {"classes": classes}
 
     def before_shards(
-        self, output: str, check: BudgetCheck, report_progress: ProgressCallback, cpus: float
+        self,
+        output: str,
+        check: BudgetCheck,
+        report_progress: ProgressCallback,
+        cpus: float,
     ) -> None:
         """Count the rows of streamed splits whose number the data set does not tell."""
-        for name, one in self.found.items():
+        for name, one in self.datasets.items():
             if name not in self.rows:
                 stated = (one.info.splits or {}).get(name)
                 blocks = one.with_format("arrow").iter(batch_size=COUNTED_ROWS)
@@ -351,7 +356,7 @@ class HfTask(ShardTask):
     def payload(self, shard: OutputShard) -> Any:
         """Return (the rows as a data set, their split, their names)."""
         name = self.publisher[shard.name]
-        found = self.found[name]
+        found = self.datasets[name]
         if name not in self.order:
             part = found.shard(num_shards=found.num_shards, index=shard.start)
             return part, shard.split, f"{name}/{shard.start}"
@@ -362,7 +367,7 @@ class HfTask(ShardTask):
         name = self.publisher[shard.name]
         if name in self.order:
             return super().source_rows(shard)
-        parts = self.found[name].num_shards  # of unknown size: shares that add up
+        parts = self.datasets[name].num_shards  # of unknown size: shares that add up
         return self.rows[name] * shard.stop // parts - self.rows[name] * shard.start // parts
 
 
@@ -374,9 +379,7 @@ def _cuts(found: Any, settings: Settings) -> list[int]:
 
 
 def _fingerprint(found: Any, media: str) -> list[str]:
-    """Return what changes with the rows of a split: the content of its Arrow files, and of the
-    images or recordings that they name by path.
-    """
+    """Return the contents of a split's Arrow files, and of the media that they name by path."""
     files = [one["filename"] for one in found.cache_files]
     fingerprint = [one.content for one in file_identity.identify(files)]
     if not files:
@@ -422,7 +425,10 @@ def _make(
 
 
 def _checked(
-    cells: list[Any], paths: list[str], what: str, settings: Settings
+    cells: list[Any],
+    paths: list[str],
+    what: str,
+    settings: Settings,
 ) -> tuple[list[Row], dict[str, str]]:
     """Return (the columns of each valid image or recording, the reasons of the others by path)."""
     good, bad = [], {}

@@ -39,51 +39,51 @@ class ImageFolder(ImageImporter):
     """
 
     def index(self, source: str) -> Index:
-        found = archives.listing(source)
-        tops = _top_folders(found)
-        is_deep = min((depth(entry.name) for entry in found.images), default=0) > 2
+        listing = archives.listing(source)
+        tops = _top_folders(listing)
+        is_deep = min((depth(entry.name) for entry in listing.images), default=0) > 2
         if len(tops) == 1 and is_deep and not all(map(split_of_folder, tops)):
-            parts = found.images[0].name.split("/")
-            found = found.without_common_folder(keep=list(filter(split_of_folder, parts)))
-            tops = _top_folders(found)
+            parts = listing.images[0].name.split("/")
+            listing = listing.without_common_folder(keep=list(filter(split_of_folder, parts)))
+            tops = _top_folders(listing)
         split = self.options.layout == "split/class" or (
             self.options.layout == "auto" and all(map(split_of_folder, tops))
         )
         wanted = 3 if split else 2
-        wrong = [entry.name for entry in found.images if depth(entry.name) != wanted]
+        wrong = [entry.name for entry in listing.images if depth(entry.name) != wanted]
         if wrong:
             raise ValueError(
                 f"{source}: images that do not lie as "
                 f"{'SPLIT/CLASS/FILE' if split else 'CLASS/FILE'}: {first_few(wrong)}; "
                 "move them, or pass --set layout=split/class or class"
             )
-        check_no_empty_classes([*found.empty, *_without_images(found, wanted)], source)
+        check_no_empty_classes([*listing.empty, *_without_images(listing, wanted)], source)
         rows = []
-        for entry in found.images:
+        for entry in listing.images:
             *before, label, _ = entry.name.split("/")
             row_split = (split_of_folder(before[0]) or before[0]) if before else "train"
             rows.append(file_row(entry, row_split, label=label))
         splits = Counter(row["split"] for row in rows)
         return Index(
             index_table(rows, {"label": pa.string()}, source),
-            found.fingerprint,
+            listing.fingerprint,
             info={"labels": sorted({row["label"] for row in rows})},
             notes={
                 "layout": "split/class" if split else "class, all rows in train",
                 "rows": dict(splits),
-                "files left out": found.others(),
+                "files left out": listing.others(),
             },
         )
 
 
-def _top_folders(found: archives.Listing) -> set[str]:
-    return {name.split("/")[0] for name in [*(e.name for e in found.images), *found.empty]}
+def _top_folders(listing: archives.Listing) -> set[str]:
+    return {name.split("/")[0] for name in [*(e.name for e in listing.images), *listing.empty]}
 
 
-def _without_images(found: archives.Listing, wanted: int) -> list[str]:
+def _without_images(listing: archives.Listing, wanted: int) -> list[str]:
     """Return class folders that hold other files only."""
-    full = {entry.name.rpartition("/")[0] for entry in found.images}
+    full = {entry.name.rpartition("/")[0] for entry in listing.images}
     return sorted(
-        {entry.name.rpartition("/")[0] for entry in found.entries if depth(entry.name) == wanted}
+        {entry.name.rpartition("/")[0] for entry in listing.entries if depth(entry.name) == wanted}
         - full
     )

@@ -1,6 +1,4 @@
-"""ImageNet (ILSVRC 2012): class folders or tars for training, flat files with a ground truth for
-validation.
-"""
+"""ImageNet (ILSVRC 2012): training images by class, validation images with a ground truth."""
 
 from __future__ import annotations
 
@@ -85,11 +83,11 @@ class ImageNet(ImageImporter):
         for split, uri in (("train", train), ("validation", validation)):
             if uri is None:
                 continue
-            found = archives.listing(uri)
-            fingerprints.append(found.fingerprint)
-            left[split] = found.others()
-            check_no_empty_classes(found.empty, uri)
-            wnids = {entry.name: _wnid(entry.name) for entry in found.images}
+            listing = archives.listing(uri)
+            fingerprints.append(listing.fingerprint)
+            left[split] = listing.others()
+            check_no_empty_classes(listing.empty, uri)
+            wnids = {entry.name: _wnid(entry.name) for entry in listing.images}
             flat = [name for name, wnid in wnids.items() if wnid is None]
             if flat and (split == "train" or len(flat) < len(wnids)):
                 raise ValueError(
@@ -97,8 +95,8 @@ class ImageNet(ImageImporter):
                     f"{first_few(flat)}; use importer imagefolder for other layouts"
                 )
             if flat:
-                wnids = _truth(source, found.images)
-            rows += [file_row(entry, split, wnid=wnids[entry.name]) for entry in found.images]
+                wnids = _truth(source, listing.images)
+            rows += [file_row(entry, split, wnid=wnids[entry.name]) for entry in listing.images]
         classes = sorted(named) or sorted({row["wnid"] for row in rows})
         unknown = sorted({row["wnid"] for row in rows} - set(classes))
         if unknown:
@@ -150,9 +148,7 @@ def _names(source: str) -> dict[str, str]:
 
 
 def _map(source: str) -> list[tuple[int, str, str]]:
-    """Return (number in the devkit, wnid, name) from map_clsloc.txt or meta.mat; empty where
-    neither is there.
-    """
+    """Return (number in the devkit, wnid, name) of map_clsloc.txt or meta.mat, if there is one."""
     uri = _beside(source, MAP)
     if uri is None and (meta := _beside(source, META)) is not None:
         return _meta(meta)
@@ -166,9 +162,7 @@ def _map(source: str) -> list[tuple[int, str, str]]:
 
 
 def _meta(uri: str) -> list[tuple[int, str, str]]:
-    """Return the same from the 2012 devkit's MATLAB file, whose synsets without children are the
-    classes.
-    """
+    """Return the same of the 2012 devkit's meta.mat: its classes are synsets without children."""
     from scipy.io import loadmat
     from scipy.io.matlab import MatReadError
 

@@ -83,71 +83,71 @@ class Kaldi(AudioImporter):
     """
 
     def index(self, source: str) -> Index:
-        found = archives.listing(source)
-        sets = self._sets(source, found)
-        tables = {entry.name: entry for entry in found.entries}
-        bad: list[InvalidRow] = []
+        listing = archives.listing(source)
+        sets = self._sets(source, listing)
+        tables = {entry.name: entry for entry in listing.entries}
+        invalid: list[InvalidRow] = []
         named: list[tuple[Line, str]] = []
         owners: list[tuple[str, str]] = []
         for folder, split in sets.items():
-            wav = _Table(tables, folder, "wav.scp", split, bad)
+            wav = _Table(tables, folder, "wav.scp", split, invalid)
             for name, line in wav.items():
                 path = _path(line.text)
                 if path is None:
-                    bad.append(invalid_row(line.location, split, IS_COMMAND))
+                    invalid.append(invalid_row(line.location, split, IS_COMMAND))
                 else:
                     named.append((line, path))
                     owners.append((folder, name))
-        where, fingerprint = locate(source, found, named, self.options.root)
+        where, fingerprint = locate(source, listing, named, self.options.root)
         files: dict[str, dict[str, archives.Entry]] = {folder: {} for folder in sets}
         for (folder, name), (line, _), (entry, reason) in zip(owners, named, where, strict=True):
             if entry is None:
-                bad.append(invalid_row(line.location, sets[folder], reason))
+                invalid.append(invalid_row(line.location, sets[folder], reason))
             else:
                 files[folder][name] = entry
         rows = [
             row
             for folder, split in sets.items()
-            for row in _utterances(tables, folder, split, files[folder], bad)
+            for row in _utterances(tables, folder, split, files[folder], invalid)
         ]
         good, doubled = drop_repeated_keys(rows, segment_of)
-        bad += doubled
+        invalid += doubled
         columns = {
             name: pa.string()
             for name in ("utterance", "transcript", "speaker", "gender")
             if any(row[name] is not None for row in good)
         }
         return Index(
-            recordings_table(good, columns, source, bad),
+            recordings_table(good, columns, source, invalid),
             fingerprint,
-            invalid=bad,
+            invalid=invalid,
             notes={
                 "sets": len(sets),
-                "recordings that no line names": unnamed_sounds(found, rows),
-                "files left out": count_other_files(found, *TABLES),
+                "recordings that no line names": unnamed_sounds(listing, rows),
+                "files left out": count_other_files(listing, *TABLES),
             },
         )
 
-    def _sets(self, source: str, found: archives.Listing) -> dict[str, str]:
+    def _sets(self, source: str, listing: archives.Listing) -> dict[str, str]:
         """Return the split of each data directory. Raises ValueError for a missing one."""
-        there = [
+        directories = [
             posixpath.dirname(entry.name)
-            for entry in found.entries
+            for entry in listing.entries
             if posixpath.basename(entry.name) == "wav.scp"
         ]
-        if not there:
+        if not directories:
             raise ValueError(
                 f"{source}: no wav.scp there; a data directory of Kaldi has one, with the path of "
                 "each recording"
             )
         wanted = [name.strip().strip("/") for name in self.options.sets.split(",") if name.strip()]
         for name in wanted:
-            if name not in there:
+            if name not in directories:
                 raise ValueError(
                     f"--set sets={self.options.sets}: no {name}/wav.scp in {source}; "
-                    f"{nearest(name, there)}"
+                    f"{nearest(name, directories)}"
                 )
-        folders = wanted or there
+        folders = wanted or directories
         if self.options.split:
             return {folder: self.options.split for folder in folders}
         base = posixpath.basename(source.rstrip("/"))
@@ -166,11 +166,10 @@ class Kaldi(AudioImporter):
 
 
 def _split_of(folder: str) -> str:
-    """Return the split that a word of a folder's name tells, else one of the folder above, "" for
-    none.
+    """Return the split in a folder's name, else in that of the folder above, else "".
 
-    The last such word counts, since train_dev is held out, but not after "no": tr_no_dev is what
-    is left to train on.
+    The last word counts: train_dev is held out. A word after "no" does not: tr_no_dev is for
+    training.
     """
     names = [re.findall("[a-z]+", name) for name in reversed(folder.lower().split("/"))]
     for words in names:
@@ -193,7 +192,7 @@ class _Table:
         folder: str,
         name: str,
         split: str,
-        bad: list[InvalidRow],
+        invalid: list[InvalidRow],
     ):
         entry = tables.get(posixpath.join(folder, name))
         self.exists = entry is not None
@@ -206,7 +205,7 @@ class _Table:
             if key in self.lines and not reason:
                 reason = f"a second line for {key}, after {self.lines[key].location}"
             if reason:
-                bad.append(invalid_row(line.location, split, reason))
+                invalid.append(invalid_row(line.location, split, reason))
             else:
                 self.lines[key] = line._replace(text=rest.strip())
 
@@ -230,15 +229,15 @@ def _utterances(
     folder: str,
     split: str,
     files: dict[str, archives.Entry],
-    bad: list[InvalidRow],
+    invalid: list[InvalidRow],
 ) -> list[Row]:
-    """Return a row for each utterance of a data directory; invalid ones are added to `bad`."""
-    segments = _Table(tables, folder, "segments", split, bad)
-    texts = _Table(tables, folder, "text", split, bad)
-    speakers = _Table(tables, folder, "utt2spk", split, bad)
-    genders = _Table(tables, folder, "spk2gender", split, bad)
+    """Return a row for each utterance of a data directory; invalid ones are added to `invalid`."""
+    segments = _Table(tables, folder, "segments", split, invalid)
+    texts = _Table(tables, folder, "text", split, invalid)
+    speakers = _Table(tables, folder, "utt2spk", split, invalid)
+    genders = _Table(tables, folder, "spk2gender", split, invalid)
     rows: dict[str, Row] = {}
-    for name, (entry, start, seconds) in _pieces(segments, split, files, bad).items():
+    for name, (entry, start, seconds) in _pieces(segments, split, files, invalid).items():
         speaker = speakers.get(name)
         rows[name] = recording_row(
             entry,
@@ -258,16 +257,17 @@ def _utterances(
         lambda _: split,
         posixpath.join(folder, "text"),
     )
-    bad += wrong
+    invalid += wrong
     return good
 
 
 def _pieces(
-    segments: _Table, split: str, files: dict[str, archives.Entry], bad: list[InvalidRow]
+    segments: _Table,
+    split: str,
+    files: dict[str, archives.Entry],
+    invalid: list[InvalidRow],
 ) -> dict[str, tuple[archives.Entry, float | None, float | None]]:
-    """Return (file, start, length in seconds) of each utterance; None: from the begin, to the
-    end.
-    """
+    """Return (file, start, seconds) of each utterance; None: from the start, to the end."""
     if not segments.exists:
         return {name: (entry, None, None) for name, entry in files.items()}
     found = {}
@@ -284,7 +284,7 @@ def _pieces(
             start, end = times
             found[name] = files[recording], start, None if end == TO_THE_END else end - start
             continue
-        bad.append(invalid_row(line.location, split, reason))
+        invalid.append(invalid_row(line.location, split, reason))
     return found
 
 

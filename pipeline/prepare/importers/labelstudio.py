@@ -1,6 +1,4 @@
-"""Label Studio (labelstud.io/guide/export): boxes, polygons, masks and choices of images in one
-JSON file.
-"""
+"""Label Studio (labelstud.io/guide/export): boxes, polygons, masks and choices in JSON."""
 
 from __future__ import annotations
 
@@ -69,16 +67,19 @@ class LabelStudio(AnnotatedImagesImporter):
     """
 
     def read(
-        self, source: str, found: archives.Listing, counts: Counter[str]
+        self,
+        source: str,
+        listing: archives.Listing,
+        counts: Counter[str],
     ) -> tuple[list[AnnotatedImage], list[str]]:
-        there = {entry.name: entry for entry in found.entries if entry.suffix == ".json"}
-        wanted = [self.options.annotations] if self.options.annotations else list(there)
-        if len(wanted) != 1 or wanted[0] not in there:
+        by_name = {entry.name: entry for entry in listing.entries if entry.suffix == ".json"}
+        wanted = [self.options.annotations] if self.options.annotations else list(by_name)
+        if len(wanted) != 1 or wanted[0] not in by_name:
             raise ValueError(
                 f"{source}: which file is Label Studio's export? There are "
-                f"{first_few(there) or 'no .json files'}; pass --set annotations=FILE"
+                f"{first_few(by_name) or 'no .json files'}; pass --set annotations=FILE"
             )
-        data = archives.read_entry(there[wanted[0]])
+        data = archives.read_entry(by_name[wanted[0]])
         where = f"{source}: {wanted[0]}"
         try:
             tasks = json.loads(data)
@@ -135,7 +136,7 @@ class LabelStudio(AnnotatedImagesImporter):
     def _on_one_object(self, results: list[Any], where: str, counts: Counter[str]) -> list[Any]:
         """Return the results on the one object of the labelling interface that is read.
 
-        Raises ValueError for results on several, of which none is chosen.
+        Raises ValueError where there are several and none is chosen.
         """
         wanted = self.options.to_name
         objects = {result["to_name"] for result in results if result.get("to_name")}
@@ -195,7 +196,10 @@ def _image(
 
 
 def _object(
-    kind: str, value: dict[str, Any], size: tuple[int, int], counts: Counter[str]
+    kind: str,
+    value: dict[str, Any],
+    size: tuple[int, int],
+    counts: Counter[str],
 ) -> AnnotatedObject:
     """Return an object without its name.
 
@@ -280,11 +284,10 @@ def unpack_rle_pack(data: bytes, count: int) -> np.ndarray:
 
 
 def _names_of(value: Any) -> tuple[str, ...]:
-    """Return the names that the image of a local file, an address or an upload may have, () for a
-    value that names no image.
+    """Return the names that an image may have: of a local file, an address or an upload.
 
-    An upload has eight digits before its name, which the file itself has in Label Studio's folder
-    of media, but not where it came from.
+    A name of an upload has eight digits before it, but only in Label Studio's folder. Other values
+    have no names.
     """
     if not isinstance(value, str):
         return ()

@@ -104,7 +104,12 @@ class Lerobot(EpisodeImporter):
         ]
         # Travels to every task: without the episodes
         self.layout = Layout(
-            layout.version, layout.info, layout.features, layout.tasks, [], layout.fingerprint
+            layout.version,
+            layout.info,
+            layout.features,
+            layout.tasks,
+            [],
+            layout.fingerprint,
         )
         notes = {
             "layout": layout.version,
@@ -145,14 +150,12 @@ class Lerobot(EpisodeImporter):
         )
 
     def _check(self, layout: Layout, source: str) -> list[str]:
-        """Check the features of an observation. Raises ValueError for one that is missing or no
-        vector of numbers.
-        """
-        o, there = self.options, layout.features
+        """Return the observed features. Raises ValueError for one that is no vector of numbers."""
+        o, features = self.options, layout.features
         self.layout = layout
         numbers = [
             name
-            for name, about in there.items()
+            for name, about in features.items()
             if str(about["dtype"]).startswith(NUMBERS) and len(about["shape"]) == 1
         ]
         named = parse_names(o.observations)
@@ -163,15 +166,15 @@ class Lerobot(EpisodeImporter):
             for name in names:
                 if name not in numbers:
                     what = (
-                        f"is {there[name]['dtype']} of shape {there[name]['shape']}"
-                        if name in there
+                        f"is {features[name]['dtype']} of shape {features[name]['shape']}"
+                        if name in features
                         else "is not there"
                     )
                     raise ValueError(
                         f"{source}: feature {name!r} for --set {option} {what}, where rows of "
                         f"numbers are needed; {registry.nearest(name, numbers)}"
                     )
-        cameras = [name for name, about in there.items() if about["dtype"] in ("video", "image")]
+        cameras = [name for name, about in features.items() if about["dtype"] in ("video", "image")]
         if o.images and o.images not in cameras:
             raise ValueError(
                 f"{source}: no camera {o.images!r} for --set images; "
@@ -199,7 +202,9 @@ class Lerobot(EpisodeImporter):
     # ------------------------------------------------------------ the episodes of a part
 
     def episodes(
-        self, items: list[tuple[EpisodeInfo, str]], settings: Settings
+        self,
+        items: list[tuple[EpisodeInfo, str]],
+        settings: Settings,
     ) -> Iterator[Result]:
         with Opener() as opener:
             for _, group in groupby(items, key=lambda item: item[0].data.uri):
@@ -220,17 +225,23 @@ class Lerobot(EpisodeImporter):
                     yield self._left_out(episode, split, reason)
 
     def _episodes_of_file(
-        self, first: EpisodeInfo, wanted: dict[int, Any], opener: Opener
+        self,
+        first: EpisodeInfo,
+        wanted: dict[int, Any],
+        opener: Opener,
     ) -> Iterator[tuple[int, pa.Table]]:
-        """Yield (number, rows) of the wanted episodes of a file, in order, with one of them in
-        memory.
-        """
+        """Yield (number, rows) of the wanted episodes of a file, with one in memory."""
         entry = first.data
         input_split = InputSplit(
-            entry.name, "", entry, 0, max(1, len(parquet.row_group_bytes(entry))), entry.size
+            entry.name,
+            "",
+            entry,
+            0,
+            max(1, len(parquet.row_group_bytes(entry))),
+            entry.size,
         )
         with parquet.open_split(SplitReader(input_split, opener)) as file:
-            there = file.schema_arrow.names
+            names = file.schema_arrow.names
             start, stop = _groups(file.metadata, wanted)
         more = [name for name in ("next.reward", *ENDS) if name in self.layout.features]
         needed = [
@@ -239,22 +250,22 @@ class Lerobot(EpisodeImporter):
             *more,
             *self._stored_images(),
         ]
-        if missing_columns := [name for name in ("episode_index", *needed) if name not in there]:
+        if missing_columns := [name for name in ("episode_index", *needed) if name not in names]:
             raise ValueError(
                 f"{entry.name}: no column {missing_columns[0]!r}, which meta/info.json names; "
-                f"there are {first_few(there)}"
+                f"there are {first_few(names)}"
             )
-        if first.video is not None and "timestamp" not in there:
+        if first.video is not None and "timestamp" not in names:
             raise ValueError(
                 f"{entry.name}: no column 'timestamp', by which the frames of "
                 f"{self.options.images} are found; download the file again, or leave "
-                f"--set images= out; there are {first_few(there)}"
+                f"--set images= out; there are {first_few(names)}"
             )
         held: list[pa.Table] = []
         current = -1
         reading = SplitReader(input_split._replace(start=start, stop=stop), opener)
         for _, batch in parquet.batches(
-            reading, list(dict.fromkeys([*(name for name in INDICES if name in there), *needed]))
+            reading, list(dict.fromkeys([*(name for name in INDICES if name in names), *needed]))
         ):
             numbers = batch["episode_index"].to_numpy()
             cuts = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
@@ -277,7 +288,11 @@ class Lerobot(EpisodeImporter):
         return Result(split, invalid=invalid_row(f"episode {episode.number}", split, reason))
 
     def _result(
-        self, episode: EpisodeInfo, split: str, rows: pa.Table, settings: Settings
+        self,
+        episode: EpisodeInfo,
+        split: str,
+        rows: pa.Table,
+        settings: Settings,
     ) -> Result:
         try:
             _check_rows(episode, rows)
@@ -342,7 +357,10 @@ class Lerobot(EpisodeImporter):
         return episode.tasks[0] if episode.tasks else ""
 
     def _images(
-        self, episode: EpisodeInfo, rows: pa.Table, settings: Settings
+        self,
+        episode: EpisodeInfo,
+        rows: pa.Table,
+        settings: Settings,
     ) -> list[bytes] | None:
         if not self.options.images:
             return None
@@ -380,9 +398,7 @@ def _groups(about: Any, wanted: dict[int, Any]) -> tuple[int, int]:
 
 
 def _check_rows(episode: EpisodeInfo, rows: pa.Table) -> None:
-    """Raise UnusableError where an episode's rows are not those that its metadata names, with both
-    numbers.
-    """
+    """Raise UnusableError where an episode's rows are not those that the metadata names."""
     where = episode.data.name
     if episode.rows is not None and episode.rows[1] - episode.rows[0] != episode.length:
         raise UnusableError(
@@ -394,12 +410,12 @@ def _check_rows(episode: EpisodeInfo, rows: pa.Table) -> None:
         raise UnusableError(
             f"{len(rows)} rows in {where}, but its length in the metadata is {episode.length}"
         )
-    there = {
+    columns = {
         name: rows[name].to_numpy()
         for name in ("index", "frame_index", "timestamp")
         if name in rows.column_names
     }
-    index = there.get("index")
+    index = columns.get("index")
     if (
         episode.rows is not None
         and index is not None
@@ -409,13 +425,13 @@ def _check_rows(episode: EpisodeInfo, rows: pa.Table) -> None:
             f"index goes from {index[0]} to {index[-1]} in {where}, but the metadata has rows "
             f"{episode.rows[0]} to {episode.rows[1] - 1}"
         )
-    frame = there.get("frame_index")
+    frame = columns.get("frame_index")
     if frame is not None and (frame != np.arange(len(rows))).any():
         at = int(np.argmax(frame != np.arange(len(rows))))
         raise UnusableError(
             f"frame_index is {frame[at]} in step {at} of {where}, which should count from 0"
         )
-    times = there.get("timestamp")
+    times = columns.get("timestamp")
     if times is not None and (np.isnan(times).any() or (np.diff(times) <= 0).any()):
         raise UnusableError(
             f"timestamp does not ascend in {where}, at step "

@@ -1,6 +1,4 @@
-"""LibriSpeech (Panayotov et al. 2015, openslr.org/12): utterances of read books by subset, speaker
-and chapter, with a file of transcripts a chapter.
-"""
+"""LibriSpeech (Panayotov et al. 2015, openslr.org/12): utterances of read books."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 from pydantic import Field
 
-from pipeline.config.registry import Options, nearest, register
+from pipeline.config.registry import Options, register
 from pipeline.io import storage
 from pipeline.prepare.engine.audio import (
     AudioImporter,
@@ -24,7 +22,7 @@ from pipeline.prepare.engine.audio import (
     recording_row,
     recordings_table,
 )
-from pipeline.prepare.engine.importing import SPLITS, Index, Row, first_few, parse_names
+from pipeline.prepare.engine.importing import SPLITS, Index, Row, chosen_names, first_few
 from pipeline.prepare.readers import archives
 
 TRANSCRIPTS = ".trans.txt"
@@ -68,15 +66,14 @@ class LibriSpeech(AudioImporter):
     label = "subset"
 
     def index(self, source: str) -> Index:
-        found = archives.listing(source)
+        listing = archives.listing(source)
         base = (
             re.sub(r"(\.tar)?\.\w+$", "", posixpath.basename(storage.file_name(source).rstrip("/")))
             if archives.has_suffix(source, *archives.ARCHIVES)
             else posixpath.basename(storage.absolute(source))
         )
-        wanted = parse_names(self.options.subsets)
-        transcripts = [entry for entry in found.entries if entry.name.endswith(TRANSCRIPTS)]
-        read = [*audio_entries(found), *transcripts]
+        transcripts = [entry for entry in listing.entries if entry.name.endswith(TRANSCRIPTS)]
+        read = [*audio_entries(listing), *transcripts]
         by_subset = {entry.name: _place(entry.name, base) for entry in read}
         strange = [name for name, parts in by_subset.items() if parts is None]
         if strange:
@@ -85,13 +82,8 @@ class LibriSpeech(AudioImporter):
                 f"train-, dev- or test-: {first_few(strange)}; move them, or use importer manifest "
                 "for other layouts"
             )
-        there = {parts[0] for parts in by_subset.values() if parts}
-        for name in wanted:
-            if name not in there:
-                raise ValueError(
-                    f"--set subsets={self.options.subsets}: no {name} in {source}; "
-                    f"{nearest(name, there)}"
-                )
+        subsets = {parts[0] for parts in by_subset.values() if parts}
+        wanted = chosen_names("subsets", self.options.subsets, subsets, source)
         taken = {
             name: parts
             for name, parts in by_subset.items()
@@ -104,10 +96,10 @@ class LibriSpeech(AudioImporter):
                 "transcripts are read by importer manifest"
             )
         genders = _genders(
-            [entry for entry in found.entries if posixpath.basename(entry.name) == "SPEAKERS.TXT"]
+            [entry for entry in listing.entries if posixpath.basename(entry.name) == "SPEAKERS.TXT"]
         )
         found_rows = [
-            _row(e, taken[e.name], genders) for e in audio_entries(found) if e.name in taken
+            _row(e, taken[e.name], genders) for e in audio_entries(listing) if e.name in taken
         ]
         rows, doubled = drop_repeated_keys(
             found_rows, lambda row: (row["subset"], row["utterance"])
@@ -123,15 +115,15 @@ class LibriSpeech(AudioImporter):
             lambda key: _split(key[0]),
             f"SPEAKER-CHAPTER{TRANSCRIPTS}",
         )
-        bad = [*doubled, *wrong]
-        empty = [name for name in found.empty if not wanted or set(wanted) & set(name.split("/"))]
+        invalid = [*doubled, *wrong]
+        empty = [name for name in listing.empty if not wanted or set(wanted) & set(name.split("/"))]
         return Index(
-            recordings_table(good, COLUMNS, source, bad),
-            found.fingerprint,
-            invalid=bad,
+            recordings_table(good, COLUMNS, source, invalid),
+            listing.fingerprint,
+            invalid=invalid,
             notes={
                 "speakers of a known gender": len(genders),
-                "files left out": count_other_files(found, TRANSCRIPTS, "SPEAKERS.TXT"),
+                "files left out": count_other_files(listing, TRANSCRIPTS, "SPEAKERS.TXT"),
                 **({"empty folders": first_few(empty)} if empty else {}),
             },
         )
@@ -168,8 +160,9 @@ def _row(entry: archives.Entry, parts: tuple[str, str, str], genders: dict[str, 
 
 
 def _genders(entries: list[archives.Entry]) -> dict[str, str]:
-    """Return M or F by speaker, from lines such as `14 | F | train-clean-360 | 25.03 | Kristin
-    LeMoine`; lines that begin with a semicolon are comments.
+    """Return M or F by speaker, from lines such as `14 | F | train-clean-360 | 25.03 | Name`.
+
+    Lines that begin with a semicolon are comments.
     """
     out: dict[str, str] = {}
     for line in lines_of(entries):

@@ -1,6 +1,4 @@
-"""Manifests of recordings in NeMo's format (docs.nvidia.com/nemo: "Preparing Custom ASR Data"):
-JSON lines, one a recording or a segment of one.
-"""
+"""Manifests of recordings in NeMo's format: JSON lines, one a recording or a segment."""
 
 from __future__ import annotations
 
@@ -31,9 +29,9 @@ from pipeline.prepare.engine.importing import (
     Index,
     InvalidRow,
     Row,
+    chosen_names,
     first_few,
     invalid_row,
-    parse_names,
     split_of_file,
 )
 from pipeline.prepare.engine.inputs import text_problem
@@ -84,16 +82,16 @@ class Manifest(AudioImporter):
     label = "label"
 
     def index(self, source: str) -> Index:
-        found, manifests = self._manifests(source)
-        bad: list[InvalidRow] = []
+        listing, manifests = self._manifests(source)
+        invalid: list[InvalidRow] = []
         lines = [
             (line, split, fields)
             for entry, split in manifests
-            for line, fields in self._objects(entry, split, bad)
+            for line, fields in self._objects(entry, split, invalid)
         ]
         where, fingerprint = locate(
             source,
-            found,
+            listing,
             [(line, fields["audio_filepath"]) for line, _, fields in lines],
             self.options.root,
         )
@@ -101,7 +99,7 @@ class Manifest(AudioImporter):
         rows = []
         for (line, split, fields), (entry, reason) in zip(lines, where, strict=True):
             if entry is None:
-                bad.append(invalid_row(line.location, split, reason))
+                invalid.append(invalid_row(line.location, split, reason))
                 continue
             extra = {_column(name): value for name, value in fields.items() if name not in OWN}
             for name, value in extra.items():
@@ -132,22 +130,20 @@ class Manifest(AudioImporter):
         columns = own | {name: types[name].column_type for name in sorted(types)}
         for row in good:
             row |= {name: convert(row.get(name), of_field) for name, of_field in types.items()}
-        bad += doubled
+        invalid += doubled
         return Index(
-            recordings_table(good, columns, source, bad),
+            recordings_table(good, columns, source, invalid),
             fingerprint,
-            invalid=bad,
+            invalid=invalid,
             notes={
                 "manifests": len(manifests),
-                "recordings that no line names": unnamed_sounds(found, rows),
-                "files left out": count_other_files(found, *SUFFIXES),
+                "recordings that no line names": unnamed_sounds(listing, rows),
+                "files left out": count_other_files(listing, *SUFFIXES),
             },
         )
 
     def _manifests(self, source: str) -> tuple[archives.Listing, list[tuple[archives.Entry, str]]]:
-        """Return (all files, the manifests with their split). Raises ValueError for a missing
-        one.
-        """
+        """Return (all files, manifests and their split). Raises ValueError for a missing one."""
         if (
             storage.exists(source)
             and not storage.is_dir(source)
@@ -156,25 +152,24 @@ class Manifest(AudioImporter):
             entry = archives.Entry.of_file(
                 posixpath.basename(storage.file_name(source)), storage.absolute(source)
             )
-            found = archives.Listing([entry], [], file_identity.fingerprint(source))
+            listing = archives.Listing([entry], [], file_identity.fingerprint(source))
         else:
-            found = archives.listing(source)
-        there = {entry.name: entry for entry in found.entries if entry.suffix in SUFFIXES}
-        wanted = parse_names(self.options.manifests)
-        for name in wanted:
-            if name not in there:
-                raise ValueError(
-                    f"--set manifests={self.options.manifests}: no {name} in {source}; there "
-                    f"are {first_few(there) or 'no .json or .jsonl files'}"
-                )
-        named = [name for name in there if "manifest" in posixpath.basename(name).lower()]
-        chosen = wanted or named or list(there)
+            listing = archives.listing(source)
+        by_name = {entry.name: entry for entry in listing.entries if entry.suffix in SUFFIXES}
+        wanted = chosen_names("manifests", self.options.manifests, by_name, source)
+        named = [name for name in by_name if "manifest" in posixpath.basename(name).lower()]
+        chosen = wanted or named or list(by_name)
         if not chosen:
             raise ValueError(f"{source}: no manifest ({', '.join(SUFFIXES)}) there")
-        return found, [(there[name], self.options.split or split_of_file(name)) for name in chosen]
+        return listing, [
+            (by_name[name], self.options.split or split_of_file(name)) for name in chosen
+        ]
 
     def _objects(
-        self, entry: archives.Entry, split: str, bad: list[InvalidRow]
+        self,
+        entry: archives.Entry,
+        split: str,
+        invalid: list[InvalidRow],
     ) -> Iterator[tuple[Line, Row]]:
         """Yield the valid lines of a manifest with their fields."""
         for line in lines_of([entry]):
@@ -187,7 +182,7 @@ class Manifest(AudioImporter):
                 except (ValueError, RecursionError) as error:
                     reason = f"not JSON: {error}"
             if reason:
-                bad.append(invalid_row(line.location, split, reason))
+                invalid.append(invalid_row(line.location, split, reason))
             else:
                 yield line, fields
 

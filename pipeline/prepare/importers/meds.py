@@ -20,13 +20,7 @@ from pipeline.prepare.engine.importing import Notes, Row, first_few, split_of
 from pipeline.prepare.engine.inputs import InputSplit
 from pipeline.prepare.engine.records import YEAR, RecordsImporter, Windows
 from pipeline.prepare.readers.archives import Listing, Opener, listing
-from pipeline.prepare.readers.csv_blocks import (
-    Column,
-    RowCounts,
-    batches,
-    read_table,
-    split_table,
-)
+from pipeline.prepare.readers.csv_blocks import Column, RowCounts, batches, read_table, split_table
 
 TABLE = "data"
 DATA = {

@@ -1,6 +1,4 @@
-"""MIMIC-III's tables: one row an intensive care stay, with all that was measured and given in its
-hospital admission up to then.
-"""
+"""MIMIC-III's tables: one row an intensive care stay, with all events up to its end."""
 
 from __future__ import annotations
 
@@ -186,9 +184,7 @@ class Mimic3(GroupedImporter):
         return names, out, units
 
     def _labels(self) -> tuple[np.ndarray, list[str], np.ndarray, np.ndarray]:
-        """Read D_ITEMS: (sorted item ids; their labels; the factor and the kind of each one's unit,
-        as `_amount_unit` has them).
-        """
+        """Read D_ITEMS: (sorted item ids, their labels, factors and kinds as of `_amount_unit`)."""
         if "d_items" not in self.tables or not self.options.inputs:
             return np.empty(0, dtype=np.int64), [], np.empty(0), np.empty(0, dtype=np.int64)
         columns = {
@@ -324,8 +320,10 @@ class Mimic3(GroupedImporter):
         values: np.ndarray,
         names: list[str],
     ) -> Events | None:
-        """Add the sum of the three scores of the Glasgow Coma Scale where all are there at one
-        time and no sum is: MetaVision has none. Of several scores of a kind the lowest counts.
+        """Add the sum of the three scores of the Glasgow Coma Scale: MetaVision has none.
+
+        All three must be there at a time, without a sum. Of several scores of a kind the lowest
+        counts.
         """
         if not set(PARTS_OF_GCS) <= set(names):
             return None
@@ -354,8 +352,9 @@ class Mimic3(GroupedImporter):
 
 
 class _Intervals:
-    """Finds the stay of a time: of those under the same key (an admission, a patient) the first
-    that ends at it or after it, if its admission to hospital was before.
+    """Finds the stay at a time among those of one admission or patient.
+
+    It is the first that ends at the time or later, if its hospital admission was before.
     """
 
     def __init__(self, keys: np.ndarray, times: np.ndarray):
@@ -370,24 +369,28 @@ class _Intervals:
         if not len(self.known):
             return np.full(len(keys), -1), np.zeros(len(keys), dtype=bool)
         at = index_in_sorted(self.known, keys)
-        there = at >= 0
+        is_known = at >= 0
         since = np.clip(seconds - self.base, 0, (1 << WIDTH) - 1)
-        place = np.searchsorted(self.packed, (at << WIDTH) + since)
-        stay = self.order[np.minimum(place, len(self.order) - 1)]
+        index = np.searchsorted(self.packed, (at << WIDTH) + since)
+        stay = self.order[np.minimum(index, len(self.order) - 1)]
         inside = (
-            there
-            & (place < len(self.order))
+            is_known
+            & (index < len(self.order))
             & (self.keys[stay] == keys)
             & (seconds >= self.times[stay, 0])
         )
-        return np.where(inside, stay, -1), there
+        return np.where(inside, stay, -1), is_known
 
 
 class _Factors:
     """Factors for the values of a table's items, by the unit of each value (VALUEUOM)."""
 
     def __init__(
-        self, names: list[str], codes: np.ndarray, conversions: np.ndarray, units: list[str]
+        self,
+        names: list[str],
+        codes: np.ndarray,
+        conversions: np.ndarray,
+        units: list[str],
     ):
         self.known, self.variables = plausible.Units(), [names[code] for code in codes]
         self.conversions, self.units = [CONVERSIONS[number] for number in conversions], units
@@ -432,8 +435,8 @@ class _StayReader(EventReader):
     def batches(self, columns: dict[str, Column]) -> Iterator[pa.Table]:
         """Yield the rows as `csv_blocks.batches` does.
 
-        Raises ValueError where times have a zone and those of the stays have none, or the other way
-        round.
+        Raises ValueError where the times of the rows or of the stays have a zone and the others
+        none.
         """
         for batch in super().batches(columns):
             name, zoned = self.input_split.entry.name, self.tally.zoned
@@ -444,7 +447,10 @@ class _StayReader(EventReader):
         return batch.filter(pa.array(self.good))
 
     def assign_stays(
-        self, batch: pa.Table, column: Any, whole_days: bool = False
+        self,
+        batch: pa.Table,
+        column: Any,
+        whole_days: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Assign rows to stays, by the admission that a row names, else by its patient.
 
@@ -463,21 +469,23 @@ class _StayReader(EventReader):
             is_day = (seconds % DAY == 0) | (True in self.keys["zoned"])
             seconds = np.where(is_day, seconds + DAY, seconds)
         admission, patient = filled(batch["hadm_id"], -1), filled(batch["subject_id"], -1)
-        stay, there = self.keys["by_admission"].find(admission, seconds)
-        by_patient, known = self.keys["by_patient"].find(patient, seconds)
+        stay, has_stay = self.keys["by_admission"].find(admission, seconds)
+        by_patient, patient_has_stay = self.keys["by_patient"].find(patient, seconds)
         named = admission >= 0
-        stay, there = np.where(named, stay, by_patient), np.where(named, there, known)
+        stay = np.where(named, stay, by_patient)
+        has_stay = np.where(named, has_stay, patient_has_stay)
         self.begin(len(seconds))
         self.drop(NO_TIME, ~timed)
-        self.drop(NO_STAY, ~there)
+        self.drop(NO_STAY, ~has_stay)
         self.drop(OUTSIDE, stay < 0)
         stay, seconds = stay[self.good], seconds[self.good]
         return stay, (seconds - self.keys["by_admission"].times[stay, 1]) / 3600
 
 
 def _amount_unit(unit: str | None) -> tuple[float, int]:
-    """Return (the factor of a unit as in AMOUNTS, 1 for no unit, NaN for an unknown one; its kind
-    of quantity as an index in AMOUNT_KINDS, -1 for none).
+    """Return (factor of a unit in AMOUNTS, index of its kind in AMOUNT_KINDS).
+
+    No unit has the factor 1 and the kind -1; an unknown one has the factor NaN.
     """
     plain = plausible.plain_unit(unit or "")
     if not plain:
@@ -501,9 +509,7 @@ def _amount_units(written: Any, item_factors: np.ndarray) -> tuple[np.ndarray, n
 
 
 def _name_codes(prefix: str, column: Any) -> tuple[list[str], np.ndarray]:
-    """Return (distinct names, (n,) index of each row's name or -1) of texts with white space
-    normalised.
-    """
+    """Return (distinct names, (n,) index of each row's, -1 for none) with single spaces."""
     text = pc.utf8_trim_whitespace(pc.replace_substring_regex(column.combine_chunks(), r"\s+", " "))
     return variable_codes(text, prefix)
 

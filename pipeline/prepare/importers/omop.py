@@ -286,8 +286,9 @@ class Omop(RecordsImporter):
         return Entities(rows, keys, "patient", timed.invalid, notes, info)
 
     def _check_zones(self, table: str, zoned: set[bool]) -> None:
-        """Raise ValueError where times have a zone and those of a table before have none, or the
-        other way round. `zoned`: as `_zones` gives it.
+        """Raise ValueError where the times of two tables differ in whether they have a zone.
+
+        `zoned`: as `_zones` gives it.
         """
         for other, of_other in self._zoned.items():
             check_zones(self._tables[table].name, zoned, self._tables[other].name, of_other)
@@ -479,9 +480,9 @@ class Omop(RecordsImporter):
                 yield from windows.events(person, time, codes, [DEATH], values, reader)
                 continue
             name = concepts.of(batch["concept"].combine_chunks())
-            there = pc.is_valid(name)
+            has_concept = pc.is_valid(name)
             reader.count(NO_CONCEPT, name.null_count)
-            batch, name = batch.filter(there), name.filter(there)
+            batch, name = batch.filter(has_concept), name.filter(has_concept)
             text = pc.coalesce(
                 concepts.of(batch["value_as_concept_id"].combine_chunks()),
                 batch["value_as_string"].combine_chunks(),
@@ -494,7 +495,7 @@ class Omop(RecordsImporter):
                 CHARACTERS,
                 reader.dropped,
             )
-            kept = np.asarray(there)
+            kept = np.asarray(has_concept)
             yield from windows.events(person[kept], time[kept], *named, reader)
 
 
@@ -505,8 +506,8 @@ def _times(name: str) -> dict[str, Column]:
 def _moments(table: pa.Table, name: str, at_end: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """Return ((n,) int64 microseconds since 1970, (n,) whether there is a time).
 
-    A time of 00:00 is a day, as OMOP writes it where the time is unknown; it counts from its end,
-    or with `at_end` false from its begin.
+    OMOP writes 00:00 for a time that is unknown: that is a day, which counts from its end, or with
+    `at_end` false from its start.
     """
     found = pc.coalesce(*(_microseconds(table[f"{name}_{kind}"]) for kind in ("datetime", "date")))
     time = filled(found, 0)
@@ -557,9 +558,7 @@ def _timed(reader: EventReader) -> Iterator[tuple[pa.Table, np.ndarray, np.ndarr
 
 
 def _used_by(part: InputSplit) -> tuple[np.ndarray, pa.Table, set[bool]]:
-    """Return (ids of all concepts, first and last time of each person, whether its times have
-    a zone) of a piece.
-    """
+    """Return (concepts, first and last time of each person, timezone awareness) of a piece."""
     ids, spans = [np.empty(0, dtype=np.int64)], [NO_SPANS]
     zoned: set[bool] = set()
     with Opener() as opener:

@@ -1,6 +1,4 @@
-"""PhysioNet / Computing in Cardiology Challenge 2012: two days of an intensive care stay, and
-whether the patient left hospital alive.
-"""
+"""PhysioNet / CinC Challenge 2012: two days of an ICU stay, and whether the patient survived."""
 
 from __future__ import annotations
 
@@ -29,11 +27,7 @@ from pipeline.prepare.engine.importing import InvalidRow, Row, first_few, invali
 from pipeline.prepare.engine.inputs import TEXT_EXPANSION, InputSplit
 from pipeline.prepare.engine.records import index_in_sorted
 from pipeline.prepare.readers.archives import Entry, Opener, has_suffix, listing
-from pipeline.prepare.readers.csv_blocks import (
-    Column,
-    read_table,
-    split_table,
-)
+from pipeline.prepare.readers.csv_blocks import Column, read_table, split_table
 
 RECORD = re.compile(r"(?:^|/)set-([a-z])/(\d+)\.txt$")
 OUTCOMES = re.compile(r"(?:^|/)outcomes-([a-z])\.(?:txt|csv)$")
@@ -106,17 +100,17 @@ class Physionet2012(GroupedImporter):
             for kind, name in tables
             if kind == "events" and ("records", name) in tables and name not in self._records
         }
-        there = sorted({*self._records, *self._tables})
-        if not there:
+        present = sorted({*self._records, *self._tables})
+        if not present:
             raise ValueError(
                 f"{source}: neither set-a/NUMBER.txt nor events_a.parquet with "
                 "records_a.parquet there; give the Challenge's folder or archive"
             )
-        wanted = [name for name in self.splits if name in there]
+        wanted = [name for name in self.splits if name in present]
         if not wanted:
             raise ValueError(
                 f"--set split={self.options.split}: none of these sets is there; there are "
-                f"{', '.join(there)}"
+                f"{', '.join(present)}"
             )
         self.sets = wanted
         out, notes = [], {}
@@ -129,7 +123,7 @@ class Physionet2012(GroupedImporter):
             if name in self._tables:
                 events, _ = self._tables[name]
                 out += [[part] for part in split_table(f"set-{name}", events, cut_bytes)]
-        if left := [name for name in there if name not in wanted]:
+        if left := [name for name in present if name not in wanted]:
             notes["sets left out"] = first_few(left)
         if bare := [
             name for name in wanted if name in self._records and name not in self._outcomes
@@ -261,11 +255,14 @@ class Physionet2012(GroupedImporter):
         yield self._clean(reader, numbers, (hours * 60 + minutes) / 60, names, values)
 
     def _clean(
-        self, reader: EventReader, numbers: np.ndarray, hours: np.ndarray, names: Any, texts: Any
+        self,
+        reader: EventReader,
+        numbers: np.ndarray,
+        hours: np.ndarray,
+        names: Any,
+        texts: Any,
     ) -> Events:
-        """Return the valid events: of a known record, with a name and a plausible number (-1 is
-        unknown).
-        """
+        """Return the valid events: of a known record, with a name and a plausible number."""
         known = reader.keys[reader.table.removeprefix("set-")]
         found = plausible.numbers(texts)
         vocabulary, codes = variable_codes(names)
@@ -280,7 +277,12 @@ class Physionet2012(GroupedImporter):
             column[reader.good] for column in (rows, hours, codes, found.values)
         )
         values, inside = plausible.canonical(
-            values, codes, vocabulary, self._ranges, reader.dropped, reader.table
+            values,
+            codes,
+            vocabulary,
+            self._ranges,
+            reader.dropped,
+            reader.table,
         )
         return Events(rows[inside], hours[inside], codes[inside], vocabulary, values[inside])
 
@@ -294,7 +296,9 @@ def _expansion(entry: Entry) -> int:
 
 
 def _rows_of_numbers(
-    entry: Entry, columns: tuple[str, ...], opener: Opener
+    entry: Entry,
+    columns: tuple[str, ...],
+    opener: Opener,
 ) -> Iterator[dict[str, float]]:
     """Yield the rows of a table of numbers that have a RecordID; NaN for what is no number."""
     needed = ("RecordID", "In-hospital_death")
@@ -322,9 +326,7 @@ def _lines(entry: Entry, opener: Opener) -> list[str]:
 
 
 def _record(entry: Entry, lines: list[str]) -> tuple[dict[str, float], list[str], str]:
-    """Return (the first value of each general descriptor at 00:00, lines of events, "") of a
-    record, or ({}, [], why it is invalid).
-    """
+    """Return (descriptors at 00:00, lines of events, "") or ({}, [], why it is invalid)."""
     header = [part.strip() for part in lines[0].split(",")] if lines else []
     if header != ["Time", "Parameter", "Value"]:
         return {}, [], "no line Time,Parameter,Value at its begin"

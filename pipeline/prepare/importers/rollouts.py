@@ -1,6 +1,4 @@
-"""Demonstrations in simulation: episodes of an expert in worlds of given or random dynamics, one
-row each.
-"""
+"""Demonstrations in simulation: episodes of an expert, one row each."""
 
 from __future__ import annotations
 
@@ -33,9 +31,7 @@ from pipeline.simulation.environment import World
 from pipeline.simulation.trained_policy import TrainedPolicy
 
 SPLITS = {"train": "episodes", "validation": "validation_episodes", "test": "test_episodes"}
-"""Splits, whose positions here are part of the seeds, and the option with the number of episodes
-of each.
-"""
+"""Splits, whose order is part of the seeds, and the option with each one's episodes."""
 SEED_BITS = 53
 """Seeds of worlds are whole numbers that JSON readers keep exactly."""
 PPO, WORLDS = "ppo", 8
@@ -295,9 +291,7 @@ class Rollouts(EpisodeImporter):
         return seen.shape[0], done.shape[0] if done.shape else 4
 
     def _check_trained(self, world: World) -> None:
-        """Raise ValueError for an expert that was trained in another environment or for another
-        skill; its dynamics may differ.
-        """
+        """Raise ValueError for an expert of another environment or skill; dynamics may differ."""
         own = World.parse(self.trained.metadata.get("world", ""))
         if (own.id, own.skill) != (world.id, world.skill):
             theirs, asked = (

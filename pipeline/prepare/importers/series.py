@@ -23,8 +23,8 @@ from pipeline.prepare.engine.importing import (
 )
 from pipeline.prepare.engine.inputs import InputSplit, SplitReader, find_inputs, whole_files
 from pipeline.prepare.engine.table_importer import (
-    Found,
     InferredSchema,
+    Scan,
     TableImporter,
     first_invalid,
 )
@@ -188,10 +188,9 @@ class Series(TableImporter):
         return files, listed.fingerprint, listed.notes
 
     def _roles(self, input_split: InputSplit, opener: Opener) -> logs.ColumnRoles:
-        """Return what the columns are, as the first file has them.
+        """Return what the columns are, by the first file, in terms of trajectories.
 
-        Its names are those of trajectories: an episode is a recording, observations are channels,
-        and the reward is the value.
+        An episode is a recording, observations are channels, and the reward is the value.
         """
         o = self.options
         names = [name.strip() for name in read_schema(input_split.entry, opener).names]
@@ -230,7 +229,10 @@ class Series(TableImporter):
     # ------------------------------------------------------------ the two passes
 
     def _segments(
-        self, reading: SplitReader, episodes: list[logs.EpisodeRows], counts: Counter[str]
+        self,
+        reading: SplitReader,
+        episodes: list[logs.EpisodeRows],
+        counts: Counter[str],
     ) -> Iterator[Segment]:
         """Yield the valid segments of a file; the others go to `reading.bad`."""
         is_cut = self._shares or bool(self.options.split_column)
@@ -257,8 +259,9 @@ class Series(TableImporter):
                 yield Segment(name, split, steps, *self._cut(steps, counts), subject)
 
     def _subject(self, rows: pa.Table, counts: Counter[str]) -> str | None:
-        """Return the patient or robot of a recording, None where no step has one. Raises
-        UnusableError where there are several, without their names.
+        """Return the patient or robot of a recording, None where no step has one.
+
+        Raises UnusableError, without names, where there are several.
         """
         subjects = _codes(rows, self.options.subject)[1] if self.options.subject else []
         if len(subjects) > 1:
@@ -288,7 +291,7 @@ class Series(TableImporter):
         counts[TOO_SHORT] += int((covered.cumsum()[:-1] == 0).sum())
         return np.array(starts, dtype=np.int64), np.array(stops, dtype=np.int64)
 
-    def scan(self, reading: SplitReader) -> Found:
+    def scan(self, reading: SplitReader) -> Scan:
         file, counts = reading.input_split, Counter[str]()
         episodes = logs.find_episodes(
             file, logs.log_name(file), self.roles, self.rules, reading.opener
@@ -315,26 +318,26 @@ class Series(TableImporter):
             "longest": longest,
         }
 
-    def why_no_rows(self, found: list[Found]) -> str:
-        counts = sum((Counter(file["counts"]) for file in found), Counter[str]())
+    def why_no_rows(self, scans: list[Scan]) -> str:
+        counts = sum((Counter(file["counts"]) for file in scans), Counter[str]())
         reasons = ", ".join(f"{what}: {count}" for what, count in counts.items())
         steps = self.options.window
         return (
             f"no {f'window of {steps} steps' if steps else 'recording'} is left; the longest "
             "recording, or part of one in a split, has "
-            f"{max(file['longest'] for file in found)} steps ({reasons})"
+            f"{max(file['longest'] for file in scans)} steps ({reasons})"
         )
 
-    def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
+    def infer_schema(self, input_splits: list[InputSplit], scans: list[Scan]) -> InferredSchema:
         o = self.options
-        counts = sum((Counter(one["counts"]) for one in found), Counter[str]())
-        channels, invalid = self.roles.observations, sum(one["broken"] for one in found)
-        first = f"; invalid: {invalid}, the first one: {first_invalid(input_splits, found)}"
-        if not any(one["rows"] for one in found):  # then some are invalid
-            is_any = any(one["longest"] for one in found)
-            why = self.why_no_rows(found) if is_any else "no recording is valid"
+        counts = sum((Counter(scan["counts"]) for scan in scans), Counter[str]())
+        channels, invalid = self.roles.observations, sum(scan["broken"] for scan in scans)
+        first = f"; invalid: {invalid}, the first one: {first_invalid(input_splits, scans)}"
+        if not any(scan["rows"] for scan in scans):  # then some are invalid
+            is_any = any(scan["longest"] for scan in scans)
+            why = self.why_no_rows(scans) if is_any else "no recording is valid"
             raise ValueError(f"{why}{first}")
-        if empty := [name for name in channels if not any(f["num_finite"][name] for f in found)]:
+        if empty := [name for name in channels if not any(f["num_finite"][name] for f in scans)]:
             raise ValueError(
                 f"{input_splits[0].name}: channels without any number: {first_few(empty)}; leave "
                 f"them out of --set channels={first if invalid else ''}"
@@ -349,14 +352,14 @@ class Series(TableImporter):
             *([pa.field("value", pa.float64())] if o.value else []),
         ]
         notes: Notes = {"channels": len(channels), **counts}
-        files = Counter(name for one in found for name in {log for log, *_ in one["episodes"]})
+        files = Counter(name for scan in scans for name in {log for log, *_ in scan["episodes"]})
         if doubled := sum(count > 1 for count in files.values()):
             notes[SAME_NAMES] = doubled
         scan_results = [
-            [(f"{file.name}/{log}" if doubled else log, *rest) for log, *rest in one["episodes"]]
-            for file, one in zip(input_splits, found, strict=True)
+            [(f"{file.name}/{log}" if doubled else log, *rest) for log, *rest in scan["episodes"]]
+            for file, scan in zip(input_splits, scans, strict=True)
         ]
-        if median_steps := [step for file in found for step in file["median_steps"]]:
+        if median_steps := [step for file in scans for step in file["median_steps"]]:
             unit = MICROSECONDS_PER_SECOND if self.roles.moments else 1
             low, high = min(median_steps) / unit, max(median_steps) / unit
             is_one_rate = high < 1.01 * low
@@ -450,9 +453,7 @@ def _folder(file: InputSplit) -> str:
 
 
 def _codes(rows: pa.Table, column: str) -> tuple[np.ndarray, list[Any]]:
-    """Return (steps,) the number of each step's value among the distinct ones, -1 where there is
-    none, and the distinct ones.
-    """
+    """Return ((steps,) the index of each step's value, -1 for none; the distinct values)."""
     values = rows[column].combine_chunks()
     if pa.types.is_string(values.type):
         values = pc.utf8_trim_whitespace(values)

@@ -1,6 +1,4 @@
-"""Speech Commands (Warden 2018): one folder a word with clips of one second, two lists of held-out
-clips, and background noise.
-"""
+"""Speech Commands (Warden 2018): clips of one second, in one folder a word."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from typing import Literal
 import pyarrow as pa
 from pydantic import Field
 
-from pipeline.config.registry import Options, nearest, register
+from pipeline.config.registry import Options, register
 from pipeline.media import audio_io
 from pipeline.prepare.engine.audio import (
     AudioImporter,
@@ -26,9 +24,9 @@ from pipeline.prepare.engine.importing import (
     Index,
     InvalidRow,
     Row,
+    chosen_names,
     first_few,
     invalid_row,
-    parse_names,
 )
 from pipeline.prepare.readers import archives
 from pipeline.prepare.readers.picture_check import BrokenImageError
@@ -84,9 +82,9 @@ class SpeechCommands(AudioImporter):
     label = "label"
 
     def index(self, source: str) -> Index:
-        found = archives.listing(source).without_common_folder()
+        listing = archives.listing(source).without_common_folder()
         words: dict[str, list[archives.Entry]] = {}
-        for entry in audio_entries(found):
+        for entry in audio_entries(listing):
             folder = posixpath.dirname(entry.name)
             if not folder or "/" in folder:
                 raise ValueError(
@@ -95,13 +93,13 @@ class SpeechCommands(AudioImporter):
                 )
             words.setdefault(folder, []).append(entry)
         noise = words.pop(NOISE, [])
-        bare = sorted({name for name in found.empty if "/" not in name} - {NOISE})
+        bare = sorted({name for name in listing.empty if "/" not in name} - {NOISE})
         if bare:
             raise ValueError(
                 f"{source}: folders of words without recordings: {first_few(bare)}; fill or "
                 "remove them"
             )
-        split_of, unlisted = self._splits(source, found, words)
+        split_of, unlisted = self._splits(source, listing, words)
         labels = self._labels(source, words)
         rows: list[Row] = []
         for word, entries in words.items():
@@ -109,38 +107,33 @@ class SpeechCommands(AudioImporter):
                 columns = {"label": labels[word], "word": word, "speaker": _speaker(entry.name)}
                 rows.append(recording_row(entry, split_of[entry.name], **columns))
         quiet, wrong = self._noise(noise) if self.options.silence else ([], [])
-        bad = [*unlisted, *wrong]
+        invalid = [*unlisted, *wrong]
         types: dict[str, pa.DataType] = dict.fromkeys(("label", "word", "speaker"), pa.string())
         return Index(
-            recordings_table(rows + quiet, types, source, bad),
-            found.fingerprint,
-            invalid=bad,
+            recordings_table(rows + quiet, types, source, invalid),
+            listing.fingerprint,
+            invalid=invalid,
             info={"labels": sorted({row["label"] for row in rows + quiet})},
             notes={
                 "split": self.options.split,
                 "words": len(words),
                 "files of background noise": len(noise),
                 "clips of other words left out": sum(map(len, words.values())) - len(rows),
-                "files left out": count_other_files(found, *LISTS.values()),
+                "files left out": count_other_files(listing, *LISTS.values()),
             },
         )
 
     def _labels(self, source: str, words: dict[str, list[archives.Entry]]) -> dict[str, str]:
-        """Return the label of each word, "" for one that is left out. Raises ValueError for a word
-        without a folder.
-        """
-        wanted = parse_names(self.options.words)
-        for word in wanted:
-            if word not in words:
-                raise ValueError(
-                    f"--set words={self.options.words}: no folder {word} in {source}; "
-                    f"{nearest(word, words)}"
-                )
+        """Return each word's label, "" to leave it out. Raises ValueError for a missing word."""
+        wanted = chosen_names("words", self.options.words, words, source)
         other = "" if self.options.unknown == "none" else self.options.unknown
         return {word: word if not wanted or word in wanted else other for word in words}
 
     def _splits(
-        self, source: str, found: archives.Listing, words: dict[str, list[archives.Entry]]
+        self,
+        source: str,
+        listing: archives.Listing,
+        words: dict[str, list[archives.Entry]],
     ) -> tuple[dict[str, str], list[InvalidRow]]:
         """Return (the split of every clip, listed names without a clip).
 
@@ -151,7 +144,7 @@ class SpeechCommands(AudioImporter):
             return {name: _hashed(name) for name in names}, []
         if self.options.split != "official":
             return {name: str(self.options.split) for name in names}, []
-        lists = {entry.name: entry for entry in found.entries if entry.name in LISTS.values()}
+        lists = {entry.name: entry for entry in listing.entries if entry.name in LISTS.values()}
         missing = [name for name in LISTS.values() if name not in lists]
         if missing:
             raise ValueError(
@@ -159,33 +152,31 @@ class SpeechCommands(AudioImporter):
                 "words, or pass --set split=hash or split=train"
             )
         out: dict[str, str] = dict.fromkeys(names, "train")
-        bad: list[InvalidRow] = []
+        invalid: list[InvalidRow] = []
         for split, file in LISTS.items():
             for line in lines_of([lists[file]]):
                 name = posixpath.normpath(line.text.strip().replace("\\", "/"))
                 if name not in out:
                     reason = line.reason or f"no recording {name}"
-                    bad.append(invalid_row(line.location, split, reason))
+                    invalid.append(invalid_row(line.location, split, reason))
                 elif out[name] not in ("train", split):
                     raise ValueError(
                         f"{source}: {name} stands in both lists; a clip lies in one split"
                     )
                 else:
                     out[name] = split
-        return out, bad
+        return out, invalid
 
     def _noise(self, entries: list[archives.Entry]) -> tuple[list[Row], list[InvalidRow]]:
-        """Return (a row for each second of noise, unusable files); neighbouring windows of a file
-        are in one split.
-        """
-        windows, rows, bad = [], [], []
+        """Return (a row for each second of noise, unusable files). Splits are cut by time."""
+        windows, rows, invalid = [], [], []
         with archives.Reader() as reader:
             for entry in sorted(entries, key=lambda entry: (entry.uri, entry.offset)):
                 try:
                     count = int(audio_io.inspect(reader.entry(entry)).seconds / WINDOW_SECONDS)
                     windows += [(entry, i, count) for i in range(count)]
                 except (audio_io.BrokenAudioError, BrokenImageError) as error:
-                    bad.append(invalid_row(entry.name, "train", str(error)))
+                    invalid.append(invalid_row(entry.name, "train", str(error)))
         for entry, i, count in windows:
             split = (
                 self.options.split
@@ -195,7 +186,7 @@ class SpeechCommands(AudioImporter):
             start, label = i * WINDOW_SECONDS, self.options.silence
             window = recording_row(entry, split, start=start, seconds=WINDOW_SECONDS, label=label)
             rows.append({**window, "word": None, "speaker": None})
-        return rows, bad
+        return rows, invalid
 
 
 def _speaker(name: str) -> str | None:
@@ -211,8 +202,9 @@ def _held_out(percent: float) -> str:
 
 
 def _hashed(name: str) -> str:
-    """Return the split by `which_set` of the data set's README: SHA-1 of the file's name up to
-    _nohash_, so that a speaker stays in one split as clips are added.
+    """Return the split of a clip by `which_set` of the data set's README: a hash of the speaker.
+
+    Speakers so stay in one split as clips are added.
     """
     digest = hashlib.sha1(re.sub(r"_nohash_.*$", "", posixpath.basename(name)).encode()).hexdigest()
     return _held_out(int(digest, 16) % (MAX_CLIPS + 1) * (100.0 / MAX_CLIPS))

@@ -1,6 +1,4 @@
-"""Questions on paragraphs with answers as spans: SQuAD v1.1 (Rajpurkar et al. 2016) and v2.0
-(Rajpurkar, Jia and Liang 2018).
-"""
+"""Questions on paragraphs with answers as spans: SQuAD v1.1 and v2.0 (Rajpurkar et al.)."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from pipeline.config.registry import Options, register
 from pipeline.io.json_values import JsonObject
 from pipeline.prepare.engine.importing import Notes, Row
 from pipeline.prepare.engine.inputs import InputSplit, SplitReader, text_problem
-from pipeline.prepare.engine.table_importer import Found, InferredSchema, TableImporter
+from pipeline.prepare.engine.table_importer import InferredSchema, Scan, TableImporter
 from pipeline.prepare.readers.archives import MAX_FILE_BYTES
 
 SHOWN = 40
@@ -66,10 +64,8 @@ class Squad(TableImporter):
     suffixes = (".json",)
     amounts = {"characters of questions": "question"}
 
-    def scan(self, reading: SplitReader) -> Found:
-        """Return the ids of valid questions, to find repeated ones, and what the questions are
-        like.
-        """
+    def scan(self, reading: SplitReader) -> Scan:
+        """Return the ids of valid questions, to find repeated ones, and counts of questions."""
         ids, counts = [], Counter[str]()
         for row, reason, moved in self._questions(reading):
             ids.append("" if reason else row["id"])
@@ -81,15 +77,15 @@ class Squad(TableImporter):
                 )
         return {"ids": ids, **{name: counts[name] for name in ("rows", "unanswerable", "moved")}}
 
-    def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
+    def infer_schema(self, input_splits: list[InputSplit], scans: list[Scan]) -> InferredSchema:
         seen: set[str] = set()
         repeated: list[frozenset[int]] = []
-        for one in found:
+        for scan in scans:
             again = [
-                i for i, name in enumerate(one["ids"]) if name and (name in seen or seen.add(name))
+                i for i, name in enumerate(scan["ids"]) if name and (name in seen or seen.add(name))
             ]
             repeated.append(frozenset(again))
-        total = {name: sum(one[name] for one in found) for name in ("unanswerable", "moved")}
+        total = {name: sum(scan[name] for scan in scans) for name in ("unanswerable", "moved")}
         notes: Notes = {"unanswerable questions": total["unanswerable"]}
         if self.options.repair:
             notes["answers moved to where they stand"] = total["moved"]
@@ -114,9 +110,7 @@ class Squad(TableImporter):
                 yield dict(row)
 
     def _questions(self, reading: SplitReader) -> Iterator[tuple[Question, str, int]]:
-        """Yield (row, "" or why it is invalid, how many answers were moved) for every question of
-        a file.
-        """
+        """Yield (row, "" or why it is invalid, number of moved answers) of each question."""
         for title, context, qa in _walk(_document(reading), reading.input_split.name):
             identifier = qa.get("id")
             texts: dict[str, Any] = {
@@ -188,9 +182,7 @@ class Squad(TableImporter):
 
 
 def _name(row: Question, number: int) -> str:
-    """Return what a question is called in the list of invalid rows: its id, if it can be
-    written.
-    """
+    """Return the name of a question in the list of invalid rows: its id, where it can be."""
     return f"question {number}" if not row["id"] or text_problem(row["id"], "id") else row["id"]
 
 
@@ -200,9 +192,7 @@ def _short(text: str) -> str:
 
 
 def _document(reading: SplitReader) -> Any:
-    """Parse the JSON of a file; bytes that are not UTF-8 only invalidate the rows that hold
-    them.
-    """
+    """Parse a file's JSON; bytes that are not UTF-8 only invalidate the rows with them."""
     data = reading.whole()
     if data is None:
         raise ValueError(
@@ -218,9 +208,7 @@ def _document(reading: SplitReader) -> Any:
 
 
 def _walk(document: Any, name: str) -> Iterator[tuple[str, Any, JsonObject]]:
-    """Yield (title, context, question) of all questions. Raises ValueError for JSON of another
-    layout.
-    """
+    """Yield (title, context, question) of all questions. Raises ValueError for other JSON."""
     try:
         for number, article in enumerate(document["data"]):
             for paragraph in article["paragraphs"]:

@@ -1,6 +1,4 @@
-"""Plain tables, one row an entity: numbers and categories to a struct column, with label, id and
-group.
-"""
+"""Plain tables, one row an entity: numbers and categories to a struct column."""
 
 from __future__ import annotations
 
@@ -33,11 +31,7 @@ from pipeline.prepare.engine.inputs import (
     find_inputs,
     plain_suffix,
 )
-from pipeline.prepare.engine.table_importer import (
-    Found,
-    InferredSchema,
-    TableImporter,
-)
+from pipeline.prepare.engine.table_importer import InferredSchema, Scan, TableImporter
 from pipeline.prepare.engine.value_types import ValueType, common_type
 from pipeline.prepare.readers import dialect, parquet
 
@@ -185,9 +179,7 @@ class Table(TableImporter):
             )
 
     def _wanted(self, names: list[str], place: str) -> list[str]:
-        """Return the columns to read. Raises ValueError for an option that names an unknown
-        column.
-        """
+        """Return the columns to read. Raises ValueError for an option with an unknown one."""
         o = self.options
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"{place}: two columns are called {twice[0]!r}; rename one")
@@ -206,7 +198,10 @@ class Table(TableImporter):
         return [*features, *own]
 
     def _drop_unlabelled_rows(
-        self, reading: SplitReader, places: list[int], columns: dict[str, list[Any]]
+        self,
+        reading: SplitReader,
+        places: list[int],
+        columns: dict[str, list[Any]],
     ) -> Iterator[tuple[list[int], dict[str, list[Any]]]]:
         """Drop rows without label or split from a batch; these go to `reading.bad`."""
         lacking: dict[int, str] = {}
@@ -237,10 +232,8 @@ class Table(TableImporter):
 
     # ------------------------------------------------------------ the two passes
 
-    def scan(self, reading: SplitReader) -> Found:
-        """For each column return the type of its values, how many are missing or no number, and
-        its distinct values as long as they are few.
-        """
+    def scan(self, reading: SplitReader) -> Scan:
+        """Return the statistics of each column."""
         rows, columns = 0, dict[str, _ColumnStatistics]()
         for places, found in self._batches(reading):
             rows += len(places)
@@ -248,11 +241,11 @@ class Table(TableImporter):
                 columns.setdefault(name, _ColumnStatistics()).update(values)
         return {"rows": rows, "columns": {name: one.to_json() for name, one in columns.items()}}
 
-    def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
+    def infer_schema(self, input_splits: list[InputSplit], scans: list[Scan]) -> InferredSchema:
         columns: dict[str, _ColumnStatistics] = {}
         first = ""
-        for input_split, one in zip(input_splits, found, strict=True):
-            here = one["columns"]
+        for input_split, scan in zip(input_splits, scans, strict=True):
+            here = scan["columns"]
             first = first or (input_split.name if here else "")
             if here and columns and here.keys() != columns.keys():
                 odd = sorted(here.keys() ^ columns.keys())
@@ -286,7 +279,7 @@ class Table(TableImporter):
             "numeric": [name for name in features if number[name]],
             "categorical": [name for name in features if not number[name]],
         }
-        notes = self._notes(columns, number, sum(one["rows"] for one in found))
+        notes = self._notes(columns, number, sum(scan["rows"] for scan in scans))
         return InferredSchema(
             [pa.field(FEATURES, pa.struct(fields)), *own],
             [(number, types)] * len(input_splits),
@@ -295,7 +288,10 @@ class Table(TableImporter):
         )
 
     def _notes(
-        self, columns: dict[str, _ColumnStatistics], number: dict[str, bool], rows: int
+        self,
+        columns: dict[str, _ColumnStatistics],
+        number: dict[str, bool],
+        rows: int,
     ) -> Notes:
         """Return what a user may want to know of the columns: names and counts, no values."""
         features = {name: columns[name] for name in number}
@@ -401,7 +397,11 @@ class _ColumnStatistics:
         return self.value_type, self.num_present, self.num_not_numeric, sorted(self.hashes)
 
     def merge(
-        self, value_type: int, num_present: int, num_not_numeric: int, hashes: list[int]
+        self,
+        value_type: int,
+        num_present: int,
+        num_not_numeric: int,
+        hashes: list[int],
     ) -> None:
         self.value_type = common_type(self.value_type, value_type)
         self.num_present += num_present

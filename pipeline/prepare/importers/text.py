@@ -1,6 +1,4 @@
-"""Corpora: documents of plain text, JSON Lines and Parquet, filtered and deduplicated on
-request.
-"""
+"""Corpora: documents of plain text, JSON Lines and Parquet, filtered where asked."""
 
 from __future__ import annotations
 
@@ -32,11 +30,7 @@ from pipeline.prepare.engine.inputs import (
     text_problem,
     whole_files,
 )
-from pipeline.prepare.engine.table_importer import (
-    Found,
-    InferredSchema,
-    TableImporter,
-)
+from pipeline.prepare.engine.table_importer import InferredSchema, Scan, TableImporter
 from pipeline.prepare.engine.value_types import ValueType, common_type, convert, type_of_value
 from pipeline.prepare.readers import cleaning, parquet
 
@@ -189,18 +183,18 @@ class Text(TableImporter):
             yield from self._of_json(reading)
         elif self.options.documents == "file":
             raw = reading.whole(ROW_BYTES)
-            text, wrong = decoded(raw and raw.removeprefix(codecs.BOM_UTF8))
-            if wrong:
-                reading.bad("whole", wrong)
+            text, problem = decoded(raw and raw.removeprefix(codecs.BOM_UTF8))
+            if problem:
+                reading.bad("whole", problem)
             else:
                 yield Document(1, text, {})
         elif self.options.documents == "blank":
             yield from self._between_blanks(reading)
         else:
             for number, _, raw in reading.numbered():
-                text, wrong = decoded(raw)
-                if wrong:
-                    reading.bad(number, wrong)
+                text, problem = decoded(raw)
+                if problem:
+                    reading.bad(number, problem)
                 elif text.strip():
                     yield Document(number, text, {})
 
@@ -231,11 +225,11 @@ class Text(TableImporter):
                     return
                 continue
             first = first or number
-            text, wrong = decoded(raw)
+            text, problem = decoded(raw)
             size += len(text) + 1
             if size > ROW_BYTES:
-                wrong = decoded(None)[1]
-            reason = reason or wrong
+                problem = decoded(None)[1]
+            reason = reason or problem
             if reason:
                 held.clear()
             else:
@@ -244,10 +238,10 @@ class Text(TableImporter):
 
     def _of_json(self, reading: SplitReader) -> Iterator[Document]:
         for number, _, raw in reading.numbered():
-            line, wrong = decoded(raw)
-            if wrong or not line.strip():
-                if wrong:
-                    reading.bad(number, wrong)
+            line, problem = decoded(raw)
+            if problem or not line.strip():
+                if problem:
+                    reading.bad(number, problem)
                 continue
             try:
                 row = json.loads(line)
@@ -269,11 +263,11 @@ class Text(TableImporter):
                 name: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)
                 for name, v in kept.items()
             }
-            wrong = text_problem(text, "the text") or next(
+            problem = text_problem(text, "the text") or next(
                 (w for name, v in texts.items() if (w := text_problem(v, name))), ""
             )
-            if wrong:
-                reading.bad(number, wrong)
+            if problem:
+                reading.bad(number, problem)
             else:
                 yield Document(number, text, kept)
 
@@ -288,9 +282,9 @@ class Text(TableImporter):
             for i, data in enumerate(column.cast(pa.large_binary()).to_pylist()):
                 row = before + i + 1
                 is_long = data is not None and len(data) > ROW_BYTES
-                text, wrong = ("", "null") if data is None else decoded(None if is_long else data)
-                if wrong:
-                    reading.bad(row, wrong)
+                text, problem = ("", "null") if data is None else decoded(None if is_long else data)
+                if problem:
+                    reading.bad(row, problem)
                 else:
                     yield Document(row, text, kept[i] if self.kept else {})
 
@@ -324,10 +318,8 @@ class Text(TableImporter):
                 return 6
         return 0
 
-    def scan(self, reading: SplitReader) -> Found:
-        """For each document return its place and why it is dropped; for those that are kept what
-        they are compared by; and the types of the kept columns.
-        """
+    def scan(self, reading: SplitReader) -> Scan:
+        """Return place, reason and signature of each document, and types of the kept columns."""
         places, reasons, digests, signs = [], [], [], []
         types = dict.fromkeys(self.kept, ValueType.NULL)
 
@@ -356,14 +348,14 @@ class Text(TableImporter):
             "kinds": types,
         }
 
-    def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
-        reasons = np.concatenate([one["reasons"] for one in found])
-        twins = self._alike(found, reasons)
-        cuts = np.cumsum([len(one["reasons"]) for one in found])[:-1]
+    def infer_schema(self, input_splits: list[InputSplit], scans: list[Scan]) -> InferredSchema:
+        reasons = np.concatenate([scan["reasons"] for scan in scans])
+        twins = self._alike(scans, reasons)
+        cuts = np.cumsum([len(scan["reasons"]) for scan in scans])[:-1]
         types = dict.fromkeys(self.kept, ValueType.NULL)
         for name in self.kept:
-            for one in found:
-                types[name] = common_type(types[name], one["kinds"][name])
+            for scan in scans:
+                types[name] = common_type(types[name], scan["kinds"][name])
         kept = [pa.field(name, of_column.column_type) for name, of_column in types.items()]
         columns = [pa.field("text", pa.string()), pa.field("id", pa.string()), *kept]
         selections = [DroppedDocuments(part > 0, types) for part in np.split(reasons, cuts)]
@@ -381,40 +373,38 @@ class Text(TableImporter):
             columns,
             selections,
             notes,
-            dropped=self._list(input_splits, found, reasons, twins) if counts else None,
+            dropped=self._list(input_splits, scans, reasons, twins) if counts else None,
         )
 
-    def _alike(self, found: list[Found], reasons: np.ndarray) -> np.ndarray:
-        """Return (n,) int64, for each document the first duplicate; fills in `reasons` of later
-        ones.
-        """
+    def _alike(self, scans: list[Scan], reasons: np.ndarray) -> np.ndarray:
+        """Return (n,) the first duplicate of each document; sets the `reasons` of later ones."""
         first = np.arange(len(reasons))
         if self.options.dedup == "none":
             return first
-        there = np.flatnonzero(reasons == 0)
-        same = cleaning.first_exact_duplicates(np.concatenate([one["digests"] for one in found]))
-        first[there] = there[same]
-        reasons[there[same != np.arange(len(same))]] = EXACT
+        remaining = np.flatnonzero(reasons == 0)
+        same = cleaning.first_exact_duplicates(np.concatenate([scan["digests"] for scan in scans]))
+        first[remaining] = remaining[same]
+        reasons[remaining[same != np.arange(len(same))]] = EXACT
         if self.options.dedup == "near":
             alone = np.flatnonzero(same == np.arange(len(same)))
             like = cleaning.first_near_duplicates(
-                np.concatenate([one["signs"] for one in found])[alone], self.options.threshold
+                np.concatenate([scan["signs"] for scan in scans])[alone], self.options.threshold
             )
-            first[there[alone]] = there[alone[like]]
-            reasons[there[alone[like != np.arange(len(like))]]] = NEAR
+            first[remaining[alone]] = remaining[alone[like]]
+            reasons[remaining[alone[like != np.arange(len(like))]]] = NEAR
             first = first[first]  # an equal of one that is dropped
         return first
 
     def _list(
         self,
         input_splits: list[InputSplit],
-        found: list[Found],
+        scans: list[Scan],
         reasons: np.ndarray,
         twins: np.ndarray,
     ) -> pa.Table:
         """List every dropped document: id, split, reason and the id of the kept duplicate."""
-        places = np.concatenate([one["places"] + one["before"] for one in found])
-        owner = np.repeat(np.arange(len(input_splits)), [len(one["reasons"]) for one in found])
+        places = np.concatenate([scan["places"] + scan["before"] for scan in scans])
+        owner = np.repeat(np.arange(len(input_splits)), [len(scan["reasons"]) for scan in scans])
         gone = np.flatnonzero(reasons)
 
         def ids(rows: np.ndarray) -> list[str]:

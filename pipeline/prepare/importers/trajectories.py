@@ -16,8 +16,8 @@ from pipeline.prepare.engine import episodes
 from pipeline.prepare.engine.importing import Notes, check_columns, first_few, parse_names
 from pipeline.prepare.engine.inputs import InputSplit, SplitReader, find_inputs, whole_files
 from pipeline.prepare.engine.table_importer import (
-    Found,
     InferredSchema,
+    Scan,
     TableImporter,
     first_invalid,
 )
@@ -214,7 +214,10 @@ class Trajectories(TableImporter):
         )
 
     def _discrete(
-        self, actions: tuple[str, ...], types: dict[str, str], first: dict[str, pa.Array]
+        self,
+        actions: tuple[str, ...],
+        types: dict[str, str],
+        first: dict[str, pa.Array],
     ) -> bool:
         o, column = self.options, next(iter(actions))
         kind = types[column]
@@ -239,7 +242,9 @@ class Trajectories(TableImporter):
     # ------------------------------------------------------------ the two passes
 
     def _episodes(
-        self, reading: SplitReader, found: list[logs.EpisodeRows]
+        self,
+        reading: SplitReader,
+        found: list[logs.EpisodeRows],
     ) -> Iterator[tuple[episodes.Episode, str]]:
         """Yield (valid episode, its split) of a file; the others go to `reading.bad`."""
         o = self.options
@@ -257,13 +262,13 @@ class Trajectories(TableImporter):
                 continue
             yield episode, episode_rows.split or reading.input_split.split
 
-    def scan(self, reading: SplitReader) -> Found:
+    def scan(self, reading: SplitReader) -> Scan:
         part = reading.input_split
-        there = logs.find_episodes(
+        episodes_of_file = logs.find_episodes(
             part, logs.log_name(part), self.roles, self.rules, reading.opener
         )
         names, widths, classes = [], dict[tuple[str, int, int], str](), set[str]()
-        for found, _ in self._episodes(reading, there):
+        for found, _ in self._episodes(reading, episodes_of_file):
             names.append(found.name)
             classes |= set(found.actions) if isinstance(found.actions, list) else set()
             action = found.actions.shape[1] if isinstance(found.actions, np.ndarray) else 0
@@ -271,21 +276,21 @@ class Trajectories(TableImporter):
         return {
             "rows": len(names),
             "names": names,
-            "episodes": there,
+            "episodes": episodes_of_file,
             "classes": sorted(classes),
             "robots": [(robot, sizes, name) for (robot, *sizes), name in widths.items()],
         }
 
-    def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
-        if not any(one["rows"] for one in found):
+    def infer_schema(self, input_splits: list[InputSplit], scans: list[Scan]) -> InferredSchema:
+        if not any(scan["rows"] for scan in scans):
             raise ValueError(
-                f"no episode is left of {sum(one['broken'] for one in found)}. First one: "
-                f"{first_invalid(input_splits, found)}"
+                f"no episode is left of {sum(scan['broken'] for scan in scans)}. First one: "
+                f"{first_invalid(input_splits, scans)}"
             )
-        for input_split, one in zip(input_splits, found, strict=True):
+        for input_split, scan in zip(input_splits, scans, strict=True):
             if self.coded and (
                 text := next(
-                    (text for text in one["classes"] if not re.match(logs.WHOLE, text)), ""
+                    (text for text in scan["classes"] if not re.match(logs.WHOLE, text)), ""
                 )
             ):
                 raise ValueError(
@@ -293,11 +298,11 @@ class Trajectories(TableImporter):
                     "whole numbers and so was taken as classes; pass --set discrete=false where it "
                     "is numbers, --set discrete=true where it is names of classes"
                 )
-        _check_widths(input_splits, found)
-        names = Counter(name for one in found for name in one["names"])
+        _check_widths(input_splits, scans)
+        names = Counter(name for scan in scans for name in scan["names"])
         doubled = sorted(name for name, count in names.items() if count > 1)
-        classes = sorted({name for one in found for name in one["classes"]})
-        scan_results = [(one["episodes"], bool(doubled)) for one in found]
+        classes = sorted({name for scan in scans for name in scan["classes"]})
+        scan_results = [(scan["episodes"], bool(doubled)) for scan in scans]
         notes: Notes = {
             "columns of an observation": len(self.roles.observations),
             **({"classes of actions": len(classes)} if self.roles.discrete else {}),
@@ -320,18 +325,18 @@ class Trajectories(TableImporter):
         )
 
     def rows(self, reading: SplitReader) -> Iterator[pa.Table]:
-        there, has_prefix = reading.scan_result
+        fields, has_prefix = reading.scan_result
         prefix = f"{reading.input_split.name}/" if has_prefix else ""
-        there = [logs.EpisodeRows(*one) for one in there]
-        for found, split in self._episodes(reading, there):
+        episodes_of_file = [logs.EpisodeRows(*of_episode) for of_episode in fields]
+        for found, split in self._episodes(reading, episodes_of_file):
             row = episodes.episode_row(found, split)
             yield row.set_column(0, "episode", pa.array([prefix + found.name])) if prefix else row
 
 
-def _check_widths(input_splits: list[InputSplit], found: list[Found]) -> None:
+def _check_widths(input_splits: list[InputSplit], scans: list[Scan]) -> None:
     """Raise ValueError for a robot whose observations or actions have several widths."""
     first: dict[tuple[str, str], tuple[int, str]] = {}
-    for input_split, scan in zip(input_splits, found, strict=True):
+    for input_split, scan in zip(input_splits, scans, strict=True):
         for robot, widths, name in scan["robots"]:
             episode = f"{input_split.name}: episode {name}"
             for what, width in zip(("observations", "actions"), widths, strict=True):

@@ -29,15 +29,9 @@ from pipeline.prepare.engine.importing import (
 from pipeline.prepare.readers import archives
 from pipeline.prepare.readers.picture_check import BrokenImageError, Picture
 
-COLUMNS = {
-    **boxes.COLUMNS,
-    "difficult": pa.list_(pa.bool_()),
-    **boxes.SIZE_COLUMNS,
-}
+COLUMNS = {**boxes.COLUMNS, "difficult": pa.list_(pa.bool_()), **boxes.SIZE_COLUMNS}
 MASK_COLUMNS = {"_numbers": pa.list_(pa.int64()), "_mask_png": pa.binary()}
-"""Where masks are asked for: the number of each box's object in the annotation, from 1, and the PNG
-of these numbers.
-"""
+"""Where masks are asked for: the objects' numbers, from 1, and the PNG that shows them."""
 OBJECTS = "SegmentationObject"
 MASK_FOLDERS = ("SegmentationClass", OBJECTS)
 """Folders of pictures that are named like the photographs."""
@@ -86,21 +80,21 @@ class Voc(ImageImporter):
     label = "label_names"
 
     def index(self, source: str) -> Index:
-        found = archives.listing(source)
-        files = [entry for entry in found.entries if _is_annotation(entry)]
+        listing = archives.listing(source)
+        files = [entry for entry in listing.entries if _is_annotation(entry)]
         same_stem: dict[str, list[archives.Entry]] = defaultdict(list)
-        for entry in found.images:
+        for entry in listing.images:
             if PurePosixPath(entry.name).parent.name not in MASK_FOLDERS:
                 same_stem[PurePosixPath(entry.name).stem].append(entry)
         has_masks = self.options.masks == "instance"
         with archives.Reader() as reader:
             lists_of = "Segmentation"
-            listed = _splits(found, reader, lists_of) if has_masks else {}
+            listed = _splits(listing, reader, lists_of) if has_masks else {}
             if not listed:
                 lists_of = "Main"
-                listed = _splits(found, reader, lists_of)
+                listed = _splits(listing, reader, lists_of)
             texts = list(threaded_map(reader.entry, files))
-            masks = _masks_of(source, found, files, reader) if has_masks else {}
+            masks = _masks_of(source, listing, files, reader) if has_masks else {}
         read = [
             _objects(data, f"{source}: {entry.name}", self.options.origin)
             for entry, data in zip(files, texts, strict=True)
@@ -162,7 +156,7 @@ class Voc(ImageImporter):
             )
         return Index(
             index_table(rows, COLUMNS | MASK_COLUMNS if has_masks else COLUMNS, source),
-            found.fingerprint,
+            listing.fingerprint,
             (boxes.MASKS,) if has_masks else (),
             notes={"boxes": sum(len(row["boxes"]) for row in rows), **counts},
             info=boxes.info_of(dict(enumerate(names))),
@@ -176,17 +170,20 @@ class Voc(ImageImporter):
 
 
 def _masks_of(
-    source: str, found: archives.Listing, files: list[archives.Entry], reader: archives.Reader
+    source: str,
+    listing: archives.Listing,
+    files: list[archives.Entry],
+    reader: archives.Reader,
 ) -> dict[str, bytes]:
     """Return the PNG of objects of each annotation that has one, by the annotation's name.
 
     It lies in the folder SegmentationObject beside that of the annotation.
     """
-    there = {entry.name: entry for entry in found.images}
+    by_name = {entry.name: entry for entry in listing.images}
     pictures: dict[str, archives.Entry] = {}
     for entry in files:
         path = PurePosixPath(entry.name)
-        picture = there.get(str(path.parent.parent / OBJECTS / f"{path.stem}.png"))
+        picture = by_name.get(str(path.parent.parent / OBJECTS / f"{path.stem}.png"))
         if picture is not None:
             pictures[entry.name] = picture
     if not pictures:
@@ -259,18 +256,20 @@ def _whole(root: ElementTree.Element, path: str) -> int:
 
 
 def _splits(
-    found: archives.Listing, reader: archives.Reader, task: str
+    listing: archives.Listing,
+    reader: archives.Reader,
+    task: str,
 ) -> dict[str, dict[str, str]]:
-    """Return, for each folder of a year, the split of each name that its ImageSets/`task` lists.
+    """Return the split of each name in the ImageSets/`task` of each year's folder.
 
     Of trainval.txt only what no other list has is taken, as train.
     """
     lists = {}
-    for entry in found.entries:
+    for entry in listing.entries:
         listed = re.fullmatch(rf"(?:(.*)/)?ImageSets/{task}/(\w+)\.txt", entry.name)
         if listed is not None and (listed[2] == "trainval" or listed[2].lower() in SPLITS):
             lists[listed[1] or ".", listed[2]] = reader.entry(entry).decode("utf-8-sig")
-    stems = {PurePosixPath(entry.name).stem for entry in found.entries if _is_annotation(entry)}
+    stems = {PurePosixPath(entry.name).stem for entry in listing.entries if _is_annotation(entry)}
     out: dict[str, dict[str, str]] = defaultdict(dict)
     for (folder, name), text in sorted(lists.items(), key=lambda one: one[0][1] == "trainval"):
         for line in filter(None, map(str.strip, text.splitlines())):

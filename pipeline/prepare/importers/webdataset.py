@@ -1,6 +1,4 @@
-"""WebDataset shards: tars in which files that share a key are one sample (Aizman, Maltby and
-Breuel 2019).
-"""
+"""WebDataset shards: tars in which files that share a key are a sample (Aizman et al. 2019)."""
 
 from __future__ import annotations
 
@@ -165,10 +163,10 @@ def _braces(text: str) -> list[str]:
 
 def _samples(shard: str) -> tuple[dict[str, Sample], str]:
     """Return (the samples by their key, the shard's fingerprint)."""
-    found = archives.listing(shard)
+    listing = archives.listing(shard)
     samples: dict[str, Sample] = {}
     with archives.Reader() as reader:
-        for entry in sorted(found.entries, key=lambda e: e.offset):
+        for entry in sorted(listing.entries, key=lambda e: e.offset):
             folder, _, name = entry.name.rpartition("/")
             key, _, suffix = name.partition(".")
             key, suffix = f"{folder}/{key}".lstrip("/"), suffix.lower()
@@ -183,4 +181,4 @@ def _samples(shard: str) -> tuple[dict[str, Sample], str]:
                     raise ValueError(f"{shard}: {entry.name}: not UTF-8 text ({problem})") from None
             else:
                 sample.files[suffix] = entry
-    return samples, found.fingerprint
+    return samples, listing.fingerprint

@@ -1,6 +1,4 @@
-"""YOLO (Redmon et al. 2016; the layout of Darknet and Ultralytics): boxes in a text file for each
-image, in shares of the image.
-"""
+"""YOLO (Redmon et al. 2016; of Darknet and Ultralytics): boxes in a text for each image."""
 
 from __future__ import annotations
 
@@ -72,35 +70,35 @@ class Yolo(ImageImporter):
     label = "label_names"
 
     def index(self, source: str) -> Index:
-        found = archives.listing(source).without_common_folder(keep=("images", *SPLITS))
+        listing = archives.listing(source).without_common_folder(keep=("images", *SPLITS))
         texts = {
-            entry.name: entry for entry in found.entries if entry.name.lower().endswith(".txt")
+            entry.name: entry for entry in listing.entries if entry.name.lower().endswith(".txt")
         }
-        files = [texts.get(_text_of(image.name)) for image in found.images]
+        files = [texts.get(_text_of(image.name)) for image in listing.images]
         labels = {entry.name for entry in files if entry is not None}
         with archives.Reader() as reader:
 
             def read(entry: archives.Entry | None) -> str:
                 return _decoded(reader.entry(entry)) if entry is not None else ""
 
-            name, stated = self._stated(source, found, reader)
+            name, stated = self._stated(source, listing, reader)
             lists = {
                 entry.name: (split, read(entry))
-                for entry in found.entries
+                for entry in listing.entries
                 if entry.name not in labels and (split := _split_of_list(entry, stated))
             }
             contents = list(threaded_map(read, files))
-        if found.images and not any(files):
+        if listing.images and not any(files):
             raise ValueError(
                 f"{source}: no image has a label file, such as "
-                f"{_text_of(found.images[0].name)} for {found.images[0].name}"
+                f"{_text_of(listing.images[0].name)} for {listing.images[0].name}"
             )
         names, keypoints = _names(stated, f"{source}: {name}"), _keypoints(stated, source, name)
-        splits = _splits(source, found.images, _listed(source, found.images, lists), stated)
+        splits = _splits(source, listing.images, _listed(source, listing.images, lists), stated)
         _check_texts(source, splits, files)
         rows, counts = [], Counter[str]()
         counts["images without a label file"] = files.count(None)
-        for image, split, text in zip(found.images, splits, contents, strict=True):
+        for image, split, text in zip(listing.images, splits, contents, strict=True):
             kept = []
             for number, line in enumerate(text.splitlines(), 1):
                 if not line.strip():
@@ -124,25 +122,28 @@ class Yolo(ImageImporter):
             )
         return Index(
             index_table(rows, COLUMNS, source),
-            found.fingerprint,
+            listing.fingerprint,
             (boxes.MASKS,) if self.options.masks == "instance" else (),
             notes={"boxes": sum(len(row["boxes"]) for row in rows), **counts},
             info=boxes.info_of(names),
         )
 
     def _stated(
-        self, source: str, found: archives.Listing, reader: archives.Reader
+        self,
+        source: str,
+        listing: archives.Listing,
+        reader: archives.Reader,
     ) -> tuple[str, dict[str, Any]]:
         """Return the name of the file with the names of the classes, and what it states."""
         wanted = self.options.names
-        there = {entry.name: entry for entry in found.entries}
+        by_name = {entry.name: entry for entry in listing.entries}
         usual = [
             name
-            for name in there
+            for name in by_name
             if PurePosixPath(name).suffix in (".yaml", ".yml")
             or PurePosixPath(name).name in ("classes.txt", "obj.names")
         ]
-        if wanted and wanted not in there:
+        if wanted and wanted not in by_name:
             raise ValueError(f"{source}: no file {wanted} there (--set names=)")
         if not wanted and len(usual) != 1:
             there_is = f"there are {first_few(usual)}" if usual else "no .yaml and no classes.txt"
@@ -150,7 +151,7 @@ class Yolo(ImageImporter):
                 f"{source}: which file names the classes? {there_is}; pass --set names=FILE"
             )
         name = wanted or usual[0]
-        text = _decoded(reader.entry(there[name]))
+        text = _decoded(reader.entry(by_name[name]))
         if PurePosixPath(name).suffix not in (".yaml", ".yml"):
             listed = [line.strip() for line in text.rstrip().splitlines()]
             if "" in listed:
@@ -158,7 +159,7 @@ class Yolo(ImageImporter):
                     f"{source}: {name}: line {listed.index('') + 1} of the names is blank, and the "
                     "number of a class is that of its line; name it, or remove the line"
                 )
-            data = [entry for entry in found.entries if entry.suffix == ".data"]
+            data = [entry for entry in listing.entries if entry.suffix == ".data"]
             texts = [_decoded(reader.entry(entry)) for entry in data]
             return name, {"names": listed, **dict(DATA_LINE.findall("\n".join(texts)))}
         try:
@@ -236,7 +237,9 @@ def _split_of_list(entry: archives.Entry, stated: dict[str, Any]) -> str:
 
 
 def _listed(
-    source: str, images: list[archives.Entry], lists: dict[str, tuple[str, str]]
+    source: str,
+    images: list[archives.Entry],
+    lists: dict[str, tuple[str, str]],
 ) -> dict[str, str]:
     """Return the split of each image that a list names.
 
@@ -260,12 +263,15 @@ def _listed(
 
 
 def _splits(
-    source: str, images: list[archives.Entry], listed: dict[str, str], stated: dict[str, Any]
+    source: str,
+    images: list[archives.Entry],
+    listed: dict[str, str],
+    stated: dict[str, Any],
 ) -> list[str]:
     """Return the split of each image, by a list, else by its folder.
 
-    Raises ValueError for an image whose split nothing tells, where there are several splits, and
-    for one whose list and folder (train/, not obj_train_data/) tell different ones.
+    Raises ValueError where there are several splits and nothing tells an image's, or where its list
+    and its folder tell different ones.
     """
     splits: list[str] = []
     for image in images:
@@ -300,7 +306,10 @@ def _check_texts(source: str, splits: list[str], texts: list[archives.Entry | No
 
 
 def _parsed(
-    line: str, where: str, names: dict[int, str], keypoints: int = 0
+    line: str,
+    where: str,
+    names: dict[int, str],
+    keypoints: int = 0,
 ) -> tuple[int, list[float]]:
     """Return (class, box [x, y, width, height] in shares of the image) of a line.
 

@@ -74,16 +74,18 @@ NO_SERIES = {
 }  # fmt: skip
 """Words in the names of lists of numbers that are no series."""
 IDS = {"id", "index", "idx", "uuid", "guid", "key", "unnamed"}
-MAX_CLASSES, MAX_CODES, MAX_LETTERS, MAX_GROUPS = 1000, 20, 60, 50
-"""A label has at most so many values, as whole numbers without a telling name at most the second,
-as text at most so many letters on average, and as persons at most the last.
-"""
+MAX_CLASSES = 1000
+"""Values of a label."""
+MAX_CODES = 20
+"""Values of a label of whole numbers without a telling name."""
+MAX_LETTERS = 60
+"""Letters of a label of texts, on average."""
+MAX_GROUPS = 50
+"""Values of a label that names persons or other groups."""
 MIN_ROWS = 5
 """A label with two values of at least so many rows is taken before others."""
 MIN_WORDS, MIN_DISTINCT_SHARE = 6.0, 0.1
-"""A text column without a telling name has so many words on average, and such a share of its
-values differ.
-"""
+"""Words on average, and distinct share, of a text column without a telling name."""
 NO_VALUES = ("bytes", "file", "list", "time", "other")
 """Kinds of columns of which no values are counted."""
 SHOWN = 6
@@ -186,11 +188,11 @@ def split_columns(columns: Iterable[Column]) -> list[Column]:
 
 
 def group_columns(columns: Iterable[Column]) -> list[Column]:
-    """Return the columns whose rows belong together (a patient), by their names.
+    """Return the columns whose names say that their rows belong together (a patient).
 
-    They have several values, of which some stand in several rows. The largest groups come first
-    (subject before session), as they keep the smaller ones together, too; columns that only speak
-    of a group (speaker_dialect) and those with very few values come last.
+    They have several values, some of them in several rows. The largest groups come first, as they
+    keep the smaller ones together, too. Columns about a group (speaker_dialect) and those with very
+    few values come last.
     """
 
     def order(column: Column) -> tuple[bool, bool, int]:
@@ -222,9 +224,8 @@ def may_name_rows(column: Column) -> bool:
 def series_columns(schema: pa.Schema, columns: Iterable[Column], has_texts: bool) -> list[str]:
     """Return the columns whose rows are series of numbers, the likeliest first.
 
-    They are structs of lists, lists of lists, or lists of numbers. Lists of whole numbers, which
-    may be codes, are series only by their names, and so are all where ``has_texts``: a column is
-    named as texts to read.
+    They are structs of lists, lists of lists, or lists of numbers. Lists of whole numbers may be
+    codes, so their names must say it; with ``has_texts``, a named column of texts, all must.
     """
     found: list[tuple[bool, str]] = []
     for column in columns:
@@ -308,8 +309,8 @@ def is_likely_label(column: Column) -> bool:
 def is_estimated(column: Column) -> bool:
     """Tell whether the values of a column are numbers to estimate, and no codes of classes.
 
-    Codes are few whole numbers, or are called so, or count from 0 or 1 and stand in several rows,
-    or are called kinds of something and stand in two rows or more on average.
+    Codes are few whole numbers, or have the name of a code. They count up from 0 or 1 and occur in
+    several rows, or have the name of a kind and occur twice or more on average.
     """
     if column.kind == "number":
         return column.distinct > 2 and column.present >= column.rows / 2
@@ -326,9 +327,7 @@ def is_estimated(column: Column) -> bool:
 
 
 def number_columns(columns: Sequence[Column]) -> list[Column]:
-    """Return the columns of numbers to estimate, the most plausible first: one with a telling name,
-    then the last one.
-    """
+    """Return the columns of numbers to estimate: telling names first, then from the last one."""
     found = [column for column in columns if is_estimated(column)]
     return sorted(reversed(found), key=lambda one: not is_named_number(one))
 
@@ -340,9 +339,7 @@ def is_named_number(column: Column) -> bool:
 
 
 def holds_numbers(column: Column) -> bool:
-    """Tell whether the values of a column can be numbers to estimate, even if they look like
-    classes.
-    """
+    """Tell whether a column's values can be numbers to estimate, even if they look like classes."""
     return column.kind in ("whole", "number") and column.distinct >= 2
 
 

@@ -295,9 +295,9 @@ def _input(found: Inspection, target_column: str | None) -> Draft:
 
 
 def _split_column(draft: Draft) -> Column | None:
-    """Return the column that tells the split of each row, if there is one, counted in all rows.
+    """Return the column of each row's split, counted in all rows, or None.
 
-    Of several the one that a group does not cross. A note tells of rows in no split.
+    Of several it is one that no group crosses. A note tells of rows in no split.
     """
     if "uri" not in draft.found.places:
         return None
@@ -332,7 +332,10 @@ def _crossing(found: Inspection, split: str, group: str) -> int:
 
 
 def _label(
-    draft: Draft, target_column: str | None, objective: str | None, splits: Column | None
+    draft: Draft,
+    target_column: str | None,
+    objective: str | None,
+    splits: Column | None,
 ) -> None:
     """Set objective and label.
 
@@ -342,10 +345,7 @@ def _label(
     found = draft.found
     if draft.objective == "tagging":
         return
-    used = {
-        *draft.inputs.values(),
-        *(one.name for one in guesses.split_columns(found.columns)),
-    }
+    used = {*draft.inputs.values(), *(one.name for one in guesses.split_columns(found.columns))}
     free = [column for column in found.columns if column.name not in used]
     groups = {column.name for column in guesses.group_columns(free)}
     ids = set(guesses.id_columns(free))
@@ -406,8 +406,8 @@ def _is_transcript(draft: Draft, column: Column, spoken: Sequence[Column]) -> bo
 def _has_likelier_label(listed: Sequence[Column], free: Sequence[Column]) -> bool:
     """Tell whether a label of classes is likelier than a number with a telling name.
 
-    A price may be a feature: where a label has a telling name, too, or where a column of two
-    classes stands last, the usual place of a label.
+    It is if it has a telling name, too (a price may be a feature), or two classes and the last
+    place.
     """
     if not listed:
         return False
@@ -639,7 +639,11 @@ def _holds_texts(column: Column) -> bool:
 
 
 def _command(
-    name: str, source: str, output: str, pairs: dict[str, str], settings: Sequence[str]
+    name: str,
+    source: str,
+    output: str,
+    pairs: dict[str, str],
+    settings: Sequence[str],
 ) -> str:
     """Return a command that converts files."""
     words = ["onetomany", "prepare", name, shlex.quote(source), "-o", shlex.quote(output)]

@@ -249,7 +249,8 @@ def _lie_in_classes(files: Sequence[str]) -> bool:
 
 
 def _class_folders(
-    files: Sequence[str], fields: dict[str, list[str]]
+    files: Sequence[str],
+    fields: dict[str, list[str]],
 ) -> tuple[dict[str, list[str]], list[str]]:
     """Leave out texts that lie beside the folders of classes, and classes that a split lacks.
 
@@ -427,7 +428,15 @@ def media_of(found: Inspection) -> Media | None:
             what, sides, grey, seconds, rates = media
             share = math.ceil(200 * len(missing) / (len(here) + len(missing))) / 100
             return Media(
-                what, column.name, sides, grey, seconds, rates, tuple(missing), share, root
+                what,
+                column.name,
+                sides,
+                grey,
+                seconds,
+                rates,
+                tuple(missing),
+                share,
+                root,
             )
     return None
 

@@ -186,7 +186,12 @@ def _key(label: str) -> str:
 
 
 def _header(
-    out: _Lines, draft: Draft, path: Path, name: str, target: str, places: list[str]
+    out: _Lines,
+    draft: Draft,
+    path: Path,
+    name: str,
+    target: str,
+    places: list[str],
 ) -> None:
     found, job = draft.found, shlex.quote(str(path))
     commands = [
@@ -404,7 +409,12 @@ def _given_sources(out: _Lines, draft: Draft, checkpoints: list[str]) -> None:
 
 
 def _target(
-    out: _Lines, draft: Draft, path: Path, target: str, shared: bool, checkpoints: list[str]
+    out: _Lines,
+    draft: Draft,
+    path: Path,
+    target: str,
+    shared: bool,
+    checkpoints: list[str],
 ) -> None:
     """Add the task."""
     out.comment("What to learn; there may be several targets.")

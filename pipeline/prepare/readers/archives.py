@@ -38,9 +38,7 @@ from pipeline.io.threads import threaded_map
 from pipeline.prepare.readers.picture_check import BrokenImageError
 
 GZIPPED = (".tar.gz", ".tgz")
-"""Can only be read from their start: their rows are kept together (`indexed`), and each shard
-costs one pass.
-"""
+"""Can only be read from their start: each shard of their rows costs one pass."""
 ARCHIVES = (".tar", ".zip", *GZIPPED)
 COMPRESSED = (".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 MAX_FILE_BYTES = 256 << 20
@@ -280,11 +278,13 @@ def _zip(uri: str, handle: BinaryIO, where: str) -> tuple[list[Entry], list[str]
 
 
 def _tar(
-    uri: str, handle: BinaryIO, where: str, start: int = 0, size: int | None = None
+    uri: str,
+    handle: BinaryIO,
+    where: str,
+    start: int = 0,
+    size: int | None = None,
 ) -> tuple[list[Entry], list[str]]:
-    """List the members of a tar in `size` bytes of `handle` from `start`; offsets are in
-    `handle`.
-    """
+    """List the members of a tar that lies in `size` bytes of `handle` from `start`."""
     view = io.BufferedReader(FileRange(handle, start, size)) if size is not None else handle
     entries, folders = [], []
     try:

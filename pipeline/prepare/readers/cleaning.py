@@ -36,9 +36,7 @@ PAIRS = 1 << 20
 
 @lru_cache(1 << 16)
 def _letter(character: str) -> str:
-    """Return the script of a letter or combining mark by its Unicode name (latin, han, ...), else
-    "".
-    """
+    """Return the script of a letter by its Unicode name (latin, han, ...), "" for others."""
     if unicodedata.category(character)[0] not in "LM":
         return ""
     word = unicodedata.name(character, "OTHER").split()[0].lower()
@@ -107,9 +105,7 @@ def first_near_duplicates(signs: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def _candidates(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield pairs of rows with equal keys: each with the NEIGHBOURS before it and with the
-    first.
-    """
+    """Yield pairs of rows with equal keys: with up to NEIGHBOURS before, and with the first."""
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])

@@ -51,9 +51,7 @@ MIXED_ZONES = (
 MAX_ID = str(np.iinfo(np.int64).max)
 BAD_LINE = "another number of fields than the header has"
 NULLS = ["", "NULL", "NA", "NaN", "nan"]
-"""Fields that mean nothing in columns of numbers, times or ids. In texts only the empty field
-does: a variable may be called NA, a drug nan.
-"""
+"""Fields that mean nothing, except in columns of texts: a drug may be called nan."""
 COLUMN_TYPES = {
     "id": pa.int64(),
     "number": pa.float64(),
@@ -98,12 +96,14 @@ class RowCounts:
 
 
 def split_table(
-    table: str, entry: Entry, most: int, has_line_ends: bool = False
+    table: str,
+    entry: Entry,
+    most: int,
+    has_line_ends: bool = False,
 ) -> list[InputSplit]:
-    """Cut a table into input splits of about `most` bytes of text, which have its name.
+    """Cut a table into input splits of about `most` bytes of text.
 
-    A compressed table can only be read from its start and stays whole, and so does CSV whose fields
-    may hold a line end.
+    A compressed table is read whole from its start, and so is CSV whose fields may hold a line end.
     """
     if _is_parquet(entry):
         return [
@@ -119,14 +119,15 @@ def split_table(
 
 
 def table_name(entry: Entry) -> str:
-    """Return the name without folder and suffixes, in lower case: chartevents of
-    a/CHARTEVENTS.csv.gz.
-    """
+    """Return the name without folder and suffixes: chartevents of a/CHARTEVENTS.csv.gz."""
     return posixpath.basename(entry.name).lower().split(".")[0]
 
 
 def batches(
-    part: InputSplit, columns: dict[str, Column], opener: Opener, tally: RowCounts
+    part: InputSplit,
+    columns: dict[str, Column],
+    opener: Opener,
+    tally: RowCounts,
 ) -> Iterator[pa.Table]:
     """Yield the rows of an input split as tables with all of `columns`, in that order.
 
@@ -146,21 +147,21 @@ def batches(
     entry = part.entry
     picked = _picked(entry, read_schema(entry, opener).names, columns)
     read = _of_parquet if _is_parquet(entry) else _of_csv
-    for found in read(part, list(dict.fromkeys(picked.values())), opener, tally):
-        tally.rows += len(found)
+    for block in read(part, list(dict.fromkeys(picked.values())), opener, tally):
+        tally.rows += len(block)
         _see_zones(
-            {own: (found[own], columns[name].kind) for name, own in picked.items()}, entry, tally
+            {own: (block[own], columns[name].kind) for name, own in picked.items()}, entry, tally
         )
-        made: dict[str, Any] = {}
+        converted: dict[str, Any] = {}
         for name, column in columns.items():
             if name not in picked:
-                made[name] = pa.nulls(len(found), COLUMN_TYPES[column.kind])
+                converted[name] = pa.nulls(len(block), COLUMN_TYPES[column.kind])
                 continue
-            values = found[picked[name]].combine_chunks()
+            values = block[picked[name]].combine_chunks()
             if read is _of_csv:
                 values = without_nulls(values, column.kind == "text")
-            made[name] = _fitting(values, column.kind, picked[name], entry)
-        yield pa.table(made)
+            converted[name] = _fitting(values, column.kind, picked[name], entry)
+        yield pa.table(converted)
 
 
 def read_table(
@@ -175,14 +176,14 @@ def read_table(
     Raises ValueError also for lines that are no rows, naming the first.
     """
     tally = tally or RowCounts()
-    found = list(batches(InputSplit(table, "", entry), columns, opener, tally))
+    blocks = list(batches(InputSplit(table, "", entry), columns, opener, tally))
     if tally.bad:
         raise ValueError(
             f"{tally.listed[0]}; {tally.bad} such lines: repair the table or download it again"
         )
     return (
-        pa.concat_tables(found).combine_chunks()
-        if found
+        pa.concat_tables(blocks).combine_chunks()
+        if blocks
         else pa.table(
             {name: pa.array([], COLUMN_TYPES[column.kind]) for name, column in columns.items()}
         )
@@ -221,10 +222,10 @@ def epoch_times(column: Any, unit: str = "s") -> tuple[np.ndarray, np.ndarray]:
             f"a column of times has the type {array.type}; it must hold times or texts such as "
             "2101-10-20 19:08:00"
         )
-    there = np.asarray(array.is_valid())
+    is_valid = np.asarray(array.is_valid())
     zone = array.type.tz if pa.types.is_timestamp(array.type) else None
     whole = array.cast(pa.timestamp(unit, tz=zone), safe=False).cast(pa.int64())
-    return filled(whole, 0), there
+    return filled(whole, 0), is_valid
 
 
 def timezone_awareness(column: Any) -> set[bool]:
@@ -249,9 +250,7 @@ def timezone_awareness(column: Any) -> set[bool]:
 
 
 def _cast_times(text: Any) -> Any:
-    """Return texts as times without a pattern if all are times without a zone, the usual case; else
-    None.
-    """
+    """Return texts as times if all are without a zone, the usual case; else None."""
     # Arrow reads 2101-10-20 19, which INSTANT does not
     if not pc.any(pc.equal(pc.binary_length(text), len("2101-10-20 19"))).as_py():
         with suppress(pa.ArrowInvalid):
@@ -312,18 +311,23 @@ def _picked(entry: Entry, names: list[str], columns: dict[str, Column]) -> dict[
         own.setdefault(name.strip().lower(), []).append(name)
     out = {}
     for name, column in columns.items():
-        found = [name] if names.count(name) == 1 else own.get(name.lower(), [])
-        if len(found) > 1:
-            raise ValueError(f"{entry.name}: {len(found)} columns are called {name!r}; rename one")
-        if found:
-            out[name] = found[0]
+        same_name = [name] if names.count(name) == 1 else own.get(name.lower(), [])
+        if len(same_name) > 1:
+            raise ValueError(
+                f"{entry.name}: {len(same_name)} columns are called {name!r}; rename one"
+            )
+        if same_name:
+            out[name] = same_name[0]
         elif column.needed:
             raise ValueError(f"{entry.name}: no column {name!r}; {registry.nearest(name, own)}")
     return out
 
 
 def _of_parquet(
-    part: InputSplit, columns: list[str], opener: Opener, tally: RowCounts
+    part: InputSplit,
+    columns: list[str],
+    opener: Opener,
+    tally: RowCounts,
 ) -> Iterator[pa.Table]:
     for _, table in parquet.batches(SplitReader(part, opener), columns, BATCH_ROWS):
         yield table
@@ -332,9 +336,8 @@ def _of_parquet(
 def _see_zones(found: dict[str, tuple[Any, str]], entry: Entry, tally: RowCounts) -> None:
     """Record whether the times of a batch have zones.
 
-    Columns of days beside one of times do not count: the day of a time in UTC has no zone either.
-
-    Raises ValueError where some have one and others, in this batch or before it, have none.
+    A column of days beside one of times does not count: the day of a time in UTC has no zone.
+    Raises ValueError where some times, here or in batches before, have a zone and others none.
     """
     times = {own: column for own, (column, kind) in found.items() if kind in ("time", "moment")}
     is_day = {own: pa.types.is_date(column.type) for own, column in times.items()}
@@ -363,9 +366,7 @@ def check_zones(name: str, zoned: set[bool], other: str, other_zoned: set[bool])
 
 
 def without_nulls(array: Any, text: bool) -> Any:
-    """Set texts that mean nothing to null: the empty one in a column of texts, any of NULLS in
-    others.
-    """
+    """Set texts that mean nothing to null: "" in a column of texts, any of NULLS in others."""
     if not pa.types.is_string(array.type):
         return array
     nothing = pc.is_in(array, value_set=pa.array([""] if text else NULLS))
@@ -405,8 +406,8 @@ def _shape(array: Any, kind: str) -> Any:
     if pa.types.is_dictionary(array.type) or pa.types.is_large_string(array.type):
         array = array.cast(pa.string())
     if kind == "time":
-        seconds, there = epoch_times(array)
-        return pa.array(seconds, pa.int64(), mask=~there).cast(COLUMN_TYPES["time"])
+        seconds, is_valid = epoch_times(array)
+        return pa.array(seconds, pa.int64(), mask=~is_valid).cast(COLUMN_TYPES["time"])
     if kind == "moment":
         array = _times(array) if pa.types.is_string(array.type) else array
         if not pa.types.is_temporal(array.type) and not pa.types.is_null(array.type):
@@ -452,7 +453,10 @@ def _header(entry: Entry, handle: BinaryIO) -> tuple[list[str], str, int]:
 
 
 def _of_csv(
-    part: InputSplit, columns: list[str], opener: Opener, tally: RowCounts
+    part: InputSplit,
+    columns: list[str],
+    opener: Opener,
+    tally: RowCounts,
 ) -> Iterator[pa.Table]:
     entry, rows = part.entry, tally.rows
     with SplitReader(part, opener).open() as handle:

@@ -24,6 +24,7 @@ from pipeline.prepare.readers.archives import Entry, Opener
 SUFFIXES = (".csv", ".tsv", ".tab")
 WHOLE = re.compile(r"[+-]?(0|[1-9]\d{0,17})")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?|nan|[+-]?inf", re.IGNORECASE)
+"""With nan and inf, which are numbers in CSV; those of `logs` and `plausible` differ in this."""
 LABEL = re.compile(CODE)
 TAB = "\t"
 OPEN = "a quote is left open"
@@ -60,9 +61,7 @@ class Dialect:
             )
 
     def check_header(self, header: list[str], place: str, written: bool = True) -> None:
-        """Raise ValueError for a header with a repeated name or, if it is `written` in the file,
-        one that seems to use another delimiter.
-        """
+        """Raise ValueError for a repeated name, or a `written` header with another delimiter."""
         other = next((c for c in ";,|\t" if c in header[0]), "")
         if len(header) == 1 and other and written and not self.delimiter:
             raise ValueError(
@@ -77,7 +76,10 @@ class Dialect:
             )
 
     def rows(
-        self, reading: SplitReader, has_header: bool = True, names: Sequence[str] = ()
+        self,
+        reading: SplitReader,
+        has_header: bool = True,
+        names: Sequence[str] = (),
     ) -> Iterator[tuple[int, list[str]]]:
         """Yield (line, names of the columns), then (line, fields) of every row.
 
@@ -129,32 +131,37 @@ class Dialect:
             number, raw = line
             if raw is not None and not raw.strip(b" \r"):
                 continue
-            text, wrong = decoded(raw, self.encoding)
+            text, problem = decoded(raw, self.encoding)
             fields, more = [], []
-            if not wrong and (not self.quote or self.quote not in text):
+            if not problem and (not self.quote or self.quote not in text):
                 fields = text.split(delimiter)
-            elif not wrong:
-                fields, wrong, more = self._quoted(text, delimiter, take)
-                if more and (wrong or (width and len(fields) != width)):
+            elif not problem:
+                fields, problem, more = self._quoted(text, delimiter, take)
+                if more and (problem or (width and len(fields) != width)):
                     again.extendleft(reversed(more))
-                    wrong = wrong if wrong != OPEN and wrong else f"{OPEN}: no later line closes it"
-            if wrong and header and not width:
+                    problem = (
+                        problem
+                        if problem != OPEN and problem
+                        else f"{OPEN}: no later line closes it"
+                    )
+            if problem and header and not width:
                 raise ValueError(
                     f"{reading.location(number)}: the names of the columns cannot be read: "
-                    f"{wrong}; see --set encoding, quote and header"
+                    f"{problem}; see --set encoding, quote and header"
                 )
-            if wrong:
-                reading.bad(number, wrong)
+            if problem:
+                reading.bad(number, problem)
             else:
                 width = width or len(fields)
                 yield number, fields
 
     def _quoted(
-        self, text: str, delimiter: str, take: Callable[[], Line | None]
+        self,
+        text: str,
+        delimiter: str,
+        take: Callable[[], Line | None],
     ) -> tuple[list[str], str, list[Line]]:
-        """Parse a record that begins with a line: (fields, error or "", further lines that it
-        took).
-        """
+        """Parse a record that begins with a line: (fields, error or "", further lines it took)."""
         more: list[Line] = []
 
         def lines() -> Iterator[str]:
@@ -212,11 +219,12 @@ def rows_of(uri: str, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str,
 
 
 def _taker(
-    fresh: Iterator[tuple[int, int, bytes | None]], again: deque[Line]
+    fresh: Iterator[tuple[int, int, bytes | None]],
+    again: deque[Line],
 ) -> Callable[[], Line | None]:
     """Return a function that gives the lines that were given back, then new ones, then None.
 
-    It is no generator, which would be finished when the last lines of a file are given back.
+    A generator would be finished when the last lines of a file are given back.
     """
 
     def take() -> Line | None:

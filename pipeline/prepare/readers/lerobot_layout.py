@@ -36,9 +36,7 @@ PATHS = {
 }
 """Paths of data and videos, unless meta/info.json has others."""
 ENDS = {"next.done": "terminated", "next.truncated": "truncated"}
-"""Features that are true at the last step alone, where an episode ended so, and the columns of
-prepared episodes that say it.
-"""
+"""Features that are true at an episode's last step if it ended so, and columns that say it."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +111,11 @@ def read_layout(source: str, camera: str) -> Layout:
         raise ValueError(f"{source}: {INFO} has no {missing_keys[0]}; download it again")
     camera = camera if info["features"].get(camera, {}).get("dtype") == "video" else ""
     files = listing(source)
-    there = {entry.name: entry for entry in files.entries}
+    by_name = {entry.name: entry for entry in files.entries}
     records = list(
-        _lines(source, "meta/episodes.jsonl", there) if major == 2 else _tables(source, there)
+        _lines(source, "meta/episodes.jsonl", by_name) if major == 2 else _tables(source, by_name)
     )
-    tasks = _tasks(source, there)
+    tasks = _tasks(source, by_name)
     episodes, missing, seen = [], [], set[int]()
     for record in sorted(records, key=lambda record: record["episode_index"]):
         number = record["episode_index"]
@@ -128,7 +126,7 @@ def read_layout(source: str, camera: str) -> Layout:
             )
         seen.add(number)
         data, video = _paths(info, major, record, camera)
-        absent = [path for path in (data, video[0] if video else data) if path not in there]
+        absent = [path for path in (data, video[0] if video else data) if path not in by_name]
         if absent:
             missing.append((number, f"no file {absent[0]}"))
             continue
@@ -136,8 +134,8 @@ def read_layout(source: str, camera: str) -> Layout:
         if major == 3:
             rows = int(record["dataset_from_index"]), int(record["dataset_to_index"])
         length, its_tasks = int(record["length"]), tuple(record.get("tasks") or ())
-        its_video = (there[video[0]].uri, video[1]) if video else None
-        episodes.append(EpisodeInfo(number, length, its_tasks, there[data], rows, its_video))
+        its_video = (by_name[video[0]].uri, video[1]) if video else None
+        episodes.append(EpisodeInfo(number, length, its_tasks, by_name[data], rows, its_video))
     return Layout(version, info, info["features"], tasks, episodes, files.fingerprint, missing)
 
 
@@ -175,7 +173,10 @@ def splits_of_info(layout: Layout, fixed: str = "") -> tuple[dict[int, str], int
 
 
 def _paths(
-    info: dict[str, Any], major: int, record: Row, camera: str
+    info: dict[str, Any],
+    major: int,
+    record: Row,
+    camera: str,
 ) -> tuple[str, tuple[str, float] | None]:
     """Return an episode's Parquet file and (its video, the second at which it begins there)."""
     data, video = (
@@ -212,13 +213,13 @@ def _paths(
         ) from None
 
 
-def _lines(source: str, name: str, there: dict[str, Entry]) -> Iterator[Row]:
+def _lines(source: str, name: str, by_name: dict[str, Entry]) -> Iterator[Row]:
     """Read the objects of a file of JSON lines."""
-    if name not in there:
+    if name not in by_name:
         raise ValueError(
             f"{source}: no {name}, which a data set of layout v2 has; download it again"
         )
-    for number, line in enumerate(read_lines(there[name].uri), 1):
+    for number, line in enumerate(read_lines(by_name[name].uri), 1):
         try:
             found = json.loads(line)
         except ValueError as error:
@@ -236,10 +237,10 @@ def _lines(source: str, name: str, there: dict[str, Entry]) -> Iterator[Row]:
         yield found
 
 
-def _tables(source: str, there: dict[str, Entry]) -> Iterator[Row]:
+def _tables(source: str, by_name: dict[str, Entry]) -> Iterator[Row]:
     """Read the rows of meta/episodes, without the statistics."""
     names = [
-        name for name in there if name.startswith("meta/episodes/") and name.endswith(".parquet")
+        name for name in by_name if name.startswith("meta/episodes/") and name.endswith(".parquet")
     ]
     if not names:
         raise ValueError(
@@ -247,7 +248,7 @@ def _tables(source: str, there: dict[str, Entry]) -> Iterator[Row]:
             "layout v3 has; download it again"
         )
     for name in sorted(names):
-        file = _parquet(there[name])
+        file = _parquet(by_name[name])
         columns = [column for column in file.schema_arrow.names if not column.startswith("stats/")]
         for required in ("episode_index", "length", "dataset_from_index", "dataset_to_index"):
             if required not in columns:
@@ -255,10 +256,10 @@ def _tables(source: str, there: dict[str, Entry]) -> Iterator[Row]:
         yield from file.read(columns=columns).to_pylist()
 
 
-def _tasks(source: str, there: dict[str, Entry]) -> dict[int, str]:
+def _tasks(source: str, by_name: dict[str, Entry]) -> dict[int, str]:
     """Return the texts of tasks by index; empty where the data set names none."""
-    if "meta/tasks.parquet" in there:
-        table = _parquet(there["meta/tasks.parquet"]).read()
+    if "meta/tasks.parquet" in by_name:
+        table = _parquet(by_name["meta/tasks.parquet"]).read()
         text = next(
             (name for name in ("task", "__index_level_0__") if name in table.column_names), ""
         )
@@ -269,9 +270,9 @@ def _tasks(source: str, there: dict[str, Entry]) -> dict[int, str]:
             )
         texts = table[text].cast(pa.string()).to_pylist()
         return dict(zip(table["task_index"].to_pylist(), texts, strict=True))
-    if "meta/tasks.jsonl" not in there:
+    if "meta/tasks.jsonl" not in by_name:
         return {}
-    rows = _lines(source, "meta/tasks.jsonl", there)
+    rows = _lines(source, "meta/tasks.jsonl", by_name)
     return {int(row["task_index"]): str(row["task"]) for row in rows}
 
 

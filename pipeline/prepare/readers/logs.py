@@ -32,6 +32,7 @@ from pipeline.prepare.readers.archives import Opener
 from pipeline.prepare.readers.csv_blocks import Column, RowCounts, batches, read_schema
 
 NUMBER = r"^\s*[+-]?((\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?|inf)\s*$"
+"""With inf, which makes an episode invalid; nan is a missing number."""
 NOT_A_NUMBER = "texts that are no number, taken as missing"
 WHOLE = r"^\s*[+-]?\d{1,18}(\.0*)?\s*$"
 ZEROS = r"^(-?)\+?(\d{1,18})\.0*$"
@@ -117,9 +118,7 @@ class CutRules:
             )
 
     def bounds(self, length: int) -> list[tuple[int, str]]:
-        """Return [(end row, split)] of a log of so many rows: first train, then validation, then
-        test.
-        """
+        """Return [(end row, split)] of a log: first train, then validation, then test."""
         test, both = round(length * self.test), round(length * (self.test + self.validation))
         return [(length - both, "train"), (length - test, "validation"), (length, "test")]
 
@@ -151,9 +150,8 @@ def read_tables(
 ) -> Iterator[pa.Table]:
     """Yield the rows of a file in batches; numbers are float64, NaN where there is none.
 
-    Texts in columns of numbers that are none (ERR, or 20,5) are NaN too, and added to `counts`.
-
-    Raises ValueError for a line that is no row, since it may belong to any episode.
+    A text in a column of numbers (ERR, 20,5) is NaN, too, and added to `counts`. Raises ValueError
+    for a line that is no row, since it may belong to any episode.
     """
     tally = RowCounts()
     of_numbers = [name for name, one in columns.items() if one.kind in ("number", "moment")]
@@ -182,7 +180,11 @@ def _numbers(column: Any, counts: Counter[str] | None) -> pa.Array:
 
 
 def find_episodes(
-    input_split: InputSplit, name: str, roles: ColumnRoles, rules: CutRules, opener: Opener
+    input_split: InputSplit,
+    name: str,
+    roles: ColumnRoles,
+    rules: CutRules,
+    opener: Opener,
 ) -> list[EpisodeRows]:
     """Find the episodes of a file, by the columns of logs, ends and splits alone.
 
@@ -237,7 +239,11 @@ def log_name(input_split: InputSplit) -> str:
 
 
 def _logs(
-    found: pa.Table, rows: int, name: str, file: str, roles: ColumnRoles
+    found: pa.Table,
+    rows: int,
+    name: str,
+    file: str,
+    roles: ColumnRoles,
 ) -> Iterator[tuple[str, int, int]]:
     """Yield (name, first row, row after the last) of each log of a file."""
     if not roles.episode:
@@ -298,7 +304,11 @@ def _true(column: Any) -> np.ndarray:
 
 
 def named_columns(
-    text: str, names: list[str], option: str, place: str, taken: set[str]
+    text: str,
+    names: list[str],
+    option: str,
+    place: str,
+    taken: set[str],
 ) -> tuple[str, ...]:
     """Return the columns that a text names: themselves, A1..A24 (all numbers between), joint_*
     (all with that prefix and no other role).
@@ -337,11 +347,13 @@ def named_columns(
 
 
 def column_types(
-    input_split: InputSplit, opener: Opener, names: set[str]
+    input_split: InputSplit,
+    opener: Opener,
+    names: set[str],
 ) -> tuple[dict[str, str], dict[str, pa.Array]]:
-    """Return (what each column holds, the first values of text columns).
+    """Return (what each column holds, the first values of columns of texts).
 
-    It is numbers (lists of them), whole, moment, number or text; all columns of CSV are text.
+    Kinds: numbers (lists of them), whole, moment, number, text; all columns of CSV are text.
     """
     if not input_split.entry.name.lower().endswith(".parquet"):
         columns = {name: Column("text") for name in sorted(names)}
@@ -383,7 +395,11 @@ def all_match(values: pa.Array, pattern: str) -> bool:
 
 
 def make_episode(
-    rows: pa.Table, episode_rows: EpisodeRows, roles: ColumnRoles, rules: CutRules, name: str
+    rows: pa.Table,
+    episode_rows: EpisodeRows,
+    roles: ColumnRoles,
+    rules: CutRules,
+    name: str,
 ) -> Episode:
     """Check the steps of an episode and return it. Raises UnusableError with the reason."""
     checked_split(episode_rows)

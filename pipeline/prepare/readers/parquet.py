@@ -55,9 +55,9 @@ def split_files(
     most: int,
     cut_others: Callable[[InputFiles], list[InputSplit]] = whole_files,
 ) -> list[InputSplit]:
-    """Cut Parquet files into input splits of about `most` bytes, and other files by `cut_others`.
+    """Cut Parquet files into input splits of about `most` bytes.
 
-    So are Parquet files in archives, compressed ones and ones without rows.
+    `cut_others` cuts other files, and Parquet that is in archives, compressed or without rows.
     """
     out: list[InputSplit] = []
     entries = [entry for entry, _ in listed.files]
@@ -113,7 +113,9 @@ def read_schema(input_split: InputSplit) -> pa.Schema:
 
 
 def batches(
-    reading: SplitReader, columns: list[str] | None = None, most_rows: int = BATCH_ROWS
+    reading: SplitReader,
+    columns: list[str] | None = None,
+    most_rows: int = BATCH_ROWS,
 ) -> Iterator[tuple[int, pa.Table]]:
     """Yield (rows of the file before them, rows) of an input split, in order."""
     start, stop = reading.input_split.start, reading.input_split.stop

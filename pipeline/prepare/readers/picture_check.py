@@ -90,16 +90,15 @@ def _turned(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _decoded(
-    data: bytes, resize: int | None
+    data: bytes,
+    resize: int | None,
 ) -> tuple[PIL.Image.Image, tuple[int, int], tuple[float, float, float, float] | None]:
     """Return (image, size as stored, box of the image in it).
 
     A JPEG to be resized is decoded at a reduced size, at least twice the wanted one.
     """
     # Here: it imports torchvision, 80 MB in every worker that prepares tables
-    from pipeline.media.image_io import (
-        MOST_PIXELS,
-    )
+    from pipeline.media.image_io import MOST_PIXELS
 
     try:
         with warnings.catch_warnings():
@@ -133,9 +132,7 @@ def _decoded(
 
 
 def _orientation(image: PIL.Image.Image) -> int:
-    """Read the orientation from EXIF alone, as decoders do; Pillow's getexif also looks into
-    XMP.
-    """
+    """Read the orientation from EXIF alone, as decoders do (Pillow's getexif reads XMP too)."""
     exif = PIL.Image.Exif()
     try:
         exif.load(image.info.get("exif", b""))
@@ -177,9 +174,7 @@ def encode_png(mask: np.ndarray) -> bytes:
 
 
 def resize_nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize (H, W) uint8 to (width, height) by nearest neighbour, so that no class is mixed from
-    two.
-    """
+    """Resize (H, W) uint8 to (width, height) by nearest neighbour: classes are not mixed."""
     if mask.shape[::-1] == size:
         return mask
     return np.asarray(PIL.Image.fromarray(mask, "L").resize(size, PIL.Image.Resampling.NEAREST))

@@ -1,6 +1,4 @@
-"""Frames of a video at given times, as JPEG. Needs the extra `robotics` (PyAV, with FFmpeg's
-decoders).
-"""
+"""Frames of a video at given times, as JPEG. Needs the extra `robotics` (PyAV)."""
 
 from __future__ import annotations
 
