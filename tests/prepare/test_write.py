@@ -323,10 +323,15 @@ def test_exact_duplicates_and_classes_are_counted(folder, tmp_path):
     assert "| cat | 5 | 3 |" in text and "across splits: train and validation 1" in text
 
 
-def test_lists_of_labels_are_counted_one_by_one(chest, tmp_path):
+def test_lists_of_labels_are_counted_one_by_one_and_no_patient_is_named(chest, tmp_path):
+    images = chest / "images_002/images"
+    shutil.copy(images / "00000001_001.png", images / "00000003_000.png")
     prepare("chestxray14", chest, tmp_path / "out")
-    found = json.loads((tmp_path / "out/_summary.json").read_text())["classes"]
-    assert found == {
+    written = (tmp_path / "out/_summary.json").read_text()
+    summary = json.loads(written)
+    assert summary["duplicates"]["files"] == 1
+    assert "0000000" not in written + (tmp_path / "out/_summary.md").read_text()
+    assert summary["classes"] == {
         "train": {"labels": {"Cardiomegaly": 1, "Effusion": 1, "Hernia": 1}, "rows_without": 2},
         "test": {"labels": {"Hernia": 1, "Mass": 2, "Nodule": 1}, "rows_without": 0},
     }

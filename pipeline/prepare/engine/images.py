@@ -29,6 +29,8 @@ class ImageImporter(Importer):
     """Base class for image data sets. Examples: `imagefolder`, `coco`."""
 
     label = "label"
+    shows_paths = True
+    """Whether the summary may show paths: not where they name patients."""
 
     @abstractmethod
     def index(self, source: str) -> Index:
@@ -56,6 +58,10 @@ class ImageShardTask(IndexShardTask):
     """The shards of an index of images."""
 
     measures = tuple(MEASURED)
+
+    @property
+    def shows_paths(self) -> bool:
+        return self.importer.shows_paths
 
     @property
     def depends(self) -> tuple[Any, ...]:

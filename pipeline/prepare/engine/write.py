@@ -309,6 +309,8 @@ class Preparation:
             invalid,
             notes,
         )
+        if found["duplicates"] and not self.task.shows_paths:
+            found["duplicates"]["examples"] = []
         storage.write_json(storage.join(self.output, "_summary.json"), found)
         storage.write_bytes(
             storage.join(self.output, "_summary.md"),

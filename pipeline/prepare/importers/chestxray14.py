@@ -91,6 +91,7 @@ class ChestXray14(ImageImporter):
     """
 
     label = "findings"
+    shows_paths = False  # a name begins with the patient's number
 
     def index(self, source: str) -> Index:
         uri = (
