@@ -147,12 +147,13 @@ def threads_of(name: str, others: Collection[threading.Thread] = ()) -> list[str
     """Threads of that name that are alive, after up to five seconds for them to end; without
     others that libraries keep.
     """
-    gc.collect()
-    for _ in range(100):
+    for attempt in range(100):
         threads = set(threading.enumerate()) - set(others)
         alive = [thread.name for thread in threads if name in thread.name]
         if not alive:
             break
+        if attempt == 4:
+            gc.collect()  # seconds, beside all that other tests hold
         time.sleep(0.05)
     return alive
 

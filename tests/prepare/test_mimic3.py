@@ -634,14 +634,14 @@ def prepared(demo, tmp_path_factory) -> Path:
 
 
 @DEMO
-@pytest.mark.parametrize("case", ["upper", "lower"])
-def test_demo_as_the_publishers_csv(demo, prepared, tmp_path, case):
-    """Written back as CSV.gz with either case of headers, columns turned round, in parts of 1 MiB:
-    the streams of the Parquet tables.
+def test_demo_as_the_publishers_csv(demo, prepared, tmp_path):
+    """Written back as CSV.gz, every other table in upper case, columns turned round, in parts of
+    1 MiB: the streams of the Parquet tables.
     """
     root = tmp_path / "csv"
     root.mkdir()
-    for file in demo.glob("*.parquet"):
+    for number, file in enumerate(sorted(demo.glob("*.parquet"))):
+        case = ("lower", "upper")[number % 2]
         name = file.stem.removesuffix("_vitals")
         read = pq.read_table(file)
         for i, field in enumerate(read.schema):

@@ -355,7 +355,7 @@ def probe_that_is(world, tmp_path, options: dict, paths) -> tuple[bool, Any]:
     """Whether a probe's head was solved on a target with these options, and its job."""
     job = changed(world[0], "targets.task.objective", {"classification": options})
     shared = shared_of(tmp_path, job, paths)
-    one = trial_of(job, shared, "linear_probe", stage="search")
+    one = trial_of(job, shared, {"linear_probe": {"penalty": 0.1}}, stage="search")
     (unit,) = fanout.units([one], shared)
     if not unit.together:
         return False, job
@@ -681,7 +681,7 @@ def without_time(record: TrialRecord) -> dict:
     return replace(record, rows=tuple(rows), resumed_from=0).to_json()
 
 
-@pytest.mark.parametrize("technique", ["full", "lp_ft", "scratch", "linear_probe"])
+@pytest.mark.parametrize("technique", ["lp_ft", "scratch", "linear_probe"])
 def test_a_trial_that_was_killed_goes_on_bit_for_bit(paths, tmp_path, technique):
     """As a source does, by the same resume points, in the trial's own folder; they go when the
     record is written.
@@ -691,9 +691,8 @@ def test_a_trial_that_was_killed_goes_on_bit_for_bit(paths, tmp_path, technique)
         paths,
         {"checkpoint_every_steps": 4, "eval_every_steps": 3, "ema": 0.9, "trace_rows": True},
     )
-    whole, parts = (
-        shared_of(tmp_path, job, paths, root=root, keep_bundles=True) for root in ("whole", "parts")
-    )
+    whole = shared_of(tmp_path, job, paths, root="whole", keep_bundles=True)
+    parts = dataclasses.replace(whole, root=str(tmp_path / "parts"))
     one = trial_of(job, whole, technique)
     want = one_trial.run(one, whole)
     with pytest.raises(Killed):
@@ -752,7 +751,7 @@ def streamed(job: Job, shared, paths) -> None:
     )
 
 
-@pytest.mark.parametrize(("shuffle", "most"), [("auto", 2.0), ("blocks", 2.0), ("rows", None)])
+@pytest.mark.parametrize(("shuffle", "most"), [("auto", 2.0), ("rows", None)])
 def test_a_target_beyond_memory_is_shuffled_by_the_sources_rule(
     tmp_path, monkeypatch, shuffle, most
 ):

@@ -187,7 +187,8 @@ def test_a_run_for_the_job_and_nested_ones_for_its_parts(ended):
     assert files == {"report.html", "report.md", "results.parquet"}
 
 
-def test_a_run_that_goes_on_continues_the_same_runs(ended):
+def test_a_run_that_goes_on_continues_the_same_runs(ended, tmp_path):
+    """And no secret is written or sent."""
     whole = ended.trials
     ended.trials = whole[:1]
     run(ended, report=False)
@@ -204,6 +205,11 @@ def test_a_run_that_goes_on_continues_the_same_runs(ended):
     with sqlite3.connect(database) as tables:
         count = "select count(*) from metrics where run_uuid = ? and key = 'loss'"
         assert tables.execute(count, (source,)).fetchone() == (3,), "each step once"
+    assert found["toy"].data.params["targets.clothing.data.uri"] == (
+        "https://***@data.example/rows.parquet?***"
+    )
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
 
 
 @pytest.mark.slow
@@ -252,15 +258,6 @@ def test_bundles_are_uploaded_where_they_are_asked_for(ended):
     source = runs(ended)["garments"].info.run_id
     files = {one.path for one in client(ended).list_artifacts(source, "bundle")}
     assert files == {"bundle/manifest.json", "bundle/weights.safetensors"}
-
-
-def test_no_secret_is_written_or_sent(ended, tmp_path):
-    run(ended)
-    assert runs(ended)["toy"].data.params["targets.clothing.data.uri"] == (
-        "https://***@data.example/rows.parquet?***"
-    )
-    for path in tmp_path.rglob("*"):
-        assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
 
 
 @pytest.mark.slow
