@@ -313,7 +313,7 @@ def tokenizer(request, corpus):
     return train_tokenizer([corpus[:30_000]], request.param, 600, True)
 
 
-@pytest.mark.parametrize("size", [64, 300, 1000, 5000])
+@pytest.mark.parametrize("size", [64, 1000, 5000])
 def test_pieces_give_the_ids_of_the_whole_text(tokenizer, corpus, size, monkeypatch):
     monkeypatch.setattr(t, "PIECE_BYTES", size)
     data = corpus.encode()
@@ -347,8 +347,9 @@ def test_pieces_of_real_text_give_the_ids_of_the_whole(kind, name):
             pq.read_table(folder / "wikitext2_valid_test" / "test.parquet")["text"].to_pylist()
         )
     )
-    assert len(text) > 4 * t.PIECE_BYTES
-    tokenizer = train_tokenizer([text[:300_000]], kind, 2000, True)
+    assert len(text) > 2 * t.PIECE_BYTES
+    text = text[: 2 * t.PIECE_BYTES + 9999]
+    tokenizer = train_tokenizer([text[:100_000]], kind, 2000, True)
     (got,) = t.encode(tokenizer, [text.encode()], np.uint16)
     assert got.tolist() == tokenizer.encode(text, add_special_tokens=False).ids
 

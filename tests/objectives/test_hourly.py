@@ -531,7 +531,7 @@ def test_a_trial_on_a_recurrent_backbone_of_events(tmp_path, classes):
                     "data": data,
                     "objective": {"hourly": options},
                     "subgroups": ["static.Gender"],
-                    "train": {"steps": 120, "global_batch": 32, "lr": 0.02},
+                    "train": {"steps": 60, "global_batch": 32, "lr": 0.02},
                 }
             },
         }

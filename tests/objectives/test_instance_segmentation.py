@@ -276,8 +276,7 @@ def test_sums_and_counts_add_up_over_ranks():
         ), name
 
 
-@pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"])
-@pytest.mark.parametrize("objects", [True, False])
+@pytest.mark.parametrize(("backbone", "objects"), [("test_resnet", True), ("test_vit", False)])
 def test_every_parameter_is_in_the_graph(backbone, objects):
     """DDP waits for all of them, also where no image of a rank has an object."""
     task = task_of(backbone)
