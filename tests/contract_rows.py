@@ -326,7 +326,6 @@ BACKBONES: dict[str, tuple[Callable[[], Sample], dict[str, Any]]] = {
     "policy/transformer": (demonstrations, {}),
     "table/ft_transformer": (features, {}),
     "timm/convnext_atto": (pictures, {}),
-    "timm/inception_v3": (lambda: pictures(75), {}),
     "timm/resnet10t": (pictures, {}),
     "timm/vgg11": (pictures, {}),
     "timm/vit_tiny_patch16_224": (pictures, {}),

@@ -52,16 +52,23 @@ const contrast = (page, view) => {
     for (const colour of colours) { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }
     return luminance(canvas.getImageData(0, 0, 1, 1).data);
   })();
+  const backgrounds = new Map();
+  const behind = at => {
+    if (!at) return [];
+    if (!backgrounds.has(at)) {
+      const above = behind(at.parentElement), own = view.getComputedStyle(at).backgroundColor;
+      backgrounds.set(at, own === "rgba(0, 0, 0, 0)" ? above : [...above, own]);
+    }
+    return backgrounds.get(at);
+  };
   let lowest = {ratio: 99, text: ""};
   for (const one of page.querySelectorAll("body *")) {
     const text = [...one.childNodes].filter(node => node.nodeType === 3)
       .map(node => node.textContent.trim()).join("");
     if (!text) continue;
-    const style = view.getComputedStyle(one), behind = [];
-    for (let at = one; at; at = at.parentElement)
-      behind.unshift(view.getComputedStyle(at).backgroundColor);
+    const style = view.getComputedStyle(one), below = behind(one);
     const colour = one.closest("svg") ? style.fill : style.color;
-    const both = [paint(behind), paint([...behind, colour])].sort((a, b) => b - a);
+    const both = [paint(below), paint([...below, colour])].sort((a, b) => b - a);
     const ratio = (both[0] + 0.05) / (both[1] + 0.05);
     if (ratio < lowest.ratio) lowest = {ratio, text: text.slice(0, 60)};
   }

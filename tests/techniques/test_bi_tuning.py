@@ -92,7 +92,7 @@ def test_rows_of_a_class_come_together_and_the_projection_is_dropped(kind):
         used = bi_tuning(classifier=weight, projector=weight)
         torch.manual_seed(0)
         run = make_run(
-            rows, used.wrap(task), steps=20, technique=used, global_batch=8, lr=1e-3, keep="last"
+            rows, used.wrap(task), steps=10, technique=used, global_batch=8, lr=1e-3, keep="last"
         )
         loop.fit(run)
         assert list(run.task.layers())[-2:] == ["adaptation", "head"]

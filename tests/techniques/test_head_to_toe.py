@@ -97,7 +97,7 @@ def test_features_are_the_outputs_of_all_layers(kind):
     "name",
     [
         pytest.param(name, marks=pytest.mark.slow if name == "timm/vgg11" else ())
-        for name in sorted({*KINDS.values(), *BACKBONES} - {"timm/inception_v3"})
+        for name in sorted({*KINDS.values(), *BACKBONES})
     ],
 )
 def test_features_of_a_row_do_not_depend_on_the_rows_beside_it(name):
@@ -192,14 +192,13 @@ def test_the_group_lasso_finds_the_useful_features():
     assert others.median() < 1e-3 < lengths[USEFUL].min(), "most others have no weight"
 
 
-def test_its_minimum_has_no_gradient():
-    """Of the mean loss plus the smoothed lengths, by autograd on the head that they describe."""
+def test_a_larger_lasso_shortens():
     head, features, label = rows_with_three_useful_features()
     loose, tight = (
         solved_heads.feature_lengths(head, features, {"label": label}, lasso, lambda: None)
-        for lasso in (1e-3, 1e-1)
+        for lasso in (1e-2, 1e-1)
     )
-    assert tight.sum() < loose.sum(), "a larger weight shortens"
+    assert tight.sum() < loose.sum()
     for index in USEFUL:
         assert loose[index] > tight[index]
 
@@ -287,7 +286,7 @@ def test_the_record_says_which_layers_have_no_features():
 def test_features_that_would_take_too_much_memory_are_refused(paths, tmp_path, monkeypatch):
     job = job_of(tmp_path, paths)
     shared = shared_of(tmp_path, job, paths)
-    one = trial_of(job, shared, {"head_to_toe": {"share": 1.0, "penalty": 0.1}}, stage="search")
+    one = trial_of(job, shared, {"head_to_toe": {"share": 1.0, "penalty": 10.0}}, stage="search")
     task = one.technique_object.wrap(cached_heads.trials.build(one, shared)[0])
     # training rows twice, as a trial copies its own, and validation rows; 4 bytes a number
     size = 4 * task.backbone.pooled_dim * (48 + 48 + 24)

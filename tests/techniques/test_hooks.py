@@ -64,14 +64,14 @@ def test_a_penalty_reads_rows_of_source_and_target_without_their_labels(
         return penalty(self, task, batch, streams)
 
     monkeypatch.setattr(kind, "penalty", watched)
-    job = job_of(tmp_path, paths)
+    job = job_of(tmp_path, paths, train={"steps": 4})
     records = []
     for number, path in enumerate((paths["test"], paths["test"], paths["validation"])):
         shared = shared_of(tmp_path, job, paths, root=f"root{number}", keep_bundles=True)
         shared.source_rows = source_rows(path)
         records.append(trial.run(trial_of(job, shared, "mean_alignment"), shared))
     steps = len(seen) // 3
-    assert steps == 12 and seen[:steps] == seen[steps : 2 * steps] != seen[2 * steps :]
+    assert steps == 4 and seen[:steps] == seen[steps : 2 * steps] != seen[2 * steps :]
     assert {tuple(names) for one in seen for names, _ in one.values()} == {("image",)}
     rows = {name: {row for one in seen[:steps] for row in one[name][1]} for name in seen[0]}
     assert rows == {"source": set(range(20)), "target": set(range(30))}, "every row of each"
@@ -101,7 +101,7 @@ def test_unreadable_rows_of_a_stream_are_listed_and_held_against_the_budget(tmp_
     pictures = table["picture"].to_pylist()
     pictures[3] = pictures[7] = b"no picture"
     pq.write_table(table.set_column(0, "picture", pa.array(pictures)), tmp_path / "source.parquet")
-    job = job_of(tmp_path, paths)
+    job = job_of(tmp_path, paths, train={"steps": 4})
     data = job.targets["task"].data.model_copy(update={"max_bad_rows": share})
     target = job.targets["task"].model_copy(update={"data": data})
     job = job.model_copy(update={"targets": {"task": target}})
@@ -128,7 +128,7 @@ def test_no_record_is_written_when_a_file_of_a_stream_has_changed(
     for split, path in mine.items():
         shutil.copy(paths[split], path)
     source = str(shutil.copy(paths["test"], tmp_path / "source.parquet"))
-    job = job_of(tmp_path, mine).model_copy(
+    job = job_of(tmp_path, mine, train={"steps": 2}).model_copy(
         update={"techniques": [ComponentConfig(name="mean_alignment")]}
     )
     shared = shared_of(tmp_path, job, mine)

@@ -216,7 +216,9 @@ def paths(tmp_path_factory):
     return image_files(tmp_path_factory.mktemp("data"), {"train": 64, "validation": 30, "test": 36})
 
 
-def test_a_probe_needs_no_learning_rate(paths, tmp_path):
+def test_a_probe_needs_no_learning_rate(paths, tmp_path, monkeypatch):
+    penalties = (1.0, 0.1)
+    monkeypatch.setattr("pipeline.techniques.linear_probe.PENALTIES", penalties)
     job = job_of(tmp_path, paths)
     shared = shared_of(tmp_path, job, paths, keep_bundles=True)
     group = [trial_of(job, shared, "linear_probe", {"lr": lr}) for lr in (1e-6, 1.0)]
@@ -224,7 +226,7 @@ def test_a_probe_needs_no_learning_rate(paths, tmp_path):
     assert slow.status == fast.status == "done", slow.error
     assert [row.value for row in slow.rows] == [row.value for row in fast.rows]
     settings = slow.rows[0].settings
-    assert settings["solver"] == "lbfgs" and settings["penalty"] in PENALTIES
+    assert settings["solver"] == "lbfgs" and settings["penalty"] in penalties
     assert settings["lr"] is None and settings["optimizer"] is None
     row = slow.rows[0]
     assert row.layers_trained == "head" and row.steps > 0 and slow.kept_step == row.steps

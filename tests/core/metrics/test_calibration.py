@@ -2,7 +2,7 @@
 heads trained together.
 """
 
-import itertools
+import dataclasses
 import json
 
 import numpy as np
@@ -151,13 +151,11 @@ def test_the_test_rows_have_no_say(ran, paths, tmp_path):
 
 def test_heads_together_are_calibrated_one_by_one(paths, tmp_path):
     job = job_of(tmp_path, paths, objective=OPTIONS)
-    worlds = [
-        shared_of(tmp_path, job, paths, root=root, keep_bundles=True)
-        for root in ("together", "alone")
-    ]
+    shared = shared_of(tmp_path, job, paths, root="together", keep_bundles=True)
+    worlds = [shared, dataclasses.replace(shared, root=str(tmp_path / "alone"))]
     group = [
         trial_of(job, worlds[0], {"linear_probe": {"solver": "sgd"}}, {"lr": lr}, seed=seed)
-        for lr, seed in itertools.product((0.001, 0.1), (0, 1))
+        for lr, seed in ((0.001, 0), (0.1, 1))
     ]
     assert cached_heads.can_stack(group, worlds[0])
     together = {record.trial_id: record for record in cached_heads.run(group, worlds[0])}
@@ -172,7 +170,7 @@ def test_heads_together_are_calibrated_one_by_one(paths, tmp_path):
             states = [bundle.load(row.bundle_uri).manifest.objective.state[name] for row in (a, b)]
             assert states == [a.settings[name], b.settings[name]]
         found.add(a.settings["temperature"])
-    assert len(found) == 4
+    assert len(found) == 2
 
 
 def test_a_search_trial_is_not_calibrated(paths, tmp_path):
