@@ -486,6 +486,11 @@ def test_labels_are_fitted_by_value_and_named():
             {"label": "y", "label_name": "n"},
             r"column n: one label has several names: \{0: \['a', 'c'\]\}",
         ),
+        (
+            {"y": [0, 1, 0], "n": ["a", None, None]},
+            {"label": "y", "label_name": "n"},
+            r"column n: no row names label 1 \(all are null\): write its name",
+        ),
     ],
 )
 def test_labels_that_cannot_be_told_apart_are_refused(table, columns, message):

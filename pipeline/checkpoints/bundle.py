@@ -151,7 +151,10 @@ class Transfer:
 
 
 def transfer(
-    backbone: Backbone, tensors: Mapping[str, Tensor], origin: str, drop: tuple[str, ...] = ()
+    backbone: Backbone,
+    tensors: Mapping[str, Tensor],
+    origin: str,
+    ignored_prefixes: tuple[str, ...] = (),
 ) -> Transfer:
     """Load a backbone strictly: every one of its tensors must be given, with its shape.
 
@@ -160,11 +163,11 @@ def transfer(
 
     Args:
         origin: Where the tensors come from, for messages.
-        drop: Prefixes of tensors that may be left over (a classifier).
+        ignored_prefixes: Of tensors that may be left over (a classifier).
 
     Raises:
         BundleError: Names what is missing, has another shape, or is left over without being in
-            ``drop``.
+            ``ignored_prefixes``.
     """
     expected = backbone.state_dict()
     tensors, changed = backbone.convert_checkpoint(dict(tensors))
@@ -175,7 +178,11 @@ def transfer(
     ]
     missing = [n for n in expected if n not in tensors and not n.endswith("num_batches_tracked")]
     unexpected = [n for n in tensors if n not in expected]
-    not_dropped = [n for n in unexpected if not n.startswith(drop)] if drop else unexpected
+    not_dropped = (
+        [n for n in unexpected if not n.startswith(ignored_prefixes)]
+        if ignored_prefixes
+        else unexpected
+    )
     problems = shapes[:3]
     if missing:
         problems.append(f"{len(missing)} tensors are missing ({', '.join(missing[:4])})")
@@ -350,7 +357,7 @@ class Manifest:
         """
         version = content.get("format_version")
         if content.get("kind") != "bundle" or not isinstance(version, int):
-            raise ValueError("this folder is no bundle")
+            raise ValueError("this folder is not a bundle")
         if version > FORMAT_VERSION:
             raise ValueError(
                 f"the bundle has format {version}, this program reads up to {FORMAT_VERSION}; "
@@ -540,10 +547,10 @@ def _place_of_base(uri: str, named: Mapping[str, str]) -> str:
     Usually that is where they were. If the job's folder was moved or copied, it is the source's
     bundle in the folder that is read, provided that its weights are the same.
     """
-    job_folder, found, _ = storage.absolute(uri).rpartition("/trials/")
+    job_folder, is_of_trial, _ = storage.absolute(uri).rpartition("/trials/")
     recorded = named["uri"]
     source_folder = re.search(r"/(sources/[^/]+/bundle)/?$", recorded)
-    if not found or source_folder is None:
+    if not is_of_trial or source_folder is None:
         return recorded
     moved = storage.join(job_folder, source_folder[1])
     is_same = exists(moved) and weights_sha256(moved) == named["sha256"]

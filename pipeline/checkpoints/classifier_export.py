@@ -61,9 +61,9 @@ def describe(task: Task, modality: Modality) -> ClassifierSpec:
         "arguments": {},
         "input": {},
     }
-    found = threshold(objective)
-    if found is not None:
-        spec["threshold"], spec["threshold_of"] = found
+    fitted = threshold(objective)
+    if fitted is not None:
+        spec["threshold"], spec["threshold_of"] = fitted
     read = modality.options.model_dump(include={"fit", "crop_share", "interpolation"})
     if library == "timm":
         spec["arguments"] = dict(model.creation_arguments)
@@ -79,7 +79,9 @@ def describe(task: Task, modality: Modality) -> ClassifierSpec:
         spec["library"] = "transformers"
         # AutoModel makes more of some configurations than their encoder (T5)
         spec["class"] = type(model.model).__name__
-        spec["arguments"] = auto_model.pooling_words(type(model.model), spec["pool"] == "pooler")
+        spec["arguments"] = auto_model.pooling_arguments(
+            type(model.model), spec["pool"] == "pooler"
+        )
         spec["call_arguments"] = model.call_arguments
     elif architecture in ("bert", "roberta"):
         spec["arguments"]["add_pooling_layer"] = spec["pool"] == "pooler"
@@ -136,12 +138,12 @@ def add_threshold(config: dict[str, Any], objective: Any) -> str:
     Returns:
         A note that the library does not use it, or "" where there is none.
     """
-    found = threshold(objective)
-    if found is None:
+    fitted = threshold(objective)
+    if fitted is None:
         return ""
-    config["threshold"], config["threshold_of"] = found
+    config["threshold"], config["threshold_of"] = fitted
     return (
-        f"; a row is predicted as the second class from a probability of {found[0]:.4g} on "
+        f"; a row is predicted as the second class from a probability of {fitted[0]:.4g} on "
         "(threshold in config.json); the library's own pipelines ignore it"
     )
 

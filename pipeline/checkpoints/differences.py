@@ -47,15 +47,15 @@ def reduce(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[st
 
 def restore(kept: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return all tensors again: those of the base, changed, and those that the base lacks."""
-    found: dict[str, Tensor] = {}
+    restored: dict[str, Tensor] = {}
     for name, before in base.items():
         left, right = kept.get(name + LEFT), kept.get(name + RIGHT)
         if left is not None and right is not None:
-            found[name] = _changed(before, left, right)
+            restored[name] = _changed(before, left, right)
         else:
-            found[name] = kept.get(name, before)
+            restored[name] = kept.get(name, before)
     others = (name for name in kept if not name.endswith((LEFT, RIGHT)))
-    return found | {name: kept[name] for name in others if name not in found}
+    return restored | {name: kept[name] for name in others if name not in restored}
 
 
 def _changed(before: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -212,19 +212,19 @@ def compare_classifier(saved: Bundle, place: Path) -> Comparison:
 def transformers_inputs(config: Any, batch: Batch) -> dict[str, Tensor]:
     """Return a batch under the names that models of transformers have for it."""
     if "wave" in batch.data:
-        words = {"input_values": batch["wave"]}
+        arguments = {"input_values": batch["wave"]}
         # models of the other kind were trained without a mask
         if getattr(config, "feat_extract_norm", "layer") == "layer":
-            words["attention_mask"] = batch["mask"].long()
-        return words
+            arguments["attention_mask"] = batch["mask"].long()
+        return arguments
     mask = batch["mask"]
-    words = {
+    arguments = {
         "input_ids": batch["tokens"].masked_fill(~mask, config.pad_token_id or 0),
         "attention_mask": mask.long(),
     }
     if getattr(config, "type_vocab_size", 1) > 1:
-        words["token_type_ids"] = batch["types"]
-    return words
+        arguments["token_type_ids"] = batch["types"]
+    return arguments
 
 
 @torch.no_grad()

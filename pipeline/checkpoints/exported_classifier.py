@@ -105,20 +105,20 @@ class Classifier(nn.Module):
             return model.forward_head(model.forward_features(inputs), pre_logits=True)
         if isinstance(inputs, Tensor):
             inputs = {model.main_input_name: inputs}
-        words = {**self.call_arguments, **inputs, **more}
-        found = model(**words)
-        hidden = found.last_hidden_state
+        arguments = {**self.call_arguments, **inputs, **more}
+        output = model(**arguments)
+        hidden = output.last_hidden_state
         if model.main_input_name == "past_values":
             hidden = hidden.transpose(1, 2).flatten(2)  # the states of all channels at a patch
         if self.pool == "tokens":
             return hidden
         if self.pool == "pooler":
-            return found.pooler_output.flatten(1)
+            return output.pooler_output.flatten(1)
         if hidden.dim() == 4:
             return hidden.mean((2, 3))
         if self.pool == "first":
             return hidden[:, 0]
-        mask = self._mask(hidden, words.get("attention_mask"))
+        mask = self._mask(hidden, arguments.get("attention_mask"))
         if self.pool == "last":
             last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
             return hidden[torch.arange(len(hidden), device=hidden.device), last]
@@ -199,9 +199,9 @@ def _with_head(place: Path, class_name: str, spec: ClassifierSpec) -> Classifier
     kind: Any = getattr(transformers, class_name)
     model = Classifier(kind.from_pretrained(place, **spec["arguments"]), spec)
     keys: Any = model.load_state_dict(load_file(place / "head.safetensors"), strict=False)
-    lacking: list[str] = [name for name in keys.missing_keys if not name.startswith("model.")]
-    if lacking or keys.unexpected_keys:
-        raise RuntimeError(f"{place}: the head lacks {lacking}, has {keys.unexpected_keys} more")
+    missing: list[str] = [name for name in keys.missing_keys if not name.startswith("model.")]
+    if missing or keys.unexpected_keys:
+        raise RuntimeError(f"{place}: the head lacks {missing}, has {keys.unexpected_keys} more")
     return model.eval()
 
 

@@ -33,7 +33,7 @@ A single row is among them: torch treats dimensions of size 1 in its own way. So
 than the traced ones: ONNX would keep the branch of a network that asks for its rows' length.
 """
 
-MOST_SAID = 300
+MAX_MESSAGE = 300
 """Characters of torch's own reason that are repeated."""
 
 Tensors = dict[str, Tensor]
@@ -213,13 +213,13 @@ def reason(error: BaseException) -> str:
     while (inner := causes[-1].__cause__) is not None:
         causes.append(inner)
     lines = [line.strip() for line in str(causes[-1]).splitlines() if line.strip()]
-    said = " ".join(lines[:2])[:MOST_SAID] or type(causes[-1]).__name__
+    message = " ".join(lines[:2])[:MAX_MESSAGE] or type(causes[-1]).__name__
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "/pipeline/" in frame.filename]
     line = own[-1].line if own else None
     if not line or line.startswith("raise") or "/checkpoints/" in own[-1].filename:
-        return said
-    return f"{said} (at {line} of {Path(own[-1].filename).name})"
+        return message
+    return f"{message} (at {line} of {Path(own[-1].filename).name})"
 
 
 def compare(graph: Graph, uri: str, run: Callable[[Tensors], Tensors]) -> export_check.Comparison:

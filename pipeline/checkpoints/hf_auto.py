@@ -43,7 +43,7 @@ SIZES = (
     "num_input_channels",
 )
 """Keys of a configuration that otherwise follow from the rows."""
-LONGEST = 512
+MAX_TOKENS = 512
 """Most tokens of a row, where the job does not say more."""
 RESAMPLING = {2: "bilinear", 3: "bicubic"}
 """Pillow's filters that the image modality has."""
@@ -132,14 +132,17 @@ def read(
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     prefix = "encoder." if model is not loaded else ""
     fresh = {f"model.{name.removeprefix(prefix)}" for name in missing}
-    if unknown := sorted(name for name in fresh & set(state) if not name.startswith(NEW)):
+    if unknown := sorted(
+        name for name in fresh & set(state) if not name.startswith(MAY_BE_MISSING)
+    ):
         raise BundleError(
             f"hf:{folder}: the file of weights lacks {len(unknown)} tensors of "
-            f"{model_class.__name__} ({', '.join(unknown[:4])}): it is no whole checkpoint of it"
+            f"{model_class.__name__} ({', '.join(unknown[:4])}): it is not a complete "
+            "checkpoint of it"
         )
     dropped = {f"model.{name}": tensors[name] for name in unexpected if name in tensors}
     inputs = bundle.build_modality(modality).inputs()
-    # What the configuration does not say has transformers' defaults, whatever the rows are
+    # keys that the configuration lacks have transformers' defaults, not the rows' sizes
     stated = {key: getattr(model_config, key) for key in SIZES if key in model_config.to_dict()}
     arch = Architecture(f"hf/{family}", {"config": {**stated, **plain}, **options}, inputs)
     kept = {name: tensor for name, tensor in state.items() if name not in fresh}
@@ -149,10 +152,10 @@ def read(
     if linear is not None:
         arch, labels = linear.arch, linear.labels
         heads[linear.objective] = linear.tensors
-    headless: dict[str, str] = {}
+    no_head_reasons: dict[str, str] = {}
     language = _language_head(config, model_config, tensors, arch, modality, kept)
     if language is not None and language.reason:
-        headless[language.objective] = language.reason
+        no_head_reasons[language.objective] = language.reason
     elif language is not None:
         heads[language.objective] = language.tensors
     has_own_output = "output.weight" in heads.get("clm", {})
@@ -162,11 +165,11 @@ def read(
         arch,
         modality,
         kept | dropped,
-        drop=(*NEW, *(name for name in dropped if name not in state)),
+        ignored_prefixes=(*MAY_BE_MISSING, *(name for name in dropped if name not in state)),
         heads=heads,
         labels=labels,
-        headless={
-            name: headless.get(name, _why_new(name))
+        no_head_reasons={
+            name: no_head_reasons.get(name, _why_new(name))
             for name in registry.names("objective")
             if name not in heads and transformers_head(registry.get("objective", name)) is not None
         },
@@ -174,8 +177,11 @@ def read(
     )
 
 
-NEW = ("model.pooler.", "model.masked_spec_embed")
-"""Prefixes of tensors that a file of weights may lack."""
+MAY_BE_MISSING = ("model.pooler.", "model.masked_spec_embed")
+"""Prefixes of tensors that a file of weights may lack.
+
+A pooler (roberta-base) and the embedding of hidden frames (wav2vec2-base-960h).
+"""
 HEADED = {
     "ForClassification": "classification",
     "ForTimeSeriesClassification": "classification",
@@ -242,7 +248,7 @@ def _linear_head(
     objective = _stated_objective(objective, config)
     if objective == "regression" and len(weight) > 1:
         return None  # objective regression estimates one number a row
-    labels = _label_names(config, len(weight))
+    labels = hf_text.label_names(config, len(weight))
     config_with_labels = copy.deepcopy(model_config)
     config_with_labels.id2label = dict(enumerate(labels))
     with _quiet(), torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
@@ -282,17 +288,6 @@ def _stated_objective(objective: str, config: HfConfig) -> str:
     if objective != "classification":
         return objective
     return kinds.get(str(config.get("problem_type")), objective)
-
-
-def _label_names(config: HfConfig, number: int) -> tuple[str, ...]:
-    """Return the names of a head's labels.
-
-    If the configuration does not name as many, they are LABEL_0, LABEL_1, ... as in transformers.
-    """
-    labels = as_object(config.get("id2label"))
-    if len(labels) != number:
-        return tuple(f"LABEL_{i}" for i in range(number))
-    return tuple(str(labels[key]) for key in sorted(labels, key=int))
 
 
 def _network(arch: Architecture, backbone: dict[str, Tensor]) -> Any | None:
@@ -367,9 +362,9 @@ def _language_head(
     )
     rows = export_check.random_batch(bundle.build_modality(modality))
     assert rows is not None
-    words = {"input_ids": rows["tokens"], "attention_mask": rows["mask"].long()}
+    arguments = {"input_ids": rows["tokens"], "attention_mask": rows["mask"].long()}
     with torch.no_grad():
-        expected = model(**words).logits[rows["mask"]]
+        expected = model(**arguments).logits[rows["mask"]]
     del model  # frees its memory before our own copy is built
     try:
         task = bundle.build_task(arch, ObjectiveSpec(objective, {}, {})).eval()
@@ -462,7 +457,7 @@ def _with_tied_output(arch: Architecture, config: Any) -> Architecture:
 
 def _length(model: Any) -> int:
     """Return the tokens of a row: as many as the model has positions, and 512 at most."""
-    return min(auto_model.positions(model) or LONGEST, LONGEST)
+    return min(auto_model.positions(model) or MAX_TOKENS, MAX_TOKENS)
 
 
 @contextmanager
@@ -486,7 +481,7 @@ def _load(
     Raises:
         BundleError: A tensor has another shape than the configuration says.
     """
-    options = auto_model.pooling_words(kind, _holds_pooler(tensors))
+    options = auto_model.pooling_arguments(kind, _holds_pooler(tensors))
     own_tensors = _own_part(kind, config, tensors)
     generators: Any = torch.random
     try:
@@ -768,7 +763,7 @@ def write(saved: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
     require_plain(saved, backbone)
     if task is not None and not classifier_export.is_exportable(task):
         raise BundleError(
-            f"{saved.uri}: the head of {saved.manifest.objective.name} is no linear layer, and "
+            f"{saved.uri}: the head of {saved.manifest.objective.name} is not a linear layer, and "
             f"heads of {saved.manifest.arch.name} are written as one; --backbone-only writes the "
             "plain model, --kind state-dict all tensors"
         )

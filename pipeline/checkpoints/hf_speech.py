@@ -61,8 +61,8 @@ def modality(folder: str) -> ModalitySpec:
     reads_samples = kind == EXTRACTOR and size == 1
     if not reads_samples or not isinstance(rate, int) or not isinstance(normalize, bool):
         raise ValueError(
-            f"{folder}: {PREPROCESSOR} is none of samples (feature_extractor_type {kind}, "
-            f"feature_size {size}, sampling_rate {rate}, do_normalize {normalize}); "
+            f"{folder}: {PREPROCESSOR} is not that of a model of samples (feature_extractor_type "
+            f"{kind}, feature_size {size}, sampling_rate {rate}, do_normalize {normalize}); "
             f"wav2vec 2.0 has a {EXTRACTOR} of feature_size 1"
         )
     return ModalitySpec(
@@ -87,25 +87,25 @@ def heads(
         The tensors of each head under our names, by objective; the labels of the CTC head; and for
         other objectives why there is no head.
     """
-    found: dict[str, dict[str, Tensor]] = {}
-    headless: dict[str, str] = {}
+    tensors_of: dict[str, dict[str, Tensor]] = {}
+    no_head_reasons: dict[str, str] = {}
     labels = None
     for objective, head in declared.items():
         if not head.tensors:
             continue
         if any(theirs not in tensors for _, theirs in head.tensors):
-            headless[objective] = f"the checkpoint holds none of Wav2Vec2{head.model}"
+            no_head_reasons[objective] = f"the checkpoint holds none of Wav2Vec2{head.model}"
             continue
         own = {ours: tensors[theirs] for ours, theirs in head.tensors}
         if head.model == "ForCTC":
             named = _labels(folder, config, len(tensors["lm_head.weight"]))
             if isinstance(named, str):
-                headless[objective] = named
+                no_head_reasons[objective] = named
                 continue
             labels, rows = tuple(named), torch.tensor([*named.values()])
             own = {name: tensor[rows] for name, tensor in own.items()}
-        found[objective] = own
-    return found, labels, headless
+        tensors_of[objective] = own
+    return tensors_of, labels, no_head_reasons
 
 
 def _labels(folder: str, config: HfConfig, count: int) -> dict[str, int] | str:
@@ -148,12 +148,12 @@ def _token(token_config: JsonObject, role: str, usual: str) -> str | None:
 def read_object(folder: str, name: str) -> JsonObject:
     """Return a JSON object of the folder; empty where the file is missing."""
     path = storage.join(folder, name)
-    found: Json = storage.read_json(path) if storage.exists(path) else {}
-    if not isinstance(found, dict):
+    content: Json = storage.read_json(path) if storage.exists(path) else {}
+    if not isinstance(content, dict):
         raise ValueError(
             f"{path}: not a JSON object; save the model again with transformers' save_pretrained"
         )
-    return found
+    return content
 
 
 # ---------------------------------------------------------------- writing

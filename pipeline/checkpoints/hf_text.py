@@ -88,7 +88,7 @@ SEQUENCE = "ForSequenceClassification"
 """The class of a linear head on one feature of a row."""
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
-MOST_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 100_000_000
 """Longest header of a safetensors file, by its format."""
 
 
@@ -97,20 +97,20 @@ class Checkpoint:
     """The content of a folder, under the backbone's names.
 
     Attributes:
-        drop: Prefixes of tensors that a backbone need not have.
+        ignored_prefixes: Of tensors that the backbone need not have.
         heads: Tensors of each head under the objective's names, by objective.
         labels: What the rows of a head stand for, where it has one row a label.
-        headless: Why there is no head for an objective, by its name.
-        notes: What is read otherwise than the folder says, in words.
+        no_head_reasons: Why there is no head, by the name of the objective.
+        notes: Sentences on what is not read as the folder says.
     """
 
     arch: Architecture
     modality: ModalitySpec
     tensors: dict[str, Tensor]
-    drop: tuple[str, ...]
+    ignored_prefixes: tuple[str, ...]
     heads: dict[str, dict[str, Tensor]] = field(default_factory=dict[str, dict[str, Tensor]])
     labels: tuple[str, ...] | None = None
-    headless: dict[str, str] = field(default_factory=dict[str, str])
+    no_head_reasons: dict[str, str] = field(default_factory=dict[str, str])
     notes: tuple[str, ...] = ()
 
 
@@ -160,14 +160,14 @@ def read(folder: str, config: HfConfig, names_only: bool = False) -> Checkpoint:
     modality = ModalitySpec("text", {"length": length}, state)
     inputs = bundle.build_modality(modality).inputs()
     arch = Architecture(f"transformers/{family}", {"config": built}, inputs)
-    heads, labels, headless = _heads(family, config, tensors)
+    heads, labels, no_head_reasons = _heads(family, config, tensors)
     masks = tuple(
         f"model.{name}" for name in tensors if name.endswith((".attn.bias", ".attn.masked_bias"))
     )
     prefixes = tuple(f"model.{head}" for head in ("pooler.", *HEADS))
-    drop = (*prefixes, "model.embeddings.position_ids", *masks)
+    ignored_prefixes = (*prefixes, "model.embeddings.position_ids", *masks)
     named = {f"model.{name}": tensor for name, tensor in tensors.items()}
-    return Checkpoint(arch, modality, named, drop, heads, labels, headless)
+    return Checkpoint(arch, modality, named, ignored_prefixes, heads, labels, no_head_reasons)
 
 
 def _speech(
@@ -182,15 +182,15 @@ def _speech(
     try:
         modality = hf_speech.modality(folder)
         declared = _declared_heads("wav2vec2")
-        heads, labels, headless = hf_speech.heads(folder, config, tensors, declared)
+        heads, labels, no_head_reasons = hf_speech.heads(folder, config, tensors, declared)
     except ValueError as error:
         raise BundleError(f"hf:{error}") from None
     arch = Architecture(
         "transformers/wav2vec2", {"config": built}, bundle.build_modality(modality).inputs()
     )
-    drop = (*(f"model.{head}" for head in HEADS), "model.masked_spec_embed")
+    ignored_prefixes = (*(f"model.{head}" for head in HEADS), "model.masked_spec_embed")
     named = {f"model.{name}": tensor for name, tensor in tensors.items()}
-    return Checkpoint(arch, modality, named, drop, heads, labels, headless)
+    return Checkpoint(arch, modality, named, ignored_prefixes, heads, labels, no_head_reasons)
 
 
 def _family(folder: str, config: HfConfig) -> str:
@@ -269,7 +269,7 @@ def read_safetensors(uri: str, names_only: bool = False) -> dict[str, Tensor]:
         return storage.read_as(uri, lambda path: load_file(path), load)
     with storage.open_read(uri) as file:
         length = file.read(8)
-        header = file.read(min(int.from_bytes(length, "little"), MOST_HEADER_BYTES))
+        header = file.read(min(int.from_bytes(length, "little"), MAX_HEADER_BYTES))
         size = file.seek(0, os.SEEK_END)
     # a file of the same size whose other bytes are a hole: it takes no room on disk or in memory
     with storage.scratch_folder() as folder:
@@ -334,40 +334,48 @@ def _heads(
         with one row a label; and for other objectives why there is no head.
     """
     heads: dict[str, dict[str, Tensor]] = {}
-    headless: dict[str, str] = {}
+    no_head_reasons: dict[str, str] = {}
     labels = None
     built = (config.get("architectures") or [""])[0]
     tied_model = "ForMaskedLM" if family in MASKED else "LMHeadModel"
     for objective, declared in _declared_heads(family).items():
         if declared.model == tied_model:
-            found = _tied_head(family, objective, tensors)
+            head = _tied_head(family, objective, tensors)
         elif declared.tensors:
-            found = _untied_head(family, declared, built, tensors)
+            head = _untied_head(family, declared, built, tensors)
         else:
             continue
-        if isinstance(found, str):
-            headless[objective] = found
+        if isinstance(head, str):
+            no_head_reasons[objective] = head
             continue
-        heads[objective] = found
+        heads[objective] = head
         if declared.linear_on:
-            named = config.get("id2label") or {
-                f"{i}": f"LABEL_{i}" for i in range(len(found["head.bias"]))
-            }
-            labels = tuple(str(named[key]) for key in sorted(named, key=int))
-    return heads, labels, headless
+            labels = label_names(config, len(head["head.bias"]))
+    return heads, labels, no_head_reasons
+
+
+def label_names(config: HfConfig, number: int) -> tuple[str, ...]:
+    """Return the names of a head's labels.
+
+    If the configuration does not name as many, they are LABEL_0, LABEL_1, ... as in transformers.
+    """
+    labels = as_object(config.get("id2label"))
+    if len(labels) != number:
+        return tuple(f"LABEL_{i}" for i in range(number))
+    return tuple(str(labels[key]) for key in sorted(labels, key=int))
 
 
 def _declared_heads(family: str) -> dict[str, TransformersHead]:
     """Return the heads for which transformers has a class of the family, by objective."""
     import transformers
 
-    found = {
+    declared_by = {
         name: transformers_head(registry.get("objective", name))
         for name in registry.names("objective")
     }
     return {
         name: declared
-        for name, declared in found.items()
+        for name, declared in declared_by.items()
         if declared and hasattr(transformers, FAMILIES[family][0] + declared.model)
     }
 
@@ -452,8 +460,8 @@ def write(saved: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
         return _write_timm(saved, folder, backbone_only)
     if library != "transformers":
         raise BundleError(
-            f"{saved.uri}: a {library} backbone is none of transformers or timm; take --kind "
-            "state-dict"
+            f"{saved.uri}: a {library} backbone is not a model of transformers or timm; take "
+            "--kind state-dict"
         )
     import transformers
 
@@ -783,7 +791,7 @@ def _save_tokenizer(
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": length,
         "clean_up_tokenization_spaces": False,
-        # version 4 else switches off what tokenizer.json says
+        # without it, version 4 switches off what tokenizer.json says
         **({"add_prefix_space": True} if has_prefix else {}),
         **specials,
         "bos_token": specials["cls_token"],

@@ -42,11 +42,6 @@ HEADS = (
     "model.masked_spec_embed",
 )
 """Prefixes of what a checkpoint may hold beyond the backbone: classifiers, poolers, LM heads."""
-FRESH = ("model.pooler.", "model.masked_spec_embed")
-"""Prefixes of what a checkpoint may lack.
-
-A pooler (roberta-base) and the embedding of hidden frames (wav2vec2-base-960h).
-"""
 
 
 @dataclass(frozen=True)
@@ -59,13 +54,13 @@ class PretrainedCheckpoint:
         arch: Its architecture, when the checkpoint says it.
         modality: How its rows are read, when the checkpoint says it.
         bundle: The bundle that it is, if it is one.
-        drop: Prefixes of tensors that a backbone need not have.
-        notes: In words, what was done to the names of its tensors, and what is read otherwise than
-            it says.
+        ignored_prefixes: Of tensors that the backbone need not have.
+        notes: Sentences on how the names of its tensors were changed, and on what is not read as
+            the checkpoint says.
         heads: Heads of a Hugging Face checkpoint by objective: tensors under the objective's own
             names.
         labels: What the rows of its head stand for, where it has one row a label.
-        headless: Why there is no head for an objective, by its name.
+        no_head_reasons: Why there is no head, by the name of the objective.
     """
 
     origin: str
@@ -73,25 +68,29 @@ class PretrainedCheckpoint:
     arch: Architecture | None = None
     modality: ModalitySpec | None = None
     bundle: bundle.Bundle | None = None
-    drop: tuple[str, ...] = field(default=HEADS)
+    ignored_prefixes: tuple[str, ...] = field(default=HEADS)
     notes: tuple[str, ...] = ()
     heads: dict[str, dict[str, Tensor]] = field(default_factory=dict[str, dict[str, Tensor]])
     labels: tuple[str, ...] | None = None
-    headless: dict[str, str] = field(default_factory=dict[str, str])
+    no_head_reasons: dict[str, str] = field(default_factory=dict[str, str])
 
     def load_into(self, backbone: Backbone) -> bundle.Transfer:
         """Load the backbone strictly (``bundle.transfer``).
 
-        Parts in `FRESH` that the checkpoint lacks keep their initial values, and count as new. The
-        notes are part of what was changed.
+        Parts in `hf_auto.MAY_BE_MISSING` that the checkpoint lacks keep their initial values and
+        count as new. The notes are part of what was changed.
         """
-        spare = tuple(prefix for prefix in FRESH if prefix in self.drop)
+        spare = tuple(
+            prefix for prefix in hf_auto.MAY_BE_MISSING if prefix in self.ignored_prefixes
+        )
         fresh = {
             name: tensor
             for name, tensor in backbone.state_dict().items()
             if spare and name.startswith(spare) and name not in self.tensors
         }
-        moved = bundle.transfer(backbone, {**self.tensors, **fresh}, self.origin, self.drop)
+        moved = bundle.transfer(
+            backbone, {**self.tensors, **fresh}, self.origin, self.ignored_prefixes
+        )
         return replace(
             moved,
             kept=tuple(name for name in moved.kept if name not in fresh),
@@ -112,14 +111,14 @@ class PretrainedCheckpoint:
         if self.bundle:
             return bundle.carry_head(task, self.bundle)
         if name not in self.heads:
-            return f"new head: {self.headless[name]}" if name in self.headless else ""
+            return f"new head: {self.no_head_reasons[name]}" if name in self.no_head_reasons else ""
         if getattr(objective.options, "norm", False):
             return (
                 "new head: the checkpoint's has no layer norm before its linear layer (option norm)"
             )
         if not self.heads[name]:
             return "no head to carry: the output is the embedding"
-        # what a run counts starts anew: no checkpoint holds it
+        # buffers (counters of a run) keep their initial values: no checkpoint holds them
         trainable = set(dict(objective.named_parameters()))
         counters = {n: tensor for n, tensor in objective.state_dict().items() if n not in trainable}
         outcome = bundle.load_head(objective, {**counters, **self.heads[name]}, self.labels)
@@ -213,9 +212,11 @@ def read(
     prefix, _, uri = text.partition(":")
     architecture = strip_weights_tag(architecture or "")
     if prefix == "bundle":
-        found = bundle.load(uri)
-        arch, spec = found.manifest.arch, found.manifest.modality
-        return PretrainedCheckpoint(text, found.backbone_tensors(), arch, spec, found, drop=())
+        saved = bundle.load(uri)
+        arch, spec = saved.manifest.arch, saved.manifest.modality
+        return PretrainedCheckpoint(
+            text, saved.backbone_tensors(), arch, spec, saved, ignored_prefixes=()
+        )
     if prefix == "file":
         return _read_weights_file(text, uri, architecture, names_only)
     if prefix == "file-by-order":
@@ -240,7 +241,7 @@ def _tensors(uri: str, names_only: bool = False) -> dict[str, Tensor]:
     try:
         if uri.endswith(".safetensors"):
             return hf_text.read_safetensors(uri, names_only)
-        found = _torch_file(uri)
+        content = _torch_file(uri)
     except storage.StorageError:
         raise
     except Exception as error:
@@ -250,12 +251,12 @@ def _tensors(uri: str, names_only: bool = False) -> dict[str, Tensor]:
             f"({type(error).__name__}: {str(error)[:200]})"
         ) from error
     for key in ("state_dict", "model", "model_state", "model_state_dict"):
-        inner = found.get(key) if _is_mapping(found) else None
+        inner = content.get(key) if _is_mapping(content) else None
         if _is_mapping(inner):
-            found = inner
-    if not _is_mapping(found) or not _are_tensors(found):
+            content = inner
+    if not _is_mapping(content) or not _are_tensors(content):
         raise BundleError(f"{uri}: the file holds no state dict (names to tensors)")
-    return found
+    return content
 
 
 def _torch_file(uri: str) -> object:
@@ -275,8 +276,8 @@ def _is_mapping(value: object) -> TypeGuard[dict[str, object]]:
     return isinstance(value, dict)
 
 
-def _are_tensors(found: dict[str, object]) -> TypeGuard[dict[str, Tensor]]:
-    return all(isinstance(value, Tensor) for value in found.values())
+def _are_tensors(content: dict[str, object]) -> TypeGuard[dict[str, Tensor]]:
+    return all(isinstance(value, Tensor) for value in content.values())
 
 
 def _with_backbone_names(tensors: dict[str, Tensor], architecture: str) -> dict[str, Tensor]:
@@ -313,29 +314,31 @@ def _read_weights_file(
         BundleError: Names do not fit but order and shapes do; the message then names
             ``file-by-order:``.
     """
-    found = _tensors(uri, names_only)
-    tensors = _with_backbone_names(found, architecture)
+    in_file = _tensors(uri, names_only)
+    tensors = _with_backbone_names(in_file, architecture)
     if not architecture.startswith("timm/"):
         return PretrainedCheckpoint(text, tensors)
     own = _meta_backbone(architecture, tensors)
-    drop = (*HEADS, *_classifiers(own))
+    ignored_prefixes = (*HEADS, *_classifiers(own))
     missing = _missing(own, tensors)
     if not missing:
-        return PretrainedCheckpoint(text, tensors, drop=drop)
+        return PretrainedCheckpoint(text, tensors, ignored_prefixes=ignored_prefixes)
     for renamed, rules in (
         (_convert_published_names(tensors, own), "its rules"),
         (_from_torchvision(tensors, own), "torchvision's"),
     ):
         if renamed is not None and not _missing(own, renamed):
             note = f"names put into timm's by {rules} for {type(own.model).__module__}"
-            return PretrainedCheckpoint(text, renamed, drop=drop, notes=(note,))
+            return PretrainedCheckpoint(
+                text, renamed, ignored_prefixes=ignored_prefixes, notes=(note,)
+            )
     try:
-        _pair_by_order(found, own)
+        _pair_by_order(in_file, own)
     except BundleError:  # bundle.transfer then says what does not fit
-        return PretrainedCheckpoint(text, tensors, drop=drop)
+        return PretrainedCheckpoint(text, tensors, ignored_prefixes=ignored_prefixes)
     raise BundleError(
         f"{uri}: the names of its tensors are not those of {architecture} "
-        f"({missing[0].removeprefix('model.')} is none of them), but their "
+        f"({missing[0].removeprefix('model.')} is not among them), but their "
         "order and shapes fit. If it is the same architecture, give init: "
         f"file-by-order:{uri}, and see that its accuracy is what it should be"
     )
@@ -370,8 +373,7 @@ def _convert_published_names(tensors: dict[str, Tensor], backbone: Any) -> dict[
     try:
         out = rule(plain, backbone.model) if wants_model else rule(plain)
     except Exception:
-        # the rules look names up and reshape: another model's file fails in many ways, and is then
-        # told by its names
+        # another model's file makes these rules fail in many ways; its names then give the reason
         return None
     return {f"model.{name}": tensor for name, tensor in out.items()}
 
@@ -472,16 +474,16 @@ def _read_by_order(text: str, uri: str, architecture: str) -> PretrainedCheckpoi
             f"{text}: a safetensors file keeps its tensors by name, not in the model's order; "
             "give a state dict as torch.save writes it"
         )
-    found = _tensors(uri)
-    own = _meta_backbone(architecture, found)
-    pairs = _pair_by_order(found, own)
-    left = tuple(name for name in found if name not in pairs)
+    in_file = _tensors(uri)
+    own = _meta_backbone(architecture, in_file)
+    pairs = _pair_by_order(in_file, own)
+    left = tuple(name for name in in_file if name not in pairs)
     note = (
         f"{len(pairs)} tensors paired by order and shape, names unread ({next(iter(pairs))} became "
         f"{next(iter(pairs.values()))})"
     )
-    tensors = {pairs.get(name, name): tensor for name, tensor in found.items()}
-    return PretrainedCheckpoint(text, tensors, drop=left, notes=(note,))
+    tensors = {pairs.get(name, name): tensor for name, tensor in in_file.items()}
+    return PretrainedCheckpoint(text, tensors, ignored_prefixes=left, notes=(note,))
 
 
 def _pair_by_order(tensors: dict[str, Tensor], backbone: Backbone) -> dict[str, str]:
@@ -519,7 +521,7 @@ def _pair_by_order(tensors: dict[str, Tensor], backbone: Backbone) -> dict[str, 
         if not is_bias and not is_weight:
             raise BundleError(
                 f"{name} {tuple(shape)} comes after the last tensor of {backbone.arch.name} "
-                f"({backbone_names[-1]}) and is no classifier of it"
+                f"({backbone_names[-1]}) and is not a classifier of it"
             )
     pairs = dict(zip(file_names, backbone_names, strict=False))
     if len(counters[0]) == len(counters[1]):
@@ -541,19 +543,19 @@ def _hugging_face(folder: str, modality: str | None, names_only: bool) -> Pretra
     if "architecture" in config:
         return _timm_folder(folder, config, names_only)
     if config.get("model_type") in hf_text.FAMILIES:
-        found = hf_text.read(folder, config, names_only)
+        checkpoint = hf_text.read(folder, config, names_only)
     else:
-        found = hf_auto.read(folder, config, modality, names_only)
+        checkpoint = hf_auto.read(folder, config, modality, names_only)
     return PretrainedCheckpoint(
         f"hf:{folder}",
-        found.tensors,
-        found.arch,
-        found.modality,
-        drop=found.drop,
-        heads=found.heads,
-        labels=found.labels,
-        headless=found.headless,
-        notes=found.notes,
+        checkpoint.tensors,
+        checkpoint.arch,
+        checkpoint.modality,
+        ignored_prefixes=checkpoint.ignored_prefixes,
+        heads=checkpoint.heads,
+        labels=checkpoint.labels,
+        no_head_reasons=checkpoint.no_head_reasons,
+        notes=checkpoint.notes,
     )
 
 
@@ -611,7 +613,7 @@ def _timm_hub(name: str) -> PretrainedCheckpoint:
         tensors,
         arch,
         modality,
-        drop=(*HEADS, *_classifiers(_meta_backbone(arch.name, tensors))),
+        ignored_prefixes=(*HEADS, *_classifiers(_meta_backbone(arch.name, tensors))),
     )
 
 
@@ -660,7 +662,7 @@ def _timm_folder(folder: str, config: dict[str, Any], names_only: bool) -> Pretr
     input_config = config.get("pretrained_cfg", {})
     if absent := [key for key in ("input_size", "mean", "std") if key not in input_config]:
         raise BundleError(
-            f"hf:{folder}: pretrained_cfg in config.json has no {', '.join(absent)}; say "
+            f"hf:{folder}: pretrained_cfg in config.json has no {', '.join(absent)}; set "
             f"backbone: timm/{architecture}, init: file:{weights}"
         )
     arch, modality = _timm_input_spec(f"timm/{architecture}", input_config)
@@ -672,7 +674,7 @@ def _timm_folder(folder: str, config: dict[str, Any], names_only: bool) -> Pretr
         tensors,
         arch,
         modality,
-        drop=(*HEADS, *_classifiers(_meta_backbone(arch.name, tensors))),
+        ignored_prefixes=(*HEADS, *_classifiers(_meta_backbone(arch.name, tensors))),
     )
 
 
@@ -834,5 +836,5 @@ def describe_input(
     return (
         f"{text}{of_job}; assumed, as timm says of its default weights for {name}: where these "
         "weights were trained otherwise (DINO, MAE), name their tag "
-        f"({name}.TAG) or say modality: {{image: {{mean: imagenet, std: imagenet}}}}"
+        f"({name}.TAG) or set modality: {{image: {{mean: imagenet, std: imagenet}}}}"
     )

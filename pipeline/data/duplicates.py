@@ -292,7 +292,7 @@ def _piece(start: Any, seconds: Any, total: float) -> bytes:
         for value in (start, seconds)
     )
     if begin is None or (
-        begin == 0 and (length is None or abs(length - total) <= audio_io.OVER_SECONDS)
+        begin == 0 and (length is None or abs(length - total) <= audio_io.OVERHANG_SECONDS)
     ):
         return b""
     return f" {begin:.3f} {'' if length is None else f'{length:.3f}'}".encode()

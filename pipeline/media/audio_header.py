@@ -1,8 +1,8 @@
-"""How much sound the header of a file promises, as libsndfile accepts a shorter file without a
-word.
+"""How much sound a file has by its header: libsndfile reads a file that was cut off without an
+error.
 
-A file here is anything that can seek and read; I/O errors are raised unchanged. Headers that make
-no sense promise nothing: libsndfile judges them.
+A file is anything that can seek and read; I/O errors are raised unchanged. Headers that make no
+sense are left to libsndfile, which refuses them.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ MP3_BLOCK = 1 << 20
 """Bytes that are read at a time to step from frame to frame."""
 
 
-def promised(file: Any) -> float:
-    """Return how many times as much sound a file promises as it holds.
+def length_ratio(file: Any) -> float:
+    """Return the length by the header, divided by the length of the sound in the file; at least 1.
 
     For WAV, AIFF, W64, CAF, AU and uncompressed NIST SPHERE. Infinite for an OGG file without its
     end; 1 where the header does not say.
@@ -159,7 +159,7 @@ def is_joined(file: Any) -> bool:
     """
     file.seek(0)
     start, at, serials = file.read(1 << 12), 0, set()
-    # Multiplexed streams begin all at once
+    # the first pages of multiplexed streams come before all other pages
     while start[at : at + 4] == b"OggS" and len(start) >= at + 27 and start[at + 5] & 2:
         serials.add(start[at + 14 : at + 18])
         at += 27 + start[at + 26] + sum(start[at + 27 : at + 27 + start[at + 26]])

@@ -24,12 +24,12 @@ import soundfile
 from pipeline.media import audio_header
 
 RATES = (1000, 1_000_000)
-"""Samples a second that a recording may have; the rate of a broken header would ask for a huge
-filter.
+"""Samples a second that a recording may have. The rate of a broken header could need a resampling
+filter of any size.
 """
-LARGEST_TERM = 1000
-"""Largest denominator of a quotient of rates. For others (22,255 Hz of old Macintoshes) the nearest
-such quotient is used, at most 0.001 % off.
+MAX_DENOMINATOR = 1000
+"""Largest denominator of the ratio of two rates. Where the exact one is larger (22,255 Hz of old
+Macintoshes), the nearest ratio is used, which is at most 0.001 % off.
 """
 KINDS = {
     b"RIFF": "WAV",
@@ -50,17 +50,18 @@ KNOWN_BYTES = 1 << 16
 beginning and end.
 """
 _counted: dict[bytes, bytes] = {}
-OVER_SECONDS = 0.1
+"""The bytes at FLAC_LENGTH of files whose samples were counted, by the hash of these."""
+OVERHANG_SECONDS = 0.1
 """A piece may end this far after its recording: manifests round their seconds."""
 HOP_SECONDS, QUIET_SECONDS = 0.02, 0.2
 """``pieces`` looks at every 0.02 s for the quietest 0.2 s."""
 BLOCK_HOPS = 3000
 """Hops that are read at a time: a minute."""
-LOUDEST = 1e6
+MAX_ENERGY = 1e6
 """Energies are clipped to this: sums with larger ones would lose what is quiet. Full scale has at
 most 1.
 """
-SIXTEEN = {"PCM_16", "PCM_S8", "PCM_U8"}
+UP_TO_16_BITS = {"PCM_16", "PCM_S8", "PCM_U8"}
 """Subtypes of up to 16 bits a sample."""
 FULL_SCALE = {
     "ULAW": 32124 / 32768,
@@ -69,7 +70,7 @@ FULL_SCALE = {
     "PCM_S8": 127 / 128,
 }
 """Largest sample of a subtype where it is below 0.9999: 32767 of 32768 is 0.99997."""
-MOST_PEAK = 16.0
+MAX_PEAK = 16.0
 """Times full scale that samples of a floating-point file may reach. Beyond it the file is probably
 in integer scale (32768 is full there) and nearly all of it would be clipped.
 """
@@ -85,7 +86,7 @@ class LongAudioError(BrokenAudioError):
 
 
 @dataclass(frozen=True)
-class Info:
+class RecordingInfo:
     """The header of a sound file.
 
     ``rate`` in samples a second, ``frames`` (samples of each channel), ``seconds``, and
@@ -103,7 +104,7 @@ class Info:
         return self.frames / self.rate
 
 
-class _Watched:
+class _CheckedFile:
     """A file for libsndfile, whose callbacks cannot raise.
 
     An error is kept, reads return nothing from then on, and ``check`` raises it. It seeks only when
@@ -130,9 +131,9 @@ class _Watched:
 
     def read(self, count: int = -1) -> bytes:
         self._file.seek(self._at)
-        found = self._file.read(count)
-        self._at += len(found)
-        return found
+        data = self._file.read(count)
+        self._at += len(data)
+        return data
 
     def readinto(self, buffer: Any) -> int:
         at, count = self._at, 0
@@ -142,7 +143,7 @@ class _Watched:
                 # every binary file has it
                 count = self._file.readinto(buffer)  # pyright: ignore[reportAttributeAccessIssue]
         except BaseException as error:
-            # Of any kind: cffi would print it and go on; ``check`` raises it
+            # of any kind: cffi would print it and go on; ``check`` raises it later
             self._error = error
         for place, byte in enumerate(self.length, FLAC_LENGTH.start):
             if at <= place < at + count:
@@ -161,16 +162,16 @@ class _Forward(soundfile.SoundFile):
 
 
 @contextmanager
-def opened(data: Sound | _Watched) -> Iterator[soundfile.SoundFile]:
+def opened(data: Sound | _CheckedFile) -> Iterator[soundfile.SoundFile]:
     """Open a sound file for reading.
 
     Raises BrokenAudioError for bytes that are not sound, also while reading; I/O errors unchanged.
     """
-    file = data if isinstance(data, _Watched) else _Watched(data)
+    file = data if isinstance(data, _CheckedFile) else _CheckedFile(data)
     file.length = file.length or _flac_length(file)
     file.seek(0)
     try:
-        # it wants no more of a file than this
+        # soundfile calls only these methods of a file
         with soundfile.SoundFile(file) as sound:  # pyright: ignore[reportArgumentType]
             if not RATES[0] <= sound.samplerate <= RATES[1]:
                 raise BrokenAudioError(
@@ -180,33 +181,32 @@ def opened(data: Sound | _Watched) -> Iterator[soundfile.SoundFile]:
             yield sound
     except soundfile.LibsndfileError as error:
         file.check()
-        raise BrokenAudioError(_why(file, error)) from None
+        raise BrokenAudioError(_explain_error(file, error)) from None
     except BrokenAudioError:
-        file.check()  # what did not come is not missing from the file
+        file.check()  # an I/O error is the cause: the file itself may be whole
         raise
     file.check()
 
 
-def _why(file: _Watched, error: soundfile.LibsndfileError) -> str:
+def _explain_error(file: _CheckedFile, error: soundfile.LibsndfileError) -> str:
     file.seek(0)
     start = file.read(12)
     if not start:
         return "the file is empty (0 bytes)"
     kind = KINDS.get(start[:4], "MP3" if start[:3] == b"ID3" else "")
-    said = error.error_string.strip().rstrip(".")
+    message = error.error_string.strip().rstrip(".")
     return (
-        f"broken {kind} file, cut off or without samples ({said})"
+        f"broken {kind} file, cut off or without samples ({message})"
         if kind
-        else f"no sound file that libsndfile reads ({said})"
+        else f"no sound file that libsndfile reads ({message})"
     )
 
 
-def _flac_length(file: _Watched) -> bytes:
-    """Return the bytes at FLAC_LENGTH of a file whose writer, into a pipe, left them open; else
-    None.
+def _flac_length(file: _CheckedFile) -> bytes:
+    """Return what the bytes at FLAC_LENGTH should be where the file does not say its length.
 
-    libsndfile cannot seek in such a file. Its samples are counted once in a process, for all pieces
-    of the recording.
+    A writer into a pipe does not know it, and libsndfile cannot seek in such a file. The samples
+    are counted once in a process, for all pieces of the recording. Other files give b"".
     """
     file.seek(0)
     start = file.read(FLAC_LENGTH.stop)
@@ -222,7 +222,7 @@ def _flac_length(file: _Watched) -> bytes:
     return _counted[ends.digest()]
 
 
-def _count(file: _Watched, start: bytes) -> bytes:
+def _count(file: _CheckedFile, start: bytes) -> bytes:
     frames = 0
     try:
         with _Forward(file) as sound:  # pyright: ignore[reportArgumentType] - as in ``opened``
@@ -230,7 +230,7 @@ def _count(file: _Watched, start: bytes) -> bytes:
                 frames += count
     except soundfile.LibsndfileError as error:
         file.check()
-        raise BrokenAudioError(_why(file, error)) from None
+        raise BrokenAudioError(_explain_error(file, error)) from None
     file.check()
     return bytes([start[21] | frames >> 32]) + struct.pack(">I", frames & 0xFFFFFFFF)
 
@@ -241,8 +241,8 @@ def _frames(sound: soundfile.SoundFile) -> int:
     return sound.frames
 
 
-def _promised(file: _Watched) -> float:
-    """Return ``audio_header.promised`` of a file.
+def _header_length_ratio(file: _CheckedFile) -> float:
+    """Return ``audio_header.length_ratio`` of a file.
 
     Raises BrokenAudioError for MP3 of unknown length, and for OGG of several recordings.
     """
@@ -256,25 +256,25 @@ def _promised(file: _Watched) -> float:
             "MP3 of a varying bit rate without a table of its length, so that its end would be "
             "lost; write it again: ffmpeg -i in.mp3 -c copy out.mp3"
         )
-    return audio_header.promised(file)
+    return audio_header.length_ratio(file)
 
 
-def _check_promise(times: float, rate: int, frames: int) -> None:
-    if times == np.inf:
+def _check_length(ratio: float, rate: int, frames: int) -> None:
+    if ratio == np.inf:
         raise BrokenAudioError(
             f"the file ends without OGG's last page, after {frames / rate:.2f} s of sound: it was "
             "cut off, or its writer was stopped (to take it as it is: ffmpeg -i in.ogg -c copy "
             "out.ogg)"
         )
-    if round(frames * times) > frames:
-        raise BrokenAudioError(_cut_off(frames / rate, frames * times / rate))
+    if round(frames * ratio) > frames:
+        raise BrokenAudioError(_truncated_message(frames / rate, frames * ratio / rate))
 
 
-def _cut_off(there: float, promised: float) -> str:
-    return f"{there:.2f} s of sound, its header promises {promised:.2f} s: the file was cut off"
+def _truncated_message(seconds: float, promised: float) -> str:
+    return f"{seconds:.2f} s of sound, its header promises {promised:.2f} s: the file was cut off"
 
 
-def inspect(data: Sound) -> Info:
+def inspect(data: Sound) -> RecordingInfo:
     """Read the header of a sound file.
 
     Raises:
@@ -282,19 +282,21 @@ def inspect(data: Sound) -> Info:
             shows without decoding (not for FLAC and MP3); MP3 of unknown length; OGG of several
             recordings.
     """
-    file = _Watched(data)
-    times = _promised(file)
+    file = _CheckedFile(data)
+    ratio = _header_length_ratio(file)
     with opened(file) as sound:
-        found = Info(sound.samplerate, sound.channels, _frames(sound), sound.format, sound.subtype)
-        _check_promise(times, found.rate, found.frames)
-    return found
+        info = RecordingInfo(
+            sound.samplerate, sound.channels, _frames(sound), sound.format, sound.subtype
+        )
+        _check_length(ratio, info.rate, info.frames)
+    return info
 
 
 def decode(
     data: Sound,
     start: float = 0.0,
     seconds: float | None = None,
-    most: float | None = None,
+    max_seconds: float | None = None,
     sixteen_at: int | None = None,
 ) -> tuple[np.ndarray, int]:
     """Decode a recording, or ``seconds`` of it from ``start`` (seconds) on.
@@ -308,13 +310,13 @@ def decode(
         BrokenAudioError: not a sound file, no samples, fewer samples than the header promises, a
             piece after the recording's end, samples that are not finite or above 16 times full
             scale.
-        LongAudioError: more than ``most`` seconds; raised before they are read.
+        LongAudioError: more than ``max_seconds``; raised before they are read.
     """
-    _, samples, rate, _ = _read(data, start, seconds, most, sixteen_at)
+    _, samples, rate, _ = _read(data, start, seconds, max_seconds, sixteen_at)
     return samples, rate
 
 
-def measured(
+def measure(
     data: Sound, start: float = 0.0, seconds: float | None = None
 ) -> tuple[np.ndarray, int, float, float]:
     """Decode as ``decode``, and also return the ``level`` of the channels that were averaged."""
@@ -326,56 +328,63 @@ def _read(
     data: Sound,
     start: float,
     seconds: float | None,
-    most: float | None,
+    max_seconds: float | None,
     sixteen_at: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray, int, str]:
     """Return (samples (n, channels), their mean (n,), rate, subtype)."""
-    file = _Watched(data)
-    # A piece's recording was looked at when it was cut; here the piece must be there
-    times = _promised(file) if start == 0 else 1.0
+    file = _CheckedFile(data)
+    # of a later piece only the piece itself is checked: the file was when it was cut
+    ratio = _header_length_ratio(file) if start == 0 else 1.0
     with opened(file) as sound:
         rate, frames, subtype = sound.samplerate, _frames(sound), sound.subtype
-        _check_promise(times, rate, frames)
-        first, count = _span(rate, frames, start, seconds)
-        if most is not None and count > most * rate:
-            raise LongAudioError(f"{count / rate:.2f} s long, more than {most:g} s")
+        _check_length(ratio, rate, frames)
+        first, count = _frame_range(rate, frames, start, seconds)
+        if max_seconds is not None and count > max_seconds * rate:
+            raise LongAudioError(f"{count / rate:.2f} s long, more than {max_seconds:g} s")
         if first:
             sound.seek(first)
-        found = sound.read(
+        channels = sound.read(
             count,
             dtype="int16"
-            if rate == sixteen_at and sound.channels == 1 and subtype in SIXTEEN
+            if rate == sixteen_at and sound.channels == 1 and subtype in UP_TO_16_BITS
             else "float32",
             always_2d=True,
         )
-        if len(found) < count:
-            raise BrokenAudioError(_cut_off((first + len(found)) / rate, frames / rate))
-    samples = found[:, 0] if found.shape[1] == 1 else found.mean(1)
+        if len(channels) < count:
+            raise BrokenAudioError(
+                _truncated_message((first + len(channels)) / rate, frames / rate)
+            )
+    samples = channels[:, 0] if channels.shape[1] == 1 else channels.mean(1)
     if samples.dtype == np.int16:
-        return found, samples, rate, subtype
+        return channels, samples, rate, subtype
     finite = np.isfinite(samples)
     if not finite.all():
         raise BrokenAudioError(
-            f"{count - int(finite.sum())} of {count} samples are no numbers (NaN or infinite), the "
-            f"first at {(first + int(finite.argmin())) / rate:.3f} s"
+            f"{count - int(finite.sum())} of {count} samples are not numbers (NaN or infinite), "
+            f"the first at {(first + int(finite.argmin())) / rate:.3f} s"
         )
-    peak = float(max(found.max(), -found.min()))
-    if peak > MOST_PEAK:
+    peak = float(max(channels.max(), -channels.min()))
+    if peak > MAX_PEAK:
         raise BrokenAudioError(
             f"its samples are floating-point numbers up to {peak:g}, where full scale is 1: they "
             "are in integer scale; divide them by what is full there (ffmpeg -i in.wav -af "
             "volume=1/32768 out.wav)"
         )
-    return found, samples, rate, subtype
+    return channels, samples, rate, subtype
 
 
-def _span(rate: int, frames: int, start: float, seconds: float | None) -> tuple[int, int]:
+def _frame_range(rate: int, frames: int, start: float, seconds: float | None) -> tuple[int, int]:
     """Return (first sample, number of samples) of a piece. Raises BrokenAudioError where it lies
     outside.
     """
     first = round(start * rate)
     count = frames - first if seconds is None else round(seconds * rate)
-    if start < 0 or count <= 0 or first + count > frames + OVER_SECONDS * rate or first >= frames:
+    if (
+        start < 0
+        or count <= 0
+        or first + count > frames + OVERHANG_SECONDS * rate
+        or first >= frames
+    ):
         raise BrokenAudioError(
             f"a piece from {start:g} s on{'' if seconds is None else f', {seconds:g} s long,'} "
             f"of a recording of {frames / rate:.2f} s"
@@ -385,13 +394,13 @@ def _span(rate: int, frames: int, start: float, seconds: float | None) -> tuple[
 
 @lru_cache(32)
 def _resampler(rate: int, to: int) -> Any:
-    from torchaudio.transforms import Resample  # here: who reads headers alone need not load torch
+    from torchaudio.transforms import Resample  # not at the top: headers are read without torch
 
-    if not all(RATES[0] <= one <= RATES[1] for one in (rate, to)):
+    if not all(RATES[0] <= either <= RATES[1] for either in (rate, to)):
         raise ValueError(
             f"from {rate} to {to} samples a second: both must lie between {RATES[0]} and {RATES[1]}"
         )
-    ratio = Fraction(to, rate).limit_denominator(LARGEST_TERM)
+    ratio = Fraction(to, rate).limit_denominator(MAX_DENOMINATOR)
     return Resample(ratio.denominator, ratio.numerator)
 
 
@@ -422,10 +431,12 @@ def encode(samples: np.ndarray, rate: int) -> bytes:
 
 
 def level(samples: np.ndarray, subtype: str = "") -> tuple[float, float]:
-    """Measure the peak (1 is full scale) and the share of clipped samples.
+    """Return the peak (1 is full scale) and the share of clipped samples.
 
-    Samples are int16 or floats; those that reach the full scale of libsndfile's ``subtype`` count
-    as clipped. Of (n, channels) the share is that of the channel with most of them.
+    Args:
+        samples: (n,) or (n, channels), int16 or floats. Of several channels the share is that of
+            the channel with the most clipped samples.
+        subtype: libsndfile's, which says what full scale is; a sample that reaches it is clipped.
     """
     if not len(samples):
         return 0.0, 0.0
@@ -439,18 +450,17 @@ def level(samples: np.ndarray, subtype: str = "") -> tuple[float, float]:
 def pieces(
     sound: np.ndarray | Sound,
     rate: int | None,
-    longest: float,
+    max_seconds: float,
     how: Literal["silence", "windows"] = "silence",
     start: float = 0.0,
     seconds: float | None = None,
 ) -> list[tuple[float, float]]:
-    """Cut a recording into pieces no longer than ``longest`` seconds; one piece where it is
-    shorter.
+    """Cut a recording into pieces of at most ``max_seconds``; one piece where it is shorter.
 
     Args:
         sound: Samples, or a file, which is read a minute at a time.
         rate: Samples a second of an array; a file has its own.
-        longest: Seconds.
+        max_seconds: Of a piece, at least 1.
         how: "silence": cut where 0.2 s are quietest, in the second half of what a piece may have;
             "windows": cut into as few equal pieces as possible.
         start, seconds: The part of a file to cut.
@@ -461,23 +471,23 @@ def pieces(
     Raises:
         BrokenAudioError: as ``decode``.
     """
-    if not longest >= 1:
-        raise ValueError(f"longest: pieces of at most {longest:g} s; say 1 s or more")
+    if not max_seconds >= 1:
+        raise ValueError(f"longest: pieces of at most {max_seconds:g} s; give 1 s or more")
     if isinstance(sound, np.ndarray):
         assert rate is not None, "an array does not know its rate"
         blocks = iter([sound.astype(np.float32)])
-        return _cut(blocks, len(sound), rate, longest, how)
-    data = _Watched(sound)
-    times = _promised(data)
+        return _cut(blocks, len(sound), rate, max_seconds, how)
+    data = _CheckedFile(sound)
+    ratio = _header_length_ratio(data)
     with opened(data) as file:
         frames = _frames(file)
-        _check_promise(times, file.samplerate, frames)
-        first, count = _span(file.samplerate, frames, start, seconds)
+        _check_length(ratio, file.samplerate, frames)
+        first, count = _frame_range(file.samplerate, frames, start, seconds)
         if first:
             file.seek(first)
         return [
             (start + a, start + b)
-            for a, b in _cut(_blocks(file, count), count, file.samplerate, longest, how)
+            for a, b in _cut(_blocks(file, count), count, file.samplerate, max_seconds, how)
         ]
 
 
@@ -497,11 +507,11 @@ def _hop(rate: int) -> int:
 
 
 def _cut(
-    blocks: Iterator[np.ndarray], frames: int, rate: int, longest: float, how: str
+    blocks: Iterator[np.ndarray], frames: int, rate: int, max_seconds: float, how: str
 ) -> list[tuple[float, float]]:
     """Return (start, stop) in seconds of each piece."""
     total = frames / rate
-    parts = int(np.ceil(total / longest - 1e-9))
+    parts = int(np.ceil(total / max_seconds - 1e-9))
     if parts <= 1:
         return [(0.0, total)]
     if how == "windows":
@@ -509,7 +519,9 @@ def _cut(
     else:
         cuts = [
             hop * _hop(rate) / rate
-            for hop in _quietest(_energies(blocks, frames, rate), total, longest, _hop(rate) / rate)
+            for hop in _quietest_cuts(
+                _energies(blocks, frames, rate), total, max_seconds, _hop(rate) / rate
+            )
         ]
     return list(zip([0.0, *cuts], [*cuts, total], strict=True))
 
@@ -519,33 +531,33 @@ def _energies(blocks: Iterator[np.ndarray], frames: int, rate: int) -> np.ndarra
 
     Raises BrokenAudioError where the blocks end too early.
     """
-    hop, done, found = _hop(rate), 0, []
+    hop, done, energies = _hop(rate), 0, []
     while done < frames:
         block = next(blocks, np.zeros(0, dtype=np.float32))
         if not len(block):
-            raise BrokenAudioError(_cut_off(done / rate, frames / rate))
-        found.append(
+            raise BrokenAudioError(_truncated_message(done / rate, frames / rate))
+        energies.append(
             np.add.reduceat(block.astype(np.float64) ** 2, np.arange(0, len(block), hop)) / hop
         )
         done += len(block)
-    return np.minimum(np.nan_to_num(np.concatenate(found), nan=LOUDEST), LOUDEST)
+    return np.minimum(np.nan_to_num(np.concatenate(energies), nan=MAX_ENERGY), MAX_ENERGY)
 
 
-def _quietest(energies: np.ndarray, total: float, longest: float, hop: float) -> list[int]:
+def _quietest_cuts(energies: np.ndarray, total: float, max_seconds: float, hop: float) -> list[int]:
     """Return the hops at which pieces start.
 
-    Each is the quietest place in the second half of what a piece may have, the last one of several.
-    At least a quarter of a piece is left after the last cut.
+    A cut is where it is quietest in the second half of the longest possible piece, at the last of
+    several such places. At least a quarter of a longest piece is left after the last cut.
     """
-    wide = round(QUIET_SECONDS / HOP_SECONDS)
-    sums = np.cumsum(np.concatenate([[0.0], np.pad(energies, wide // 2, mode="edge")]))
-    # Of the 0.2 s around each hop's beginning
-    quiet = (sums[wide:] - sums[:-wide])[: len(energies)]
+    width = round(QUIET_SECONDS / HOP_SECONDS)
+    sums = np.cumsum(np.concatenate([[0.0], np.pad(energies, width // 2, mode="edge")]))
+    # over the 0.2 s around the beginning of each hop
+    quiet = (sums[width:] - sums[:-width])[: len(energies)]
     quiet = np.maximum(quiet, 1e-9)  # silence is silence, whatever the rounding of sums
     cuts, start = [], 0.0
-    while total - start > longest:
-        latest = min(longest, total - start - longest / 4)
-        first = int(np.ceil((start + longest / 2) / hop))
+    while total - start > max_seconds:
+        latest = min(max_seconds, total - start - max_seconds / 4)
+        first = int(np.ceil((start + max_seconds / 2) / hop))
         last = int(np.floor((start + latest) / hop + 1e-9))
         part = quiet[first : last + 1]
         cuts.append(first + len(part) - 1 - int(np.argmin(part[::-1])))

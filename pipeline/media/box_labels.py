@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypedDict
 
@@ -14,12 +15,14 @@ from pipeline.config.registry import BoxOptions, nearest
 from pipeline.core.arrow_compute import pc
 from pipeline.media import drawing, image_io
 
+log = logging.getLogger(__name__)
+
 
 class BoxState(TypedDict):
     """State of objectives that learn boxes."""
 
     values: list[Any]
-    """The classes as they stand in the column: numbers or texts."""
+    """The classes as the column has them: numbers or texts."""
     labels: list[str]
     """Names of the classes."""
     box_format: str
@@ -59,12 +62,12 @@ def fit_state(options: BoxOptions, table: pa.Table, columns: dict[str, str]) -> 
             )
     column = columns["labels"]
     flat = pc.list_flatten(table[column])
-    found = pc.unique(flat).drop_null().to_pylist()
+    values_of_rows = pc.unique(flat).drop_null().to_pylist()
     if options.names is None:
-        values = sorted(found)
+        values = sorted(values_of_rows)
         names = [str(value) for value in values]
     else:
-        values, names = _named_classes(options.names, found, column)
+        values, names = _named_classes(options.names, values_of_rows, column)
     if not values:
         raise ValueError(f"column {column}: the training rows hold no box")
     if len(set(names)) < len(names):
@@ -79,16 +82,16 @@ def fit_state(options: BoxOptions, table: pa.Table, columns: dict[str, str]) -> 
 
 
 def _named_classes(
-    names: list[str] | dict[int | str, str], found: list[Any], column: str
+    names: list[str] | dict[int | str, str], of_rows: list[Any], column: str
 ) -> tuple[list[Any], list[str]]:
     """Return the values and names of the classes that option ``names`` names.
 
     Args:
-        found: the values of the training rows.
+        of_rows: the values of the training rows.
 
     Raises:
-        ValueError: no class, a name for no number, a value without a name, or a list of names whose
-            first one no row has.
+        ValueError: no class, a name for no number, a value without a name, or a list of names for
+            classes that are numbered from 1.
     """
     pairs = [*(names.items() if isinstance(names, dict) else enumerate(names))]
     if not pairs:
@@ -96,27 +99,50 @@ def _named_classes(
             "objective.names: no class is named; leave it out to take the values of the training "
             "rows"
         )
-    are_texts = bool(found) and isinstance(found[0], str)
+    are_texts = bool(of_rows) and isinstance(of_rows[0], str)
     wrong = [key for key, _ in pairs if not are_texts and not str(key).isdecimal()]
     if wrong:
         raise ValueError(
-            f"objective.names: {wrong[0]!r} is no class number, and column {column} holds "
-            "numbers; say number: name"
+            f"objective.names: {wrong[0]!r} is not a class number, and column {column} holds "
+            "numbers; write number: name"
         )
     values = [name if are_texts else int(key) for key, name in pairs]
-    unknown = sorted(set(found) - set(values))
+    if isinstance(names, list) and of_rows and not are_texts and 0 not in of_rows:
+        _check_numbered_from_0(names, of_rows, column)
+    unknown = sorted(set(of_rows) - set(values))
     if unknown:
         raise ValueError(
             f"column {column}: class {unknown[0]!r} of the training rows has no name in "
             f"objective.names; {nearest(str(unknown[0]), [str(value) for value in values])}"
         )
-    if isinstance(names, list) and found and not are_texts and 0 not in found:
-        raise ValueError(
-            "objective.names: a list is numbered from 0, and no training row has class 0 in column "
-            f"{column} (the lowest is {min(found)}): write the number of each name, "
-            f"{{{min(found)}: {names[0]}, ...}} or {{0: {names[0]}, ...}}"
-        )
     return values, [name for _, name in pairs]
+
+
+def _check_numbered_from_0(names: list[str], of_rows: list[int], column: str) -> None:
+    """Check a list of names, which is numbered from 0, where no training row has class 0.
+
+    That may be chance, and is logged as a warning.
+
+    Raises:
+        ValueError: the highest class is as large as there are names, so they are numbered from 1.
+    """
+    problem = (
+        "objective.names: a list is numbered from 0, and no training row has class 0 in column "
+        f"{column}"
+    )
+    if max(of_rows) == len(names):
+        raise ValueError(
+            f"{problem}, but one has class {len(names)}, which is past the end of the list: write "
+            f"the number of each name, {{1: {names[0]}, ...}}"
+        )
+    log.warning(
+        "%s (the lowest is %s): where that is not by chance, write the number of each name, "
+        "{%s: %s, ...}",
+        problem,
+        min(of_rows),
+        min(of_rows),
+        names[0],
+    )
 
 
 def image_sizes(table: pa.Table, columns: dict[str, str]) -> np.ndarray:
@@ -138,9 +164,9 @@ def pad_boxes(rows: Iterable[Boxes], max_boxes: int) -> dict[str, np.ndarray]:
     boxes = np.zeros((n, max_boxes, 4), np.float32)
     labels = np.full((n, max_boxes), -1, np.int64)
     crowd = np.zeros((n, max_boxes), bool)
-    for row, found in enumerate(listed):
-        k = len(found.labels)
-        boxes[row, :k], labels[row, :k], crowd[row, :k] = found[:3]
+    for row, of_row in enumerate(listed):
+        k = len(of_row.labels)
+        boxes[row, :k], labels[row, :k], crowd[row, :k] = of_row[:3]
     return {"boxes": boxes, "labels": labels, "crowd": crowd}
 
 
@@ -189,7 +215,7 @@ def _boxes(row: dict[str, Any], index: dict[Any, int], state: BoxState) -> Boxes
     unknown = [label for label in labels if label not in index]
     if unknown:
         raise ValueError(
-            f"class {unknown[0]!r} is none of the {len(index)} classes of the training rows"
+            f"class {unknown[0]!r} is not one of the {len(index)} classes of the training rows"
         )
     if any(box is None or len(box) != 4 for box in boxes):
         raise ValueError("a box is not 4 numbers")
@@ -215,7 +241,7 @@ def _size_of(row: dict[str, Any]) -> tuple[float, float]:
     if not (width and height and width > 0 and height > 0):
         raise ValueError(f"boxes in pixels, but the image is {width} x {height}")
     wide, high = image_io.upright_size(row.get("image")) or (width, height)
-    # the image may have been made smaller or squashed since: its boxes are where they were
+    # the image may have been resized since: boxes as shares of it stay right
     distance_upright = abs(width * high - height * wide)
     distance_turned = abs(width * wide - height * high)
     if distance_turned <= max(width, height, wide, high) < distance_upright:
@@ -236,11 +262,11 @@ def _check_boxes(
         corners: (k, 4) as shares of the image.
         inside: (k, 4) cut at the image's edge.
     """
-    for written, whole, cut in zip(given, corners, inside, strict=True):
+    for written, shares, cut in zip(given, corners, inside, strict=True):
         shown = np.array2string(written, precision=6, separator=", ")
         if not np.isfinite(written).all():
             raise ValueError(f"box {shown} is not finite")
-        if not (whole[2:] > whole[:2]).all():
+        if not (shares[2:] > shares[:2]).all():
             raise ValueError(f"box {shown} has no area (read as {state['box_format']})")
         if not (cut[2:] > cut[:2]).all():
             unit = "shares of it" if state["relative"] else "pixels"

@@ -11,12 +11,12 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
-LEAST_SIDE, MOST_SIDE = 480, 1600
+MIN_SIDE, MAX_SIDE = 480, 1600
 """Pixels of the longer side: a smaller picture is enlarged, so that captions can be read, and a
 larger one is made smaller.
 """
 TEXT_PIXELS, PADDING = 14, 3
-MOST_KEYS = 12
+MAX_KEYS = 12
 """How many classes the key of a mask names, those with the most pixels."""
 
 
@@ -31,11 +31,11 @@ def _sized(picture: np.ndarray) -> PIL.Image.Image:
     """Return a picture (H, W, 3) uint8, enlarged by a whole number or made smaller."""
     image = PIL.Image.fromarray(picture)
     side = max(image.size)
-    if side < LEAST_SIDE:
-        times = -(-LEAST_SIDE // side)
+    if side < MIN_SIDE:
+        times = -(-MIN_SIDE // side)
         size = image.width * times, image.height * times
         return image.resize(size, PIL.Image.Resampling.NEAREST)
-    image.thumbnail((MOST_SIDE, MOST_SIDE))  # which enlarges nothing
+    image.thumbnail((MAX_SIDE, MAX_SIDE))  # which enlarges nothing
     return image
 
 
@@ -51,15 +51,15 @@ def draw_boxes(
         classes: (k,) numbers, each of which has its colour.
 
     Returns:
-        (h, w, 3) uint8, of LEAST_SIDE to about MOST_SIDE pixels.
+        (h, w, 3) uint8, of MIN_SIDE to about MAX_SIDE pixels.
     """
     image = _sized(picture)
     canvas, font = PIL.ImageDraw.Draw(image), PIL.ImageFont.load_default(TEXT_PIXELS)
     width = max(2, max(image.size) // 300)
     scale = np.array([image.width, image.height] * 2)
     boxes = np.asarray(corners, dtype=np.float64).reshape(-1, 4).clip(0, 1) * scale
-    found = list(zip(boxes.tolist(), captions, classes, strict=True))
-    for (left, top, right, bottom), caption, number in reversed(found):
+    drawn = list(zip(boxes.tolist(), captions, classes, strict=True))
+    for (left, top, right, bottom), caption, number in reversed(drawn):
         right, bottom = max(left, right), max(top, bottom)
         canvas.rectangle((left, top, right, bottom), outline=colour(number), width=width)
         wide = font.getlength(caption) + 2 * PADDING
@@ -95,7 +95,7 @@ def draw_mask(picture: np.ndarray, mask: np.ndarray, names: Sequence[str]) -> np
         names: (C,) names of the classes.
 
     Returns:
-        (h, w, 3) uint8: as wide as LEAST_SIDE to MOST_SIDE say, and higher by the key.
+        (h, w, 3) uint8: as wide as MIN_SIDE to MAX_SIDE say, and higher by the key.
     """
     image = _sized(picture)
     classes = np.asarray(PIL.Image.fromarray(mask).resize(image.size, PIL.Image.Resampling.NEAREST))
@@ -105,19 +105,19 @@ def draw_mask(picture: np.ndarray, mask: np.ndarray, names: Sequence[str]) -> np
     present = [int(number) for number in np.argsort(-pixels, kind="stable") if pixels[number]]
     lines = [
         (number, f"{names[number]} {100 * pixels[number] / classes.size:.0f} %")
-        for number in present[:MOST_KEYS]
+        for number in present[:MAX_KEYS]
     ]
-    if len(present) > MOST_KEYS:
-        lines.append((present[MOST_KEYS], f"and {len(present) - MOST_KEYS} more classes"))
+    if len(present) > MAX_KEYS:
+        lines.append((present[MAX_KEYS], f"and {len(present) - MAX_KEYS} more classes"))
     high, font = TEXT_PIXELS + 2 * PADDING, PIL.ImageFont.load_default(TEXT_PIXELS)
-    whole = PIL.Image.new("RGB", (image.width, image.height + high * len(lines)), "white")
-    whole.paste(laid_over, (0, 0))
-    canvas = PIL.ImageDraw.Draw(whole)
+    page = PIL.Image.new("RGB", (image.width, image.height + high * len(lines)), "white")
+    page.paste(laid_over, (0, 0))
+    canvas = PIL.ImageDraw.Draw(page)
     for place, (number, text) in enumerate(lines):
         y = image.height + place * high
         canvas.rectangle((0, y, high, y + high), fill=colour(number))
         canvas.text((high + PADDING, y + PADDING), text, fill=(0, 0, 0), font=font)
-    return np.asarray(whole)
+    return np.asarray(page)
 
 
 def jpeg(picture: np.ndarray) -> bytes:

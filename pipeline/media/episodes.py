@@ -22,18 +22,18 @@ from torch import nn
 
 from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import filled, floats, is_list, is_number, joined, lengths
-from pipeline.media.deviation import divisors
+from pipeline.media.deviation import divisors, rounded_mean
 
 NONE, CLASSES = -1, -2
 """Widths of actions: there is no column; they are names of classes."""
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """A column of episodes.
+class StepValues:
+    """The values of a column of episodes.
 
-    ``values`` are those of all rows in one array (float32, or places among ``classes``, -1 for
-    null); row i has those from ``ends[i]`` to ``ends[i + 1]``.
+    ``values`` are those of all rows in one array: float32 numbers, or the numbers of ``classes``,
+    -1 for null. Row i has those from ``ends[i]`` to ``ends[i + 1]``.
     """
 
     values: np.ndarray
@@ -76,9 +76,9 @@ class Episodes:
     steps: np.ndarray
     widths: np.ndarray
     action_widths: np.ndarray
-    observations: Numbers
-    actions: Numbers | None
-    executed: Numbers | None
+    observations: StepValues
+    actions: StepValues | None
+    executed: StepValues | None
     robot: np.ndarray
     robots: list[str]
 
@@ -93,53 +93,54 @@ class Episodes:
             table, columns["observations"], "observations", reasons
         )
         action_widths = np.full(len(table), NONE)
-        found: dict[str, Numbers] = {}
+        by_role: dict[str, StepValues] = {}
         roles = [
             role for role in ("actions", "executed") if columns.get(role) in table.column_names
         ]
-        # Nothing else was done there than what is to be learned
+        # where nothing was executed beside the actions to be learned, these were
         if len(roles) == 2 and table[columns["executed"]].null_count:
             name, kind = columns["executed"], table.schema.field(columns["executed"]).type
-            # Of another kind than actions: the rows are told as they are read
+            # columns of two kinds: the rows get a reason below
             with suppress(pa.ArrowInvalid, pa.ArrowNotImplementedError):
-                done = pc.if_else(
+                executed = pc.if_else(
                     pc.is_null(table[name]), table[columns["actions"]].cast(kind), table[name]
                 )  # pyright: ignore[reportAttributeAccessIssue]
-                table = table.set_column(table.schema.get_field_index(name), name, done)
+                table = table.set_column(table.schema.get_field_index(name), name, executed)
         for role in roles:
             kind = table.schema.field(columns[role]).type
             read = _numbers if is_list(kind) and is_list(kind.value_type) else _classes
-            taken, wide, found[role] = read(table, columns[role], role, reasons)
-            for i in np.flatnonzero(taken != steps).tolist():
+            num_steps, num_numbers, by_role[role] = read(table, columns[role], role, reasons)
+            for i in np.flatnonzero(num_steps != steps).tolist():
                 reasons[i] = reasons[i] or (
-                    f"the episode has {steps[i]} observations and {taken[i]} {role}: an action "
-                    "stands beside every observation; leave out a last observation that has none"
+                    f"the episode has {steps[i]} observations and {num_steps[i]} {role}: an action "
+                    "belongs to every observation; leave out a last observation that has none"
                 )
-            for i in np.flatnonzero(wide != action_widths).tolist() if len(found) > 1 else ():
+            if len(by_role) == 1:
+                action_widths = num_numbers
+            for i in np.flatnonzero(num_numbers != action_widths).tolist():
                 reasons[i] = (
                     reasons[i]
-                    or f"{role} are {_kind(wide[i])}, actions are {_kind(action_widths[i])}: they "
-                    "are of one kind"
+                    or f"{role} are {_kind(num_numbers[i])}, actions are "
+                    f"{_kind(action_widths[i])}: they are of one kind"
                 )
-            action_widths = wide if len(found) == 1 else action_widths
-        named = [cleaned(text) for text in texts(table, columns, "embodiment")]
-        robots = sorted(set(named) - {""})
-        where = {text: number for number, text in enumerate(robots)}
-        robot = np.array([where.get(text, -1) for text in named], dtype=np.int64)
+        names = [cleaned(text) for text in texts(table, columns, "embodiment")]
+        robots = sorted(set(names) - {""})
+        numbers = {text: number for number, text in enumerate(robots)}
+        robot = np.array([numbers.get(text, -1) for text in names], dtype=np.int64)
         return cls(
             reasons,
             steps,
             widths,
             action_widths,
             observations,
-            found.get("actions"),
-            found.get("executed"),
+            by_role.get("actions"),
+            by_role.get("executed"),
             robot,
             robots,
         )
 
     @property
-    def acts(self) -> Numbers | None:
+    def acts(self) -> StepValues | None:
         """The actions, or what was executed where there are none."""
         return self.executed if self.actions is None else self.actions
 
@@ -157,12 +158,12 @@ class Episodes:
             return set()
         acts = self.acts
         assert acts is not None and acts.classes is not None
-        found = {
+        numbers = {
             place
             for i in rows.tolist()
             for place in np.unique(acts.values[acts.ends[i] : acts.ends[i + 1]]).tolist()
         }
-        return {acts.classes[place] for place in found}
+        return {acts.classes[place] for place in numbers}
 
     def name(self, row: int) -> str:
         """Return the name of a row's space, without the number of its classes."""
@@ -184,23 +185,23 @@ class Episodes:
             named.setdefault(self.name(i), []).append(i)
         out: dict[str, SpaceState] = {}
         for name, members in sorted(named.items()):
-            mine = np.array(members)
+            rows = np.array(members)
             (width, action), _ = Counter(
-                zip(self.widths[mine].tolist(), self.action_widths[mine].tolist(), strict=True)
+                zip(self.widths[rows].tolist(), self.action_widths[rows].tolist(), strict=True)
             ).most_common(1)[0]
-            mine = mine[(self.widths[mine] == width) & (self.action_widths[mine] == action)]
-            discrete = sorted(self.classes(mine)) if action == CLASSES else None
+            rows = rows[(self.widths[rows] == width) & (self.action_widths[rows] == action)]
+            discrete = sorted(self.classes(rows)) if action == CLASSES else None
             metadata: dict[str, Any] = {
                 "observation": width,
                 "action": max(0, action) if discrete is None else len(discrete),
                 "discrete": discrete,
             }
-            metadata |= _statistics(self.observations, mine, "observation", width) | _statistics(
-                self.acts, mine, "action", action
+            metadata |= _statistics(self.observations, rows, "observation", width) | _statistics(
+                self.acts, rows, "action", action
             )
             space_name = (
                 f"{name}{metadata['action']}"
-                if action == CLASSES and self.robot[mine[0]] < 0
+                if action == CLASSES and self.robot[rows[0]] < 0
                 else name
             )
             numbered = (f"{space_name}_{number}" for number in itertools.count(2))
@@ -215,7 +216,7 @@ def _kind(width: int) -> str:
 
 
 def _statistics(
-    numbers: Numbers | None, rows: np.ndarray, what: str, width: int
+    numbers: StepValues | None, rows: np.ndarray, what: str, width: int
 ) -> dict[str, list[float]]:
     """Return mean and standard deviation of some rows' steps, in float64; 1 for a constant."""
     if numbers is None or width <= 0:
@@ -228,10 +229,10 @@ def _statistics(
     mean = np.sum([part.sum(0, dtype=np.float64) for part in parts], axis=0) / count
     std = np.sqrt(np.sum([np.square(part - mean).sum(0) for part in parts], axis=0) / count)
     size = np.max([np.abs(part).max(0) for part in parts], axis=0)
-    found = {"mean": mean, "std": divisors(std, size)}
+    std = divisors(std, size)
     return {
-        f"{what}_{key}": [float(f"{x:.7g}") for x in values.tolist()]
-        for key, values in found.items()
+        f"{what}_mean": list(map(rounded_mean, mean.tolist(), std.tolist())),
+        f"{what}_std": [float(f"{value:.7g}") for value in std.tolist()],
     }
 
 
@@ -244,7 +245,7 @@ def first_of_rows(wrong: np.ndarray, ends: np.ndarray) -> Iterator[tuple[int, in
 
 def _numbers(
     table: pa.Table, name: str, role: str, reasons: list[str]
-) -> tuple[np.ndarray, np.ndarray, Numbers]:
+) -> tuple[np.ndarray, np.ndarray, StepValues]:
     """Return (B,) steps (-1 for null), (B,) numbers a step, and the numbers.
 
     Rows that cannot be read get a reason. Raises ValueError for a column of another type.
@@ -293,12 +294,12 @@ def _numbers(
                 or f"{role}: step {(at - ends[i]) // widths[i]}, number "
                 f"{(at - ends[i]) % widths[i]} is {values[at]}"
             )
-    return steps, widths, Numbers(values, ends)
+    return steps, widths, StepValues(values, ends)
 
 
 def _classes(
     table: pa.Table, name: str, role: str, reasons: list[str]
-) -> tuple[np.ndarray, np.ndarray, Numbers]:
+) -> tuple[np.ndarray, np.ndarray, StepValues]:
     """Do the same for lists of class names, integers or booleans, which are then the names."""
     column, kind = joined(table[name]), table.schema.field(name).type
     value = kind.value_type if is_list(kind) else pa.null()
@@ -320,7 +321,11 @@ def _classes(
         reasons[i] = reasons[i] or f"the {role} are null"
     for i, at in first_of_rows(values < 0, ends):
         reasons[i] = reasons[i] or f"{role}: step {at - ends[i]} is null"
-    return steps, np.full(len(column), CLASSES), Numbers(values, ends, flat.dictionary.to_pylist())
+    return (
+        steps,
+        np.full(len(column), CLASSES),
+        StepValues(values, ends, flat.dictionary.to_pylist()),
+    )
 
 
 def texts(table: pa.Table, columns: dict[str, str], role: str) -> list[str]:
@@ -337,5 +342,5 @@ def cleaned(text: str) -> str:
     Characters other than A-Z, a-z, 0-9, _ and - become _; names that every module has (``to``,
     ``train``) get one at the end.
     """
-    found = re.sub(r"[^A-Za-z0-9_-]", "_", text.strip())
-    return f"{found}_" if found and hasattr(nn.ModuleDict(), found) else found
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", text.strip())
+    return f"{name}_" if name and hasattr(nn.ModuleDict(), name) else name

@@ -3,7 +3,7 @@ of an image in a model's input.
 
 EXIF orientation is applied. Transparency is dropped, as by Pillow's ``convert("RGB")`` and so by
 every published ImageNet pipeline. 16-bit PNG are scaled to 8 bits (PNG 3, 13.12). Of an animation
-the first picture is used. A header of more than MOST_PIXELS is rejected before memory is allocated.
+the first picture is used. A header of more than MAX_PIXELS is rejected before memory is allocated.
 """
 
 from __future__ import annotations
@@ -21,20 +21,23 @@ from torch.nn import functional as F
 from torchvision.io import ImageReadMode, decode_image, decode_jpeg
 
 from pipeline.io import storage
-from pipeline.media.image_ops import IGNORED, levels
+from pipeline.media.image_ops import IGNORED, to_uint8
 
-MOST_PIXELS = 1 << 27
+MAX_PIXELS = 1 << 27
 """134 million, 400 MB in colour."""
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 
-def on_gpu(files: Any, channels: int, device: torch.device) -> dict[int, Tensor]:
+def decode_on_gpu(files: Any, channels: int, device: torch.device) -> dict[int, Tensor]:
     """Decode every suitable JPEG on the GPU in one call.
 
-    Returns place to (channels, H, W) uint8; nothing when one of them is broken (each is then tried
-    on the host). Left to the host: what is too large or must be rotated (EXIF), which nvJPEG does
-    not do, and CMYK and RGB, which it would read as YCbCr.
+    Not suitable are images that are too large, images to be rotated (EXIF), which nvJPEG does not
+    do, and CMYK and RGB, which it would read as YCbCr.
+
+    Returns:
+        The index of a file to its pixels (channels, H, W) uint8. Empty where one of the files is
+        broken: each is then to be decoded on the host.
     """
     if device.type != "cuda":
         return {}
@@ -47,32 +50,32 @@ def on_gpu(files: Any, channels: int, device: torch.device) -> dict[int, Tensor]
         return {}
     mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
     try:
-        found = decode_jpeg(
+        decoded = decode_jpeg(
             [torch.frombuffer(bytearray(files[i]), dtype=torch.uint8) for i in places],
             mode=mode,
             device=device,
         )
     except RuntimeError:
         return {}
-    return dict(zip(places, found, strict=True))
+    return dict(zip(places, decoded, strict=True))
 
 
 def is_turned(data: bytes) -> bool:
+    """Return whether a JPEG file's EXIF asks for a rotation, or cannot be read."""
     if b"Exif\0" not in data[: 1 << 17]:
         return False
     try:
         with PIL.Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
             return image.getexif().get(0x0112, 1) != 1
     except Exception:
-        # what Pillow raises for broken files has no end of kinds; the host's decoder tells what is
-        # wrong
+        # Pillow raises many kinds of errors for broken files; the host's decoder gives the reason
         return True
 
 
 def _plain(data: bytes) -> bool:
     """Tell whether a JPEG is grey or YCbCr, of a size that may be decoded."""
     height, width, components, ycc = jpeg_frame(data) or (0, 0, 0, False)
-    return 0 < height * width <= MOST_PIXELS and (components == 1 or (components == 3 and ycc))
+    return 0 < height * width <= MAX_PIXELS and (components == 1 or (components == 3 and ycc))
 
 
 def jpeg_frame(data: bytes) -> tuple[int, int, int, bool] | None:
@@ -95,7 +98,7 @@ def jpeg_frame(data: bytes) -> tuple[int, int, int, bool] | None:
 
 
 def _check_size(data: bytes) -> None:
-    """Raise ValueError for a header of more than MOST_PIXELS, and for other bytes."""
+    """Raise ValueError for a header of more than MAX_PIXELS, and for other bytes."""
     frame = jpeg_frame(data) if data.startswith(JPEG) else None
     size = (
         struct.unpack_from(">II", data, 16)
@@ -113,19 +116,18 @@ def _check_size(data: bytes) -> None:
         except Exception as error:
             # Broken bytes make Pillow raise OSError, SyntaxError, struct.error and others
             raise ValueError(f"broken image: {error}") from None
-    if size[0] * size[1] > MOST_PIXELS:
+    if size[0] * size[1] > MAX_PIXELS:
         raise ValueError(
             f"the image is too large: its header says {max(size)} x {min(size)} pixels, more "
-            f"than {MOST_PIXELS} in all"
+            f"than {MAX_PIXELS} in all"
         )
 
 
 def upright_size(value: Any) -> tuple[int, int] | None:
-    """Return (width, height) of the upright image, without decoding it; None for bytes that are no
-    image.
+    """Return (width, height) of the upright image, without decoding it.
 
-    ``value`` is the file's bytes or path, or the cell of a Hugging Face data set. Raises
-    StorageError where a path cannot be read.
+    ``value`` is the file's bytes or path, or the cell of a Hugging Face data set. Returns None for
+    bytes that are not an image; raises StorageError where a path cannot be read.
     """
     value = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
     try:
@@ -135,8 +137,8 @@ def upright_size(value: Any) -> tuple[int, int] | None:
             else io.BytesIO(value or b"") as file,
             PIL.Image.open(file, formats=FORMATS) as image,
         ):
-            # alone, as decoders read it: Pillow's getexif would look into XMP too, and read a PNG
-            # to its end
+            # only the EXIF block, as decoders read it: Pillow's getexif would look into XMP too,
+            # and read a PNG to its end
             exif = PIL.Image.Exif()
             exif.load(image.info.get("exif", b""))
             return (image.height, image.width) if 5 <= exif.get(0x0112, 1) <= 8 else image.size
@@ -164,18 +166,18 @@ def pixels(data: bytes, channels: int) -> Tensor:
             # of an animated GIF
         )
     mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
-    found = decode_image(
+    decoded = decode_image(
         torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode, apply_exif_orientation=True
     )
-    if found.dtype == torch.uint16:  # a 16-bit PNG (X-ray); a cast would keep the low byte
-        found = ((found.to(torch.int32) + 128) // 257).to(torch.uint8)
-    return found
+    if decoded.dtype == torch.uint16:  # a 16-bit PNG (X-ray); a cast would keep the low byte
+        decoded = ((decoded.to(torch.int32) + 128) // 257).to(torch.uint8)
+    return decoded
 
 
 def _by_pillow(data: bytes, channels: int) -> Tensor:
     try:
         with PIL.Image.open(io.BytesIO(data), formats=("BMP", "GIF", "WEBP")) as image:
-            found = np.array(
+            array = np.array(
                 PIL.ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
             )
     except PIL.UnidentifiedImageError:
@@ -184,7 +186,7 @@ def _by_pillow(data: bytes, channels: int) -> Tensor:
         # broken bytes make Pillow raise OSError, SyntaxError, struct.error, DecompressionBombError
         # and others
         raise ValueError(f"broken image: {error}") from None
-    return torch.from_numpy(found.reshape(*found.shape[:2], channels)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(array.reshape(*array.shape[:2], channels)).permute(2, 0, 1).contiguous()
 
 
 def class_numbers(data: bytes) -> np.ndarray:
@@ -193,7 +195,9 @@ def class_numbers(data: bytes) -> np.ndarray:
     Raises ValueError for other bytes.
     """
     if not data.startswith(PNG) or len(data) < 26:
-        raise ValueError("the mask is no PNG file: it must be one, with a class number a pixel")
+        raise ValueError(
+            "the mask is not a PNG file: it must be one, with a class number for each pixel"
+        )
     _check_size(data)
     depth, colour = data[24], data[25]
     if colour not in (0, 3):
@@ -203,12 +207,12 @@ def class_numbers(data: bytes) -> np.ndarray:
         )
     try:
         with PIL.Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            found = np.array(image).astype(np.int64)
+            numbers = np.array(image).astype(np.int64)
     except Exception as error:
         # Broken bytes make Pillow raise OSError, SyntaxError, struct.error and others
         raise ValueError(f"broken mask: {error}") from None
     # Pillow stretches them to 255
-    return found // (255 // (2**depth - 1)) if colour == 0 and depth in (2, 4) else found
+    return numbers // (255 // (2**depth - 1)) if colour == 0 and depth in (2, 4) else numbers
 
 
 def classes(data: bytes, size: torch.Size) -> Tensor:
@@ -216,27 +220,33 @@ def classes(data: bytes, size: torch.Size) -> Tensor:
 
     Raises ValueError for another size than its image's, or a number that no mask may hold.
     """
-    found = class_numbers(data)
-    if found.max(initial=0) > IGNORED:
+    numbers = class_numbers(data)
+    if numbers.max(initial=0) > IGNORED:
         raise ValueError(
-            f"the mask holds class {found.max()}: the greatest is {IGNORED - 1}, and {IGNORED} "
+            f"the mask holds class {numbers.max()}: the greatest is {IGNORED - 1}, and {IGNORED} "
             "is what is left out"
         )
-    if found.shape != tuple(size):
+    if numbers.shape != tuple(size):
         raise ValueError(
-            f"the mask has {found.shape[1]} x {found.shape[0]} pixels, its image {size[1]} x "
+            f"the mask has {numbers.shape[1]} x {numbers.shape[0]} pixels, its image {size[1]} x "
             f"{size[0]}"
         )
-    return torch.from_numpy(found.astype(np.uint8))
+    return torch.from_numpy(numbers.astype(np.uint8))
 
 
-def place(
+def position_in_input(
     shape: torch.Size, size: int, fit: str, crop_share: float = 1.0
 ) -> tuple[int, int, int, int]:
-    """Return where the whole image lies in the input: new height and width, top and left.
+    """Return where the whole image lies in the input: height, width, top and left in pixels.
 
-    Top and left are below 0 where it is cropped. ``crop_share`` of ``fit`` crop is the share of the
-    resized shorter side that the crop keeps (timm's crop_pct).
+    Top and left are below 0 where it is cropped.
+
+    Args:
+        shape: Height and width of the image.
+        size: Pixels a side of the input.
+        fit: Option ``fit`` of the image modality.
+        crop_share: For ``fit`` crop, the share of the resized shorter side that the crop keeps
+            (timm's crop_pct).
     """
     height, width = shape
     if fit == "squash":
@@ -263,28 +273,28 @@ def resize(
 
     Antialiased bilinear or bicubic in uint8 (on a GPU in float, rounded), or the nearest pixel.
     ``fill`` is a level for each channel, 0 by default. Raises ValueError where the enlarged image
-    would have more than MOST_PIXELS before it is cropped.
+    would have more than MAX_PIXELS before it is cropped.
     """
-    height, width, top, left = place(picture.shape[1:], size, fit, crop_share)
-    if height * width > MOST_PIXELS:  # 1 x 8000 to 224: 2.4 GB
+    height, width, top, left = position_in_input(picture.shape[1:], size, fit, crop_share)
+    if height * width > MAX_PIXELS:  # 1 x 8000 to 224: 2.4 GB
         raise ValueError(
             f"the image is too thin to be cropped: {picture.shape[2]} x {picture.shape[1]} pixels "
-            f"would become {width} x {height}, more than {MOST_PIXELS} in all; fit: pad or squash "
+            f"would become {width} x {height}, more than {MAX_PIXELS} in all; fit: pad or squash "
             "takes it"
         )
     if (height, width) != tuple(picture.shape[1:]):
-        whole = picture[None].float() if picture.is_cuda else picture[None]
+        batch = picture[None].float() if picture.is_cuda else picture[None]
         how: dict[str, Any] = (
             {"mode": "nearest-exact"}
             if nearest
             else {"mode": interpolation, "antialias": True, "align_corners": False}
         )
-        picture = F.interpolate(whole, size=(height, width), **how)[0]
-        picture = levels(picture) if picture.is_cuda else picture
+        picture = F.interpolate(batch, size=(height, width), **how)[0]
+        picture = to_uint8(picture) if picture.is_cuda else picture
     if fit != "pad":
         return picture[:, -top : size - top, -left : size - left]
     out = (
-        levels(torch.tensor(fill or [0.0] * len(picture), device=picture.device))
+        to_uint8(torch.tensor(fill or [0.0] * len(picture), device=picture.device))
         .view(-1, 1, 1)
         .repeat(1, size, size)
     )

@@ -1,8 +1,11 @@
 """Batched image operations on the device: windows, colour, blur, RandAugment.
 
-Images are (B, C, S, S). Parameters that differ from row to row are tensors with first dimension B;
-a row's pixels do not depend on the other rows. Nothing here draws a random number: ``u`` are
+Images are (B, C, S, S). A parameter that differs from row to row is a tensor with first dimension
+B. A row's pixels do not depend on the other rows. Nothing here draws a random number: ``u`` are
 uniform numbers in [0, 1), made from the rows' keys by pipeline.core.rng.
+
+The colour changes are those of torchvision.transforms.v2.functional, which takes one factor for a
+whole batch: here each row has its own.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ GREY = (0.2989, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
-class Window:
+class CropWindow:
     """The part of each (S, S) image that becomes the new image, in pixels.
 
     ``left``, ``top``, ``width`` and ``height`` (B,) float32, which may reach outside the image, and
@@ -44,58 +47,83 @@ class Window:
 
     def centres(self, size: int) -> tuple[Tensor, Tensor]:
         """Return the centres of the new pixels along x and along y, (B, size) each."""
-        along = (torch.arange(size, device=self.left.device) + 0.5) / size
-        across = torch.where(self.mirrored[:, None], 1 - along, along)
-        return self.left[:, None] + across * self.width[:, None], self.top[
-            :, None
-        ] + along * self.height[:, None]
+        down = (torch.arange(size, device=self.left.device) + 0.5) / size
+        across = torch.where(self.mirrored[:, None], 1 - down, down)
+        x = self.left[:, None] + across * self.width[:, None]
+        y = self.top[:, None] + down * self.height[:, None]
+        return x, y
 
 
-def crop_window(u: Tensor, side: int, area: tuple[float, float], flip: bool) -> Window:
+def crop_window(u: Tensor, side: int, area: tuple[float, float], flip: bool) -> CropWindow:
     """Draw a random resized crop (Szegedy et al. 2015).
 
-    A share of the area from ``area``, an aspect ratio from 3/4 to 4/3, cut to the image. ``u``: (B,
-    5).
+    The aspect ratio is from 3/4 to 4/3. A crop that is wider or higher than the image is cut to it.
+
+    Args:
+        u: (B, 5) uniform numbers.
+        side: Pixels a side of the images.
+        area: Smallest and largest share of the image's area.
+        flip: Whether every second image, on average, is mirrored.
     """
-    share, ratio = (
-        area[0] + (area[1] - area[0]) * u[:, 0],
-        torch.exp((u[:, 1] * 2 - 1) * math.log(4 / 3)),
-    )
-    width, height = (
-        (share * ratio).sqrt().clamp(max=1) * side,
-        (share / ratio).sqrt().clamp(max=1) * side,
-    )
-    return Window(
+    share = area[0] + (area[1] - area[0]) * u[:, 0]
+    ratio = torch.exp((u[:, 1] * 2 - 1) * math.log(4 / 3))
+    width = (share * ratio).sqrt().clamp(max=1) * side
+    height = (share / ratio).sqrt().clamp(max=1) * side
+    return CropWindow(
         (side - width) * u[:, 2], (side - height) * u[:, 3], width, height, (u[:, 4] < 0.5) & flip
     )
 
 
-def zoom_window(u: Tensor, side: int, zoom: tuple[float, float], flip: bool) -> Window:
+def zoom_window(u: Tensor, side: int, zoom: tuple[float, float], flip: bool) -> CropWindow:
     """Draw a scale jitter (Ghiasi et al. 2021, "Simple copy-paste").
 
-    The image is scaled by a factor from ``zoom``, uniform in its logarithm, keeps its aspect ratio,
-    and is cropped or padded to the input at a random place. ``u``: (B, 4).
+    The image keeps its aspect ratio, and is cropped or padded to the input at a random place.
+
+    Args:
+        u: (B, 4) uniform numbers.
+        side: Pixels a side of the images.
+        zoom: Smallest and largest factor of the size; the factor is log-uniform.
+        flip: Whether every second image, on average, is mirrored.
     """
     low, high = math.log(zoom[0]), math.log(zoom[1])
     width = side * torch.exp(-(low + (high - low) * u[:, 0]))
-    return Window(
+    return CropWindow(
         (side - width) * u[:, 1], (side - width) * u[:, 2], width, width, (u[:, 3] < 0.5) & flip
     )
 
 
-def shift_window(u: Tensor, side: int, reach: float, flip: bool) -> Window:
-    """Draw a shift by up to ``reach`` pixels each way. ``u``: (B, 4)."""
-    whole = torch.full_like(u[:, 0], float(side))
-    return Window(
-        (2 * u[:, 1] - 1) * reach, (2 * u[:, 2] - 1) * reach, whole, whole, (u[:, 3] < 0.5) & flip
+def shift_window(u: Tensor, side: int, reach: float, flip: bool) -> CropWindow:
+    """Draw a shift by up to ``reach`` pixels in each direction.
+
+    Args:
+        u: (B, 4) uniform numbers.
+        side: Pixels a side of the images.
+        reach: In pixels.
+        flip: Whether every second image, on average, is mirrored.
+    """
+    full_side = torch.full_like(u[:, 0], float(side))
+    return CropWindow(
+        (2 * u[:, 1] - 1) * reach,
+        (2 * u[:, 2] - 1) * reach,
+        full_side,
+        full_side,
+        (u[:, 3] < 0.5) & flip,
     )
 
 
-def resample(x: Tensor, window: Window, size: int, fill: Tensor | None = None) -> Tensor:
-    """Resample windows to (B, C, size, size) float32, antialiased bilinear, ``fill`` (C,) outside.
+def resize_antialiased(
+    x: Tensor, window: CropWindow, size: int, fill: Tensor | None = None
+) -> Tensor:
+    """Resize windows to (B, C, size, size) float32, bilinear and antialiased.
 
-    As torchvision's ``resized_crop``, by two matrix products, as the filter is separable: sampling
-    pixel by pixel would alias where a window shrinks.
+    The result is that of torchvision's ``resized_crop``. The filter is separable, so it is computed
+    by two matrix products.
+
+    Args:
+        x: (B, C, S, S).
+        window: The part of each image.
+        size: Pixels a side of the result.
+        fill: (C,) levels outside of the image; None: the image's edge goes on.
     """
     side, centres = x.shape[-1], window.centres(size)
     across, down = (
@@ -113,10 +141,10 @@ def resample(x: Tensor, window: Window, size: int, fill: Tensor | None = None) -
 
 
 def _separable(x: Tensor, down: Tensor, across: Tensor) -> Tensor:
-    """Multiply (B, C, S, S) by a (B, T, S) matrix along each axis: (B, C, T, T)."""
+    """Multiply images (B, C, S, S) by a matrix (B, T, S) along each axis; return (B, C, T, T)."""
     rows, channels, side, _ = x.shape
     size = across.shape[1]
-    # Evaluation makes views inside it, and bfloat16 has fewer levels than a picture
+    # autocast may be on here, and bfloat16 has fewer levels than a picture
     with torch.autocast(x.device.type, enabled=False):
         half = torch.bmm(x.reshape(rows, channels * side, side), across.transpose(1, 2))
         half = (
@@ -128,26 +156,27 @@ def _separable(x: Tensor, down: Tensor, across: Tensor) -> Tensor:
 
 
 def _weights(centres: Tensor, scale: Tensor, side: int) -> Tensor:
-    """Return (B, size, side) weights of old pixels in new ones: a triangle filter, wider when
-    shrinking.
+    """Return (B, size, side) weights of the old pixels in each new one, which sum to 1.
+
+    They are a triangle filter, which is as wide as a new pixel where the image shrinks.
     """
     pixels = torch.arange(side, device=centres.device) + 0.5
     reach = scale.clamp(min=1)[:, None, None]
-    found = (1 - (centres[:, :, None] - pixels).abs() / reach).clamp(min=0)
-    return found / found.sum(2, keepdim=True).clamp(min=1e-6)
+    weights = (1 - (centres[:, :, None] - pixels).abs() / reach).clamp(min=0)
+    return weights / weights.sum(2, keepdim=True).clamp(min=1e-6)
 
 
-def resample_mask(mask: Tensor, window: Window, size: int) -> Tensor:
+def resample_mask(mask: Tensor, window: CropWindow, size: int) -> Tensor:
     """Resample a (B, S, S) mask to (B, size, size), nearest pixel, IGNORED outside the image."""
     side = mask.shape[-1]
     x, y = (centre.floor().long() for centre in window.centres(size))
     rows = torch.arange(len(mask), device=mask.device)[:, None, None]
-    found = mask[rows, y.clamp(0, side - 1)[:, :, None], x.clamp(0, side - 1)[:, None, :]]
+    classes = mask[rows, y.clamp(0, side - 1)[:, :, None], x.clamp(0, side - 1)[:, None, :]]
     inside = ((y >= 0) & (y < side))[:, :, None] & ((x >= 0) & (x < side))[:, None, :]
-    return torch.where(inside, found, torch.full_like(found, IGNORED))
+    return torch.where(inside, classes, torch.full_like(classes, IGNORED))
 
 
-def moved_frame(frame: Tensor, window: Window, size: int) -> Tensor:
+def move_frame(frame: Tensor, window: CropWindow, size: int) -> Tensor:
     """Return where the whole image lies after a window was taken: (B, 4) width, height, left, top.
 
     A mirrored image has its left edge on the right and a negative width, so that left + share *
@@ -155,57 +184,52 @@ def moved_frame(frame: Tensor, window: Window, size: int) -> Tensor:
     """
     width, height, left, top = frame.unbind(1)
     across, down = size / window.width, size / window.height
-    width, height, left, top = (
-        width * across,
-        height * down,
-        (left - window.left) * across,
-        (top - window.top) * down,
-    )
-    return torch.stack(
-        [
-            torch.where(window.mirrored, -width, width),
-            height,
-            torch.where(window.mirrored, size - left, left),
-            top,
-        ],
-        1,
-    )
+    width = width * across
+    left = (left - window.left) * across
+    width = torch.where(window.mirrored, -width, width)
+    left = torch.where(window.mirrored, size - left, left)
+    return torch.stack([width, height * down, left, (top - window.top) * down], 1)
 
 
-def placed_boxes(shares: Tensor, frame: Tensor, size: int) -> Tensor:
+def move_boxes(shares: Tensor, frame: Tensor, size: int) -> Tensor:
     """Convert boxes in shares of the image to (B, M, 4) corners in pixels of the input.
 
-    They are cut at the edges of image and input. A box of which less than VISIBLE is left becomes
-    zeros, which is no box; larger rests are kept, wherever the centre was, as annotators draw
-    objects at the edge of a photo too.
+    They are cut at the edges of image and input. A box of which less than the share VISIBLE is left
+    becomes zeros, which is not a box. Larger rests are kept, even without the box's centre:
+    annotators also draw objects that the edge of a photo cuts.
+
+    Args:
+        shares: (B, M, 4) corners x0 y0 x1 y1 as shares of the whole image.
+        frame: (B, 4) width, height, left and top of the image in the input (`move_frame`).
+        size: Pixels a side of the input.
     """
     shares = shares.clamp(0, 1)
     width, height, left, top = frame[:, None].unbind(2)
-    x, y = (
-        left[..., None] + shares[..., 0::2] * width[..., None],
-        top[..., None] + shares[..., 1::2] * height[..., None],
-    )
+    x = left[..., None] + shares[..., 0::2] * width[..., None]
+    y = top[..., None] + shares[..., 1::2] * height[..., None]
     x = x.sort(2).values
-    whole = (x[..., 1] - x[..., 0]) * (y[..., 1] - y[..., 0])
+    area = (x[..., 1] - x[..., 0]) * (y[..., 1] - y[..., 0])
     x, y = x.clamp(0, size), y.clamp(0, size)
-    left_over = (x[..., 1] - x[..., 0]) * (y[..., 1] - y[..., 0])
+    visible = (x[..., 1] - x[..., 0]) * (y[..., 1] - y[..., 0])
+    is_kept = (visible > 0) & (visible >= VISIBLE * area)
     boxes = torch.stack([x[..., 0], y[..., 0], x[..., 1], y[..., 1]], 2)
-    return torch.where(
-        ((left_over > 0) & (left_over >= VISIBLE * whole))[..., None],
-        boxes,
-        torch.zeros_like(boxes),
-    )
+    return torch.where(is_kept[..., None], boxes, torch.zeros_like(boxes))
 
 
-def shifted(x: Tensor, u: Tensor, reach: int, flip: bool) -> Tensor:
-    """Shift by whole pixels, up to ``reach`` each way, repeating the border. ``u``: (B, 3)."""
+def shift_pixels(x: Tensor, u: Tensor, reach: int, flip: bool) -> Tensor:
+    """Shift images by whole pixels, repeating the border.
+
+    Args:
+        x: (B, C, S, S).
+        u: (B, 3) uniform numbers.
+        reach: Largest shift in each direction, in pixels.
+        flip: Whether every second image, on average, is mirrored.
+    """
     size = x.shape[-1]
     move = (u[:, :2] * (2 * reach + 1)).floor().long() - reach
     along = torch.arange(size, device=x.device)
-    ys, xs = (
-        (along[None] + move[:, :1]).clamp(0, size - 1),
-        (along[None] + move[:, 1:2]).clamp(0, size - 1),
-    )
+    ys = (along[None] + move[:, :1]).clamp(0, size - 1)
+    xs = (along[None] + move[:, 1:2]).clamp(0, size - 1)
     if flip:
         xs = torch.where(u[:, 2:3] < 0.5, xs.flip(1), xs)
     rows = torch.arange(len(x), device=x.device)[:, None, None, None]
@@ -213,25 +237,20 @@ def shifted(x: Tensor, u: Tensor, reach: int, flip: bool) -> Tensor:
     return x[rows, channels, ys[:, None, :, None], xs[:, None, None, :]]
 
 
-def sample(x: Tensor, window: Window, size: int) -> Tensor:
-    """Sample (B, C, size, size) float32, bilinear without antialiasing.
+def resize_bilinear(x: Tensor, window: CropWindow, size: int) -> Tensor:
+    """Resize windows to (B, C, size, size) float32, bilinear without antialiasing.
 
-    For windows that do not shrink, at a quarter of the cost of ``resample``.
+    For windows that do not shrink: it costs a quarter of ``resize_antialiased``.
     """
     across, down = window.centres(size)
-    grid = (
-        torch.stack(
-            [across[:, None].expand(-1, size, -1), down[:, :, None].expand(-1, -1, size)], 3
-        )
-        * (2 / x.shape[-1])
-        - 1
-    )
+    across, down = across[:, None].expand(-1, size, -1), down[:, :, None].expand(-1, -1, size)
+    grid = torch.stack([across, down], 3) * (2 / x.shape[-1]) - 1
     return F.grid_sample(
         x.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False
     )
 
 
-def levels(x: Tensor) -> Tensor:
+def to_uint8(x: Tensor) -> Tensor:
     """Round floats from 0 to 255 to uint8."""
     return x.round().clamp(0, 255).to(torch.uint8)
 
@@ -240,16 +259,20 @@ def levels(x: Tensor) -> Tensor:
 
 
 def _groups(kinds: Tensor, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-    """Yield (kind, rows of it) of (B,) kinds on the host, so that the loop does not wait for the
-    device.
+    """Yield each kind that occurs, with its rows on the device.
+
+    Args:
+        kinds: (B,) on the host, so that the loop does not wait for the device.
     """
     for kind in kinds.unique().tolist():
         yield kind, (kinds == kind).nonzero()[:, 0].to(device)
 
 
-def some(x: Tensor, chosen: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Return ``x`` with ``change(x[rows], rows)`` applied to the rows that are ``chosen`` (B,)
-    bool.
+def change_rows(x: Tensor, chosen: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Return ``x`` (B, ...) with some rows replaced by ``change(x[rows], rows)``.
+
+    Args:
+        chosen: (B,) bool, which rows.
     """
     rows = chosen.nonzero()[:, 0]
     return x.index_copy(0, rows, change(x[rows], rows)) if len(rows) else x
@@ -263,19 +286,34 @@ def grey(x: Tensor) -> Tensor:
 
 
 def brightness(x: Tensor, factor: Tensor) -> Tensor:
+    """Multiply images by a factor (B, 1, 1, 1), as adjust_brightness of torchvision."""
     return (x * factor).clamp(0, 1)
 
 
 def contrast(x: Tensor, factor: Tensor) -> Tensor:
+    """Blend images with their mean luminance, as adjust_contrast of torchvision.
+
+    Args:
+        factor: (B, 1, 1, 1) share of the image.
+    """
     return (x * factor + grey(x).mean((1, 2, 3), keepdim=True) * (1 - factor)).clamp(0, 1)
 
 
 def saturation(x: Tensor, factor: Tensor) -> Tensor:
+    """Blend images with their luminance, as adjust_saturation of torchvision.
+
+    Args:
+        factor: (B, 1, 1, 1) share of the image.
+    """
     return x if x.shape[1] == 1 else (x * factor + grey(x) * (1 - factor)).clamp(0, 1)
 
 
 def hue(x: Tensor, turn: Tensor) -> Tensor:
-    """Rotate the hue by ``turn`` of the circle, in HSV."""
+    """Rotate the hue, as adjust_hue of torchvision.
+
+    Args:
+        turn: (B, 1, 1, 1) share of the circle (HSV).
+    """
     if x.shape[1] == 1:
         return x
     low, value = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
@@ -287,33 +325,40 @@ def hue(x: Tensor, turn: Tensor) -> Tensor:
         (green - blue) / safe,
         torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )
-    place = (sixth + 6 * turn + torch.tensor([5.0, 3.0, 1.0], device=x.device).view(1, 3, 1, 1)) % 6
-    return value - chroma * torch.minimum(place, 4 - place).clamp(0, 1)
+    offsets = torch.tensor([5.0, 3.0, 1.0], device=x.device).view(1, 3, 1, 1)
+    sector = (sixth + 6 * turn + offsets) % 6
+    return value - chroma * torch.minimum(sector, 4 - sector).clamp(0, 1)
 
 
 def colour_jitter(x: Tensor, u: Tensor, amount: float) -> Tensor:
     """Jitter colours in an order drawn for each row (SimCLR, appendix A).
 
-    Brightness, contrast and saturation by factors from 1 - amount to 1 + amount, hue by up to
-    amount / 4 of the circle; in the paper amount is 0.8 times the strength. ``u``: (B, 8).
+    Brightness, contrast and saturation change by factors from 1 - amount to 1 + amount, the hue by
+    up to amount / 4 of the circle.
+
+    Args:
+        u: (B, 8) uniform numbers.
+        amount: In the paper 0.8 times the strength.
     """
     spread = 2 * u[:, :4, None, None, None] - 1
     factor = (1 + amount * spread[:, :3]).clamp(min=0)
-    by = torch.cat([factor, spread[:, 3:] * min(amount / 4, 0.5)], 1)
+    amounts = torch.cat([factor, spread[:, 3:] * min(amount / 4, 0.5)], 1)
     changes, order = (brightness, contrast, saturation, hue), u[:, 4:8].argsort(1).cpu()
     out = x.clone()
     for place in range(len(changes)):
         for kind, rows in _groups(order[:, place], x.device):
-            out[rows] = changes[kind](out[rows], by[rows, kind])
+            out[rows] = changes[kind](out[rows], amounts[rows, kind])
     return out
 
 
 def blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Apply a Gaussian blur of ``sigma`` (B,) pixels, with a kernel a tenth of the side wide
-    (SimCLR).
+    """Apply a Gaussian blur, with a kernel a tenth of the side wide (SimCLR, appendix A).
 
-    The border is reflected. One product with a banded matrix for each axis: the reflection is in
-    the matrix, and rows with different kernels are computed together.
+    It is one product with a banded matrix along each axis. The matrix also reflects the border, and
+    rows with different kernels are computed together.
+
+    Args:
+        sigma: (B,) standard deviations in pixels.
     """
     side = x.shape[-1]
     radius = max(1, side // 20)
@@ -322,20 +367,20 @@ def blur(x: Tensor, sigma: Tensor) -> Tensor:
     taps = torch.cat(
         [taps / (2 * taps.sum(1, keepdim=True) - taps[:, :1]), torch.zeros_like(taps[:, :1])], 1
     )
-    to, of = along[:, None], along[None, :]
-    before, after = (
-        torch.where(of > 0, to + of, radius + 1),
-        torch.where(of < side - 1, 2 * (side - 1) - to - of, radius + 1),
-    )
+    new, old = along[:, None], along[None, :]
+    # distances to the reflections of a pixel in both borders
+    before = torch.where(old > 0, new + old, radius + 1)
+    after = torch.where(old < side - 1, 2 * (side - 1) - new - old, radius + 1)
     band = sum(
-        taps[:, distance.clamp(max=radius + 1)] for distance in ((to - of).abs(), before, after)
+        taps[:, distance.clamp(max=radius + 1)] for distance in ((new - old).abs(), before, after)
     )
     assert isinstance(band, Tensor)
     return _separable(x, band, band)
 
 
-def solarize(x: Tensor, threshold: float = 0.5) -> Tensor:
-    return torch.where(x >= threshold, 1 - x, x)
+def solarize(x: Tensor) -> Tensor:
+    """Invert what is at least half as bright as white."""
+    return torch.where(x >= 0.5, 1 - x, x)
 
 
 # ---------------------------------------------------------------- RandAugment; pictures are uint8
@@ -402,10 +447,10 @@ def rand_augment(
             torch.where(kinds[:, turn] < 2 * len(signed), kinds[:, turn], kinds[:, turn] // 2 * 2),
             x.device,
         ):
-            one, part = kind // 2, out[rows]
-            out[rows] = (
-                signed[one](part, -level if kind % 2 else level, fill)
-                if one < len(signed)
-                else UNSIGNED[one - len(signed)](part, level)
-            )
+            operation, part = kind // 2, out[rows]
+            if operation < len(signed):
+                changed = signed[operation](part, -level if kind % 2 else level, fill)
+            else:
+                changed = UNSIGNED[operation - len(signed)](part, level)
+            out[rows] = changed
     return out

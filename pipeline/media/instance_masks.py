@@ -10,7 +10,7 @@ from pycocotools import mask as coco_mask
 
 RLE = pa.struct({"size": pa.list_(pa.int32()), "counts": pa.string()})
 """A mask in a table: height and width of its image, and COCO's compressed run lengths."""
-FARTHEST = 1 << 20
+MAX_COORDINATE = 1 << 20
 """Farthest point of a polygon from the origin, in pixels: an edge takes memory by its length."""
 
 
@@ -33,9 +33,9 @@ def mask_of(segmentation: Any, height: int, width: int) -> np.ndarray:
         for points in segmentation:
             if len(points) < 6 or len(points) % 2:
                 raise ValueError(f"a polygon of {len(points)} numbers")
-            if not (np.abs(points) < FARTHEST).all():
+            if not (np.abs(points) < MAX_COORDINATE).all():
                 raise ValueError(
-                    f"a polygon with a number that is not finite, or beyond {FARTHEST} pixels"
+                    f"a polygon with a number that is not finite, or beyond {MAX_COORDINATE} pixels"
                 )
         polygons = coco_mask.frPyObjects(segmentation, height, width) if segmentation else []
         if not polygons:
@@ -75,8 +75,8 @@ class RunLengths(TypedDict):
 
 def packed(mask: np.ndarray) -> RunLengths:
     """Return the run lengths of a mask (height, width) bool as pycocotools and `RLE` have them."""
-    found: Any = coco_mask.encode(np.asfortranarray(mask, np.uint8))
-    return {"size": list(mask.shape), "counts": found["counts"].decode()}
+    encoded: Any = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+    return {"size": list(mask.shape), "counts": encoded["counts"].decode()}
 
 
 def unpacked(text: str | bytes) -> np.ndarray:

@@ -15,7 +15,7 @@ from datasketch import MinHash
 NUM_PERM, SHINGLE = 128, 5
 RECALL = 0.999
 """Two documents exactly at the threshold share a band with at least this probability."""
-AT_A_TIME = 8192
+BATCH_SIZE = 8192
 """Shingles that are hashed at a time: those of a book would take gigabytes."""
 WORD = re.compile(r"\w+")
 
@@ -35,15 +35,17 @@ def signatures(texts: Iterator[str]) -> Iterator[np.ndarray]:
     """Yield the MinHash signature of each text, (NUM_PERM,) uint32."""
     empty = MinHash(num_perm=NUM_PERM, seed=1)
     for text in texts:
-        one, found = empty.copy(), list(shingles(text))
-        for start in range(0, len(found), AT_A_TIME):
-            one.update_batch(found[start : start + AT_A_TIME])
-        yield one.hashvalues.astype(np.uint32)
+        signature, runs = empty.copy(), list(shingles(text))
+        for start in range(0, len(runs), BATCH_SIZE):
+            signature.update_batch(runs[start : start + BATCH_SIZE])
+        yield signature.hashvalues.astype(np.uint32)
 
 
-def rows_a_band(threshold: float) -> int:
-    """Return the most rows of a band with which a pair at the threshold shares a band with
-    probability RECALL (more rows make fewer pairs).
+def rows_per_band(threshold: float) -> int:
+    """Return how many rows of a signature make a band.
+
+    The more there are, the fewer pairs of texts share a band and are compared. It is the largest
+    number with which a pair at the threshold still shares one with probability RECALL.
     """
     return max(
         (r for r in range(1, NUM_PERM + 1) if 1 - (1 - threshold**r) ** (NUM_PERM // r) >= RECALL),
@@ -51,8 +53,8 @@ def rows_a_band(threshold: float) -> int:
     )
 
 
-def mixed(band: np.ndarray) -> np.ndarray:
-    """Hash a band (n, r) to (n,) uint64. A collision costs one comparison."""
+def hash_band(band: np.ndarray) -> np.ndarray:
+    """Hash the rows of a band (n, r) to (n,) uint64. A collision costs one comparison."""
     out = np.zeros(len(band), dtype=np.uint64)
     for column in band.T:
         out = (out ^ column.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
@@ -74,9 +76,9 @@ class MinHashSearch:
         self.settings = (threshold,)
 
     def bands(self, signatures: Mapping[str, np.ndarray]) -> Iterator[np.ndarray]:
-        found, rows = signatures["minhash"], rows_a_band(self.threshold)
+        values, rows = signatures["minhash"], rows_per_band(self.threshold)
         for first in range(0, NUM_PERM - rows + 1, rows):
-            yield mixed(found[:, :, first : first + rows].reshape(len(found), -1))
+            yield hash_band(values[:, :, first : first + rows].reshape(len(values), -1))
 
     def alike(
         self, signatures: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray]

@@ -47,8 +47,8 @@ def phash(grey: np.ndarray) -> np.ndarray:
     positions, numbers = np.arange(SIDE), np.arange(1, FREQUENCIES + 1)
     # (8, 32), DCT-II without the constant
     wave = np.cos(np.pi / SIDE * numbers[:, None] * (positions + 0.5))
-    found = (wave @ grey.astype(np.float64) @ wave.T).reshape(len(grey), FREQUENCIES**2)
-    bits = found > np.median(found, axis=1, keepdims=True)
+    coefficients = (wave @ grey.astype(np.float64) @ wave.T).reshape(len(grey), FREQUENCIES**2)
+    bits = coefficients > np.median(coefficients, axis=1, keepdims=True)
     return np.packbits(bits, axis=1).view("<u8").reshape(-1)
 
 
@@ -78,18 +78,18 @@ class PerceptualSearch:
         self, signatures: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray]
     ) -> np.ndarray:
         """Pictures without contrast have a correlation of 0 with all others."""
-        apart = np.bitwise_count(signatures["hash"] ^ others["hash"])
-        found = apart <= NEAR_BITS
-        close = np.flatnonzero(found)
+        differing = np.bitwise_count(signatures["hash"] ^ others["hash"])
+        is_near = differing <= NEAR_BITS
+        close = np.flatnonzero(is_near)
         for start in range(0, len(close), PAIRS):
             at = close[start : start + PAIRS]
-            mine, theirs = (_standard(one["thumb"][at]) for one in (signatures, others))
-            found[at] = np.einsum("ij,ij->i", mine, theirs) >= NEAR_CORRELATION
-        return found
+            thumbs, other_thumbs = (_standard(side["thumb"][at]) for side in (signatures, others))
+            is_near[at] = np.einsum("ij,ij->i", thumbs, other_thumbs) >= NEAR_CORRELATION
+        return is_near
 
 
 def _standard(thumbs: np.ndarray) -> np.ndarray:
     """Return (k, 256) thumbnails of mean 0 and length 1."""
-    found = thumbs.astype(np.float32)
-    found -= found.mean(1, keepdims=True)
-    return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-6)
+    standardised = thumbs.astype(np.float32)
+    standardised -= standardised.mean(1, keepdims=True)
+    return standardised / np.maximum(np.linalg.norm(standardised, axis=1, keepdims=True), 1e-6)

@@ -104,8 +104,8 @@ def noisy(x: Tensor, lengths: Tensor, noise: Tensor, decibels: Tensor) -> Tensor
     """Add ``noise`` (B, n), of any scale, at a signal-to-noise ratio of ``decibels`` (B,)."""
     inside = within(lengths, x.shape[1])
     noise = noise * inside
-    power, theirs = (x**2).sum(1), (noise**2).sum(1)
-    scale = (power / theirs.clamp(min=1e-12) * 10 ** (-decibels / 10)).sqrt()
+    power, noise_power = (x**2).sum(1), (noise**2).sum(1)
+    scale = (power / noise_power.clamp(min=1e-12) * 10 ** (-decibels / 10)).sqrt()
     return x + noise * scale[:, None]
 
 

@@ -19,7 +19,7 @@ from pipeline.core.inputs import StaticInputs
 from pipeline.core.ragged import ragged
 from pipeline.media.deviation import divisors, rounded_mean
 
-MOST = 8.0
+MAX_DEVIATIONS = 8.0
 """Standardised numbers are clipped to this many standard deviations."""
 TAILS = (0.001, 0.999)
 """Mean and deviation are those of values clipped to these quantiles. The quantiles themselves,
@@ -28,7 +28,7 @@ which may be a single patient's, are not kept.
 
 SHORT_FLOATS = (pa.float16(), pa.float32())
 WHOLE_NUMBER = re.compile(r"(0|-?[1-9]\d*)\.0")
-MOST_NAMED, EXAMPLES = 8, 3
+MAX_NAMED, EXAMPLES = 8, 3
 """Names in an error, and numbers in an example."""
 
 PREPARATION = r"""
@@ -43,7 +43,7 @@ def plain_spelling(value):  # a category has one spelling: 1 for 1.0, true for T
 raw = np.array([[row.get(name) for name in state["numbers"]] for row in rows], float)
 numbers_known = np.isfinite(raw)
 numbers = (np.where(numbers_known, raw, 0) - state["mean"]) / state["std"]
-numbers = np.where(numbers_known, numbers.clip(-MOST, MOST), 0)
+numbers = np.where(numbers_known, numbers.clip(-MAX_DEVIATIONS, MAX_DEVIATIONS), 0)
 places, categories = {}, {}  # counted from 1; 0 fills up the rows
 for place, code in enumerate(state["codes"], 1):
     field, _, text = code.partition("=")
@@ -107,8 +107,8 @@ class StaticFeatures:
         A number or text is known where ``min_rows`` rows have it. Raises ValueError for another
         type.
         """
-        out = StaticFeatures.empty_state()
-        found = Counter()
+        state = StaticFeatures.empty_state()
+        rows_with = Counter()
         for field, values in _fields(column, name):
             if is_number(values.type):
                 numbers = floats(values, np.float64)
@@ -118,14 +118,14 @@ class StaticFeatures:
                 numbers = numbers.clip(*np.quantile(numbers, TAILS))
                 is_float64 = values.type not in SHORT_FLOATS
                 std = float(divisors(numbers.std(), np.abs(numbers).max(), is_float64))
-                out["numbers"].append(field)
-                out["mean"].append(rounded_mean(float(numbers.mean()), std))
-                out["std"].append(float(f"{std:.7g}"))
+                state["numbers"].append(field)
+                state["mean"].append(rounded_mean(float(numbers.mean()), std))
+                state["std"].append(float(f"{std:.7g}"))
             else:
                 for codes in _codes(field, values):
-                    found.update(set(codes))
-        out["codes"] = sorted(code for code, count in found.items() if count >= min_rows)
-        return out
+                    rows_with.update(set(codes))
+        state["codes"] = sorted(code for code, count in rows_with.items() if count >= min_rows)
+        return state
 
     def sizes(self) -> StaticInputs:
         return {"numbers": len(self.state["numbers"]), "codes": len(self.state["codes"])}
@@ -155,27 +155,23 @@ class StaticFeatures:
         """Describe which fields and texts of these rows are unknown, and which known numbers they
         lack.
         """
-        there, kinds = [], set()
+        numbers: list[str] = []
+        texts: set[str] = set()
         for field, values in self._matched(column, name):
             if is_number(values.type):
-                there += [field] if len(values) > values.null_count else []
+                numbers += [field] if len(values) > values.null_count else []
             else:
-                kinds |= {code for codes in self._codes(field, values) for code in codes}
-        left, lacking = (
-            [one for one in some if one not in others]
-            for some, others in ((there, self.state["numbers"]), (self.state["numbers"], there))
-        )
-        texts = len([code for code in kinds if code not in self.place])
-        return "; ".join(
-            filter(
-                None,
-                [
-                    f"numbers of {name} left out: {', '.join(left)}" if left else "",
-                    f"not there: {', '.join(lacking)}" if lacking else "",
-                    f"{texts} of {len(kinds)} texts of {name} are unknown" if texts else "",
-                ],
-            )
-        )
+                texts |= {code for codes in self._codes(field, values) for code in codes}
+        known = self.state["numbers"]
+        left_out = [number for number in numbers if number not in known]
+        missing = [number for number in known if number not in numbers]
+        unknown = len([text for text in texts if text not in self.place])
+        parts = [
+            f"numbers of {name} left out: {', '.join(left_out)}" if left_out else "",
+            f"not there: {', '.join(missing)}" if missing else "",
+            f"{unknown} of {len(texts)} texts of {name} are unknown" if unknown else "",
+        ]
+        return "; ".join(filter(None, parts))
 
     def name_differences(self, column: Any, name: str, min_rows: int) -> list[NameDifference]:
         """List all numbers and texts that only the state or only these rows have.
@@ -191,7 +187,7 @@ class StaticFeatures:
                     rows_with.update(set(codes))
         unknown = sorted(code for code in rows_with if code not in self.place)
         named = tuple(code for code in unknown if rows_with[code] >= min_rows)
-        found = [
+        differences = [
             NameDifference(
                 f"numbers of {name} that the source knows and its rows lack",
                 tuple(n for n in self.state["numbers"] if n not in numbers),
@@ -210,12 +206,14 @@ class StaticFeatures:
                 len(unknown) - len(named),
             ),
         ]
-        return [one for one in found if one.names or one.rare]
+        return [difference for difference in differences if difference.names or difference.rare]
 
     @staticmethod
     def preparation_code() -> str:
         """Return code that does what `decode` and padding do (`PreparesInputs`)."""
-        return PREPARATION.replace("MOST", f"{MOST:g}").replace("WHOLE", WHOLE_NUMBER.pattern)
+        return PREPARATION.replace("MAX_DEVIATIONS", f"{MAX_DEVIATIONS:g}").replace(
+            "WHOLE", WHOLE_NUMBER.pattern
+        )
 
     def example_row(self) -> dict[str, float | str]:
         """Return a row with the mean of the first known numbers, and a text of each field."""
@@ -239,9 +237,10 @@ class StaticFeatures:
             if is_number(values.type):
                 yield f"{name}.{field}", floats(values, np.float64)
             elif not is_list(values.type):
-                texts = values if is_text(values.type) else values.cast(pa.string())
-                codes = texts.dictionary_encode().indices.fill_null(-1)
-                yield f"{name}.{field}", codes.to_numpy(zero_copy_only=False).astype(np.int64)
+                # in one spelling, as the network reads them: 1 for 1.0
+                texts = [codes[0] if codes else None for codes in self._codes(field, values)]
+                numbers = pa.array(texts, pa.string()).dictionary_encode().indices.fill_null(-1)
+                yield f"{name}.{field}", numbers.to_numpy(zero_copy_only=False).astype(np.int64)
             else:
                 yield from self._presence(field, values, name, min_rows)
 
@@ -275,9 +274,9 @@ class StaticFeatures:
                 rows_with.setdefault(code, set()).add(row)
         for code, rows in rows_with.items():
             if len(rows) >= min_rows and (not self.place or code in self.place):
-                there = np.zeros(len(values))
-                there[sorted(rows)] = 1.0
-                yield f"{name}.{code}", there
+                is_present = np.zeros(len(values))
+                is_present[sorted(rows)] = 1.0
+                yield f"{name}.{code}", is_present
 
     def _codes(self, field: str, values: Any) -> list[list[str]]:
         """Return the texts of each row as FIELD=TEXT, a category as the state spells it."""
@@ -304,8 +303,8 @@ class StaticFeatures:
         """Return the fields. Raises ValueError for texts where the state has numbers, or the other
         way round.
         """
-        found = _fields(column, name)
-        for field, values in found:
+        fields = _fields(column, name)
+        for field, values in fields:
             texts = any(code.startswith(f"{field}=") for code in self.place)
             if (field in self.state["numbers"] and not is_number(values.type)) or (
                 texts and is_number(values.type)
@@ -317,7 +316,7 @@ class StaticFeatures:
                     "fitted on; write both in one type (for a plain table: onetomany prepare "
                     f"table --set {option}={field})"
                 )
-        return found
+        return fields
 
     def decode(self, column: Any, rows: int, name: str) -> dict[str, np.ndarray]:
         """Decode rows.
@@ -343,7 +342,9 @@ class StaticFeatures:
             else numbers
         )
         return {
-            "numbers": np.where(known, scaled.clip(-MOST, MOST), 0.0).astype(np.float32),
+            "numbers": np.where(known, scaled.clip(-MAX_DEVIATIONS, MAX_DEVIATIONS), 0.0).astype(
+                np.float32
+            ),
             "numbers_known": known,
             "codes": ragged(np.array(sorted(set(row)), dtype=np.int64) for row in codes),
         }
@@ -367,13 +368,13 @@ def check_share(
     if known or not total:
         return known / total if total else 1.0
     described = []
-    for name in sorted(names)[:MOST_NAMED]:
+    for name in sorted(names)[:MAX_NAMED]:
         near = close_names(name, known_names)
         hint = f"did you mean {' or '.join(near)}?" if near else ""
         hint = "with other texts" if name in known_names else hint
         described.append(f"{name} ({hint})" if hint else name)
-    more = [f"{len(names) - MOST_NAMED} more"] if len(names) > MOST_NAMED else []
-    shown = sorted(known_names)[:MOST_NAMED]
+    more = [f"{len(names) - MAX_NAMED} more"] if len(names) > MAX_NAMED else []
+    shown = sorted(known_names)[:MAX_NAMED]
     more_known = len(known_names) - len(shown)
     raise ValueError(
         f"{place}: the source knows none of the values in these rows, whose names are "
@@ -414,8 +415,8 @@ def plain_spelling(value: str | bool) -> str:
     text = str(value)
     if text.lower() in ("true", "false"):
         return text.lower()
-    whole = WHOLE_NUMBER.fullmatch(text)
-    return whole[1] if whole else text
+    whole_number = WHOLE_NUMBER.fullmatch(text)
+    return whole_number[1] if whole_number else text
 
 
 def _codes(field: str, values: Any, known_as: Mapping[str, str] | None = None) -> list[list[str]]:

@@ -97,7 +97,7 @@ def split_tag(tag: str, scheme: str) -> tuple[str, str]:
         return tag[0], tag[2:]
     raise ValueError(
         f"tag {tag!r} is not of the scheme {scheme}: O, or one of "
-        f"{', '.join(f'{letter}-' for letter in LETTERS[scheme])} with a type behind it"
+        f"{', '.join(f'{letter}-' for letter in LETTERS[scheme])} followed by a type"
     )
 
 
@@ -199,13 +199,13 @@ class Tagset:
         inside = kind[:, 1:-1] >= 0
         row, first = np.nonzero(inside & cut[:, :-1])
         last = np.nonzero(inside & cut[:, 1:])[1]
-        found = Chunks(row, first, last, kind[row, first + 1])
+        chunks = Chunks(row, first, last, kind[row, first + 1])
         if strict:
-            whole = opens[row, first + 1] & (
+            is_complete = opens[row, first + 1] & (
                 closes[row, last + 1] if self.scheme == "bioes" else True
             )
-            found = Chunks(*(part[whole] for part in found))
-        return found
+            chunks = Chunks(*(part[is_complete] for part in chunks))
+        return chunks
 
     def repaired(self, tags: np.ndarray) -> np.ndarray:
         """Return the same entities (n, W), as conlleval reads them, in valid tags: a leading I
@@ -230,7 +230,7 @@ class Tagset:
         true.
         """
         rows, width, types = *truth.shape, len(self.types)
-        found, real = self.chunks(guess, strict), self.chunks(truth, strict)
+        guessed, real = self.chunks(guess, strict), self.chunks(truth, strict)
 
         def key(of: Chunks) -> np.ndarray:
             return ((of.row * width + of.first) * width + of.last) * types + of.kind
@@ -241,8 +241,8 @@ class Tagset:
             )
 
         return (
-            tally(found, np.isin(key(found), key(real))),
-            tally(found, slice(None)),
+            tally(guessed, np.isin(key(guessed), key(real))),
+            tally(guessed, slice(None)),
             tally(real, slice(None)),
         )
 

@@ -121,7 +121,7 @@ def _train_wordpiece(texts: list[str], vocabulary: int, lowercase: bool) -> Toke
         continuing = continuing or sorted(
             token for token in tokenizer.get_vocab() if token.startswith("##") and len(token) == 3
         )
-    # The continuing characters are no special tokens of the result
+    # The continuing characters are not special tokens of the result
     tokenizer = _wordpiece(tokenizer.get_vocab(), lowercase)
     tokenizer.add_special_tokens(list(SPECIALS))
     return tokenizer
@@ -141,8 +141,8 @@ def special_ids(tokenizer: Tokenizer, named: dict[str, str] | None = None) -> li
         [*filter(None, [named.get(role)]), *usual, *filter(None, [named.get("any")])]
         for role, usual in USUAL.items()
     )
-    found = ((tokenizer.token_to_id(name) for name in names) for names in tried)
-    return [next((i for i in ids if i is not None), None) for ids in found]
+    ids_of_roles = ((tokenizer.token_to_id(name) for name in names) for names in tried)
+    return [next((i for i in ids if i is not None), None) for ids in ids_of_roles]
 
 
 def from_folder(folder: str) -> tuple[str, int, list[int]]:
@@ -163,11 +163,12 @@ def from_folder(folder: str) -> tuple[str, int, list[int]]:
     """
     path = storage.join(folder, "tokenizer.json")
     if not storage.exists(path):
-        there = storage.exists(folder)
+        problem = "no such folder"
+        if storage.exists(folder):
+            problem = "no tokenizer.json in this folder"
         raise ValueError(
-            f"{folder}: {'no tokenizer.json in this folder' if there else 'no such folder'}; a "
-            "tokenizer is a folder with tokenizer.json, as tokenizer.save_pretrained(FOLDER) of "
-            "transformers writes it (a fast tokenizer)"
+            f"{folder}: {problem}; a tokenizer is a folder with tokenizer.json, as "
+            "tokenizer.save_pretrained(FOLDER) of transformers writes it (a fast tokenizer)"
         )
     try:
         tokenizer = Tokenizer.from_str(storage.read_bytes(path).decode())
@@ -178,12 +179,12 @@ def from_folder(folder: str) -> tuple[str, int, list[int]]:
             f"{path}: not a tokenizer that the package tokenizers can read: {error}"
         ) from None
     specials = special_ids(tokenizer, _declared(folder))
-    lacking = [role for role, found in zip(USUAL, specials, strict=True) if found is None]
-    if lacking:
+    missing = [role for role, special in zip(USUAL, specials, strict=True) if special is None]
+    if missing:
         raise ValueError(
-            f"{folder}: its tokenizer lacks special tokens: {', '.join(lacking)}; name them in "
+            f"{folder}: its tokenizer lacks special tokens: {', '.join(missing)}; name them in "
             "special_tokens_map.json "
-            f"({', '.join(f'{role}_token' for role in lacking)})"
+            f"({', '.join(f'{role}_token' for role in missing)})"
         )
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -200,12 +201,12 @@ def _declared(folder: str) -> dict[str, str]:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = storage.join(folder, name)
         if storage.exists(path):
-            found = storage.read_json(path)
-            if not isinstance(found, dict):
+            content = storage.read_json(path)
+            if not isinstance(content, dict):
                 raise ValueError(
                     f"{path}: not a JSON object; write the tokenizer again with save_pretrained"
                 )
-            token_config |= {key: value for key, value in found.items() if value is not None}
+            token_config |= {key: value for key, value in content.items() if value is not None}
     names = {role: token_config.get(f"{role}_token") for role in (*USUAL, "bos", "eos")}
     plain = {
         role: value["content"] if isinstance(value, dict) else value
@@ -254,7 +255,7 @@ def continuing(tokenizer: Tokenizer, vocabulary: int, specials: Sequence[int]) -
     start with a space, as for RoBERTa (punctuation continues the word before it). False for special
     tokens. None where tokens do not show it (BPE with a mark at the end of a word).
     """
-    found = np.zeros(vocabulary, dtype=bool)
+    is_continuing = np.zeros(vocabulary, dtype=bool)
     tokens = tokenizer.get_vocab()
     if isinstance(tokenizer.model, models.WordPiece):
         prefix = tokenizer.model.continuing_subword_prefix
@@ -264,14 +265,14 @@ def continuing(tokenizer: Tokenizer, vocabulary: int, specials: Sequence[int]) -
         goes_on = [i for token, i in tokens.items() if not token.startswith(beginnings)]
     else:
         return None
-    found[goes_on] = True
-    found[
+    is_continuing[goes_on] = True
+    is_continuing[
         [
             *specials,
             *(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special),
         ]
     ] = False
-    return base64.b64encode(np.packbits(found).tobytes()).decode()
+    return base64.b64encode(np.packbits(is_continuing).tobytes()).decode()
 
 
 # ---------------------------------------------------------------- long texts
@@ -303,7 +304,7 @@ IN_A_WORD = re.compile(rb"[A-Za-z][\xc0-\xfe]|[\xc0-\xfe][A-Za-z]")
 
 def _is_latin(document: bytes) -> bool:
     """Return whether bytes that are not UTF-8 look like Latin-1: all that are not ASCII are its
-    letters, and one of them stands in a word.
+    letters, and one of them is in a word.
     """
     beyond = [document[i : i + 1] for i, byte in enumerate(document) if byte > 0x7F]
     return bool(IN_A_WORD.search(document)) and all(map(LATIN_LETTER.match, beyond))
@@ -379,15 +380,15 @@ def encode(tokenizer: Tokenizer, documents: Sequence[Buffer], dtype: Any) -> lis
     Memory is needed for the ids and one group of pieces. A line of 100 MB of English has 24 million
     ids (2026-11-25): packing it takes 0.6 GB beside the line, its first 512 ids none.
     """
-    found: list[list[np.ndarray]] = [[] for _ in documents]
+    ids_of: list[list[np.ndarray]] = [[] for _ in documents]
     for numbers, texts in _groups(
         (i, text) for i, document in enumerate(documents) for text in pieces(document)
     ):
         for number, encoding in zip(
             numbers, tokenizer.encode_batch_fast(texts, add_special_tokens=False), strict=True
         ):
-            found[number].append(np.array(encoding.ids, dtype=dtype))
-    return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in found]
+            ids_of[number].append(np.array(encoding.ids, dtype=dtype))
+    return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in ids_of]
 
 
 class Beginning(NamedTuple):
@@ -410,7 +411,7 @@ def encode_first(
     With ``offsets`` the first piece has PIECE_BYTES, so that all ids of a document no longer than
     that are counted.
     """
-    held: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in documents]
+    encoded: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in documents]
     counts, characters, stops = ([0] * len(documents) for _ in range(3))
     size = PIECE_BYTES if offsets else min(PIECE_BYTES, max(FIRST_BYTES, 16 * most))
     run = tokenizer.encode_batch if offsets else tokenizer.encode_batch_fast
@@ -426,12 +427,12 @@ def encode_first(
             for number, text, encoding in zip(
                 numbers, texts, run(texts, add_special_tokens=False), strict=True
             ):
-                places = (
+                spans = (
                     _trimmed(text, encoding.offsets) + characters[number]
                     if offsets
                     else np.zeros((0, 2), dtype=np.int32)
                 )
-                held[number].append((np.array(encoding.ids, dtype=dtype), places))
+                encoded[number].append((np.array(encoding.ids, dtype=dtype), spans))
                 counts[number] += len(encoding.ids)
                 characters[number] += len(text)
         todo = [i for i in todo if counts[i] < most and stops[i] < len(documents[i])]
@@ -439,13 +440,13 @@ def encode_first(
     joined = [
         tuple(
             parts[0] if len(parts) == 1 else np.concatenate(parts)
-            for parts in zip(*one, strict=True)
+            for parts in zip(*of_document, strict=True)
         )
-        for one in held
+        for of_document in encoded
     ]
     return [
-        Beginning(ids, places, stop == len(document))
-        for (ids, places), stop, document in zip(joined, stops, documents, strict=True)
+        Beginning(ids, spans, stop == len(document))
+        for (ids, spans), stop, document in zip(joined, stops, documents, strict=True)
     ]
 
 
@@ -470,7 +471,7 @@ def encode_words(
     Returns (ids, number of the word that each id belongs to) for each row.
     """
     space = space_before_words(tokenizer)
-    found: list[tuple[np.ndarray, np.ndarray]] = [
+    encoded: list[tuple[np.ndarray, np.ndarray]] = [
         (np.zeros(0, dtype=dtype), np.zeros(0, dtype=np.int32))
     ] * len(rows)
     todo, count = list(range(len(rows))), most
@@ -481,13 +482,13 @@ def encode_words(
             tokenizer.encode_batch(parts, is_pretokenized=True, add_special_tokens=False),
             strict=True,
         ):
-            found[i] = (
+            encoded[i] = (
                 np.array(encoding.ids, dtype=dtype),
                 np.array(encoding.word_ids, dtype=np.int32),
             )
-        todo = [i for i in todo if len(found[i][0]) < most and count < len(rows[i])]
+        todo = [i for i in todo if len(encoded[i][0]) < most and count < len(rows[i])]
         count = 4 * count
-    return found
+    return encoded
 
 
 def texts_of(documents: Iterable[Buffer]) -> list[str]:

@@ -20,7 +20,7 @@ from pipeline.core.ragged import lengths, pad, ragged
 
 BLANK = "<blank>"
 """Name of label 0, which means no label (Graves et al. 2006)."""
-MOST_CHARACTERS = 500
+MAX_CHARACTERS = 500
 WORD_BEGINS = "▁"
 """How sub-words write the space before a word (SentencePiece, Kudo and Richardson 2018)."""
 ROWS_AT_ONCE = 256
@@ -145,15 +145,15 @@ class Alphabet:
 
         Raises ValueError for no character and for more than 500.
         """
-        found = _characters(texts)
-        if len(found) > MOST_CHARACTERS:
+        characters = _characters(texts)
+        if len(characters) > MAX_CHARACTERS:
             raise ValueError(
-                f"they hold {len(found)} different characters, more than {MOST_CHARACTERS} "
-                f"(the first ones: {found[:20]!r}): set units: subwords, "
+                f"they hold {len(characters)} different characters, more than {MAX_CHARACTERS} "
+                f"(the first ones: {characters[:20]!r}): set units: subwords, "
                 "with a vocabulary of some thousands, or look whether this is the column of "
                 "the transcripts"
             )
-        return cls((BLANK, *found), found)
+        return cls((BLANK, *characters), characters)
 
     @classmethod
     def of_subwords(cls, texts: Sequence[str], vocabulary: int) -> Alphabet:
@@ -162,12 +162,12 @@ class Alphabet:
 
         Raises ValueError where the characters alone are as many.
         """
-        found = _characters(texts)
-        if len(found) + 2 >= vocabulary:
+        characters = _characters(texts)
+        if len(characters) + 2 >= vocabulary:
             raise ValueError(
-                f"they hold {len(found)} different characters, so that vocabulary {vocabulary} has "
-                f"no room for sub-words: set vocabulary to {4 * len(found)} or so, or units: "
-                "characters"
+                f"they hold {len(characters)} different characters, so that vocabulary "
+                f"{vocabulary} has no room for sub-words: set vocabulary to "
+                f"{4 * len(characters)} or so, or units: characters"
             )
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
@@ -178,7 +178,7 @@ class Alphabet:
             trainers.BpeTrainer(vocab_size=vocabulary - 1, special_tokens=[], show_progress=False),
         )
         named = sorted(tokenizer.get_vocab(), key=lambda token: tokenizer.get_vocab()[token])
-        return cls((BLANK, *named), found, tokenizer.to_str())
+        return cls((BLANK, *named), characters, tokenizer.to_str())
 
     @classmethod
     def from_state(cls, state: AlphabetState) -> Alphabet:
@@ -211,18 +211,15 @@ class Alphabet:
             ),
         )
 
-    def strange(self, text: str) -> str:
-        """Return "" or which characters of a normalised text the alphabet lacks, and how often they
-        occur.
-        """
-        often = Counter(text)
-        strange = [
+    def describe_unknown(self, text: str) -> str:
+        """Describe the characters of a normalised text that the alphabet lacks; "" for none."""
+        unknown = [
             f"{letter!r} ({count}x)"
-            for letter, count in sorted(often.items())
+            for letter, count in sorted(Counter(text).items())
             if letter not in self.characters
         ]
-        more = f", and {len(strange) - 8} more" if len(strange) > 8 else ""
-        return f"no training transcript holds {', '.join(strange[:8])}{more}" if strange else ""
+        more = f", and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+        return f"no training transcript holds {', '.join(unknown[:8])}{more}" if unknown else ""
 
     def encode(self, text: str) -> np.ndarray:
         """Return (L,) int32 labels of a normalised text, all of whose characters are known."""
@@ -264,10 +261,10 @@ class Alphabet:
 
 
 def _characters(texts: Iterable[str]) -> str:
-    found = "".join(sorted(set().union(*map(set, texts))))
-    if not found.strip():
+    characters = "".join(sorted(set().union(*map(set, texts))))
+    if not characters.strip():
         raise ValueError("they hold no character once they are normalised")
-    return found
+    return characters
 
 
 def repeats(labels: np.ndarray) -> int:
@@ -300,7 +297,7 @@ def edit_distances(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> 
         for i in range(a.shape[1]):
             change = np.minimum(table[:, :-1] + (b != a[:, i : i + 1]), table[:, 1:] + 1)
             change = np.concatenate([np.full((len(rows), 1), i + 1), change], axis=1)
-            # Insertions: the least of all that end further left
+            # insertions: a value further left, plus 1 for each column between
             table = np.minimum.accumulate(change - ramp, axis=1) + ramp
             done = np.flatnonzero(ends[0] == i + 1)
             out[rows[done]] = table[done, ends[1][done]]
@@ -356,11 +353,11 @@ def cues(words: Iterable[Mapping[str, Any]]) -> list[Cue]:
     """Make subtitles of {word, start, end} in the order of time; a word longer than a line has its
     own.
     """
-    held: list[tuple[float, float, list[str]]] = []
-    for one in words:
-        word, start, end = one["word"], float(one["start"]), float(one["end"])
-        if held:
-            begun, until, lines = held[-1]
+    entries: list[tuple[float, float, list[str]]] = []
+    for entry in words:
+        word, start, end = entry["word"], float(entry["start"]), float(entry["end"])
+        if entries:
+            begun, until, lines = entries[-1]
             fits = len(lines[-1]) + 1 + len(word) <= LINE_CHARACTERS
             if (
                 end - begun <= CUE_SECONDS
@@ -368,27 +365,27 @@ def cues(words: Iterable[Mapping[str, Any]]) -> list[Cue]:
                 and (fits or len(lines) < CUE_LINES)
             ):
                 lines[-1:] = [f"{lines[-1]} {word}"] if fits else [lines[-1], word]
-                held[-1] = (begun, max(until, end), lines)
+                entries[-1] = (begun, max(until, end), lines)
                 continue
-        held.append((start, end, [word]))
-    following = [*(start for start, _, _ in held), float("inf")][1:]
+        entries.append((start, end, [word]))
+    following = [*(start for start, _, _ in entries), float("inf")][1:]
     return [
         Cue(start, max(min(end, after), min(start + SHOWN_SECONDS, after)), tuple(lines))
-        for (start, end, lines), after in zip(held, following, strict=True)
+        for (start, end, lines), after in zip(entries, following, strict=True)
     ]
 
 
 def srt(shown: Iterable[Cue]) -> str:
     """Format cues as a SubRip file."""
     return "".join(
-        f"{number}\n{_clock(one.start)} --> {_clock(one.end)}\n" + "\n".join(one.lines) + "\n\n"
-        for number, one in enumerate(shown, 1)
+        f"{number}\n{_clock(cue.start)} --> {_clock(cue.end)}\n" + "\n".join(cue.lines) + "\n\n"
+        for number, cue in enumerate(shown, 1)
     )
 
 
 def _clock(seconds: float) -> str:
-    whole, milliseconds = divmod(round(seconds * 1000), 1000)
-    minutes, second = divmod(whole, 60)
+    total_seconds, milliseconds = divmod(round(seconds * 1000), 1000)
+    minutes, second = divmod(total_seconds, 60)
     hour, minute = divmod(minutes, 60)
     return f"{hour:02d}:{minute:02d}:{second:02d},{milliseconds:03d}"
 

@@ -38,7 +38,7 @@ SPEED, NOISE, WHITE, MASKS = 0, 1, 2, 3
 """Streams of a row's key."""
 FIT_SECONDS = 1800.0
 """Seconds of sound that ``fit`` reads."""
-LEAST_STD = 1.0
+MIN_STD = 1.0
 """Smallest standard deviation of a mel bin. The log power of white noise has 1.28; without a limit,
 a bin in which the source is silent (8 kHz telephony) would make a target's sound there a hundred
 deviations loud.
@@ -264,14 +264,12 @@ class Audio(Modality):
                 normalize = wanted.get("normalize", True)
             return {"features": "wave", "normalize": normalize}
         modality, bad, seconds = cls(options, {"features": "mel"}), [], 0.0
-        count, sums, squares = (
-            0,
-            torch.zeros(options.mels, dtype=torch.float64),
-            torch.zeros(options.mels, dtype=torch.float64),
-        )
-        # FIT_SECONDS from all over the sample, not from its beginning
-        for place in np.random.default_rng(0).permutation(len(table)):
-            arrays, reasons = modality.decode(table.slice(place, 1), columns)
+        count = 0
+        sums = torch.zeros(options.mels, dtype=torch.float64)
+        squares = torch.zeros(options.mels, dtype=torch.float64)
+        # rows from all over the sample, until FIT_SECONDS are read
+        for i in np.random.default_rng(0).permutation(len(table)):
+            arrays, reasons = modality.decode(table.slice(i, 1), columns)
             bad += reasons
             for row in arrays["audio"][[not reason for reason in reasons]]:
                 mel = spectrogram.log_mel(
@@ -281,11 +279,9 @@ class Audio(Modality):
                     modality.hop,
                     options.mels,
                 )[0].double()
-                count, sums, squares = (
-                    count + len(mel),
-                    sums + mel.sum(0),
-                    squares + (mel**2).sum(0),
-                )
+                count = count + len(mel)
+                sums = sums + mel.sum(0)
+                squares = squares + (mel**2).sum(0)
                 seconds += len(row) / options.rate
             if seconds >= FIT_SECONDS:
                 break
@@ -295,7 +291,7 @@ class Audio(Modality):
                 f"{bad[0] if bad else 'no rows'}"
             )
         mean = sums / count
-        std = (squares / count - mean**2).clamp(min=LEAST_STD**2).sqrt()
+        std = (squares / count - mean**2).clamp(min=MIN_STD**2).sqrt()
         return {
             "features": "mel",
             "mean": [round(value, 5) for value in mean.tolist()],
@@ -343,17 +339,15 @@ class Audio(Modality):
     # ------------------------------------------------------------ in the data workers
 
     def decode(self, table, columns) -> tuple[Arrays, list[str]]:
-        found, bad, uncut = (
-            [NO_SOUND] * len(table),
-            [""] * len(table),
-            {"start", "seconds"} <= columns.keys(),
-        )
+        samples = [NO_SOUND] * len(table)
+        bad = [""] * len(table)
+        uncut = {"start", "seconds"} <= columns.keys()
         for i, value, start, seconds in _rows(table, columns):
             try:
-                found[i] = self._samples(value, start, seconds, uncut)
+                samples[i] = self._samples(value, start, seconds, uncut)
             except ValueError as error:  # BrokenAudioError is one
                 bad[i] = (str(error).splitlines() or [type(error).__name__])[0][:300]
-        return {"audio": ragged(found)}, bad
+        return {"audio": ragged(samples)}, bad
 
     def _samples(self, value: Any, start: Any, seconds: Any, uncut: bool) -> np.ndarray:
         """Decode one row to (n,) int16. Raises ValueError with the reason why it cannot be decoded.
@@ -370,7 +364,7 @@ class Audio(Modality):
                 )
             except LongAudioError as error:
                 if uncut and begin is None:
-                    # Reads all of it, and raises what is wrong
+                    # reads the whole file, and raises the reason where it is broken
                     audio_io.pieces(file, None, max(1.0, most))
                 raise ValueError(
                     f"{error}: cut long recordings (a folder read as format: audio is cut at "
@@ -389,7 +383,7 @@ class Audio(Modality):
     def near_signatures(cls, table, columns):
         """Return the perceptual hashes of the log-mel spectrograms, as pictures of one size.
 
-        Zeros for what is no recording. The loudness does not count.
+        Zeros for what is not a recording. The loudness does not count.
         """
         side = perceptual_hash.SIDE
         options = AudioOptions.model_validate(
@@ -422,12 +416,10 @@ class Audio(Modality):
         known = np.isfinite(out) & (out > 0)
         out = np.where(known, out, 0.0)
         if "audio" in columns and not known.all():
-            unknown, values, starts = (
-                np.flatnonzero(~known),
-                table[columns["audio"]],
-                _times(table, columns, "start"),
-            )
-            # by threads, for files that lie on slow servers
+            unknown = np.flatnonzero(~known)
+            values = table[columns["audio"]]
+            starts = _times(table, columns, "start")
+            # in threads, since files may lie on slow servers
             out[unknown] = list(
                 threaded_map(lambda i: self._measured(values[i], starts[i]), unknown.tolist())
             )
@@ -488,13 +480,13 @@ class Audio(Modality):
         options, lengths = self.options, batch["audio_lengths"]
         x = spectrogram.floats(batch["audio"])
         if options.speed:
-            x, lengths = self._played(x, lengths, uniform(batch.keys, 1, SPEED)[:, 0])
+            x, lengths = self._change_speed(x, lengths, uniform(batch.keys, 1, SPEED)[:, 0])
         if options.noise:
-            x = self._noisy(x, lengths, batch.keys)
-        batch = self._featured(batch, x, lengths)
-        return self._masked(batch) if self.features == "mel" else batch
+            x = self._add_noise(x, lengths, batch.keys)
+        batch = self._compute_features(batch, x, lengths)
+        return self._apply_masks(batch) if self.features == "mel" else batch
 
-    def _played(self, x: Tensor, lengths: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    def _change_speed(self, x: Tensor, lengths: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """Play each row at one of three speeds.
 
         A row keeps its speed if it would become shorter than a window or longer than
@@ -523,7 +515,7 @@ class Audio(Modality):
             out[rows, : part.shape[1]] = part
         return out, new
 
-    def _noisy(self, x: Tensor, lengths: Tensor, keys: Tensor) -> Tensor:
+    def _add_noise(self, x: Tensor, lengths: Tensor, keys: Tensor) -> Tensor:
         """Add uniform white noise to a share of the rows."""
         u = uniform(keys, 2, NOISE)
         rows = (u[:, 0] < self.options.noise).nonzero()[:, 0]
@@ -537,7 +529,7 @@ class Audio(Modality):
             spectrogram.noisy(x[rows], lengths[rows], noise, low + (high - low) * u[rows, 1]),
         )
 
-    def _masked(self, batch: Batch) -> Batch:
+    def _apply_masks(self, batch: Batch) -> Batch:
         options, mel, mask = self.options, batch["mel"], batch["mask"]
         number = options.frequency_masks + options.time_masks
         if not number:
@@ -563,16 +555,18 @@ class Audio(Modality):
     def finish(self, batch: Batch) -> Batch:
         """Compute the features, unless ``augment`` has done so."""
         return (
-            self._featured(batch, spectrogram.floats(batch["audio"]), batch["audio_lengths"])
+            self._compute_features(
+                batch, spectrogram.floats(batch["audio"]), batch["audio_lengths"]
+            )
             if "audio" in batch.data
             else batch
         )
 
-    def _featured(self, batch: Batch, x: Tensor, lengths: Tensor) -> Batch:
+    def _compute_features(self, batch: Batch, x: Tensor, lengths: Tensor) -> Batch:
         if self.features == "wave":
             x = F.pad(x, (0, max(0, self.window - x.shape[1])))  # rows of no samples alone
             mask = spectrogram.within(lengths, x.shape[1])
-            made = {
+            features = {
                 "wave": spectrogram.standardized(x, lengths) if self._normalizes() else x,
                 "mask": mask,
             }
@@ -588,10 +582,13 @@ class Audio(Modality):
                 torch.tensor(levels, device=x.device)
                 for levels in (self.state["mean"], self.state["std"])
             )
-            made = {"mel": ((mel - mean) / std).masked_fill(~mask[..., None], 0.0), "mask": mask}
+            features = {
+                "mel": ((mel - mean) / std).masked_fill(~mask[..., None], 0.0),
+                "mask": mask,
+            }
         kept = {name: tensor for name, tensor in batch.data.items() if name != "audio"}
         return Batch(
-            batch.rows, batch.keys, {**kept, "audio_lengths": lengths, **made}, batch.shards
+            batch.rows, batch.keys, {**kept, "audio_lengths": lengths, **features}, batch.shards
         )
 
 
@@ -601,7 +598,7 @@ class Audio(Modality):
 def _ineffective_masks(stated: Mapping[str, Any]) -> str:
     """Describe an option of SpecAugment that recordings read as samples would ignore; "" for none.
 
-    To switch masks off (0) is no mistake.
+    Masks may be switched off (0).
     """
     for name in MASK_OPTIONS:
         if stated.get(name):
@@ -642,7 +639,7 @@ def _number(value: Any, role: str) -> float | None:
         or not math.isfinite(value)
         or value < 0
     ):
-        raise ValueError(f"{role}: {value!r} is no time in seconds")
+        raise ValueError(f"{role}: {value!r} is not a time in seconds")
     return float(value)
 
 
@@ -657,13 +654,13 @@ def _sound(value: Any, whole: bool) -> Iterator[bytes | BinaryIO]:
     if isinstance(value, dict):
         if not {"bytes", "path"} & {*value}:
             raise BrokenAudioError(
-                f"a struct of {', '.join(value)} is no file: structs of bytes and path are "
+                f"a struct of {', '.join(value)} is not a file: structs of bytes and path are "
                 "read, as of Hugging Face's Audio(decode=False)"
             )
         value = value.get("bytes") or value.get("path")
     if value is not None and not isinstance(value, (bytes, str)):
         raise BrokenAudioError(
-            f"a value of type {type(value).__name__} is no recording: files' bytes, their "
+            f"a value of type {type(value).__name__} is not a recording: files' bytes, their "
             "paths or structs of both are read"
         )
     if not value:

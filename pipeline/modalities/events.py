@@ -25,7 +25,7 @@ from pipeline.core.rng import uniform
 from pipeline.core.specs import State
 from pipeline.media.deviation import divisors, rounded_mean
 from pipeline.media.static_features import (
-    MOST,
+    MAX_DEVIATIONS,
     SHORT_FLOATS,
     TAILS,
     StaticFeatures,
@@ -33,7 +33,7 @@ from pipeline.media.static_features import (
     check_share,
 )
 
-NAMED = 8
+MAX_NAMED = 8
 DROP = 0
 """Random stream of a row's key."""
 
@@ -55,7 +55,7 @@ inputs["times"], inputs["values"] = np.zeros((2, *shape), np.float32)
 inputs["variables"], inputs["mask"] = np.zeros(shape, np.int64), np.zeros(shape, bool)
 for row, kept in enumerate(events):
     for i, (time, place, value) in enumerate(kept):
-        value = np.clip((value - mean[place]) / std[place], -MOST, MOST)
+        value = np.clip((value - mean[place]) / std[place], -MAX_DEVIATIONS, MAX_DEVIATIONS)
         inputs["times"][row, i], inputs["values"][row, i] = time, value
         inputs["variables"][row, i], inputs["mask"][row, i] = place, True
 inputs = {name: inputs[name] for name in graph["inputs"]}
@@ -153,12 +153,10 @@ class Events(Modality):
             )
         row, time, name, value = parts
         inside = (time >= -options.before) & (time < options.hours)
-        row, value, place, names = (
-            row[inside],
-            value[inside],
-            name.indices.to_numpy()[inside],
-            name.dictionary.to_pylist(),
-        )
+        row = row[inside]
+        value = value[inside]
+        place = name.indices.to_numpy()[inside]
+        names = name.dictionary.to_pylist()
         rows = _rows_with(row, place, len(names))
         ranked = sorted(
             (
@@ -170,19 +168,21 @@ class Events(Modality):
         kept = sorted(name for _, name in ranked[: options.max_variables])
         if not kept:
             raise ValueError(
-                f"column {columns['variables']}: no variable stands in {options.min_rows} of "
+                f"column {columns['variables']}: no variable is in {options.min_rows} of "
                 f"{len(table)} rows between hours {-options.before:g} "
                 f"and {options.hours:g}: lower min_rows, or raise hours"
             )
-        at = {name: number for number, name in enumerate(names)}
+        number_of = {name: number for number, name in enumerate(names)}
         order = np.argsort(place, kind="stable")
-        ends = np.cumsum(np.bincount(place, minlength=len(names)))
+        counts = np.bincount(place, minlength=len(names))
+        ends = np.cumsum(counts)
+        starts = ends - counts
         state: EventsState = {"variables": kept, "mean": [], "std": []}
-        for one in kept:
-            found = value[
-                order[ends[at[one]] - np.count_nonzero(place == at[one]) : ends[at[one]]]
-            ].astype(np.float64)
-            clipped = found.clip(*np.quantile(found, TAILS))
+        for variable in kept:
+            number = number_of[variable]
+            events = order[starts[number] : ends[number]]
+            values = value[events].astype(np.float64)
+            clipped = values.clip(*np.quantile(values, TAILS))
             is_float64 = value.dtype == np.float64
             std = float(divisors(clipped.std(), np.abs(clipped).max(), is_float64))
             state["mean"].append(rounded_mean(float(clipped.mean()), std))
@@ -218,7 +218,7 @@ class Events(Modality):
         text = f"{len(shared)} of {len(counts)} variables are known ({share:.1%} of the events)"
         lost = [name for name, _ in counts.most_common() if name not in shared]
         # a rare name may identify a patient
-        shown = [name for name in lost if rows[name] >= self.options.min_rows][:NAMED]
+        shown = [name for name in lost if rows[name] >= self.options.min_rows][:MAX_NAMED]
         if len(shown) < len(lost):
             shown.append(f"{len(lost) - len(shown)} others")
         if lost:
@@ -252,7 +252,7 @@ class Events(Modality):
         _, rows = _events_and_rows(table, columns)
         unknown = sorted(rows.keys() - self.state["variables"])
         named = tuple(name for name in unknown if rows[name] >= self.options.min_rows)
-        found = [
+        differences = [
             NameDifference(
                 "variables that the source knows and its rows lack",
                 tuple(name for name in self.state["variables"] if name not in rows),
@@ -270,7 +270,10 @@ class Events(Modality):
             if columns.get("static") in table.column_names
             else []
         )
-        return [*(one for one in found if one.names or one.rare), *static]
+        return [
+            *(difference for difference in differences if difference.names or difference.rare),
+            *static,
+        ]
 
     def single_features(self, table, columns):
         """Yield static features, and count, first, last, smallest and largest value of each
@@ -282,12 +285,10 @@ class Events(Modality):
             )
         (row, time, names, value), _ = _lists(table, columns)
         inside = (time >= -self.options.before) & (time < self.options.hours)
-        row, time, value, place = (
-            row[inside],
-            time[inside],
-            value[inside].astype(np.float64),
-            names.indices.to_numpy()[inside],
-        )
+        row = row[inside]
+        time = time[inside]
+        value = value[inside].astype(np.float64)
+        place = names.indices.to_numpy()[inside]
         order = np.lexsort((time, row, place))
         row, value, place = row[order], value[order], place[order]
         known = set(self.state.get("variables", []))
@@ -299,14 +300,14 @@ class Events(Modality):
             if len(rows) < self.options.min_rows:
                 continue
             values = value[start:stop]
-            found = {
+            numbers_by_kind = {
                 "how often": count,
                 "first value": values[first],
                 "last value": values[first + count - 1],
                 "least value": np.minimum.reduceat(values, first),
                 "largest value": np.maximum.reduceat(values, first),
             }
-            for what, numbers in found.items():
+            for what, numbers in numbers_by_kind.items():
                 column = np.full(len(table), 0.0 if what == "how often" else np.nan)
                 column[rows] = numbers
                 yield f"{name} ({what})", column
@@ -322,7 +323,7 @@ class Events(Modality):
             order = np.lexsort((time, row))
             row, time, place, value = row[order], time[order], place[order], value[order]
         mean, std = (of_all.astype(value.dtype)[place] for of_all in (self.mean, self.std))
-        value = ((value - mean) / std).clip(-MOST, MOST).astype(np.float32)
+        value = ((value - mean) / std).clip(-MAX_DEVIATIONS, MAX_DEVIATIONS).astype(np.float32)
         spans = list(pairwise(np.searchsorted(row, np.arange(len(table) + 1)).tolist()))
         out: Arrays = {
             role: ragged([array[start:stop] for start, stop in spans])
@@ -381,7 +382,7 @@ class Events(Modality):
             'rows = [record["static"] for record in records]\n'
             f'state = graph["modality"]["state"].get("static", {StaticFeatures.empty_state()})\n'
             + self.static_features.preparation_code()
-            + PREPARATION.replace("MOST", f"{MOST:g}")
+            + PREPARATION.replace("MAX_DEVIATIONS", f"{MAX_DEVIATIONS:g}")
         )
 
     def random_rows(self, rows, rng, length=1.0):
@@ -440,16 +441,16 @@ def _lists(table: pa.Table, columns: dict[str, str]) -> tuple[Parts, list[str]]:
     Raises:
         ValueError: a column does not hold lists of such values.
     """
-    found, reasons = {}, [""] * len(table)
+    columns_by_role, reasons = {}, [""] * len(table)
     for role in Events.roles:
-        found[role] = column = joined(table[columns[role]])
+        columns_by_role[role] = column = joined(table[columns[role]])
         if not is_list(column.type) or not _suits(role, column.type.value_type):
             raise ValueError(
                 f"column {columns[role]}: it holds {column.type}; {role} are lists of "
                 f"{'texts' if role == 'variables' else 'numbers'}, as onetomany prepare events "
                 "writes them"
             )
-    counts = {role: lengths(column).astype(np.int64) for role, column in found.items()}
+    counts = {role: lengths(column).astype(np.int64) for role, column in columns_by_role.items()}
     n = counts["times"]
     for i in np.flatnonzero((n < 0) | (n != counts["variables"]) | (n != counts["values"])):
         description = ", ".join(
@@ -459,8 +460,10 @@ def _lists(table: pa.Table, columns: dict[str, str]) -> tuple[Parts, list[str]]:
         reasons[i] = f"an event is a time, a variable and a value, and the row has {description}"
     good = np.array([not reason for reason in reasons], dtype=bool)
     if not good.all():
-        found = {role: column.filter(pa.array(good)) for role, column in found.items()}
-    flat = {role: pc.list_flatten(column) for role, column in found.items()}
+        columns_by_role = {
+            role: column.filter(pa.array(good)) for role, column in columns_by_role.items()
+        }
+    flat = {role: pc.list_flatten(column) for role, column in columns_by_role.items()}
     row = np.repeat(np.arange(len(table)), np.where(good, n, 0))
     time = floats(flat["times"])
     # float32 would round a number that is large beside its deviation
@@ -485,7 +488,7 @@ def _lists(table: pa.Table, columns: dict[str, str]) -> tuple[Parts, list[str]]:
             reasons[i] = (
                 reasons[i]
                 or f"{np.count_nonzero(wrong & (row == i))} of its {n[i]} events have no {role}, "
-                "or one that is no number"
+                "or one that is not a number"
             )
     if any(reasons):
         kept = np.array([not reason for reason in reasons])[row]

@@ -184,23 +184,7 @@ class Image(Modality):
     )
 
     def __init__(self, options: Any, state: State):
-        # The source's rows had colours and these are grey, or the other way
-        other = len(state.get("mean", ())) not in (
-            0,
-            options.channels,
-        )
-        given = (
-            None
-            if other and isinstance(options.mean, list) and len(options.mean) == len(state["mean"])
-            else _published(options)
-        )
-        # What is given holds for a checkpoint's rows too, whose state says otherwise
-        if not given and other:
-            given = [
-                [round(sum(state[name]) / len(state[name]), 6)] * options.channels
-                for name in ("mean", "std")
-            ]
-        super().__init__(options, {**state, "mean": given[0], "std": given[1]} if given else state)
+        super().__init__(options, _state_in_use(options, state))
         for name, least, most in (("area", 0, 1), ("scale", 0.05, 20)):
             low, high = getattr(options, name)
             if not least < low <= high <= most:
@@ -216,14 +200,14 @@ class Image(Modality):
         if share != 1 and options.fit != "crop":
             return (
                 f"crop_share {share:g} has no effect with fit: {options.fit}, which crops nothing: "
-                "leave it out, or say fit: crop"
+                "leave it out, or set fit: crop"
             )
         crop = _training_crop(options)
         for name in ("area", "scale"):
             if name in stated and crop != "resized":
                 return (
                     f"{name} {stated[name]} has no effect with crop: {crop} (crop: auto is shift "
-                    "up to 64 px): leave it out, or say crop: resized"
+                    "up to 64 px): leave it out, or set crop: resized"
                 )
         return ""
 
@@ -233,21 +217,17 @@ class Image(Modality):
 
         Raises ValueError when no image can be decoded.
         """
-        if given := _published(options):
+        if given := _published_mean_std(options):
             return {"mean": given[0], "std": given[1]}
-        # padding is no part of the images: it would draw the mean to itself
-        modality, bad = (
-            cls(
-                options.model_copy(update={"fit": "squash"}) if options.fit == "pad" else options,
-                {},
-            ),
-            [],
+        # without padding, which would pull the mean towards its own colour
+        modality = cls(
+            options.model_copy(update={"fit": "squash"}) if options.fit == "pad" else options,
+            {},
         )
-        # How often each level stands in each channel: exact
-        counts, levels = (
-            np.zeros((options.channels, 256), dtype=np.int64),
-            np.arange(256),
-        )
+        bad = []
+        # counts of all levels of each channel give the exact mean and deviation
+        counts = np.zeros((options.channels, 256), dtype=np.int64)
+        levels = np.arange(256)
         step = max(1, min(FIT_IMAGES, FIT_BYTES // (options.channels * options.size**2)))
         for start in range(0, len(table), step):
             arrays, reasons = modality.decode(table.slice(start, step), columns)
@@ -285,19 +265,17 @@ class Image(Modality):
         if dense and self.options.fit == "crop":
             raise ValueError(
                 f"fit: crop cuts away what lies at the edge, {' and '.join(dense)} and all; with "
-                f"{' and '.join(dense)} say fit: pad (keeps the aspect) or fit: squash"
+                f"{' and '.join(dense)} set fit: pad (keeps the aspect) or fit: squash"
             )
 
     def decode(self, table, columns) -> tuple[Arrays, list[str]]:
         images = table[columns["image"]]
         masks = table[columns["mask"]] if columns.get("mask") in table.column_names else None
-        out, bad = (
-            self._blank(len(table), masks is not None, torch.device("cpu")),
-            [""] * len(table),
-        )
+        out = self._blank(len(table), masks is not None, torch.device("cpu"))
+        bad = [""] * len(table)
         for i, value in enumerate(images):
             try:
-                self._put(
+                self._write_row(
                     out,
                     i,
                     image_io.pixels(_bytes(value), self.options.channels),
@@ -307,7 +285,7 @@ class Image(Modality):
                 RuntimeError,
                 ValueError,
             ) as error:
-                # What torchvision raises for bytes that are no image
+                # torchvision raises RuntimeError for bytes that are not an image
                 bad[i] = _reason(error)
         return {name: tensor.numpy() for name, tensor in out.items()}, bad
 
@@ -335,7 +313,9 @@ class Image(Modality):
             else {}
         )
 
-    def _put(self, out: dict[str, Tensor], i: int, pixels: Tensor, mask: bytes | None) -> None:
+    def _write_row(
+        self, out: dict[str, Tensor], i: int, pixels: Tensor, mask: bytes | None
+    ) -> None:
         """Write one row to place ``i``. Raises ValueError, before writing, for a mask of another
         size.
         """
@@ -345,26 +325,26 @@ class Image(Modality):
             pixels,
             size,
             fit,
-            fill=self._fill(),
+            fill=self._fill_colour(),
             crop_share=self.options.crop_share,
             interpolation=self.options.interpolation,
         )
         if "frame" in out:
             out["frame"][i] = torch.tensor(
-                image_io.place(pixels.shape[1:], size, fit), dtype=torch.float32
+                image_io.position_in_input(pixels.shape[1:], size, fit), dtype=torch.float32
             )[[1, 0, 3, 2]]
         if classes is not None:
             out["mask"][i] = resize(
                 classes[None].to(pixels.device), size, fit, fill=[image_ops.IGNORED], nearest=True
             )[0]
 
-    def _fill(self) -> list[float]:
+    def _fill_colour(self) -> list[float]:
         """Return the mean colour in levels (0 to 255), which ``finish`` turns into 0."""
         return [255 * level for level in self.state.get("mean", [0.0] * self.options.channels)]
 
     @classmethod
     def near_signatures(cls, table, columns):
-        """Return the perceptual hashes of the images, of zeros for what is no image."""
+        """Return the perceptual hashes of the images, zeros for what is not an image."""
         options = ImageOptions.model_validate(
             {"size": perceptual_hash.SIDE, "channels": 1, "fit": "squash"}
         )
@@ -390,18 +370,16 @@ class Image(Modality):
 
     def unpack(self, encoded, device) -> tuple[dict[str, Tensor], list[str]]:
         """Decode JPEGs with the GPU's decoder where there is one; everything else on the host."""
-        files, masks = zip(*map(_parted, encoded), strict=True) if len(encoded) else ((), ())
-        out, bad = (
-            self._blank(len(files), any(mask is not None for mask in masks), device),
-            [""] * len(files),
-        )
-        there = image_io.on_gpu(files, self.options.channels, device)
+        files, masks = zip(*map(_split_pair, encoded), strict=True) if len(encoded) else ((), ())
+        out = self._blank(len(files), any(mask is not None for mask in masks), device)
+        bad = [""] * len(files)
+        decoded = image_io.decode_on_gpu(files, self.options.channels, device)
         for i, data in enumerate(files):
             try:
-                self._put(
+                self._write_row(
                     out,
                     i,
-                    there[i] if i in there else image_io.pixels(data, self.options.channels),
+                    decoded[i] if i in decoded else image_io.pixels(data, self.options.channels),
                     masks[i],
                 )
             except (RuntimeError, ValueError) as error:
@@ -429,7 +407,7 @@ class Image(Modality):
             fit=PREPARED_FITS[options.fit].format(share=options.crop_share),
             size=options.size,
             filter=options.interpolation.upper(),
-            fill=[round(level) for level in self._fill()],
+            fill=[round(level) for level in self._fill_colour()],
             mean=self.state["mean"],
             std=self.state["std"],
         )
@@ -473,16 +451,18 @@ class Image(Modality):
                 batch.shards,
             )
         if dense:
-            batch = self._moved(batch, crop)
+            batch = self._crop_and_flip(batch, crop)
         elif crop == "resized":
             window = image_ops.crop_window(
                 uniform(keys, 5, CROP), options.size, tuple(options.area), options.flip
             )
-            batch = batch.replace(image=image_ops.levels(image_ops.sample(x, window, options.size)))
+            batch = batch.replace(
+                image=image_ops.to_uint8(image_ops.resize_bilinear(x, window, options.size))
+            )
         elif crop == "shift" or options.flip:
             reach = max(1, options.size // 8) if crop == "shift" else 0
             batch = batch.replace(
-                image=image_ops.shifted(x, uniform(keys, 3, CROP), reach, options.flip)
+                image=image_ops.shift_pixels(x, uniform(keys, 3, CROP), reach, options.flip)
             )
         if options.randaugment:
             batch = batch.replace(
@@ -490,7 +470,7 @@ class Image(Modality):
                     batch["image"],
                     uniform(keys, 4, RAND),
                     options.randaugment,
-                    self._fill(),
+                    self._fill_colour(),
                     still=dense,
                 )
             )
@@ -498,10 +478,10 @@ class Image(Modality):
             changed = image_ops.colour_jitter(
                 batch["image"].float() / 255, uniform(keys, 8, COLOUR), options.colour
             )
-            batch = batch.replace(image=image_ops.levels(changed * 255))
+            batch = batch.replace(image=image_ops.to_uint8(changed * 255))
         return batch
 
-    def _moved(self, batch: Batch, crop: str) -> Batch:
+    def _crop_and_flip(self, batch: Batch, crop: str) -> Batch:
         """Move image, mask and frame through one window; boxes follow their frame in ``finish``."""
         options, size = self.options, self.options.size
         if crop == "none" and not options.flip:
@@ -513,14 +493,16 @@ class Image(Modality):
             window = image_ops.shift_window(
                 u, size, size // 8 if crop == "shift" else 0, options.flip
             )
-        fill = torch.tensor(self._fill(), device=batch["image"].device)
-        found = {
-            "image": image_ops.levels(image_ops.resample(batch["image"], window, size, fill)),
-            "frame": image_ops.moved_frame(self._frame(batch), window, size),
+        fill = torch.tensor(self._fill_colour(), device=batch["image"].device)
+        changed = {
+            "image": image_ops.to_uint8(
+                image_ops.resize_antialiased(batch["image"], window, size, fill)
+            ),
+            "frame": image_ops.move_frame(self._frame(batch), window, size),
         }
         if "mask" in batch.data:
-            found["mask"] = image_ops.resample_mask(batch["mask"], window, size)
-        return batch.replace(**found)
+            changed["mask"] = image_ops.resample_mask(batch["mask"], window, size)
+        return batch.replace(**changed)
 
     def _frame(self, batch: Batch) -> Tensor:
         """Return ``frame``, or the whole input where images are squashed into it."""
@@ -551,33 +533,35 @@ class Image(Modality):
         """
         size = self.options.size
         into = view.size or size
-        x = (image_ops.sample if into >= size else image_ops.resample)(
+        x = (image_ops.resize_bilinear if into >= size else image_ops.resize_antialiased)(
             batch["image"],
             image_ops.crop_window(u[:, :5], size, view.area, self.options.flip),
             into,
         ) / 255
-        x = image_ops.some(
+        x = image_ops.change_rows(
             x,
             u[:, 14] < view.jitter,
             lambda part, rows: image_ops.colour_jitter(part, u[rows, 5:13], 0.8 * view.strength),
         )
         if x.shape[1] == 3:
-            x = image_ops.some(
+            x = image_ops.change_rows(
                 x, u[:, 15] < view.grey, lambda part, rows: image_ops.grey(part).expand_as(part)
             )
-        x = image_ops.some(
+        x = image_ops.change_rows(
             x,
             u[:, 16] < view.blur,
             lambda part, rows: image_ops.blur(part, 0.1 + 1.9 * u[rows, 13]),
         )
-        x = image_ops.some(x, u[:, 17] < view.solarize, lambda part, rows: image_ops.solarize(part))
+        x = image_ops.change_rows(
+            x, u[:, 17] < view.solarize, lambda part, rows: image_ops.solarize(part)
+        )
         return self._normalised(x)
 
     def finish(self, batch: Batch) -> Batch:
         """Normalise the image, and convert boxes from shares of it to pixels of the input."""
         if "boxes" in batch.data:
             batch = batch.replace(
-                boxes=image_ops.placed_boxes(batch["boxes"], self._frame(batch), self.options.size)
+                boxes=image_ops.move_boxes(batch["boxes"], self._frame(batch), self.options.size)
             )
         return self._in_parts(
             batch,
@@ -592,17 +576,17 @@ class Image(Modality):
         return (x - mean) / std
 
 
-def _published(options: ImageOptions) -> tuple[list[float], list[float]] | None:
+def _published_mean_std(options: ImageOptions) -> tuple[list[float], list[float]] | None:
     """Return mean and standard deviation where the options give them, by name or value.
 
     For one channel a name stands for the average of its three. Raises ValueError.
     """
     if options.mean is None and options.std is None:
         return None
-    found = []
-    for place, name in enumerate(("mean", "std")):
+    values_by_name = []
+    for position, name in enumerate(("mean", "std")):
         given = getattr(options, name)
-        values = PUBLISHED[given][place] if isinstance(given, str) else given
+        values = PUBLISHED[given][position] if isinstance(given, str) else given
         if isinstance(given, str) and options.channels == 1:
             values = [round(sum(values) / 3, 6)]
         if (
@@ -615,8 +599,29 @@ def _published(options: ImageOptions) -> tuple[list[float], list[float]] | None:
                 f"({'0' if name == 'mean' else 'above 0'} to 1, one a channel) or a name "
                 f"({', '.join(PUBLISHED)}); mean and std go together"
             )
-        found.append([float(v) for v in values])
-    return found[0], found[1]
+        values_by_name.append([float(v) for v in values])
+    return values_by_name[0], values_by_name[1]
+
+
+def _state_in_use(options: ImageOptions, state: State) -> State:
+    """Return the state with the mean and deviation that images are standardised by.
+
+    They are those of the options, else those of the state. Where the state is that of colour images
+    and these are grey, or the reverse, each channel has the average of the state's.
+    """
+    known = len(state.get("mean", ()))
+    has_other_channels = known not in (0, options.channels)
+    of_source = isinstance(options.mean, list) and len(options.mean) == known
+    given = None
+    if not (has_other_channels and of_source):
+        given = _published_mean_std(options)
+    if given:
+        mean, std = given
+        return {**state, "mean": mean, "std": std}
+    if not has_other_channels:
+        return state
+    averages = {name: round(sum(state[name]) / known, 6) for name in ("mean", "std")}
+    return {**state, **{name: [value] * options.channels for name, value in averages.items()}}
 
 
 def _training_crop(options: ImageOptions) -> str:
@@ -647,7 +652,7 @@ def _bytes(value: pa.Scalar, what: str = "image") -> bytes:
     return data
 
 
-def _parted(data: bytes) -> tuple[bytes, bytes | None]:
+def _split_pair(data: bytes) -> tuple[bytes, bytes | None]:
     """Split what ``encoded`` returned into the bytes of the image and those of the mask."""
     if not data.startswith(PAIR):
         return data, None

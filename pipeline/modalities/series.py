@@ -32,7 +32,7 @@ THUMB_SIZE = THUMB * THUMB
 """Numbers of a thumbnail, by which near duplicates are found."""
 MAX_LEVEL = 255
 """Largest level of a number in a thumbnail."""
-LEAST_STD_SHARE = 0.3
+MIN_STD_SHARE = 0.3
 """In a thumbnail a channel is divided at least by this share of the row's largest deviation."""
 
 
@@ -162,12 +162,12 @@ class Series(Modality):
             "known": ragged(~np.isnan(row).reshape(-1) for row in standardised),
         }, rows.reasons
 
-    def _rows(self, table: Any, columns: dict[str, str]) -> Rows:
+    def _rows(self, table: Any, columns: dict[str, str]) -> SeriesRows:
         column = table[columns["series"]]
         if problem := _problem(column.type, self.state):
             empty = np.zeros((0, self.channels))
             reason = f"a value of type {column.type} is not {problem}"
-            return Rows([empty] * len(column), [reason] * len(column), self.channels)
+            return SeriesRows([empty] * len(column), [reason] * len(column), self.channels)
         return _read(column, self.state.get("names"), self.channels)
 
     @classmethod
@@ -175,7 +175,7 @@ class Series(Modality):
         """Return 64 signs of random projections, and the averages that are projected.
 
         Channels of structs are in the order of their names. Each channel of a row is centred and
-        divided by its standard deviation, or by `LEAST_STD_SHARE` of the row's largest one if that
+        divided by its standard deviation, or by `MIN_STD_SHARE` of the row's largest one if that
         is more. Then it is averaged to as many numbers as make `THUMB_SIZE` of all channels. What
         cannot be read has averages of one value.
 
@@ -212,39 +212,39 @@ class Series(Modality):
         return "; ".join(parts)
 
     def name_differences(self, table, columns) -> list[NameDifference]:
-        lacking, unknown = self._differences(table, columns)
-        found = [
-            NameDifference("channels that the source knows and its rows lack", lacking),
+        missing, unknown = self._differences(table, columns)
+        differences = [
+            NameDifference("channels that the source knows and its rows lack", missing),
             NameDifference(
                 "channels that its rows have and the source does not know (left out)", unknown
             ),
         ]
-        return [one for one in found if one.names]
+        return [one for one in differences if one.names]
 
     def _differences(
         self, table: Any, columns: dict[str, str]
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return the names of channels that only the state has, and those that only rows have."""
         known = self.state.get("names") or []
-        there = _names(table[columns["series"]].type) or []
-        if not known or not there:
+        names = _names(table[columns["series"]].type) or []
+        if not known or not names:
             return (), ()
-        lacking = tuple(name for name in known if name not in there)
-        return lacking, tuple(name for name in there if name not in known)
+        missing = tuple(name for name in known if name not in names)
+        return missing, tuple(name for name in names if name not in known)
 
     def single_features(self, table, columns):
         """Yield mean and standard deviation of each channel in every row."""
         rows = self._rows(table, columns)
         names = self.state.get("names") or [f"channel {i}" for i in range(self.channels)]
         for channel, name in enumerate(names):
-            found = np.full((2, len(table)), np.nan)
+            statistics = np.full((2, len(table)), np.nan)
             for i, row in enumerate(rows.values):
                 values = row[:, channel]
                 values = values[~np.isnan(values)]
                 if len(values):
-                    found[:, i] = values.mean(), values.std()
-            yield f"{name} (mean)", found[0]
-            yield f"{name} (standard deviation)", found[1]
+                    statistics[:, i] = values.mean(), values.std()
+            yield f"{name} (mean)", statistics[0]
+            yield f"{name} (standard deviation)", statistics[1]
 
     # ------------------------------------------------------------ batches
 
@@ -254,11 +254,11 @@ class Series(Modality):
         # at least one step, as `_cut` takes its steps from it
         shape = (len(counts), max(1, int(counts.max(initial=0))), self.channels)
         for name, dtype in (("series", np.float32), ("known", np.bool_)):
-            whole = np.zeros(shape, dtype)
-            for place, row in zip(whole, arrays[name], strict=True):
-                place.reshape(-1)[: len(row)] = row
-            out[name] = torch.from_numpy(whole)
-        rest = {name: one for name, one in arrays.items() if name not in out}
+            padded = np.zeros(shape, dtype)
+            for target, row in zip(padded, arrays[name], strict=True):
+                target.reshape(-1)[: len(row)] = row
+            out[name] = torch.from_numpy(padded)
+        rest = {name: array for name, array in arrays.items() if name not in out}
         return {**super().collate(rest), **out, "series_lengths": torch.from_numpy(counts)}
 
     def random_rows(self, rows, rng, length=1.0):
@@ -317,8 +317,8 @@ class Series(Modality):
         places = steps.clamp(max=most)[..., None].expand(-1, -1, self.channels)
         series, known = (batch[name].gather(1, places) for name in ("series", "known"))
         rest = {name: one for name, one in batch.data.items() if name != "series_lengths"}
-        made = {"series": series, "known": known & is_there}
-        return Batch(batch.rows, batch.keys, {**rest, **made}, batch.shards)
+        cut = {"series": series, "known": known & is_there}
+        return Batch(batch.rows, batch.keys, {**rest, **cut}, batch.shards)
 
 
 def _normal(keys: Tensor, count: int) -> Tensor:
@@ -336,8 +336,8 @@ def _thumbnail(row: np.ndarray) -> np.ndarray:
     mean = np.nan_to_num(row).sum(0) / known.sum(0).clip(min=1)
     centred = np.where(known, row - mean, 0.0)
     std = centred.std(0)
-    # a channel that hardly varies is not blown up to noise
-    divisor = np.maximum(std, LEAST_STD_SHARE * std.max())
+    # the noise of a channel that hardly varies is not enlarged
+    divisor = np.maximum(std, MIN_STD_SHARE * std.max())
     channels = torch.from_numpy((centred / np.where(divisor > 0, divisor, 1.0)).T.copy())[None]
     averages = F.adaptive_avg_pool1d(channels, max(1, THUMB_SIZE // row.shape[1])).reshape(1, 1, -1)
     bins = F.adaptive_avg_pool1d(averages, THUMB_SIZE)[0, 0].numpy()
@@ -348,8 +348,8 @@ def _thumbnail(row: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------- columns
 
 
-class Rows(NamedTuple):
-    """Rows of a column."""
+class SeriesRows(NamedTuple):
+    """The rows of a column of series."""
 
     values: list[np.ndarray]
     """Of each row (T, C) float64, NaN where a number is missing; without steps where it cannot be
@@ -401,17 +401,17 @@ def _problem(kind: Any, state: SeriesState | None = None) -> str:
     return "a struct of lists of numbers, one a channel, or a list of steps"
 
 
-def _read(column: Any, names: list[str] | None, channels: int | None) -> Rows:
+def _read(column: Any, names: list[str] | None, channels: int | None) -> SeriesRows:
     """Read structs of lists, lists of lists, or lists of numbers.
 
     Args:
         names: Channels of structs, in the order in which they are returned; None for lists.
         channels: Channels of lists; None: as many as most steps have.
     """
-    whole = joined(column) if isinstance(column, pa.ChunkedArray) else column
+    array = joined(column) if isinstance(column, pa.ChunkedArray) else column
     if names is not None:
-        return _channels(whole, names)
-    return _steps(whole, channels)
+        return _channels(array, names)
+    return _steps(array, channels)
 
 
 class Lists(NamedTuple):
@@ -434,14 +434,14 @@ class Lists(NamedTuple):
         return self.values[start : start + max(0, self.lengths[row])]
 
 
-def _channels(struct: Any, names: list[str]) -> Rows:
+def _channels(struct: Any, names: list[str]) -> SeriesRows:
     """Read structs with a list for each channel."""
     fields = dict(zip(_names(struct.type) or [], struct.flatten(), strict=True))
-    found = [Lists.of(fields[name]) if name in fields else None for name in names]
+    lists = [Lists.of(fields[name]) if name in fields else None for name in names]
     values: list[np.ndarray] = []
     reasons: list[str] = []
     for i in range(len(struct)):
-        own = {k: one[i] for k, one in enumerate(found) if one is not None and one.lengths[i] >= 0}
+        own = {k: one[i] for k, one in enumerate(lists) if one is not None and one.lengths[i] >= 0}
         steps = {len(one) for one in own.values()}
         reason = _reason(own.values(), steps)
         row = np.full((0 if reason else steps.pop(), len(names)), np.nan)
@@ -450,11 +450,11 @@ def _channels(struct: Any, names: list[str]) -> Rows:
                 row[:, k] = one
         values.append(row)
         reasons.append(reason)
-    return Rows(values, reasons, len(names))
+    return SeriesRows(values, reasons, len(names))
 
 
 def _reason(channels: Any, steps: set[int]) -> str:
-    """Return why a row's channels are no series, or ""."""
+    """Return why a row's channels are not a series, or ""."""
     if not steps:
         return "the series is null, or has none of the channels"
     if len(steps) > 1:
@@ -466,23 +466,24 @@ def _reason(channels: Any, steps: set[int]) -> str:
     return ""
 
 
-def _steps(lists: Any, channels: int | None) -> Rows:
+def _steps(lists: Any, channels: int | None) -> SeriesRows:
     """Read lists of steps, each a number or a list of numbers."""
     counts = lengths(lists).astype(np.int64)
     ends = np.cumsum(np.maximum(counts, 0))
     inner = lists.flatten()
     if not is_list(inner.type):
         widths = np.ones(len(inner), dtype=np.int64)
-        found = Lists(np.arange(len(inner)), widths, floats(inner, np.float64))
+        steps = Lists(np.arange(len(inner)), widths, floats(inner, np.float64))
     else:
-        found = Lists.of(inner)
+        steps = Lists.of(inner)
     if channels is None:
-        channels = int(np.bincount(found.lengths[found.lengths > 0], minlength=2).argmax()) or 1
+        most_frequent = np.bincount(steps.lengths[steps.lengths > 0], minlength=2).argmax()
+        channels = int(most_frequent) or 1
     values: list[np.ndarray] = []
     reasons: list[str] = []
     for count, end in zip(counts.tolist(), ends.tolist(), strict=True):
         start = end - max(count, 0)
-        widths = found.lengths[start:end]
+        widths = steps.lengths[start:end]
         row, reason = np.zeros((0, channels)), ""
         if count < 0:
             reason = "the series is null"
@@ -493,10 +494,10 @@ def _steps(lists: Any, channels: int | None) -> Rows:
             width = max(0, int(widths[step]))
             reason = f"step {step} has {width} numbers, and {channels} channels were expected"
         else:
-            first = found.starts[start]
-            row = found.values[first : first + count * channels].reshape(count, channels)
+            first = steps.starts[start]
+            row = steps.values[first : first + count * channels].reshape(count, channels)
             if np.isinf(row).any():
                 row, reason = row[:0], "the series holds an infinite number"
         values.append(row)
         reasons.append(reason)
-    return Rows(values, reasons, channels)
+    return SeriesRows(values, reasons, channels)

@@ -51,15 +51,15 @@ class Table(Modality):
 
         Raises ValueError for a column that is not a struct, and where no number or text is left.
         """
-        found = StaticFeatures.fit(
+        state = StaticFeatures.fit(
             table[columns["features"]], columns["features"], options.min_rows
         )
-        if not found["numbers"] and not found["codes"]:
+        if not state["numbers"] and not state["codes"]:
             raise ValueError(
                 f"column {columns['features']}: no field holds a number, or a text that "
                 f"{options.min_rows} of {len(table)} rows have"
             )
-        return found
+        return state
 
     def required_type(self, role, kind) -> str:
         return self.static_features.required_type(kind)

@@ -26,7 +26,7 @@ from pipeline.core.inputs import TextInputs
 from pipeline.media import minhash, tokenization
 from pipeline.media.tokenization import PIECE_BYTES, SPECIALS
 
-LARGEST_WORD = 32767
+MAX_WORD_NUMBER = 32767
 """Largest number of a word in its row (int16)."""
 NEAR_JACCARD = 0.8
 """Least similarity of the word shingles of two texts that are nearly the same."""
@@ -134,7 +134,7 @@ class Text(Modality):
     - in ``windows`` W, everything as (B, W, N) and ``offsets`` (B, W, N, 2): the characters of each
       token of the text that is read in windows;
     - of packed rows, ``segments`` (B, N): the document's number in the row, 0 for padding, and
-      ``bytes`` (B,): the UTF-8 bytes that the tokens stand for.
+      ``bytes`` (B,): the UTF-8 bytes that the tokens encode.
     """
 
     state: TextState
@@ -186,7 +186,7 @@ class Text(Modality):
         if algorithm == "bpe" and "lowercase" in options.model_fields_set and options.lowercase:
             raise ValueError(
                 "lowercase: true has no effect with byte-level BPE, which keeps capitals: leave it "
-                "out, or say algorithm: wordpiece"
+                "out, or set algorithm: wordpiece"
             )
         tokenizer = tokenization.train_tokenizer(
             tokenization.texts_of(documents), algorithm, options.vocabulary, options.lowercase
@@ -203,8 +203,8 @@ class Text(Modality):
         names = [columns[role] for role in ("text", "text_pair") if role in columns]
         cells = [map(_plain_text, table[name].to_pylist()) for name in names]
         texts = [text for row in zip(*cells, strict=True) for text in row]
-        found = np.array(list(minhash.signatures(iter(texts))), dtype=np.uint32)
-        return {"minhash": found.reshape(len(table), len(names), minhash.NUM_PERM)}
+        signatures = np.array(list(minhash.signatures(iter(texts))), dtype=np.uint32)
+        return {"minhash": signatures.reshape(len(table), len(names), minhash.NUM_PERM)}
 
     def required_type(self, role, kind) -> str:
         if role not in ("text", "text_pair"):
@@ -228,14 +228,14 @@ class Text(Modality):
         return {k: v for k, v in self.__dict__.items() if k != "tokenizer"}
 
     def inputs(self) -> TextInputs:
-        found: TextInputs = {
+        inputs: TextInputs = {
             "vocabulary": self.state["vocabulary"],
             "length": self.options.length,
             "specials": self.state["specials"],
         }
         if self._continuing:
-            found["continuing"] = self._continuing
-        return found
+            inputs["continuing"] = self._continuing
+        return inputs
 
     def check(self, roles) -> None:
         options = self.options
@@ -246,7 +246,7 @@ class Text(Modality):
             )
         if options.windows is None and "answers" in roles:
             raise ValueError(
-                "answers are looked for in windows of a long text; say modality: {text: "
+                "answers are looked for in windows of a long text; set modality: {text: "
                 "{length: 384, windows: 8, stride: 128}}"
             )
         if options.windows is not None and options.stride > options.length - 4:
@@ -268,7 +268,7 @@ class Text(Modality):
         """
         length, pair = self.options.length, "text_pair" in columns
         if "segments" in columns:
-            return self._packed(table, columns), [""] * len(table)
+            return self._read_packed(table, columns), [""] * len(table)
         if "tokens" in columns:
             column = table[columns["tokens"]].combine_chunks()
             # pyright: ignore
@@ -282,47 +282,43 @@ class Text(Modality):
                     f"column {columns['text']} holds lists of words: these have no "
                     f"{'text_pair' if pair else 'windows'}; leave it out"
                 )
-            return self._worded(table[columns["text"]])
+            return self._encode_words(table[columns["text"]])
         if self.options.windows is not None:
-            return self._windowed(table, columns)
-        rows, bad = self._framed(table, columns)
+            return self._encode_windows(table, columns)
+        rows, bad = self._encode_texts(table, columns)
         return {
             "tokens": rows.tokens,
             "lengths": rows.lengths,
             **({"types": rows.types} if pair else {}),
         }, bad
 
-    def _packed(self, table, columns) -> Arrays:
-        found = {
-            name: _matrix(table[columns[name]], self.options.length)
+    def _read_packed(self, table, columns) -> Arrays:
+        arrays = {
+            name: _to_matrix(table[columns[name]], self.options.length)
             for name in ("tokens", "segments")
         }
         if "bytes" in columns:
-            found["bytes"] = table[columns["bytes"]].to_numpy().astype(np.float32)
-        return found
+            arrays["bytes"] = table[columns["bytes"]].to_numpy().astype(np.float32)
+        return arrays
 
-    def _rows(self, parts: Sequence[Sequence[np.ndarray]], length: int) -> _Rows:
+    def _add_special_tokens(self, parts: Sequence[Sequence[np.ndarray]], length: int) -> _Rows:
         """Build rows of one or two lists of ids, which must leave room for the special tokens."""
         pad, _, cls, sep, _ = self.state["specials"]
-        tokens, types = (
-            np.full((len(parts), length), pad, dtype=self._dtype),
-            np.zeros((len(parts), length), dtype=np.uint8),
-        )
+        tokens = np.full((len(parts), length), pad, dtype=self._dtype)
+        types = np.zeros((len(parts), length), dtype=np.uint8)
         lengths = np.zeros(len(parts), dtype=np.int32)
         for row, texts in enumerate(parts):
             tokens[row, 0], place = cls, 1
             for number, ids in enumerate(texts):
                 end = place + len(ids)
-                tokens[row, place:end], tokens[row, end], types[row, place : end + 1] = (
-                    ids,
-                    sep,
-                    number,
-                )
+                tokens[row, place:end] = ids
+                tokens[row, end] = sep
+                types[row, place : end + 1] = number
                 place = end + 1
             lengths[row] = place
         return _Rows(tokens, lengths, types)
 
-    def _framed(self, table, columns) -> tuple[_Rows, list[str]]:
+    def _encode_texts(self, table, columns) -> tuple[_Rows, list[str]]:
         """Encode texts or pairs; of a pair the longer text is cut first (transformers'
         longest_first).
         """
@@ -341,18 +337,18 @@ class Text(Modality):
             parts = [
                 (a[:n], b[:m])
                 for a, b in zip(*texts, strict=True)
-                for n, m in [_shares(len(a), len(b), room)]
+                for n, m in [_split_room(len(a), len(b), room)]
             ]
-        return self._rows(parts, self.options.length), [
+        return self._add_special_tokens(parts, self.options.length), [
             next(filter(None, row), "") for row in zip(*reasons, strict=True)
         ]
 
-    def _worded(self, column) -> tuple[Arrays, list[str]]:
+    def _encode_words(self, column) -> tuple[Arrays, list[str]]:
         lists, bad = _words(column, "text")
         room = self.options.length - 2
-        words = [[word.decode() for word in row[: LARGEST_WORD + 1]] for row in lists]
+        words = [[word.decode() for word in row[: MAX_WORD_NUMBER + 1]] for row in lists]
         encoded = tokenization.encode_words(self.tokenizer, words, room, self._dtype)
-        rows = self._rows([(ids[:room],) for ids, _ in encoded], self.options.length)
+        rows = self._add_special_tokens([(ids[:room],) for ids, _ in encoded], self.options.length)
         numbers = np.full(rows.tokens.shape, -1, dtype=np.int16)
         for row, (_, of) in enumerate(encoded):
             of = of[:room]
@@ -360,7 +356,7 @@ class Text(Modality):
             numbers[row, firsts + 1] = of[firsts]
         return {"tokens": rows.tokens, "lengths": rows.lengths, "words": numbers}, bad
 
-    def _windowed(self, table, columns) -> tuple[Arrays, list[str]]:
+    def _encode_windows(self, table, columns) -> tuple[Arrays, list[str]]:
         """Cut the last text into windows as transformers does, with the first text before each.
 
         That is ``return_overflowing_tokens`` with a stride.
@@ -382,12 +378,12 @@ class Text(Modality):
             else None
         )
         parts: list[tuple[np.ndarray, ...]] = []
-        # Row, window, where its text begins, offsets
+        # row, window, first position of the text, offsets
         places: list[tuple[int, int, int, np.ndarray]] = []
         for row, text in enumerate(texts):
             question = (asked[row].ids,) if asked else ()
             before = 1 + sum(len(ids) + 1 for ids in question)
-            starts, reason = self._starts(len(text.ids), text.whole, before)
+            starts, reason = self._window_starts(len(text.ids), text.whole, before)
             bad[row] = bad[row] or reason
             if not bad[row]:
                 room = length - before - 1
@@ -396,7 +392,7 @@ class Text(Modality):
                     (row, window, before, text.offsets[start : start + room])
                     for window, start in enumerate(starts)
                 ]
-        rows = self._rows(parts, length)
+        rows = self._add_special_tokens(parts, length)
         out = {
             "tokens": np.full(
                 (len(table), most, length), self.state["specials"][0], dtype=self._dtype
@@ -411,7 +407,7 @@ class Text(Modality):
             offsets[row, window, before : before + len(spans)] = spans
         return {**out, "offsets": offsets}, bad
 
-    def _starts(self, tokens: int, whole: bool, before: int) -> tuple[range, str]:
+    def _window_starts(self, tokens: int, whole: bool, before: int) -> tuple[range, str]:
         """Return the first token of each window of a text, or the reason why there are none.
 
         Args:
@@ -482,12 +478,10 @@ class Text(Modality):
         """Count cut words: a word is cut off where its first token has no room."""
         lists, _ = _words(column, "text")
         room = self.options.length - 2
-        words = [[word.decode() for word in row[: LARGEST_WORD + 1]] for row in lists]
+        words = [[word.decode() for word in row[: MAX_WORD_NUMBER + 1]] for row in lists]
         encoded = tokenization.encode_words(self.tokenizer, words, room + 1, self._dtype)
-        total, lost = (
-            np.array([len(row) for row in lists], dtype=np.int64),
-            np.zeros(len(lists), dtype=np.int64),
-        )
+        total = np.array([len(row) for row in lists], dtype=np.int64)
+        lost = np.zeros(len(lists), dtype=np.int64)
         looked_at = unknown = 0
         for i, (ids, of) in enumerate(encoded):
             looked_at += len(np.unique(of))
@@ -515,10 +509,10 @@ class Text(Modality):
             raise ValueError(
                 "a column is called tokens, the name that token ids get; give it another name"
             )
-        rows, bad = self._framed(table, columns)
+        rows, bad = self._encode_texts(table, columns)
         good = np.array([not reason for reason in bad], dtype=bool)
         tokens, lengths = rows.tokens[good], rows.lengths[good]
-        ids = tokens[np.arange(self.options.length) < lengths[:, None]].astype(self._stored)
+        ids = tokens[np.arange(self.options.length) < lengths[:, None]].astype(self._storage_dtype)
         column = pa.ListArray.from_arrays(
             np.append(0, np.cumsum(lengths)).astype(np.int32), pa.array(ids)
         )
@@ -527,7 +521,7 @@ class Text(Modality):
         ), bad
 
     @property
-    def _stored(self):
+    def _storage_dtype(self):
         return np.uint16 if self.state["vocabulary"] <= 1 << 16 else np.uint32
 
     # ------------------------------------------------------------ packing
@@ -543,7 +537,7 @@ class Text(Modality):
         Column ``bytes``: the bytes of a document's text are spread evenly over its tokens but the
         first, which is not predicted.
         """
-        length, stored = self.options.length, self._stored
+        length, stored = self.options.length, self._storage_dtype
         documents, bad = _documents(table[columns["text"]], "text")
         encoded = tokenization.encode(self.tokenizer, documents, stored)
         bad = [
@@ -563,12 +557,10 @@ class Text(Modality):
         numbers = np.zeros(rows * length, dtype=np.int32)
         for number, (ids, end) in enumerate(zip(kept, ends.tolist(), strict=True), 1):
             start = end - len(ids) - 2
-            tokens[start], tokens[start + 1 : end - 1], tokens[end - 1], numbers[start:end] = (
-                cls,
-                ids,
-                sep,
-                number,
-            )
+            tokens[start] = cls
+            tokens[start + 1 : end - 1] = ids
+            tokens[end - 1] = sep
+            numbers[start:end] = number
         numbers = numbers.reshape(rows, length)
         segments = np.where(numbers > 0, numbers - numbers[:, :1] + 1, 0).astype(np.uint16)
         return pa.table(
@@ -626,7 +618,7 @@ class Text(Modality):
     throughput_unit = "tokens"
 
     def throughput(self, batch: Batch) -> float:
-        """Return the number of tokens that are no padding."""
+        """Return the number of tokens without padding."""
         is_token = batch["segments"] > 0 if "segments" in batch.data else batch["mask"]
         return float(is_token.sum())
 
@@ -639,7 +631,7 @@ class Text(Modality):
         if "segments" in arrays:
             out["segments"] = torch.from_numpy(arrays["segments"].astype(np.int32))
         else:
-            # Few distinct widths
+            # a multiple of 8, so that there are few different widths
             width = min(width, -(-int(arrays["lengths"].max(initial=1)) // 8) * 8)
             out["mask"] = torch.from_numpy(np.arange(width) < arrays["lengths"][..., None])
         for name in own:
@@ -696,13 +688,13 @@ def _words(column, role: str) -> tuple[list[list[bytes]], list[str]]:
     documents, bad = _documents(column.flatten(), "word")
     rows, reasons, place = [], [], 0
     for count in pc.list_value_length(column).to_pylist():
-        here = slice(place, place + (count or 0))
-        place = here.stop
-        row = [bytes(word) for word in documents[here]]
+        span = slice(place, place + (count or 0))
+        place = span.stop
+        row = [bytes(word) for word in documents[span]]
         reason = (
             f"the {role} is null" if count is None else "there are no words" if not count else ""
         )
-        for number, (word, why) in enumerate(zip(row, bad[here], strict=True)):
+        for number, (word, why) in enumerate(zip(row, bad[span], strict=True)):
             long = (
                 f"it has {len(word)} bytes, more than {PIECE_BYTES}"
                 if len(word) > PIECE_BYTES
@@ -714,7 +706,7 @@ def _words(column, role: str) -> tuple[list[list[bytes]], list[str]]:
     return rows, reasons
 
 
-def _matrix(column, length: int) -> np.ndarray:
+def _to_matrix(column, length: int) -> np.ndarray:
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, length)
 
@@ -723,10 +715,11 @@ def _lists_of(values: np.ndarray, length: int) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(values), length)
 
 
-def _shares(a: int, b: int, room: int) -> tuple[int, int]:
-    """Return how many tokens of two texts fit where the longer one is cut first.
+def _split_room(a: int, b: int, room: int) -> tuple[int, int]:
+    """Return how many tokens of each of two texts are kept, of ``room`` in all.
 
-    The second one loses the odd token where both are too long (the rule of tokenizers).
+    The longer text is cut first. Where both are cut, the longer one keeps the odd token, and the
+    second of two that are equally long (as the library tokenizers does).
     """
     short = min(a, b, room // 2)
     long = min(max(a, b), room - short)

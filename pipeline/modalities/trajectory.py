@@ -26,16 +26,16 @@ from pipeline.media.episodes import (
     CLASSES,
     NONE,
     Episodes,
-    Numbers,
     SpaceState,
+    StepValues,
     first_of_rows,
     texts,
 )
 
-NAMED = 8
+MAX_NAMED = 8
 WARN_SHARE_OUT_OF_RANGE = 0.01
 """Share of clipped observations from which ``coverage`` mentions them."""
-MOST = 10.0
+MAX_DEVIATIONS = 10.0
 """Standardised observations are clipped to this many standard deviations, as a diverged simulation
 would give any number.
 """
@@ -136,7 +136,7 @@ class Trajectory(Modality):
             raise ValueError(
                 "images: "
                 + (
-                    f"column {columns['images']} holds frames and the modality reads none: say "
+                    f"column {columns['images']} holds frames and the modality reads none: set "
                     f"{{trajectory: {{images: 96}}}} (pixels a "
                     "side), or leave the column out"
                     if given
@@ -172,32 +172,32 @@ class Trajectory(Modality):
     def coverage(self, table, columns) -> str:
         """Describe which spaces and tasks of these rows are known, and which are new."""
         rows = Episodes.read(table, columns)
-        place, lacking, _ = self._resolve_spaces(rows)
+        space_index, missing, _ = self._resolve_spaces(rows)
         parts = [
             _describe_names(
                 "space",
-                Counter(self.names[i] for i in place.tolist() if i >= 0),
-                Counter(map(rows.name, lacking.tolist())),
+                Counter(self.names[i] for i in space_index.tolist() if i >= 0),
+                Counter(map(rows.name, missing.tolist())),
             )
         ]
         for i, space in enumerate(self.spaces.values()):
-            mine = np.flatnonzero(place == i)
-            lost = rows.classes(mine) - set(space.discrete or ()) if rows.discrete else ()
+            members = np.flatnonzero(space_index == i)
+            unknown = rows.classes(members) - set(space.discrete or ()) if rows.discrete else ()
             parts += (
-                [f"{space.name} lacks the classes {', '.join(sorted(lost)[:NAMED])}"]
-                if lost
+                [f"{space.name} lacks the classes {', '.join(sorted(unknown)[:MAX_NAMED])}"]
+                if unknown
                 else []
             )
-            far = space.share_out_of_range(rows.observations, mine)
-            if far >= WARN_SHARE_OUT_OF_RANGE:
+            clipped = space.share_out_of_range(rows.observations, members)
+            if clipped >= WARN_SHARE_OUT_OF_RANGE:
                 parts.append(
-                    f"{far:.0%} of the numbers that {space.name} observes lie beyond {MOST:g} "
-                    "of its deviations, and are cut there"
+                    f"{clipped:.0%} of the numbers that {space.name} observes lie beyond "
+                    f"{MAX_DEVIATIONS:g} of its deviations, and are cut there"
                 )
         tasks = Counter(text for text in texts(table, columns, "task") if text)
         if tasks:
-            have = Counter({text: count for text, count in tasks.items() if text in self.tasks})
-            parts.append(_describe_names("task", have, tasks - have))
+            known = Counter({text: count for text, count in tasks.items() if text in self.tasks})
+            parts.append(_describe_names("task", known, tasks - known))
         return "; ".join(parts)
 
     def extend_state(self, table, columns) -> TrajectoryState:
@@ -207,9 +207,9 @@ class Trajectory(Modality):
         """
         self._check_frames(self.options, columns)
         rows = Episodes.read(table, columns)
-        _, lacking, chosen = self._resolve_spaces(rows)
+        _, missing, chosen = self._resolve_spaces(rows)
         tasks = sorted(set(texts(table, columns, "task")) - {"", *self.tasks})
-        new = rows.spaces(lacking, self.names)
+        new = rows.spaces(missing, self.names)
         chosen |= {
             str(properties["observation"]): name
             for name, properties in new.items()
@@ -217,14 +217,14 @@ class Trajectory(Modality):
         }
         if not new and not tasks and chosen == self.state.get("chosen", {}):
             return self.state
-        found: TrajectoryState = {
+        state: TrajectoryState = {
             **self.state,
             "spaces": {**self.state["spaces"], **new},
             "tasks": [*self.tasks, *tasks],
         }
         if chosen:
-            found["chosen"] = chosen
-        return found
+            state["chosen"] = chosen
+        return state
 
     def _resolve_spaces(self, rows: Episodes) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
         """Find the space of each row, with a choice for rows of classes that have no name.
@@ -235,22 +235,22 @@ class Trajectory(Modality):
             classes: the one first assigned, else the last one that has all their classes, else a
             new one.
         """
-        place, _, lacking = self._placed(rows)
-        chosen, before = dict(self.state.get("chosen", {})), place.copy()
+        space_index, _, missing = self._space_of_rows(rows)
+        chosen, before = dict(self.state.get("chosen", {})), space_index.copy()
         for i, space in enumerate(self.spaces.values()):
-            mine = np.flatnonzero((before == i) & (rows.robot < 0))
-            if rows.discrete and (classes := rows.classes(mine)) - set(space.discrete or ()):
+            members = np.flatnonzero((before == i) & (rows.robot < 0))
+            if rows.discrete and (classes := rows.classes(members)) - set(space.discrete or ()):
                 fits = [
                     name
                     for name in self._by_width(space.observation, CLASSES)
                     if classes <= set(self.spaces[name].discrete or ())
                 ]
-                place[mine] = self.names.index(fits[-1]) if fits else -1
+                space_index[members] = self.names.index(fits[-1]) if fits else -1
                 if fits:
                     chosen[str(space.observation)] = fits[-1]
                 else:
-                    lacking = np.union1d(lacking, mine)
-        return place, lacking, chosen
+                    missing = np.union1d(missing, members)
+        return space_index, missing, chosen
 
     def _by_width(self, observation: int, action: int) -> list[str]:
         """List the spaces, named by their widths, that rows without a name may belong to."""
@@ -260,26 +260,29 @@ class Trajectory(Modality):
             if space.fits(observation, action) and BY_WIDTH.fullmatch(name)
         ]
 
-    def _placed(self, rows: Episodes) -> tuple[np.ndarray, list[str], np.ndarray]:
-        """Return (B,) the number of each row's space or -1, the reasons, and the rows of missing
-        spaces.
+    def _space_of_rows(self, rows: Episodes) -> tuple[np.ndarray, list[str], np.ndarray]:
+        """Find the space of each row.
+
+        Returns:
+            (B,) number of each row's space or -1; "" or why each row cannot be read; and the rows
+            whose space the state lacks.
         """
-        place, reasons, lacking = np.full(len(rows.reasons), -1), list(rows.reasons), []
-        good, found = rows.good.tolist(), {}
+        space_index, reasons, missing = np.full(len(rows.reasons), -1), list(rows.reasons), []
+        good, resolved = rows.good.tolist(), {}
         for i, key in enumerate(
             zip(rows.robot.tolist(), rows.widths.tolist(), rows.action_widths.tolist(), strict=True)
         ):
             if good[i]:
-                if key not in found:
-                    found[key] = self._space_of(
+                if key not in resolved:
+                    resolved[key] = self._space_of(
                         rows.robots[key[0]] if key[0] >= 0 else "", *key[1:]
                     )
-                name, reasons[i] = found[key]
+                name, reasons[i] = resolved[key]
                 if not reasons[i]:
-                    place[i] = self.names.index(name)
+                    space_index[i] = self.names.index(name)
                 elif not name:
-                    lacking.append(i)
-        return place, reasons, np.array(lacking, dtype=np.int64)
+                    missing.append(i)
+        return space_index, reasons, np.array(missing, dtype=np.int64)
 
     def _space_of(self, robot: str, observation: int, action: int) -> tuple[str, str]:
         """Return (name of the space, reason why its rows cannot be read); no name for a missing
@@ -287,20 +290,20 @@ class Trajectory(Modality):
 
         ``action``: how many numbers, or NONE, CLASSES.
         """
-        taken = {NONE: "", CLASSES: " and actions that are classes"}.get(
+        of_actions = {NONE: "", CLASSES: " and actions that are classes"}.get(
             action, f" and actions of {action} numbers"
         )
-        said = f"observations of {observation} numbers{taken}"
+        described = f"observations of {observation} numbers{of_actions}"
         fits = [name for name, space in self.spaces.items() if space.fits(observation, action)]
         if robot:
             if robot not in self.spaces:
                 return "", f"embodiment {robot} is not known; {nearest(robot, self.spaces)}"
             return (
                 robot,
-                "" if robot in fits else f"{self.spaces[robot].text()}, the row has {said}",
+                "" if robot in fits else f"{self.spaces[robot].text()}, the row has {described}",
             )
         own = self._by_width(observation, action)
-        # Their names tell of their number alone: ``extend_state`` has looked which are meant
+        # a name says how many classes there are, not which: ``extend_state`` has chosen
         if action == CLASSES and own:
             return self.state.get("chosen", {}).get(str(observation), own[-1]), ""
         if len(own or fits) == 1:
@@ -308,11 +311,11 @@ class Trajectory(Modality):
         if fits:
             return (
                 "",
-                f"{len(fits)} spaces have {said} ({', '.join(fits[:NAMED])}): column "
+                f"{len(fits)} spaces have {described} ({', '.join(fits[:MAX_NAMED])}): column "
                 "embodiment must tell which",
             )
-        return "", f"no space has {said}: " + "; ".join(
-            space.text() for space in list(self.spaces.values())[:NAMED]
+        return "", f"no space has {described}: " + "; ".join(
+            space.text() for space in list(self.spaces.values())[:MAX_NAMED]
         )
 
     def decode(self, table, columns) -> tuple[Arrays, list[str]]:
@@ -327,14 +330,14 @@ class Trajectory(Modality):
                 "has them: name it in data.columns"
             )
         rows = Episodes.read(table, columns)
-        place, reasons, _ = self._placed(rows)
+        space_index, reasons, _ = self._space_of_rows(rows)
         taken = {
             role: numbers
             for role, numbers in (("actions", rows.actions), ("executed", rows.executed))
             if numbers is not None
         }
         codes = {
-            role: self._codes(role, numbers, place, reasons)
+            role: self._action_codes(role, numbers, space_index, reasons)
             for role, numbers in taken.items()
             if numbers.classes is not None
         }
@@ -343,28 +346,30 @@ class Trajectory(Modality):
             if self.options.images is not None
             else None
         )
-        place[[bool(reason) for reason in reasons]] = -1
+        space_index[[bool(reason) for reason in reasons]] = -1
         out: Arrays = {
-            "observations": ragged(rows.observations.rows(rows.observations.values, place >= 0))
+            "observations": ragged(
+                rows.observations.rows(rows.observations.values, space_index >= 0)
+            )
         }
         out |= {
-            role: ragged(numbers.rows(codes.get(role, numbers.values), place >= 0))
+            role: ragged(numbers.rows(codes.get(role, numbers.values), space_index >= 0))
             for role, numbers in taken.items()
         }
         if frames is not None:
             out["images"] = ragged(
                 frame if i >= 0 else frame[:0]
-                for frame, i in zip(frames, place.tolist(), strict=True)
+                for frame, i in zip(frames, space_index.tolist(), strict=True)
             )
-        where = {text: number for number, text in enumerate(self.tasks, 1)}
+        task_numbers = {text: number for number, text in enumerate(self.tasks, 1)}
         out["task"] = np.array(
-            [where.get(text, 0) for text in texts(table, columns, "task")], dtype=np.int64
+            [task_numbers.get(text, 0) for text in texts(table, columns, "task")], dtype=np.int64
         )
-        out["space"] = np.maximum(place, 0)
+        out["space"] = np.maximum(space_index, 0)
         return out, reasons
 
-    def _codes(
-        self, role: str, actions: Numbers, place: np.ndarray, reasons: list[str]
+    def _action_codes(
+        self, role: str, actions: StepValues, space_index: np.ndarray, reasons: list[str]
     ) -> np.ndarray:
         """Return (steps,) float32, the place of each action among the classes of its space.
 
@@ -372,18 +377,19 @@ class Trajectory(Modality):
         """
         assert actions.classes is not None
         table = np.full((len(self.names) + 1, len(actions.classes) + 1), -1.0, dtype=np.float32)
-        for i in np.unique(place[place >= 0]).tolist():
-            where = {
+        for i in np.unique(space_index[space_index >= 0]).tolist():
+            class_numbers = {
                 text: number
                 for number, text in enumerate(self.spaces[self.names[i]].discrete or ())
             }
-            table[i, :-1] = [where.get(text, -1) for text in actions.classes]
-        codes = table[np.repeat(place, np.diff(actions.ends)), actions.values]
+            table[i, :-1] = [class_numbers.get(text, -1) for text in actions.classes]
+        codes = table[np.repeat(space_index, np.diff(actions.ends)), actions.values]
         for i, at in first_of_rows(codes < 0, actions.ends) if role == "actions" else ():
             if not reasons[i]:
-                text, space = actions.classes[actions.values[at]], self.spaces[self.names[place[i]]]
+                text = actions.classes[actions.values[at]]
+                space = self.spaces[self.names[space_index[i]]]
                 reasons[i] = (
-                    f"actions: step {at - actions.ends[i]} is {text!r}, which is no class of "
+                    f"actions: step {at - actions.ends[i]} is {text!r}, which is not a class of "
                     f"space {space.name}; {nearest(text, space.discrete or ())}"
                 )
         return codes
@@ -399,25 +405,25 @@ class Trajectory(Modality):
             if not reasons[i] and len(files or ()) != steps:
                 reasons[i] = (
                     f"the episode has {len(files or ())} images and {steps} observations: an "
-                    "image stands beside every observation"
+                    "image belongs to every observation"
                 )
-            made = np.zeros((0 if reasons[i] else steps, CHANNELS, size, size), dtype=np.uint8)
+            frames = np.zeros((0 if reasons[i] else steps, CHANNELS, size, size), dtype=np.uint8)
             for t, data in enumerate(files if files and not reasons[i] else ()):
                 try:
-                    made[t] = image_io.resize(
+                    frames[t] = image_io.resize(
                         image_io.pixels(data or b"", CHANNELS), size, "squash"
                     ).numpy()
                 except (
                     RuntimeError,
                     ValueError,
                 ) as error:
-                    # What torchvision raises for bytes that are no image
+                    # torchvision raises RuntimeError for bytes that are not an image
                     reasons[i] = (
                         f"images: step {t}: "
                         f"{(str(error).splitlines() or [type(error).__name__])[0][:200]}"
                     )
                     break
-            out.append(made.reshape(-1))
+            out.append(frames.reshape(-1))
         return out
 
     def random_rows(self, rows, rng, length=1.0):
@@ -465,8 +471,8 @@ class Trajectory(Modality):
         """Standardise and pad: each number is read once, from its row, and written once, to the
         batch.
         """
-        place, rows = arrays["space"].tolist(), len(arrays["space"])
-        spaces = [self.spaces[self.names[i]] for i in place]
+        space_index, rows = arrays["space"].tolist(), len(arrays["space"])
+        spaces = [self.spaces[self.names[i]] for i in space_index]
         steps = np.array(
             [
                 len(row) // space.observation
@@ -482,15 +488,15 @@ class Trajectory(Modality):
             own[name] = out = np.zeros((rows, most, width), dtype=np.float32)
             flat = out.reshape(rows, most * width)
             for i, (row, space) in enumerate(zip(arrays[name], spaces, strict=True)):
-                mine = getattr(space, what)
+                own_width = getattr(space, what)
                 if what == "action" and space.discrete is not None:
                     flat[i, (np.arange(len(row)) * width + row.astype(np.int64))[row >= 0]] = 1.0
-                elif mine == width:
-                    space.standard(row, what, flat[i, : len(row)])
+                elif own_width == width:
+                    space.standardise(row, what, flat[i, : len(row)])
                 elif len(row):
-                    out[i, : len(row) // mine, :mine] = space.standard(
+                    out[i, : len(row) // own_width, :own_width] = space.standardise(
                         row, what, np.empty_like(row)
-                    ).reshape(-1, mine)
+                    ).reshape(-1, own_width)
         if "actions" in own:
             own["action_std"] = np.ones((rows, most_acts), dtype=np.float32)
             for i, space in enumerate(spaces):
@@ -505,22 +511,22 @@ class Trajectory(Modality):
         )
 
     def observe(self, space: str, observations: np.ndarray) -> np.ndarray:
-        """Standardise (n, O) observations of a space as ``collate`` does.
+        """Standardise (n, O) observations of a space, given in the environment's units.
 
         Raises ValueError for an unknown space or another width.
         """
-        one, found = self._space(space), np.ascontiguousarray(observations, dtype=np.float32)
-        if found.ndim != 2 or found.shape[1] != one.observation:
+        of_space, values = self._space(space), np.ascontiguousarray(observations, dtype=np.float32)
+        if values.ndim != 2 or values.shape[1] != of_space.observation:
             raise ValueError(
-                f"space {space} has observations of {one.observation} numbers, these are of "
-                f"shape {found.shape}"
+                f"space {space} has observations of {of_space.observation} numbers, these are of "
+                f"shape {values.shape}"
             )
-        return one.standard(
-            found.reshape(-1), "observation", np.empty(found.size, dtype=np.float32)
-        ).reshape(found.shape)
+        return of_space.standardise(
+            values.reshape(-1), "observation", np.empty(values.size, dtype=np.float32)
+        ).reshape(values.shape)
 
     def act(self, space: str, actions: np.ndarray) -> np.ndarray:
-        """Convert a policy's actions to those of the environment.
+        """Convert a policy's actions to the environment's units, the reverse of standardising.
 
         Args:
             space: Name of the space.
@@ -533,15 +539,15 @@ class Trajectory(Modality):
         Raises:
             ValueError: an unknown space, or another shape.
         """
-        one, found = self._space(space), np.asarray(actions)
-        if found.ndim != (2 if one.discrete is None else 1) or (
-            one.discrete is None and found.shape[1] != one.action
+        of_space, values = self._space(space), np.asarray(actions)
+        if values.ndim != (2 if of_space.discrete is None else 1) or (
+            of_space.discrete is None and values.shape[1] != of_space.action
         ):
-            raise ValueError(f"{one.text()}; these actions are of shape {found.shape}")
+            raise ValueError(f"{of_space.text()}; these actions are of shape {values.shape}")
         return (
-            found.astype(np.int64)
-            if one.discrete is not None
-            else (found * one.action_std + one.action_mean).astype(np.float32)
+            values.astype(np.int64)
+            if of_space.discrete is not None
+            else (values * of_space.action_std + of_space.action_mean).astype(np.float32)
         )
 
     def _space(self, name: str) -> Space:
@@ -568,12 +574,10 @@ class Space:
         discrete: list[str] | None,
         **statistics: list[float],
     ):
-        self.name, self.observation, self.action, self.discrete = (
-            name,
-            observation,
-            action,
-            discrete,
-        )
+        self.name = name
+        self.observation = observation
+        self.action = action
+        self.discrete = discrete
         self.action_mean, self.action_std = (
             np.array(statistics[f"action_{which}"], dtype=np.float32) for which in ("mean", "std")
         )
@@ -589,20 +593,19 @@ class Space:
                 np.tile((1 / std).astype(np.float32), times),
             )
 
-    def share_out_of_range(self, observations: Numbers, rows: np.ndarray) -> float:
-        """Return the share of the numbers of these rows' observations beyond MOST deviations."""
-        mine = np.concatenate(
+    def share_out_of_range(self, observations: StepValues, rows: np.ndarray) -> float:
+        """Return the share of the numbers in some rows' observations that are clipped."""
+        values = np.concatenate(
             [
                 observations.values[observations.ends[i] : observations.ends[i + 1]]
                 for i in rows.tolist()
             ]
             or [np.zeros(0, np.float32)]
         )
-        return (
-            float(np.mean(np.abs(self.standard(mine, "observation", np.empty_like(mine))) >= MOST))
-            if len(mine)
-            else 0.0
-        )
+        if not len(values):
+            return 0.0
+        standardised = self.standardise(values, "observation", np.empty_like(values))
+        return float(np.mean(np.abs(standardised) >= MAX_DEVIATIONS))
 
     def fits(self, observation: int, action: int) -> bool:
         """Tell whether rows of these widths belong to the space; ``action``: a width, NONE or
@@ -623,21 +626,28 @@ class Space:
             f"{kind}"
         )
 
-    def standard(self, values: np.ndarray, what: str, out: np.ndarray) -> np.ndarray:
-        """Standardise (n * width,) numbers of consecutive steps into ``out``."""
+    def standardise(self, values: np.ndarray, what: str, out: np.ndarray) -> np.ndarray:
+        """Standardise the numbers of consecutive steps, and return ``out``.
+
+        Args:
+            values: (n * width,) of a single row.
+            what: "observation", which is clipped, or "action".
+            out: Array of the same shape that is written.
+        """
         mean, scale = self._blocks[what]
         for start in range(0, len(values), max(1, len(mean))):
             part = out[start : start + len(mean)]
             np.subtract(values[start : start + len(mean)], mean[: len(part)], out=part)
             np.multiply(part, scale[: len(part)], out=part)
             if what == "observation":
-                part.clip(-MOST, MOST, out=part)  # np.clip takes twice as long as all of this
+                # np.clip takes twice as long as all of this
+                part.clip(-MAX_DEVIATIONS, MAX_DEVIATIONS, out=part)
         return out
 
 
 def _describe_names(kind: str, have: Counter, fresh: Counter) -> str:
     """Describe how many names of a kind are known, and which are new, with their rows."""
-    new = [f"{name} ({count} rows)" for name, count in fresh.most_common(NAMED)]
+    new = [f"{name} ({count} rows)" for name, count in fresh.most_common(MAX_NAMED)]
     return f"{len(have)} of {len({*have, *fresh})} {kind}s are known" + (
-        f"; new: {', '.join(new)}{', ...' if len(fresh) > NAMED else ''}" if new else ""
+        f"; new: {', '.join(new)}{', ...' if len(fresh) > MAX_NAMED else ''}" if new else ""
     )

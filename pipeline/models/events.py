@@ -73,11 +73,9 @@ class EventsBackbone(Backbone):
             )
         self.options = options
         self.arch = Architecture(name, options.model_dump(), dict(inputs))
-        self.token_dim, self.pooled_dim, self.causal = (
-            options.width,
-            2 * options.width,
-            architecture == "gru",
-        )
+        self.token_dim = options.width
+        self.pooled_dim = 2 * options.width
+        self.causal = architecture == "gru"
         self.static = Static(inputs["numbers"], inputs["codes"], options.width)
         self.body = Grid(options, inputs) if architecture == "gru" else Strats(options, inputs)
 
@@ -129,12 +127,12 @@ class Static(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         codes = batch["codes"]
-        found = self.codes(codes).sum(1) / (codes > 0).sum(1, keepdim=True).clamp(min=1).sqrt()
+        of_codes = self.codes(codes).sum(1) / (codes > 0).sum(1, keepdim=True).clamp(min=1).sqrt()
         return torch.tanh(
             self.numbers(
                 torch.cat([batch["numbers"], batch["numbers_known"].to(batch["numbers"].dtype)], 1)
             )
-            + found
+            + of_codes
         )
 
 
@@ -188,6 +186,8 @@ def _running_max(x: Tensor) -> Tensor:
 
 
 class Grid(nn.Module):
+    """The GRU over a grid of hours."""
+
     def __init__(self, options: EventsModelOptions, inputs: EventInputs):
         super().__init__()
         self.variables, self.start, self.step = inputs["variables"], inputs["start"], options.bin
@@ -224,30 +224,28 @@ class Grid(nn.Module):
         )
 
 
-class One(nn.Module):
+class NumberEmbedding(nn.Module):
     """Embed a number as (..., width) with d^1/2 tanh units (continuous value embedding of
     STraTS).
     """
 
     def __init__(self, width: int):
         super().__init__()
-        self.enter, self.leave = (
-            nn.Linear(1, math.isqrt(width)),
-            nn.Linear(math.isqrt(width), width, bias=False),
-        )
+        self.enter = nn.Linear(1, math.isqrt(width))
+        self.leave = nn.Linear(math.isqrt(width), width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.leave(torch.tanh(self.enter(x[..., None])))
 
 
-class Embed(nn.Module):
+class EventEmbedding(nn.Module):
+    """Embed events, (B, N, width): the sum of the embeddings of variable, time and value."""
+
     def __init__(self, options: EventsModelOptions, inputs: EventInputs):
         super().__init__()
-        self.variable, self.time, self.value = (
-            nn.Embedding(inputs["variables"], options.width),
-            One(options.width),
-            One(options.width),
-        )
+        self.variable = nn.Embedding(inputs["variables"], options.width)
+        self.time = NumberEmbedding(options.width)
+        self.value = NumberEmbedding(options.width)
 
     def forward(self, batch: Batch, token_mask: Tensor | None) -> Tensor:
         value = self.value(batch["values"])
@@ -256,7 +254,7 @@ class Embed(nn.Module):
         return self.variable(batch["variables"]) + self.time(batch["times"] / DAY) + value
 
 
-class Fuse(nn.Module):
+class FusionAttention(nn.Module):
     """Pool tokens by attention (STraTS, section 3.2.4); 0 for a row without tokens."""
 
     def __init__(self, width: int):
@@ -270,10 +268,12 @@ class Fuse(nn.Module):
 
 
 class Strats(nn.Module):
+    """STraTS: the transformer over a set of events."""
+
     def __init__(self, options: EventsModelOptions, inputs: EventInputs):
         super().__init__()
         width = options.width
-        self.embed = Embed(options, inputs)
+        self.embed = EventEmbedding(options, inputs)
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(
                 width,
@@ -286,13 +286,13 @@ class Strats(nn.Module):
             )
             for _ in range(options.layers)
         )
-        self.fuse = Fuse(width)
+        self.fuse = FusionAttention(width)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, batch: Batch, static: Tensor, token_mask: Tensor | None) -> Features:
         mask = batch["mask"]
         x = self.embed(batch, token_mask)
-        # A row without events attends to its padding, whose tokens count for nothing
+        # a row without events attends to its padding, whose tokens are set to 0 below
         seen = mask | ~mask.any(1, keepdim=True)
         for block in self.blocks:
             x = block(x, src_key_padding_mask=~seen)

@@ -143,11 +143,13 @@ class HuggingFace(Backbone):
             raise ValueError(f"{self.arch.name} hides no positions: take another objective")
         if "segments" in batch.data:
             return self._packed(batch["tokens"], batch["segments"])
-        words, mask = self._words(batch)
-        found = self.model(**words, **({"output_hidden_states": True} if "stages" in want else {}))
-        hidden = auto_model.hidden_states(self.model, found)
-        own = found.get("pooler_output")
-        stages = _feature_maps(found, self.prefix) if "stages" in want else {}
+        arguments, mask = self._model_arguments(batch)
+        output = self.model(
+            **arguments, **({"output_hidden_states": True} if "stages" in want else {})
+        )
+        hidden = auto_model.hidden_states(self.model, output)
+        own = output.get("pooler_output")
+        stages = _feature_maps(output, self.prefix) if "stages" in want else {}
         if self.training:
             zero = self._zero(hidden, own).to(hidden.dtype)
             hidden, own = hidden + zero, None if own is None else own + zero
@@ -173,9 +175,9 @@ class HuggingFace(Backbone):
         places: list[Tensor] = []
         for index, real in documents_by_length(segments):
             row = torch.where(real, flat[index], self.padding)
-            found = self.model(input_ids=row, attention_mask=real.long())
-            states.append(found.last_hidden_state[real])
-            pooler_outputs.append(found.get("pooler_output"))
+            output = self.model(input_ids=row, attention_mask=real.long())
+            states.append(output.last_hidden_state[real])
+            pooler_outputs.append(output.get("pooler_output"))
             places.append(index[real])
         joined = torch.cat(states)
         if self.training:
@@ -191,15 +193,15 @@ class HuggingFace(Backbone):
         self, tokens: Tensor, mask: Tensor, positions: Tensor, past: Any = None
     ) -> tuple[Tensor, Any]:
         """Continue a sequence, as `Continues` describes it (causal models only)."""
-        words = {"position_ids": positions} if "position_ids" in self._takes else {}
-        found = self.model(
+        arguments = {"position_ids": positions} if "position_ids" in self._takes else {}
+        output = self.model(
             input_ids=tokens,
             attention_mask=mask.long(),
             past_key_values=past,
             use_cache=True,
-            **words,
+            **arguments,
         )
-        return found.last_hidden_state, found.past_key_values
+        return output.last_hidden_state, output.past_key_values
 
     def _zero(self, *outputs: Tensor | None) -> Tensor:
         """Return 0, of which every parameter has a gradient.
@@ -211,7 +213,7 @@ class HuggingFace(Backbone):
         parts += [self.get_parameter(name).float().mean() for name in self._unused]
         return 0.0 * torch.stack(parts).sum()
 
-    def _words(self, batch: Batch) -> tuple[dict[str, Any], Tensor | None]:
+    def _model_arguments(self, batch: Batch) -> tuple[dict[str, Any], Tensor | None]:
         """Return the model's arguments, and (B, M) which of its input's positions are real."""
         if self.reads == "pixel_values":
             return {"pixel_values": batch["image"], **self.call_arguments}, None
@@ -221,15 +223,15 @@ class HuggingFace(Backbone):
         if self.reads == "input_ids":
             tokens = batch["tokens"]
             mask = batch.data.get("mask", torch.ones_like(tokens, dtype=torch.bool))
-            words = {"input_ids": tokens, "attention_mask": mask.long()}
+            arguments = {"input_ids": tokens, "attention_mask": mask.long()}
             if self.has_types and "types" in batch.data:
-                words["token_type_ids"] = batch["types"].long()
-            return words, mask
+                arguments["token_type_ids"] = batch["types"].long()
+            return arguments, mask
         mask = batch["mask"]
         if self.extractor is not None:
-            made, real = spectrograms(self.extractor, self.reads, batch["wave"], mask)
+            spectrogram, real = spectrograms(self.extractor, self.reads, batch["wave"], mask)
             takes = real is not None and "attention_mask" in self._takes
-            return {self.reads: made, **({"attention_mask": real} if takes else {})}, real
+            return {self.reads: spectrogram, **({"attention_mask": real} if takes else {})}, real
         assert self.convolutions is not None
         least = conv_arithmetic.field(self.convolutions)
         wave = F.pad(batch["wave"], (0, max(0, least - batch["wave"].shape[1])))
@@ -239,7 +241,7 @@ class HuggingFace(Backbone):
         count = conv_arithmetic.count(wave.shape[1], self.convolutions)
         frames = conv_arithmetic.count(lengths, self.convolutions)
         real = torch.arange(count, device=mask.device) < frames[:, None]
-        # A row without frames sees its first one: no row of the softmax is empty
+        # a row without frames attends to its first one, so that no softmax is empty
         seen = torch.arange(wave.shape[1], device=mask.device) < lengths.clamp(min=least)[:, None]
         return {"input_values": wave, "attention_mask": seen.long()}, real
 
@@ -261,7 +263,7 @@ class HuggingFace(Backbone):
 
     def model_inputs(self, batch: Batch) -> Mapping[str, Any]:
         """Return the arguments of ``model`` for a batch."""
-        return self._words(batch)[0]
+        return self._model_arguments(batch)[0]
 
     def embedding(self) -> nn.Embedding:
         if self.reads != "input_ids":
@@ -361,15 +363,15 @@ class RowGroupNorm(nn.GroupNorm):
 
 def _use_row_norms(model: Any) -> list[RowGroupNorm]:
     """Put norms over a row's own frames in the place of group norms over padded rows."""
-    found: list[RowGroupNorm] = []
+    norms: list[RowGroupNorm] = []
     for module in list(model.modules()):
         for name, norm in list(module.named_children()):
             if type(norm) is nn.GroupNorm and norm.num_groups == norm.num_channels:
                 new = RowGroupNorm(norm.num_groups, norm.num_channels, norm.eps)
                 new.weight, new.bias = norm.weight, norm.bias
                 setattr(module, name, new)
-                found.append(new)
-    return found
+                norms.append(new)
+    return norms
 
 
 def _extractor(architecture: str, config: Any, given: dict[str, Any] | None, inputs: Inputs) -> Any:
@@ -388,13 +390,13 @@ def _extractor(architecture: str, config: Any, given: dict[str, Any] | None, inp
         raise ValueError(
             f"hf/{architecture}: processor: {kind.__name__} has no {', '.join(unknown)}"
         )
-    made = kind(**plain)
-    if made.sampling_rate != inputs["rate"]:
+    extractor = kind(**plain)
+    if extractor.sampling_rate != inputs["rate"]:
         raise ValueError(
-            f"hf/{architecture} reads {made.sampling_rate} samples a second, these rows have "
-            f"{inputs['rate']}: say modality: {{audio: {{rate: {made.sampling_rate}}}}}"
+            f"hf/{architecture} reads {extractor.sampling_rate} samples a second, these rows have "
+            f"{inputs['rate']}: set modality: {{audio: {{rate: {extractor.sampling_rate}}}}}"
         )
-    return made
+    return extractor
 
 
 @eager
@@ -415,15 +417,15 @@ def spectrograms(
             f"{longest:g} s; `bundle.limit_modality` lowers max_seconds to that"
         )
     rows = [row[: max(1, n)].numpy() for row, n in zip(wave.float().cpu(), lengths, strict=True)]
-    found = extractor(
+    output = extractor(
         rows,
         sampling_rate=extractor.sampling_rate,
         return_tensors="pt",
         return_attention_mask=True,
     )
-    real = found.get("attention_mask")
-    made = found[name].to(wave.device, wave.dtype)
-    return made, None if real is None else real.to(wave.device).bool()
+    real = output.get("attention_mask")
+    frames = output[name].to(wave.device, wave.dtype)
+    return frames, None if real is None else real.to(wave.device).bool()
 
 
 def _token_mask(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
@@ -475,8 +477,8 @@ def _probe(architecture: str, config: str, processor: str, inputs: str, pooler: 
     Raises ValueError where it cannot read the rows, or is too large.
     """
     name, rows = f"hf/{architecture}", json.loads(inputs)
-    made = auto_model.configuration(architecture, json.loads(config), rows)
-    kind = auto_model.model_class(made)
+    configuration = auto_model.configuration(architecture, json.loads(config), rows)
+    kind = auto_model.model_class(configuration)
     reads: str = kind.main_input_name
     if reads not in MODALITIES:
         raise ValueError(f"{name} reads {reads}: no modality gives that")
@@ -486,10 +488,10 @@ def _probe(architecture: str, config: str, processor: str, inputs: str, pooler: 
             f"{name} reads {what}; these rows are "
             f"{rows.get('features') or ', '.join(rows) or 'something else'}"
         )
-    shape, dtype = _row_shape(architecture, made, json.loads(processor), rows, reads)
-    words: dict[str, Any] = {"output_hidden_states": True} if reads == "pixel_values" else {}
+    shape, dtype = _row_shape(architecture, configuration, json.loads(processor), rows, reads)
+    arguments: dict[str, Any] = {"output_hidden_states": True} if reads == "pixel_values" else {}
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        model = auto_model.create(made, pooler).eval()
+        model = auto_model.create(configuration, pooler).eval()
     with FAKE, torch.inference_mode(False), torch.enable_grad():
         _without_memory(model)
         count = _size(model)
@@ -499,12 +501,14 @@ def _probe(architecture: str, config: str, processor: str, inputs: str, pooler: 
                 f"than {hf_config.PARAMETERS:.2g}"
             )
         takes = inspect.signature(model.forward).parameters
-        if _is_resized(made, rows) and "interpolate_pos_encoding" in takes:
-            words["interpolate_pos_encoding"] = True
+        if _is_resized(configuration, rows) and "interpolate_pos_encoding" in takes:
+            arguments["interpolate_pos_encoding"] = True
         try:
             with _called(model) as calls:
-                found = model(**{reads: torch.zeros(shape, dtype=dtype, device="meta")}, **words)
-            return _probed(model, reads, found, calls, rows, made)
+                output = model(
+                    **{reads: torch.zeros(shape, dtype=dtype, device="meta")}, **arguments
+                )
+            return _probed(model, reads, output, calls, rows, configuration)
         except Exception as error:  # each family has its own way to refuse
             reason = (f"{error}".strip() or type(error).__name__).splitlines()[0][:200]
             raise ValueError(f"{name} cannot read these rows: {reason}") from error
@@ -519,22 +523,22 @@ There is one, on device meta: some models keep tensors for the next pass by thei
 
 def _without_memory(model: nn.Module) -> None:
     """Put tensors of `FAKE`, which must be active, in the place of a model's on device meta."""
-    made: dict[int, nn.Parameter] = {}
+    parameters: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, own in module.named_parameters(recurse=False, remove_duplicate=False):
-            if id(own) not in made:
-                made[id(own)] = nn.Parameter(torch.empty_like(own, device="meta"))
-            module.register_parameter(name, made[id(own)])
+            if id(own) not in parameters:
+                parameters[id(own)] = nn.Parameter(torch.empty_like(own, device="meta"))
+            module.register_parameter(name, parameters[id(own)])
         for name, own in module.named_buffers(recurse=False):
             module._buffers[name] = torch.empty_like(own, device="meta")
 
 
 def _probed(
-    model: Any, reads: str, found: Any, calls: dict[str, int], rows: dict[str, Any], config: Any
+    model: Any, reads: str, output: Any, calls: dict[str, int], rows: dict[str, Any], config: Any
 ) -> Probe:
     """Return what a pass over a model showed."""
-    hidden = auto_model.hidden_states(model, found)
-    own = found.get("pooler_output")
+    hidden = auto_model.hidden_states(model, output)
+    own = output.get("pooler_output")
     widths = {pool: hidden.shape[1] if hidden.dim() == 4 else hidden.shape[2] for pool in POOLS}
     unused = _unused(model, hidden)
     without_pool = unused
@@ -545,7 +549,7 @@ def _probed(
     prefix = max(0, hidden.shape[1] - side**2) if hidden.dim() == 3 and "size" in rows else 0
     if reads == auto_model.SERIES_INPUT:
         prefix = int(getattr(config, "use_cls_token", False))
-    maps = _feature_maps(found, prefix) if reads == "pixel_values" else {}
+    maps = _feature_maps(output, prefix) if reads == "pixel_values" else {}
     return Probe(
         reads,
         _is_causal(model),
@@ -581,7 +585,7 @@ def _pool(name: str, asked: str, probe: Probe) -> str:
     if asked != "auto":
         return asked
     if probe.reads == "input_ids":
-        # CLIP's end of the text, not SigLIP's last place, which has a layer and may be padding
+        # CLIP's pooler is the token at the end of the text; SigLIP's may read padding
         return "pooler" if probe.has_plain_pool else "last" if probe.causal else "mean"
     if probe.has_own_pool:
         return "pooler"
@@ -599,7 +603,7 @@ def _patch_steps(config: Any, inputs: Inputs) -> int | None:
     """Return the steps of a patch.
 
     None where the tokens are not the row's consecutive, non-overlapping patches (overlap, gaps, a
-    class token). PatchTST and PatchTSMixer leave out the first steps of rows that are no whole
+    class token). PatchTST and PatchTSMixer leave out the first steps of rows that are not whole
     number of patches.
     """
     steps: int = config.patch_length
@@ -634,15 +638,17 @@ def _unused(model: Any, *outputs: Tensor) -> tuple[str, ...]:
     """Return the parameters, as the backbone names them, that some outputs do not depend on."""
     named = dict(model.named_parameters())
     total = torch.stack([output.float().sum() for output in outputs]).sum()
-    found = torch.autograd.grad(total, list(named.values()), allow_unused=True, retain_graph=True)
-    return tuple(f"model.{name}" for name, g in zip(named, found, strict=True) if g is None)
+    gradients = torch.autograd.grad(
+        total, list(named.values()), allow_unused=True, retain_graph=True
+    )
+    return tuple(f"model.{name}" for name, g in zip(named, gradients, strict=True) if g is None)
 
 
-def _feature_maps(found: Any, prefix: int) -> dict[str, Tensor]:
+def _feature_maps(output: Any, prefix: int) -> dict[str, Tensor]:
     """Return (B, C, h, w) maps of the states between layers, by name, from input to output."""
-    states = found.get("reshaped_hidden_states")
+    states = output.get("reshaped_hidden_states")
     if states is None:
-        states = found.get("hidden_states") or ()
+        states = output.get("hidden_states") or ()
     maps: dict[str, Tensor] = {}
     for number, state in enumerate(states):
         if state.dim() == 3:
@@ -734,11 +740,11 @@ def blocks_of(model: nn.Module) -> list[str]:
 
 def _outermost_lists(model: nn.Module) -> dict[str, nn.Module]:
     """Return the lists of modules of one class by name, without those inside of another."""
-    found: dict[str, nn.Module] = {}
+    lists: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if name and _is_list(module) and not any(name.startswith(f"{one}.") for one in found):
-            found[name] = module
-    return found
+        if name and _is_list(module) and not any(name.startswith(f"{one}.") for one in lists):
+            lists[name] = module
+    return lists
 
 
 def _is_list(module: nn.Module) -> bool:

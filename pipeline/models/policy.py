@@ -92,12 +92,12 @@ class Policy(Backbone):
             )
         if options.vision and not frames:
             raise ValueError(
-                f"{name}: vision: {options.vision} has no frames to read: say {{trajectory: "
+                f"{name}: vision: {options.vision} has no frames to read: set {{trajectory: "
                 f"{{images: 96}}}} and name column images"
             )
         if frames and not options.vision:
             raise ValueError(
-                f"{name}: the rows have frames of {frames[1]} pixels that nothing reads: say "
+                f"{name}: the rows have frames of {frames[1]} pixels that nothing reads: set "
                 "vision: timm/resnet18, or leave column images out"
             )
         self.options = options
@@ -126,7 +126,9 @@ class Policy(Backbone):
         self.tasks = nn.Embedding(inputs["tasks"] + 1, width, padding_idx=0)
         with torch.no_grad():
             self.tasks.weight.mul_(width**-0.5)
-        self.body: Stack | History = Stack(options) if architecture == "mlp" else History(options)
+        self.body: StackedSteps | CausalTransformer = (
+            StackedSteps(options) if architecture == "mlp" else CausalTransformer(options)
+        )
 
     def forward(
         self, batch: Batch, *, token_mask: Tensor | None = None, want: tuple[str, ...] = ()
@@ -139,41 +141,45 @@ class Policy(Backbone):
         mask = batch["mask"]
         real = mask[..., None]
         x = (
-            self._encoded(self.encoders, batch["observations"], batch["space"])
+            self._encode_by_space(self.encoders, batch["observations"], batch["space"])
             + self.tasks(batch["task"])[:, None]
         )
         if self.options.vision:
-            x = x + self._seen(batch, mask)
-        acted = None
+            x = x + self._frame_features(batch, mask)
+        actions = None
         if self.action_encoders is not None:
             done = batch.data.get("executed", batch.data.get("actions"))
             if done is not None:
-                acted = self._encoded(self.action_encoders, done, batch["space"])
+                actions = self._encode_by_space(self.action_encoders, done, batch["space"])
             else:
-                x = self._touched(x, self.action_encoders.values())
-        tokens = self.body(x, acted, mask)
+                x = self._connect_unused(x, self.action_encoders.values())
+        tokens = self.body(x, actions, mask)
         tokens = torch.where(real, tokens, 0.0)
         return Features(tokens.sum(1) / real.sum(1).clamp(min=1), tokens=tokens, mask=mask)
 
-    def _encoded(self, encoders: nn.ModuleDict, x: Tensor, space: Tensor) -> Tensor:
+    def _encode_by_space(self, encoders: nn.ModuleDict, x: Tensor, space: Tensor) -> Tensor:
         """Encode (B, T, n) to (B, T, width) with the encoder of each row's space, 0 where there is
         none.
         """
-        parts, places = [], []
+        parts, rows_of_parts = [], []
         # Ascending, as `unique` sorts
         present: list[int] = (space.unique().tolist() if len(self.spaces) > 1 else []) or [0]
         for number in present:
             rows = (space == number).nonzero()[:, 0] if len(present) > 1 else None
-            mine = x if rows is None else x[rows]
+            of_space = x if rows is None else x[rows]
             encoder: Any = dict(encoders.items()).get(self.spaces[number])
             parts.append(
-                encoder(mine[..., : encoder.in_features])
+                encoder(of_space[..., : encoder.in_features])
                 if encoder is not None
-                else mine.new_zeros(*mine.shape[:2], self.options.width)
+                else of_space.new_zeros(*of_space.shape[:2], self.options.width)
             )
-            places.append(rows)
-        out = parts[0] if places[0] is None else torch.cat(parts)[torch.cat(places).argsort()]
-        return self._touched(
+            rows_of_parts.append(rows)
+        out = (
+            parts[0]
+            if rows_of_parts[0] is None
+            else torch.cat(parts)[torch.cat(rows_of_parts).argsort()]
+        )
+        return self._connect_unused(
             out,
             [
                 encoder
@@ -182,7 +188,7 @@ class Policy(Backbone):
             ],
         )
 
-    def _touched(self, x: Tensor, unused: Iterable[nn.Module]) -> Tensor:
+    def _connect_unused(self, x: Tensor, unused: Iterable[nn.Module]) -> Tensor:
         """Return the input, connected in training to modules that no row of this batch uses.
 
         DDP waits for the gradient of every parameter.
@@ -193,7 +199,7 @@ class Policy(Backbone):
             x = x + 0.0 * parameter.sum()
         return x
 
-    def _seen(self, batch: Batch, mask: Tensor) -> Tensor:
+    def _frame_features(self, batch: Batch, mask: Tensor) -> Tensor:
         """Compute (B, T, width) features of the frames.
 
         Padding is left out, so that batch norms do not include it.
@@ -207,13 +213,15 @@ class Policy(Backbone):
         mean, std = (
             torch.tensor(values, device=frames.device).view(1, -1, 1, 1) for values in PIXELS
         )
-        look = Batch(
+        inputs = Batch(
             np.arange(len(frames)),
             frames.new_zeros(len(frames), dtype=torch.long),
             {"image": (frames / 255 - mean) / std},
         )
-        found = self.project(self.vision(look).pooled)
-        return found.new_zeros(*mask.shape, found.shape[-1]).masked_scatter(mask[..., None], found)
+        features = self.project(self.vision(inputs).pooled)
+        return features.new_zeros(*mask.shape, features.shape[-1]).masked_scatter(
+            mask[..., None], features
+        )
 
     def layers(self) -> dict[str, list[str]]:
         out: dict[str, list[str]] = {}
@@ -239,24 +247,28 @@ class Policy(Backbone):
         """
         own, out, notes = self.state_dict(), dict(tensors), []
         for part in PER_SPACE:
-            mine, theirs = (_by_space(part, names) for names in (own, tensors))
-            for space in [*mine, *(name for name in theirs if name not in mine)]:
+            own_spaces, their_spaces = (_by_space(part, names) for names in (own, tensors))
+            for space in [*own_spaces, *(name for name in their_spaces if name not in own_spaces)]:
                 if (
-                    space in mine
-                    and space in theirs
-                    and all(n in tensors and tensors[n].shape == own[n].shape for n in mine[space])
+                    space in own_spaces
+                    and space in their_spaces
+                    and all(
+                        n in tensors and tensors[n].shape == own[n].shape for n in own_spaces[space]
+                    )
                 ):
                     continue
-                for name in theirs.get(space, ()):
+                for name in their_spaces.get(space, ()):
                     del out[name]
-                out |= {name: own[name] for name in mine.get(space, ())}
+                out |= {name: own[name] for name in own_spaces.get(space, ())}
                 differ = [
                     (tensors[n].shape[-1], own[n].shape[-1])
-                    for n in mine.get(space, ())
+                    for n in own_spaces.get(space, ())
                     if n.endswith("weight") and n in tensors
                 ]
                 description = "".join(f" ({had} numbers there, {has} here)" for had, has in differ)
-                notes.append(f"{part}.{space} {'new' if space in mine else 'dropped'}{description}")
+                notes.append(
+                    f"{part}.{space} {'new' if space in own_spaces else 'dropped'}{description}"
+                )
         old, new = tensors.get("tasks.weight"), own["tasks.weight"]
         if old is not None and old.shape != new.shape and old.shape[1:] == new.shape[1:]:
             kept = min(len(old), len(new))
@@ -278,7 +290,7 @@ def _by_space(part: str, names: Mapping[str, Any]) -> dict[str, list[str]]:
     return out
 
 
-def _vision(name: str, frames: list[int], mine: str) -> Backbone:
+def _vision(name: str, frames: list[int], own_name: str) -> Backbone:
     """Build the vision backbone, with random weights.
 
     Raises ValueError where it is not known, or does not read such frames.
@@ -293,17 +305,17 @@ def _vision(name: str, frames: list[int], mine: str) -> Backbone:
             else registry.architectures(library)
         )
         raise ValueError(
-            f"{mine}: vision: {name} is no LIBRARY/MODEL; "
+            f"{own_name}: vision: {name} is not a LIBRARY/MODEL; "
             f"{registry.nearest(architecture or library, known)}"
         )
     kind = registry.get("model", library)
     try:
         return kind(architecture, kind.options_class(), {"channels": frames[0], "size": frames[1]})
     except ValueError as error:
-        raise ValueError(f"{mine}: vision: {error}") from None
+        raise ValueError(f"{own_name}: vision: {error}") from None
 
 
-class Stack(nn.Module):
+class StackedSteps(nn.Module):
     """Layers over windows of (B, T, width)."""
 
     def __init__(self, options: PolicyOptions):
@@ -318,7 +330,7 @@ class Stack(nn.Module):
             for i in range(options.layers)
         )
 
-    def forward(self, x: Tensor, acted: Tensor | None, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, actions: Tensor | None, mask: Tensor) -> Tensor:
         x = F.gelu(x)
         if self.window > 1:
             x = (
@@ -336,7 +348,7 @@ class Stack(nn.Module):
         return int(name.split(".")[1])
 
 
-class History(nn.Module):
+class CausalTransformer(nn.Module):
     """GPT-2 over (B, T, width) of observations and, one step late, of actions.
 
     It needs no mask: padding follows a row's steps, which attend backwards only.
@@ -363,26 +375,27 @@ class History(nn.Module):
         self.model: Any = hf.GPT2Model(config)
         self.model.wte = nn.Identity()  # there are no words
 
-    def forward(self, x: Tensor, acted: Tensor | None, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, actions: Tensor | None, mask: Tensor) -> Tensor:
         rows, steps, width = x.shape
         kept = None
         if steps > self.context:
             pieces = -(-steps // self.context)
             spare = pieces * self.context - steps
-            # Without the pieces that are padding alone
+            # pieces that are only padding are left out
             kept = F.pad(mask, (0, spare)).view(rows * pieces, self.context).any(1)
 
             def cut(part: Tensor) -> Tensor:
                 return F.pad(part, (0, 0, 0, spare)).view(rows * pieces, self.context, width)[kept]
 
-            x, acted = cut(x), None if acted is None else cut(acted)
-        if acted is not None:
-            x = x + F.pad(acted[:, :-1], (0, 0, 1, 0))
-        found = self.model(inputs_embeds=x, use_cache=False).last_hidden_state
+            x = cut(x)
+            actions = None if actions is None else cut(actions)
+        if actions is not None:
+            x = x + F.pad(actions[:, :-1], (0, 0, 1, 0))
+        hidden = self.model(inputs_embeds=x, use_cache=False).last_hidden_state
         if kept is None:
-            return found
-        out = found.new_zeros(len(kept), self.context, width)
-        out[kept] = found
+            return hidden
+        out = hidden.new_zeros(len(kept), self.context, width)
+        out[kept] = hidden
         return out.view(rows, -1, width)[:, :steps]
 
     def block_of(self, name: str) -> int | None:

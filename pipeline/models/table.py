@@ -113,18 +113,16 @@ class Block(nn.Module):
         self.attention = nn.MultiheadAttention(
             width, options.heads, options.attention_dropout, batch_first=True
         )
-        self.norm2, self.enter, self.leave = (
-            nn.LayerNorm(width),
-            nn.Linear(width, 2 * hidden),
-            nn.Linear(hidden, width),
-        )
+        self.norm2 = nn.LayerNorm(width)
+        self.enter = nn.Linear(width, 2 * hidden)
+        self.leave = nn.Linear(hidden, width)
         self.drop = nn.Dropout(options.dropout)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         hidden = self.norm1(x)
-        found, _ = self.attention(
+        attended, _ = self.attention(
             hidden, hidden, hidden, key_padding_mask=~mask, need_weights=False
         )
-        x = x + found
+        x = x + attended
         value, gate = self.enter(self.norm2(x)).chunk(2, -1)
         return x + self.leave(self.drop(value * F.relu(gate)))

@@ -140,46 +140,43 @@ class Timm(Backbone):
         firsts = {
             f"model.{name}.weight" for name in ((first,) if isinstance(first, str) else first)
         }
-        for name, mine in self.state_dict().items():
-            theirs = out.get(name)
-            if theirs is None or theirs.shape == mine.shape or theirs.dim() != mine.dim():
+        for name, own in self.state_dict().items():
+            tensor = out.get(name)
+            if tensor is None or tensor.shape == own.shape or tensor.dim() != own.dim():
                 continue
-            if name in firsts and theirs.shape[1] in (1, 3) and theirs.shape[2:] == mine.shape[2:]:
-                had, has = theirs.shape[1], mine.shape[1]
+            if name in firsts and tensor.shape[1] in (1, 3) and tensor.shape[2:] == own.shape[2:]:
+                had, has = tensor.shape[1], own.shape[1]
                 out[name] = (
-                    adapt_input_conv(has, theirs) if had == 3 else theirs.repeat(1, has, 1, 1) / has
+                    adapt_input_conv(has, tensor) if had == 3 else tensor.repeat(1, has, 1, 1) / has
                 )
                 notes.append(
                     f"{name}: {had} input channels "
                     f"{'summed into' if has == 1 else 'repeated to'} {has}"
                 )
-            elif name == "model.pos_embed" and mine.dim() == 3:
+            elif name == "model.pos_embed" and own.dim() == 3:
                 prefix = (
                     0
                     if getattr(self.model, "no_embed_class", False)
                     else getattr(self.model, "num_prefix_tokens", 1)
                 )
-                old, new = (
-                    math.isqrt(max(0, theirs.shape[1] - prefix)),
-                    self.model.patch_embed.grid_size,
-                )
-                if old and old**2 + prefix == theirs.shape[1] and theirs.shape[2] == mine.shape[2]:
+                old = math.isqrt(max(0, tensor.shape[1] - prefix))
+                new = self.model.patch_embed.grid_size
+                if old and old**2 + prefix == tensor.shape[1] and tensor.shape[2] == own.shape[2]:
                     # torch.fx.wrap hides from type checkers that it can be called
                     resample: Any = resample_abs_pos_embed
                     out[name] = resample(
-                        theirs, new_size=list(new), old_size=[old, old], num_prefix_tokens=prefix
+                        tensor, new_size=list(new), old_size=[old, old], num_prefix_tokens=prefix
                     )
                     notes.append(
                         f"{name}: resampled from {old} x {old} to {new[0]} x {new[1]} patches"
                     )
             elif (
-                name.endswith(".relative_position_bias_table")
-                and theirs.shape[1:] == mine.shape[1:]
+                name.endswith(".relative_position_bias_table") and tensor.shape[1:] == own.shape[1:]
             ):
                 module: Any = self.get_submodule(name.rpartition(".")[0])
                 window = module.window_size
                 out[name] = resize_rel_pos_bias_table(
-                    theirs, new_window_size=window, new_bias_shape=tuple(mine.shape)
+                    tensor, new_window_size=window, new_bias_shape=tuple(own.shape)
                 )
                 notes.append(f"{name}: resampled to a window of {window[0]} x {window[1]} patches")
         return out, notes
@@ -189,8 +186,8 @@ class Timm(Backbone):
             groups = group_parameters(self.model, self.model.group_matcher(coarse=False))
             ordered = [names for _, names in sorted(groups.items(), key=lambda item: item[0])]
         else:
-            # a few models do not say: what they are made of, in order, lists of blocks one by one;
-            # embeddings of their own go with the first
+            # a few models have no group_matcher: take their children in order, and the blocks of a
+            # list one by one; parameters of the model itself go with the first child
             parts: dict[str, list[str]] = {}
             names = [name for name, _ in self.model.named_parameters()]
             stem = next(name for name in names if "." in name)
@@ -268,11 +265,11 @@ def _probe_output_shape(
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]), torch.no_grad():
             model = _create(architecture, channels, size, patch_size).eval()
-            found = model.forward_features(torch.empty(1, channels, size, size))
-            if not isinstance(found, Tensor):
+            output = model.forward_features(torch.empty(1, channels, size, size))
+            if not isinstance(output, Tensor):
                 return (), SEVERAL
-            model.forward_head(found, pre_logits=True)
-            return tuple(found.shape), ""
+            model.forward_head(output, pre_logits=True)
+            return tuple(output.shape), ""
     except Exception as error:  # assertions, shapes and more: each family has its own way to refuse
         return (), (f"{error}".strip() or type(error).__name__).splitlines()[0][:160]
 
@@ -300,5 +297,5 @@ def _size_problem(architecture: str, channels: int, size: int, patch_size: int |
     )
     return (
         f"timm/{architecture} takes no images of {size} pixels a side ({reason}); the next size "
-        f"that it takes is {least}: say so in data.modality"
+        f"that it takes is {least}: set it in data.modality"
     )

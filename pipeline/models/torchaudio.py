@@ -208,7 +208,7 @@ class Torchaudio(Backbone):
         if self.front is not None:
             latent, lengths = self.front(x, lengths)
             hider = self.front.mask_embedding.to(latent.dtype)
-            # Without a mask the embedding takes part all the same: DDP waits for its gradient
+            # the embedding takes part without a mask, too: DDP waits for its gradient
             x = (
                 latent + 0.0 * hider
                 if token_mask is None
@@ -227,7 +227,7 @@ class Torchaudio(Backbone):
                 x = layer(x, lengths)
         if self.conformer is not None:
             x = self.enter(x)
-            # A row of nothing looks at its first step: no row of the softmax is empty
+            # a row without steps attends to its first one, so that no softmax is empty
             seen = real | (torch.arange(x.shape[1], device=x.device) == 0)
             for layer in self.conformer.conformer_layers:
                 x = _conformer_layer(layer, x, real, seen)
@@ -348,7 +348,7 @@ class _Front(nn.Module):
         for number, layer in enumerate(self.layers):
             parts: Any = layer
             if self.plane:
-                # an adapter may stand in the convolution's place, without its attributes
+                # an adapter may have replaced the convolution and lacks its attributes
                 x = (
                     parts["convolution"](x.unflatten(2, (self.depths[number], -1)).transpose(1, 2))
                     .transpose(1, 2)
@@ -395,20 +395,20 @@ def _packed(rnn: nn.RNNBase, x: Tensor, lengths: Tensor) -> Tensor:
     which overflows without a scaled loss.
 
     Raises:
-        ValueError: In an export: packed rows are no graph of tensors.
+        ValueError: In an export: packed rows cannot be a graph of tensors.
     """
     if torch.compiler.is_exporting():
         raise ValueError(
-            "a recurrent layer over rows of several lengths (pack_padded_sequence) is no graph of "
-            "tensors; torchaudio/conformer and transformers/wav2vec2 have none"
+            "a recurrent layer over rows of several lengths (pack_padded_sequence) is not a graph "
+            "of tensors; torchaudio/conformer and transformers/wav2vec2 have none"
         )
     with torch.autocast(x.device.type, enabled=False):
-        found, _ = rnn(
+        output, _ = rnn(
             pack_padded_sequence(
                 x.float(), lengths.clamp(min=1).cpu(), batch_first=True, enforce_sorted=False
             )
         )
-    return pad_packed_sequence(found, batch_first=True, total_length=x.shape[1])[0]
+    return pad_packed_sequence(output, batch_first=True, total_length=x.shape[1])[0]
 
 
 def _conformer_layer(layer: Any, x: Tensor, real: Tensor, seen: Tensor) -> Tensor:
@@ -417,8 +417,10 @@ def _conformer_layer(layer: Any, x: Tensor, real: Tensor, seen: Tensor) -> Tenso
     """
     x = layer.ffn1(x) * 0.5 + x
     hidden = layer.self_attn_layer_norm(x).transpose(0, 1)
-    found, _ = layer.self_attn(hidden, hidden, hidden, key_padding_mask=~seen, need_weights=False)
-    x = layer.self_attn_dropout(found).transpose(0, 1) + x
+    attended, _ = layer.self_attn(
+        hidden, hidden, hidden, key_padding_mask=~seen, need_weights=False
+    )
+    x = layer.self_attn_dropout(attended).transpose(0, 1) + x
     x = x + _convolution(layer.conv_module, x, real)
     x = layer.ffn2(x) * 0.5 + x
     return layer.final_layer_norm(x)

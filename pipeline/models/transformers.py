@@ -175,27 +175,29 @@ class Transformers(Backbone):
     ) -> Features:
         tokens = batch["tokens"]
         segments = batch.data.get("segments")
-        words: dict[str, Any] = {"input_ids": tokens}
+        arguments: dict[str, Any] = {"input_ids": tokens}
         if segments is not None:
             mask = segments > 0
-            words |= {
+            arguments |= {
                 "attention_mask": document_mask(segments, self.causal),
                 "position_ids": restarted_positions(segments),
             }
         else:
             mask = batch.data.get("mask", torch.ones_like(tokens, dtype=torch.bool))
-            words["attention_mask"] = mask
+            arguments["attention_mask"] = mask
         if self.padding is not None:
-            places = words.get("position_ids", mask.long().cumsum(1) - 1)
-            words["position_ids"] = torch.where(mask, places + self.padding + 1, self.padding)
+            positions = arguments.get("position_ids", mask.long().cumsum(1) - 1)
+            arguments["position_ids"] = torch.where(
+                mask, positions + self.padding + 1, self.padding
+            )
         if self.has_types and "types" in batch.data:
-            words["token_type_ids"] = batch["types"].long()
+            arguments["token_type_ids"] = batch["types"].long()
         if self.causal:
-            words["use_cache"] = False
-        found = self.model(**words)
-        hidden = found.last_hidden_state
+            arguments["use_cache"] = False
+        output = self.model(**arguments)
+        hidden = output.last_hidden_state
         return Features(
-            found.pooler_output if self.pool == "pooler" else pool_tokens(hidden, mask, self.pool),
+            output.pooler_output if self.pool == "pooler" else pool_tokens(hidden, mask, self.pool),
             tokens=hidden,
             mask=mask,
         )
@@ -204,14 +206,14 @@ class Transformers(Backbone):
         self, tokens: Tensor, mask: Tensor, positions: Tensor, past: Any = None
     ) -> tuple[Tensor, Any]:
         """Continue a sequence, as `Continues` describes it (causal models only)."""
-        found = self.model(
+        output = self.model(
             input_ids=tokens,
             attention_mask=mask,
             position_ids=positions,
             past_key_values=past,
             use_cache=True,
         )
-        return found.last_hidden_state, found.past_key_values
+        return output.last_hidden_state, output.past_key_values
 
     def embedding(self) -> nn.Embedding:
         return self.model.get_input_embeddings()
@@ -288,11 +290,9 @@ def _config(
 def _sizes(architecture: str, options: TransformersOptions, inputs: TextInputs) -> dict[str, Any]:
     """Translate the options to the family's configuration."""
     pad, _, cls, sep, _ = inputs["specials"]
-    positions, inner, drop = (
-        options.positions or inputs["length"],
-        options.intermediate or 4 * options.hidden,
-        options.dropout,
-    )
+    positions = options.positions or inputs["length"]
+    inner = options.intermediate or 4 * options.hidden
+    drop = options.dropout
     if architecture == "gpt2":
         return {
             "vocab_size": inputs["vocabulary"],
@@ -330,7 +330,7 @@ def _sizes(architecture: str, options: TransformersOptions, inputs: TextInputs) 
         "hidden_dropout_prob": drop,
         "attention_probs_dropout_prob": drop,
     }
-    # As published: one token type, norms with 1e-5, positions behind that of padding
+    # as published: one token type, norms with 1e-5, positions from the one after padding
     if architecture == "roberta":
         own |= {
             "max_position_embeddings": positions + pad + 1,
@@ -495,7 +495,7 @@ class Wav2Vec2(Backbone):
         hidden = hidden.masked_fill(~mask[:, :, None], 0.0)
         hidden = hidden + encoder.pos_conv_embed(hidden)
         hidden = encoder.dropout(hidden if self.prenorm else encoder.layer_norm(hidden))
-        # A row without frames sees its padding: no row of the softmax is empty
+        # a row without frames attends to its padding, so that no softmax is empty
         keys = (mask | ~mask.any(1, keepdim=True))[:, None, None, :]
         for layer in encoder.layers:
             hidden = layer(hidden, attention_mask=keys)
@@ -532,10 +532,8 @@ def _speech_sizes(options: TransformersOptions) -> dict[str, Any]:
 
     Norms and biases are those of the large models, which train more stably.
     """
-    kernels, strides = (
-        options.conv_kernels or [10, 3, 3, 3, 3, 2, 2],
-        options.conv_strides or [5, 2, 2, 2, 2, 2, 2],
-    )
+    kernels = options.conv_kernels or [10, 3, 3, 3, 3, 2, 2]
+    strides = options.conv_strides or [5, 2, 2, 2, 2, 2, 2]
     if len(kernels) != len(strides) or min(*kernels, *strides) < 1:
         raise ValueError(
             f"transformers/wav2vec2: conv_kernels {kernels} and conv_strides {strides} must be "

@@ -153,12 +153,12 @@ class WaveNet(Backbone):
         """
         out = torch.zeros(x.shape[0], self.options.skip, x.shape[2], device=x.device)
         for block in self.blocks:
-            found: Any = (
+            output: Any = (
                 checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
                 if self.options.recompute
                 else block(x)
             )
-            x, skip = found
+            x, skip = output
             out = out.add_(skip)
         return out
 

@@ -27,15 +27,15 @@ from pipeline.media.episodes import SpaceState
 from pipeline.simulation.environment import World, make
 from pipeline.simulation.rollout import has_success_criterion, rollout
 
-COMPARED = ("return", "success", "steps", "random_return", "random_success", "random_steps")
+REFERENCE_ROLES = ("return", "success", "steps", "random_return", "random_success", "random_steps")
 """Columns of an episode: what its expert, and a random policy in its place, reached."""
-LEAST_SHARE = 1e-6
+MIN_SHARE = 1e-6
 """Shares of classes are at least this, so that logarithms are finite."""
 FRAMES = 6
 """Pictures of an episode, where pictures can be made."""
-TRIED = 64
+CHECKED_ROWS = 64
 """Rows whose worlds are looked at to know whether success is defined in them."""
-REACHED = ("success", "return", "steps")
+EPISODE_METRICS = ("success", "return", "steps")
 """What an episode is measured by."""
 
 
@@ -177,7 +177,7 @@ class BehaviourCloning(Objective):
         columns = state["columns"]
         if "environment" not in columns:
             return ()
-        own = REACHED if state.get("judged", True) else REACHED[1:]
+        own = EPISODE_METRICS if state.get("judged", True) else EPISODE_METRICS[1:]
         expert = tuple(f"expert_{name}" for name in own if name in columns)
         random = tuple(f"random_{name}" for name in own if f"random_{name}" in columns)
         return (*own, *expert, *random)
@@ -199,7 +199,7 @@ class BehaviourCloning(Objective):
         environment = columns.get("environment", "")
         success = columns.get("success", "")
         if environment in table.column_names:
-            worlds = _worlds(table[environment].drop_null().slice(0, TRIED), environment)
+            worlds = _worlds(table[environment].drop_null().slice(0, CHECKED_ROWS), environment)
             is_given = success in table.column_names and table[success].null_count < len(table)
             state["judged"] = is_given or all(has_success_criterion(world.id) for world in worlds)
         if kind == "discrete":
@@ -251,11 +251,11 @@ class BehaviourCloning(Objective):
         """Read all worlds, and make one of each kind: its environment must be installed."""
         if "environment" not in state["columns"]:
             return
-        made = set()
+        checked = set()
         for world in _worlds(table[columns["environment"]], columns["environment"]):
             kind = (world.id, world.skill, tuple(sorted(world.dynamics)))
-            if kind not in made:
-                made.add(kind)
+            if kind not in checked:
+                checked.add(kind)
                 make(world).close()
 
     def __init__(
@@ -267,8 +267,8 @@ class BehaviourCloning(Objective):
         inputs = backbone.arch.inputs
         if "spaces" not in inputs or backbone.token_dim is None or not backbone.causal:
             raise ValueError(
-                f"{name} is no policy: behaviour_cloning takes a causal backbone of trajectories, "
-                "such as policy/mlp"
+                f"{name} is not a policy: behaviour_cloning takes a causal backbone of "
+                "trajectories, such as policy/mlp"
             )
         if inputs.get("images") and "environment" in state["columns"]:
             raise ValueError(
@@ -295,13 +295,13 @@ class BehaviourCloning(Objective):
 
     def is_transferable(self, options, name):
         """Decoders mean the same where they predict as many actions by a head of one kind."""
-        theirs = BehaviourCloningOptions(**options)
+        their_options = BehaviourCloningOptions(**options)
         space = self.spaces[name.split(".")[1]]
         head = action_heads.head_of(self.options.head, space["discrete"])
-        their_head = action_heads.head_of(theirs.head, space["discrete"])
-        if theirs.chunk != self.options.chunk or their_head != head:
+        their_head = action_heads.head_of(their_options.head, space["discrete"])
+        if their_options.chunk != self.options.chunk or their_head != head:
             return False
-        return head != "mixture" or theirs.components == self.options.components
+        return head != "mixture" or their_options.components == self.options.components
 
     @classmethod
     def unseen_inputs(cls, source_inputs, target_inputs):
@@ -321,13 +321,13 @@ class BehaviourCloning(Objective):
             (n, T, H, outputs) float32.
         """
         tokens = F.dropout(tokens, self.options.dropout, self.training)
-        found = []
+        decoded = []
         for number, name in enumerate(self.spaces):
             rows = (space == number).nonzero()[:, 0]
             if len(rows):
                 output = self.decoders[name](tokens[rows]).float()
-                found.append((name, rows, output.unflatten(-1, (self.options.chunk, -1))))
-        return found
+                decoded.append((name, rows, output.unflatten(-1, (self.options.chunk, -1))))
+        return decoded
 
     def labelled_positions(self, features: Features, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return the tokens (m, D) of all steps, their own actions, and (m,) their rows.
@@ -391,10 +391,10 @@ class BehaviourCloning(Objective):
         count = torch.zeros_like(total)
         error = torch.zeros_like(total)
         for name, rows, output in self._outputs(backbone, batch):
-            found = self._losses(self.heads[name], name, output, rows, batch)
-            total = total + found.losses.sum()
-            count = count + found.counted.sum()
-            error = error + found.errors.detach().sum()
+            of_space = self._losses(self.heads[name], name, output, rows, batch)
+            total = total + of_space.losses.sum()
+            count = count + of_space.counted.sum()
+            error = error + of_space.errors.detach().sum()
         # spaces that no row of this batch belongs to: DDP waits for every gradient
         for parameter in (*backbone.parameters(), *self.parameters()):
             if parameter.requires_grad:
@@ -411,7 +411,7 @@ class BehaviourCloning(Objective):
         if self.reads_actions and not has_actions and "executed" not in batch.data:
             raise ValueError(
                 f"{backbone.arch.name} reads the actions before each step, and these rows have "
-                "none: say --column actions=NAME, or executed"
+                "none: give --column actions=NAME, or executed"
             )
         return self._predictions(batch, self._outputs(backbone, batch), self.heads)
 
@@ -428,7 +428,7 @@ class BehaviourCloning(Objective):
         is_discrete = self.state["kind"] == "discrete"
         head = "categorical" if is_discrete else "mse"
         if is_discrete:
-            scores = scores.clamp(LEAST_SHARE, 1.0).log()
+            scores = scores.clamp(MIN_SHARE, 1.0).log()
         outputs = []
         for number, name in enumerate(self.spaces):
             rows = (batch["space"] == number).nonzero()[:, 0]
@@ -444,7 +444,12 @@ class BehaviourCloning(Objective):
     def _predictions(
         self, batch: Batch, outputs: list[tuple[str, Tensor, Tensor]], heads: dict[str, str]
     ) -> dict[str, Tensor]:
-        """Return the predictions of what heads, by the name of the space, say (``decoded``)."""
+        """Return the predictions of decoded outputs.
+
+        Args:
+            outputs: Of each space its name, its rows and its decoder's output (``decoded``).
+            heads: The kind of head of each space.
+        """
         mask = batch["mask"]
         has_actions = "actions" in batch.data
         is_discrete = self.state["kind"] == "discrete"
@@ -463,12 +468,12 @@ class BehaviourCloning(Objective):
             )
             if not has_actions:
                 continue
-            found = self._losses(heads[name], name, output, rows, batch)
+            of_space = self._losses(heads[name], name, output, rows, batch)
             numbers = 1 if is_discrete else width
-            num_steps = found.counted[:, :, 0].sum(1).float()
-            predictions["loss"][rows] = found.losses.sum((1, 2))
-            predictions["count"][rows] = found.counted.sum((1, 2)).float()
-            predictions["squared_error"][rows] = found.errors[:, :, 0].sum(1) * numbers
+            num_steps = of_space.counted[:, :, 0].sum(1).float()
+            predictions["loss"][rows] = of_space.losses.sum((1, 2))
+            predictions["count"][rows] = of_space.counted.sum((1, 2)).float()
+            predictions["squared_error"][rows] = of_space.errors[:, :, 0].sum(1) * numbers
             predictions["action_numbers"][rows] = num_steps * numbers
         best = best.masked_fill(~mask[..., None], torch.nan)
         if is_discrete:
@@ -525,7 +530,7 @@ class BehaviourCloning(Objective):
         space = predictions["space"]
         task = predictions["task"]
         pilot = Pilot(backbone.eval(), self, raw_rows.modality, space, task)
-        return _rolled_out(pilot, predictions, raw_rows)
+        return _rollout_metrics(pilot, predictions, raw_rows)
 
     def rollout_scores(
         self,
@@ -539,11 +544,13 @@ class BehaviourCloning(Objective):
         space = predictions["space"]
         task = predictions["task"]
         pilot = StepPilot(scores, self, rows.modality, space, task)
-        return _rolled_out(pilot, predictions, rows)
+        return _rollout_metrics(pilot, predictions, rows)
 
 
 class Actor:
-    """Does in each world what a model says, in that world's units.
+    """Base of the policies that a rollout asks for actions, in the units of each world.
+
+    `Pilot` is that of a network of this package, `StepPilot` that of any model of single steps.
 
     Args:
         space: (n,) int64, of each world the index of its space among the modality's.
@@ -608,7 +615,7 @@ class Actor:
 
 
 class StepPilot(Actor):
-    """Actions of any model that reads the newest observation alone, as the simulator's ``Policy``.
+    """The simulator's ``Policy`` for a model that reads the newest observation alone.
 
     Args:
         scores: Decoded rows of one step each, without actions, to standardised actions (n, A), or
@@ -634,8 +641,8 @@ class StepPilot(Actor):
         newest = self.seen or [np.zeros(0, dtype=np.float32)] * len(observations)
         pairs = zip(observations, newest, strict=True)
         self.seen = [
-            last if one is None else np.asarray(one, dtype=np.float32).reshape(-1)
-            for one, last in pairs
+            last if observation is None else np.asarray(observation, dtype=np.float32).reshape(-1)
+            for observation, last in pairs
         ]
         value = self.scores(
             {"observations": ragged(self.seen), "space": self.space, "task": self.task}
@@ -649,10 +656,10 @@ class StepPilot(Actor):
 
 
 class Pilot(Actor):
-    """A trained policy as the simulator's ``Policy``.
+    """The simulator's ``Policy`` for a trained network.
 
-    It holds what it has seen and done in each world, standardised, and reads as much of it as its
-    backbone was trained to (``window`` observations, or ``context`` steps).
+    It remembers the standardised observations and actions of each world, as many as its backbone
+    reads (``window`` observations, or ``context`` steps).
 
     Args:
         space: (n,) int64, of each world the index of its space among the modality's.
@@ -729,12 +736,12 @@ class Pilot(Actor):
         Standardised numbers, or probabilities of classes.
         """
         objective = self.objective
-        held = {
+        arrays = {
             "observations": np.stack(self.seen, 1),
             "actions": np.stack(self.done, 1),
             "mask": np.ones((n, len(self.seen)), dtype=bool),
         }
-        data = {name: torch.from_numpy(array).to(self.device) for name, array in held.items()}
+        data = {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
         keys = torch.zeros(n, dtype=torch.int64, device=self.device)
         batch = Batch(np.arange(n), keys, {**data, **self.fixed})
         with torch.autocast(self.device.type, enabled=False):
@@ -753,7 +760,7 @@ class Pilot(Actor):
         return plan
 
 
-def _rolled_out(
+def _rollout_metrics(
     pilot: Actor, predictions: dict[str, np.ndarray], raw_rows: Any
 ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     """Return the predictions with the pilot's episodes, and pictures of the first world."""
@@ -764,18 +771,18 @@ def _rolled_out(
     episodes = rollout(worlds, pilot, start=pilot.set_bounds, frames=steps_a_frame)
     diverged = np.array([bool(episode.diverged) for episode in episodes], dtype=np.float64)
     success = np.array([episode.success for episode in episodes], dtype=np.float64)
-    found: dict[str, np.ndarray] = {
+    measured: dict[str, np.ndarray] = {
         "diverged": diverged,
         "return": np.array([np.sum(one.rewards, dtype=np.float64) for one in episodes]),
         "steps": np.array([len(one.rewards) for one in episodes], dtype=np.float64),
         "most_steps": np.array([world.steps for world in worlds], dtype=np.float64),
         "success": success * (1 - diverged),
     }
-    for role in COMPARED:
+    for role in REFERENCE_ROLES:
         if role in raw_rows.columns:
             column = role if role.startswith("random_") else f"expert_{role}"
-            found[column] = _numbers(raw_rows.table[raw_rows.columns[role]])
-    return {**predictions, **found}, _pictures(episodes[0].frames[:FRAMES])
+            measured[column] = _numbers(raw_rows.table[raw_rows.columns[role]])
+    return {**predictions, **measured}, _pictures(episodes[0].frames[:FRAMES])
 
 
 def _check_head(options: BehaviourCloningOptions, kind: str, name: str) -> None:
@@ -785,11 +792,11 @@ def _check_head(options: BehaviourCloningOptions, kind: str, name: str) -> None:
     is_discrete = kind == "discrete"
     if (options.head == "categorical") == is_discrete:
         return
-    held = "class names" if is_discrete else "numbers"
+    description = "class names" if is_discrete else "numbers"
     usable = "categorical" if is_discrete else "mse, gaussian or mixture"
     raise ValueError(
         f"option head of behaviour_cloning: {options.head} does not suit column {name}, whose "
-        f"actions are {held}: say {usable}, or leave it out"
+        f"actions are {description}: set {usable}, or leave it out"
     )
 
 

@@ -96,7 +96,7 @@ class ClassificationState(TypedDict):
     """State of `Classification`."""
 
     values: list[Any]
-    """The classes as they stand in the column: numbers or texts."""
+    """The classes as the column has them: numbers or texts."""
     labels: list[str]
     """Names of the classes."""
     counts: NotRequired[list[int]]
@@ -183,8 +183,8 @@ class Classification(Objective):
                 f"column {name}: it holds {column.type} values, but the labels of the training "
                 f"rows are like {state['values'][0]!r}; write both in one type"
             ) from None
-        found = pc.index_in(column, value_set=known)
-        if found.null_count:
+        numbers = pc.index_in(column, value_set=known)
+        if numbers.null_count:
             if _are_sentences(state["labels"]):
                 # a row's text may be personal: it is not quoted
                 raise ValueError(
@@ -192,7 +192,7 @@ class Classification(Objective):
                     "known). They look like sentences: if the columns of text and label are "
                     "swapped, write columns: {label: NAME} with the column of classes"
                 )
-            unknown = column.filter(pc.is_null(found))
+            unknown = column.filter(pc.is_null(numbers))
             value = unknown[0].as_py()
             advice = nearest(str(value), state["labels"])
             if pa.types.is_floating(column.type):
@@ -204,7 +204,7 @@ class Classification(Objective):
                 f"column {name}: label {value!r} is in no training row "
                 f"({len(state['labels'])} labels known); {advice}"
             )
-        return {"label": found.to_numpy().astype(np.int64)}
+        return {"label": numbers.to_numpy().astype(np.int64)}
 
     def __init__(
         self, backbone: Backbone, options: ClassificationOptions, state: ClassificationState
@@ -393,19 +393,27 @@ def _refuse_nulls(column: pa.ChunkedArray, name: str) -> None:
 def _label_names(table: pa.Table, columns: dict[str, str], values: list[Any]) -> list[str]:
     """Return the name of each value, unique: heads are carried over by name.
 
-    Where several labels have one name (ImageNet has two cranes), the value is added to it.
+    Where several labels have one name (ImageNet has two cranes), the value is added to it. A null
+    is not a name.
 
     Raises:
-        ValueError: a label has several names.
+        ValueError: a label has several names, or none.
     """
     label = columns["label"]
     label_name = columns["label_name"]
     names_of: dict[Any, list[str]] = {}
     for pair in table.group_by([label, label_name]).aggregate([]).to_pylist():
-        names_of.setdefault(pair[label], []).append(str(pair[label_name]))
+        if pair[label_name] is not None:
+            names_of.setdefault(pair[label], []).append(str(pair[label_name]))
     several = {value: names for value, names in names_of.items() if len(names) > 1}
     if several:
         raise ValueError(f"column {label_name}: one label has several names: {several}")
+    nameless = [value for value in values if value not in names_of]
+    if nameless:
+        raise ValueError(
+            f"column {label_name}: no row names label {nameless[0]!r} (all are null): write its "
+            "name, or leave label_name out of columns"
+        )
     names = [names_of[value][0] for value in values]
     count = Counter(names)
     pairs = zip(names, values, strict=True)
@@ -434,13 +442,13 @@ def _order(values: list[Any], names: list[str], options: ClassificationOptions) 
     if options.positive is None:
         return [0, 1]
     wanted = str(options.positive)
-    found = [k for k in (0, 1) if wanted in (str(values[k]), names[k])]
-    if len(found) != 1:
+    matching = [k for k in (0, 1) if wanted in (str(values[k]), names[k])]
+    if len(matching) != 1:
         raise ValueError(
-            f"option positive of classification: {options.positive!r} is none of the classes "
+            f"option positive of classification: {options.positive!r} is not one of the classes "
             f"{', '.join(names)}"
         )
-    return [1 - found[0], found[0]]
+    return [1 - matching[0], matching[0]]
 
 
 # ---------------------------------------------------------------- mixing

@@ -29,7 +29,7 @@ from pipeline.core.ragged import lengths, pad, ragged
 from pipeline.media import tokenization
 from pipeline.media.tagging_schemes import texts
 
-LARGEST_SCALE = 100.0
+MAX_SCALE = 100.0
 """Cosines are multiplied by at most this (section 2.5 of the paper)."""
 
 
@@ -161,11 +161,11 @@ class CLIP(Objective):
         Raises:
             ValueError: a column of no texts, or no caption at all.
         """
-        found = [text for text in _captions(table, columns) if text]
-        if not found:
+        captions = [text for text in _captions(table, columns) if text]
+        if not captions:
             raise ValueError(f"column {columns['caption']}: no row holds a caption")
         tokenizer = tokenization.train_tokenizer(
-            found, "wordpiece", options.vocabulary, options.lowercase
+            captions, "wordpiece", options.vocabulary, options.lowercase
         )
         return {
             "tokenizer": tokenizer.to_str(),
@@ -195,8 +195,8 @@ class CLIP(Objective):
         """Name rows whose caption is null or empty."""
         if columns.get("caption") not in table.column_names:
             return [""] * len(table)
-        found = _captions(table, columns)
-        return ["" if text else "the caption is empty" for text in found]
+        captions = _captions(table, columns)
+        return ["" if text else "the caption is empty" for text in captions]
 
     def __init__(self, backbone: Backbone, options: CLIPOptions, state: CLIPState):
         super().__init__(backbone, options, state)
@@ -246,7 +246,7 @@ class CLIP(Objective):
     @torch.no_grad()
     def after_step(self, backbone: Backbone, step: int, steps: int) -> None:
         """Keep the scale of the cosines at most 100."""
-        self.log_scale.clamp_(max=math.log(LARGEST_SCALE))
+        self.log_scale.clamp_(max=math.log(MAX_SCALE))
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         """Return what the metrics read; of rows without captions ``embedding`` (B, D), of length 1.
@@ -308,8 +308,8 @@ def _tokens(captions: Sequence[str | None], state: CLIPState) -> np.ndarray:
     cls, sep = (tokenizer.token_to_id(name) for name in ("[CLS]", "[SEP]"))
     room = state["length"] - 2
     documents = [(text or "").encode() for text in captions]
-    found = tokenization.encode_first(tokenizer, documents, room, np.int32)
-    return ragged(np.array([cls, *one.ids[:room], sep], dtype=np.int32) for one in found)
+    encoded = tokenization.encode_first(tokenizer, documents, room, np.int32)
+    return ragged(np.array([cls, *one.ids[:room], sep], dtype=np.int32) for one in encoded)
 
 
 @lru_cache(maxsize=2)

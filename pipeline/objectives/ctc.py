@@ -37,7 +37,7 @@ SLACK = 0.02
 Resampling, and formats that keep milliseconds, round.
 """
 SPACE = "|"
-"""How a language model's file writes the space, which is no word of it."""
+"""How a language model's file writes the space, which is not one of its words."""
 
 
 class CTCOptions(Options):
@@ -167,12 +167,12 @@ class CTC(Objective):
                 than the vocabulary has room for.
         """
         rules = transcripts.rules_of(options.case, options.punctuation)
-        found = [text for text in _normalised(table, columns, rules) if text]
+        known_texts = [text for text in _normalised(table, columns, rules) if text]
         try:
             if options.units == "characters":
-                alphabet = transcripts.Alphabet.of(found)
+                alphabet = transcripts.Alphabet.of(known_texts)
             else:
-                alphabet = transcripts.Alphabet.of_subwords(found, options.vocabulary)
+                alphabet = transcripts.Alphabet.of_subwords(known_texts, options.vocabulary)
         except ValueError as error:
             raise ValueError(
                 f"column {columns['transcript']}, the transcripts of {len(table)} training rows: "
@@ -189,8 +189,8 @@ class CTC(Objective):
         if columns.get("transcript") not in table.column_names:  # new rows to predict
             return {}
         alphabet = transcripts.Alphabet.from_state(state)
-        found = _normalised(table, columns, state["normalization"])
-        known = ["" if alphabet.strange(text) else text for text in found]
+        normalised = _normalised(table, columns, state["normalization"])
+        known = ["" if alphabet.describe_unknown(text) else text for text in normalised]
         return {"transcript": ragged(alphabet.encode(text) for text in known)}
 
     @classmethod
@@ -198,15 +198,15 @@ class CTC(Objective):
         """Name rows whose transcript is null or empty."""
         if columns.get("transcript") not in table.column_names:
             return [""] * len(table)
-        found = _normalised(table, columns, state["normalization"])
-        return ["" if text else "the transcript is empty" for text in found]
+        normalised = _normalised(table, columns, state["normalization"])
+        return ["" if text else "the transcript is empty" for text in normalised]
 
     @classmethod
     def bind_to_backbone(cls, state: TranscriptState, backbone) -> CTCState:
         """Add ``convolutions`` and ``rate`` (samples a second).
 
         Raises:
-            ValueError: a backbone whose tokens are no frames of a recording.
+            ValueError: a backbone whose tokens are not frames of a recording.
         """
         _check_backbone(backbone)
         convolutions = [list(one) for one in backbone.convolutions or ()]
@@ -223,8 +223,8 @@ class CTC(Objective):
         if columns.get("transcript") not in table.column_names:
             return [""] * len(table)
         alphabet = transcripts.Alphabet.from_state(state)
-        found = _normalised(table, columns, state["normalization"])
-        reasons = [alphabet.strange(text) for text in found]
+        normalised = _normalised(table, columns, state["normalization"])
+        reasons = [alphabet.describe_unknown(text) for text in normalised]
         if arrays is not None:
             samples = lengths(arrays["audio"])
         else:
@@ -233,7 +233,9 @@ class CTC(Objective):
             samples = np.where(seconds > 0, longest, 0).astype(np.int64)
         labels: Any = (arrays or {}).get("transcript")  # as ``encode`` made them
         if labels is None:
-            known = ["" if reason else text for text, reason in zip(found, reasons, strict=True)]
+            known = [
+                "" if reason else text for text, reason in zip(normalised, reasons, strict=True)
+            ]
             labels = [alphabet.encode(text) for text in known]
         num_frames = conv_arithmetic.count(samples, state["convolutions"])
         for row, of_row in enumerate(labels):
@@ -278,7 +280,7 @@ class CTC(Objective):
     def raw_outputs(self, backbone, batch):
         """`log_probabilities` (B, N, C): one for each of `labels`, at every frame.
 
-        Label 0 is the blank. `frames` (B,) says how many frames of a row are no padding.
+        Label 0 is the blank. `frames` (B,) says the number of frames of each row without padding.
         """
         log_probs, ends = self.emissions(backbone, batch)
         return {"log_probabilities": log_probs, "frames": ends}
@@ -327,9 +329,9 @@ class CTC(Objective):
         """
         if raw_rows.columns.get("transcript") not in raw_rows.table.column_names:
             return predictions
-        said = [self.alphabet.decode(labels) for labels in predictions["prediction"]]
+        recognised = [self.alphabet.decode(labels) for labels in predictions["prediction"]]
         right = _normalised(raw_rows.table, raw_rows.columns, self.state["normalization"])
-        return {**predictions, **transcripts.errors(said, right)}
+        return {**predictions, **transcripts.errors(recognised, right)}
 
     def output_columns(self, predictions, raw_rows):
         """Return ``text``, ``confidence`` and ``words``.
@@ -379,8 +381,8 @@ class CTC(Objective):
         Hypotheses are label sequences, each with the sum over its alignments in the beam.
         """
         rows = zip(log_probs.cpu().contiguous(), ends.tolist(), strict=True)
-        found = [torch.from_numpy(self._best_hypothesis(row, end)) for row, end in rows]
-        padded = nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)
+        hypotheses = [torch.from_numpy(self._best_hypothesis(row, end)) for row, end in rows]
+        padded = nn.utils.rnn.pad_sequence(hypotheses, batch_first=True, padding_value=-1)
         return padded.to(log_probs.device)
 
     def _best_hypothesis(self, log_probs: Tensor, end: int) -> np.ndarray:
@@ -391,7 +393,7 @@ class CTC(Objective):
             return best_labels
         decoder = self._decoder().decoder
         for hypothesis in decoder.decode(log_probs.data_ptr(), end, log_probs.shape[1]):
-            # without what stands before the first frame and behind the last one
+            # without the tokens before the first frame and behind the last one
             path = np.array(hypothesis.tokens[1:-1], dtype=np.int32)
             is_new = np.append(True, path[1:] != path[:-1])
             labels = path[is_new & (path > 0)]
@@ -480,7 +482,7 @@ def _language_model(labels: tuple[str, ...], path: str) -> Any:
 
 
 def _check_backbone(backbone: Backbone) -> int:
-    """Return the width of its tokens; raise ValueError where they are no frames of a recording."""
+    """Return the width of its tokens; raise ValueError where they are not frames of a recording."""
     if backbone.token_dim is None or backbone.convolutions is None:
         raise ValueError(
             f"{backbone.arch.name} gives no frames of a recording: ctc needs a backbone of "

@@ -91,10 +91,10 @@ class Detection(BoxObjective):
         """Return ``boxes`` (n, M, 4), ``labels`` (n, M), ``crowd`` (n, M) and ``image_size``."""
         if columns.get("boxes") not in table.column_names:  # new rows to predict
             return {}
-        found = box_labels.pad_boxes(
+        padded = box_labels.pad_boxes(
             box_labels.parse_boxes(table, columns, state), state["max_boxes"]
         )
-        return {**found, "image_size": box_labels.image_sizes(table, columns)}
+        return {**padded, "image_size": box_labels.image_sizes(table, columns)}
 
     @classmethod
     def invalid_label_reasons(cls, table, columns, state: BoxState):

@@ -106,12 +106,12 @@ def as_buffers(module: nn.Module) -> Any:
 
     They are saved, resumed and moved with the task, but no optimiser and no layer holds them.
     """
-    made = copy.deepcopy(module)
-    for part in made.modules():
+    copied = copy.deepcopy(module)
+    for part in copied.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             delattr(part, name)
             part.register_buffer(name, parameter.detach().clone())
-    return made
+    return copied
 
 
 @register("objective", "dino", options=DINOOptions)
@@ -293,10 +293,10 @@ class DINO(Objective):
         momentum = 1 - (1 - self.options.momentum) * falling
         pairs = ((self.teacher_backbone, backbone), (self.teacher_head, self.head))
         for teacher, student in pairs:
-            held = dict(teacher.named_buffers())
+            buffers = dict(teacher.named_buffers())
             new = dict(student.named_parameters())
             torch._foreach_lerp_(
-                [held[name] for name in new],
+                [buffers[name] for name in new],
                 [parameter.detach() for parameter in new.values()],
                 1 - momentum,
             )

@@ -21,7 +21,7 @@ STILL = 1e-3
 """Root mean square of a number's change, in its standard deviations, below which it is constant."""
 ACTION_TENSORS = ("actions", "executed")
 """Tensors of actions. What changes the world is what was executed, where rows have that."""
-MOST_STEPS = 1e6
+MAX_STEPS = 1e6
 """Deviations of changes are means over all steps so far, and later over about the last so many."""
 
 
@@ -45,17 +45,16 @@ class DynamicsOptions(Options):
 class Dynamics(Objective):
     """Forward and inverse dynamics: predict the next observation, and the action between two steps.
 
-    There are two heads of each space on a causal backbone's tokens, for every step that has a next
-    one.
+    Each space has two heads on a causal backbone's tokens, for every step that has a next one.
 
-    ``forward_heads.<space>``: from token t and action t (as it was executed, where rows have
-    that), the change of the observation from t to t + 1, each number in the deviation of its own
-    changes (a running mean over the rows of earlier training steps, ``changes.<space>``). Squared
-    error, averaged over the observation's numbers.
+    ``forward_heads.<space>`` predicts the change of the observation from t to t + 1, from token t
+    and action t (as it was executed, where rows have that). Each number's change is divided by
+    the deviation of its changes, a running mean over the rows of earlier training steps
+    (``changes.<space>``). The loss is the squared error, averaged over the observation's numbers.
 
-    ``inverse_heads.<space>``: from tokens t and t + 1 that action. Of numbers the squared error
-    averaged over them, of classes the cross entropy. The pass for it is given no actions at all:
-    where a backbone reads earlier actions, token t + 1 would hold the answer.
+    ``inverse_heads.<space>`` predicts that action from tokens t and t + 1. The loss is the squared
+    error averaged over the action's numbers, or the cross entropy of its classes. The backbone
+    gets no actions in this pass: where it reads earlier ones, token t + 1 would hold the answer.
 
     Such representations keep what can be controlled (Pathak et al. 2017), and serve imitation
     with few demonstrations (Brandfonbrener et al. 2023, "Inverse Dynamics Pretraining Learns Good
@@ -89,13 +88,13 @@ class Dynamics(Objective):
         return ["" if count else f"{name} holds no action" for count in counts]
 
     def __init__(self, backbone: Backbone, options: DynamicsOptions, state: State):
-        """Raise ValueError for a backbone that is no policy, and where both weights are 0."""
+        """Raise ValueError for a backbone that is not a policy, and where both weights are 0."""
         super().__init__(backbone, options, state)
         inputs = backbone.arch.inputs
         width = backbone.token_dim
         if "spaces" not in inputs or width is None or not backbone.causal:
             raise ValueError(
-                f"{backbone.arch.name} is no policy: dynamics takes a causal backbone of "
+                f"{backbone.arch.name} is not a policy: dynamics takes a causal backbone of "
                 "trajectories, such as policy/transformer"
             )
         if not options.forward and not options.inverse:
@@ -166,7 +165,7 @@ class Dynamics(Objective):
         """Return (B, T - 1) losses, which steps count, and the logged parts of each step."""
         if "actions" not in batch.data:
             raise ValueError(
-                "dynamics predicts actions, and these rows have none: say --column actions=NAME"
+                "dynamics predicts actions, and these rows have none: give --column actions=NAME"
             )
         options = self.options
         seeing, blind = self._both_tokens(backbone, batch)
@@ -179,7 +178,7 @@ class Dynamics(Objective):
                 continue
             executed = batch.data.get("executed", batch["actions"])
             acts = executed[rows, :-1, : space["action"]]
-            if space["discrete"]:  # a class that stands in no training row was executed
+            if space["discrete"]:  # a class that no training row has was executed
                 counted[rows] &= acts.any(-1)
             loss = parts["loss"][rows]
             if seeing is not None and options.forward:
@@ -258,7 +257,7 @@ class RunningScale(nn.Module):
         self.seen = None
         seen = all_gather.all_reduce_sum(seen)
         squares, count = seen[:-1], seen[-1]
-        self.steps.copy_((self.steps + count).clamp(max=MOST_STEPS))
+        self.steps.copy_((self.steps + count).clamp(max=MAX_STEPS))
         share = count / self.steps.clamp(min=1)
         self.square.lerp_(squares / count.clamp(min=1), share.clamp(max=1))
 

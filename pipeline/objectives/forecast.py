@@ -20,7 +20,7 @@ from pipeline.core.specs import State
 
 CUT = 1 << 19
 """Random stream of the rows' keys, apart from the modality's."""
-FARTHEST = 5.0
+MAX_ERROR = 5.0
 """Largest error that counts, in standard deviations: one wrong entry should not outweigh a day."""
 
 
@@ -165,13 +165,13 @@ class Forecast(Objective):
         real = real & present.any(2) & (hours <= self.latest)
         output = self.head(features).float().unflatten(-1, (2, self.variables))
         value, logit = output.unbind(-2)
-        difference = (value - mean).clamp(-FARTHEST, FARTHEST)
+        difference = (value - mean).clamp(-MAX_ERROR, MAX_ERROR)
         squares = difference.square() * present
         entropy = F.binary_cross_entropy_with_logits(logit, present.float(), reduction="none")
         losses = squares.mean(2) + self.options.presence * entropy.mean(2)
         # DDP waits for every parameter's gradient
         losses = losses + 0.0 * pooled.float().sum(1, keepdim=True)
-        zero = mean.clamp(-FARTHEST, FARTHEST).square() * present
+        zero = mean.clamp(-MAX_ERROR, MAX_ERROR).square() * present
         logs = {
             "error": squares.mean(2) * real,
             "zero_error": zero.mean(2) * real,

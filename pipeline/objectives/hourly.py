@@ -78,12 +78,12 @@ class HourlyState(TypedDict):
 class Hourly(Objective):
     """Labels of each hour: a linear head on a causal backbone's tokens, read at the label's time.
 
-    The label at time t is predicted from the last token that holds events and whose information
-    ends at t or before (before the first one from a learned start vector), beside
-    log(1 + hours since then). Tokens without events are passed over: that a row's tokens end with
-    its last event must not give anything away. So nothing from after t reaches a prediction at t
-    (Harutyunyan et al. 2019, decompensation and length of stay). Label times after the hour up to
-    which events are read are refused.
+    The label at time t is predicted from the last token that holds events and ends at t or before,
+    and from log(1 + hours since then). Before the first such token a learned start vector takes its
+    place. Tokens without events are not used, since where a row's tokens end would tell when its
+    last event is. So nothing from after t reaches a prediction at t (Harutyunyan et al. 2019,
+    decompensation and length of stay). Label times after the hour up to which events are read are
+    refused.
 
     Columns: ``label_times``, a list of hours since the row's start, ascending, and
     ``label_values``, a list as long. The backbone gives ``tokens``, in ``stages["times"]`` (B, N)
@@ -123,7 +123,7 @@ class Hourly(Objective):
         if options.task == "binary" and options.classes != 2:
             raise ValueError(
                 f"option classes of hourly: a binary task has 2 classes, not {options.classes}; "
-                "say task: multiclass, or leave classes out"
+                "set task: multiclass, or leave classes out"
             )
         labels = [str(k) for k in range(options.classes)]
         values = cls._values(table, columns, {"labels": labels, "counts": []})
@@ -185,7 +185,7 @@ class Hourly(Objective):
 
     @classmethod
     def invalid_label_reasons(cls, table, columns, state: HourlyState):
-        """Name rows with values that are no class, or times that are no ascending numbers.
+        """Name rows with values that are not classes, or times that do not ascend.
 
         And rows with more times than values, or fewer. Reasons show no value of a patient.
         """
@@ -201,14 +201,14 @@ class Hourly(Objective):
         is_later = times[1:] >= times[:-1]
         is_new_row = row_of_time[1:] != row_of_time[:-1]
         ascends[1:] = is_later | is_new_row
-        classes = len(state["labels"])
-        is_class = np.isin(values, np.arange(classes))
+        num_classes = len(state["labels"])
+        is_class = np.isin(values, np.arange(num_classes))
         reasons = np.full(len(table), "", dtype=object)
         reasons[row_of_value[~is_class]] = (
-            f"a value of {values_name} is no class from 0 to {classes - 1}"
+            f"a value of {values_name} is not a class from 0 to {num_classes - 1}"
         )
         reasons[row_of_time[~ascends]] = f"{times_name} do not ascend"
-        reasons[row_of_time[~np.isfinite(times)]] = f"a time of {times_name} is no number"
+        reasons[row_of_time[~np.isfinite(times)]] = f"a time of {times_name} is not a number"
         reasons[num_times != num_values] = f"{times_name} and {values_name} are not equally many"
         return reasons.tolist()
 
@@ -218,7 +218,7 @@ class Hourly(Objective):
         if len(np.unique(cls._values(table, columns, state))) < 2:
             raise ValueError(
                 f"column {columns['label_values']}: these {len(table)} rows hold labels of one "
-                "class only, so they cannot be told apart: give this split more rows"
+                "class only, so they cannot be distinguished: give this split more rows"
             )
 
     def __init__(self, backbone: Backbone, options: HourlyOptions, state: HourlyState):
@@ -346,7 +346,7 @@ class Hourly(Objective):
         if "label_values" not in batch.data:
             return {"scores": scores / self.state.get("temperature", 1.0), "times": times}
         label = torch.where(is_time, batch["label_values"].long(), -1)
-        return {**self._judged(scores, label), "times": times}
+        return {**self._compare(scores, label), "times": times}
 
     def raw_outputs(self, backbone, batch):
         """`scores` (B, M, C): one for each of `labels` at each of M times. Their softmax are the
@@ -372,9 +372,9 @@ class Hourly(Objective):
 
     def predict_scores(self, scores: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return what `predict` does, without the times, of logits (B, M, C)."""
-        return self._judged(scores, batch["label_values"].long())
+        return self._compare(scores, batch["label_values"].long())
 
-    def _judged(self, scores: Tensor, label: Tensor) -> dict[str, Tensor]:
+    def _compare(self, scores: Tensor, label: Tensor) -> dict[str, Tensor]:
         """Return scores, labels and losses; ``label`` (B, M) is -1 where there is none."""
         scores = scores / self.state.get("temperature", 1.0)
         row_losses = F.cross_entropy(
@@ -439,9 +439,9 @@ def _lists(column: pa.ChunkedArray, name: str) -> tuple[np.ndarray, np.ndarray]:
     )
     if inner is None or not any(fits(inner) for fits in is_number):
         raise ValueError(f"column {name} holds {kind}: hourly reads a list of numbers a row")
-    whole = column.cast(pa.large_list(inner)).combine_chunks()
-    lengths = pc.fill_null(pc.list_value_length(whole), 0)
-    flat = pc.list_flatten(whole)
+    array = column.cast(pa.large_list(inner)).combine_chunks()
+    lengths = pc.fill_null(pc.list_value_length(array), 0)
+    flat = pc.list_flatten(array)
     if pa.types.is_boolean(inner):
         flat = flat.cast(pa.int8())
     numbers = flat.cast(pa.float64()).to_numpy(zero_copy_only=False)

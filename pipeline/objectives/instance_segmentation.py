@@ -241,7 +241,7 @@ def _runs(
         raise ValueError("its masks are null; an image without objects has an empty list")
     if len(masks) != boxes:
         raise ValueError(f"{boxes} boxes, but {len(masks)} masks")
-    found = [np.zeros(0, np.int32)]
+    parts = [np.zeros(0, np.int32)]
     for number, mask in enumerate(masks, 1):
         if mask is None or mask["size"] is None or mask["counts"] is None:
             raise ValueError(f"mask {number} of {boxes} is null")
@@ -253,8 +253,8 @@ def _runs(
             raise ValueError(f"mask {number} of {boxes}: {error}") from None
         if not runs[1::2].any():
             raise ValueError(f"mask {number} of {boxes} covers no pixel")
-        found.append(np.append(runs, [0] * (len(runs) % 2)).astype(np.int32))
-    return np.concatenate(found), size
+        parts.append(np.append(runs, [0] * (len(runs) % 2)).astype(np.int32))
+    return np.concatenate(parts), size
 
 
 # ---------------------------------------------------------------- masks
@@ -320,10 +320,10 @@ def _compared(batch: Batch, row: int, masks: Tensor, boxes: Tensor) -> dict[str,
     ends = ends - owner * pixels
     at = 0
     for part in _pasted(masks, boxes[: len(masks)], (height, width)):
-        here = slice(at, at + len(part))
+        span = slice(at, at + len(part))
         before = F.pad(part.transpose(1, 2).flatten(1).cumsum(1, dtype=torch.int32), (1, 0))
-        areas[here] = before[:, -1]
-        shared[here].index_add_(1, owner, before[:, ends] - before[:, ends - lengths])
+        areas[span] = before[:, -1]
+        shared[span].index_add_(1, owner, before[:, ends] - before[:, ends - lengths])
         at += len(part)
     return {"mask_areas": areas, "true_mask_areas": true_areas, "mask_intersections": shared}
 
@@ -374,8 +374,8 @@ class MaskRCNN(FasterRCNN):
 
     def masks(self, maps: dict[str, Tensor], detections: Detections, batch: Batch) -> list[Tensor]:
         """Return the probabilities (k, 28, 28) that pixels of each detection's box are of it."""
-        boxes = [found["boxes"] for found in detections]
+        boxes = [detected["boxes"] for detected in detections]
         scores = self._mask_scores(maps, boxes, batch)
-        classes = torch.cat([found["labels"] for found in detections])
+        classes = torch.cat([detected["labels"] for detected in detections])
         of_class = scores[torch.arange(len(scores), device=scores.device), classes].sigmoid()
         return [*of_class.split([len(of_image) for of_image in boxes])]

@@ -83,7 +83,7 @@ class MaskedLM(Objective):
 
     Bits per byte is here an estimate of the pseudo-likelihood (Salazar et al. 2020), not
     comparable with a causal model's: each token is seen from both sides. A row's bytes count by
-    the share of its tokens that were predicted among those that stand for text. Unknown words are
+    the share of its tokens that were predicted among those that encode text. Unknown words are
     never predicted, and a row's bytes are spread over its tokens, long unknown words among them:
     it compares tokenizers that spell (nearly) everything.
     """
@@ -258,7 +258,7 @@ class MaskedLM(Objective):
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         """Return ``loss`` and ``count`` (B,), and ``bytes`` (B,) where the batch has them.
 
-        Bytes are those of the predicted share of the tokens that stand for text, unknown words
+        Bytes are those of the predicted share of the tokens that encode text, unknown words
         among them, which are never predicted.
         """
         losses, weight, _ = self._rows(backbone, batch)
@@ -479,7 +479,7 @@ def _continuing(name: str, inputs: Inputs, size: int) -> Tensor:
     """Return (size,) bool: tokens that continue a word.
 
     Raises:
-        ValueError: the modality did not say.
+        ValueError: the modality gave none.
     """
     if "continuing" not in inputs:
         raise ValueError(

@@ -61,7 +61,7 @@ class MAE(Objective):
         width = options.width
         if size % patch or size < 2 * patch:
             raise ValueError(
-                f"{name}: images of {size} px are no whole number of patches of {patch} px, two "
+                f"{name}: images of {size} px are not a whole number of patches of {patch} px, two "
                 f"or more a side; set the modality's size to a multiple of {patch}"
             )
         if width % 4 or width % options.heads:

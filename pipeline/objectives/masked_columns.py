@@ -1,4 +1,4 @@
-"""Pretraining of tables without labels: hidden columns of a row are told from the others.
+"""Pretraining of tables without labels: hidden columns of a row are predicted from the others.
 
 Shapes: B rows, K numbers, C known texts (categories), N texts of a row.
 """
@@ -76,8 +76,8 @@ class MaskedColumns(Objective):
             numbers_known=known & ~hidden,
             codes=codes.masked_fill(hidden_codes, 0),
         )
-        found = self.head(backbone(seen).pooled).float()
-        numbers, logits = found.split([self.numbers, self.codes], 1)
+        predicted = self.head(backbone(seen).pooled).float()
+        numbers, logits = predicted.split([self.numbers, self.codes], 1)
 
         number_error = _mean_where((numbers - batch["numbers"]).square(), hidden)
         zero_error = _mean_where(batch["numbers"].square(), hidden)

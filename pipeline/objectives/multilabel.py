@@ -113,11 +113,11 @@ class Multilabel(Objective):
             ValueError: no training row has a label, or one has a label that is not named.
         """
         name = columns["labels"]
-        found, _ = _entries(table[name], name, options.separator)
-        labels = options.labels or sorted(pc.unique(found).to_pylist())
+        of_rows, _ = _entries(table[name], name, options.separator)
+        labels = options.labels or sorted(pc.unique(of_rows).to_pylist())
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
-            raise ValueError(f"option labels of multilabel: {twice} stand twice")
+            raise ValueError(f"option labels of multilabel: {twice} occur twice")
         if not labels:
             raise ValueError(f"column {name}: none of {len(table)} training rows has a label")
         state: MultilabelState = {
@@ -260,20 +260,20 @@ def _places(
         ValueError: a label that is not known.
     """
     name = columns["labels"]
-    found, rows = _entries(table[name], name, state["separator"])
+    entries, rows = _entries(table[name], name, state["separator"])
     known = pa.array(state["labels"], pa.string())
-    places = pc.index_in(found, value_set=known)
+    places = pc.index_in(entries, value_set=known)
     if places.null_count:
-        value = found.filter(pc.is_null(places))[0].as_py()
+        value = entries.filter(pc.is_null(places))[0].as_py()
         raise ValueError(
-            f"column {name}: label {value!r} is none of the {len(known)} known ones (those of the "
-            f"training rows, or option labels); {nearest(value, state['labels'])}"
+            f"column {name}: label {value!r} is not one of the {len(known)} known ones (those of "
+            f"the training rows, or option labels); {nearest(value, state['labels'])}"
         )
     return rows, places.to_numpy().astype(np.int64)
 
 
 def _positives(table: pa.Table, columns: dict[str, str], state: MultilabelState) -> np.ndarray:
-    """Return (L,) rows that have each label; one that stands in a row twice counts once."""
+    """Return (L,) rows that have each label; one that a row has twice counts once."""
     rows, places = _places(table, columns, state)
     count = len(state["labels"])
     return np.bincount(np.unique(rows * count + places) % count, minlength=count)
@@ -298,9 +298,9 @@ def _entries(column: pa.ChunkedArray, name: str, separator: str) -> tuple[pa.Arr
             f"column {name} holds {kind}: labels are lists of texts or integers, or texts such as "
             f"'A{separator}B'"
         )
-    whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    rows = pc.list_parent_indices(whole)
-    flat = pc.list_flatten(whole)
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    rows = pc.list_parent_indices(array)
+    flat = pc.list_flatten(array)
     if pa.types.is_dictionary(flat.type):
         flat = flat.cast(flat.type.value_type)
     is_label = (

@@ -227,14 +227,16 @@ class QuestionAnswering(Objective):
         """
         windows, real = flattened(batch)
         predict_windows = partial(self._predict_windows, backbone)
-        found = windows.predict_in_parts(predict_windows, WINDOWS_AT_ONCE) if len(windows) else {}
+        predicted = (
+            windows.predict_in_parts(predict_windows, WINDOWS_AT_ONCE) if len(windows) else {}
+        )
 
         def by_row(name: str, value: float) -> Tensor:
             """Return (B, W, ...) by row and window, ``value`` where there is no window."""
             shape = (*real.shape, 2) if name == "span" else real.shape
             out = torch.full(shape, value, device=real.device)
-            if name in found:
-                out[real] = found[name].to(out.dtype)
+            if name in predicted:
+                out[real] = predicted[name].to(out.dtype)
             return out
 
         score, window = by_row("best", float("-inf")).max(1)
@@ -417,14 +419,14 @@ def _answers(table: pa.Table, columns: dict[str, str]) -> list[Answers]:
     starts_of_rows: list[Any] = [None] * len(table)
     if columns.get("answer_start") in table.column_names:
         starts_of_rows = _column(table, columns, "answer_start")
-    found = []
+    answers_of_rows = []
     for answers, starts in zip(_column(table, columns, "answers"), starts_of_rows, strict=True):
         if not any(answers):
-            found.append(Answers([], [], ""))
+            answers_of_rows.append(Answers([], [], ""))
             continue
         reason = _invalid_answers_reason(answers, starts)
-        found.append(Answers(answers, starts if starts is not None else [], reason))
-    return found
+        answers_of_rows.append(Answers(answers, starts if starts is not None else [], reason))
+    return answers_of_rows
 
 
 def _invalid_answers_reason(answers: list[str | None], starts: list[int | None] | None) -> str:

@@ -77,10 +77,10 @@ class Regression(Objective):
         numbers = _numbers(table[name], name)
         numbers = numbers[np.isfinite(numbers)]
         if not len(numbers) or numbers.min() == numbers.max():
-            found = f"one number only ({numbers[0]:g})" if len(numbers) else "no number"
+            description = f"one number only ({numbers[0]:g})" if len(numbers) else "no number"
             raise ValueError(
-                f"column {name}: the training rows hold {found}; regression needs numbers that "
-                "differ"
+                f"column {name}: the training rows hold {description}; regression needs "
+                "numbers that differ"
             )
         return {"mean": float(numbers.mean()), "std": float(numbers.std()), "labels": [name]}
 
@@ -98,7 +98,7 @@ class Regression(Objective):
         """A number must be finite: files of pandas have NaN where a value is missing."""
         name = columns["value"]
         numbers = _numbers(table[name], name)
-        return ["" if fine else f"{name} is no finite number" for fine in np.isfinite(numbers)]
+        return ["" if fine else f"{name} is not a finite number" for fine in np.isfinite(numbers)]
 
     def __init__(self, backbone: Backbone, options: RegressionOptions, state: RegressionState):
         super().__init__(backbone, options, state)
@@ -149,12 +149,12 @@ class Regression(Objective):
         In float64, since a number may be large beside its deviation: a year, an altitude.
         """
         standardised = scores[:, 0].double()
-        found = {"prediction": self._in_unit(standardised)}
+        predicted = {"prediction": self._in_unit(standardised)}
         if "value" in batch.data:
             value = batch["value"].double()
-            found["value"] = self._in_unit(value)
-            found["loss"] = self._losses(standardised, value)
-        return found
+            predicted["value"] = self._in_unit(value)
+            predicted["loss"] = self._losses(standardised, value)
+        return predicted
 
     def _in_unit(self, standardised: Tensor) -> Tensor:
         scale, shift = self.output_scale
@@ -164,12 +164,12 @@ class Regression(Objective):
         """Return the mean of the numbers."""
         scale, shift = self.output_scale
         first = predictions[0]
-        found = {"prediction": torch.stack([one["prediction"] for one in predictions]).mean(0)}
+        averaged = {"prediction": torch.stack([one["prediction"] for one in predictions]).mean(0)}
         if "value" in first:
-            both = (found["prediction"], first["value"])
-            found["value"] = first["value"]
-            found["loss"] = self._losses(*((one - shift) / scale for one in both))
-        return found
+            both = (averaged["prediction"], first["value"])
+            averaged["value"] = first["value"]
+            averaged["loss"] = self._losses(*((one - shift) / scale for one in both))
+        return averaged
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         return self.head_predict(backbone(batch).pooled, batch)

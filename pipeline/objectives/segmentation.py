@@ -228,10 +228,10 @@ def _invalid_mask_reason(value: Any, classes: int, ignore: int) -> str:
     if isinstance(data, str):
         data = storage.read_bytes(data)
     try:
-        found = np.unique(image_io.class_numbers(data or b""))
+        numbers = np.unique(image_io.class_numbers(data or b""))
     except ValueError:
         return ""
-    unknown = found[(found >= classes) & (found != ignore) & (found != OUTSIDE)]
+    unknown = numbers[(numbers >= classes) & (numbers != ignore) & (numbers != OUTSIDE)]
     if not len(unknown):
         return ""
     return (

@@ -22,7 +22,7 @@ from pipeline.core.contracts import Arrays, Backbone, Batch, Features, Objective
 from pipeline.core.contracts.objective_capabilities import TransformersHead
 from pipeline.media.tagging_schemes import Tagset, check, scheme, texts
 
-MOST_TAGS = int(np.iinfo(np.int16).max)
+MAX_TAGS = int(np.iinfo(np.int16).max)
 
 
 class TaggingOptions(Options):
@@ -146,7 +146,7 @@ class Tagging(Objective):
         """
         name = columns["tags"]
         flat, _, is_numeric = _lists(table[name], name)
-        found = texts(pc.unique(flat).drop_null())
+        tags = texts(pc.unique(flat).drop_null())
         numbers: dict[str, str] = {}
         if options.names is not None:
             if not is_numeric:
@@ -154,17 +154,17 @@ class Tagging(Objective):
                     f"objective.names: they are for a column of numbers, and column {name} holds "
                     "the tags themselves; leave them out"
                 )
-            numbers = _numbers(options.names, found, name)
-            found = [*numbers.values()]
+            numbers = _numbers(options.names, tags, name)
+            tags = [*numbers.values()]
         try:
-            kind = scheme(found) if options.scheme == "auto" else options.scheme
-            tagset = Tagset.of(found, kind)
+            kind = scheme(tags) if options.scheme == "auto" else options.scheme
+            tagset = Tagset.of(tags, kind)
         except ValueError as error:
             raise ValueError(f"column {name}: {error}") from None
-        if not 2 <= len(tagset.labels) <= MOST_TAGS:
+        if not 2 <= len(tagset.labels) <= MAX_TAGS:
             raise ValueError(
                 f"column {name}: the training rows hold {len(tagset.labels)} different tags; "
-                f"tagging needs 2 to {MOST_TAGS}"
+                f"tagging needs 2 to {MAX_TAGS}"
             )
         return {
             "labels": [*tagset.labels],
@@ -323,7 +323,7 @@ class Tagging(Objective):
             guess = torch.where((guess < 0) & is_word, 0, guess)
         losses, truth = self._losses(scores, batch)
         known = {"loss": losses.sum(1), "count": (truth >= 0).sum(1).float()}
-        return {**self._judged(guess, tags), **known}
+        return {**self._compare(guess, tags), **known}
 
     def predict_scores(self, scores: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return what `predict` does, of logits (B, W, L) of each word."""
@@ -333,9 +333,9 @@ class Tagging(Objective):
             scores.flatten(0, 1), tags.flatten(), reduction="none", ignore_index=-1
         )
         known = {"loss": losses.view_as(tags).sum(1), "count": (tags >= 0).sum(1).float()}
-        return {**self._judged(guess, batch["tags"]), **known}
+        return {**self._compare(guess, batch["tags"]), **known}
 
-    def _judged(self, guess: Tensor, tags: Tensor) -> dict[str, Tensor]:
+    def _compare(self, guess: Tensor, tags: Tensor) -> dict[str, Tensor]:
         """Return the guessed tags (B, W), and what is right of them."""
         is_word = tags >= 0
         counts = self.tagset.counts(guess.cpu().numpy(), tags.cpu().numpy(), self.options.strict)
@@ -394,20 +394,20 @@ def _tagset(state: TaggingState) -> Tagset:
 
 
 def _numbers(
-    names: list[str] | dict[int | str, str], found: list[str], column: str
+    names: list[str] | dict[int | str, str], of_rows: list[str], column: str
 ) -> dict[str, str]:
     """Return the tag of each number, as texts.
 
     Args:
         names: option ``names``.
-        found: the numbers that stand in the training rows.
+        of_rows: the numbers that the training rows have.
 
     Raises:
         ValueError: a number without a name, or two of one name.
     """
     pairs = names.items() if isinstance(names, dict) else enumerate(names)
     numbers = {str(number): tag for number, tag in pairs}
-    unknown = sorted((number for number in found if number not in numbers), key=int)
+    unknown = sorted((number for number in of_rows if number not in numbers), key=int)
     if unknown:
         raise ValueError(
             f"column {column}: tag {unknown[0]} of the training rows has no name in "
@@ -440,10 +440,10 @@ def _lists(
             f"column {name} holds {column.type}: tags are a list of texts or whole numbers, one "
             "for each word"
         )
-    whole = column.cast(pa.large_list(pa.string())).combine_chunks()
-    lengths = pc.fill_null(pc.list_value_length(whole), 0)
+    array = column.cast(pa.large_list(pa.string())).combine_chunks()
+    lengths = pc.fill_null(pc.list_value_length(array), 0)
     lengths = lengths.to_numpy(zero_copy_only=False).astype(np.int64)
-    tags = pc.list_flatten(whole) if flat else whole
+    tags = pc.list_flatten(array) if flat else array
     return tags, lengths, pa.types.is_integer(inner)
 
 
@@ -454,8 +454,8 @@ def _label_numbers(flat: pa.Array, name: str, state: TaggingState) -> np.ndarray
         ValueError: a tag that is not known.
     """
     known = state["numbers"] or {label: label for label in state["labels"]}
-    found = pc.index_in(flat, value_set=pa.array([*known], pa.string()), skip_nulls=True)
-    is_unknown = pc.and_(pc.is_null(found), pc.is_valid(flat))
+    positions = pc.index_in(flat, value_set=pa.array([*known], pa.string()), skip_nulls=True)
+    is_unknown = pc.and_(pc.is_null(positions), pc.is_valid(flat))
     if pc.any(is_unknown).as_py():
         value = texts(flat.filter(is_unknown).slice(0, 1))[0]
         raise ValueError(
@@ -463,7 +463,7 @@ def _label_numbers(flat: pa.Array, name: str, state: TaggingState) -> np.ndarray
             f"({len(known)} tags known); {nearest(value, known)}"
         )
     numbers = np.array([*(state["labels"].index(tag) for tag in known.values()), -1])
-    indices = pc.fill_null(found, -1)
+    indices = pc.fill_null(positions, -1)
     return numbers[indices.to_numpy(zero_copy_only=False)]
 
 

@@ -20,7 +20,7 @@ from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
 from pipeline.core.identity_numbers import identity_numbers
 from pipeline.core.nn import losses
 
-SMALLEST_SINE_SQUARED = 1e-7
+MIN_SINE_SQUARED = 1e-7
 """Least squared sine of an angle.
 
 The gradient of sqrt is infinite at 0, and 1 - x in float32 is exact only to about 1e-7.
@@ -186,10 +186,10 @@ class Verification(Objective):
 
     def predict_scores(self, scores: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return ``embedding`` (B, E), the scores at length 1, and with identities ``identity``."""
-        found = {"embedding": F.normalize(scores, dim=-1)}
+        predicted = {"embedding": F.normalize(scores, dim=-1)}
         if "identity" in batch.data:
-            found["identity"] = batch["identity"]
-        return found
+            predicted["identity"] = batch["identity"]
+        return predicted
 
     def raw_outputs(self, backbone, batch):
         """`embedding` (B, E) of length 1: the dot product of two is their cosine, which is larger
@@ -215,7 +215,7 @@ def with_margin(cosines: Tensor, label: Tensor, margin: float) -> Tensor:
         margin: In radians.
     """
     own = cosines.gather(1, label[:, None])
-    sine = (1 - own.square()).clamp(min=SMALLEST_SINE_SQUARED).sqrt()
+    sine = (1 - own.square()).clamp(min=MIN_SINE_SQUARED).sqrt()
     moved = own * math.cos(margin) - sine * math.sin(margin)
     falls = own > -math.cos(margin)
     moved = torch.where(falls, moved, own - margin * math.sin(margin))

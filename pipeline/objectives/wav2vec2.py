@@ -134,7 +134,7 @@ class Wav2Vec2Pretraining(Objective):
     """wav2vec 2.0 pretraining: tell a hidden frame's code from those of other hidden frames.
 
     The context network predicts, at every hidden frame, the frame's own code (equation 3; equal
-    codes are no distractors). Spans, distractors and Gumbel noise follow from the row's key. A
+    codes are not distractors). Spans, distractors and Gumbel noise follow from the row's key. A
     recording with fewer frames than a span, or with a single hidden frame, takes no part.
 
     In training the diversity loss (equation 4) of the codes of the *global* batch is added, and
@@ -325,21 +325,21 @@ class Wav2Vec2Pretraining(Objective):
         return Compared(losses, hits, valid, logits, squares, real.sum())
 
     def loss(self, backbone: Backbone, batch: Batch):
-        found = self._compared(backbone, batch)
-        total = found.losses.sum()
-        count = found.valid.sum().float()
-        logs = {"accuracy": found.hits.sum(), "contrastive": total.detach()}
+        compared = self._compared(backbone, batch)
+        total = compared.losses.sum()
+        count = compared.valid.sum().float()
+        logs = {"accuracy": compared.hits.sum(), "contrastive": total.detach()}
         of_codes = self.log_names[2:]
         if not self.training:
             return total, count, logs | {name: torch.zeros_like(total) for name in of_codes}
         options = self.options
         size = options.groups * options.entries
-        valid = found.valid[:, :, None, None]
-        soft = found.logits.softmax(-1) * valid
+        valid = compared.valid[:, :, None, None]
+        soft = compared.logits.softmax(-1) * valid
         soft = soft.sum((0, 1))
-        hard = F.one_hot(found.logits.argmax(-1), options.entries) * valid
+        hard = F.one_hot(compared.logits.argmax(-1), options.entries) * valid
         hard = hard.sum((0, 1))
-        counts = torch.stack([count, found.squares, found.frames.float()])
+        counts = torch.stack([count, compared.squares, compared.frames.float()])
         local = torch.cat([soft.flatten(), hard.flatten(), counts])
         # the value of all ranks with the gradient of this one's rows
         of_other_ranks = all_gather.all_reduce_sum(local) - local.detach()
@@ -388,7 +388,7 @@ class Wav2Vec2Pretraining(Objective):
         return (
             f"wav2vec2: the quantiser has collapsed: at step {step + 1} of {steps} the perplexity "
             f"of its codes is {usage:.1f} of {self.options.entries} entries of a group, so frames "
-            "are hardly told apart; lower train.lr, raise wav2vec2.diversity, take larger "
+            "are hardly distinguished; lower train.lr, raise wav2vec2.diversity, take larger "
             "batches, or a longer warm-up"
         )
 
@@ -397,8 +397,8 @@ class Wav2Vec2Pretraining(Objective):
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         """Return ``loss``, summed over the hidden frames, and their ``count``, both (B,)."""
-        found = self._compared(backbone, batch)
-        return {"loss": found.losses.sum(1), "count": found.valid.sum(1).float()}
+        compared = self._compared(backbone, batch)
+        return {"loss": compared.losses.sum(1), "count": compared.valid.sum(1).float()}
 
 
 def _at(tensor: Tensor, indices: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ ADDED = ("latency", "noise")
 """Delay of actions in whole steps, and standard deviation of Gaussian noise on observations. 0: as
 published.
 """
-OWN = {
+OWN_ENVIRONMENTS = {
     "onetomany/Reach-v0": "reach",
     "onetomany/Push-v0": "push",
     "onetomany/WallFollowing-v0": "range_world",
@@ -45,7 +45,7 @@ PLAIN_ID = re.compile(r"([A-Za-z0-9_-]+/)?[A-Za-z0-9_.-]+")
 """Ids that rows may name, as gymnasium registers them: namespace/Name-v0. A colon would import the
 module before it.
 """
-MOST_STEPS = 1_000_000
+MAX_STEPS = 1_000_000
 """Longest episode of a world that a row names."""
 NEEDED = f"simulation needs gymnasium, MuJoCo and stable-baselines3: {extras.install('robotics')}"
 
@@ -107,11 +107,11 @@ class World:
             ident = str(stated["id"])
             if not PLAIN_ID.fullmatch(ident):
                 raise ValueError(
-                    f"id {ident[:80]!r} is no plain id of a registered environment, such as "
+                    f"id {ident[:80]!r} is not a plain id of a registered environment, such as "
                     "Hopper-v5; rows cannot name code"
                 )
-            if int(stated["steps"]) > MOST_STEPS:
-                raise ValueError(f"steps {stated['steps']}: an episode has at most {MOST_STEPS}")
+            if int(stated["steps"]) > MAX_STEPS:
+                raise ValueError(f"steps {stated['steps']}: an episode has at most {MAX_STEPS}")
             return cls(
                 str(stated["id"]),
                 int(stated["steps"]),
@@ -121,7 +121,7 @@ class World:
             )
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(
-                f"{text[:200]!r} is no world: {error!r}; rollouts write JSON with id, steps, "
+                f"{text[:200]!r} is not a world: {error!r}; rollouts write JSON with id, steps, "
                 "seed and dynamics"
             ) from None
 
@@ -165,9 +165,10 @@ def check_environment_id(ident: str) -> None:
     except ModuleNotFoundError:
         raise ValueError(f"{ident}: {NEEDED}") from None
     # module:id is registered by its module, when it is made
-    if ident not in OWN and ident not in gymnasium.registry and ":" not in ident:
+    if ident not in OWN_ENVIRONMENTS and ident not in gymnasium.registry and ":" not in ident:
         raise ValueError(
-            f"environment {ident!r} is not installed; {nearest(ident, [*gymnasium.registry, *OWN])}"
+            f"environment {ident!r} is not installed; "
+            f"{nearest(ident, [*gymnasium.registry, *OWN_ENVIRONMENTS])}"
         )
 
 
@@ -181,8 +182,8 @@ def make(world: World) -> Any:
         import gymnasium
     except ModuleNotFoundError:
         raise ValueError(f"{world.id}: {NEEDED}") from None
-    if world.id in OWN:
-        env = _own(world)
+    if world.id in OWN_ENVIRONMENTS:
+        env = _make_own(world)
     else:
         if world.skill:
             raise ValueError(f"{world.id} has no skill {world.skill!r}; leave skill out")
@@ -193,14 +194,14 @@ def make(world: World) -> Any:
         except gymnasium.error.UnregisteredEnv:
             raise ValueError(
                 f"environment {world.id!r} is not installed; "
-                f"{nearest(world.id, [*gymnasium.registry, *OWN])}"
+                f"{nearest(world.id, [*gymnasium.registry, *OWN_ENVIRONMENTS])}"
             ) from None
         except (gymnasium.error.Error, ModuleNotFoundError) as error:
             raise ValueError(f"{world.id}: {error}") from None
-    _quiet(env)
-    _change(env, world)
+    _silence_warnings(env)
+    _change_dynamics(env, world)
     latency, noise = int(world.dynamics.get("latency", 0)), world.dynamics.get("noise", 0.0)
-    return _Late(env, latency, noise, world.seed) if latency or noise else env
+    return _DelayedActions(env, latency, noise, world.seed) if latency or noise else env
 
 
 def simulator() -> Any:
@@ -211,12 +212,12 @@ def simulator() -> Any:
         raise ValueError(NEEDED) from None
 
 
-def _own(world: World) -> Any:
-    module = importlib.import_module(f"pipeline.simulation.{OWN[world.id]}")
-    return _Cut(module.environment(world), world.steps)
+def _make_own(world: World) -> Any:
+    module = importlib.import_module(f"pipeline.simulation.{OWN_ENVIRONMENTS[world.id]}")
+    return _TimeLimit(module.environment(world), world.steps)
 
 
-def _quiet(env: Any) -> None:
+def _silence_warnings(env: Any) -> None:
     """Ignore MuJoCo's warnings, which it would write to a file; rollouts count them themselves."""
     if getattr(env.unwrapped, "model", None) is not None:
         mujoco = simulator()
@@ -228,9 +229,9 @@ def _ignored(text: str) -> None:
     return
 
 
-def _change(env: Any, world: World) -> None:
+def _change_dynamics(env: Any, world: World) -> None:
     """Multiply the arrays of the MuJoCo model, and update what follows from masses."""
-    # Multipliers that an environment without MuJoCo sees to itself
+    # multipliers that an environment without MuJoCo applies itself
     own = getattr(env.unwrapped, "takes", ())
     wanted = {
         name: world.dynamics[name]
@@ -242,7 +243,7 @@ def _change(env: Any, world: World) -> None:
     model = getattr(env.unwrapped, "model", None)
     if model is None:
         raise ValueError(
-            f"{world.id} is no MuJoCo environment: it has no {', '.join(wanted)} to multiply; "
+            f"{world.id} is not a MuJoCo environment: it has no {', '.join(wanted)} to multiply; "
             f"{', '.join((*own, *ADDED))} can be given"
         )
     for name, factor in wanted.items():
@@ -251,8 +252,11 @@ def _change(env: Any, world: World) -> None:
     simulator().mj_setConst(model, env.unwrapped.data)
 
 
-class _Cut:
-    """An environment whose episodes are truncated (gymnasium's TimeLimit only wraps its own)."""
+class _TimeLimit:
+    """An environment whose episodes are truncated after so many steps.
+
+    gymnasium's TimeLimit takes environments of its own class only.
+    """
 
     def __init__(self, env: Any, steps: int):
         self.env, self.limit, self.steps = env, steps, 0
@@ -270,11 +274,11 @@ class _Cut:
         return observation, reward, terminated, truncated or self.steps >= self.limit, info
 
 
-class _Late:
-    """Delays actions by `latency` steps and adds Gaussian noise to observations.
+class _DelayedActions:
+    """Delay actions by `latency` steps, and add Gaussian noise to observations.
 
-    The first actions are zero, or class 0. The noise's seed is that given to `reset`, else the
-    world's stream goes on.
+    The first actions are zero, or class 0. The noise follows from the seed that `reset` gets;
+    without one the random stream of the episode before goes on.
     """
 
     def __init__(self, env: Any, latency: int, noise: float, seed: int):

@@ -59,7 +59,7 @@ class LQR:
     def __init__(self, world: World):
         if world.id.partition("-")[0] not in self.IDS:
             raise ValueError(f"expert lqr balances {' and '.join(self.IDS)}, not {world.id}")
-        self.whole, self.pushed, self.gain = self._solved(
+        self.transition, self.control, self.gain = self._solved(
             world.id, tuple((k, v) for k, v in sorted(world.dynamics.items()) if k not in ADDED)
         )
 
@@ -68,8 +68,9 @@ class LQR:
     def _solved(
         cls, ident: str, dynamics: tuple[tuple[str, float], ...]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the two matrices of the linearisation, and K. Cached: many episodes have the same
-        dynamics.
+        """Return the matrices A and B of the linearisation x' = A x + B u, and the gain K.
+
+        They are cached, since many episodes have the same dynamics.
         """
         from scipy.linalg import solve_discrete_are
 
@@ -78,31 +79,38 @@ class LQR:
         mujoco = simulator()
         data, n, m = mujoco.MjData(model), 2 * model.nv, model.nu
 
-        def after(state: np.ndarray, control: np.ndarray) -> np.ndarray:
+        def step_from(state: np.ndarray, control: np.ndarray) -> np.ndarray:
             mujoco.mj_resetData(model, data)
             data.qpos[:], data.qvel[:], data.ctrl[:] = state[: model.nq], state[model.nq :], control
             mujoco.mj_step(model, data, skip)
             return np.concatenate([data.qpos, data.qvel])
 
-        step, rest, still = 1e-5, np.zeros(n), np.zeros(m)
-        whole = np.stack(
+        step, rest, no_action = 1e-5, np.zeros(n), np.zeros(m)
+        transition = np.stack(
             [
-                (after(rest + d, still) - after(rest - d, still)) / (2 * step)
-                for d in step * np.eye(n)
+                (step_from(rest + change, no_action) - step_from(rest - change, no_action))
+                / (2 * step)
+                for change in step * np.eye(n)
             ],
             1,
         )
-        pushed = np.stack(
-            [(after(rest, d) - after(rest, -d)) / (2 * step) for d in step * np.eye(m)], 1
+        control = np.stack(
+            [
+                (step_from(rest, change) - step_from(rest, -change)) / (2 * step)
+                for change in step * np.eye(m)
+            ],
+            1,
         )
-        place, angle, action = cls.WEIGHTS
-        weight, price = (
-            np.diag([place] + [angle] * (model.nv - 1) + [0.0] * model.nv),
-            action * np.eye(m),
-        )
-        p = solve_discrete_are(whole, pushed, weight, price)
+        position_cost, angle_cost, action_cost = cls.WEIGHTS
+        state_costs = np.diag([position_cost] + [angle_cost] * (model.nv - 1) + [0.0] * model.nv)
+        action_costs = action_cost * np.eye(m)
+        p = solve_discrete_are(transition, control, state_costs, action_costs)
         env.close()
-        return whole, pushed, np.linalg.solve(price + pushed.T @ p @ pushed, pushed.T @ p @ whole)
+        return (
+            transition,
+            control,
+            np.linalg.solve(action_costs + control.T @ p @ control, control.T @ p @ transition),
+        )
 
     def act(self, env: Any, observation: np.ndarray) -> np.ndarray:
         """Return the action (1,) float32, not clipped."""

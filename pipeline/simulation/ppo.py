@@ -22,7 +22,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from pipeline.core.rng import mix
 from pipeline.simulation.rollout import divergence
-from pipeline.simulation.trained_policy import FARTHEST, Bounds, Settings
+from pipeline.simulation.trained_policy import MAX_DEVIATIONS, Bounds, Settings
 
 EPSILON = 1e-8
 """Added to a variance before its square root is taken, as VecNormalize does."""
@@ -53,7 +53,7 @@ class TrainingEnvironment(gymnasium.Env):
         self.env, self.ended = env, ended
         self.rng = np.random.default_rng(seed)
         self.bounds = Bounds(env.action_space.low, env.action_space.high)
-        farthest = np.where(self.bounds.is_scaled, 1.0, FARTHEST).astype(np.float32)
+        farthest = np.where(self.bounds.is_scaled, 1.0, MAX_DEVIATIONS).astype(np.float32)
         self.action_space = Box(-farthest, farthest)  # the library wants finite bounds
         self.observation_space = Box(-np.inf, np.inf, env.observation_space.shape, np.float64)
         self.observation = np.zeros(env.observation_space.shape)
@@ -122,7 +122,7 @@ class Training:
         self.curve.append((float(self.steps), float(reward), float(length)))
 
     def _assemble(self, ended: list[tuple[float, float]]) -> Any:
-        """The library's PPO in fresh environments, in the state that the last block left."""
+        """Return the library's PPO with new environments, in the state after the last block."""
         s, begin = self.settings, self.iteration
         first = begin // s.block * s.environments
 
@@ -138,7 +138,11 @@ class Training:
         ppo = PPO(
             "MlpPolicy",
             VecNormalize(
-                venv, clip_obs=FARTHEST, clip_reward=FARTHEST, gamma=s.gamma, epsilon=EPSILON
+                venv,
+                clip_obs=MAX_DEVIATIONS,
+                clip_reward=MAX_DEVIATIONS,
+                gamma=s.gamma,
+                epsilon=EPSILON,
             ),
             learning_rate=learning_rate,
             n_steps=s.horizon,
@@ -183,7 +187,7 @@ class Training:
 
 
 def _arrays_of(ppo: Any) -> dict[str, np.ndarray]:
-    """Weights, the optimiser's state and the running statistics, copied."""
+    """Return copies of the weights, the optimiser's state and the running statistics."""
     out = {
         f"policy.{name}": value.numpy().copy() for name, value in ppo.policy.state_dict().items()
     }
@@ -202,12 +206,12 @@ def _restore(ppo: Any, arrays: dict[str, np.ndarray]) -> None:
 
     ppo.policy.load_state_dict({name: tensor(f"policy.{name}") for name in ppo.policy.state_dict()})
     optimizer = ppo.policy.optimizer
-    found = optimizer.state_dict()
-    numbers = found["param_groups"][0]["params"]
-    found["state"] = {i: {name: tensor(f"adam.{i}.{name}") for name in ADAM} for i in numbers}
-    for state in found["state"].values():
+    state_dict = optimizer.state_dict()
+    numbers = state_dict["param_groups"][0]["params"]
+    state_dict["state"] = {i: {name: tensor(f"adam.{i}.{name}") for name in ADAM} for i in numbers}
+    for state in state_dict["state"].values():
         state["step"] = state["step"].reshape(())
-    optimizer.load_state_dict(found)
+    optimizer.load_state_dict(state_dict)
     for name, (own, part) in STATISTICS.items():
         statistics = getattr(ppo.env, own)
         setattr(statistics, part, arrays[name].reshape(np.shape(getattr(statistics, part))).copy())

@@ -74,12 +74,10 @@ class Push:
         self.data, self.mujoco = mujoco.MjData(self.model), mujoco
         self.observation_space = spaces.Box(-np.inf, np.inf, (10,), np.float32)
         self.action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
-        self.dt, self.spec, self.metadata, self.render_mode = (
-            self.frame_skip * self.model.opt.timestep,
-            None,
-            {},
-            None,
-        )
+        self.dt = self.frame_skip * self.model.opt.timestep
+        self.spec = None
+        self.metadata = {}
+        self.render_mode = None
         self.rng, self.goal, self.distances = np.random.default_rng(), np.zeros(2), []
 
     @property
@@ -125,8 +123,7 @@ class Push:
 
 
 class Pushing:
-    """An expert that goes around the puck until it is behind it as seen from the goal, then
-    pushes.
+    """An expert that goes round the puck to the side away from the goal, and then pushes it.
 
     It slows down as the puck nears the goal. It reads the simulator's state, masses, damping and
     gears. Raises ValueError for another environment.
@@ -161,18 +158,19 @@ class Pushing:
     def _way(
         self, pusher: np.ndarray, puck: np.ndarray, goal: np.ndarray
     ) -> tuple[np.ndarray, bool]:
-        """Return (the velocity (2,) that the pusher should have, whether it pushes with it)."""
+        """Return the velocity (2,) m/s that the pusher should have, and whether it pushes the puck.
+
+        Args:
+            pusher, puck, goal: (2,) positions in metres.
+        """
         left = goal - puck
         far = float(np.linalg.norm(left))
         if far < 0.004:
             return np.zeros(2), False
         line, to = left / far, puck - pusher
         gap, side = float(np.linalg.norm(to)), np.array([-left[1], left[0]]) / far
-        # How far the puck lies ahead of the pusher on the line, and beside it
-        ahead, beside = (
-            float(to @ line),
-            float(to @ side),
-        )
+        # metres from the pusher to the puck along the line to the goal, and beside it
+        ahead, beside = float(to @ line), float(to @ side)
         if ahead > 0.9 * TOUCH and abs(beside) < 0.35 * TOUCH:
             if gap > TOUCH + 0.005:
                 return self._towards(to, 0.02 + gap - TOUCH), False
@@ -181,7 +179,7 @@ class Pushing:
             speed = min(self.PUSH, 0.01 + 1.5 * far)
             return speed * line + 3.0 * beside * side, True
         behind = puck - 1.25 * TOUCH * line
-        # Beside or before the puck: round it
+        # the pusher is beside the puck or in front of it: go round it
         if ahead < 0.6 * TOUCH and abs(beside) < 1.2 * TOUCH and gap < 2.5 * TOUCH:
             turn = -np.sign(beside) if beside else 1.0
             out = (
@@ -193,7 +191,7 @@ class Pushing:
         return self._towards(behind - pusher, float(np.linalg.norm(behind - pusher))), False
 
     def _towards(self, to: np.ndarray, far: float) -> np.ndarray:
-        """Return a velocity along `to` that falls with the `far` metres that are left."""
+        """Return a velocity (2,) in the direction `to`, slower where `far` metres are few."""
         return to / max(float(np.linalg.norm(to)), 1e-9) * min(self.FAST, 5.0 * far)
 
 

@@ -12,7 +12,8 @@ first three quarters; what differs from one room to the next is drawn around tha
 - Sharp-Right-Turn: on the spot, 10 degrees/s (SHARP_RIGHT).
 - A flat wall beside the robot: sensors 45 degrees off its normal also see it, those 60 degrees off
   do not (BEAM, GLANCING).
-- No echo: 5 m in 2 to 36 % of the readings, for some steps in a row (LOST, RENEWED).
+- No echo: 5 m in 2 to 36 % of the readings, for some steps in a row (NO_ECHO_SHARE,
+  REDRAW_PROBABILITY).
 - The driver (`WallFollower`) looked at the smallest of S11..S15 and the smallest of S18..S20.
 
 The driver turned sharply right where the first was at most 0.9 m; else slightly right where the
@@ -33,7 +34,7 @@ from pipeline.simulation.environment import World
 
 ACTIONS = ("Move-Forward", "Sharp-Right-Turn", "Slight-Left-Turn", "Slight-Right-Turn")
 """Names of the actions by number, as in the published log."""
-SENSORS, FARTHEST, HERTZ = 24, 5.0, 9.0
+SENSORS, MAX_RANGE, HERTZ = 24, 5.0, 9.0
 """Number of sensors, their range in metres, readings and actions a second."""
 ANGLES = np.deg2rad(-180 + 15 * np.arange(SENSORS))
 AHEAD, LEFT = slice(10, 15), slice(17, 20)
@@ -50,17 +51,17 @@ mirrors), drawn once a room; corners always do.
 """
 CORNER = 0.04
 """Metres from a wall's end that count as its corner."""
-LOST, RENEWED = (0.3, 0.9), 0.2
-"""Share of lost echoes that came by way of a second wall, drawn once a room; and the chance a step
-that this is drawn again for a sensor.
+NO_ECHO_SHARE, REDRAW_PROBABILITY = (0.3, 0.9), 0.2
+"""Of the echoes that come back by way of a second wall, the share that is lost, drawn once for
+each room; and the probability that a sensor draws anew, at each step, whether its echo is lost.
 """
 JITTER = 0.006
 """Standard deviation of a reading, in metres."""
 RADIUS = 0.25
 """Of the robot, in metres: a wall that is closer is hit."""
-FOLLOWED, LEAST = (0.3, 1.1), 0.05
-"""Metres to a wall on the left that is followed; metres a second along one, over an episode, for
-success.
+PAID_DISTANCE, MIN_SPEED = (0.3, 1.1), 0.05
+"""Metres from the wall on the left at which the robot is rewarded; and the metres a second that it
+must drive at such distances, on average over an episode, for success.
 """
 
 
@@ -68,11 +69,11 @@ class RangeWorld:
     """A room with boxes in it, drawn by the seed together with the robot's start, speeds and
     sensors.
 
-    Actions are indices in ACTIONS. An observation is (24,) float32 metres from 0 to FARTHEST. The
-    reward is the metres driven in a step while the nearest wall on the left is FOLLOWED metres
+    Actions are indices in ACTIONS. An observation is (24,) float32 metres from 0 to MAX_RANGE. The
+    reward is the metres driven in a step while the nearest wall on the left is PAID_DISTANCE metres
     away, else 0. A collision terminates the episode. Success: no collision up to the time limit,
-    and LEAST metres a second driven so. Dynamics: gear multiplies all speeds; latency and noise as
-    in every environment. Raises ValueError for a skill.
+    and a mean reward of MIN_SPEED metres a second. Dynamics: gear multiplies all speeds; latency
+    and noise as in every environment. Raises ValueError for a skill.
     """
 
     classes, time_limit, takes = ACTIONS, 450, ("gear",)
@@ -82,14 +83,12 @@ class RangeWorld:
 
         if world.skill:
             raise ValueError(f"{world.id} has no skill {world.skill!r}; leave skill out")
-        self.observation_space = spaces.Box(0.0, FARTHEST, (SENSORS,), np.float32)
+        self.observation_space = spaces.Box(0.0, MAX_RANGE, (SENSORS,), np.float32)
         self.action_space = spaces.Discrete(len(ACTIONS))
-        self.gear, self.spec, self.metadata, self.render_mode = (
-            world.dynamics.get("gear", 1.0),
-            None,
-            {},
-            None,
-        )
+        self.gear = world.dynamics.get("gear", 1.0)
+        self.spec = None
+        self.metadata = {}
+        self.render_mode = None
         self.reset(seed=world.seed)
 
     @property
@@ -116,11 +115,9 @@ class RangeWorld:
             (speed, np.deg2rad(slight_left)),
             (0.5 * speed, -np.deg2rad(slight_right)),
         )
-        self.mirror, self.lost, self.luck = (
-            np.cos(np.deg2rad(rng.uniform(*GLANCING))),
-            rng.uniform(*LOST),
-            rng.random(SENSORS),
-        )
+        self.mirror = np.cos(np.deg2rad(rng.uniform(*GLANCING)))
+        self.lost = rng.uniform(*NO_ECHO_SHARE)
+        self.echo_draws = rng.random(SENSORS)
         self.place, self.heading = _start(self.walls, rng)
         self.steps, self.driven = 0, 0.0
         return self._seen(), {}
@@ -137,15 +134,15 @@ class RangeWorld:
             [np.cos(self.heading), np.sin(self.heading)]
         )
         beside = cast(self.walls, self.place, self.heading + ANGLES[LEFT])[0].min()
-        reward = speed / HERTZ if FOLLOWED[0] <= beside <= FOLLOWED[1] else 0.0
+        reward = speed / HERTZ if PAID_DISTANCE[0] <= beside <= PAID_DISTANCE[1] else 0.0
         self.steps, self.driven = self.steps + 1, self.driven + reward
-        hit = clearance(self.walls, self.place) < RADIUS
+        has_hit = clearance(self.walls, self.place) < RADIUS
         return (
             self._seen(),
             reward,
-            bool(hit),
+            bool(has_hit),
             False,
-            {"success": bool(not hit and self.driven * HERTZ >= LEAST * self.steps)},
+            {"success": bool(not has_hit and self.driven * HERTZ >= MIN_SPEED * self.steps)},
         )
 
     def picture(self, height: int, width: int) -> np.ndarray:
@@ -191,12 +188,12 @@ class RangeWorld:
             way = np.stack([np.cos(rays[ray]), np.sin(rays[ray])], 1)
             second = cast(self.walls, self.place + (distance[ray] - 1e-6)[:, None] * way, angle)[0]
             distances[deaf] = np.where(
-                self.luck[deaf] < self.lost, FARTHEST, distance[ray] + second
+                self.echo_draws[deaf] < self.lost, MAX_RANGE, distance[ray] + second
             )
-        renewed = self.rng.random(SENSORS) < RENEWED
-        self.luck = np.where(renewed, self.rng.random(SENSORS), self.luck)
+        renewed = self.rng.random(SENSORS) < REDRAW_PROBABILITY
+        self.echo_draws = np.where(renewed, self.rng.random(SENSORS), self.echo_draws)
         return np.clip(
-            distances + JITTER * self.rng.standard_normal(SENSORS), 0.0, FARTHEST
+            distances + JITTER * self.rng.standard_normal(SENSORS), 0.0, MAX_RANGE
         ).astype(np.float32)
 
 
@@ -247,12 +244,10 @@ def room(rng: np.random.Generator) -> np.ndarray:
     width, height = rng.uniform(3.5, 8), rng.uniform(3, 6)
     boxes = [(0.0, 0.0, width, height)]
     for _ in range(rng.integers(0, 5)):
-        wide, deep, along, side = (
-            rng.uniform(0.4, 1.8),
-            rng.uniform(0.3, 1.0),
-            rng.uniform(0, 1),
-            rng.integers(4),
-        )
+        wide = rng.uniform(0.4, 1.8)
+        deep = rng.uniform(0.3, 1.0)
+        along = rng.uniform(0, 1)
+        side = rng.integers(4)
         if side < 2:
             x, y = along * (width - wide), (0.0, height - deep)[side]
             boxes.append((x, y, x + wide, y + deep))
@@ -260,11 +255,9 @@ def room(rng: np.random.Generator) -> np.ndarray:
             x, y = (0.0, width - deep)[side - 2], along * (height - wide)
             boxes.append((x, y, x + deep, y + wide))
     if rng.random() < 0.5 and min(width, height) > 4:
-        x, y, size = (
-            width / 2 + rng.uniform(-0.3, 0.3),
-            height / 2 + rng.uniform(-0.3, 0.3),
-            rng.uniform(0.2, 0.5),
-        )
+        x = width / 2 + rng.uniform(-0.3, 0.3)
+        y = height / 2 + rng.uniform(-0.3, 0.3)
+        size = rng.uniform(0.2, 0.5)
         boxes.append((x - size, y - size, x + size, y + size))
     return np.array(
         [

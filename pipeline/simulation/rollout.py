@@ -10,17 +10,22 @@ from typing import Any, Protocol
 import numpy as np
 
 from pipeline.io import heartbeat
-from pipeline.simulation.environment import OWN, World, make, simulator
+from pipeline.simulation.environment import OWN_ENVIRONMENTS, World, make, simulator
 from pipeline.simulation.pictures import picture
 
 UPRIGHT = ("InvertedPendulum", "InvertedDoublePendulum", "CartPole")
 WALKERS = ("Hopper", "Walker2d", "HalfCheetah", "Ant", "Humanoid")
-PLACED = {"Reacher": ("fingertip", "target", 0.02), "Pusher": ("object", "goal", 0.05)}
-"""Environments of gymnasium with a known criterion of success, without versions. PLACED: a body,
-the body where it should be, and the tolerance in metres.
+TARGETS_TO_REACH = {"Reacher": ("fingertip", "target", 0.02), "Pusher": ("object", "goal", 0.05)}
+"""Environments of gymnasium with a known criterion of success, without versions. TARGETS_TO_REACH
+has a body, the body where it should be, and the tolerance in metres.
 """
-JUDGED = (*(ident.partition("-")[0] for ident in OWN), *UPRIGHT, *WALKERS, *PLACED)
-LEAST_SPEED = 0.5
+WITH_CRITERION = (
+    *(ident.partition("-")[0] for ident in OWN_ENVIRONMENTS),
+    *UPRIGHT,
+    *WALKERS,
+    *TARGETS_TO_REACH,
+)
+MIN_SPEED = 0.5
 """Metres a second over a whole episode that a walker or hopper needs for success."""
 FAR = 1e6
 """A simulation with larger observations or rewards has diverged."""
@@ -83,7 +88,7 @@ class _Running:
 
 def has_success_criterion(ident: str) -> bool:
     """Whether success is defined for an environment, or may be by its own module (`module:id`)."""
-    return ":" in ident or ident.partition("-")[0] in JUDGED
+    return ":" in ident or ident.partition("-")[0] in WITH_CRITERION
 
 
 def rollout(
@@ -113,10 +118,8 @@ def rollout(
             env = make(world)
             running.append(_Running(env, None, 0.0))
             observation, _ = env.reset(seed=world.seed)
-            running[-1].observation, running[-1].start = (
-                np.asarray(observation, dtype=np.float32),
-                _place(env),
-            )
+            running[-1].observation = np.asarray(observation, dtype=np.float32)
+            running[-1].start = _distance_along_x(env)
         if start is not None:
             start([episode.env for episode in running])
         policy.begin(worlds)
@@ -129,16 +132,16 @@ def rollout(
             for episode, action in zip(running, chosen, strict=True):
                 if episode.observation is not None:
                     _step(episode, action, frames if episode is running[0] else 0)
-        return [_ended(episode, world) for episode, world in zip(running, worlds, strict=True)]
+        return [_to_episode(episode, world) for episode, world in zip(running, worlds, strict=True)]
     finally:
         for episode in running:
             episode.env.close()
 
 
 def _step(episode: _Running, action: Any, frames: int) -> None:
-    action = _given(
+    action = _clip_action(
         episode.env.action_space,
-        _numbered(episode.env, action) if isinstance(action, str) else action,
+        _action_number(episode.env, action) if isinstance(action, str) else action,
     )
     number = len(episode.actions)
     if frames and number % frames == 0:
@@ -161,7 +164,7 @@ def _step(episode: _Running, action: Any, frames: int) -> None:
     episode.observation = None if episode.terminated or episode.truncated else observation
 
 
-def _numbered(env: Any, name: str) -> int:
+def _action_number(env: Any, name: str) -> int:
     """Return the number of a class by its name. Raises ValueError for an unknown name."""
     names = list(
         getattr(env.unwrapped, "classes", None)
@@ -174,7 +177,7 @@ def _numbered(env: Any, name: str) -> int:
     return names.index(name)
 
 
-def _given(space: Any, action: Any) -> Any:
+def _clip_action(space: Any, action: Any) -> Any:
     """Convert a policy's action to the environment's: (A,) float32 within the bounds, or a class's
     number.
 
@@ -200,7 +203,9 @@ def _given(space: Any, action: Any) -> Any:
 
 def divergence(env: Any, observation: np.ndarray, reward: float) -> str:
     """Return why the simulation has diverged with this step, or ""."""
-    warning = _warned(env)  # first: after a bad state MuJoCo starts again, and all is finite again
+    warning = _mujoco_warning(
+        env
+    )  # first: after a bad state MuJoCo starts again, and all is finite again
     if warning:
         return f"MuJoCo warns of {warning}"
     least, most = float(observation.min(initial=0)), float(observation.max(initial=0))
@@ -210,7 +215,7 @@ def divergence(env: Any, observation: np.ndarray, reward: float) -> str:
     return f"an observation or reward of {far:.3g}, which is beyond {FAR:.0e}" if far > FAR else ""
 
 
-def _warned(env: Any) -> str:
+def _mujoco_warning(env: Any) -> str:
     """Return what MuJoCo warns of in this episode: bad positions, velocities, accelerations,
     controls.
     """
@@ -230,7 +235,7 @@ def _warned(env: Any) -> str:
     return f"bad {' and '.join(warnings)}" if warnings else ""
 
 
-def _ended(episode: _Running, world: World) -> Episode:
+def _to_episode(episode: _Running, world: World) -> Episode:
     discrete = not episode.env.action_space.shape
     success = succeeded(
         world, episode.env, episode.info, episode.terminated, len(episode.rewards), episode.start
@@ -257,20 +262,20 @@ def succeeded(
     |---|---|
     | this package's, and others that report it | `info["success"]` |
     | InvertedPendulum, InvertedDoublePendulum, CartPole | not fallen before the time limit |
-    | Hopper, Walker2d, HalfCheetah, Ant, Humanoid | the same, and LEAST_SPEED metres a second |
+    | Hopper, Walker2d, HalfCheetah, Ant, Humanoid | the same, and MIN_SPEED metres a second |
     | Reacher | the fingertip within 2 cm of the target in the end |
     | Pusher | the object within 5 cm of the goal in the end |
-    | others | None: MountainCar ends where it succeeds, Swimmer is too slow for LEAST_SPEED |
+    | others | None: MountainCar ends where it succeeds, Swimmer is too slow for MIN_SPEED |
     """
-    if world.id in OWN or "success" in info:
+    if world.id in OWN_ENVIRONMENTS or "success" in info:
         return bool(info.get("success"))
     name = world.id.partition("-")[0]
     if name in WALKERS:
-        return not terminated and _place(env) - start >= LEAST_SPEED * steps * float(
+        return not terminated and _distance_along_x(env) - start >= MIN_SPEED * steps * float(
             env.unwrapped.dt
         )
-    if name in PLACED:
-        body, goal, near = PLACED[name]
+    if name in TARGETS_TO_REACH:
+        body, goal, near = TARGETS_TO_REACH[name]
         return bool(
             np.linalg.norm(env.unwrapped.get_body_com(body) - env.unwrapped.get_body_com(goal))
             < near
@@ -278,7 +283,7 @@ def succeeded(
     return not terminated if name in UPRIGHT else None
 
 
-def _place(env: Any) -> float:
+def _distance_along_x(env: Any) -> float:
     """Return metres along the first axis; 0 where the environment has none."""
     data = getattr(env.unwrapped, "data", None)
     return float(data.qpos[0]) if data is not None and len(data.qpos) else 0.0

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 EXPERT, TRAINING = "onetomany-expert-1", "onetomany-training-2"
-"""What the bytes of `TrainedPolicy`, and of a checkpoint, say they are."""
-FARTHEST = 10.0
+"""The kinds of files: a `TrainedPolicy`, and a checkpoint of its training."""
+MAX_DEVIATIONS = 10.0
 """Normalised observations and rewards are clipped at this many standard deviations."""
 
 
@@ -104,7 +104,7 @@ class TrainedPolicy:
                 f"this expert was trained on observations of shape {self.mean.shape}, got one of "
                 f"{np.shape(observation)}: use it in its own world, {self.metadata.get('world')}"
             )
-        scaled = np.clip((observation - self.mean) / self.std, -FARTHEST, FARTHEST)
+        scaled = np.clip((observation - self.mean) / self.std, -MAX_DEVIATIONS, MAX_DEVIATIONS)
         x = scaled.astype(np.float32)
         for layer in ("0", "2"):
             x = np.tanh(x @ self.weights[f"{layer}.weight"].T + self.weights[f"{layer}.bias"])

@@ -96,7 +96,7 @@ def train(
 
 
 def _action_bounds(worlds: list[World]) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest and highest actions (A,), after checking that all worlds have the same spaces."""
+    """Return the lowest and highest actions (A,); check that all worlds have the same spaces."""
     first: tuple[Any, Any] | None = None
     for world in worlds:
         env = make(world)
@@ -119,11 +119,11 @@ def _action_bounds(worlds: list[World]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _restore(training: Any, data: bytes, metadata: dict[str, Any], where: str) -> None:
-    arrays, found = load_arrays(data, TRAINING, f"{where} is no training's checkpoint")
+    arrays, stored = load_arrays(data, TRAINING, f"{where} is not a checkpoint of a training")
     other = [
-        f"{name} {found.get(name)!r} there and {metadata[name]!r} here"
+        f"{name} {stored.get(name)!r} there and {metadata[name]!r} here"
         for name in metadata
-        if found.get(name) != metadata[name]
+        if stored.get(name) != metadata[name]
     ]
     if other:
         raise ValueError(

@@ -75,18 +75,18 @@ def categorical_contrastive(projections: Tensor, label: Tensor, temperature: flo
 
 @register("technique", "bi_tuning", options=BiTuningOptions)
 class BiTuning(Technique):
-    """Fine-tune everything so that rows of a class lie together, beside the task's own loss.
+    """Fine-tune everything with two losses that bring rows of a class together (Zhong et al. 2020).
 
-    Two losses are added (Zhong et al. 2020): a contrastive cross-entropy, by which the scores of a
-    class find its rows among all rows of the batch, and a categorical contrastive loss, by which a
-    row finds the rows of its class in a projection that is dropped at the end. The rows that are
-    compared are those of the global batch, where the paper keeps a queue of a momentum encoder; the
-    classifier's scores have no temperature, since its weights learn their scale.
+    Both are added to the task's own loss. In the contrastive cross-entropy the scores of a class
+    pick its rows among all rows of the batch. In the categorical contrastive loss a row picks the
+    rows of its class, in a projection that is dropped at the end. Rows are compared with those of
+    the global batch, where the paper keeps a queue of a momentum encoder. The classifier's scores
+    have no temperature, since its weights learn their scale.
 
     For classification. It assumes batches with several rows of a class. It helps with few labels
-    and sources that were trained without any (contrastive, masked), whose features do not lie by
-    class yet. It hurts, or does nothing, in small batches and with hundreds of classes. It takes no
-    micro-batches.
+    and with sources that were trained without labels (contrastive, masked), whose features are not
+    grouped by class yet. It hurts, or does nothing, in small batches and with hundreds of classes.
+    Micro-batches are refused.
 
     Raises:
         ValueError: the target is not classification, or its options mix rows.
@@ -125,8 +125,8 @@ class BiTuning(Technique):
         projections = rows_of_all_ranks(task.added(features.pooled).float())
         label = rows_of_all_ranks(batch["label"].float()).long()
         total = self.options.classifier * contrastive_cross_entropy(scores, label)
-        apart = categorical_contrastive(projections, label, self.options.temperature)
-        return share_of_global_loss(total + self.options.projector * apart)
+        contrastive = categorical_contrastive(projections, label, self.options.temperature)
+        return share_of_global_loss(total + self.options.projector * contrastive)
 
     def _features(self, task: TaskWithModule, batch: Batch) -> DomainFeatures:
         """Return what the loss has used; (0, D) features where this rank has no row."""

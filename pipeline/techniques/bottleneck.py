@@ -156,30 +156,30 @@ def _places(backbone: Backbone, modules: str | list[str]) -> dict[str, int]:
 
     Raises ValueError where there are none, or none with one of the endings that are named.
     """
-    found = filter_counts(backbone)
+    counts = filter_counts(backbone)
     # torch's attention reads the weights of its parts
     inside = tuple(
         f"{name}."
         for name, module in backbone.named_modules()
         if isinstance(module, nn.MultiheadAttention)
     )
-    found = {name: filters for name, filters in found.items() if not name.startswith(inside)}
+    counts = {name: filters for name, filters in counts.items() if not name.startswith(inside)}
     endings = modules if isinstance(modules, list) else [""]
-    without = [one for one in endings if not any(_ends(name, one) for name in found)]
+    without = [one for one in endings if not any(_ends(name, one) for name in counts)]
     if without:
         asked = f"ending with {', '.join(without)}" if isinstance(modules, list) else "with filters"
         raise ValueError(
             f"bottleneck: {backbone.arch.name} has no module {asked}. Its linear, convolution, "
-            f"recurrent and attention layers end with: {_ending(found)}"
+            f"recurrent and attention layers end with: {_ending(counts)}"
         )
     if modules != "last":
-        chosen = (name for name in found if any(_ends(name, one) for one in endings))
-        return {name: found[name] for name in chosen}
+        chosen = (name for name in counts if any(_ends(name, one) for one in endings))
+        return {name: counts[name] for name in chosen}
     named = dict(backbone.named_parameters())
     layers = backbone.layers().items()
     owner = {id(named[name]): layer for layer, names in layers for name in names}
-    last = {owner[id(next(backbone.get_submodule(name).parameters()))]: name for name in found}
-    return {name: found[name] for name in last.values()}
+    last = {owner[id(next(backbone.get_submodule(name).parameters()))]: name for name in counts}
+    return {name: counts[name] for name in last.values()}
 
 
 def _ends(name: str, ending: str) -> bool:

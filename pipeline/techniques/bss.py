@@ -57,5 +57,5 @@ def smallest_squares(features: Tensor, count: int) -> Tensor:
     """Return the sum of the squares of the smallest singular values of features (B, D), ()."""
     if not torch.isfinite(features).all():
         return features.sum()  # not finite either: the step is skipped, where svdvals would raise
-    found = torch.linalg.svdvals(features if features.dtype == torch.float64 else features.float())
-    return found[-count:].square().sum()
+    values = torch.linalg.svdvals(features if features.dtype == torch.float64 else features.float())
+    return values[-count:].square().sum()

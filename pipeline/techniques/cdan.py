@@ -110,5 +110,5 @@ class CDAN(DomainAdaptation):
         if not self.options.entropy:
             return torch.ones(len(scores), device=scores.device)
         of_one_class = task.objective.class_tensor == "label"
-        found = entropies(scores) if of_one_class else label_set_entropies(scores)
-        return 1 + torch.exp(-found)
+        entropy = entropies(scores) if of_one_class else label_set_entropies(scores)
+        return 1 + torch.exp(-entropy)

@@ -37,7 +37,9 @@ class Coral(DomainAdaptation):
 
     def alignment(self, task, source, target):
         assert source is not None
-        here, there = (rows_of_all_ranks(layer_normed(rows.pooled)) for rows in (source, target))
-        if min(len(here), len(there)) < 2:
-            return (here.sum() + there.sum()) * 0.0
-        return share_of_global_loss(coral(here, there))
+        of_source, of_target = (
+            rows_of_all_ranks(layer_normed(rows.pooled)) for rows in (source, target)
+        )
+        if min(len(of_source), len(of_target)) < 2:
+            return (of_source.sum() + of_target.sum()) * 0.0
+        return share_of_global_loss(coral(of_source, of_target))

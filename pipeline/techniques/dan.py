@@ -34,13 +34,13 @@ class DAN(DomainAdaptation):
 
     def alignment(self, task, source, target):
         assert source is not None
-        here, there = (
+        of_source, of_target = (
             [rows_of_all_ranks(layer) for layer in self.layers(task, rows)]
             for rows in (source, target)
         )
-        if min(len(here[0]), len(there[0])) < 2:
-            return sum(layer.sum() for layer in (*here, *there)) * 0.0
-        return share_of_global_loss(joint_mmd(here, there))
+        if min(len(of_source[0]), len(of_target[0])) < 2:
+            return sum(layer.sum() for layer in (*of_source, *of_target)) * 0.0
+        return share_of_global_loss(joint_mmd(of_source, of_target))
 
 
 @register("technique", "jan", options=AdaptationOptions)

@@ -57,8 +57,8 @@ def filter_distance(
     if mask is not None:
         student, teacher = student[mask], teacher[mask]
     student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
-    apart = (student - teacher).square().mean(0)
-    return (weights * apart).sum() / teacher.square().mean().clamp(min=1e-12)
+    squares = (student - teacher).square().mean(0)
+    return (weights * squares).sum() / teacher.square().mean().clamp(min=1e-12)
 
 
 # ---------------------------------------------------------------- the technique
@@ -120,7 +120,7 @@ class Delta(Technique):
         if self.options.attention and couples_rows(task.objective):
             raise ValueError(
                 "delta weighs filters by the loss of some rows, and that of "
-                f"{task.objective.registered_name} compares the rows of all ranks: say "
+                f"{task.objective.registered_name} compares the rows of all ranks: set "
                 "attention: false"
             )
         layers = task.layers().items()
@@ -165,7 +165,7 @@ class Delta(Technique):
 
     def penalty(self, task, batch, streams):
         assert isinstance(task, WeighedTask)
-        call, mine = self.calls.take(), self.maps.take()
+        call, maps = self.calls.take(), self.maps.take()
         self.teacher.to(call.features.pooled.device)
         if task.is_probing():
             if not self.is_early and not task.filter_weights():
@@ -177,17 +177,17 @@ class Delta(Technique):
         compared = self.compared or list(task.filter_weights())
         with torch.no_grad():
             features = call.repeat(self.teacher)
-        theirs = self.source_maps.take()
+        source_maps = self.source_maps.take()
         weights = task.weights()
         distances = [
             filter_distance(
-                mine[name].values.float(),
-                theirs[name].values.float(),
+                maps[name].values.float(),
+                source_maps[name].values.float(),
                 weights[name],
-                theirs[name].known_mask(features.mask),
+                source_maps[name].known_mask(features.mask),
             )
             for name in compared
-            if name in mine  # a module may serve some kinds of rows alone
+            if name in maps  # a module may serve some kinds of rows alone
         ]
         if not distances:
             return None

@@ -46,8 +46,8 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float, is_one_clas
     """
     student, teacher = student / temperature, teacher / temperature
     if is_one_class:
-        apart = teacher.log_softmax(-1) - student.log_softmax(-1)
-        rows = (teacher.softmax(-1) * apart).sum(-1)
+        log_ratio = teacher.log_softmax(-1) - student.log_softmax(-1)
+        rows = (teacher.softmax(-1) * log_ratio).sum(-1)
     else:
         yes = teacher.sigmoid() * (F.logsigmoid(teacher) - F.logsigmoid(student))
         no = (-teacher).sigmoid() * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
@@ -153,14 +153,16 @@ class Distillation(Technique):
                 f"the target's {task.objective.registered_name} turn scores into probabilities in "
                 "different ways: leave the weight of logits out"
             )
-        theirs, mine = (one.state["labels"] for one in (self.source.objective, task.objective))
-        if lacking := [label for label in mine if label not in theirs]:
+        labels = task.objective.state["labels"]
+        source_labels = self.source.objective.state["labels"]
+        unknown = [label for label in labels if label not in source_labels]
+        if unknown:
             raise ValueError(
-                f"distillation: logits: the source's head does not know {len(lacking)} of the "
-                f"target's labels ({', '.join(map(str, lacking[:4]))}): use lwf, or leave the "
+                f"distillation: logits: the source's head does not know {len(unknown)} of the "
+                f"target's labels ({', '.join(map(str, unknown[:4]))}): use lwf, or leave the "
                 "weight of logits out"
             )
-        return [theirs.index(label) for label in mine]
+        return [source_labels.index(label) for label in labels]
 
     def finish(self, task):
         self.calls.remove()
@@ -170,15 +172,16 @@ class Distillation(Technique):
         call, options = self.calls.take(), self.options
         pooled = call.features.pooled
         with torch.no_grad():
-            theirs = call.repeat(self.teacher.on(pooled.device)).pooled
-        total = options.features * feature_distance(pooled.float(), theirs.float())
+            teacher = call.repeat(self.teacher.on(pooled.device)).pooled
+        total = options.features * feature_distance(pooled.float(), teacher.float())
         if options.logits:
-            mine = scores_of(task.objective, pooled, call.batch).float()
+            scores = scores_of(task.objective, pooled, call.batch).float()
             with torch.no_grad():
-                known = scores_of(self.head.on(pooled.device), theirs, call.batch).float()
-            known, is_one_class = known[:, self.columns], has_one_class(task.objective)
-            apart = divergence(mine, known, options.temperature, is_one_class)
-            total = total + options.logits * apart
+                teacher_scores = scores_of(self.head.on(pooled.device), teacher, call.batch).float()
+            teacher_scores = teacher_scores[:, self.columns]
+            is_one_class = has_one_class(task.objective)
+            distance = divergence(scores, teacher_scores, options.temperature, is_one_class)
+            total = total + options.logits * distance
         return total
 
 
@@ -282,11 +285,12 @@ class LwF(_KeepsHead):
         pooled = call.features.pooled
         source = self.teacher.on(pooled.device)
         with torch.no_grad():
-            theirs = scores_of(source.objective, call.repeat(source.backbone).pooled, call.batch)
-        mine = scores_of(task.old, pooled, call.batch)
+            source_pooled = call.repeat(source.backbone).pooled
+            teacher_scores = scores_of(source.objective, source_pooled, call.batch)
+        scores = scores_of(task.old, pooled, call.batch)
         temperature, is_one_class = self.options.temperature, has_one_class(task.old)
-        apart = divergence(mine.float(), theirs.float(), temperature, is_one_class)
-        return self.options.weight * apart
+        distance = divergence(scores.float(), teacher_scores.float(), temperature, is_one_class)
+        return self.options.weight * distance
 
 
 # ---------------------------------------------------------------- co-tuning

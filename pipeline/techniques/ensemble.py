@@ -23,9 +23,9 @@ class SeedEnsemble(Technique):
     """Average the probabilities of all seeds of a technique (Lakshminarayanan et al. 2017).
 
     For objectives of classes and of labels, of every modality. It assumes nothing of the members,
-    which may lie far apart: so it is what soups are compared with. It helps nearly always, also the
+    which may be far apart: so soups are compared with it. It nearly always helps, also the
     calibration. It costs the memory and the time of all members at each prediction, and it has no
-    bundle of its own, since it is no single network: its members have theirs. Nothing is trained.
+    bundle of its own, as it is not one network: its members have theirs. Nothing is trained.
     """
 
     starts_from = "trials"
@@ -37,21 +37,21 @@ class SeedEnsemble(Technique):
         return technique in self.options.of
 
     def after_fanout(self, trials):
-        self.found = [trial for trial in trials if self.takes(trial.technique)]
-        if len(self.found) < 2:
+        self.trials = [trial for trial in trials if self.takes(trial.technique)]
+        if len(self.trials) < 2:
             raise ValueError(
                 f"ensemble averages the trials of {', '.join(self.options.of)}, and there are "
-                f"{len(self.found)}: raise fanout.seeds, or name techniques of this job in its "
+                f"{len(self.trials)}: raise fanout.seeds, or name techniques of this job in its "
                 "option of"
             )
-        self.found.sort(key=lambda trial: (trial.technique, trial.seed))
-        return self.found[0].weights()
+        self.trials.sort(key=lambda trial: (trial.technique, trial.seed))
+        return self.trials[0].weights()
 
     def choose(self, task, goodness):
         members = []
-        for trial in self.found:
+        for trial in self.trials:
             member = copy.deepcopy(task)
             member.load_state_dict(trial.weights())
             members.append(member)
-        names = [f"{trial.technique} {trial.seed}" for trial in self.found]
+        names = [f"{trial.technique} {trial.seed}" for trial in self.trials]
         return Ensemble(members), {"ensemble": names}

@@ -62,12 +62,12 @@ class GradualUnfreezing(Technique):
     def rates(self, layers, phase):
         thawed, groups = int(phase.split()[0]), self.options.groups
         own = [name for name, parameters in layers.items() if _is_of_backbone(parameters)]
-        found = dict.fromkeys(layers, 1.0)
+        rates = dict.fromkeys(layers, 1.0)
         for number, name in enumerate(own):
-            # groups are counted from the top, where the first one is
+            # group 0 is at the top
             above = (len(own) - 1 - number) * groups // len(own)
-            found[name] = self.options.discriminative ** -(above + 1) if above < thawed else 0.0
-        return found
+            rates[name] = self.options.discriminative ** -(above + 1) if above < thawed else 0.0
+        return rates
 
 
 def _is_of_backbone(parameters: list[str]) -> bool:

@@ -93,14 +93,14 @@ class LayersBackbone(Backbone):
         modes = {module: module.training for module in self.base.modules()}
         self.base.eval()
         try:
-            found = []
+            outputs = []
             for count in (2, 3):
                 self.base(_repeat_first_row(batch, count))
-                found.append(self.maps.take())
+                outputs.append(self.maps.take())
         finally:
             for module, is_training in modes.items():
                 module.training = is_training
-        two, three = found
+        two, three = outputs
         return {name for name in two if _grows_with_rows(two[name].values, three[name].values)}
 
     def layers(self) -> dict[str, list[str]]:
@@ -208,13 +208,13 @@ class HeadToToe(Technique):
         """Name the layers without features (`SelectsFeatures`)."""
         parts = features.split([backbone.base.pooled_dim, *backbone.widths.values()], 1)[1:]
         layers = list(zip(backbone.widths, parts, strict=True))
-        lacking = [name for name, part in layers if not part.any()]
-        text = f"features of {len(layers) - len(lacking)} of {len(layers)} layers"
-        if not lacking:
+        missing = [name for name, part in layers if not part.any()]
+        text = f"features of {len(layers) - len(missing)} of {len(layers)} layers"
+        if not missing:
             return text
-        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         return (
-            f"{text}, none of {', '.join(lacking[:3])}{more} (which of their positions are a row's "
+            f"{text}, none of {', '.join(missing[:3])}{more} (which of their positions are a row's "
             "own is not known)"
         )
 

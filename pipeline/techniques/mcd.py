@@ -18,7 +18,7 @@ from pipeline.core.nn.domain_adaptation import (
 )
 from pipeline.core.nn.domain_losses import reversed_gradient
 
-LEAST_SPREAD = 0.01
+MIN_SPREAD = 0.01
 """Two heads that are equal never part: the gradient of their difference is 0."""
 
 
@@ -52,7 +52,7 @@ class MCD(DomainAdaptation):
         with torch.no_grad():
             for parameter in second.parameters():
                 is_matrix = parameter.dim() > 1
-                spread = parameter.std().clamp(min=LEAST_SPREAD) if is_matrix else 0.0
+                spread = parameter.std().clamp(min=MIN_SPREAD) if is_matrix else 0.0
                 parameter.add_(torch.randn_like(parameter) * spread)
         return TaskWithModule(task.backbone, task.objective, second)
 

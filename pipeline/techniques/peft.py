@@ -72,7 +72,7 @@ ATTENTION = (
 """Names of query, key and value projections, by family."""
 
 
-class Target(NamedTuple):
+class AdaptableWeight(NamedTuple):
     """A weight matrix of a backbone that can be adapted."""
 
     module: str
@@ -142,14 +142,14 @@ class AdaptedTask(Task):
         targets: The weights to adapt.
     """
 
-    def __init__(self, task: Task, technique: AdapterTechnique, targets: list[Target]):
+    def __init__(self, task: Task, technique: AdapterTechnique, targets: list[AdaptableWeight]):
         super().__init__(task.backbone, task.objective)
         named = dict(task.named_parameters())
         owner = {id(named[name]): layer for layer, names in task.layers().items() for name in names}
         inside = {name.rpartition(".")[0]: owner[id(named[name])] for name in named}
         replaced: list[str] = []
         self._in_4_bits: dict[str, nn.Module] = {}
-        self._computed: list[Target] = []
+        self._computed: list[AdaptableWeight] = []
         self._orders: dict[str, list[str]] = {}
         for target in targets:
             module = task.backbone.get_submodule(target.module)
@@ -168,12 +168,12 @@ class AdaptedTask(Task):
         tuner, settings = technique.settings(
             [task.backbone.get_submodule(name) for name in replaced]
         )
-        # An expression of whole names: a list would match endings
+        # a regular expression matches whole names, a list would match endings
         settings.target_modules = "|".join(name.replace(".", r"\.") for name in replaced)
         with warnings.catch_warnings():
-            # peft tells which of its settings it adjusts to a layer
+            # peft warns of settings that it adjusts to a layer
             warnings.simplefilter("ignore", UserWarning)
-            # In a list: torch would file it, and every parameter, a second time
+            # in a list: torch would register an attribute, and every parameter, twice
             self._tuner = [tuner(task.backbone, settings, ADAPTER)]
         for name in replaced:
             _show_settings(self.backbone.get_submodule(name))
@@ -221,9 +221,11 @@ class AdaptedTask(Task):
         """Put linear layers under the adapters whose weights are what 4 bits hold."""
         for name in self._in_4_bits:
             adapted: Any = self.backbone.get_submodule(name)
-            held = adapted.base_layer
-            linear = nn.Linear(held.in_features, held.out_features, bias=False, device="meta")
-            linear.weight, linear.bias = nn.Parameter(held.weight), held.bias
+            in_4_bits = adapted.base_layer
+            linear = nn.Linear(
+                in_4_bits.in_features, in_4_bits.out_features, bias=False, device="meta"
+            )
+            linear.weight, linear.bias = nn.Parameter(in_4_bits.weight), in_4_bits.bias
             adapted.base_layer = linear
 
     @property
@@ -317,9 +319,9 @@ def _matrix_of(module: nn.Module) -> Tensor:
 
 def _restore_order(module: nn.Module, order: list[str]) -> None:
     """Put a module's parameters in the order that they had."""
-    held = dict(module._parameters)
+    parameters = dict(module._parameters)
     module._parameters.clear()
-    module._parameters.update({name: held[name] for name in order})
+    module._parameters.update({name: parameters[name] for name in order})
     if isinstance(module, nn.RNNBase):
         module._init_flat_weights()
 
@@ -350,7 +352,7 @@ class AdapterTechnique(Technique, ABC):
             modules: The modules that peft will replace.
         """
 
-    def replaces(self, backbone: nn.Module, target: Target) -> bool:
+    def replaces(self, backbone: nn.Module, target: AdaptableWeight) -> bool:
         """Whether peft replaces the module of a weight."""
         module = backbone.get_submodule(target.module)
         owner, _, part = target.module.rpartition(".")
@@ -373,7 +375,7 @@ class AdapterTechnique(Technique, ABC):
         """Return the weight (rows, columns) that peft's layer over a linear layer applies."""
         return layer.base_layer.weight + layer.get_delta_weight(ADAPTER)
 
-    def chosen(self, backbone: Backbone) -> list[Target]:
+    def chosen(self, backbone: Backbone) -> list[AdaptableWeight]:
         """Return the weights to adapt. Raises ValueError where the backbone lacks them."""
         return choose_weights(backbone, self.options.modules)
 
@@ -426,7 +428,7 @@ def submodules_read_without_call(kind: type[nn.Module]) -> frozenset[str]:
     ``self.NAME.weight``; ``self.NAME.weight.dtype`` and ``isinstance(self.NAME.weight, ...)`` do
     not count.
     """
-    found: set[str] = set()
+    read: set[str] = set()
     methods, seen = ["forward"], set[str]()
     classes = kind.__mro__[: kind.__mro__.index(nn.Module)]
     while methods:
@@ -443,28 +445,28 @@ def submodules_read_without_call(kind: type[nn.Module]) -> frozenset[str]:
                     case ast.Attribute(
                         value=ast.Attribute(value=ast.Name(id="self"), attr=part), attr="weight"
                     ) if id(node) not in asked:
-                        found.add(part)
+                        read.add(part)
                     case ast.Attribute(value=ast.Name(id="self"), attr=used):
                         methods.append(used)
-    return frozenset(found)
+    return frozenset(read)
 
 
 def _inspected(tree: ast.AST) -> set[int]:
     """Return the ids of nodes whose value is only asked for its type, device or shape."""
-    found = set()
+    ids = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):  # weight.dtype
-            found.add(id(node.value))
+            ids.add(id(node.value))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
-            found.update(map(id, node.args))
-    return found
+            ids.update(map(id, node.args))
+    return ids
 
 
-def adaptable_weights(backbone: nn.Module) -> list[Target]:
+def adaptable_weights(backbone: nn.Module) -> list[AdaptableWeight]:
     """Return the weight matrices that adapters can be merged into, from input to output."""
     from transformers.pytorch_utils import Conv1D
 
-    found = []
+    adaptable = []
     for name, module in backbone.named_modules():
         if parametrize.is_parametrized(module):
             continue
@@ -480,25 +482,25 @@ def adaptable_weights(backbone: nn.Module) -> list[Target]:
             weights = [one for one in own if getattr(module, one) is not None]
         else:
             continue
-        found += [Target(name, weight, type(module).__name__) for weight in weights]
-    return found
+        adaptable += [AdaptableWeight(name, weight, type(module).__name__) for weight in weights]
+    return adaptable
 
 
-def choose_weights(backbone: Backbone, modules: str | list[str]) -> list[Target]:
+def choose_weights(backbone: Backbone, modules: str | list[str]) -> list[AdaptableWeight]:
     """Return the weights that an option means: "attention", "all", or endings of names.
 
     Raises ValueError where one of them means none.
     """
-    found = adaptable_weights(backbone)
+    adaptable = adaptable_weights(backbone)
     wanted = ATTENTION if modules == "attention" else tuple(modules)
     without = [
         ending
         for ending in (wanted if isinstance(modules, list) else ())
-        if not any(target.matches(ending) for target in found)
+        if not any(target.matches(ending) for target in adaptable)
     ]
     chosen = [
         target
-        for target in found
+        for target in adaptable
         if modules == "all" or any(target.matches(ending) for ending in wanted)
     ]
     if not chosen or without:
@@ -509,11 +511,13 @@ def choose_weights(backbone: Backbone, modules: str | list[str]) -> list[Target]
             if modules == "attention"
             else "that could be adapted"
         )
-        kinds = Counter(f"{one.name.rpartition('.')[2]} ({one.kind})" for one in found)
-        there = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(12)) or "none"
+        kinds = Counter(f"{one.name.rpartition('.')[2]} ({one.kind})" for one in adaptable)
+        available = (
+            ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(12)) or "none"
+        )
         raise ValueError(
             f"{backbone.arch.name} has no module {asked}. Its linear and convolution layers, by "
-            f"the ends of their names: {there}. Give modules: all, or a list of such endings"
+            f"the ends of their names: {available}. Give modules: all, or a list of such endings"
         )
     return chosen
 
@@ -574,11 +578,11 @@ class LoraOptions(AdapterOptions):
     @model_validator(mode="after")
     def _check(self):
         if self.start == "loftq" and self.quantize is None:
-            raise ValueError("start: loftq makes up for what 4 bits lose: say quantize: nf4 too")
+            raise ValueError("start: loftq makes up for what 4 bits lose: set quantize: nf4 too")
         if self.start == "loftq" and self.dora:
             raise ValueError("dora starts from the weight as it is: leave start: loftq out")
         if self.start == "pissa" and self.quantize is not None:
-            raise ValueError("start: pissa changes the weight that 4 bits hold: say start: loftq")
+            raise ValueError("start: pissa changes the weight that 4 bits hold: set start: loftq")
         return self
 
 
@@ -623,15 +627,15 @@ class Lora(AdapterTechnique):
 
     def chosen(self, backbone):
         """Raises ValueError also where there is no layer to hold in 4 bits."""
-        found = super().chosen(backbone)
-        replaced = [one.module for one in found if self.replaces(backbone, one)]
+        chosen = super().chosen(backbone)
+        replaced = [one.module for one in chosen if self.replaces(backbone, one)]
         is_held = any(self.is_held_in_4_bits(backbone.get_submodule(name)) for name in replaced)
         if self.options.quantize and not is_held:
             raise ValueError(
                 f"quantize: {backbone.arch.name} has no linear layer among the modules that are "
                 "adapted, and only those are held in 4 bits: leave quantize out"
             )
-        return found
+        return chosen
 
     def is_held_in_4_bits(self, module):
         is_linear = type(module).__name__ in AdapterTechnique.replaced
@@ -722,7 +726,7 @@ class Vera(AdapterTechnique):
     def settings(self, modules):
         from peft import VeraConfig, VeraModel
 
-        # drawn as all else that a technique draws
+        # from torch's generator, as other random numbers of techniques
         key = int(torch.randint(2**31, ()))
         transposed = any(_is_transposed(module) for module in modules)
         return VeraModel, VeraConfig(
@@ -874,12 +878,12 @@ class _RankBudget(nn.Module):
         """Keep the ``budget`` most important singular values of all layers."""
         scores = []
         for number in range(len(self._layers[0])):
-            found = {
+            importance = {
                 part: self.get_buffer(f"mean_{part}{number}")
                 * self.get_buffer(f"spread_{part}{number}")
                 for part in ("A", "B", "E")
             }
-            scores.append(found["E"][:, 0] + found["A"].mean(1) + found["B"].mean(0))
+            scores.append(importance["E"][:, 0] + importance["A"].mean(1) + importance["B"].mean(0))
         ranked = torch.cat(scores)
         count = len(ranked) - budget
         threshold = ranked.kthvalue(count).values if count else ranked.new_tensor(-torch.inf)

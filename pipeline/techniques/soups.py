@@ -36,14 +36,14 @@ class _Soup(Technique):
         Raises:
             ValueError: there are fewer than two.
         """
-        found = [trial for trial in trials if self.takes(trial.technique)]
-        if len(found) < 2:
+        ingredients = [trial for trial in trials if self.takes(trial.technique)]
+        if len(ingredients) < 2:
             raise ValueError(
                 f"{self.registered_name} mixes the trials of {', '.join(self.options.of)}, and "
-                f"there are {len(found)}: raise fanout.seeds, or name techniques of this job in "
-                "its option of"
+                f"there are {len(ingredients)}: raise fanout.seeds, or name techniques of "
+                "this job in its option of"
             )
-        return sorted(found, key=lambda trial: (trial.technique, trial.seed))
+        return sorted(ingredients, key=lambda trial: (trial.technique, trial.seed))
 
 
 @register("technique", "uniform_soup", options=SoupOptions)
@@ -88,9 +88,9 @@ class GreedySoup(_Soup):
         best, soup = single[order[0]], [self.tried[order[0]]]
         for number in order[1:]:
             wider = [*soup, self.tried[number]]
-            found = value(wider)
-            if found >= best:
-                best, soup = found, wider
+            goodness_of_wider = value(wider)
+            if goodness_of_wider >= best:
+                best, soup = goodness_of_wider, wider
         task.load_state_dict(mean([trial.weights() for trial in soup]))
         return task, {"soup": [f"{trial.technique} {trial.seed}" for trial in soup]}
 

@@ -36,7 +36,8 @@ class StochNorm(Technique):
     """Fine-tune everything; each channel of a batch norm uses its running statistics at random.
 
     In every training step a channel is normalised by the mean and variance of the batch, or with
-    probability p by the running ones (Kou et al. 2020). Afterwards the norms are plain ones.
+    probability p by the running ones of the batches before it (Kou et al. 2020). Afterwards the
+    norms are plain ones.
 
     For networks with batch norms: here the convolutional ones of timm, for pictures, and PatchTST,
     for series. It assumes that the statistics of the source suit the target roughly. It helps with
@@ -69,15 +70,15 @@ class StochNorm(Technique):
 def mixed_norm(norm: nn.Module, p: float, inputs: Tensor) -> Tensor:
     """Return what a batch norm makes of inputs (B, C, ...), by batch or running statistics.
 
-    Which one is drawn for each channel. An activation within the norm (timm's BatchNormAct2d) is
-    elementwise, so that choosing after it is the same.
+    Which one is drawn for each channel. The running statistics are those before this batch, as in
+    the authors' code. An activation within the norm (timm's BatchNormAct2d) is elementwise, so the
+    choice may be made after it.
     """
     plain = type(norm).forward
-    by_batch = plain(norm, inputs)
     if not norm.training or p == 0:
-        return by_batch
+        return plain(norm, inputs)
     buffers = dict(norm._buffers)
-    # a copy: the next batch changes the running statistics, which the gradient needs as they were
+    # a copy: this batch changes the running statistics, which the gradient needs as they were
     norm._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
     norm.training = False
     try:
@@ -85,6 +86,7 @@ def mixed_norm(norm: nn.Module, p: float, inputs: Tensor) -> Tensor:
     finally:
         norm.training = True
         norm._buffers.update(buffers)
+    by_batch = plain(norm, inputs)
     shape = (1, inputs.shape[1], *[1] * (inputs.dim() - 2))
     is_running = torch.rand(shape, device=inputs.device) < p
     return torch.where(is_running, by_running, by_batch)

@@ -121,10 +121,10 @@ class Surgical(Technique):
             for layer, names in task.layers().items()
             if layer != "head"
         ]
-        found = torch.stack(norms)
-        task.gradient_sums += torch.where(torch.isfinite(found), found, 0.0)
+        relative_norms = torch.stack(norms)
+        task.gradient_sums += torch.where(torch.isfinite(relative_norms), relative_norms, 0.0)
 
 
 def _norm(tensors: list[Tensor | None]) -> Tensor:
-    found = [tensor.detach() for tensor in tensors if tensor is not None]
-    return torch.nn.utils.get_total_norm(found) if found else torch.zeros(())
+    given = [tensor.detach() for tensor in tensors if tensor is not None]
+    return torch.nn.utils.get_total_norm(given) if given else torch.zeros(())

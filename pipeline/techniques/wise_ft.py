@@ -110,11 +110,11 @@ class WiseFT(Technique):
         tuned = {name: tensor.detach().clone() for name, tensor in plain.state_dict().items()}
         chosen = self.options.coefficient
         if chosen is None:
-            found = {}
+            goodness_of = {}
             for coefficient in GRID:
                 plain.load_state_dict(interpolated(source, tuned, coefficient))
-                found[coefficient] = goodness(plain)
-            chosen = max(GRID, key=lambda one: (found[one], -abs(one - 0.5)))
+                goodness_of[coefficient] = goodness(plain)
+            chosen = max(GRID, key=lambda one: (goodness_of[one], -abs(one - 0.5)))
         plain.load_state_dict(interpolated(source, tuned, chosen))
         return plain, {"coefficient": chosen}
 

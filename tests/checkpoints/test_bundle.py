@@ -126,7 +126,7 @@ def test_a_newer_format_is_refused(saved):
 )
 def test_another_folder_is_no_bundle(saved, extra):
     change(saved, **extra)
-    with pytest.raises(BundleError, match="this folder is no bundle"):
+    with pytest.raises(BundleError, match="this folder is not a bundle"):
         bundle.load(str(saved))
 
 
@@ -252,7 +252,7 @@ def test_transfer_reports_kept_new_and_dropped(task):
         backbone,
         {**tensors, "model.fc.weight": torch.zeros(2), "model.fc.bias": torch.zeros(1)},
         "a file",
-        drop=("model.fc.",),
+        ignored_prefixes=("model.fc.",),
     )
     counters = [n for n in backbone.state_dict() if n.endswith("num_batches_tracked")]
     assert (
@@ -295,7 +295,7 @@ def test_transfer_is_strict_and_all_or_nothing(task, spoil, message):
     tensors = dict(task.backbone.state_dict())
     spoil(tensors)
     with pytest.raises(BundleError, match=r"^a file does not fit timm/test_vit: .*" + message):
-        bundle.transfer(backbone, tensors, "a file", drop=("model.fc.",))
+        bundle.transfer(backbone, tensors, "a file", ignored_prefixes=("model.fc.",))
     assert all(torch.equal(before[n], t) for n, t in weights(backbone).items())
 
 

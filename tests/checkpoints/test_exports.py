@@ -147,7 +147,7 @@ def test_sentence_transformers_gives_the_vectors_of_embed(name, pool, tmp_path):
 
 def test_a_pooler_is_none_of_sentence_transformers(tmp_path):
     _, _, uri, _ = fine_tuned(tmp_path, "transformers/bert", lambda task: task, pool="pooler")
-    with pytest.raises(BundleError, match="pool: pooler is none of sentence-transformers' ways"):
+    with pytest.raises(BundleError, match="pool: pooler is not one of sentence-transformers' ways"):
         export.export_bundle(uri, str(tmp_path / "out"), "sentence-transformers", False)
 
 

@@ -222,7 +222,7 @@ def edited(path, **values):
             lambda f: edited(
                 f / "preprocessor_config.json", feature_extractor_type="Speech2TextFeatureExtractor"
             ),
-            r"is none of samples \(feature_extractor_type Speech2TextFeatureExtractor",
+            r"is not that of a model of samples \(feature_extractor_type Speech2TextFeatureExtractor",
         ),
         (
             lambda f: edited(f / "preprocessor_config.json", sampling_rate=None),

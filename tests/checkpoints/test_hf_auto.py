@@ -487,13 +487,13 @@ def test_a_head_of_series_that_scales_its_states_is_new(tmp_path):
     config.update({"num_targets": 3, "scaling": "std", "head_aggregation": "avg_pool"})
     hf.PatchTSMixerForTimeSeriesClassification(config).save_pretrained(tmp_path)
     start = pretrained.read(f"hf:{tmp_path}")
-    assert not start.heads and "no linear layer" in start.headless["classification"]
+    assert not start.heads and "no linear layer" in start.no_head_reasons["classification"]
 
 
 def test_a_head_with_more_than_a_linear_layer_is_new(tmp_path):
     labelled(hf.ElectraForSequenceClassification, "electra", tmp_path)
     start = pretrained.read(f"hf:{tmp_path}")
-    assert not start.heads and "no linear layer" in start.headless["classification"]
+    assert not start.heads and "no linear layer" in start.no_head_reasons["classification"]
 
 
 @torch.no_grad()

@@ -443,7 +443,9 @@ def test_the_pooler_is_kept_where_it_is_wanted(family, tmp_path):
     assert all(torch.equal(fresh[name], twin.state_dict()[name]) for name in moved.new)
     # A bundle's backbone is whole: nothing is made up
     with pytest.raises(BundleError, match="2 tensors are missing"):
-        pretrained.PretrainedCheckpoint("bundle:x", without.tensors, arch, drop=()).load_into(twin)
+        pretrained.PretrainedCheckpoint(
+            "bundle:x", without.tensors, arch, ignored_prefixes=()
+        ).load_into(twin)
 
 
 # ---------------------------------------------------------------- heads of checkpoints
@@ -495,7 +497,11 @@ def test_masked_language_modelling_goes_on_with_the_checkpoints_own_head(kind, m
     assert count == int(n) > 20 and float(loss / n) == pytest.approx(float(total / count), rel=1e-5)
     fresh, _ = task_from(
         pretrained.PretrainedCheckpoint(
-            start.origin, start.tensors, start.arch, start.modality, drop=start.drop
+            start.origin,
+            start.tensors,
+            start.arch,
+            start.modality,
+            ignored_prefixes=start.ignored_prefixes,
         ),
         "mlm",
     )

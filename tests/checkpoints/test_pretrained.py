@@ -49,7 +49,7 @@ def loads(text: str, task, architecture="timm/test_resnet") -> bundle.Transfer:
     """The checkpoint on a fresh backbone gives what the task's backbone gives."""
     start = pretrained.read(text, architecture)
     twin = bundle.build_backbone(task.backbone.arch, seed=99).eval()
-    moved = bundle.transfer(twin, start.tensors, start.origin, start.drop)
+    moved = bundle.transfer(twin, start.tensors, start.origin, start.ignored_prefixes)
     batch = take(image_rows(3, size=32, channels=3), np.arange(3))
     with torch.no_grad():
         assert torch.equal(twin(batch).pooled, task.backbone(batch).pooled)
@@ -104,7 +104,7 @@ def test_names_and_shapes_of_a_remote_file_need_its_header_alone(plain, tmp_path
     def described(start):
         return {name: (tensor.shape, tensor.dtype) for name, tensor in start.tensors.items()}
 
-    assert described(found) == described(whole) and found.drop == whole.drop
+    assert described(found) == described(whole) and found.ignored_prefixes == whole.ignored_prefixes
 
 
 def test_a_file_of_before_pytorch_1_6_cannot_be_mapped_and_is_read(task, plain, tmp_path):
@@ -134,7 +134,7 @@ def test_our_own_weights_are_a_file_too(task, tmp_path):
         start.arch == task.backbone.arch
         and start.modality == modality
         and start.bundle is not None
-        and start.drop == ()
+        and start.ignored_prefixes == ()
     )
     loads(f"bundle:{tmp_path / 'b'}", task)
 
@@ -145,7 +145,10 @@ def test_tensors_without_a_place_are_refused_by_name(task, plain, tmp_path):
     )
     with pytest.raises(BundleError, match=r"1 tensors have no place \(model\.surprise\.weight\)"):
         bundle.transfer(
-            bundle.build_backbone(task.backbone.arch), start.tensors, start.origin, start.drop
+            bundle.build_backbone(task.backbone.arch),
+            start.tensors,
+            start.origin,
+            start.ignored_prefixes,
         )
 
 
@@ -518,7 +521,7 @@ def test_published_efficientnet_lite0_is_timms_tf_efficientnet_lite0():
     with pytest.raises(
         BundleError,
         match=r"names of its tensors are not those of timm/tf_efficientnet_lite0 "
-        r"\(conv_stem\.weight is none of them\), but their "
+        r"\(conv_stem\.weight is not among them\), but their "
         r"order and shapes fit\. If it is the same architecture, give init: file-by-order:",
     ):
         pretrained.read(f"file:{path}", "timm/tf_efficientnet_lite0")
@@ -575,8 +578,8 @@ def swapped(tensors, a: int, b: int):
         ),
         (
             lambda t: {**t, "extra.weight": torch.zeros(4, 95)},
-            r"extra\.weight \(4, 95\) comes after the last tensor of timm/test_resnet \(.*no "
-            r"classifier of it",
+            r"extra\.weight \(4, 95\) comes after the last tensor of timm/test_resnet \(.*not "
+            r"a classifier of it",
         ),
     ],
 )
@@ -680,7 +683,7 @@ def test_a_folder_of_timm_gives_timms_own_features(timm_folder, monkeypatch):
         ),
         (
             lambda f, c: c["pretrained_cfg"].pop("mean"),
-            r"pretrained_cfg in config.json has no mean; say backbone: timm/test_vit, init: file:",
+            r"pretrained_cfg in config.json has no mean; set backbone: timm/test_vit, init: file:",
         ),
         (
             lambda f, c: c["pretrained_cfg"].update(crop_pct=95),

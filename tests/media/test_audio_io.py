@@ -142,11 +142,11 @@ def test_what_is_too_long_is_not_read(monkeypatch):
     data = saved(tone(10))
     monkeypatch.setattr(soundfile.SoundFile, "read", None)
     with pytest.raises(LongAudioError, match=r"10\.00 s long, more than 9 s"):
-        audio_io.decode(data, most=9)
+        audio_io.decode(data, max_seconds=9)
     monkeypatch.undo()
     assert (
-        len(audio_io.decode(data, most=10)[0]) == 10 * RATE
-        and len(audio_io.decode(data, 1.0, 9.0, most=9)[0]) == 9 * RATE
+        len(audio_io.decode(data, max_seconds=10)[0]) == 10 * RATE
+        and len(audio_io.decode(data, 1.0, 9.0, max_seconds=9)[0]) == 9 * RATE
     )
 
 
@@ -197,7 +197,7 @@ def test_a_writer_into_a_pipe_does_not_know_the_length():
     ):
         data = bytearray(saved(tone(), form=form))
         data[at : at + len(unknown)] = unknown
-        assert audio_header.promised(io.BytesIO(data)) == 1
+        assert audio_header.length_ratio(io.BytesIO(data)) == 1
     assert len(audio_io.decode(bytes(data[:at]) + saved(tone(), form="CAF")[at:])[0]) == RATE
     flac = bytearray(saved(tone(3), form="FLAC"))
     flac[21] &= 0xF0
@@ -252,7 +252,9 @@ def test_what_a_sphere_header_promises(was, now, times):
         "2\nsample_coding -s3 pcm\nend_head\n"
     )
     assert (
-        audio_header.promised(io.BytesIO(head.replace(was, now).encode().ljust(1024) + bytes(1000)))
+        audio_header.length_ratio(
+            io.BytesIO(head.replace(was, now).encode().ljust(1024) + bytes(1000))
+        )
         == times
     )
 
@@ -279,7 +281,7 @@ def test_what_a_sphere_header_promises(was, now, times):
     ],
 )
 def test_scraps_promise_nothing(start):
-    assert audio_header.promised(io.BytesIO(start)) in (
+    assert audio_header.length_ratio(io.BytesIO(start)) in (
         1,
         float("inf"),
     ) and not audio_header.has_unknown_length(io.BytesIO(start))
@@ -393,7 +395,7 @@ def test_samples_that_are_no_numbers(wrong):
     samples[[8000, 9000]] = wrong
     with pytest.raises(
         BrokenAudioError,
-        match=r"2 of 16000 samples are no numbers \(NaN or infinite\), the first at 0\.500 s",
+        match=r"2 of 16000 samples are not numbers \(NaN or infinite\), the first at 0\.500 s",
     ):
         audio_io.decode(saved(samples, subtype="FLOAT"))
     assert len(audio_io.decode(saved(samples, subtype="FLOAT"), 0.6)[0]) == 6400
@@ -408,7 +410,7 @@ def test_floating_point_samples_in_integer_scale_are_told(subtype, sign):
     samples = np.zeros((800, 2))
     samples[5] = [20_000.0 * sign, -20_000.0 * sign]
     for data in (saved(samples, subtype=subtype), saved(samples[:, 0], subtype=subtype)):
-        for work in (audio_io.decode, audio_io.measured):
+        for work in (audio_io.decode, audio_io.measure):
             with pytest.raises(
                 BrokenAudioError,
                 match="floating-point numbers up to 20000, where full scale is 1: they are in "
@@ -416,7 +418,7 @@ def test_floating_point_samples_in_integer_scale_are_told(subtype, sign):
             ):
                 work(data)
     assert audio_io.decode(saved(samples / 1250, subtype=subtype))[0].shape == (800,)
-    assert audio_io.measured(saved(samples[:, 0] / 1250, subtype=subtype))[2] == 16
+    assert audio_io.measure(saved(samples[:, 0] / 1250, subtype=subtype))[2] == 16
 
 
 def test_a_flipped_bit_in_flac_is_told():
@@ -554,7 +556,7 @@ def test_level():
 def test_clipping_is_seen_in_samples_of_any_width_and_in_one_channel(form, subtype):
     loud, quiet = np.clip(tone(amplitude=3.0), -1, 1), tone(amplitude=0.9)
     for samples in (loud, np.stack([quiet, loud], 1), np.stack([loud, -loud], 1)):
-        found, _, peak, clipped = audio_io.measured(saved(samples, form=form, subtype=subtype))
+        found, _, peak, clipped = audio_io.measure(saved(samples, form=form, subtype=subtype))
         assert (
             peak > 0.98
             and 0.7 < clipped < 0.85
@@ -562,9 +564,9 @@ def test_clipping_is_seen_in_samples_of_any_width_and_in_one_channel(form, subty
                 found, audio_io.decode(saved(samples, form=form, subtype=subtype))[0]
             )
         )
-    assert audio_io.measured(saved(quiet, form=form, subtype=subtype))[3] == 0
+    assert audio_io.measure(saved(quiet, form=form, subtype=subtype))[3] == 0
     assert (
-        audio_io.measured(
+        audio_io.measure(
             saved(np.concatenate([quiet, loud]), form=form, subtype=subtype), 1.0, 0.5
         )[3]
         > 0.7

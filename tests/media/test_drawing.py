@@ -64,7 +64,7 @@ def test_many_classes_have_different_colours_and_a_short_key():
     mask = np.arange(100, dtype=np.uint8).reshape(10, 10)
     drawn = drawing.draw_mask(grey(480, 480), mask, [f"class {i}" for i in range(100)])
     lines = (drawn.shape[0] - 480) // (drawing.TEXT_PIXELS + 2 * drawing.PADDING)
-    assert lines == drawing.MOST_KEYS + 1
+    assert lines == drawing.MAX_KEYS + 1
 
 
 def test_a_picture_becomes_a_file():

@@ -27,11 +27,11 @@ def keys(n: int, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).integers(-(1 << 62), 1 << 62, n))
 
 
-def window(left, top, width, height, mirrored) -> ops.Window:
+def window(left, top, width, height, mirrored) -> ops.CropWindow:
     left, top, width, height = (
         torch.tensor(v, dtype=torch.float32) for v in (left, top, width, height)
     )
-    return ops.Window(left, top, width, height, torch.tensor(mirrored))
+    return ops.CropWindow(left, top, width, height, torch.tensor(mirrored))
 
 
 # ---------------------------------------------------------------- geometry
@@ -43,7 +43,9 @@ def test_windows_of_whole_pixels_are_torchvisions_resized_crops(size):
     x = pictures(4)
     corners = [(0, 0, 40, 40), (4, 6, 30, 20), (10, 0, 16, 40), (8, 20, 12, 12)]
     left, top, width, height = map(list, zip(*corners, strict=True))
-    found = ops.resample(x, window(left, top, width, height, [False, True, False, True]), size)
+    found = ops.resize_antialiased(
+        x, window(left, top, width, height, [False, True, False, True]), size
+    )
     for i, (left, top, width, height) in enumerate(corners):
         want = F.resized_crop(x[i].float(), top, left, height, width, [size, size], antialias=True)
         want = want.flip(-1) if i % 2 else want
@@ -56,7 +58,7 @@ def test_windows_of_whole_pixels_are_torchvisions_resized_crops(size):
 def test_outside_the_picture_is_the_fill_and_of_a_mask_the_ignored_class():
     x = torch.full((1, 3, 20, 20), 200, dtype=torch.uint8)
     wide = window([-10.0], [-10.0], [40.0], [40.0], [False])
-    found = ops.resample(x, wide, 40, torch.tensor([10.0, 20.0, 30.0]))
+    found = ops.resize_antialiased(x, wide, 40, torch.tensor([10.0, 20.0, 30.0]))
     assert torch.equal(found[0, :, 10:30, 10:30], torch.full((3, 20, 20), 200.0))
     inside = torch.zeros(40, 40, dtype=torch.bool)
     inside[10:30, 10:30] = True
@@ -114,7 +116,7 @@ def test_boxes_are_cut_at_the_edges_and_lost_when_little_is_left():
             ],
         ]
     )
-    boxes = ops.placed_boxes(shares, frame, 100)
+    boxes = ops.move_boxes(shares, frame, 100)
     # The second: 4 of 54 pixels each way are left
     want = [
         [[10, 35, 50, 55], [0, 25, 100, 75], [0, 0, 0, 0], [0, 50, 50, 75]],
@@ -256,16 +258,16 @@ def test_rows_are_the_same_bits_in_any_batch(size):
             ops.zoom_window(u, size, (0.6, 1.6), True),
         )
         return [
-            ops.resample(part, crop, size),
-            ops.resample(part, crop, size // 2),
-            ops.resample(part, zoom, size, torch.ones(3)),
-            ops.sample(part, crop, size),
-            ops.shifted(part, u, 4, True),
+            ops.resize_antialiased(part, crop, size),
+            ops.resize_antialiased(part, crop, size // 2),
+            ops.resize_antialiased(part, zoom, size, torch.ones(3)),
+            ops.resize_bilinear(part, crop, size),
+            ops.shift_pixels(part, u, 4, True),
             ops.colour_jitter(part / 255, u, 0.8),
             ops.blur(part / 255, u[:, 0] + 0.2),
             ops.rand_augment(part, u[:, :4], 9, [0.0] * 3),
             ops.resample_mask(part[:, 0], zoom, size),
-            ops.some(part / 255, u[:, 0] < 0.5, lambda rows, _: ops.solarize(rows)),
+            ops.change_rows(part / 255, u[:, 0] < 0.5, lambda rows, _: ops.solarize(rows)),
         ]
 
     whole = all_of(torch.arange(n))

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.media.deviation import rounded_mean
-from pipeline.media.static_features import MOST, StaticFeatures
+from pipeline.media.static_features import MAX_DEVIATIONS, StaticFeatures
 
 KIND = pa.struct(
     {
@@ -86,6 +86,8 @@ def test_a_category_is_one_value_however_it_is_written():
     both = StaticFeatures({**StaticFeatures.empty_state(), "codes": ["type=1", "type=1.0"]})
     found = [one.tolist() for one in both.decode(pa.array(rows[:2], kind), 2, "s")["codes"]]
     assert found == [[2], [1]], "each spelling that was trained keeps its own place"
+    features = dict(facts(rows, kind).features(pa.array(rows, kind), "s", 1))
+    assert features["s.type"].tolist() == [0, 0, 1] and features["s.sick"].tolist() == [0, 0, 1]
 
 
 def test_rare_texts_are_not_known():
@@ -139,7 +141,7 @@ def test_a_field_of_another_kind_than_it_was_fitted_on_is_refused_and_no_value_i
     # A column of nulls is no other kind
     assert not facts().decode(pa.array([{"age": None}]), 1, "facts")["numbers_known"].any()
     large = pa.array([{"age": 9007199254740995}], pa.struct({"age": pa.int64()}))
-    assert facts().decode(large, 1, "facts")["numbers"][0, 0] == MOST
+    assert facts().decode(large, 1, "facts")["numbers"][0, 0] == MAX_DEVIATIONS
 
 
 def test_numbers_far_out_and_no_numbers_are_clipped_and_missing():
@@ -151,7 +153,7 @@ def test_numbers_far_out_and_no_numbers_are_clipped_and_missing():
         3,
         "static",
     )
-    assert found["numbers"][:, 0].tolist() == [MOST, 0, 0] and found["numbers_known"][
+    assert found["numbers"][:, 0].tolist() == [MAX_DEVIATIONS, 0, 0] and found["numbers_known"][
         :, 0
     ].tolist() == [True, False, False]
 

@@ -212,7 +212,7 @@ def test_all_tags_of_a_type_are_known():
     assert Tagset.of(["VERB", "NOUN"], "none") == Tagset(("NOUN", "VERB"), ("NOUN", "VERB"), "none")
     with pytest.raises(
         ValueError,
-        match="tag 'E-a' is not of the scheme bio: O, or one of B-, I- with a type behind it",
+        match="tag 'E-a' is not of the scheme bio: O, or one of B-, I- followed by a type",
     ):
         Tagset.of(["E-a"], "bio")
 

@@ -105,8 +105,9 @@ def test_characters_are_sorted_behind_the_blank_and_come_back():
     )
     assert again.decode([1, 5, 3, 4, 1, 1, 6, -1, -1]) == "CAB D"
     assert (
-        alphabet.strange("CAB") == ""
-        and alphabet.strange("É7É CAB") == "no training transcript holds '7' (1x), 'É' (2x)"
+        alphabet.describe_unknown("CAB") == ""
+        and alphabet.describe_unknown("É7É CAB")
+        == "no training transcript holds '7' (1x), 'É' (2x)"
     )
 
 

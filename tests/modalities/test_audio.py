@@ -129,7 +129,7 @@ def test_bad_rows_have_their_reason_and_spoil_no_other():
             "the audio is null",
             "no sound file that libsndfile reads",
             "no samples",
-            "1 of 8000 samples are no numbers",
+            "1 of 8000 samples are not numbers",
             "1.50 s of sound, its header promises 2.00 s: the file was cut off",
             "0.02 s, shorter than one window of 0.025 s",
             "3.00 s long, more than 2.5 s: cut long recordings (a folder read as format: "
@@ -196,14 +196,14 @@ def test_start_and_seconds_name_a_piece(tmp_path, form):
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ([1.5], "a value of type float is no recording: files' bytes"),
-        ([0], "a value of type int is no recording"),
-        ([[0.1, 0.2]], "a value of type list is no recording"),
-        ([[]], "a value of type list is no recording"),
+        ([1.5], "a value of type float is not a recording: files' bytes"),
+        ([0], "a value of type int is not a recording"),
+        ([[0.1, 0.2]], "a value of type list is not a recording"),
+        ([[]], "a value of type list is not a recording"),
         ([True], "type bool"),
         (
             [{"array": [0.1, 0.2], "sampling_rate": 16000}],
-            r"a struct of array, sampling_rate is no file: structs of bytes and path are read",
+            r"a struct of array, sampling_rate is not a file: structs of bytes and path are read",
         ),
         ([{"path": None, "bytes": None}], "the audio is null"),
         ([{"path": None, "bytes": b""}], "the audio is"),
@@ -219,8 +219,8 @@ def test_columns_that_hold_no_files_are_told_as_what_they_are(values, says):
 
 def test_times_that_are_none():
     for start, seconds, text in (
-        (-1.0, 1.0, "start: -1.0 is no time in seconds"),
-        (0.0, float("inf"), "seconds: inf is no time"),
+        (-1.0, 1.0, "start: -1.0 is not a time in seconds"),
+        (0.0, float("inf"), "seconds: inf is not a time"),
         (0.0, 0.0, "0 s long"),
     ):
         _, bad = read([saved(noise())], start=[start], seconds=[seconds])

@@ -167,7 +167,7 @@ def test_fit_keeps_what_enough_rows_have_and_is_what_numpy_says():
 def test_fit_of_rows_that_cannot_be_used_says_so():
     with pytest.raises(
         ValueError,
-        match="no variable stands in 10 of 1 rows between hours -0 and 48: lower min_rows",
+        match="no variable is in 10 of 1 rows between hours -0 and 48: lower min_rows",
     ):
         Events.fit(EventsOptions(), table(([1.0], ["HR"], [1.0])), COLUMNS, "")
     with pytest.raises(ValueError, match="none of the first 1 rows can be read: an event is"):

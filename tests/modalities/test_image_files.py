@@ -158,7 +158,9 @@ def test_colours_that_the_gpu_would_mistake_go_to_the_host(monkeypatch):
     ]
     assert all(b"Adobe" in data[:30] for data in host[:2])
     files = [part for pair in zip(host, gpu, strict=False) for part in pair] + host[3:]
-    assert sorted(image_io.on_gpu(files, 3, torch.device("cuda"))) == [1, 3, 5] and given == gpu
+    assert (
+        sorted(image_io.decode_on_gpu(files, 3, torch.device("cuda"))) == [1, 3, 5] and given == gpu
+    )
     for data in host[:2]:
         want = np.asarray(PIL.Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
         assert np.abs(image_io.pixels(data, 3).permute(1, 2, 0).numpy() - want).max() <= 1
@@ -491,7 +493,9 @@ def test_masks_that_cannot_be_used_have_a_reason():
         "the mask holds class 300: the greatest is 254, and 255 is what is left out": saved(
             np.full((20, 30), 300, np.uint16)
         ),
-        "the mask is no PNG file: it must be one, with a class number a pixel": saved(good, "BMP"),
+        "the mask is not a PNG file: it must be one, with a class number for each pixel": saved(
+            good, "BMP"
+        ),
         "broken mask": saved(np.random.default_rng(0).integers(0, 20, (20, 30)).astype(np.uint8))[
             :100
         ],
@@ -537,7 +541,7 @@ def test_new_rows_to_predict_have_no_mask():
 
 @pytest.mark.parametrize("roles", [("boxes", "labels"), ("mask",)])
 def test_cropped_images_do_not_go_with_boxes_and_masks(roles):
-    with pytest.raises(ValueError, match=rf"fit: crop cuts away .*{roles[0]}.* say fit: pad"):
+    with pytest.raises(ValueError, match=rf"fit: crop cuts away .*{roles[0]}.* set fit: pad"):
         Image(ImageOptions(size=32), {}).check(roles)
     for fit in ("pad", "squash"):
         Image(ImageOptions(size=32, fit=fit), {}).check(roles)

@@ -426,7 +426,7 @@ def test_windows_and_answers_need_each_other(wordpiece):
     ):
         Text(TextOptions(**good), {}).check(("label",))
     with pytest.raises(
-        ValueError, match=r"say modality: \{text: \{length: 384, windows: 8, stride: 128\}\}"
+        ValueError, match=r"set modality: \{text: \{length: 384, windows: 8, stride: 128\}\}"
     ):
         Text(TextOptions(), {}).check(("answers", "answer_start"))
     with pytest.raises(ValueError, match="windows of 128 tokens that share 128 never move on"):

@@ -21,7 +21,7 @@ from pipeline.core.specs import ModalitySpec
 from pipeline.data import manifests
 from pipeline.data.stream import Decoder, Rows, plan_of, train_batches
 from pipeline.media.episodes import Episodes, cleaned
-from pipeline.modalities.trajectory import MOST, Trajectory, TrajectoryOptions
+from pipeline.modalities.trajectory import MAX_DEVIATIONS, Trajectory, TrajectoryOptions
 
 VECTORS, NAMES = pa.list_(pa.list_(pa.float32())), pa.list_(pa.string())
 COLUMNS = {
@@ -156,7 +156,11 @@ def test_what_does_not_vary_and_what_has_blown_up_stay_within_bounds():
     batch, _ = read(
         modality, table(([[3.0, 1e9], [4.5, 1e9], [-1e30, 3e38]], [[2.0], [1e6], [-4.0]]))
     )
-    assert batch["observations"][0].tolist() == [[0, 0], [1.5, 0], [-MOST, MOST]]
+    assert batch["observations"][0].tolist() == [
+        [0, 0],
+        [1.5, 0],
+        [-MAX_DEVIATIONS, MAX_DEVIATIONS],
+    ]
     assert batch["actions"][0].tolist() == [[0], [1e6 - 2], [-6]]  # what is to be done is never cut
 
 
@@ -358,8 +362,7 @@ NAN = math.nan
         (([[1, 2, 3]] * 3, [[1, 2], [1, 2], [math.inf, 2]]), "actions: step 2, number 0 is inf"),
         (
             ([[1, 2, 3]] * 3, [[1, 2]] * 2),
-            "the episode has 3 observations and 2 actions: an action stands beside every "
-            "observation",
+            "the episode has 3 observations and 2 actions: an action belongs to every observation",
         ),
         (([[1, 2, 3], [1, 2]], [[1, 2]] * 2), "observations: step 1 has 2 numbers, step 0 has 3"),
         (([[1, 2, 3]] * 3, [[1, 2], [1, 2], [1]]), "actions: step 2 has 1 numbers, step 0 has 2"),
@@ -421,7 +424,7 @@ def test_an_unknown_class_is_told_with_its_step():
         ),
     )
     assert bad == [
-        "actions: step 1 is 'rigth', which is no class of space o3c3; did you mean right?",
+        "actions: step 1 is 'rigth', which is not a class of space o3c3; did you mean right?",
         "actions: step 0 is null",
         "",
     ]
@@ -534,7 +537,7 @@ def test_frames_are_given_and_asked_for_or_neither():
     rows = table(GOOD, images=pa.array([[frame(0)] * 4], pa.list_(pa.binary())))
     with pytest.raises(
         ValueError,
-        match=r"column images holds frames and the modality reads none: say \{trajectory: "
+        match=r"column images holds frames and the modality reads none: set \{trajectory: "
         r"\{images: 96\}\}",
     ):
         Trajectory.fit(TrajectoryOptions(), rows, {**COLUMNS, "images": "images"}, "")
@@ -669,7 +672,7 @@ def test_what_was_executed_stands_beside_what_is_to_be_learned():
     )
     assert modality.decode(short, columns)[1] == [
         "executed are 3 numbers a step, actions are 2 numbers a step: they are of one kind",
-        "the episode has 4 observations and 3 executed: an action stands beside every "
+        "the episode has 4 observations and 3 executed: an action belongs to every "
         "observation; leave out a last observation that has none",
     ]
     some = rows.set_column(

@@ -465,15 +465,15 @@ def test_a_frame_is_what_the_vision_backbone_says_of_it():
         (
             FRAMES,
             {},
-            "the rows have frames of 32 pixels that nothing reads: say vision: timm/resnet18",
+            "the rows have frames of 32 pixels that nothing reads: set vision: timm/resnet18",
         ),
         (INPUTS, {"vision": "timm/resnet18"}, "vision: timm/resnet18 has no frames to read"),
         (
             FRAMES,
             {"vision": "timm/resnet81"},
-            "vision: timm/resnet81 is no LIBRARY/MODEL; did you mean resnet",
+            "vision: timm/resnet81 is not a LIBRARY/MODEL; did you mean resnet",
         ),
-        (FRAMES, {"vision": "tim/resnet18"}, "no LIBRARY/MODEL"),
+        (FRAMES, {"vision": "tim/resnet18"}, "not a LIBRARY/MODEL"),
         (FRAMES, {"vision": "transformers/bert"}, "vision: transformers/bert reads text"),
     ],
 )

@@ -518,7 +518,7 @@ def test_classes_stand_in_the_order_of_the_modality(names, order):
         (
             pa.array([[[1.0]], [[2.0]]]),
             {"head": "categorical"},
-            "categorical does not suit column done, whose actions are numbers: say mse, "
+            "categorical does not suit column done, whose actions are numbers: set mse, "
             "gaussian or mixture",
         ),
     ],
@@ -560,11 +560,11 @@ def test_an_action_never_seen_in_training_is_named_and_rows_without_one_are_refu
 
 
 def test_backbones_that_are_no_policies_are_refused():
-    with pytest.raises(ValueError, match="toys/net is no policy"):
+    with pytest.raises(ValueError, match="toys/net is not a policy"):
         BehaviourCloning(Net(), OPTIONS, {"kind": "continuous", "columns": []})
     task, _ = case()
     task.backbone.causal = False
-    with pytest.raises(ValueError, match="toys/steps is no policy"):
+    with pytest.raises(ValueError, match="toys/steps is not a policy"):
         BehaviourCloning(task.backbone, OPTIONS, {"kind": "continuous", "columns": []})
     task.backbone.causal, task.backbone.arch.inputs["images"] = True, [3, 64, 64]
     with pytest.raises(ValueError, match="reads images, and a rollout gives observations alone"):
@@ -650,7 +650,7 @@ def test_new_rows_are_written_in_their_own_units(tmp_path, discrete):
         batch = Batch(np.arange(12), torch.zeros(12), rows.modality.collate(new.arrays))
         with pytest.raises(
             ValueError,
-            match=r"toys/steps reads the actions before each step, and these rows have none: say "
+            match=r"toys/steps reads the actions before each step, and these rows have none: give "
             r"--column actions=NAME",
         ):
             task.objective.predict(task.backbone, batch)

@@ -50,8 +50,8 @@ def test_labels_stored_as_a_dictionary_are_those_of_their_values(first, second, 
     )
 
 
-def test_names_stored_as_a_dictionary():
-    table = pa.table({"kind": dictionary([1, 0], [1]), "name": dictionary(["dog", "cat"], ["dog"])})
+def test_names_stored_as_a_dictionary_of_which_one_is_null():
+    table = pa.table({"kind": dictionary([1, 0, 1]), "name": dictionary(["dog", "cat", None])})
     assert Classification.fit(OPTIONS, table, {"label": "kind", "label_name": "name"}) == {
         "values": [0, 1],
         "labels": ["cat", "dog"],
@@ -330,7 +330,7 @@ def test_a_positive_class_of_any_type_is_found_by_value_or_name(column, positive
         (
             {"positive": "sick"},
             ["a", "b"],
-            "option positive of classification: 'sick' is none of the classes a, b",
+            "option positive of classification: 'sick' is not one of the classes a, b",
         ),
         (
             {"positive": "a"},

@@ -127,7 +127,7 @@ def test_every_way_to_write_a_box(form, relative, box):
     )
 
 
-def test_class_numbers_may_have_holes_and_names():
+def test_class_numbers_may_have_holes_and_names(caplog):
     box = [0.1, 0.1, 0.5, 0.5]
     table = table_of([[box, box], [box]], [[90, 3], [17]])
     assert fitted(table)["values"] == [3, 17, 90] and fitted(table)["labels"] == ["3", "17", "90"]
@@ -151,12 +151,15 @@ def test_class_numbers_may_have_holes_and_names():
         fitted(table, names=[f"class {i}" for i in range(80)])
     with pytest.raises(
         ValueError,
-        match=r"objective.names: 'cat' is no class number, and column labels holds numbers; say "
+        match=r"objective.names: 'cat' is not a class number, and column labels holds numbers; write "
         r"number: name",
     ):
         fitted(table, names={"cat": "3", 17: "cow", 90: "ant"})
-    with pytest.raises(ValueError, match=r"no training row has class 0 .*, \{1: ant, ...\}"):
-        fitted(table_of([[box, box]], [[1, 2]]), names=["ant", "cat", "bird"])
+    from_1 = table_of([[box, box]], [[1, 3]])
+    with pytest.raises(ValueError, match=r"one has class 3, which is past .*, \{1: ant, ...\}"):
+        fitted(from_1, names=["ant", "cat", "bird"])
+    assert fitted(from_1, names=["ant", "cat", "bird", "cow"])["values"] == [0, 1, 2, 3]
+    assert "no training row has class 0 in column labels (the lowest is 1)" in caplog.text
     with pytest.raises(ValueError, match=r"objective.names: no class is named"):
         fitted(table, names=[])
     with pytest.raises(ValueError, match=r"two classes have the same name"):
@@ -174,7 +177,7 @@ def test_class_numbers_may_have_holes_and_names():
         ([[0.1, 0.1, 0.1, 0.3]], [0], r"box \[0\.1, 0\.1, 0\.1, 0\.3\] has no area"),
         ([[0.5, 0.1, 0.3, 0.3]], [0], r"has no area \(read as xyxy\)"),
         ([[1.2, 0.1, 1.5, 0.3]], [0], r"lies outside its image \(read as shares of it\)"),
-        ([[0.1, 0.1, 0.2, 0.3]], [8], r"class 8 is none of the 3 classes"),
+        ([[0.1, 0.1, 0.2, 0.3]], [8], r"class 8 is not one of the 3 classes"),
         ([[0.1, 0.1, 0.2, 0.3]], [0, 1], r"1 boxes, but 2 labels"),
         ([[0.1, 0.1, 0.2, 0.3]] * 5, [0] * 5, r"5 boxes, more than objective.max_boxes=4"),
         ([[0.1, 0.1, 0.2]], [0], r"a box is not 4 numbers"),

@@ -16,7 +16,7 @@ from pipeline.core.nn import all_gather
 from pipeline.core.specs import Architecture, ObjectiveSpec
 from pipeline.data.stream import Decoder
 from pipeline.modalities.trajectory import Trajectory, TrajectoryOptions
-from pipeline.objectives.dynamics import MOST_STEPS, STILL, Dynamics, DynamicsOptions, RunningScale
+from pipeline.objectives.dynamics import MAX_STEPS, STILL, Dynamics, DynamicsOptions, RunningScale
 
 COLUMNS = {"observations": "seen", "actions": "done", "embodiment": "robot"}
 CLASSES = ("left", "right", "wait")
@@ -336,11 +336,11 @@ def test_what_stands_still_or_is_not_there_makes_no_number_infinite():
     ]
     one.update()
     assert not one.square.any() and one.steps == 4
-    one.steps.fill_(MOST_STEPS)
+    one.steps.fill_(MAX_STEPS)
     one(torch.ones(1, 10, 2), torch.ones(1, 10, dtype=torch.bool))
     one.update()
-    assert one.steps == MOST_STEPS and one.square[0].item() == pytest.approx(
-        10 / MOST_STEPS, rel=1e-4
+    assert one.steps == MAX_STEPS and one.square[0].item() == pytest.approx(
+        10 / MAX_STEPS, rel=1e-4
     )
 
 
@@ -348,7 +348,7 @@ def test_what_stands_still_or_is_not_there_makes_no_number_infinite():
 
 
 def test_what_cannot_be_learned_is_told():
-    with pytest.raises(ValueError, match="toys/net is no policy: dynamics takes"):
+    with pytest.raises(ValueError, match="toys/net is not a policy: dynamics takes"):
         Dynamics(Net(), DynamicsOptions(), {})
     with pytest.raises(ValueError, match="forward and inverse of dynamics are both 0"):
         case(forward=0.0, inverse=0.0)
@@ -366,7 +366,7 @@ def test_what_cannot_be_learned_is_told():
     ]
     task, batch, _ = case()
     del batch.data["actions"]
-    with pytest.raises(ValueError, match="say --column actions=NAME"):
+    with pytest.raises(ValueError, match="give --column actions=NAME"):
         task.objective.predict(task.backbone, batch)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from toys import event_rows, take, task_of
 
-from pipeline.objectives.forecast import FARTHEST
+from pipeline.objectives.forecast import MAX_ERROR
 from tests.models.test_events import future_changed
 
 
@@ -71,7 +71,7 @@ def test_the_loss_is_the_formula_on_what_the_network_forecasts(rows, backbone):
         chance = torch.sigmoid(logit[i, n]).double()
         message = -torch.where(seen[i, n], chance, 1 - chance).log()
         squares = [
-            min(abs(float(value[i, n, v] - mean[i, n, v])), FARTHEST) ** 2
+            min(abs(float(value[i, n, v] - mean[i, n, v])), MAX_ERROR) ** 2
             for v in range(5)
             if seen[i, n, v]
         ]

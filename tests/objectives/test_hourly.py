@@ -145,10 +145,10 @@ def test_lists_of_any_numbers_are_read(values, times):
     [
         ([5.0, 6.0], [0], "hours and dies are not equally many"),
         ([6.0, 5.0], [0, 1], "hours do not ascend"),
-        ([5.0, None], [0, 1], "a time of hours is no number"),
-        ([5.0], [2], "a value of dies is no class from 0 to 1"),
-        ([5.0], [0.5], "a value of dies is no class from 0 to 1"),
-        ([5.0], [None], "a value of dies is no class from 0 to 1"),
+        ([5.0, None], [0, 1], "a time of hours is not a number"),
+        ([5.0], [2], "a value of dies is not a class from 0 to 1"),
+        ([5.0], [0.5], "a value of dies is not a class from 0 to 1"),
+        ([5.0], [None], "a value of dies is not a class from 0 to 1"),
         (None, [1], "hours and dies are not equally many"),
     ],
 )

@@ -91,11 +91,11 @@ def test_rows_without_any_label_in_a_batch_and_rows_without_the_column():
     ("options", "rows", "message"),
     [
         ({}, [[], None], "column findings: none of 2 training rows has a label"),
-        ({"labels": ["a", "a"]}, [["a"]], r"option labels of multilabel: \['a'\] stand twice"),
+        ({"labels": ["a", "a"]}, [["a"]], r"option labels of multilabel: \['a'\] occur twice"),
         (
             {"labels": ["Mass", "Edema"]},
             [["Mass"], ["Edma"]],
-            "column findings: label 'Edma' is none of the 2 known ones .* did you mean Edema",
+            "column findings: label 'Edma' is not one of the 2 known ones .* did you mean Edema",
         ),
         ({}, [["a", None]], "column findings: 1 labels inside its lists are null"),
         ({}, [[0.5]], "column findings holds lists of double: labels are texts or integers"),
@@ -118,7 +118,7 @@ def test_an_unknown_label_names_its_neighbour():
     state = Multilabel.fit(OPTIONS, pa.table({"findings": pa.array(ROWS)}), COLUMNS)
     with pytest.raises(
         ValueError,
-        match=r"column findings: label 'Efusion' is none of the 3 known ones .* did you mean "
+        match=r"column findings: label 'Efusion' is not one of the 3 known ones .* did you mean "
         r"Effusion\?",
     ):
         Multilabel.encode(pa.table({"findings": ["Mass|Efusion"]}), COLUMNS, state)

@@ -44,7 +44,7 @@ def test_rows_without_a_number_are_left_out():
     assert (state["mean"], state["std"]) == (2.0, 1.0)
     reasons = Regression.invalid_label_reasons(rows, COLUMNS, state)
     assert [bool(reason) for reason in reasons] == [False, True, False, True, True]
-    assert reasons[1] == "year is no finite number" and Regression.needed_roles == ("value",)
+    assert reasons[1] == "year is not a finite number" and Regression.needed_roles == ("value",)
 
 
 @pytest.mark.parametrize(

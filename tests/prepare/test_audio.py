@@ -265,7 +265,10 @@ def test_broken_recordings_are_listed_with_their_reason(tmp_path):
         "no_sound": (b"RIFFnothing at all", "broken WAV file"),
         "cut": (good[:-4000], "its header promises 0.50 s"),
         "no_samples": (wave(np.zeros(0)), "no samples"),
-        "nan": (wave(np.array([0, np.nan, 0.1]), subtype="FLOAT"), "1 of 3 samples are no numbers"),
+        "nan": (
+            wave(np.array([0, np.nan, 0.1]), subtype="FLOAT"),
+            "1 of 3 samples are not numbers",
+        ),
         "flac_cut": (sound(2)[:5000], "cut off"),
     }
     source = listed(

@@ -293,7 +293,7 @@ def test_documents_that_share_no_more_than_bands_are_verified():
     draw = np.random.default_rng(0)
     signs = draw.integers(0, 1 << 32, (400, minhash.NUM_PERM), dtype=np.uint32)
     # One band of 200 documents
-    signs[:200, : minhash.rows_a_band(0.8)] = signs[0, : minhash.rows_a_band(0.8)]
+    signs[:200, : minhash.rows_per_band(0.8)] = signs[0, : minhash.rows_per_band(0.8)]
     assert (cleaning.first_near_duplicates(signs, 0.8) == np.arange(400)).all()
     signs[150] = signs[7]
     signs[150, 100:120] += 1
@@ -310,7 +310,7 @@ def test_documents_that_share_no_more_than_bands_are_verified():
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7, 0.8, 0.9, 1.0])
 def test_bands_meet_at_the_threshold(threshold):
-    rows = minhash.rows_a_band(threshold)
+    rows = minhash.rows_per_band(threshold)
     assert 1 <= rows <= minhash.NUM_PERM
     assert (
         threshold == 1 or 1 - (1 - threshold**rows) ** (minhash.NUM_PERM // rows) >= minhash.RECALL

@@ -22,7 +22,7 @@ def test_a_world_is_its_text():
     world = World("Hopper-v5", 300, 7, {"mass": 1.5, "latency": 2.0}, "hop")
     assert World.parse(world.text()) == world and world.text() == World.parse(world.text()).text()
     for text in ("", "[]", '{"id": "a"}', '{"id": "a", "steps": 3, "seed": 1, "dynamics": 4}'):
-        with pytest.raises(ValueError, match="is no world"):
+        with pytest.raises(ValueError, match="is not a world"):
             World.parse(text)
 
 
@@ -37,7 +37,7 @@ def test_a_world_is_its_text():
     ],
 )
 def test_a_text_that_is_no_world_is_named_with_what_is_wrong_in_it(changed, said):
-    with pytest.raises(ValueError, match=r"'\{\"id\": \"Hopper-v5\".* is no world: .*" + said):
+    with pytest.raises(ValueError, match=r"'\{\"id\": \"Hopper-v5\".* is not a world: .*" + said):
         World.parse(json.dumps({"id": "Hopper-v5", "steps": 3, "seed": 1, **changed}))
 
 
@@ -184,7 +184,7 @@ def test_a_missing_simulator_is_named(monkeypatch):
 
 
 def test_masses_of_what_has_none_are_refused():
-    with pytest.raises(ValueError, match="is no MuJoCo environment: it has no mass to multiply"):
+    with pytest.raises(ValueError, match="is not a MuJoCo environment: it has no mass to multiply"):
         make(World("onetomany/WallFollowing-v0", 10, 0, {"mass": 2.0}))
 
 
@@ -208,7 +208,7 @@ def test_a_row_cannot_name_code(ident, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(
         ValueError,
-        match="is no plain id of a registered environment, such as Hopper-v5; rows cannot name "
+        match="is not a plain id of a registered environment, such as Hopper-v5; rows cannot name "
         "code",
     ):
         make(World.parse(json.dumps({"id": ident, "steps": 5, "seed": 0, "dynamics": {}})))

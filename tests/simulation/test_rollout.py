@@ -115,11 +115,11 @@ def test_lqr_linearises_as_mujoco_does_and_stabilises_what_is_unstable():
         whole, pushed = np.eye(n), np.zeros((n, model.nu))
         for _ in range(round(span / tiny)):
             whole, pushed = a @ whole, a @ pushed + b
-        assert np.allclose(law.whole, whole, atol=0.02 * np.abs(whole).max()) and np.allclose(
-            law.pushed, pushed, atol=0.02 * np.abs(pushed).max()
+        assert np.allclose(law.transition, whole, atol=0.02 * np.abs(whole).max()) and np.allclose(
+            law.control, pushed, atol=0.02 * np.abs(pushed).max()
         )
-        assert (np.abs(np.linalg.eigvals(law.whole)) > 1.001).sum() == unstable
-        assert np.abs(np.linalg.eigvals(law.whole - law.pushed @ law.gain)).max() < 0.999
+        assert (np.abs(np.linalg.eigvals(law.transition)) > 1.001).sum() == unstable
+        assert np.abs(np.linalg.eigvals(law.transition - law.control @ law.gain)).max() < 0.999
 
 
 def test_lqr_balances_the_single_pendulum_and_pays_less_than_other_gains():
@@ -136,7 +136,7 @@ def test_lqr_balances_the_single_pendulum_and_pays_less_than_other_gains():
         for _ in range(2000):
             u = -gain @ x
             total += float(x @ np.diag([0.3, 10.0, 0.0, 0.0]) @ x + 10.0 * u @ u)
-            x = law.whole @ x + law.pushed @ u
+            x = law.transition @ x + law.control @ u
         return total
 
     nudges = np.random.default_rng(0).normal(scale=0.02, size=(20, 1, 4)) * np.abs(law.gain)

@@ -263,7 +263,7 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path):
     data = storage.read_bytes(file)
     for broken in (b"", data[:-20], save({"a": np.zeros(1)})):
         storage.write_bytes(file, broken)
-        with pytest.raises(ValueError, match=r"is no training's checkpoint .*delete it"):
+        with pytest.raises(ValueError, match=r"is not a checkpoint of a training .*delete it"):
             train(PENDULUM, env_steps=100, seed=3, settings=QUICK, checkpoint=file)
 
 

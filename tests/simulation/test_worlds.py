@@ -12,7 +12,7 @@ from sklearn.metrics import f1_score
 from pipeline.simulation import range_world, reach
 from pipeline.simulation.environment import World, make
 from pipeline.simulation.experts import demonstrations, expert
-from pipeline.simulation.range_world import ACTIONS, ANGLES, FARTHEST
+from pipeline.simulation.range_world import ACTIONS, ANGLES, MAX_RANGE
 
 ROOM = "onetomany/WallFollowing-v0"
 ARM = "onetomany/Reach-v0"
@@ -102,7 +102,7 @@ def test_the_follower_follows_and_resembles_the_log():
     found = demonstrations(worlds, [expert("wall", world) for world in worlds])
     assert np.mean([one.success for one in found]) > 0.9
     seen = np.concatenate([one.observations for one in found])
-    assert seen.min() >= 0 and seen.max() == FARTHEST and seen.shape[1] == 24
+    assert seen.min() >= 0 and seen.max() == MAX_RANGE and seen.shape[1] == 24
     assert set(np.concatenate([one.actions for one in found]).tolist()) == {0, 1, 2, 3}
     blind = demonstrations(worlds, [expert("random", world) for world in worlds])
     assert np.mean([one.success for one in blind]) < np.mean([one.success for one in found])

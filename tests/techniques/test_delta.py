@@ -223,7 +223,7 @@ def test_training_with_it_stays_nearer_to_the_source_and_leaves_a_plain_network(
 
 def test_an_objective_that_compares_rows_is_refused():
     task = OBJECTIVES["simclr"].build("simclr").task
-    with pytest.raises(ValueError, match="simclr compares the rows of all ranks: say attention: f"):
+    with pytest.raises(ValueError, match="simclr compares the rows of all ranks: set attention: f"):
         delta().wrap(task)
 
 

@@ -709,9 +709,9 @@ def test_a_run_in_4_bits_goes_on_bit_for_bit(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"start": "loftq"}, "say quantize: nf4 too"),
+        ({"start": "loftq"}, "set quantize: nf4 too"),
         ({"start": "loftq", "dora": True, **IN_4_BITS}, "leave start: loftq out"),
-        ({"start": "pissa", **IN_4_BITS}, "say start: loftq"),
+        ({"start": "pissa", **IN_4_BITS}, "set start: loftq"),
     ],
     ids=str,
 )

@@ -201,8 +201,8 @@ def test_stoch_norm_takes_statistics_channel_by_channel():
         norm.weight.normal_()
     inputs = torch.randn(4, 64, 3, 3)
     plain = copy.deepcopy(norm)
+    running = copy.deepcopy(norm).eval()(inputs)  # of the batches before, as in the authors' code
     by_batch = plain(inputs)
-    running = copy.deepcopy(plain).eval()(inputs)  # with the batch counted in, as the authors do
     for p in (0.25, 1.0):
         mixed = copy.deepcopy(norm)
         used = technique("stoch_norm", p=p)

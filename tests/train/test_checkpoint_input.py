@@ -52,7 +52,7 @@ def test_what_the_job_states_is_how_rows_are_read(tmp_path):
         "images are read at 160 pixels, 3 channels, mean 0.5/0.5/0.5, std 0.5/0.5/0.5; "
         "assumed, as timm says of its default weights"
     )
-    assert "say modality: {image: {mean: imagenet, std: imagenet}}" in message
+    assert "set modality: {image: {mean: imagenet, std: imagenet}}" in message
     given = {
         "mean": "imagenet",
         "std": "imagenet",

@@ -862,7 +862,7 @@ def test_boxes_of_a_checkpoint_that_reads_cropped_images_are_refused(tmp_path, p
         )[0]
         for fit in ("crop", "pad")
     )
-    with pytest.raises(ValueError, match=r"data\.modality: fit: crop cuts away .* say fit: pad"):
+    with pytest.raises(ValueError, match=r"data\.modality: fit: crop cuts away .* set fit: pad"):
         targets.prepare(stage, crops)
     assert len(targets.prepare(stage, pads).train) == 60
 

@@ -59,11 +59,11 @@ def export(saved: bundle.Bundle, output: str, backbone_only: bool) -> str:
             (folder / "head.json").write_text(text, encoding="utf-8")
             head = f", the head's tensors in {classifier_export.HEAD}"
         count = sum(tensor.numel() for tensor in tensors.values())
-        said = (
+        description = (
             f"adapter of {len(factors)} modules with {count} parameters{head}; its base: onetomany "
             f"export {base.uri} BASE --kind hugging-face --backbone-only"
         )
-        return said, _compare(saved, backbone, folder)
+        return description, _compare(saved, backbone, folder)
 
     return export_folder.commit(saved, output, backbone_only, write)
 

@@ -43,7 +43,7 @@ def export(saved: Bundle, output: str, backbone_only: bool) -> str:
         )
     if backbone.pool not in POOLING:
         raise BundleError(
-            f"{saved.uri}: pool: {backbone.pool} is none of sentence-transformers' ways to pool "
+            f"{saved.uri}: pool: {backbone.pool} is not one of sentence-transformers' ways to pool "
             f"({', '.join(POOLING)}): take --kind hugging-face or onnx"
         )
 
@@ -92,8 +92,10 @@ def _compare(saved: Bundle, backbone: Any, folder: Path) -> export_check.Compari
     assert batch is not None
     untyped: Any = transformers.AutoModel
     model = untyped.from_pretrained(folder).eval()
-    words = model_inputs(backbone, batch) or export_check.transformers_inputs(model.config, batch)
-    hidden = model(**words).last_hidden_state
+    arguments = model_inputs(backbone, batch) or export_check.transformers_inputs(
+        model.config, batch
+    )
+    hidden = model(**arguments).last_hidden_state
     config = json.loads((folder / "1_Pooling" / "config.json").read_text(encoding="utf-8"))
     pooled = _pooled(hidden, batch["mask"], config)
     return export_check.compare_outputs(backbone(batch).pooled.float(), pooled, "features")

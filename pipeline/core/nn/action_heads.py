@@ -86,11 +86,11 @@ def temporal_ensemble(plans: list[np.ndarray], rate: float | None) -> np.ndarray
     Weights are exp(-rate i), i = 0 for the oldest, as in ACT's code; without a rate the newest
     chunk counts alone.
     """
-    said = np.stack([plan[:, len(plans) - 1 - place] for place, plan in enumerate(plans)])
+    predictions = np.stack([plan[:, len(plans) - 1 - age] for age, plan in enumerate(plans)])
     if rate is None:
-        return said[-1]
-    weights = np.exp(-rate * np.arange(len(said)))
-    return np.einsum("i,ina->na", weights / weights.sum(), said).astype(np.float32)
+        return predictions[-1]
+    weights = np.exp(-rate * np.arange(len(predictions)))
+    return np.einsum("i,ina->na", weights / weights.sum(), predictions).astype(np.float32)
 
 
 def action_chunks(actions: Tensor, mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -99,8 +99,8 @@ def action_chunks(actions: Tensor, mask: Tensor, size: int) -> tuple[Tensor, Ten
     Also returns (B, T, size) bool, true within the row's mask (B, T).
     """
     ahead = F.pad(actions, (0, 0, 0, size - 1)).unfold(1, size, 1).movedim(-1, 2)
-    there = F.pad(mask, (0, size - 1), value=False).unfold(1, size, 1)
-    return ahead, there & mask[..., None]
+    is_inside = F.pad(mask, (0, size - 1), value=False).unfold(1, size, 1)
+    return ahead, is_inside & mask[..., None]
 
 
 def head_of(asked: str, discrete: bool) -> str:
@@ -163,10 +163,10 @@ def losses(head: str, out: Tensor, target: Tensor, components: int, beta: float 
         ).sum(-1)
     logits, mean, log_std = _mixture(out, components)
     shares = logits.log_softmax(-1)
-    found = -torch.logsumexp(
+    negative = -torch.logsumexp(
         shares + _log_densities(target[..., None, :], mean, log_std).sum(-1), -1
     )
-    return found * torch.exp(2 * beta * (shares.exp() * log_std.mean(-1)).sum(-1).detach())
+    return negative * torch.exp(2 * beta * (shares.exp() * log_std.mean(-1)).sum(-1).detach())
 
 
 def most_likely_action(head: str, out: Tensor, components: int) -> Tensor:

@@ -39,14 +39,13 @@ def all_gather_rows(local: Tensor) -> tuple[Tensor, int]:
     sizes = torch.zeros(count, dtype=torch.int64, device=local.device)
     sizes[rank] = len(local)
     _all_reduce_in_place(sizes)
-    held = [int(size) for size in sizes]
-    # a sum over zeros, not all_gather: gloo reduces what lies on a GPU, and gathers it in some
-    # releases only
-    padded = local.new_zeros(count, max(held), *local.shape[1:])
+    counts = [int(size) for size in sizes]
+    # a sum over zeros in place of all_gather: not all releases of gloo gather tensors on a GPU
+    padded = local.new_zeros(count, max(counts), *local.shape[1:])
     padded[rank, : len(local)] = local.detach()
     _all_reduce_in_place(padded)
-    rows = [local if r == rank else padded[r, : held[r]] for r in range(count)]
-    return torch.cat(rows), sum(held[:rank])
+    rows = [local if r == rank else padded[r, : counts[r]] for r in range(count)]
+    return torch.cat(rows), sum(counts[:rank])
 
 
 def loss_of_own_rows(losses: Tensor, own_rows: slice) -> Tensor:
@@ -54,8 +53,8 @@ def loss_of_own_rows(losses: Tensor, own_rows: slice) -> Tensor:
 
     ``losses``: (N,) or (N, ...) of all rows, computed from what `all_gather_rows` returned.
     """
-    whole = losses.sum()
-    without_value = whole - whole.detach()
+    total = losses.sum()
+    without_value = total - total.detach()
     return losses[own_rows].sum().detach() + without_value
 
 

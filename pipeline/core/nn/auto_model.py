@@ -110,7 +110,7 @@ def model_class(config: Any) -> Any:
     from transformers.models.auto import modeling_auto as auto
 
     mappings: list[Any] = [auto.MODEL_MAPPING]
-    # the family's, not this configuration's: an encoder that was saved alone says no
+    # of the family's default, since an encoder that was saved alone says False
     if type(config)().is_encoder_decoder:
         mappings.insert(0, auto.MODEL_FOR_TEXT_ENCODING_MAPPING)
     for mapping in mappings:
@@ -170,8 +170,11 @@ def masked_head(config: Any) -> MaskedHead | None:
     state = model.state_dict().items()
     biases = [name for name, t in state if not name.startswith(base) and t.shape == shape[:1]]
     classes: dict[str, Any] = vars(activations)["ACT2CLS"]
-    found = (name for one in own.values() for name in classes if type(one) is classes[name])
-    activation = next(found, "gelu")  # RoBERTa and its like call GELU, a function, no module
+    activations_used = (
+        name for module in own.values() for name in classes if type(module) is classes[name]
+    )
+    # RoBERTa and its like call the function GELU and have no module for it
+    activation = next(activations_used, "gelu")
     bias = biases[0] if biases else None
     return MaskedHead(kind, dense[0], norms[0], bias, activation, own[norms[0]].eps)
 
@@ -181,7 +184,7 @@ def output_is_embedding(config: Any) -> bool:
     return bool(getattr(config, "tie_word_embeddings", True))
 
 
-def pooling_words(kind: Any, pooler: bool) -> dict[str, bool]:
+def pooling_arguments(kind: Any, pooler: bool) -> dict[str, bool]:
     """Return the argument of a class that says whether its own pooling layer is built."""
     takes = "add_pooling_layer" in inspect.signature(kind.__init__).parameters
     return {"add_pooling_layer": pooler} if takes else {}
@@ -190,7 +193,7 @@ def pooling_words(kind: Any, pooler: bool) -> dict[str, bool]:
 def create(config: Any, pooler: bool) -> Any:
     """Build the model with random weights, of an encoder-decoder its encoder."""
     kind = model_class(config)
-    return encoder_of(kind(config, **pooling_words(kind, pooler)))
+    return encoder_of(kind(config, **pooling_arguments(kind, pooler)))
 
 
 def encoder_of(model: Any) -> Any:
@@ -213,13 +216,13 @@ def is_plain(model: Any) -> bool:
     return type(model) is model_class(model.config)
 
 
-def hidden_states(model: Any, found: Any) -> torch.Tensor:
+def hidden_states(model: Any, output: Any) -> torch.Tensor:
     """Return a model's last states: (B, N, D), or (B, C, h, w) maps of images.
 
     Models of series give (B, channels, patches, D), which are concatenated to (B, patches,
     channels * D), as their heads for classification read them.
     """
-    hidden = found.last_hidden_state
+    hidden = output.last_hidden_state
     is_by_channel = model.main_input_name == SERIES_INPUT and hidden.dim() == 4
     return hidden.transpose(1, 2).flatten(2) if is_by_channel else hidden
 
@@ -239,7 +242,7 @@ def positions(model: Any) -> int | None:
     if not isinstance(most, int) or most <= 0:
         return None
     for name, module in model.named_modules():
-        # RoBERTa and its like count positions from behind that of padding
+        # RoBERTa and its like count positions from the one after padding
         is_table = isinstance(module, nn.Embedding) and name.endswith("position_embeddings")
         if is_table and module.padding_idx is not None:
             return most - module.padding_idx - 1

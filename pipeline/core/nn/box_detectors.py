@@ -121,11 +121,11 @@ def predicted_boxes(detections: Detections, frame: Tensor) -> dict[str, Tensor]:
     boxes = torch.zeros(b, DETECTIONS, 4, device=device)
     scores = torch.zeros(b, DETECTIONS, device=device)
     classes = torch.full((b, DETECTIONS), -1, device=device)
-    for i, found in enumerate(detections):
-        k = len(found["boxes"])
-        boxes[i, :k] = to_shares(found["boxes"][None], frame[i : i + 1])[0]
-        scores[i, :k] = found["scores"]
-        classes[i, :k] = found["labels"]
+    for i, detected in enumerate(detections):
+        k = len(detected["boxes"])
+        boxes[i, :k] = to_shares(detected["boxes"][None], frame[i : i + 1])[0]
+        scores[i, :k] = detected["scores"]
+        classes[i, :k] = detected["labels"]
     return {"boxes": boxes, "scores": scores, "classes": classes}
 
 
@@ -148,10 +148,8 @@ def in_crowd(boxes: Tensor, crowd: Tensor) -> Tensor:
     COCO measures overlap with a crowd in this way, over the detection's own area (pycocotools:
     iscrowd).
     """
-    low, high = (
-        torch.maximum(boxes[:, None, :2], crowd[:, :2]),
-        torch.minimum(boxes[:, None, 2:], crowd[:, 2:]),
-    )
+    low = torch.maximum(boxes[:, None, :2], crowd[:, :2])
+    high = torch.minimum(boxes[:, None, 2:], crowd[:, 2:])
     return (
         (high - low).clamp(min=0).prod(2) >= 0.5 * (boxes[:, 2:] - boxes[:, :2]).prod(1)[:, None]
     ).any(1)
@@ -437,12 +435,12 @@ class FasterRCNN(nn.Module):
         """Return ``boxes``, ``scores`` and ``labels`` of each image."""
         boxes, _ = self.rpn(image_list(batch), maps)
         scores, shifts = self._regions(maps, boxes, batch)
-        found = self.roi_heads.postprocess_detections(
+        processed = self.roi_heads.postprocess_detections(
             scores, shifts, boxes, image_list(batch).image_sizes
         )
         return [
             {"boxes": boxes, "scores": scores, "labels": labels - 1}
-            for boxes, scores, labels in zip(*found, strict=True)
+            for boxes, scores, labels in zip(*processed, strict=True)
         ]
 
 

@@ -19,9 +19,10 @@ def count(lengths: Any, convolutions: Convolutions) -> Any:
     Takes and returns an int, an integer array or tensor; 0 for inputs shorter than the kernels.
     """
     for kernel, stride, padding in convolutions:
-        there = lengths > 0
+        is_positive = lengths > 0
         lengths = (lengths + 2 * padding - kernel) // stride + 1
-        lengths = (lengths * there).clip(0) if hasattr(lengths, "clip") else max(0, lengths * there)
+        lengths = lengths * is_positive
+        lengths = lengths.clip(0) if hasattr(lengths, "clip") else max(0, lengths)
     return lengths
 
 

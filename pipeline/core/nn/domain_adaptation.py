@@ -114,7 +114,7 @@ class DomainAdaptation(Technique, ABC):
         """Return the mean loss of the source's labelled rows."""
         assert has_cached_head(task.objective)
         if not len(source.batch):
-            # the other ranks add up their counts and wait for this one
+            # take part in the sum of counts, for which the other ranks wait
             all_reduce_sum(torch.zeros((), device=source.pooled.device))
             return source.pooled.sum() * 0.0
         losses, count, _ = task.objective.head_loss(source.pooled, source.batch)

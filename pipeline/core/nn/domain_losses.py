@@ -101,8 +101,8 @@ def joint_mmd(source: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
         target: (m, D_l) of every layer, m > 1.
     """
     product = torch.ones((), device=source[0].device)
-    for here, there in zip(source, target, strict=True):
-        product = product * gaussian_kernels(torch.cat([here, there]))
+    for of_source, of_target in zip(source, target, strict=True):
+        product = product * gaussian_kernels(torch.cat([of_source, of_target]))
     return kernel_mmd(product, len(source[0]))
 
 

@@ -61,10 +61,8 @@ class Pyramid(nn.Module):
                     f"{name} has feature maps of strides {sorted(last)}, of which "
                     f"{list(wanted)} are wanted"
                 )
-            self.names, strides = (
-                tuple(stage.name for stage in used),
-                tuple(stage.stride for stage in used),
-            )
+            self.names = tuple(stage.name for stage in used)
+            strides = tuple(stage.stride for stage in used)
         blocks = {
             "none": None,
             "p6p7": LastLevelP6P7(channels, channels),

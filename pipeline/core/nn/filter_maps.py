@@ -68,12 +68,12 @@ def change_filters(module: nn.Module, output: Any, change: Callable[[Tensor], Te
             entry is changed.
         change: Takes the values with filters last, (..., C), and returns others of this shape.
     """
-    found, rest = _split(output)
-    values: Any = found.data if isinstance(found, PackedSequence) else found
+    first, rest = _split(output)
+    values: Any = first.data if isinstance(first, PackedSequence) else first
     channels = 1 if isinstance(module, CONVOLUTIONS) else -1
     changed: Any = change(values.movedim(channels, -1)).movedim(-1, channels)
-    if isinstance(found, PackedSequence):
-        changed = found._replace(data=changed)
+    if isinstance(first, PackedSequence):
+        changed = first._replace(data=changed)
     return changed if rest is None else (changed, *rest)
 
 
@@ -81,8 +81,8 @@ def _split(output: Any) -> tuple[Any, tuple[Any, ...] | None]:
     """Return the first entry of an output and the others; None where it is no tuple."""
     if type(output) is not tuple:
         return output, None
-    whole = cast("tuple[Any, ...]", output)
-    return whole[0], whole[1:]
+    entries = cast("tuple[Any, ...]", output)
+    return entries[0], entries[1:]
 
 
 class FilterMap(NamedTuple):
@@ -134,11 +134,11 @@ class FilterMaps:
     def _keep(self, name: str, module: nn.Module, inputs: Any, output: Any) -> Any:
         if name in self.off:
             output = change_filters(module, output, partial(_without, self.off[name]))
-        found, _ = _split(output)
-        values = found
+        first, _ = _split(output)
+        values = first
         mask = None
-        if isinstance(found, PackedSequence):
-            values, lengths = pad_packed_sequence(found, batch_first=True)
+        if isinstance(first, PackedSequence):
+            values, lengths = pad_packed_sequence(first, batch_first=True)
             mask = (torch.arange(values.shape[1]) < lengths[:, None]).to(values.device)
         elif _is_sequence_first(module) and values.dim() == 3:
             values = values.transpose(0, 1)

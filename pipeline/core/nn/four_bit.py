@@ -66,7 +66,7 @@ class FourBitLinear(nn.Linear):
         functional = library().functional
         state = functional.QuantState(
             absmax=self.scales,
-            # one row: the kernel for CPUs takes blocks to end with rows
+            # as one row: the CPU kernel assumes that blocks end where rows end
             shape=torch.Size((1, self.out_features * self.in_features)),
             dtype=torch.float32,
             blocksize=BLOCK,

@@ -52,15 +52,18 @@ def measure(backbone: Backbone, batches: Iterable[Batch]) -> None:
     averages of torch would be those of single batches, whose variances lack what lies between them.
     """
     norms = batch_norms(backbone)
-    found = [_Sums() for _ in norms]
-    hooks = [norm.register_forward_pre_hook(sums) for norm, sums in zip(norms, found, strict=True)]
+    sums_of_norms = [_Sums() for _ in norms]
+    hooks = [
+        norm.register_forward_pre_hook(sums)
+        for norm, sums in zip(norms, sums_of_norms, strict=True)
+    ]
     backbone.eval()
     for norm in norms:
         norm.reset_running_stats()
         norm.train()
     for batch in batches:
         backbone(batch)
-    for norm, sums, hook in zip(norms, found, hooks, strict=True):
+    for norm, sums, hook in zip(norms, sums_of_norms, hooks, strict=True):
         hook.remove()
         sums.store(norm)
     backbone.eval()

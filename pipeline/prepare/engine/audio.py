@@ -24,7 +24,7 @@ import pyarrow as pa
 from pipeline.io import storage
 from pipeline.io.threads import threaded_map
 from pipeline.media import audio_io
-from pipeline.media.audio_io import BrokenAudioError, Info, Sound
+from pipeline.media.audio_io import BrokenAudioError, RecordingInfo, Sound
 from pipeline.prepare.engine.importing import (
     Index,
     InvalidRow,
@@ -445,7 +445,7 @@ def _with_header(row: Row, data: Sound) -> Sound:
 def _spans(
     row: Row,
     data: Sound,
-    info: Info,
+    info: RecordingInfo,
     sound_options: SoundOptions,
 ) -> tuple[list[tuple[float, float]], bool]:
     """Return ([(start, stop) in seconds of each row], whether the one row is the whole file)."""
@@ -474,7 +474,7 @@ def _spans(
 def _row(
     row: Row,
     data: Sound,
-    info: Info,
+    info: RecordingInfo,
     span: tuple[float, float],
     whole: bool,
     sound_options: SoundOptions,
@@ -482,7 +482,7 @@ def _row(
     """Return (the row, which of COUNTED it is)."""
     start, stop = span
     segment = () if whole else (start, stop - start)
-    samples, rate, peak, clipped = audio_io.measured(data, *segment)
+    samples, rate, peak, clipped = audio_io.measure(data, *segment)
     is_counted = (peak <= SILENT, clipped > CLIPPED, not whole)
     counted = [what for what, is_so in zip(COUNTED, is_counted, strict=False) if is_so]
     content = _content(data) if whole else b""

@@ -170,7 +170,7 @@ class Rollouts(EpisodeImporter):
         if o.keep == "success" and not judged:
             raise ValueError(
                 f"--set keep=success: what success is in {source} is not known; known: "
-                f"{', '.join(rollout.JUDGED)}. Leave keep out"
+                f"{', '.join(rollout.WITH_CRITERION)}. Leave keep out"
             )
         versions = {name: metadata.version(name) for name in ("gymnasium", "mujoco")}
         info = {

@@ -98,16 +98,16 @@ def _decoded(
     A JPEG to be resized is decoded at a reduced size, at least twice the wanted one.
     """
     # Here: it imports torchvision, 80 MB in every worker that prepares tables
-    from pipeline.media.image_io import MOST_PIXELS
+    from pipeline.media.image_io import MAX_PIXELS
 
     try:
         with warnings.catch_warnings():
-            # MOST_PIXELS decides
+            # MAX_PIXELS decides
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
             image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > MOST_PIXELS:
+        if image.width * image.height > MAX_PIXELS:
             raise BrokenImageError(
-                f"its header claims {image.width} x {image.height} pixels, more than {MOST_PIXELS}"
+                f"its header claims {image.width} x {image.height} pixels, more than {MAX_PIXELS}"
             )
         stored = image.size
         wanted = (
@@ -122,9 +122,9 @@ def _decoded(
         raise
     except PIL.UnidentifiedImageError:
         raise BrokenImageError(f"not a {', '.join(FORMATS)} image, or a broken one") from None
-    except PIL.Image.DecompressionBombError as error:  # from the header too, far above MOST_PIXELS
+    except PIL.Image.DecompressionBombError as error:  # from the header too, far above MAX_PIXELS
         raise BrokenImageError(
-            f"its header claims more than {MOST_PIXELS} pixels ({error})"
+            f"its header claims more than {MAX_PIXELS} pixels ({error})"
         ) from None
     except Exception as error:
         # broken bytes make Pillow raise OSError, SyntaxError, struct.error, ValueError and others
