@@ -259,6 +259,7 @@ def load_head(
         order = torch.tensor([old.index(name) for name in new])
         tensors = {n: t[order] if n in last else t for n, t in tensors.items()}
     objective.load_state_dict(dict(tensors))
+    objective.names_taken_over = frozenset(tensors)
     return outcome
 
 
@@ -286,6 +287,7 @@ def carry_tensors(
         and objective.is_transferable(source_objective.options, n)
     }
     objective.load_state_dict(kept, strict=False)
+    objective.names_taken_over = frozenset(kept)
     description = Transfer(
         tuple(kept),
         tuple(n for n in expected if n not in kept),

@@ -33,6 +33,7 @@ from pipeline.report.matrix import (
     SCRATCH,
     WINS,
     MatrixEntry,
+    best_on_validation,
     most_labels_first,
 )
 from pipeline.report.source_scores import PairScores
@@ -47,7 +48,7 @@ def chosen(entries: Sequence[MatrixEntry]) -> MatrixEntry:
     Where an entry has no validation value it is the one with the largest gain on test rows.
     """
     if all(entry.validation is not None for entry in entries):
-        return max(entries, key=lambda entry: entry.validation or 0.0)
+        return best_on_validation(entries)
     return max(entries, key=lambda entry: entry.gain or 0.0)
 
 

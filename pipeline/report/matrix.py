@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.config import registry
+from pipeline.core.contracts import adapts_at_test
 from pipeline.core.metrics import catalog
 from pipeline.core.metrics.metric import UNBOUNDED
 from pipeline.report import folds, results, stats
@@ -226,6 +227,12 @@ class MatrixEntry:
         return technique is not None and technique.starts_from == "trials"
 
     @property
+    def adapts_at_test(self) -> bool:
+        """Whether it was validated as the source's network, and adapted to the test rows later."""
+        technique = self.registered_technique
+        return technique is not None and adapts_at_test(technique)
+
+    @property
     def transfers(self) -> bool:
         """Whether the entry has a source and was compared with scratch."""
         return self.source != SCRATCH and self.verdict in COMPARED
@@ -271,6 +278,11 @@ class _EntryTrials:
     def technique(self) -> str:
         """The technique's name without its options."""
         return self.group[0].technique
+
+    @property
+    def has_no_seed(self) -> bool:
+        """Whether it is one trial that trains nothing: a source's network, a soup, an ensemble."""
+        return len(self.rows) == 1 and self.rows[0].params_trained == 0
 
     def validation(self) -> float:
         """Return the mean validation value of the final trials, where larger is better.
@@ -456,7 +468,7 @@ def _reference(trials: _EntryTrials, all_trials: list[_EntryTrials]) -> _EntryTr
         for other in alike
         if other.key.source != SCRATCH and other.technique == counterpart and other.done
     ]
-    return max(candidates, key=_EntryTrials.validation, default=None)
+    return _best_by_validation(candidates)
 
 
 def _of_same_labels(trials: _EntryTrials, all_trials: list[_EntryTrials]) -> list[_EntryTrials]:
@@ -512,14 +524,28 @@ def most_labels_first(entries: Iterable[MatrixEntry]) -> list[str]:
     """Return the label fractions of entries, that with the most training rows first.
 
     A number of rows may be more or fewer than a share of them: 50 a class are more than 1 % of
-    10,000 rows of ten classes.
+    10,000 rows of ten classes. What combines trials does not count: it has the rows of all of them.
     """
     num_rows: dict[str, int] = defaultdict(int)
     for entry in entries:
-        num_rows[entry.label_fraction] = max(num_rows[entry.label_fraction], entry.n_train or 0)
+        n_train = 0 if entry.combines_trials else entry.n_train or 0
+        num_rows[entry.label_fraction] = max(num_rows[entry.label_fraction], n_train)
     return sorted(
         num_rows, key=lambda fraction: (num_rows[fraction], fraction_order(fraction)), reverse=True
     )
+
+
+def best_on_validation(entries: Iterable[MatrixEntry]) -> MatrixEntry:
+    """Return the entry with the best mean on validation rows.
+
+    Of equals it is the one that trains the fewest parameters, then the first by name. Their order,
+    usually that of their values on test rows, has no effect.
+
+    Args:
+        entries: At least one; all have a mean on validation rows.
+    """
+    in_order = sorted(entries, key=lambda entry: (entry.params_trained or 0, entry.key))
+    return max(in_order, key=lambda entry: entry.validation or 0.0)
 
 
 def by_value(entry: MatrixEntry) -> float:
@@ -555,14 +581,19 @@ def _final_trials(group: list[ResultRow]) -> tuple[list[ResultRow], int] | None:
     """Return the primary test row of each finished final trial, and the number of failed trials.
 
     Returns None for an entry without a final trial yet. Where all search trials failed there are no
-    final trials, and the search trials count as the failures of the entry.
+    final trials, and the search trials count as the failures of the entry. A trial whose value is
+    NaN counts as failed where others have a value: its network diverged.
     """
     final = [row for row in group if row.trial_stage == "final"]
     primary: dict[str, ResultRow] = {}
     for row in final:
         if row.status == "done" and row.split == "test" and row.metric:
             primary.setdefault(row.trial_id, row)
+    diverged = {one for one, row in primary.items() if math.isnan(row.value or 0.0)}
+    if len(diverged) < len(primary):
+        primary = {one: row for one, row in primary.items() if one not in diverged}
     failed = {row.trial_id for row in final if row.status == "failed"} - set(primary)
+    failed |= diverged - set(primary)
     if not final and all(row.status != "done" for row in group):
         failed = {row.trial_id for row in group if row.status == "failed"}
     return (list(primary.values()), len(failed)) if primary or failed else None
@@ -680,7 +711,9 @@ def _predictions(
     rows: list[ResultRow], runs: dict[str, RunPredictions]
 ) -> list[RunPredictions] | None:
     """Return the test predictions of all these trials, or None where some are missing."""
-    predictions = [runs[row.trial_id] for row in rows if row.trial_id in runs]
+    predictions = [
+        replace(runs[row.trial_id], seed=row.seed) for row in rows if row.trial_id in runs
+    ]
     return predictions if predictions and len(predictions) == len(rows) else None
 
 
@@ -723,10 +756,31 @@ def is_bounded(metric: str) -> bool:
 def _gain_of(
     trials: _EntryTrials, other: _EntryTrials | None, runs: dict[str, RunPredictions]
 ) -> GainEstimate:
-    """Return the gain of an entry over another entry, paired on their common seeds."""
+    """Return the gain of an entry over another entry, paired on their common seeds.
+
+    A single trial that trains nothing is paired with each seed of the other entry. It stays one
+    trial: its own spread is unknown.
+    """
     if other is None or not trials.done:
         return GainEstimate()
     rows, other_rows = trials.rows, [row for row in other.done if row.metric == trials.metric]
+    if not trials.has_no_seed or len(other_rows) < MIN_SEEDS:
+        return _paired_gain(trials, other, rows, other_rows, runs)
+    repeated = [replace(rows[0], seed=row.seed) for row in other_rows]
+    gain = _paired_gain(trials, other, repeated, other_rows, runs)
+    if gain.value is None:
+        return gain
+    return replace(gain, seeds=1, how=f"{gain.how}; its one trial is paired with each seed")
+
+
+def _paired_gain(
+    trials: _EntryTrials,
+    other: _EntryTrials,
+    rows: list[ResultRow],
+    other_rows: list[ResultRow],
+    runs: dict[str, RunPredictions],
+) -> GainEstimate:
+    """Return the gain of some rows of an entry over those of another with the same seeds."""
     seeds = _seeds(rows) & _seeds(other_rows)
     if not seeds:
         return GainEstimate(
@@ -766,7 +820,7 @@ def _predicted_gain(
         *_finite((comparison.value, comparison.low, comparison.high)),
         seeds=comparison.seeds,
         p_value=_finite_or_none(comparison.p_value),
-        evidence=_missing_evidence([*ours, *others]),
+        evidence=_missing_evidence([*ours, *others], metric.name),
         how=_describe_interval(ours, others, comparison.seeds, choices),
         predicted=True,
     )
@@ -808,10 +862,10 @@ def _seeds(rows: list[ResultRow]) -> set[int]:
     return {row.seed for row in rows}
 
 
-def _missing_evidence(runs: list[RunPredictions]) -> str:
+def _missing_evidence(runs: list[RunPredictions], metric: str) -> str:
     """Return a description of the test units where they are too few for a verdict, or ""."""
     least = min(
-        (stats.evidence(run) for run in runs),
+        (stats.evidence(run, metric) for run in runs),
         key=lambda evidence: (evidence.enough, evidence.count),
     )
     return "" if least.enough else least.text()

@@ -29,7 +29,7 @@ from pipeline.report.blocks import (
     decimal_places,
     format_interval,
 )
-from pipeline.report.matrix import REFERENCE, SCRATCH, MatrixEntry, verdict
+from pipeline.report.matrix import REFERENCE, SCRATCH, MatrixEntry, best_on_validation, verdict
 from pipeline.report.plots import entry_label, predicted_and_true, reliability, truncate
 from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
@@ -175,9 +175,10 @@ def _best(
     Where no entry has a value on these, it is the best on test rows. That one owes its place in
     part to the rows that its errors are then shown on.
     """
-    validated = [pair for pair in shown if pair[0].validation is not None]
+    validated = [entry for entry, _ in shown if entry.validation is not None]
     if validated:
-        return max(validated, key=lambda pair: pair[0].validation or 0.0)
+        best = best_on_validation(validated)
+        return next(pair for pair in shown if pair[0] is best)
     return max(
         shown, key=lambda pair: (pair[0].mean or 0.0) * (1 if pair[0].higher_is_better else -1)
     )
@@ -438,7 +439,7 @@ def two_classes(
         gain = stats.compare(metric, ours, scratch) if paired else None
         bounds = [(low, high) for _, low, high in means] + ([(gain.low, gain.high)] if gain else [])
         digits = decimal_places(bounds)
-        enough = all(stats.evidence(run).enough for run in (*ours, *scratch))
+        enough = all(stats.evidence(run, name).enough for run in (*ours, *scratch))
         line: list[str | Value] = [
             f"{name} {'↑' if metric.higher_is_better else '↓'}",
             *(estimate(mean, digits) for mean in means),

@@ -769,9 +769,10 @@ def _unjudged(entries: Sequence[MatrixEntry]) -> list[str]:
         elif entry.verdict == UNCOMPARED and entry.paired_seeds is None:
             reasons["Not compared (there is no scratch network to compare with)"].append(entry)
         elif entry.verdict == UNCOMPARED:
-            reasons["Not compared (no seed in common, or test predictions are missing)"].append(
-                entry
-            )
+            reasons[
+                "Not compared (no seed in common, the metric has no value, or test predictions are "
+                "missing)"
+            ].append(entry)
     return [f"{reason}: {_names(unjudged)}." for reason, unjudged in reasons.items()]
 
 

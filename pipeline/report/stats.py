@@ -40,6 +40,7 @@ from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
 from pipeline.core.groups import count_units, num_units, unit_numbers
 from pipeline.core.metrics.catalog import Metric, Predictions
+from pipeline.core.metrics.policies import OF_EPISODES
 
 NORMAL_95 = float(special.ndtri(0.975))
 """Half the width of the 95 % interval of a standard normal distribution."""
@@ -316,18 +317,23 @@ class Evidence:
         return f"{self.count} test {self.what}, a verdict needs {self.least}"
 
 
-def evidence(run: RunPredictions) -> Evidence:
+def evidence(run: RunPredictions, metric: str = "") -> Evidence:
     """Return the number of test units that can show a difference between two networks.
 
     Of rows with one class these are the units of the most frequent class or those of all others,
     whichever are fewer. Of rows with a set of labels these are the units with a label or those
     without it, whichever are fewer, summed over the labels. A group with rows on both sides counts
-    on both.
+    on both. Of episodes (`OF_EPISODES`) all count, whatever the classes of their actions are.
+
+    Args:
+        run: Predictions of test rows.
+        metric: Name of the metric that the networks are compared by.
     """
     p, unit = run.predictions, "rows" if run.groups is None else "groups"
-    if "label" in p and "scores" in p:
+    reads_classes = metric not in OF_EPISODES
+    if reads_classes and "label" in p and "scores" in p:
         return class_evidence(p["label"], run.groups, unit)
-    if "labels" in p and "scores" in p:
+    if reads_classes and "labels" in p and "scores" in p:
         return label_set_evidence(p["labels"], run.groups, unit)
     return Evidence(num_units(len(run.rows), run.groups), MIN_UNITS, unit)
 

@@ -295,7 +295,8 @@ def _gain_cell(
     selected, selected_scratch = (
         [select_subgroup(run, subgroup.where) for run in side] for side in (ours, scratch)
     )
-    enough = all(stats.evidence(run).enough for run in (*selected, *selected_scratch))
+    runs = (*selected, *selected_scratch)
+    enough = all(stats.evidence(run, metric.name).enough for run in runs)
     return per_label.gain_estimate(
         stats.compare(metric, selected, selected_scratch), digits, enough
     )

@@ -37,7 +37,8 @@ def winner(
     all of them, none is left out.
 
     A network of which a seed failed is left out where others have all of theirs: the mean of fewer
-    seeds is noisier, and the largest of many means is often a noisy one.
+    seeds is noisier, and the largest of many means is often a noisy one. One that adapts to the
+    test rows (``tent``) is left out where others do not: it has no validation value of its own.
 
     Args:
         entries: All entries of the target.
@@ -50,6 +51,7 @@ def winner(
     validated = [entry for entry in among if not entry.is_baseline and entry.validation is not None]
     if not validated:
         return None
+    validated = [entry for entry in validated if not entry.adapts_at_test] or validated
     labels = matrix.most_labels_first(validated)[0]
     validated = [
         candidate
@@ -60,15 +62,15 @@ def winner(
     whole = [entry for entry in validated if _finished(entry) == most]
     worse = _shown_to_be_worse(entries)
     whole = [entry for entry in whole if entry.key not in worse] or whole
-    return max(whole, key=lambda entry: entry.validation or 0.0)
+    return matrix.best_on_validation(whole)
 
 
 def _uses_no_label(entry: MatrixEntry) -> bool:
     """Return whether an entry uses no label and trains nothing (``zero_shot``).
 
-    It is listed at every label fraction.
+    It is listed at every label fraction. What combines trials uses the labels of these.
     """
-    return entry.params_trained == 0 and not entry.n_train
+    return entry.params_trained == 0 and not entry.n_train and not entry.combines_trials
 
 
 def _shown_to_be_worse(entries: Sequence[MatrixEntry]) -> set[EntryKey]:

@@ -91,7 +91,7 @@ def _gain(
         comparison = stats.compare(metric, ours, repeated)
     except (KeyError, ValueError) as error:  # rows that cannot be paired
         return blocks.DASH, f"{matrix.UNCOMPARED}: {error}"
-    enough = all(stats.evidence(run).enough for run in (*ours, *theirs))
+    enough = all(stats.evidence(run, entry.metric).enough for run in (*ours, *theirs))
     word = matrix.verdict(comparison.low, comparison.high, comparison.seeds, enough)
     return blocks.format_interval(
         comparison.value, comparison.low, comparison.high, decimals, "+"

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from pipeline.config.registry import LayerOptions, register
 from pipeline.core.contracts import Task, Technique
-from pipeline.core.contracts.objective_capabilities import transfers_head
 
 
 class L2SPOptions(LayerOptions):
@@ -25,8 +24,8 @@ class L2SP(Technique):
     """Fine-tune everything with a pull back to the source's weights.
 
     The penalty is weight / 2 times the squared distance of the backbone to its start, plus
-    head_weight / 2 times the squared norm of the head (Li et al. 2018, equation 5). A head that is
-    taken over from the source is pulled to its own start.
+    head_weight / 2 times the squared norm of the head (Li et al. 2018, equation 5). Tensors that
+    the head takes over from the source are pulled to their own start.
 
     It assumes that good weights lie near those of the source. It helps with few labels and a source
     that suits the target. It hurts where the target is far from the source, which asks for large
@@ -39,9 +38,10 @@ class L2SP(Technique):
             name: p.detach().clone() for name, p in task.backbone.named_parameters("backbone")
         }
         head = dict(task.objective.named_parameters("objective"))
-        is_kept = transfers_head(task.objective)
+        kept = {f"objective.{name}" for name in task.objective.names_taken_over}
         self.head_start = {
-            name: p.detach().clone() if is_kept else torch.zeros_like(p) for name, p in head.items()
+            name: p.detach().clone() if name in kept else torch.zeros_like(p)
+            for name, p in head.items()
         }
         return task
 

@@ -100,7 +100,7 @@ def score_problems(job: Job, target: TargetStage) -> list[str]:
         return []
     score = scoring.scores()[select.score]
     objective = target.spec.objective.name
-    kinds = scoring.label_kinds(registry.get("objective", objective))
+    kinds = scoring.label_kinds(registry.get("objective", objective), target.state)
     if kinds and "labels" in score.inputs and 0 in target.spec.label_fractions:
         return [
             f"fanout.select: {select.score} scores sources by labels of "

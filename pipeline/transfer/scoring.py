@@ -29,7 +29,7 @@ from pipeline.core.groups import num_units, random_half
 from pipeline.core.metrics.calibration import softmax
 from pipeline.core.rng import mix
 from pipeline.core.sampling import evenly_spread
-from pipeline.core.specs import NO_OBJECTIVE
+from pipeline.core.specs import NO_OBJECTIVE, State
 from pipeline.data.manifests import Selection
 from pipeline.data.stream import Decoder, Rows, eval_batches
 from pipeline.io import checksums, storage
@@ -62,16 +62,24 @@ def scores() -> dict[str, Score]:
     return {name: one if isinstance(one, Score) else Score(one) for name, one in found.items()}
 
 
-def label_kinds(objective: type[Objective]) -> tuple[ScoreTask, ...]:
+def label_kinds(objective: type[Objective], state: State | None = None) -> tuple[ScoreTask, ...]:
     """Return what the labels of rows, or of their positions, can be.
 
     () where neither has features of its own (boxes, transcripts, answers): only scores without
     labels are defined there.
+
+    Args:
+        objective: That of the target.
+        state: What it fitted on the target's rows, with the names of labels that are classes.
+            None: it is not known.
     """
     if labels_positions(objective):
-        return objective.position_labels  # type: ignore[return-value]
+        kinds: Any = objective.position_labels
+        if state is None or len(kinds) < 2:
+            return kinds
+        return tuple(kind for kind in kinds if (kind == "classes") == ("labels" in state))
     if has_classes(objective):
-        return ("classes", "label sets")
+        return ("classes",) if objective.class_tensor == "label" else ("label sets",)
     return ("numbers",) if len(tensors_beside_features(objective)) == 1 else ()
 
 

@@ -40,6 +40,7 @@ from pipeline.core.contracts import (
 )
 from pipeline.core.contracts.objective_capabilities import (
     ChecksTestRows,
+    averages_predictions,
     balances_labels,
     binds_to_backbone,
     counts_rows,
@@ -63,6 +64,7 @@ from pipeline.core.contracts.technique_capabilities import (
 )
 from pipeline.core.groups import num_units
 from pipeline.core.metrics import catalog
+from pipeline.core.ragged import pad
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec, State
 from pipeline.data import manifests
 from pipeline.data.manifests import Fold, Selection, Splits
@@ -162,15 +164,19 @@ class TargetStage:
             return {}
         objective, group = registry.get("objective", self.spec.objective.name), self.spec.data.group
         columns = [*fit_components.label_columns(self.spec), *([group] if group else [])]
+        by_class = self.scored or "label_values" in objective.roles  # of rows, or of hours
         unit, out = "groups" if group else "rows", {}
         for name, selection in self.splits.by_name().items():
             table = manifests.read_columns(selection, list(dict.fromkeys(columns)))
             groups = manifests.group_numbers(table[group]) if group else None
             encoded = (
-                objective.encode(table, self.spec.data.columns, self.state) if self.scored else {}
+                objective.encode(table, self.spec.data.columns, self.state) if by_class else {}
             )
             if "label" in encoded:
                 out[name] = stats.class_evidence(encoded["label"], groups, unit)
+            elif "label_values" in encoded:
+                of_hours = pad(encoded["label_values"], fill=-1)
+                out[name] = stats.class_evidence(of_hours, groups, unit)
             elif "labels" in encoded:
                 out[name] = stats.label_set_evidence(encoded["labels"], groups, unit)
             else:
@@ -312,6 +318,16 @@ def _check_spec(
             f"{place}.folds: {name} is tested on pairs of rows, and the networks of two folds have "
             "embeddings that cannot be compared: leave it out, and hold out test_fraction of the "
             "rows"
+        )
+    if any(one.name == "ensemble" for one in chosen) and not averages_predictions(objective):
+        able = [
+            one
+            for one in registry.names("objective")
+            if averages_predictions(registry.get("objective", one))
+        ]
+        raise ValueError(
+            f"{place}: techniques: ensemble averages the predictions of {', '.join(able)}, and "
+            f"those of {name} cannot be averaged: use uniform_soup or greedy_soup"
         )
     config_checks.check_costs(place, spec.data, spec.train, objective)
     _check_unlabelled(place, spec, chosen, modality, objective)

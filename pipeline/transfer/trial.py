@@ -373,6 +373,10 @@ def build(
         task.load_state_dict(technique.after_fanout([_finished(one) for one in records]))
         counts = Counter(results.technique(one.rows[0]) for one in records)
         parts = ", ".join(f"{count} of {name}" for name, count in sorted(counts.items()))
+        num_labelled = len(labelled_rows(trial, shared))
+        most = max(len(labelled_rows(one, shared)) for one in trial.members)
+        if num_labelled > most:
+            parts += f"; {num_labelled} labelled rows in all, at most {most} of one trial"
         return task, f"weights made of finished trials ({parts})", weights_hash(task)
     if trial.source == SCRATCH:
         return task, "new backbone and head (scratch)", weights_hash(task)
@@ -476,6 +480,35 @@ def weights_hash(task: torch.nn.Module) -> str:
     return digest.hexdigest()[:12]
 
 
+def _without_failed_members(trial: Trial, shared: Shared) -> tuple[Trial, list[str]]:
+    """Return a trial without those of its members that failed, and a note that names these.
+
+    It is returned as it is where fewer than two would remain.
+    """
+    records = read_records(shared.root, {one.id: one.folder for one in trial.members})
+    failed = [one for one in trial.members if one.id in records and records[one.id].failed]
+    members = tuple(one for one in trial.members if one not in failed)
+    if not failed or len(members) < 2:
+        return trial, []
+    names = ", ".join(f"{one.technique.name} seed {one.seed}" for one in failed)
+    return replace(trial, members=members), [f"left out, as they failed: {names}"]
+
+
+def labelled_rows(trial: Trial, shared: Shared) -> np.ndarray:
+    """Return the positions of the training rows whose labels a trial uses.
+
+    Those of a trial that combines others are the rows of all of them together. Below a label
+    fraction of 1 each seed has other rows.
+    """
+    if trial.combines_trials:
+        return np.unique(np.concatenate([labelled_rows(one, shared) for one in trial.members]))
+    if is_without_labels(trial) or not trains(trial.technique_object):
+        return np.zeros(0, dtype=np.int64)
+    data = shared.targets[trial.target, trial.backbone_key]
+    seed = mix(shared.seed, trial.seed)
+    return label_subset(data.train, data.labels, trial.label_fraction, seed)
+
+
 def resolve_training(trial: Trial, shared: Shared) -> tuple[Train, Rows, int]:
     """Resolve the training settings, the labelled rows of this trial, and its number of steps.
 
@@ -488,11 +521,10 @@ def resolve_training(trial: Trial, shared: Shared) -> tuple[Train, Rows, int]:
     if not trains(technique):
         batch = min(train.global_batch, len(rows))
         return train.model_copy(update={"global_batch": batch}), rows, 0
-    seed = mix(shared.seed, trial.seed)
     if is_without_labels(trial):
         rows = data.without_labels
     else:
-        rows = rows.subset(label_subset(rows, data.labels, trial.label_fraction, seed))
+        rows = rows.subset(labelled_rows(trial, shared))
     train = with_hyper_parameters(train, trial.train_settings)
     batch, changes = train.global_batch, {}
     if technique.frozen:
@@ -567,6 +599,7 @@ def run(
     """
     ranks = ranks or Ranks(device=default_device())
     began = time.time()
+    trial, failed_members = _without_failed_members(trial, shared)
     data, where = data_of(trial, shared), folder(shared, trial)
     technique = trial.technique_object  # one for the whole trial: it may keep what it saw
     train, rows, steps = resolve_training(trial, shared)
@@ -608,15 +641,16 @@ def run(
         may_calibrate = trial.label_fraction != 0 or is_without_labels(trial)
         task, test, frames = predict_test(task, technique, data, train, ranks, may_calibrate)
     unread = {row: why for (split, row), why in finished.bad_rows.items() if split == "train"}
-    moved = "; ".join([moved, *_rows_left_out(data, test, rows, unread), *finished.damaged])
-    uses_labels = trains(technique) and not is_without_labels(trial)
+    rows_left_out = _rows_left_out(data, test, rows, unread)
+    moved = "; ".join([moved, *failed_members, *rows_left_out, *finished.damaged])
+    num_labelled = len(labelled_rows(trial, shared))
     ran = finished.metadata
     summary = TrialSummary(
         steps=ran["steps"],
         stopped_at=ran.get("stopped_at"),
         seconds=finished.outcome.seconds_before + time.time() - began,
         device=device_name(ranks.device),
-        n_train=len(rows) - len(unread) if uses_labels else 0,
+        n_train=num_labelled - len(unread) if num_labelled else 0,
         params_trained=ran["params_trained"],
         layers_trained=ran["layers_trained"],
         padding_share=ran.get("padding_share"),

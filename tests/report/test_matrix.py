@@ -5,6 +5,7 @@ over.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -165,6 +166,51 @@ def test_a_gain_over_the_best_scratch_of_another_backbone_is_mixed_too():
     assert marks("none-c-scratch", own, worse, fine_tuned)["a", "b", "full"] == "", (
         "no gain is over it"
     )
+
+
+def test_what_trains_nothing_is_compared_with_scratch_of_each_seed():
+    """Its own seed decides nothing, and it stays one trial."""
+    scratch, (rows, runs) = of_seeds("none", "scratch", 0.7), of_seeds("a", "ensemble", 0.9)
+    one = [replace(row, params_trained=0) for row in rows if row.seed == 0]
+    for known in (runs | scratch[1], {}):
+        found = matrix.matrix_entries([*scratch[0], *one], known)
+        entry, reference = sorted(found, key=lambda entry: entry.source)
+        assert entry.gain == pytest.approx(entry.mean - reference.mean)
+        assert entry.paired_seeds == 1 and "each seed" in entry.interval
+        assert entry.verdict == ("one seed" if known else "not compared")
+    trained = [replace(row, params_trained=5) for row in one]
+    found = matrix.matrix_entries([*scratch[0], *trained], {})
+    assert next(entry for entry in found if entry.source == "a").gain == pytest.approx(
+        one[0].value - scratch[0][0].value
+    )
+
+
+def test_a_seed_whose_value_is_nan_counts_as_failed():
+    """Of scratch too: the other seeds are compared."""
+    scratch, fine_tuned = of_seeds("none", "scratch", 0.5), of_seeds("a", "full", 0.9)
+    runs = scratch[1] | fine_tuned[1]
+    diverged = [
+        replace(row, value=math.nan) if row.seed == 1 and row.split == "test" else row
+        for row in scratch[0]
+    ]
+    entry, reference = sorted(
+        matrix.matrix_entries([*diverged, *fine_tuned[0]], runs), key=lambda entry: entry.source
+    )
+    assert (entry.verdict, entry.paired_seeds) == ("wins", 2)
+    assert (reference.n_seeds, reference.n_failed) == (2, 1) and reference.mean is not None
+    without = [replace(row, value=math.nan) for row in scratch[0]]
+    (none,) = matrix.matrix_entries(without, {})
+    assert (none.n_seeds, none.n_failed, none.mean) == (3, 0, None), "the metric has no value"
+
+
+def test_a_random_probe_is_not_held_against_a_probe_without_a_validation_value():
+    random, best = of_seeds("none", "random_probe", 0.6), of_seeds("b", "linear_probe", 0.9)
+    unknown = [
+        replace(row, value=math.nan) if row.split == "validation" else row
+        for row in of_seeds("a", "linear_probe", 0.7)[0]
+    ]
+    found = matrix.matrix_entries([*unknown, *best[0], *random[0]], {})
+    assert {one.against for one in found if one.source == "none"} == {"linear_probe of b"}
 
 
 def test_an_entry_names_what_its_gains_are_over():

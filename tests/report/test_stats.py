@@ -409,6 +409,8 @@ def test_evidence_counts_units_outside_of_the_most_frequent_class(groups):
         "loss": np.zeros(3),
     }
     assert stats.evidence(run(positions)).count == 1
+    of_episodes = stats.evidence(run(positions), "success")
+    assert (of_episodes.count, of_episodes.least, of_episodes.what) == (3, 20, "rows")
     sets = {
         "labels": np.array([[1, 0], [0, 0], [0, 1], [0, 1]]),
         "scores": np.zeros((4, 2)),

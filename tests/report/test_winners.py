@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 import pipeline
 from pipeline import cli
 from pipeline.io.storage import StorageError
-from pipeline.report import matrix, results, winners
+from pipeline.report import gains, matrix, per_label, results, winners
 from tests.report.test_report import simulate, write
 
 
@@ -47,6 +47,27 @@ def test_the_winner_is_the_best_on_validation_rows_not_on_test_rows():
     assert scratch.source == "none"
 
 
+@pytest.mark.parametrize(
+    "choose",
+    [winners.winner, gains.chosen, lambda tied: per_label._best([(one, []) for one in tied])[0]],
+)
+def test_test_rows_break_no_tie(choose):
+    rows, _, _ = plain()
+    found = [replace(row, params_trained=7) for row in validated(rows, best=())]
+    turned = [
+        replace(row, value=1 - (row.value or 0.0)) if row.split == "test" else row for row in found
+    ]
+    first, second = (
+        [entry for entry in entries_of(each) if entry.label_fraction == "1.0"]
+        for each in (found, turned)
+    )
+    assert len({entry.validation for entry in first}) == 1
+    assert first[0].key != second[0].key, "they are sorted by test values"
+    assert choose(first).key == choose(second).key == min(entry.key for entry in first)
+    smaller = [replace(first[-1], params_trained=5), *first[:-1]]
+    assert choose(smaller).key == first[-1].key
+
+
 def test_the_winner_has_the_most_labels():
     """Though one with fewer has a larger value on a few validation rows."""
     rows, _, _ = plain()
@@ -81,6 +102,11 @@ def test_a_network_that_is_used_as_it_is_stands_beside_those_with_the_most_label
     assert (best.technique, best.label_fraction) == ("zero_shot", "0/class")
     trained = [replace(row, params_trained=7) for row in extra]
     assert winners.winner(entries_of([*found, *trained])).label_fraction == "1.0"
+    # tent is validated before it adapts; a soup has the labels of its trials
+    for name in ("tent", "greedy_soup"):
+        others = [replace(row, technique=name) for row in extra]
+        assert winners.winner(entries_of([*found, *others])).label_fraction == "1.0", name
+        assert winners.winner(entries_of(others)).technique == name
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 import copy
 import itertools
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from toys import (
     kill_at,
     make_run,
     net_task,
+    result_row,
     shared_of,
     take,
     trial_of,
@@ -448,6 +451,36 @@ def test_what_is_to_be_combined_must_be_there(name):
         technique(name).after_fanout([one])
 
 
+def test_a_soup_has_learned_from_the_labels_of_all_its_trials(tmp_path, paths, monkeypatch):
+    """Each seed has another quarter of the rows; a trial that failed is left out."""
+    job = job_of(tmp_path, paths)
+    shared = shared_of(tmp_path, job, paths)
+    members = tuple(trial_of(job, shared, "full", fraction=0.25, seed=seed) for seed in range(3))
+    soup = replace(trial_of(job, shared, "uniform_soup", fraction=0.25), members=members)
+    rows_of_each = [{*trial.labelled_rows(one, shared).tolist()} for one in members]
+    together = trial.labelled_rows(soup, shared)
+    assert {*together.tolist()} == set.union(*rows_of_each)
+    assert not len(trial.labelled_rows(trial_of(job, shared, "zero_shot"), shared))
+
+    def record(shared, one):
+        return SimpleNamespace(rows=[result_row("src", "full", one.seed)], failed=one.seed == 1)
+
+    start = weights(trial.build(members[0], shared)[0])
+    monkeypatch.setattr(trial, "_record_of_member", record)
+    monkeypatch.setattr(trial, "_finished", lambda one: finished("full", one.rows[0].seed, start))
+    most = max(map(len, rows_of_each))
+    assert trial.build(soup, shared)[1].endswith(
+        f"(3 of full; {len(together)} labelled rows in all, at most {most} of one trial)"
+    )
+    records = {one.id: record(shared, one) for one in members}
+    monkeypatch.setattr(trial, "read_records", lambda *_: records)
+    rest, notes = trial._without_failed_members(soup, shared)
+    assert [one.seed for one in rest.members] == [0, 2]
+    assert notes == ["left out, as they failed: full seed 1"]
+    pair = replace(soup, members=members[:2])
+    assert trial._without_failed_members(pair, shared) == (pair, []), "one makes no soup"
+
+
 # ---------------------------------------------------------------- ensembles
 
 
@@ -551,6 +584,7 @@ def test_a_job_combines_its_trials_and_says_of_what(tmp_path, paths, monkeypatch
     assert record.transfer == "weights made of finished trials (2 of full)"
     assert mine["ensemble", 0].bundle_uri is None and mine["uniform_soup", 0].bundle_uri
     assert all(mine[name, 0].params_trained == 0 for name in names[1:])
+    assert {row.n_train for row in mine.values()} == {mine["full", 0].n_train} != {0}
     full, other, both = (
         calibration.softmax(scores_of_test_rows(job, mine[key]))
         for key in (("full", 0), ("full", 1), ("ensemble", 0))

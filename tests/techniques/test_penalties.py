@@ -29,7 +29,7 @@ from pipeline.checkpoints import bundle
 from pipeline.config import registry
 from pipeline.core.contracts import Task, Technique
 from pipeline.core.latest_call import LatestCall
-from pipeline.core.specs import NO_OBJECTIVE
+from pipeline.core.specs import NO_OBJECTIVE, ObjectiveSpec
 from pipeline.data.stream import Rows
 from pipeline.objectives.classification import Classification
 from pipeline.techniques.bss import smallest_squares
@@ -134,11 +134,22 @@ def test_l2_sp_pulls_to_the_source_with_the_paper_s_gradient(kind):
     assert (ends[0] - ends[1]) / 0.2 == pytest.approx(float(slope), rel=2e-2)
 
 
-def test_a_head_that_is_taken_over_is_pulled_to_its_own_start():
-    task = OBJECTIVES["behaviour_cloning"].build("behaviour_cloning").task
-    used = technique("l2_sp")
-    used.wrap(task)
-    assert used.penalty(task, None, {}).item() == 0.0
+@pytest.mark.parametrize("name", ["behaviour_cloning", "verification"])
+def test_what_is_taken_over_of_a_head_is_pulled_to_its_own_start(name):
+    """What is new is pulled to zero: all of a head whose source had none, and new identities."""
+    task = OBJECTIVES[name].build(name).task
+
+    def penalty() -> float:
+        used = technique("l2_sp", head_weight=1.0)
+        used.wrap(task)
+        return used.penalty(task, None, {}).item()
+
+    head = dict(task.objective.named_parameters())
+    squares = {name: p.detach().square().sum().item() / 2 for name, p in head.items()}
+    assert penalty() == pytest.approx(sum(squares.values()), rel=1e-5)
+    theirs = ObjectiveSpec(name, task.objective.options.model_dump())
+    bundle.carry_tensors(task.objective, theirs, task.objective.state_dict())
+    assert penalty() == pytest.approx(squares.get("identities", 0.0), rel=1e-5)
 
 
 # ---------------------------------------------------------------- BSS

@@ -1359,7 +1359,7 @@ def test_every_row_says_where_its_splits_come_from_and_two_ways_never_share_a_ta
 
 
 def test_a_score_that_reads_labels_needs_them(tmp_path, bundles, paths, here, monkeypatch):
-    monkeypatch.setattr(scoring, "label_kinds", lambda objective: ())
+    monkeypatch.setattr(scoring, "label_kinds", lambda *_: ())
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch",))
     with pytest.raises(
         ValueError,

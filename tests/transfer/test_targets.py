@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.data import manifests
 from pipeline.data.stream import TooManyBadRowsError
 from pipeline.modalities.audio import Audio, AudioOptions
+from pipeline.report import stats
 from pipeline.train.loop import Ranks
 from pipeline.transfer import (
     dry_run,
@@ -274,6 +276,11 @@ def test_a_technique_that_would_train_nothing_is_refused(tmp_path, models, texts
         (
             {"fan": {"select": {"score": "logme", "top": 1}}},
             r"fanout\.select: targets\.task is clm, and logme scores sources by classes",
+        ),
+        (
+            {"techniques": ("scratch", "full", "ensemble")},
+            r"targets\.task: techniques: ensemble averages the predictions of classification, .*"
+            r"those of clm cannot be averaged: use uniform_soup",
         ),
     ],
 )
@@ -595,6 +602,32 @@ def test_weights_of_corpora_are_for_sources(tmp_path, models, texts):
     more = [{"uri": texts, "split_column": "split", "modality": "text", "weight": 1.0}]
     with pytest.raises(ValueError, match=r"targets\.task\.data\.weight"):
         job_of(tmp_path, models["gpt2"], texts, data={"weight": 2.0, "more": more})
+
+
+def test_hours_count_for_a_verdict_as_in_the_report(monkeypatch):
+    """Rows with an hour of the less frequent class, not all rows."""
+    table = pa.table(
+        {
+            "hours": [[1.0, 2.0], [1.0], [1.0, 2.0]],
+            "died": [[0, 1], [0], [0, 0]],
+        }
+    )
+    monkeypatch.setattr(targets.manifests, "read_columns", lambda *_: table)
+    spec = Target.model_validate(
+        {
+            "data": {
+                "uri": "rows.parquet",
+                "modality": "events",
+                "columns": {"label_times": "hours", "label_values": "died"},
+            },
+            "objective": "hourly",
+        }
+    )
+    splits = SimpleNamespace(by_name=lambda: {"test": table})
+    stage = targets.TargetStage("task", spec, splits, {"labels": ["0", "1"]})  # type: ignore[arg-type]
+    predictions = {"label": np.array([[0, 1], [0, -1], [0, 0]]), "scores": np.zeros((3, 2, 2))}
+    found = stats.evidence(stats.RunPredictions(np.arange(3), predictions, 0))
+    assert stage.evidence() == {"test": found} and (found.count, found.least) == (1, 10)
 
 
 def test_the_objectives_that_may_be_targets():

@@ -139,6 +139,8 @@ class Objective(nn.Module, Registered, ABC):
         """
         super().__init__()
         self.options, self.state = options, state
+        self.names_taken_over: frozenset[str] = frozenset()
+        """Its tensors that a source's head was loaded into, by their names here."""
 
     @abstractmethod
     def loss(self, backbone: Backbone, batch: Batch) -> Loss:

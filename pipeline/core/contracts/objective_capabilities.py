@@ -616,6 +616,11 @@ def replaces_backbone(objective: Any) -> TypeIs[ReplacesBackbone]:
     return isinstance(objective, ReplacesBackbone)
 
 
+def averages_predictions(objective: Any) -> TypeIs[AveragesPredictions]:
+    """Return whether several networks can predict together."""
+    return isinstance(objective, AveragesPredictions)
+
+
 def transfers_head(objective: Any) -> TypeIs[TransfersHead]:
     """Return whether a target starts with its source's head."""
     return isinstance(objective, TransfersHead)

@@ -13,7 +13,7 @@ from pipeline.core.batch import Batch
 from pipeline.core.contracts.backbone import Backbone
 from pipeline.core.contracts.objective import Loss, Objective
 from pipeline.core.contracts.objective_capabilities import (
-    AveragesPredictions,
+    averages_predictions,
     couples_rows,
     is_calibrated,
 )
@@ -83,7 +83,7 @@ class _AveragedObjective(Objective):
 
     def __init__(self, members: Sequence[Task]):
         lead = members[0].objective
-        if not isinstance(lead, AveragesPredictions):
+        if not averages_predictions(lead):
             raise ValueError(f"the predictions of {lead.registered_name} cannot be averaged")
         super().__init__(members[0].backbone, lead.options, lead.state)
         self.members = nn.ModuleList(members)

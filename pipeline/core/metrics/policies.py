@@ -17,6 +17,13 @@ from pipeline.core.metrics.metric import (
     sum_known,
 )
 
+OF_EPISODES = frozenset(
+    f"{whose}{what}"
+    for whose in ("", "expert_", "random_")
+    for what in ("success", "return", "steps")
+)
+"""Metrics of whole episodes, which read no single action."""
+
 
 def _mean(p: Predictions, name: str) -> np.ndarray:
     """Units of a mean over the rows that have a value."""

@@ -16,15 +16,17 @@ from pipeline.train.online_probe import KNN, neighbours
 def knn(
     features: np.ndarray, labels: np.ndarray, k: int = KNN, groups: np.ndarray | None = None
 ) -> float:
-    """Return the leave-one-out accuracy of k nearest neighbours by cosine. Higher is better.
+    """Return the leave-one-out recall of k nearest neighbours by cosine, the mean over classes.
+
+    Higher is better. Where classes are equally frequent it is the accuracy; otherwise an accuracy
+    would be highest for features that tell nothing, when every row votes for the frequent class.
 
     Where rows have groups no neighbour is of the row's own group: test rows are of other groups
     too, and otherwise features that recognise a patient would seem to predict the diagnosis.
 
     The prediction of a row is the most frequent class of its neighbours. For (n, L) labels, 0 or 1,
-    the score is the macro AUROC of the number of neighbours with each label, because an accuracy
-    would be high for rare labels whatever the features are. It is NaN where no label varies, or all
-    rows are of one group.
+    the score is the macro AUROC of the number of neighbours with each label. It is NaN where no
+    label varies, or all rows are of one group.
 
     Args:
         features: (n, D) features.
@@ -37,7 +39,8 @@ def knn(
         return float("nan")
     nearest = y[neighbours(features, k, groups=groups)]
     if y.dim() == 1:
-        return float((nearest.mode(1).values == y).double().mean())
+        is_right = (nearest.mode(1).values == y).double()
+        return float(torch.stack([is_right[y == label].mean() for label in y.unique()]).mean())
     everyone = np.ones((len(features), 1))
     areas = [
         weighted_auroc(vote, label, everyone)[0]
