@@ -319,16 +319,8 @@ def _check_spec(
             "embeddings that cannot be compared: leave it out, and hold out test_fraction of the "
             "rows"
         )
-    if any(one.name == "ensemble" for one in chosen) and not averages_predictions(objective):
-        able = [
-            one
-            for one in registry.names("objective")
-            if averages_predictions(registry.get("objective", one))
-        ]
-        raise ValueError(
-            f"{place}: techniques: ensemble averages the predictions of {', '.join(able)}, and "
-            f"those of {name} cannot be averaged: use uniform_soup or greedy_soup"
-        )
+    if any(one.name == "ensemble" for one in chosen):
+        _check_ensemble(place, name)
     config_checks.check_costs(place, spec.data, spec.train, objective)
     _check_unlabelled(place, spec, chosen, modality, objective)
     whole = [fraction for fraction in spec.label_fractions if isinstance(fraction, int)]
@@ -357,6 +349,20 @@ def _check_spec(
     if spec.subgroups and objective.packed:
         raise ValueError(
             f"{place}.subgroups: the rows of {name} are packed from several: leave them out"
+        )
+
+
+def _check_ensemble(place: str, objective: str) -> None:
+    """Raise ValueError where the predictions of several networks cannot be averaged."""
+    able = [
+        one
+        for one in registry.names("objective")
+        if averages_predictions(registry.get("objective", one))
+    ]
+    if objective not in able:
+        raise ValueError(
+            f"{place}: techniques: ensemble averages the predictions of {', '.join(able)}, and "
+            f"those of {objective} cannot be averaged: use uniform_soup or greedy_soup"
         )
 
 
