@@ -4,8 +4,9 @@ network.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +276,12 @@ def image_rows(
 
 def sentences(n: int, seed: int = 0, classes: int = 3) -> tuple[list[str], list[int]]:
     """Sentences of 4 to 30 words or so, and the class that their adjectives tell."""
+    texts, labels = _sentences(n, seed, classes)
+    return list(texts), list(labels)
+
+
+@cache
+def _sentences(n: int, seed: int, classes: int) -> tuple[list[str], list[int]]:
     rng = np.random.default_rng(seed)
     texts, labels = [], []
     for i in range(n):
@@ -289,9 +296,16 @@ def sentences(n: int, seed: int = 0, classes: int = 3) -> tuple[list[str], list[
 
 
 def text_modality(backbone: str = "transformers/bert", length: int = 32) -> Text:
+    """A modality with a vocabulary of its own, which is learnt once for all tests."""
+    options = TextOptions(length=length, vocabulary=400)
+    return Text(options, copy.deepcopy(_text_state(backbone, length)))
+
+
+@cache
+def _text_state(backbone: str, length: int) -> dict[str, Any]:
     options = TextOptions(length=length, vocabulary=400)
     table = pa.table({"text": sentences(200, seed=5)[0]})
-    return Text(options, Text.fit(options, table, {"text": "text"}, backbone))
+    return Text.fit(options, table, {"text": "text"}, backbone)
 
 
 def text_rows(n: int = 48, modality: Text | None = None, seed: int = 0) -> Rows:

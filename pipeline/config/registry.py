@@ -682,10 +682,16 @@ def wanted_inputs(backbone: str) -> dict[str, Any]:
 
 def _constant(library: Entry, name: str) -> Any:
     """Return a constant of a model library's file, which is not imported; None without it."""
-    for node in ast.parse(library.file.read_text(encoding="utf-8")).body:
+    for node in _statements(library.file.read_text(encoding="utf-8")):
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name:
             return ast.literal_eval(node.value)
     return None
+
+
+@cache
+def _statements(source: str) -> list[ast.stmt]:
+    """Return the statements of a source text: each text is parsed once."""
+    return ast.parse(source).body
 
 
 def modality_of(backbone: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -19,13 +19,18 @@ def threaded_map(
     threads: int = THREADS,
     waiting: int | None = None,
 ) -> Iterator[Result]:
-    """Yield the results of `fn` in order, computed by threads.
+    """Yield the results of `fn` in order, computed by threads; a single item is computed here.
 
     At most `waiting` (twice the threads) are started and not yet taken; those not started are
     dropped when the caller stops early.
     """
+    items = iter(items)
+    first = list(islice(items, 2))
+    if len(first) < 2:
+        yield from map(fn, first)  # a thread would take longer to begin than most files to read
+        return
+    items = chain(first, items)
     with ThreadPoolExecutor(threads) as pool:
-        items = iter(items)
         begun = deque(pool.submit(fn, item) for item in islice(items, waiting or 2 * threads))
         try:
             while begun:

@@ -50,13 +50,11 @@ def test_rules_do_what_their_names_say(text, upper, kept):
     assert transcripts.normalised(upper, UPPER) == upper
 
 
-@pytest.mark.parametrize("case", ["upper", "lower", "keep"])
-@pytest.mark.parametrize("punctuation", ["drop", "keep"])
-def test_rules_applied_twice_give_the_same(case, punctuation):
-    """Of every character, and of random ones side by side, marks and accents more often than chance
-    has them. (Surrogates are no text.)
+@pytest.fixture(scope="module")
+def all_characters() -> list[str]:
+    """Words of every character, and of random ones side by side, marks and accents more often than
+    chance has them. (Surrogates are no text.)
     """
-    rules = transcripts.rules_of(case, punctuation)
     every = [
         chr(code)
         for code in range(0x110000)
@@ -67,10 +65,16 @@ def test_rules_applied_twice_give_the_same(case, punctuation):
         ((0x300, 0x370), (0x20, 0x250), (0x370, 0x400), (0x1F00, 0x2070)),
     )
     pools = [every, *([chr(code) for code in range(*pair)] for pair in bounds)]
-    texts = [
+    return [
         *(f"a{one}b {one}" for one in every),
         *("".join(rng.choice(rng.choice(pools)) for _ in range(6)) for _ in range(10_000)),
     ]
+
+
+@pytest.mark.parametrize("case", ["upper", "lower", "keep"])
+@pytest.mark.parametrize("punctuation", ["drop", "keep"])
+def test_rules_applied_twice_give_the_same(case, punctuation, all_characters):
+    rules, texts = transcripts.rules_of(case, punctuation), all_characters
     for start in range(0, len(texts), 100):  # together, which takes less time
         once = transcripts.normalised(" ".join(texts[start : start + 100]), rules)
         again = transcripts.normalised(once, rules)
