@@ -19,7 +19,7 @@ from pipeline.core.rng import uniform
 from pipeline.core.specs import Architecture
 from pipeline.data.stream import LoadedBatch
 from pipeline.train import loop
-from pipeline.train.loop import Ranks
+from pipeline.train.ranks import Ranks
 
 SIZE = 8
 STATES = {"clip": {"tokenizer": "", "vocabulary": 11, "length": 6}}
@@ -109,7 +109,7 @@ def run_of(
                 0.0,
             )
 
-    run.ready, run.batches = ready, batches
+    run.preprocess, run.batches = ready, batches
     return run
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.train.loop import Ranks
+from pipeline.train.ranks import Ranks
 
 
 def serve(rank: int, count: int, file: str, pipe) -> None:

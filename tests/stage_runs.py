@@ -18,8 +18,8 @@ from pipeline.core.specs import ModalitySpec
 from pipeline.data.stream import DataWorkers
 from pipeline.report.results import ResultRow
 from pipeline.train import launch, pretrain, source
-from pipeline.train.loop import Ranks
 from pipeline.train.progress import Progress
+from pipeline.train.ranks import Ranks
 from pipeline.transfer import baseline_trials, fanout, inference, job_state, stages, trial
 from pipeline.transfer.scoring import score_pair
 

@@ -34,7 +34,7 @@ from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
 from pipeline.techniques.full import Full
 from pipeline.train import evaluate, loop
-from pipeline.train.loop import Ranks
+from pipeline.train.ranks import Ranks
 
 FIRST_ID = 1000
 """Row ids start here, so that a place is never taken for an id."""
@@ -450,11 +450,11 @@ def make_run(
         steps=steps,
         seed=seed,
         batches=partial(train_batches, rows, plan, rank=ranks.rank, ranks=ranks.count),
-        ready=ready,
+        preprocess=ready,
         keeper=loop.KeepBest(names[0], keep),
         evaluate=check,
         ranks=ranks,
-        checkpoints=checkpoints,
+        checkpoint_folder=checkpoints,
     )
 
 
@@ -520,8 +520,8 @@ def add_streams(
         run.streams[name] = partial(
             train_batches, parts[name], plan, rank=run.ranks.rank, ranks=run.ranks.count
         )
-    run.labelled = labelled
-    run.ready = evaluate.training_preprocessing(rows, run.task.objective, run.technique)
+    run.has_labels = labelled
+    run.preprocess = evaluate.training_preprocessing(rows, run.task.objective, run.technique)
 
 
 def weights(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline.core.rng import mix
 from pipeline.io import atomic_folder, s3, storage
+from pipeline.train.ranks import Ranks
 
 KEPT = 2
 """How many resume points are kept: where the newest is damaged, the one before it is used."""
@@ -73,7 +74,7 @@ def _folder(uri: str, step: int) -> str:
 
 
 def save(
-    uri: str, ranks: Any, state: TrainingState, bad_rows: dict[int, str] | None = None
+    uri: str, ranks: Ranks, state: TrainingState, bad_rows: dict[int, str] | None = None
 ) -> None:
     """Write a resume point; called by every rank at the same step.
 
@@ -90,7 +91,7 @@ def save(
     if ranks.count > 1:
         everyone = [None] * ranks.count
         dist.all_gather_object(everyone, (random, bad_rows or {}))
-    if ranks.first:
+    if ranks.is_first:
         with storage.scratch_folder() as scratch:
             path = Path(scratch, "state.pt")
             unread = {row: reason for _, bad in everyone for row, reason in bad.items()}
@@ -112,14 +113,16 @@ def save(
         dist.barrier()
 
 
-def load(uri: str, ranks: Any, restarts: bool = False) -> tuple[ResumePoint | None, list[str]]:
+def load(
+    uri: str, ranks: Ranks, restart_if_damaged: bool = False
+) -> tuple[ResumePoint | None, list[str]]:
     """Read the newest resume point that is intact, the same one on every rank.
 
     Rank 0 finds it and broadcasts its step. Damaged resume points that are newer are removed:
     the run writes those steps again.
 
     Args:
-        restarts: Where none is intact, remove them all and start again from step 0.
+        restart_if_damaged: Where none is intact, remove them all and start again from step 0.
 
     Returns:
         The saved state, or None when there is no resume point, and a line for each damaged
@@ -127,12 +130,12 @@ def load(uri: str, ranks: Any, restarts: bool = False) -> tuple[ResumePoint | No
 
     Raises:
         StorageError: on every rank, when resume points are there and none of them is intact
-            (unless ``restarts``), or when they cannot be read at this moment.
+            (unless ``restart_if_damaged``), or when they cannot be read at this moment.
     """
     state: ResumePoint | None = None
     verdict: list[Any] = [None]
-    if ranks.first:
-        state, notes, problem = _newest_intact(uri, restarts)
+    if ranks.is_first:
+        state, notes, problem = _newest_intact(uri, restart_if_damaged)
         verdict = [(state["step"] if state else None, notes, problem)]
     if ranks.count > 1:
         dist.broadcast_object_list(verdict, src=0)
@@ -144,7 +147,7 @@ def load(uri: str, ranks: Any, restarts: bool = False) -> tuple[ResumePoint | No
     return state, notes
 
 
-def _newest_intact(uri: str, restarts: bool) -> tuple[ResumePoint | None, list[str], str]:
+def _newest_intact(uri: str, restart_if_damaged: bool) -> tuple[ResumePoint | None, list[str], str]:
     """The newest state that can be read, a line for each damaged one that is newer, and what stops
     the run, if anything.
     """
@@ -165,7 +168,7 @@ def _newest_intact(uri: str, restarts: bool) -> tuple[ResumePoint | None, list[s
                 [f"{line}: training goes on from that of step {step}" for line in damaged.values()],
                 "",
             )
-        if damaged and restarts:
+        if damaged and restart_if_damaged:
             clear(uri)
             again = "none is intact, so training starts again from step 0"
             return None, [f"{line}: {again}" for line in damaged.values()], ""
@@ -197,7 +200,7 @@ def _read(folder: str) -> ResumePoint:
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
-def restore_rng(state: ResumePoint, seed: int, ranks: Any) -> None:
+def restore_rng(state: ResumePoint, seed: int, ranks: Ranks) -> None:
     """This rank's random state; a rank that was not there gets one of its own."""
     if ranks.rank >= len(state["random"]):
         torch.manual_seed(mix(seed, ranks.rank, state["step"]))

@@ -24,6 +24,7 @@ from pipeline.core.metrics.catalog import Predictions, metric
 from pipeline.core.ragged import concatenate_padded
 from pipeline.data.manifests import Reader
 from pipeline.data.stream import LoadedBatch, Rows, eval_batches
+from pipeline.train.ranks import Ranks
 
 OnBad = Callable[[list[tuple[int, str]]], None]
 """Called with rows that could not be decoded, and why."""
@@ -37,8 +38,8 @@ def _ignore_bad_rows(bad: list[tuple[int, str]]) -> None:
 def predictions(
     task: Task,
     batches: Iterator[LoadedBatch],
-    ready: Callable[[Batch, bool], Batch],
-    ranks: Any,
+    preprocess: Callable[[Batch, bool], Batch],
+    ranks: Ranks,
     autocast: Any,
     on_bad: OnBad = _ignore_bad_rows,
 ) -> Predictions:
@@ -59,7 +60,7 @@ def predictions(
         if not len(batch):
             continue
         with autocast:
-            out = task.objective.predict(task.backbone, ready(batch.to(ranks.device), False))
+            out = task.objective.predict(task.backbone, preprocess(batch.to(ranks.device), False))
         parts.append(
             {
                 "row": batch.rows,
@@ -124,7 +125,7 @@ class Postprocessor:
         return RawRows(self._reader.take(ids), decoder.columns, decoder.modality)
 
 
-def of_every_rank(mine: Any, ranks: Any) -> list[Any]:
+def of_every_rank(mine: Any, ranks: Ranks) -> list[Any]:
     """Return what each rank gives, the same list on every rank. Every rank must call it."""
     if ranks.count == 1:
         return [mine]
@@ -133,7 +134,7 @@ def of_every_rank(mine: Any, ranks: Any) -> list[Any]:
     return everyone
 
 
-def gather_predictions(mine: Predictions, ranks: Any) -> Predictions:
+def gather_predictions(mine: Predictions, ranks: Ranks) -> Predictions:
     """Every rank's predictions, ordered by row."""
     return _by_row(concatenate([part for part in of_every_rank(mine, ranks) if part]))
 
@@ -153,8 +154,8 @@ def values(found: Predictions, names: tuple[str, ...]) -> dict[str, float]:
 def evaluator(
     rows: Rows,
     names: tuple[str, ...],
-    ready: Callable[[Batch, bool], Batch],
-    ranks: Any,
+    preprocess: Callable[[Batch, bool], Batch],
+    ranks: Ranks,
     autocast: Callable[[], Any],
     batch_rows: int,
     threads: int = 1,
@@ -175,7 +176,7 @@ def evaluator(
         is_cuda = ranks.device.type == "cuda"
         batches = eval_batches(rows, batch_rows, threads=threads, pin=is_cuda)
         mine = complete(
-            task.objective, predictions(task, batches, ready, ranks, autocast(), on_bad)
+            task.objective, predictions(task, batches, preprocess, ranks, autocast(), on_bad)
         )
         return values(gather_predictions(mine, ranks), names)
 
@@ -186,9 +187,9 @@ def training_preprocessing(
     rows: Rows, objective: Objective, technique: Technique
 ) -> Callable[[Batch, bool], Batch]:
     """As `device_preprocessing`, with the views beside the rows that the technique compares."""
-    ready, modality = device_preprocessing(rows, objective), rows.modality
+    preprocess, modality = device_preprocessing(rows, objective), rows.modality
     if not compares_views(technique):
-        return ready
+        return preprocess
     assert makes_views(modality), "Technique.check_target refuses other modalities"
     views = technique.views()
 
@@ -196,7 +197,7 @@ def training_preprocessing(
         if len(batch) == 0:
             return batch
         with torch.no_grad():
-            return ready(modality.views(batch, views), training)
+            return preprocess(modality.views(batch, views), training)
 
     return with_views
 
@@ -210,7 +211,7 @@ def device_preprocessing(
     modality = rows.modality
     views = objective.views() if compares_views(objective) else ()
 
-    def ready(batch: Batch, training: bool) -> Batch:
+    def preprocess(batch: Batch, training: bool) -> Batch:
         if len(batch) == 0:
             return batch
         with torch.no_grad():
@@ -219,4 +220,4 @@ def device_preprocessing(
                 return modality.views(batch, views)
             return modality.finish(modality.augment(batch) if training else batch)
 
-    return ready
+    return preprocess

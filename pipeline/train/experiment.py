@@ -33,7 +33,8 @@ from pipeline.data.stream import LoadedBatch, Rows, check_bad_row_budget, train_
 from pipeline.io import heartbeat, storage
 from pipeline.train import evaluate, loop, resume_history, streams
 from pipeline.train.log import LogRecord, MetricsLog, RowTrace, with_numbers
-from pipeline.train.loop import Ranks, TrainingOutcome
+from pipeline.train.loop import TrainingOutcome
+from pipeline.train.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,11 @@ class Experiment:
     """
     stream_batch: int | None = None
     """Rows of a batch of these; None: as many as of a training batch."""
-    labelled: bool = True
-    """False: the training rows have no labels. They are the stream "target" themselves."""
+    has_labels: bool = True
+    """Whether the training rows have labels. Without labels they are the stream "target"."""
     extra_metrics: dict[str, Callable[[Task], float]] = field(default_factory=dict)
     """Computed at every validation beside ``metrics``."""
-    restarts: bool = False
+    restart_if_damaged: bool = False
     """Whether training starts again from step 0 where every resume point is damaged."""
     on_start: Callable[[int, list[str]], None] = lambda step, damaged: None
     """Called on rank 0, before anything is logged, with the step at which training starts and a
@@ -119,7 +120,7 @@ class RunMetadata(TypedDict):
 
 @dataclass(frozen=True)
 class Finished:
-    """What a run leaves."""
+    """The result of a training run."""
 
     task: Task
     """As the technique leaves it: adapters are merged into the weights."""
@@ -141,8 +142,8 @@ def technique_of(config: ComponentConfig) -> Technique:
     return kind(kind.options_class(**config.options))
 
 
-def checkpoints_of(folder: str) -> str:
-    """The folder of the resume points of a run."""
+def checkpoint_folder(folder: str) -> str:
+    """Return the folder of a run's resume points."""
     return storage.join(folder, resume_history.CHECKPOINTS)
 
 
@@ -159,15 +160,15 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
         torch.manual_seed(experiment.technique_seed)
         task = technique.wrap(experiment.task)
 
-    ready = evaluate.device_preprocessing(rows, objective)
+    preprocess = evaluate.device_preprocessing(rows, objective)
     if prepares_on_target(technique):
         target = experiment.stream_rows["target"]
-        inputs = partial(streams.test_inputs, target, ready, ranks, experiment.eval_batch)
+        inputs = partial(streams.test_inputs, target, preprocess, ranks, experiment.eval_batch)
         task = technique.prepare(task.to(ranks.device), inputs)
     record = _Record(experiment, ranks)
-    check = _validator(experiment, ranks, ready, record.bad_rows)
+    check = _validator(experiment, ranks, preprocess, record.bad_rows)
     # validation rows of the source are best where nothing has been adapted yet
-    is_last = couples_rows(objective) or not experiment.labelled
+    is_last = couples_rows(objective) or not experiment.has_labels
     patience = None if is_last else train.patience
     keep = "last" if is_last else train.keep
     keeper = loop.KeepBest(experiment.metrics[0], keep, patience)
@@ -187,9 +188,9 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
         train,
         ranks,
         batch=experiment.stream_batch,
-        known=() if experiment.labelled else ("target",),
+        known=() if experiment.has_labels else ("target",),
     )
-    unit, units = _throughput(rows.modality)
+    unit, count_units_of = _throughput(rows.modality)
     work = loop.TrainingRun(
         task=task,
         technique=technique,
@@ -198,21 +199,21 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
         seed=experiment.seed,
         batches=batches,
         streams=further,
-        labelled=experiment.labelled,
-        ready=evaluate.training_preprocessing(rows, objective, technique),
+        has_labels=experiment.has_labels,
+        preprocess=evaluate.training_preprocessing(rows, objective, technique),
         keeper=keeper,
         evaluate=check,
         ranks=ranks,
-        checkpoints=checkpoints_of(experiment.folder),
-        restarts=experiment.restarts,
+        checkpoint_folder=checkpoint_folder(experiment.folder),
+        restart_if_damaged=experiment.restart_if_damaged,
         on_start=record.start,
         on_log=record.write,
         on_eval=record.validated,
         on_rows=RowTrace(experiment.folder, ranks.rank) if train.trace_rows else None,
-        bad_rows=record.bad_rows.add,
-        alive=experiment.on_step,
-        unit=unit,
-        units=units,
+        on_bad_rows=record.bad_rows.add,
+        on_step=experiment.on_step,
+        throughput_unit=unit,
+        count_units_of=count_units_of,
     )
     with record:
         outcome = loop.fit(work) if trains(technique) else loop.evaluate_untrained(work)
@@ -236,7 +237,7 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
 
 
 def _throughput(modality: Modality) -> tuple[str, Callable[[Batch], float]]:
-    """Return in what unit the throughput of a run is told, and what counts it in a batch."""
+    """Return the unit of throughput, and a function that counts units in a batch."""
     if not measures_throughput(modality):
         return "rows", len
     return modality.throughput_unit, modality.throughput
@@ -286,10 +287,10 @@ def _goodness(
 def _validator(
     experiment: Experiment,
     ranks: Ranks,
-    ready: Callable[[Batch, bool], Batch],
+    preprocess: Callable[[Batch, bool], Batch],
     bad_rows: BadRows,
 ) -> Callable[[Task], dict[str, float]] | None:
-    """A function that gives the validation metrics of a task, the same on every rank."""
+    """Return a function that computes validation metrics of a task, the same on every rank."""
     if not len(experiment.validation):
         return None
     mine = experiment.validation.part(ranks.rank, ranks.count)
@@ -300,7 +301,7 @@ def _validator(
     check = evaluate.evaluator(
         mine,
         experiment.metrics,
-        ready,
+        preprocess,
         ranks,
         partial(loop.autocast, experiment.train, ranks.device),
         experiment.eval_batch,
@@ -379,7 +380,7 @@ class _Record:
 
     def start(self, step: int, damaged: list[str]) -> None:
         self.damaged = damaged
-        if self.ranks.first:
+        if self.ranks.is_first:
             self.experiment.on_start(step, damaged)
             self.log = MetricsLog(self.experiment.log_folder, step)
             if self.experiment.left_out:

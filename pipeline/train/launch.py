@@ -36,8 +36,9 @@ from pipeline.io.ray_environment import prepare_ray, without_noise
 from pipeline.train import node_types, pretrain, source
 from pipeline.train.board import Board
 from pipeline.train.log import LogRecord
-from pipeline.train.loop import NonFiniteError, Ranks
+from pipeline.train.loop import NonFiniteError
 from pipeline.train.progress import Progress, duration, training_line
+from pipeline.train.ranks import Ranks
 from pipeline.train.row_checks import Finding, findings_from_metadata
 
 

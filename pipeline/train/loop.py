@@ -38,6 +38,7 @@ from pipeline.io import heartbeat
 from pipeline.train import checkpoint, optim
 from pipeline.train.checkpoint import ResumePoint, TrainingState
 from pipeline.train.log import LogRecord, with_numbers
+from pipeline.train.ranks import Ranks
 
 Metrics = dict[str, Any]
 """Validation metrics by name. Numbers, or for a stack of heads (`pipeline.transfer.cached_heads`) a
@@ -46,24 +47,6 @@ list with the metrics of each under ``heads``."""
 
 class NonFiniteError(RuntimeError):
     """Too many steps in a row had a non-finite loss or gradient."""
-
-
-def default_device() -> torch.device:
-    """Return the GPU of this process, or the CPU where it has none."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among the others."""
-
-    rank: int = 0
-    count: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
 
 
 class Keeper(Protocol):
@@ -127,7 +110,7 @@ class KeepBest:
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state):
-        # resume points written before there was a patience have no best value
+        # resume points written before `patience` existed have no best value
         self.best = state["metrics"].get(self.primary, float("nan"))
         for name, value in state.items():
             setattr(self, name, value)
@@ -144,32 +127,32 @@ class TrainingRun:
     seed: int
     batches: Callable[[range], Iterator[LoadedBatch]]
     """The rank's batches of a range of steps (data/stream)."""
-    ready: Callable[[Batch, bool], Batch]
-    """Device part of the modality: augmentation (when true) and normalisation."""
+    preprocess: Callable[[Batch, bool], Batch]
+    """Augments (when true) and normalises a batch on the device."""
     keeper: Keeper
     evaluate: Callable[[Any], Metrics] | None = None
     ranks: Ranks = field(default_factory=Ranks)
-    checkpoints: str | None = None
-    """Folder of resume points; none: the run cannot be resumed."""
+    checkpoint_folder: str | None = None
+    """Folder of resume points; None: the run cannot be resumed."""
     streams: dict[str, Callable[[range], Iterator[LoadedBatch]]] = field(default_factory=dict)
     """Further batches for ``Technique.penalty``, by name (``Technique.streams``)."""
-    labelled: bool = True
-    """False: the batches have no labels. They are the stream "target" of the penalty, which is all
-    that is learned from.
+    has_labels: bool = True
+    """Whether the batches have labels. Without labels they are the penalty's stream "target", and
+    the penalty is the whole loss.
     """
     on_log: Callable[[LogRecord], None] = lambda record: None
     on_eval: Callable[[int, Metrics], None] = lambda step, metrics: None
     on_rows: Callable[[int, np.ndarray], None] | None = None
     """Called with the row ids of every step (``train.trace_rows``)."""
-    bad_rows: Callable[[str, list[tuple[int, str]]], None] = lambda split, bad: None
+    on_bad_rows: Callable[[str, list[tuple[int, str]]], None] = lambda split, bad: None
     """Called with rows that could not be decoded, and why; the split is "train" or a stream."""
-    unit: str = "rows"
-    """What ``units`` counts in a batch, for the throughput of the log."""
-    units: Callable[[Batch], float] = len
+    throughput_unit: str = "rows"
+    """What ``count_units_of`` counts in a batch, for the throughput of the log."""
+    count_units_of: Callable[[Batch], float] = len
     clock: Callable[[], float] = time.perf_counter
-    alive: Callable[[], None] = heartbeat.beat
+    on_step: Callable[[], None] = heartbeat.beat
     """Called at every step, so that a watchdog sees that the run does not hang."""
-    restarts: bool = False
+    restart_if_damaged: bool = False
     """Start again from step 0 where every resume point is damaged, instead of raising an error."""
     on_start: Callable[[int, list[str]], None] = lambda step, notes: None
     """Called before anything is logged with the step at which training starts (0, or that of the
@@ -318,8 +301,8 @@ def fit(run: TrainingRun) -> TrainingOutcome:
         task.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - it takes it
     torch.manual_seed(mix(run.seed, ranks.rank, 77))
     saved, damaged = None, []
-    if run.checkpoints:
-        saved, damaged = checkpoint.load(run.checkpoints, ranks, run.restarts)
+    if run.checkpoint_folder:
+        saved, damaged = checkpoint.load(run.checkpoint_folder, ranks, run.restart_if_damaged)
     start = saved["step"] if saved else 0
     run.on_start(start, damaged)
     average = optim.weight_average(task, run.technique, train, run.steps)
@@ -330,7 +313,7 @@ def fit(run: TrainingRun) -> TrainingOutcome:
             assert saved["ema"] is not None
             average.average = {name: tensor.to(device) for name, tensor in saved["ema"].items()}
         if saved["bad_rows"]:
-            run.bad_rows("train", list(saved["bad_rows"].items()))
+            run.on_bad_rows("train", list(saved["bad_rows"].items()))
     assert start < run.steps, "a run of zero steps trains nothing"
 
     eval_every = validation_interval(train, run.steps)
@@ -376,7 +359,7 @@ def fit(run: TrainingRun) -> TrainingOutcome:
             progress.add(batch, sums, waited, warning)
             if run.on_rows:
                 run.on_rows(step, batch.rows)
-            run.alive()
+            run.on_step()
 
             # ---- rare: log, check for trouble, validate, save
             steps_done = step + 1
@@ -437,14 +420,14 @@ def _next_batches(
     batch, bad, waited = next(stream)
     if bad:
         progress.bad_rows.update(bad)
-        run.bad_rows("train", bad)
+        run.on_bad_rows("train", bad)
     extra_batches: dict[str, Batch] = {}
     for name, extra_stream in extra_streams.items():
         loaded = next(extra_stream)
         extra_batches[name] = loaded.batch
         waited += loaded.waited
         if loaded.bad:
-            run.bad_rows(name, loaded.bad)
+            run.on_bad_rows(name, loaded.bad)
     return batch, extra_batches, waited
 
 
@@ -472,7 +455,7 @@ class _Progress:
         """Count a step that was taken."""
         self.recent.append(batch.rows)
         self.rows += len(batch)
-        self.units += self.run.units(batch)
+        self.units += self.run.count_units_of(batch)
         self.waited += waited
         self.window += sums
         self.warning = warning or self.warning
@@ -508,9 +491,9 @@ class _Progress:
             / (steps_done - self.start)
             * (run.steps - steps_done),
         }
-        if run.unit != "rows":
+        if run.throughput_unit != "rows":
             rate = run.ranks.count * (self.units - self.units_logged) / seconds
-            record["unit"], record["units_per_second"] = run.unit, rate
+            record["unit"], record["units_per_second"] = run.throughput_unit, rate
         if self.start:
             record["resumed_from"] = self.start
         means = {name: value / count if count else float("nan") for name, value in sums.items()}
@@ -534,7 +517,7 @@ class _Progress:
     def should_save(self, steps_done: int) -> bool:
         """Whether a resume point is written after this step, the same on every rank."""
         run, train = self.run, self.run.train
-        if not run.checkpoints or steps_done == run.steps:
+        if not run.checkpoint_folder or steps_done == run.steps:
             return False
         if steps_done % (train.checkpoint_every_steps or 1000) == 0:
             return True
@@ -554,7 +537,7 @@ class _Progress:
     ) -> None:
         """Write a resume point."""
         run = self.run
-        assert run.checkpoints is not None
+        assert run.checkpoint_folder is not None
         state: TrainingState = {
             "step": steps_done,
             "phase": phase,
@@ -566,7 +549,7 @@ class _Progress:
             "skipped": int(self.num_bad_steps),
             "seconds": self.seconds_before + run.clock() - self.began,
         }
-        checkpoint.save(run.checkpoints, run.ranks, state, self.bad_rows)
+        checkpoint.save(run.checkpoint_folder, run.ranks, state, self.bad_rows)
         self.saved_at = run.clock()
 
 
@@ -593,13 +576,13 @@ def _backward(
     parts = batch.split(train.micro_batch)
     extra_parts = {name: extra.parts(len(parts)) for name, extra in extra_batches.items()}
     for number, part in enumerate(parts, 1):
-        part = run.ready(part.to(device), train.augment)
+        part = run.preprocess(part.to(device), train.augment)
         streams = {
-            name: run.ready(parts_of_stream[number - 1].to(device), train.augment)
+            name: run.preprocess(parts_of_stream[number - 1].to(device), train.augment)
             for name, parts_of_stream in extra_parts.items()
         }
         with state.no_sync(number == len(parts)), autocast(train, device):
-            if run.labelled:
+            if run.has_labels:
                 total, count, logs = state.module(part)
             else:
                 total, count, logs = state.module(part.empty())
@@ -613,7 +596,7 @@ def _backward(
             objective = total if penalty is None else total + penalty * weight
             objective.backward()
             # without labels the penalty is the loss
-            total = total if run.labelled else objective
+            total = total if run.has_labels else objective
         logged = (logs.get(name, zero).float() for name in names[2:])
         sums += torch.stack([total.detach().float(), count.float(), *logged])
     if run.ranks.count > 1:

@@ -30,6 +30,7 @@ from pipeline.data import manifests
 from pipeline.data.manifests import LeftOut, Selection, Splits
 from pipeline.data.stream import Decoder, Rows, check_bad_row_budget, eval_batches
 from pipeline.train import evaluate
+from pipeline.train.ranks import Ranks
 
 FEATURE_ROWS = 256
 KNN = 5
@@ -68,10 +69,10 @@ def features_of_ids(
     name = rows.decoder.objective
     objective = registry.get("objective", name) if name else None
     labels = tensors_beside_features(objective)
-    ready = evaluate.device_preprocessing(rows)
+    preprocess = evaluate.device_preprocessing(rows)
     pooled, rest, ids = [], [], []
     for batch, _, _ in eval_batches(rows, FEATURE_ROWS):
-        batch = ready(batch.to(device), False)
+        batch = preprocess(batch.to(device), False)
         with autocast or nullcontext():
             pooled.append(_pooled(backbone, batch))
         rest.append({name: tensor for name, tensor in batch.data.items() if name in labels})
@@ -253,7 +254,7 @@ def exported_backbone(task: Task) -> Iterator[Backbone]:
 def probe_evaluator(
     probe: Probe,
     modality: Modality,
-    ranks: Any,
+    ranks: Ranks,
     autocast: Callable[[], Any],
     on_bad: Callable[[list[LeftOut]], None] = lambda rows: None,
 ) -> Callable[[Task], float]:

@@ -37,7 +37,7 @@ from pipeline.io.file_identity import FileIdentity
 from pipeline.train import checkpoint, experiment, loop, online_probe
 from pipeline.train.experiment import Experiment, Finished
 from pipeline.train.log import LogRecord
-from pipeline.train.loop import Ranks
+from pipeline.train.ranks import Ranks
 from pipeline.train.row_checks import Finding
 from pipeline.train.source import (
     FittedSource,
@@ -217,7 +217,7 @@ def train_rank(
         "spec_hash": work.key,
         **finished.metadata,
     }
-    if ranks.first:
+    if ranks.is_first:
         file_identity.check_unchanged(work.reads)
         write(work, finished, metadata)
     return metadata
@@ -294,7 +294,7 @@ def write(work: RankJob, finished: Finished, metadata: dict[str, Any]) -> None:
         metrics=finished.metrics,
         made_by=work.made_by,
     )
-    checkpoint.clear(experiment.checkpoints_of(work.uri))
+    checkpoint.clear(experiment.checkpoint_folder(work.uri))
     if fitted.initial:
         storage.remove_tree(fitted.initial)
 

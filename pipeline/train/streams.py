@@ -29,7 +29,7 @@ from pipeline.data.stream import (
     rows_an_item,
     train_batches,
 )
-from pipeline.train.loop import Ranks
+from pipeline.train.ranks import Ranks
 
 
 def canonical_shards(train: Train, most_ranks: int, objective: Any) -> int:
@@ -113,7 +113,7 @@ def of_technique(
 
 
 def test_inputs(
-    rows: Rows, ready: Callable[[Batch, bool], Batch], ranks: Ranks, size: int
+    rows: Rows, preprocess: Callable[[Batch, bool], Batch], ranks: Ranks, size: int
 ) -> Iterator[Batch]:
     """Yield finished batches of all rows without labels, the same ones on every rank.
 
@@ -122,7 +122,7 @@ def test_inputs(
 
     Args:
         rows: The rows.
-        ready: Device part of the modality.
+        preprocess: Device part of the modality.
         ranks: This process among the others.
         size: Most rows of a batch.
     """
@@ -131,4 +131,4 @@ def test_inputs(
     for part in np.array_split(order, -(-n // size)) if n else ():
         for loaded in eval_batches(plain.subset(part), size):
             if len(loaded.batch):
-                yield ready(loaded.batch.to(ranks.device), False)
+                yield preprocess(loaded.batch.to(ranks.device), False)

@@ -47,10 +47,10 @@ from pipeline.io import checksums, heartbeat, storage
 from pipeline.report.trial_record import TrialRecord
 from pipeline.train import evaluate, experiment, loop
 from pipeline.train.log import RowTrace
-from pipeline.train.loop import Ranks, default_device
 from pipeline.train.online_probe import features
 from pipeline.train.optim import ParameterGroup
 from pipeline.train.pretrain import device_name
+from pipeline.train.ranks import Ranks, default_device
 from pipeline.transfer import solved_heads
 from pipeline.transfer import trial as trials
 from pipeline.transfer.grid import Trial
@@ -335,7 +335,7 @@ class SharedFeatures:
 
 
 def run(
-    group: list[Trial], shared: Shared, alive: Callable[[], None] = heartbeat.beat
+    group: list[Trial], shared: Shared, on_step: Callable[[], None] = heartbeat.beat
 ) -> list[TrialRecord]:
     """Train the heads of several trials of one (source, backbone, target) together.
 
@@ -343,7 +343,7 @@ def run(
     draws random numbers. A head that met a non-finite step is trained again alone.
 
     Args:
-        alive: Called at every step.
+        on_step: Called at every step.
 
     Returns:
         The same records as ``trial.run`` gives.
@@ -356,9 +356,9 @@ def run(
     penalties = technique.penalties() if solves_head(technique) else ()
     for members in stacks:
         if penalties and not is_random:
-            records += [_solve(one, shared, cached, penalties, alive) for one in members]
+            records += [_solve(one, shared, cached, penalties, on_step) for one in members]
         else:
-            records += _run_stack(members, shared, cached, alive)
+            records += _run_stack(members, shared, cached, on_step)
     return records
 
 
@@ -451,7 +451,7 @@ def _run_stack(
     members: list[StackedTrial],
     shared: Shared,
     cached: SharedFeatures,
-    alive: Callable[[], None],
+    on_step: Callable[[], None],
 ) -> list[TrialRecord]:
     """Train the heads of one stack, test each of them and write its record."""
     began, first = time.time(), members[0]
@@ -479,15 +479,15 @@ def _run_stack(
             # one head alone draws the random numbers of a trial alone; several draw none
             seed=mix(shared.seed, first.trial.seed, 3) if len(members) == 1 else 0,
             batches=batches,
-            ready=lambda batch, training: batch,
+            preprocess=lambda batch, training: batch,
             keeper=keeper,
             evaluate=evaluate_heads,
             ranks=Ranks(device=cached.device),
-            checkpoints=experiment.checkpoints_of(folder),
-            restarts=True,
+            checkpoint_folder=experiment.checkpoint_folder(folder),
+            restart_if_damaged=True,
             on_start=history.start,
             on_rows=batches.trace if train.trace_rows else None,
-            alive=alive,
+            on_step=on_step,
         )
     )
     tested = (
@@ -500,7 +500,7 @@ def _run_stack(
     records = []
     for k, (member, head) in enumerate(zip(members, heads, strict=True)):
         if float(stack.bad[k]):
-            records.append(_run_alone(member.trial, shared, alive))
+            records.append(_run_alone(member.trial, shared, on_step))
             continue
         _copy_weights(head, stack, k)
         test = tested[k] if tested else None
@@ -542,7 +542,7 @@ def _solve(
     shared: Shared,
     cached: SharedFeatures,
     penalties: tuple[float, ...],
-    alive: Callable[[], None],
+    on_step: Callable[[], None],
 ) -> TrialRecord:
     """Solve the head of a trial for every penalty, test the best one and write its record."""
     began, trial, train = time.time(), member.trial, member.train
@@ -560,10 +560,10 @@ def _solve(
         if selects_features(technique):
             selection = technique.selection()
             solutions = solved_heads.solve_selected(
-                head, *trial_rows, selection, penalties, validate, alive
+                head, *trial_rows, selection, penalties, validate, on_step
             )
         else:
-            solutions = solved_heads.solve(head, *trial_rows, penalties, validate, alive)
+            solutions = solved_heads.solve(head, *trial_rows, penalties, validate, on_step)
     except FloatingPointError as error:
         return trials.failed_record(trial, shared, error)
     chosen = solved_heads.best(solutions, cached.data.metrics[0])
@@ -656,10 +656,10 @@ class _StackBatches:
             trace(step, self.ids[indices])
 
 
-def _run_alone(trial: Trial, shared: Shared, alive: Callable[[], None]) -> TrialRecord:
+def _run_alone(trial: Trial, shared: Shared, on_step: Callable[[], None]) -> TrialRecord:
     """Train a head again, without the others; an error is this head's alone."""
     try:
-        return trials.run(trial, shared, alive=alive)
+        return trials.run(trial, shared, on_step=on_step)
     except Exception as error:  # it is this head's alone: the others are done
         return trials.failed_record(trial, shared, error)
 

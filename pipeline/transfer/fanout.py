@@ -39,8 +39,8 @@ from pipeline.report.shift import Shift
 from pipeline.report.source_scores import PairScores
 from pipeline.report.trial_record import TrialRecord
 from pipeline.train import launch
-from pipeline.train.loop import Ranks
 from pipeline.train.progress import Progress, duration
+from pipeline.train.ranks import Ranks
 from pipeline.transfer import baseline_trials, cached_heads, trial
 from pipeline.transfer.grid import SCRATCH, Trial, folders
 from pipeline.transfer.pulses import Pulses

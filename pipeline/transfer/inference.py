@@ -43,9 +43,9 @@ from pipeline.io import checksums, file_identity, storage
 from pipeline.media import drawing, transcripts
 from pipeline.media.tagging_schemes import texts
 from pipeline.train import evaluate, fit_components, launch, row_checks
-from pipeline.train.loop import Ranks, default_device
 from pipeline.train.online_probe import features
 from pipeline.train.progress import Progress
+from pipeline.train.ranks import Ranks, default_device
 from pipeline.transfer import prediction_files
 from pipeline.transfer.prediction_files import DRAWN, PROBABILITIES
 

@@ -36,9 +36,9 @@ from pipeline.io import checksums, storage
 from pipeline.report.shift import Shift
 from pipeline.report.source_scores import PairScores, ScoreValue
 from pipeline.train import evaluate
-from pipeline.train.loop import default_device
 from pipeline.train.online_probe import FEATURE_ROWS, features_of_ids
 from pipeline.train.pretrain import device_name
+from pipeline.train.ranks import default_device
 from pipeline.transfer import measured_shift
 from pipeline.transfer.grid import label_subset
 from pipeline.transfer.measured_shift import LabelledRows, SourceSide
@@ -419,11 +419,11 @@ def _position_features(
     """
     backbone.to(device).eval()
     objective.to(device).eval()
-    ready = evaluate.device_preprocessing(rows)
+    preprocess = evaluate.device_preprocessing(rows)
     ids, pooled, labelled, labels, row = [], [], [], [], []
     before = 0
     for batch, _, _ in eval_batches(rows, FEATURE_ROWS):
-        batch = ready(batch.to(device), False)
+        batch = preprocess(batch.to(device), False)
         found = backbone(batch, want=objective.position_features)
         ids.append(batch.rows)
         pooled.append(found.pooled.float())

@@ -58,7 +58,7 @@ def solve(
     tensors: dict[str, Tensor],
     penalties: Sequence[float],
     validate: Callable[[Objective], dict[str, float]],
-    alive: Callable[[], None],
+    on_step: Callable[[], None],
     kept: Tensor | None = None,
 ) -> list[Solution]:
     """Solve a head for every penalty, from the strongest to the weakest.
@@ -71,7 +71,7 @@ def solve(
         penalties: Factors of half the weights' squared length, beside the mean loss. Biases are
             not penalised. A penalty is 1 / (C n) in scikit-learn's terms.
         validate: Gives the validation metrics of a head.
-        alive: Called at every evaluation of the loss.
+        on_step: Called at every evaluation of the loss.
         kept: (D,) bool, which features may have weights; None: all.
 
     Raises:
@@ -81,7 +81,7 @@ def solve(
     found: list[Solution] = []
     quadratic = None
     if kept is None:
-        quadratic = _quadratic(solver_head, inputs, rows, alive)
+        quadratic = _quadratic(solver_head, inputs, rows, on_step)
     else:
         _zero_weights(solver_head, kept)
     for penalty in sorted(penalties, reverse=True):
@@ -92,7 +92,7 @@ def solve(
         else:
             squares = partial(_half_squares, penalty)
             iterations = _minimise(
-                solver_head, inputs, rows, squares, alive, f"penalty {penalty:g}"
+                solver_head, inputs, rows, squares, on_step, f"penalty {penalty:g}"
             )
             solver = "lbfgs"
         solved = copy.deepcopy(head).to(features.device)
@@ -108,7 +108,7 @@ def solve_selected(
     selection: tuple[float, tuple[float, ...]],
     penalties: Sequence[float],
     validate: Callable[[Objective], dict[str, float]],
-    alive: Callable[[], None],
+    on_step: Callable[[], None],
 ) -> list[Solution]:
     """Rank the features, then `solve` the head on each share of the best of them.
 
@@ -116,13 +116,13 @@ def solve_selected(
         selection: Weight of the group lasso, and the shares (`SelectsFeatures`).
     """
     lasso, shares = selection
-    lengths = feature_lengths(head, features, tensors, lasso, alive)
+    lengths = feature_lengths(head, features, tensors, lasso, on_step)
     order = lengths.argsort(descending=True, stable=True)
     found: list[Solution] = []
     for share in shares:
         kept = torch.zeros(len(order), dtype=torch.bool, device=order.device)
         kept[order[: max(1, round(share * len(order)))]] = True
-        solved = solve(head, features, tensors, penalties, validate, alive, kept)
+        solved = solve(head, features, tensors, penalties, validate, on_step, kept)
         found += [replace(one, share=share) for one in solved]
     return found
 
@@ -132,7 +132,7 @@ def feature_lengths(
     features: Tensor,
     tensors: dict[str, Tensor],
     lasso: float,
-    alive: Callable[[], None],
+    on_step: Callable[[], None],
 ) -> Tensor:
     """Return the lengths (D,) of each feature's weights in a head solved with a group lasso.
 
@@ -149,7 +149,7 @@ def feature_lengths(
     def group_lasso(parameters: Sequence[Tensor]) -> Tensor:
         return lasso * lengths().sum()
 
-    _minimise(solver_head, inputs, rows, group_lasso, alive, f"lasso {lasso:g}")
+    _minimise(solver_head, inputs, rows, group_lasso, on_step, f"lasso {lasso:g}")
     return lengths().detach()
 
 
@@ -216,7 +216,7 @@ class _Quadratic:
 
 
 def _quadratic(
-    head: Any, inputs: Tensor, rows: Batch, alive: Callable[[], None]
+    head: Any, inputs: Tensor, rows: Batch, on_step: Callable[[], None]
 ) -> _Quadratic | None:
     """Return the mean loss as a quadratic function of the weights; None where it is not one.
 
@@ -229,7 +229,7 @@ def _quadratic(
         return None
 
     def gradient(weights: Tensor) -> Tensor:
-        alive()
+        on_step()
         parameters = list(head.parameters())
         vector_to_parameters(weights, parameters)
         total, number, _ = head.head_loss(inputs, rows)
@@ -256,7 +256,7 @@ def _minimise(
     inputs: Tensor,
     rows: Batch,
     regulariser: Callable[[Sequence[Tensor]], Tensor],
-    alive: Callable[[], None],
+    on_step: Callable[[], None],
     setting: str,
 ) -> int:
     """Minimise in place; returns the number of iterations.
@@ -276,7 +276,7 @@ def _minimise(
     )
 
     def closure() -> Tensor:
-        alive()
+        on_step()
         optimizer.zero_grad()
         total, count, _ = head.head_loss(inputs, rows)
         loss = labels * total.to(inputs.dtype) / count + regulariser(parameters)

@@ -27,8 +27,8 @@ from pipeline.data.stream import LoadedBatch, Rows
 from pipeline.train import dry_checks, evaluate, loop
 from pipeline.train.dry_checks import Workload
 from pipeline.train.experiment import technique_of
-from pipeline.train.loop import default_device
 from pipeline.train.progress import duration
+from pipeline.train.ranks import Ranks, default_device
 from pipeline.train.token_rows import PACKED
 from pipeline.transfer import existing_trials, planned_trials
 from pipeline.transfer.dry_run import TargetCost, describe_target, steps_of_source, validations
@@ -145,12 +145,12 @@ def _step_seconds(load: Workload, task: Task, batch: Batch, train: Train) -> tup
             steps=2,
             seed=0,
             batches=lambda steps: (LoadedBatch(batch, [], 0.0) for _ in steps),
-            ready=evaluate.training_preprocessing(
+            preprocess=evaluate.training_preprocessing(
                 Rows(load.rows, load.decoder), task.objective, technique
             ),
             keeper=loop.KeepBest("loss", "last"),
-            ranks=loop.Ranks(device=device),
-            alive=note,
+            ranks=Ranks(device=device),
+            on_step=note,
         )
     )
     (began, first), (stopped, last) = ended[:2]

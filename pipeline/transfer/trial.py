@@ -71,8 +71,8 @@ from pipeline.report.trial_folder import uri_of_bundle
 from pipeline.report.trial_record import TrialRecord, curve_of
 from pipeline.train import evaluate, experiment, loop, resume_history, streams
 from pipeline.train.experiment import Experiment
-from pipeline.train.loop import Ranks, default_device
 from pipeline.train.pretrain import device_name, shuffle_of, steps_of
+from pipeline.train.ranks import Ranks, default_device
 from pipeline.train.row_checks import Finding
 from pipeline.transfer import label_sets
 from pipeline.transfer.grid import (
@@ -284,7 +284,7 @@ def folder(shared: Shared, trial: Trial) -> str:
 
 def checkpoints(shared: Shared, trial: Trial) -> str:
     """Return the folder of a trial's resume points, of the same kind as those of a source."""
-    return experiment.checkpoints_of(folder(shared, trial))
+    return experiment.checkpoint_folder(folder(shared, trial))
 
 
 def read_record(root: str, folder: str) -> TrialRecord | None:
@@ -577,7 +577,7 @@ def run(
     shared: Shared,
     ranks: Ranks | None = None,
     report: Report = lambda step, steps, metrics: None,
-    alive: Callable[[], None] = heartbeat.beat,
+    on_step: Callable[[], None] = heartbeat.beat,
 ) -> TrialRecord:
     """Train, validate and, in a final trial, test once; write record, predictions and bundle.
 
@@ -588,7 +588,7 @@ def run(
         trial: The trial.
         shared: The data that all trials read.
         report: Called at every validation.
-        alive: Called at every step.
+        on_step: Called at every step.
 
     Returns:
         The record.
@@ -607,7 +607,7 @@ def run(
         technique.read_source(source_task(trial, shared))
     task, moved, start_hash = build(trial, shared, technique)
     history = history_of(where, [trial], shared)
-    if ranks.first:
+    if ranks.is_first:
         history.drop_incompatible(shared.remake)
     finished = experiment.run(
         Experiment(
@@ -628,11 +628,11 @@ def run(
             stream_rows=_stream_rows(trial, shared),
             # few labels make a small batch, and alignment needs a large one
             stream_batch=with_hyper_parameters(data.spec.train, trial.train_settings).global_batch,
-            labelled=not is_without_labels(trial),
-            restarts=True,
+            has_labels=not is_without_labels(trial),
+            restart_if_damaged=True,
             on_start=history.start,
             on_validation=report,
-            on_step=alive,
+            on_step=on_step,
         ),
         ranks,
     )
@@ -664,7 +664,7 @@ def run(
         begun_by=history.others,
     )
     record = make_record(trial, shared, train, began, summary, finished.metrics, test)
-    if ranks.first:
+    if ranks.is_first:
         source_streams = {"source", LABELLED_SOURCE} & {*technique.streams()}
         further = shared.source_reads if source_streams else {}
         file_identity.check_unchanged([*data.reads, *further.get(trial.source, ())])
@@ -716,20 +716,20 @@ def predict_test(
         The task as it was tested, the predictions of all ranks, and pictures of a policy's first
         episode, where there are some.
     """
-    ready = evaluate.device_preprocessing(data.test, task.objective)
+    preprocess = evaluate.device_preprocessing(data.test, task.objective)
     autocast = partial(loop.autocast, train, ranks.device)
-    inputs = partial(streams.test_inputs, data.test, ready, ranks, EVAL_ROWS)
+    inputs = partial(streams.test_inputs, data.test, preprocess, ranks, EVAL_ROWS)
     if adapts_at_test(technique):
         task = technique.at_test(task, inputs)
     objective: Any = task.objective
     if may_calibrate and is_calibrated(objective) and len(data.validation):
         batches = _batches(data.validation, ranks)
-        mine = evaluate.predictions(task, batches, ready, ranks, autocast())
+        mine = evaluate.predictions(task, batches, preprocess, ranks, autocast())
         mine = evaluate.Postprocessor(data.validation)(task.objective, mine)
         objective.calibrate(evaluate.gather_predictions(mine, ranks))
     bad: list[tuple[int, str]] = []
     batches = _batches(data.test, ranks)
-    mine = evaluate.predictions(task, batches, ready, ranks, autocast(), bad.extend)
+    mine = evaluate.predictions(task, batches, preprocess, ranks, autocast(), bad.extend)
     # each rank has read a part of the rows, and the budget is of all of them
     bad = [one for part in evaluate.of_every_rank(bad, ranks) for one in part]
     check_bad_row_budget(bad, len(data.test), data.spec.data.max_bad_rows, data.test.selection)

@@ -244,7 +244,7 @@ def epoch(
                 steps=steps,
                 seed=0,
                 batches=batches,
-                ready=device_preprocessing(rows),
+                preprocess=device_preprocessing(rows),
                 keeper=loop.KeepBest("accuracy", "best"),
             )
         )

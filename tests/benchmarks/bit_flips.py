@@ -44,8 +44,8 @@ from pipeline.io import checksums, run_lock, storage
 from pipeline.prepare.engine import importing, write
 from pipeline.report import results
 from pipeline.train import checkpoint, pretrain, source
-from pipeline.train.loop import Ranks
 from pipeline.train.progress import Progress
+from pipeline.train.ranks import Ranks
 from pipeline.transfer import cached_heads, existing_trials, fanout, pruning, stages, trial
 
 OUTCOMES = ("detected", "harmless", "silent", "traceback")

@@ -267,7 +267,7 @@ def measure(case: Case, device: Any, turns: int) -> dict[str, list[float]]:
     from pipeline.data.stream import LoadedBatch
     from pipeline.techniques.full import Full
     from pipeline.train import loop
-    from pipeline.train.loop import Ranks
+    from pipeline.train.ranks import Ranks
 
     total = WARM_STEPS + turns * TURN_STEPS + 1
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -324,7 +324,7 @@ def measure(case: Case, device: Any, turns: int) -> dict[str, list[float]]:
             steps=total,
             seed=0,
             batches=batches,
-            ready=lambda batch, training: batch,
+            preprocess=lambda batch, training: batch,
             keeper=loop.KeepBest(case.metric, "last"),
             ranks=Ranks(device=device),
         )

@@ -28,7 +28,7 @@ import torch
 from pipeline.io import atomic_folder, checksums, storage
 from pipeline.report import results
 from pipeline.train import checkpoint
-from pipeline.train.loop import Ranks
+from pipeline.train.ranks import Ranks
 
 OUTCOMES = ("whole", "absent", "torn", "left behind")
 

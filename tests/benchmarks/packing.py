@@ -278,6 +278,7 @@ def loop_rate(setting: Setting, task: Any, rows: Any, size: int) -> Callable[[],
     from pipeline.techniques.full import Full
     from pipeline.train import loop
     from pipeline.train.evaluate import device_preprocessing
+    from pipeline.train.ranks import Ranks
 
     task, total = copy.deepcopy(task), WARM_STEPS + setting.steps + 1
     plan = Plan(len(rows), 0, size)
@@ -310,9 +311,9 @@ def loop_rate(setting: Setting, task: Any, rows: Any, size: int) -> Callable[[],
                 steps=total,
                 seed=0,
                 batches=batches,
-                ready=device_preprocessing(rows),
+                preprocess=device_preprocessing(rows),
                 keeper=loop.KeepBest("perplexity", "last"),
-                ranks=loop.Ranks(device=setting.device),
+                ranks=Ranks(device=setting.device),
             )
         )
         return sum(counts[WARM_STEPS:-1]) / (times[-1] - times[WARM_STEPS])
@@ -516,6 +517,7 @@ def loop_bits(
     from pipeline.techniques.full import Full
     from pipeline.train import loop
     from pipeline.train.evaluate import device_preprocessing
+    from pipeline.train.ranks import Ranks
 
     train = Train(
         steps=steps,
@@ -534,9 +536,9 @@ def loop_bits(
             steps=steps,
             seed=seed,
             batches=lambda span: shakespeare_plan(rows, steps, seed),
-            ready=device_preprocessing(rows),
+            preprocess=device_preprocessing(rows),
             keeper=loop.KeepBest("perplexity", "last"),
-            ranks=loop.Ranks(device=setting.device),
+            ranks=Ranks(device=setting.device),
         )
     )
     return lambda batch: task.eval()(batch)[0]

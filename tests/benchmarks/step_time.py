@@ -173,7 +173,7 @@ def loop_side(case: Case, steps: int) -> Callable[[], float]:
                 steps=total,
                 seed=0,
                 batches=batches,
-                ready=device_preprocessing(case.rows),
+                preprocess=device_preprocessing(case.rows),
                 keeper=loop.KeepBest(case.metric, "best"),
             )
         )

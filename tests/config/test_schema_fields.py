@@ -34,7 +34,7 @@ from pipeline.config.schema import (
 )
 from pipeline.data.stream import DataWorkers
 from pipeline.train import launch, pretrain, source
-from pipeline.train.loop import Ranks
+from pipeline.train.ranks import Ranks
 from pipeline.transfer import cached_heads, trial
 
 ROOT = Path(__file__).parents[2]

@@ -15,8 +15,8 @@ from pipeline.data import manifests as m
 from pipeline.data import stream
 from pipeline.data.stream import DataWorkers, Decoder, Rows
 from pipeline.train import evaluate
-from pipeline.train.loop import Ranks
 from pipeline.train.online_probe import features
+from pipeline.train.ranks import Ranks
 
 N = 90
 

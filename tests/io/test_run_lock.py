@@ -22,7 +22,7 @@ from pipeline.io.run_lock import BusyError
 from pipeline.report import results
 from pipeline.train import checkpoint
 from pipeline.train.log import MetricsLog
-from pipeline.train.loop import Ranks
+from pipeline.train.ranks import Ranks
 from tests.benchmarks.lease_rounds import rounds
 
 

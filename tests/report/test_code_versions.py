@@ -36,7 +36,7 @@ from pipeline.io import checksums, storage
 from pipeline.report import code_versions, matrix, results, terminal, trial_folder
 from pipeline.report.trial_record import TrialRecord
 from pipeline.train import loop, pretrain, resume_history, source
-from pipeline.train.loop import Ranks
+from pipeline.train.ranks import Ranks
 from pipeline.transfer import (
     cached_heads,
     dry_run,
@@ -338,7 +338,7 @@ def killed_in_training(monkeypatch, work, step: int = 3) -> None:
             if next(left) == step - 1:
                 raise KeyboardInterrupt
 
-        return real(dataclasses.replace(run, alive=alive))
+        return real(dataclasses.replace(run, on_step=alive))
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "fit", killed)

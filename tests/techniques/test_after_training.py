@@ -147,7 +147,7 @@ def test_a_batch_that_is_not_finite_does_not_enter_the_average(name):
     used = technique(name)
     run = make_run(image_rows(48), net_task(norm="batch"), steps=8, technique=used, lr=0.02)
     bad = next(iter(run.batches(range(4, 5)))).batch.rows[0]
-    ready = run.ready
+    ready = run.preprocess
 
     def spoiled(batch, training):
         batch = ready(batch, training)
@@ -155,7 +155,7 @@ def test_a_batch_that_is_not_finite_does_not_enter_the_average(name):
         image[batch.rows == bad] = float("nan")
         return batch.replace(image=image)
 
-    run.ready = spoiled
+    run.preprocess = spoiled
     assert loop.fit(run).skipped_steps >= 1
     assert all(torch.isfinite(tensor).all() for tensor in weights(run.task).values())
 

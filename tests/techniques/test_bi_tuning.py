@@ -10,6 +10,7 @@ from pipeline.config import registry
 from pipeline.core.contracts import Task
 from pipeline.techniques.bi_tuning import categorical_contrastive, contrastive_cross_entropy
 from pipeline.train import loop
+from pipeline.train.ranks import Ranks
 
 KINDS = {name: backbone for name, (_, backbone) in MODALITIES.items()}
 EACH = pytest.mark.parametrize("kind", KINDS)
@@ -105,7 +106,7 @@ def test_rows_of_a_class_come_together_and_the_projection_is_dropped(kind):
     assert found[1] < found[0]
 
 
-def trained(ranks: loop.Ranks) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def trained(ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Weights before and after a run."""
     used = bi_tuning(width=8)
     torch.manual_seed(5)
@@ -118,7 +119,7 @@ def trained(ranks: loop.Ranks) -> tuple[dict[str, torch.Tensor], dict[str, torch
 @pytest.mark.slow
 def test_two_ranks_give_the_weights_of_one(team):
     (_, first), (_, second) = team(trained)
-    before, one = trained(loop.Ranks())
+    before, one = trained(Ranks())
     assert furthest(before, one) > 1e-4
     assert furthest(first, second) == 0.0 and furthest(first, one) < 1e-5
 

@@ -39,7 +39,7 @@ from pipeline.techniques.pooled import Pooled, PooledOptions
 from pipeline.techniques.pseudo_labels import PseudoLabelOptions, PseudoLabels
 from pipeline.techniques.tent import Tent, TentOptions, entropy
 from pipeline.train import evaluate, loop, streams
-from pipeline.train.loop import Ranks
+from pipeline.train.ranks import Ranks
 
 TRAINED = (
     "dann",

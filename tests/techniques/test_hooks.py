@@ -20,7 +20,7 @@ from pipeline.data import manifests
 from pipeline.data.manifests import Selection
 from pipeline.data.stream import TooManyBadRowsError, eval_batches
 from pipeline.io import file_identity
-from pipeline.train.loop import Ranks
+from pipeline.train.ranks import Ranks
 from pipeline.transfer import stages, trial
 from pipeline.transfer.grid import SCRATCH
 

@@ -54,6 +54,7 @@ from pipeline.techniques.peft import (
     submodules_read_without_call,
 )
 from pipeline.train import loop, optim
+from pipeline.train.ranks import Ranks
 from pipeline.transfer import fanout, grid, targets, trial
 
 IMAGE = {"channels": 3, "size": 32}
@@ -384,7 +385,7 @@ def test_training_equals_peft_s_own():
         betas=(run.train.beta1, run.train.beta2),
     )
     for loaded in run.batches(range(8)):
-        total, count, _ = twin(run.ready(loaded.batch, False))
+        total, count, _ = twin(run.preprocess(loaded.batch, False))
         (total / count).backward()
         torch.nn.utils.clip_grad_norm_([p for p in twin.parameters() if p.requires_grad], 0.5)
         optimizer.step()
@@ -534,7 +535,7 @@ def test_compiled_training_equals_eager_training(name):
     assert furthest(weights(runs[0].task), weights(runs[1].task)) < 1e-5
 
 
-def trained(ranks: loop.Ranks, options: dict) -> dict[str, torch.Tensor]:
+def trained(ranks: Ranks, options: dict) -> dict[str, torch.Tensor]:
     run = adapted_run(net_task(), lora(**options), ranks=ranks, micro_batch=2)
     loop.fit(run)
     return weights(run.task)
@@ -543,7 +544,7 @@ def trained(ranks: loop.Ranks, options: dict) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, pytest.param(IN_4_BITS, marks=NEEDS_LIBRARY)], ids=str)
 def test_two_ranks_give_the_weights_of_one(team, options):
-    two, one = team(trained, options), trained(loop.Ranks(), options)
+    two, one = team(trained, options), trained(Ranks(), options)
     assert furthest(*two) == 0.0 and furthest(two[0], one) < 1e-5
 
 

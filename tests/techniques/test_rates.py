@@ -288,7 +288,7 @@ def test_the_block_with_the_largest_relative_gradient_is_chosen(name):
     run = make_run(rows, plain, steps=2)
     for loaded in run.batches(range(2)):
         plain.zero_grad()
-        plain(run.ready(loaded.batch, False))[0].backward()
+        plain(run.preprocess(loaded.batch, False))[0].backward()
         named = dict(plain.named_parameters())
         for layer, names in layers.items():
             grads = [named[one].grad.flatten() for one in names if named[one].grad is not None]

@@ -28,7 +28,8 @@ from pipeline.core.contracts.technique_capabilities import reads_source
 from pipeline.data.stream import LoadedBatch, eval_batches
 from pipeline.techniques.lp_ft import LPFT, LPFTOptions
 from pipeline.train import evaluate, loop
-from pipeline.train.loop import NonFiniteError, Ranks
+from pipeline.train.loop import NonFiniteError
+from pipeline.train.ranks import Ranks
 
 pytestmark = pytest.mark.slow
 ONE = Ranks()
@@ -353,7 +354,7 @@ def test_buffers_do_not_hang_on_unequal_micro_batches(team):
 def train_poisoned(ranks: Ranks, bad: list[int], steps: int, **words):
     """The rows ``bad`` give NaN, on whichever rank they are."""
     run = make_run(image_rows(48), net_task(), steps=steps, ranks=ranks, lr=0.01, **words)
-    ready = run.ready
+    ready = run.preprocess
 
     def spoil(batch, training):
         batch = ready(batch, training)
@@ -361,7 +362,7 @@ def train_poisoned(ranks: Ranks, bad: list[int], steps: int, **words):
         image[torch.from_numpy(np.isin(batch.rows, bad))] = float("nan")
         return batch.replace(image=image)
 
-    run.ready = spoil
+    run.preprocess = spoil
     trace: dict[int, list[int]] = {}
     run.on_rows = lambda step, ids: trace.__setitem__(step, ids.tolist())
     try:
@@ -475,7 +476,7 @@ def train_by_the_clock(ranks: Ranks, folder: str):
         checkpoints=folder,
     )
     minutes = iter(range(10**6))
-    run.clock = lambda: 3600.0 * next(minutes) if ranks.first else 0.0
+    run.clock = lambda: 3600.0 * next(minutes) if ranks.is_first else 0.0
     seen, notes = [], []
     run.on_log = lambda log: seen.append(newest_resume_point(folder))
     run.on_start = lambda step, passed_over: notes.extend(passed_over)

@@ -16,7 +16,7 @@ from pipeline.core.contracts.objective_capabilities import rescales_scores
 from pipeline.data import manifests
 from pipeline.data.stream import Decoder, Rows, eval_batches
 from pipeline.train import evaluate
-from pipeline.train.loop import Ranks
+from pipeline.train.ranks import Ranks
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from pipeline.data.stream import DataWorkers
 from pipeline.io import storage
 from pipeline.train import pretrain, source
 from pipeline.train.log import MetricsLog
-from pipeline.train.loop import Ranks
+from pipeline.train.ranks import Ranks
 from tests.train.test_source import image_job
 
 

@@ -38,7 +38,8 @@ from pipeline.io import storage
 from pipeline.techniques.linear_probe import LinearProbe
 from pipeline.techniques.lp_ft import LPFT, LPFTOptions
 from pipeline.train import checkpoint, evaluate, loop, optim
-from pipeline.train.loop import NonFiniteError, Ranks
+from pipeline.train.loop import NonFiniteError
+from pipeline.train.ranks import Ranks
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PLAIN = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "clip_norm": None}
@@ -88,7 +89,7 @@ def reference(run: loop.TrainingRun, skip: tuple[int, ...] = ()):
     )
     losses = []
     for step, loaded in enumerate(run.batches(range(run.steps))):
-        batch = run.ready(loaded.batch, spec.augment)
+        batch = run.preprocess(loaded.batch, spec.augment)
         total, count, _ = task(batch)
         loss = total / count
         loss.backward()
@@ -123,7 +124,7 @@ def test_clipping_is_clip_grad_norm(rows):
     """One step of plain SGD shows the gradient itself."""
     run = make_run(rows, net_task(), steps=1, lr=1.0, warmup=0.0, **{**PLAIN, "clip_norm": 0.01})
     twin = copy.deepcopy(run.task).train()
-    total, count, _ = twin(run.ready(next(iter(run.batches(range(1)))).batch, False))
+    total, count, _ = twin(run.preprocess(next(iter(run.batches(range(1)))).batch, False))
     (total / count).backward()
     norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.01)
     assert norm > 0.1  # it clips
@@ -156,7 +157,7 @@ def test_weights_with_a_penalty_equal_the_bare_loop_at_any_micro_batch(rows):
         )
         if want is None:
             twin = copy.deepcopy(run.task)
-            total, count, _ = twin(run.ready(next(iter(run.batches(range(1)))).batch, False))
+            total, count, _ = twin(run.preprocess(next(iter(run.batches(range(1)))).batch, False))
             (total / count + 0.3 * sum((p**2).sum() for p in twin.parameters())).backward()
             want = {name: p.detach() - 0.1 * p.grad for name, p in twin.named_parameters()}
         loop.fit(run)
@@ -262,13 +263,13 @@ def test_a_short_batch_is_divided_by_what_it_holds(rows):
                 kept, [(int(row), "broken") for row in loaded.batch.rows[len(kept) :]], 0.0
             )
 
-    run.batches, run.bad_rows, run.on_log = (
+    run.batches, run.on_bad_rows, run.on_log = (
         short,
         lambda split, bad: message.append((split, len(bad))),
         logs.append,
     )
     twin = copy.deepcopy(run.task)
-    total, count, _ = twin(run.ready(next(short(range(1))).batch, False))
+    total, count, _ = twin(run.preprocess(next(short(range(1))).batch, False))
     (total / 5).backward()
     assert count == 5
     want = {name: p.detach() - 0.1 * p.grad for name, p in twin.named_parameters()}
@@ -286,7 +287,7 @@ def test_a_short_batch_is_divided_by_what_it_holds(rows):
 def poisoned(run: loop.TrainingRun, steps: tuple[int, ...]) -> loop.TrainingRun:
     """NaN in one pixel of one row of the given steps."""
     bad = {int(next(iter(run.batches(range(step, step + 1)))).batch.rows[0]) for step in steps}
-    ready = run.ready
+    ready = run.preprocess
 
     def spoil(batch, training):
         batch = ready(batch, training)
@@ -294,7 +295,7 @@ def poisoned(run: loop.TrainingRun, steps: tuple[int, ...]) -> loop.TrainingRun:
         image[[int(row) in bad for row in batch.rows], 0, 0, 0] = math.nan
         return batch.replace(image=image)
 
-    run.ready = spoil
+    run.preprocess = spoil
     return run
 
 
@@ -663,7 +664,7 @@ def finish(run: loop.TrainingRun):
     run.on_rows = lambda step, ids: trace.__setitem__(step, ids.tolist())
     outcome = loop.fit(run)
     state = torch.load(
-        Path(run.checkpoints or "", "step-0000000009", "state.pt"), weights_only=True
+        Path(run.checkpoint_folder or "", "step-0000000009", "state.pt"), weights_only=True
     )
     assert state.pop("seconds") > 0  # of both parts, and another number every time
     return weights(run.task), outcome, state, trace, (run.keeper.step, run.keeper.metrics)
@@ -864,7 +865,7 @@ def test_the_log_counts_in_the_unit_that_it_is_given(rows):
     run = make_run(rows, net_task(), steps=4, log_every_steps=2)
     seconds = iter(range(100))
     run.clock = lambda: float(next(seconds))
-    run.unit, run.units = "tokens", lambda batch: 10.0 * len(batch)
+    run.throughput_unit, run.count_units_of = "tokens", lambda batch: 10.0 * len(batch)
     logs = []
     run.on_log = logs.append
     loop.fit(run)

@@ -34,8 +34,8 @@ from pipeline.core.contracts import Batch, Task
 from pipeline.data.stream import DataWorkers, TooManyBadRowsError
 from pipeline.modalities.text import Text
 from pipeline.train import online_probe, pretrain, source
-from pipeline.train.loop import Ranks
 from pipeline.train.progress import training_line
+from pipeline.train.ranks import Ranks
 
 PROBE = {"modality": "image", "columns": {"image": "picture", "label": "class"}}
 

@@ -14,7 +14,7 @@ from pipeline.checkpoints import bundle
 from pipeline.config.schema import Job
 from pipeline.data.stream import DataWorkers
 from pipeline.train import online_probe, pretrain, source
-from pipeline.train.loop import Ranks
+from pipeline.train.ranks import Ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.data, pytest.mark.timeout(900)]
 FOLDER = Path(os.environ.get("ONETOMANY_DATA", ""), "vision/fashion_mnist")

@@ -29,7 +29,7 @@ from pipeline.data.stream import DataWorkers, TooManyBadRowsError
 from pipeline.io import storage
 from pipeline.io.file_identity import ChangedFileError
 from pipeline.train import pretrain, source, token_rows
-from pipeline.train.loop import Ranks
+from pipeline.train.ranks import Ranks
 from pipeline.transfer import grid, targets
 
 SMALL_BERT = {"transformers/bert": {"layers": 1, "hidden": 16, "heads": 2, "dropout": 0.0}}

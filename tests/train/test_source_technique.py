@@ -14,7 +14,7 @@ from pipeline.data.stream import DataWorkers
 from pipeline.io import storage
 from pipeline.techniques.full import Full
 from pipeline.train import pretrain, source
-from pipeline.train.loop import Ranks
+from pipeline.train.ranks import Ranks
 from pipeline.transfer import targets
 
 MODALITY = ModalitySpec("image", {"size": 32, "channels": 3}, {"mean": [0.5] * 3, "std": [0.2] * 3})

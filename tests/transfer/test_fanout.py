@@ -27,8 +27,8 @@ from pipeline.modalities.image import Image
 from pipeline.report.trial_record import TrialRecord
 from pipeline.train import launch
 from pipeline.train.launch import ClusterError
-from pipeline.train.loop import Ranks
 from pipeline.train.progress import Progress
+from pipeline.train.ranks import Ranks
 from pipeline.transfer import fanout
 from pipeline.transfer import trial as one_trial
 from pipeline.transfer.fanout import GroupedASHA

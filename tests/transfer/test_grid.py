@@ -696,12 +696,12 @@ def test_a_trial_that_was_killed_goes_on_bit_for_bit(paths, tmp_path, technique)
     one = trial_of(job, whole, technique)
     want = one_trial.run(one, whole)
     with pytest.raises(Killed):
-        one_trial.run(one, parts, alive=killed_after(7))
+        one_trial.run(one, parts, on_step=killed_after(7))
     points = Path(one_trial.checkpoints(parts, one))
     assert sorted(p.name for p in points.iterdir()) == ["step-0000000004"]
     torch.manual_seed(12345)  # the process that goes on has a random state of its own
     taken = []
-    found = one_trial.run(one, parts, alive=lambda: taken.append(1))
+    found = one_trial.run(one, parts, on_step=lambda: taken.append(1))
     assert found.resumed_from == 4 and len(taken) == 12 - 4 and want.resumed_from == 0
     assert without_time(found) == without_time(want) and not points.exists()
     weights = [bundle.load(record.rows[0].bundle_uri).tensors for record in (found, want)]
@@ -736,7 +736,7 @@ def test_a_trial_that_failed_keeps_its_resume_points_for_the_next_run(paths, tmp
     shared = shared_of(tmp_path, job, paths)
     one = trial_of(job, shared, "full")
     with pytest.raises(Killed):
-        one_trial.run(one, shared, alive=killed_after(7))
+        one_trial.run(one, shared, on_step=killed_after(7))
     one_trial.failed_record(one, shared, "the trial's process died")
     assert Path(one_trial.checkpoints(shared, one), "step-0000000004").exists()
     one_trial.failed_record(one, shared, "stopped early by asha", "pruned")

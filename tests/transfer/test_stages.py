@@ -45,7 +45,7 @@ from pipeline.report import results
 from pipeline.report.results import ResultRow
 from pipeline.report.trial_record import TrialRecord
 from pipeline.train import row_checks, source
-from pipeline.train.loop import Ranks
+from pipeline.train.ranks import Ranks
 from pipeline.transfer import (
     dry_run,
     existing_trials,

@@ -24,7 +24,7 @@ from pipeline.data import manifests
 from pipeline.data.stream import TooManyBadRowsError
 from pipeline.modalities.audio import Audio, AudioOptions
 from pipeline.report import stats
-from pipeline.train.loop import Ranks
+from pipeline.train.ranks import Ranks
 from pipeline.transfer import (
     dry_run,
     fanout,

@@ -91,9 +91,9 @@ def test_a_step_on_a_cpu_has_the_processor_time_of_its_thread(tmp_path, monkeypa
     """The other seconds are those in which it waited for a processor; here it sleeps."""
 
     def fit(run):
-        run.alive()
+        run.on_step()
         time.sleep(0.5)
-        run.alive()
+        run.on_step()
 
     monkeypatch.setattr(time_estimate.loop, "fit", fit)
     state, workloads = checked(with_source(tmp_path, written(tmp_path / "rows.parquet"))), {}

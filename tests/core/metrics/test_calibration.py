@@ -13,6 +13,7 @@ from toys import image_files, job_of, shared_of, trial_of
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
 from pipeline.core.metrics import calibration
+from pipeline.train.ranks import Ranks
 from pipeline.transfer import cached_heads, targets
 from pipeline.transfer import trial as one_trial
 from pipeline.transfer.trial import AT_THRESHOLD
@@ -61,9 +62,9 @@ def predicted(task, rows, shared):
     ready = one_trial.evaluate.device_preprocessing(rows)
     return one_trial.evaluate.predictions(
         task,
-        one_trial._batches(rows, one_trial.Ranks()),
+        one_trial._batches(rows, Ranks()),
         ready,
-        one_trial.Ranks(),
+        Ranks(),
         one_trial.torch.no_grad(),
     )
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.core.nn.all_gather import all_gather_rows, all_reduce_sum
-from pipeline.train.loop import Ranks
+from pipeline.train.ranks import Ranks
 
 ROWS = torch.randn(7, 2, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
