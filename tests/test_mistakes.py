@@ -526,7 +526,7 @@ FILES = [
     Mistake(
         "a group in two splits",
         (FILMS, f"{FILMS}\n      group: person\n      split_column: part"),
-        ("targets.films.data.group: ", "of person stand in more than one split"),
+        ("targets.films.data.group: ", "of person are in more than one split"),
         {
             "films.csv": csv(
                 [(*row, str(i % 4), ("train", "test", "dev")[i % 3]) for i, row in enumerate(ROWS)],

@@ -21,7 +21,7 @@ from pipeline.config.schema import Train
 from pipeline.core.contracts import Backbone, Batch, Features, Modality, Objective, Task, Technique
 from pipeline.core.metrics import catalog
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
-from pipeline.data.manifests import Group, Manifest, Selection
+from pipeline.data.manifests import Manifest, RowGroup, Selection
 from pipeline.data.plan import Plan
 from pipeline.data.stream import Decoder, Rows, train_batches
 from pipeline.modalities.events import Events, EventsOptions
@@ -97,7 +97,7 @@ def result_rows(source: str, technique: str, run: RunPredictions, *metrics: str)
 
 def selection(n: int) -> Selection:
     manifest = Manifest(
-        ("memory.parquet",), (Group(0, 0, FIRST_ID + n, 0),), pa.schema([]), "memory"
+        ("memory.parquet",), (RowGroup(0, 0, FIRST_ID + n, 0),), pa.schema([]), "memory"
     )
     return Selection(manifest, np.arange(FIRST_ID, FIRST_ID + n))
 

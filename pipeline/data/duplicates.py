@@ -98,9 +98,9 @@ def row_signatures(
         with np.load(io.BytesIO(content), allow_pickle=False) as found:
             return _from_arrays({name: found[name] for name in found.files})
     work = SignatureMaker(selection, modality, columns, record)
-    cuts = selection.boundaries.tolist()
+    cuts = selection.row_group_starts.tolist()
     spans = list(pairwise(cuts))  # row groups, which are read whole
-    large = selection.manifest.size > SPREAD_BYTES or (
+    large = selection.manifest.num_bytes > SPREAD_BYTES or (
         bool(file_roles(kind)) and len(selection) > SPREAD_FILES
     )
     parts = list(map_items(work, spans) if len(spans) > 1 and large else map(work, spans)) or [

@@ -94,14 +94,12 @@ def row_bytes(selection: Selection) -> int:
     over the number of rows.
     """
     manifest = selection.manifest
-    cuts = (
-        manifest.starts
-        if selection.rows is None
-        else np.searchsorted(selection.rows, manifest.starts)
-    )
-    return sum(manifest.groups[g].size for g in np.flatnonzero(np.diff(cuts)).tolist()) // max(
-        1, len(selection)
-    )
+    starts = manifest.starts
+    if selection.row_ids is not None:
+        starts = np.searchsorted(selection.row_ids, starts)
+    numbers = np.flatnonzero(np.diff(starts)).tolist()
+    num_bytes = sum(manifest.row_groups[number].num_bytes for number in numbers)
+    return num_bytes // max(1, len(selection))
 
 
 def _is_ragged(array: np.ndarray) -> bool:

@@ -35,13 +35,13 @@ from pipeline.io.file_identity import FileIdentity
 
 
 @dataclass(frozen=True)
-class Group:
+class RowGroup:
     """A row group of a Parquet file: where it is, its rows, and its uncompressed bytes."""
 
     file: int
-    number: int
-    rows: int
-    size: int
+    index_in_file: int
+    num_rows: int
+    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Manifest:
     """Files and row groups in order. `fingerprint` changes when the content does."""
 
     files: tuple[str, ...]
-    groups: tuple[Group, ...]
+    row_groups: tuple[RowGroup, ...]
     schema: pa.Schema = field(compare=False)
     fingerprint: str
     identities: tuple[FileIdentity | None, ...] = field(default=(), compare=False)
@@ -61,16 +61,18 @@ class Manifest:
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """(groups + 1,) row id of every group's first row."""
-        return np.concatenate([[0], np.cumsum([g.rows for g in self.groups])]).astype(np.int64)
+        """(row groups + 1,) row id of every row group's first row; last the number of rows."""
+        num_rows = [group.num_rows for group in self.row_groups]
+        return np.concatenate([[0], np.cumsum(num_rows)]).astype(np.int64)
 
     @property
-    def rows(self) -> int:
+    def num_rows(self) -> int:
         return int(self.starts[-1])
 
     @property
-    def size(self) -> int:
-        return sum(group.size for group in self.groups)
+    def num_bytes(self) -> int:
+        """Uncompressed bytes of all row groups."""
+        return sum(group.num_bytes for group in self.row_groups)
 
     def open(self, file: int) -> BinaryIO:
         """Open one of `files` by its index.
@@ -93,7 +95,7 @@ class Manifest:
         """Return file and number of a row id, for messages; of a folder of images the row's own
         file.
         """
-        file = self.groups[int(np.searchsorted(self.starts, row, side="right")) - 1].file
+        file = self.row_groups[int(np.searchsorted(self.starts, row, side="right")) - 1].file
         origin = self.origins[file] if self.origins else None
         if origin and origin.column:
             named = Reader(self, [origin.column]).take(np.array([row])).column(0)[0]
@@ -101,33 +103,33 @@ class Manifest:
         return f"{self.name(file)} row {row - self._file_start(file)}"
 
     def _file_start(self, file: int) -> int:
-        return int(self.starts[next(i for i, g in enumerate(self.groups) if g.file == file)])
+        return int(self.starts[next(i for i, g in enumerate(self.row_groups) if g.file == file)])
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Some rows of a manifest. `rows`: sorted row ids; None: all rows."""
+    """Some rows of a manifest. `row_ids`: sorted row ids; None: all rows."""
 
     manifest: Manifest
-    rows: np.ndarray | None = None
+    row_ids: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return self.manifest.rows if self.rows is None else len(self.rows)
+        return self.manifest.num_rows if self.row_ids is None else len(self.row_ids)
 
     def ids(self, indices: np.ndarray) -> np.ndarray:
-        return indices if self.rows is None else self.rows[indices]
+        return indices if self.row_ids is None else self.row_ids[indices]
 
     @property
-    def boundaries(self) -> np.ndarray:
+    def row_group_starts(self) -> np.ndarray:
         """Index of the first row of every row group within the selection; empty groups are left
         out.
         """
-        if self.rows is None:
+        if self.row_ids is None:
             return self.manifest.starts
-        return np.unique(np.searchsorted(self.rows, self.manifest.starts))
+        return np.unique(np.searchsorted(self.row_ids, self.manifest.starts))
 
     def keep(self, mask: np.ndarray) -> Selection:
-        ids = np.arange(self.manifest.rows) if self.rows is None else self.rows
+        ids = np.arange(self.manifest.num_rows) if self.row_ids is None else self.row_ids
         return Selection(self.manifest, ids[mask])
 
 
@@ -149,10 +151,12 @@ def build_with_named(
 ) -> tuple[Manifest, tuple[FileIdentity, ...]]:
     """Build a manifest, and return it with the images or recordings that its rows name.
 
-    `mode`: how files are identified (`file_identity`). `text_columns` and
-    `empty_texts`: see `to_parquet`.
+    Args:
+        mode: How files are identified (`file_identity`).
+        text_columns: See `to_parquet`.
+        empty_texts: See `to_parquet`.
     """
-    found = to_parquet.to_parquet(
+    converted = to_parquet.to_parquet(
         [uris] if isinstance(uris, str) else uris,
         form,
         imports_uri,
@@ -160,35 +164,35 @@ def build_with_named(
         text_columns,
         empty_texts,
     )
-    files, fingerprint = found.files, found.fingerprint
-    groups, schema, digest = [], None, hashlib.sha256()
+    files, fingerprint = converted.files, converted.fingerprint
+    row_groups, schema, digest = [], None, hashlib.sha256()
     for number, file in enumerate(files):
         metadata = _footer(file)
-        written = metadata.schema.to_arrow_schema().remove_metadata()
-        here = pa.schema([field.with_type(_without_views(field.type)) for field in written])
-        schema = schema or here
-        if not here.equals(schema):
-            raise ValueError(
-                f"{file}: its schema differs from that of {files[0]}: {_difference(schema, here)}"
-            )
+        stored = metadata.schema.to_arrow_schema().remove_metadata()
+        own_schema = pa.schema([field.with_type(_without_views(field.type)) for field in stored])
+        schema = schema or own_schema
+        if not own_schema.equals(schema):
+            difference = _difference(schema, own_schema)
+            raise ValueError(f"{file}: its schema differs from that of {files[0]}: {difference}")
         if fingerprint is None:
-            content = found.own[number].content if found.own else file_identity.fingerprint(file)
+            known = converted.own[number].content if converted.own else None
+            content = known or file_identity.fingerprint(file)
             name = PurePosixPath(storage.without_query(file)).name
             digest.update(f"{name} {content}".encode())
         for i in range(metadata.num_row_groups):
             group = metadata.row_group(i)
             if group.num_rows:
-                groups.append(Group(number, i, group.num_rows, group.total_byte_size))
+                row_groups.append(RowGroup(number, i, group.num_rows, group.total_byte_size))
     assert schema is not None
-    made = Manifest(
-        tuple(files),
-        tuple(groups),
-        schema,
-        fingerprint or digest.hexdigest()[:16],
-        found.own,
-        (found.origin,) * len(files),
+    manifest = Manifest(
+        files=tuple(files),
+        row_groups=tuple(row_groups),
+        schema=schema,
+        fingerprint=fingerprint or digest.hexdigest()[:16],
+        identities=converted.own,
+        origins=(converted.origin,) * len(files),
     )
-    return made, found.named
+    return manifest, converted.named
 
 
 def _footer(file: str) -> pq.FileMetaData:
@@ -205,8 +209,8 @@ def _footer(file: str) -> pq.FileMetaData:
 
 
 def _without_views(kind: pa.DataType) -> pa.DataType:
-    """Return the type with plain texts and bytes for views, of which Arrow cannot take rows;
-    reading casts to it.
+    """Return the type with plain texts and bytes in place of Arrow's view types, whose rows Arrow
+    cannot take. Reading casts to it.
     """
     if pa.types.is_string_view(kind):
         return pa.large_string()
@@ -229,9 +233,9 @@ def _difference(a: pa.Schema, b: pa.Schema) -> str:
 
 
 READER_BYTES = 256 << 20
-GROUP_BYTES, MOST_PACKED = 512 << 20, 200
-"""A row group that takes more than so many bytes in memory may take at most so many times what it
-has in its file.
+MAX_UNPACKED_BYTES, MAX_COMPRESSION_RATIO = 512 << 20, 200
+"""A row group larger than the first in memory is refused if it is also more than the second times
+its size in the file: it is probably a decompression bomb.
 """
 
 
@@ -240,51 +244,48 @@ class Reader:
 
     def __init__(self, manifest: Manifest, columns: list[str], cache_bytes: int = READER_BYTES):
         self.manifest, self.columns, self.cache_bytes = manifest, columns, cache_bytes
-        self._groups: OrderedDict[int, pa.Table] = OrderedDict()
-        self._held = 0
+        self._tables: OrderedDict[int, pa.Table] = OrderedDict()
+        """Row groups by number, the one used last at the end."""
+        self._bytes_in_cache = 0
 
-    def _group(self, g: int) -> pa.Table:
-        if g in self._groups:
-            self._groups.move_to_end(g)
-            return self._groups[g]
-        group = self.manifest.groups[g]
+    def _table(self, number: int) -> pa.Table:
+        """Return a row group of the manifest by its number."""
+        if number in self._tables:
+            self._tables.move_to_end(number)
+            return self._tables[number]
+        group = self.manifest.row_groups[number]
 
         def read():
             with self.manifest.open(group.file) as handle:
                 file = pq.ParquetFile(handle)
                 _check_group(
-                    handle, file, group.number, self.columns, self.manifest.files[group.file]
+                    handle, file, group.index_in_file, self.columns, self.manifest.files[group.file]
                 )
-                return file.read_row_group(group.number, columns=self.columns)
+                return file.read_row_group(group.index_in_file, columns=self.columns)
 
         table = cast_to_schema(storage.retry(read), self.manifest.schema)
-        self._groups[g], self._held = table, self._held + table.nbytes
-        while self._held > self.cache_bytes and len(self._groups) > 1:
-            _, old = self._groups.popitem(last=False)
-            self._held -= old.nbytes
+        self._tables[number] = table
+        self._bytes_in_cache += table.nbytes
+        while self._bytes_in_cache > self.cache_bytes and len(self._tables) > 1:
+            _, oldest = self._tables.popitem(last=False)
+            self._bytes_in_cache -= oldest.nbytes
         return table
 
     def take(self, rows: np.ndarray) -> pa.Table:
         """Return the table of the given row ids, in their order."""
-        groups, first, which = np.unique(
-            np.searchsorted(self.manifest.starts, rows, side="right") - 1,
-            return_index=True,
-            return_inverse=True,
-        )
-        # Groups in the order in which they come: rows that come group by group are copied once
+        if not len(rows):
+            return self.manifest.schema.empty_table().select(self.columns)
+        group_of_row = np.searchsorted(self.manifest.starts, rows, side="right") - 1
+        groups, first, which = np.unique(group_of_row, return_index=True, return_inverse=True)
+        # row groups in the order in which they come: rows that come group by group are copied once
         seen = np.argsort(first)
-        order, parts = np.argsort(np.argsort(seen)[which], kind="stable"), []
-        for g, inside in (
-            zip(
-                groups[seen],
-                np.split(rows[order], np.cumsum(np.bincount(which)[seen])[:-1]),
-                strict=True,
-            )
-            if len(rows)
-            else ()
-        ):
-            inside = inside - self.manifest.starts[g]
-            group = self._group(int(g))
+        position_of_group = np.argsort(seen)
+        order = np.argsort(position_of_group[which], kind="stable")
+        ends = np.cumsum(np.bincount(which)[seen])
+        parts = []
+        for number, ids in zip(groups[seen], np.split(rows[order], ends[:-1]), strict=True):
+            inside = ids - self.manifest.starts[number]
+            group = self._table(int(number))
             # a slice is not copied; of a small part a copy is better, since a slice keeps the whole
             # group in memory
             is_contiguous_part = len(inside) * 2 >= len(group) and (np.diff(inside) == 1).all()
@@ -293,12 +294,9 @@ class Reader:
                 if is_contiguous_part
                 else arrow_lists.take(group, inside)
             )
-        table = (
-            pa.concat_tables(parts)
-            if parts
-            else self.manifest.schema.empty_table().select(self.columns)
-        )
-        return table if (np.diff(order) == 1).all() else arrow_lists.take(table, np.argsort(order))
+        table = pa.concat_tables(parts)
+        is_in_order = (np.diff(order) == 1).all()
+        return table if is_in_order else arrow_lists.take(table, np.argsort(order))
 
 
 def _check_group(
@@ -306,8 +304,8 @@ def _check_group(
 ) -> None:
     """Check a row group before it is read.
 
-    Raises ValueError where repeated or compressed values would take more than `GROUP_BYTES` in
-    memory: a few kilobytes can stand for gigabytes. Real bytes, however many, are read.
+    Raises ValueError where repeated or compressed values would take more than `MAX_UNPACKED_BYTES`
+    in memory: a few kilobytes can stand for gigabytes. Real bytes, however many, are read.
     """
     group, wanted = file.metadata.row_group(number), set(columns) if columns is not None else None
     chunks = [group.column(i) for i in range(group.num_columns)]
@@ -318,7 +316,7 @@ def _check_group(
     ]
     packed = sum(chunk.total_compressed_size for chunk in chunks)
     unpacked = sum(chunk.total_uncompressed_size for chunk in chunks)
-    if unpacked > GROUP_BYTES and unpacked > MOST_PACKED * packed:
+    if unpacked > MAX_UNPACKED_BYTES and unpacked > MAX_COMPRESSION_RATIO * packed:
         raise ValueError(_too_large(name, number, unpacked, packed))
     coded = [
         chunk
@@ -329,7 +327,7 @@ def _check_group(
     suspect = [
         chunk
         for chunk in coded
-        if chunk.num_values * chunk.total_uncompressed_size > GROUP_BYTES
+        if chunk.num_values * chunk.total_uncompressed_size > MAX_UNPACKED_BYTES
         and "." not in chunk.path_in_schema
     ]
     if suspect:
@@ -340,7 +338,7 @@ def _check_group(
         for chunk in suspect:
             column = with_codes.read_row_group(number, columns=[chunk.path_in_schema]).column(0)
             expanded += sum(_expanded_bytes(part) for part in column.chunks)
-        if expanded > GROUP_BYTES and expanded > MOST_PACKED * packed:
+        if expanded > MAX_UNPACKED_BYTES and expanded > MAX_COMPRESSION_RATIO * packed:
             raise ValueError(_too_large(name, number, expanded, packed))
 
 
@@ -363,7 +361,7 @@ def _expanded_bytes(part: pa.Array) -> int:
 def _too_large(name: str, number: int, size: int, packed: int) -> str:
     return (
         f"{name}: row group {number} would take {size / (1 << 30):.1f} GiB in memory and "
-        f"{packed} bytes of the file, more than {MOST_PACKED} times as "
+        f"{packed} bytes of the file, more than {MAX_COMPRESSION_RATIO} times as "
         "much: this looks like a decompression bomb; if the rows are real, write smaller row groups"
     )
 
@@ -381,7 +379,7 @@ def read_columns(selection: Selection, columns: list[str]) -> pa.Table:
     if not columns:
         return pa.table({})
     parts = []
-    filled = {g.file for g in selection.manifest.groups}
+    filled = {g.file for g in selection.manifest.row_groups}
     for number in range(len(selection.manifest.files)):
         if number in filled:
             with selection.manifest.open(number) as handle:
@@ -398,7 +396,7 @@ def read_columns(selection: Selection, columns: list[str]) -> pa.Table:
         if parts
         else selection.manifest.schema.empty_table().select(columns)
     )
-    return table if selection.rows is None else table.take(pa.array(selection.rows))
+    return table if selection.row_ids is None else table.take(pa.array(selection.row_ids))
 
 
 def _plain_columns(table: pa.Table) -> pa.Table:
@@ -432,11 +430,11 @@ class Splits:
     validation: Selection
     test: Selection
     origin: str
-    corpora: tuple[int, ...] = ()
-    """Training rows of each corpus, in the order of the job file and of `train`."""
-    trains: tuple[Selection, ...] = ()
-    """The training rows of each corpus, with all of its columns; a joined `train` has only those
-    that are read.
+    corpus_sizes: tuple[int, ...] = ()
+    """Number of training rows of each corpus, in the order of the job file and of `train`."""
+    train_by_corpus: tuple[Selection, ...] = ()
+    """The training rows of each corpus, with all their columns. Where corpora are joined, `train`
+    has only the columns that are read.
     """
     reads: tuple[FileIdentity, ...] = ()
     """All files that are read in training: Parquet files, and those that their rows name."""
@@ -479,10 +477,10 @@ def group_numbers(values: pa.ChunkedArray) -> np.ndarray:
     their own.
     """
     codes, dictionary = codes_of(values)
-    found = codes.astype(np.int64)
-    alone = found < 0
-    found[alone] = len(dictionary) + np.arange(alone.sum())
-    return found
+    numbers = codes.astype(np.int64)
+    is_null = numbers < 0
+    numbers[is_null] = len(dictionary) + np.arange(is_null.sum())
+    return numbers
 
 
 def _share(values: pa.ChunkedArray | None, ids: np.ndarray, salt: str) -> np.ndarray:
@@ -508,7 +506,7 @@ def _share(values: pa.ChunkedArray | None, ids: np.ndarray, salt: str) -> np.nda
 
 def _check_columns(manifest: Manifest, data: Data, roles: tuple[str, ...], at: str) -> None:
     problems = [
-        f"{at}.columns: role {role!r} has no column; say {{{role}: NAME}}; columns are "
+        f"{at}.columns: role {role!r} has no column; add {{{role}: NAME}}; columns are "
         f"{', '.join(manifest.schema.names)}"
         for role in roles
         if role not in data.columns
@@ -543,11 +541,11 @@ def value_text(value: Any) -> str:
     return str(value)
 
 
-SHOWN_LETTERS = 120
+MAX_NAME_CHARACTERS = 120
 """Characters of a file's name that an error shows."""
-MOST_VALUES, SHOWN_VALUES = 50, 10
-"""A column with more distinct values than the first identifies persons or rows rather than kinds
-of rows; of others so many values are shown in an error.
+MAX_DISTINCT_VALUES, MAX_SHOWN_VALUES = 50, 10
+"""A column with more distinct values than the first may identify people: an error gives only their
+number. Of other columns it shows up to the second number of values.
 """
 
 
@@ -564,13 +562,12 @@ def _where(selection: Selection, data: Data, at: str) -> Selection:
     for name, values in where.items():
         kept = {value_text(value) for value in values}
         codes, held_values = arrow_lists.dictionary_codes(table[name])
-        # The last one is for nulls
-        named = np.array([*(value_text(one) in kept for one in held_values.to_pylist()), False])
-        here = named[codes]
-        mask &= here
-        if not here.any():
-            # what was asked for stands in the job file; it may come from the environment and be
-            # secret
+        # the last entry is for nulls, whose code is -1
+        is_kept = [*(value_text(value) in kept for value in held_values.to_pylist()), False]
+        matches = np.array(is_kept)[codes]
+        mask &= matches
+        if not matches.any():
+            # values that the job file states may come from the environment and be secret
             asked = "the value" if len(values) == 1 else f"any of the {len(values)} values"
             held = _describe_values(codes, held_values.to_pylist(), name, selection, data)
             problems.append(
@@ -599,19 +596,19 @@ def _describe_values(
     Args:
         codes: (n,) index in `values` of each row's value, -1 for null.
     """
-    is_there = codes >= 0
-    counts = np.bincount(codes[is_there], minlength=len(values))
-    nulls = f", {(~is_there).sum()} nulls" if not is_there.all() else ""
-    in_words = f"it holds {len(counts)} distinct values in {is_there.sum()} rows{nulls}"
-    if name == data.group or not 0 < len(counts) <= MOST_VALUES or counts.min() < 2:
-        return in_words
+    is_present = codes >= 0
+    counts = np.bincount(codes[is_present], minlength=len(values))
+    nulls = f", {(~is_present).sum()} nulls" if not is_present.all() else ""
+    description = f"it holds {len(counts)} distinct values in {is_present.sum()} rows{nulls}"
+    if name == data.group or not 0 < len(counts) <= MAX_DISTINCT_VALUES or counts.min() < 2:
+        return description
     if data.group:
         groups = group_numbers(read_columns(selection, [data.group])[data.group])
-        pairs = np.unique(np.stack([codes[is_there], groups[is_there]]), axis=1)
+        pairs = np.unique(np.stack([codes[is_present], groups[is_present]]), axis=1)
         groups_of_each = np.bincount(pairs[0], minlength=len(counts))
         if groups_of_each.min() < 2:
-            return in_words
-    order = np.argsort(-counts, kind="stable")[:SHOWN_VALUES]
+            return description
+    order = np.argsort(-counts, kind="stable")[:MAX_SHOWN_VALUES]
     shown = ", ".join(f"{value_text(values[i])} ({counts[i]} rows)" for i in order)
     more = f" and {len(counts) - len(order)} more" if len(counts) > len(order) else ""
     return f"it holds {shown}{more}{nulls}"
@@ -641,8 +638,9 @@ def splits(
     fold: Fold | None = None,
     needed: tuple[str, ...] = (),
 ) -> Splits:
-    """Return train, validation and test rows of a data spec; those of further corpora (`more`)
-    come after those of the first.
+    """Return train, validation and test rows of a data spec.
+
+    Rows of further corpora (`more`) come after those of the first.
 
     Args:
         fold: The part of the rows that is the test split (`fold_of_rows`); the data then have one
@@ -665,26 +663,20 @@ def splits(
                 needed=needed,
             )
         )
-    groups = [one.group for one in (data, *data.more)]
+    groups = [corpus.group for corpus in (data, *data.more)]
     for i, group in enumerate(groups[1:]):
         if group != groups[0] and (need_test or groups[0]):
             raise ValueError(
                 f"{at}.more.{i}.group: it is {group or 'not given'}, that of the first rows "
-                f"{groups[0] or 'is not given'}; joined corpora are grouped by one column, say the "
-                "same of each"
+                f"{groups[0] or 'is not given'}; joined corpora are grouped by one column: name "
+                "the same column for each"
             )
-    out = (
-        parts[0]
-        if len(parts) == 1
-        else _joined(
-            parts,
-            [*data.columns.values(), *([data.group] if data.group else [])],
-            at,
-            frozenset(data.columns.get(role, "") for role in ("text", "text_pair"))
-            if data.modality.name == "text"
-            else frozenset(),
-        )
-    )
+    out = parts[0]
+    if len(parts) > 1:
+        columns = [*data.columns.values(), *([data.group] if data.group else [])]
+        text_roles = ("text", "text_pair") if data.modality.name == "text" else ()
+        texts = frozenset(data.columns.get(role, "") for role in text_roles)
+        out = _joined(parts, columns, at, texts)
     for name, is_read in (("train", True), ("validation", need_test), ("test", need_test)):
         if is_read and not len(getattr(out, name)):
             reason = out.empty_draws.get(name)
@@ -694,7 +686,7 @@ def splits(
                 f"{at}: the {name} split is empty ({why}); give {name} files, a "
                 f"split_column or {remedy}"
             )
-    for i, (weight, rows) in enumerate(zip(data.weights, out.corpora, strict=True)):
+    for i, (weight, rows) in enumerate(zip(data.weights, out.corpus_sizes, strict=True)):
         if weight is not None and not rows:
             raise ValueError(
                 f"{at}{f'.more.{i - 1}' if i else ''}: this corpus has weight {weight:g} and no "
@@ -702,15 +694,14 @@ def splits(
                 f"({parts[i].sizes()})"
             )
     for group in dict.fromkeys(filter(None, groups)):
-        _check_no_group_in_two_splits(
-            [part for part, own in zip(parts, groups, strict=True) if own == group], group, at
-        )
+        grouped = [part for part, own in zip(parts, groups, strict=True) if own == group]
+        _check_no_group_in_two_splits(grouped, group, at)
     return out
 
 
-WHOLE_SHARE = 1 << 25
-"""All rows of a class, as a whole number; products of two shares of some thousand classes can be
-added without overflow.
+SHARE_UNIT = 1 << 25
+"""All rows of a class as a share in whole numbers. Products of two shares can be added over some
+thousand classes without overflow.
 """
 
 
@@ -734,31 +725,31 @@ def fold_of_rows(
     if groups is None:
         folds[np.lexsort((order, classes))] = np.arange(len(classes)) % count
         return folds
-    _, first, unit = np.unique(groups, return_index=True, return_inverse=True)
+    _, first, group_of_row = np.unique(groups, return_index=True, return_inverse=True)
     rows = np.zeros((len(first), int(classes.max()) + 1), dtype=np.int64)
-    np.add.at(rows, (unit, classes), 1)
-    # sums of whole numbers: rounded ones would break ties otherwise on another machine
-    shares = rows * WHOLE_SHARE // np.maximum(rows.sum(axis=0), 1)
-    held_shares = np.zeros((count, rows.shape[1]), dtype=np.int64)
-    held_rows = np.zeros(count, dtype=np.int64)
-    fold_of_unit = np.zeros(len(first), dtype=np.int64)
-    for one in np.lexsort((order[first], -rows.sum(axis=1))):
-        fold = np.lexsort((held_rows, held_shares @ shares[one]))[0]
-        fold_of_unit[one] = fold
-        held_shares[fold] += shares[one]
-        held_rows[fold] += rows[one].sum()
-    return fold_of_unit[unit]
+    np.add.at(rows, (group_of_row, classes), 1)
+    # whole numbers: rounded sums would break ties differently on another machine
+    shares = rows * SHARE_UNIT // np.maximum(rows.sum(axis=0), 1)
+    fold_shares = np.zeros((count, rows.shape[1]), dtype=np.int64)
+    fold_rows = np.zeros(count, dtype=np.int64)
+    fold_of_group = np.zeros(len(first), dtype=np.int64)
+    for group in np.lexsort((order[first], -rows.sum(axis=1))):
+        fold = np.lexsort((fold_rows, fold_shares @ shares[group]))[0]
+        fold_of_group[group] = fold
+        fold_shares[fold] += shares[group]
+        fold_rows[fold] += rows[group].sum()
+    return fold_of_group[group_of_row]
 
 
 SEGMENT_ROLES = ("start", "seconds")
-"""Roles of a row that is a piece of a longer recording."""
+"""Roles of a row that is a segment of a longer recording."""
 
 
 def recording_column(modality: Any, columns: Mapping[str, str], manifest: Manifest) -> str | None:
-    """Return the column that tells of which recording each row is, or a piece of it.
+    """Return the column that names each row's recording.
 
-    It is ``recording``, as a folder of recordings has it, else the column of paths. None where rows
-    are no recordings, or hold them.
+    It is ``recording``, as in a folder of recordings, else the column of paths. None where rows are
+    no recordings, or have them inside.
     """
     if not set(SEGMENT_ROLES) & set(modality.optional_roles):
         return None
@@ -771,9 +762,10 @@ def recording_column(modality: Any, columns: Mapping[str, str], manifest: Manife
 
 
 def _split_unit(data: Data, manifest: Manifest) -> str | None:
-    """Return the column whose values a drawn split keeps together: the group, else that of the
-    role ``image_id`` (captions of one image), else the recording where rows are pieces of some.
-    None for rows that each stand for themselves.
+    """Return the column whose equal values a drawn split keeps together.
+
+    It is the group, else the column of the role ``image_id`` (captions of one image), else that of
+    recordings, where several rows are segments of one. None: rows are independent.
     """
     if column := data.group or data.columns.get("image_id"):
         return column
@@ -791,27 +783,29 @@ def _is_in_fold(
     roles: tuple[str, ...],
     at: str,
     fold: Fold,
-    together: str | None,
+    unit_column: str | None,
 ) -> np.ndarray:
-    """Return (n,) bool: whether a row is in a fold. Folds have equal shares of each class, where
-    the role ``label`` has classes. Rows with one value of the column `together` are in one fold.
+    """Return (n,) bool: whether a row is in a fold.
+
+    Folds have equal shares of each class, where the role ``label`` has classes. Rows with one value
+    of ``unit_column`` are in one fold.
 
     Raises ValueError where there are too few groups, or rows of a class, for so many folds.
     """
     label = data.columns["label"] if fold.by_class and "label" in roles else None
-    table = read_columns(selection, [name for name in (label, together) if name])
-    group = table[together] if together else None
+    table = read_columns(selection, [name for name in (label, unit_column) if name])
+    group = table[unit_column] if unit_column else None
     groups = None if group is None else group_numbers(group)
-    ids = np.arange(len(selection)) if selection.rows is None else selection.rows
-    unit, units = ("rows", ids)
+    ids = selection.ids(np.arange(len(selection)))
+    unit, units = "rows", ids
     if groups is not None:
-        unit, units = "groups" if data.group else f"values of {together}", groups
-    have = len(np.unique(units))
+        unit, units = "groups" if data.group else f"values of {unit_column}", groups
+    num_units = len(np.unique(units))
     classes = np.zeros(len(selection), dtype=np.int64)
-    problem = f"there are {have} {unit}" if have < fold.of else ""
+    problem = f"there are {num_units} {unit}" if num_units < fold.of else ""
     if label is not None and not problem:
         codes, values = codes_of(table[label])
-        # rows without a label come last; whether they may be there is not decided here
+        # rows without a label are a class of their own; whether they are allowed is checked later
         classes = np.where(codes < 0, len(values), codes)
         pairs = np.unique(np.stack([classes, units]), axis=1)[0]
         least = np.bincount(pairs, minlength=len(values))[: len(values)]
@@ -836,128 +830,169 @@ def _splits(
     needed: tuple[str, ...] = (),
 ) -> Splits:
     """Return the splits of one corpus."""
-    named: dict[tuple[str, ...], tuple[FileIdentity, ...]] = {}
     kind = registry.get("modality", data.modality.name)
     empty_texts = {*readable_columns(kind, data.columns), *_columns_asked_for_empty(data)}
+    files_named_by_rows: dict[tuple[str, ...], tuple[FileIdentity, ...]] = {}
 
-    def built(uris: str | list[str], text_columns: Collection[str] = ()) -> Manifest:
-        manifest, listed = build_with_named(
+    def build_one(uris: str | list[str], text_columns: Collection[str] = ()) -> Selection:
+        manifest, named_files = build_with_named(
             uris, data.format, imports_uri, data.identity, text_columns, empty_texts
         )
-        named[manifest.files] = listed
-        return manifest
+        files_named_by_rows[manifest.files] = named_files
+        _check_columns(manifest, data, roles, at)
+        return _where(Selection(manifest), data, at)
 
-    first = built(data.uri if data.uri is not None else data.train or [])
-    _check_columns(first, data, roles, at)
-    train = _where(Selection(first), data, at)
+    train = build_one(data.uri if data.uri is not None else data.train or [])
+    manifest = train.manifest
     given: dict[str, Selection] = {}
-    origin = []
+    descriptions: list[str] = []
     unused = ""
     if data.split_column:
-        declared = read_columns(train, [data.split_column])[data.split_column]
-        column = pc.cast(declared, pa.string())
-        whole = train
-        for name in SPLITS:
-            mask = pc.is_in(column, value_set=pa.array(data.values_of(name), pa.string())).to_numpy(
-                zero_copy_only=False
-            )
-            if mask.any():
-                given[name] = whole.keep(mask)
-        train = given.get("train", whole.keep(np.zeros(len(whole), dtype=bool)))
-        num_unused = len(whole) - sum(map(len, given.values()))
-        held = ""
-        if num_unused or not len(train):
-            codes, values = arrow_lists.dictionary_codes(declared)
-            held = _describe_values(codes, values.to_pylist(), data.split_column, whole, data)
-        if num_unused:
-            rows = "row is" if num_unused == 1 else "rows are"
-            unused = f"{num_unused} {rows} in no split by {data.split_column}: {held}"
-        if not len(train):
-            # values that the job file states may come from the environment and be secret
-            stated = data.values_of("train")
-            asked = stated if stated in ([], ["train"]) else "one that split_values.train states"
-            raise ValueError(
-                f"{at}.split_column: no row of {data.split_column} is {asked}; {held}; set "
-                "split_values"
-            )
-        origin.append(f"column {data.split_column}")
+        given, unused = _declared_splits(train, data, data.split_column, at)
+        train = given["train"]
+        descriptions.append(f"column {data.split_column}")
     for name in ("validation", "test"):
         files = getattr(data, name)
         if files is not None:
             # 07 makes a column of the training rows texts: then 10 in a small test file is one too
-            texts = [field.name for field in first.schema if pa.types.is_string(field.type)]
-            manifest = built(files, texts)
-            _check_columns(manifest, data, roles, at)
-            given[name] = _where(Selection(manifest), data, at)
-            origin.append(f"{name} files")
-    seed = f" (split_seed {data.split_seed})" if data.split_seed else ""
+            texts = [field.name for field in manifest.schema if pa.types.is_string(field.type)]
+            given[name] = build_one(files, texts)
+            descriptions.append(f"{name} files")
     fractions = {"test": data.test_fraction, "validation": data.validation_fraction}
-    draws = any(fraction > 0 and name not in given for name, fraction in fractions.items())
-    together = _split_unit(data, first) if fold is not None or draws else None
+    to_draw = {
+        name: fraction for name, fraction in fractions.items() if fraction > 0 and name not in given
+    }
+    unit_column = _split_unit(data, manifest) if fold is not None or to_draw else None
+    by_hash = f"by hash of {unit_column or 'the row'}"
+    seed = f" (split_seed {data.split_seed})" if data.split_seed else ""
     if fold is not None:
-        tested = _is_in_fold(train, data, roles, at, fold, together)
-        given["test"], train = train.keep(tested), train.keep(~tested)
-        share = "as equal as its groups allow" if together else "equal"
+        to_draw.pop("test", None)
+        in_fold = _is_in_fold(train, data, roles, at, fold, unit_column)
+        given["test"], train = train.keep(in_fold), train.keep(~in_fold)
+        share = "as equal as its groups allow" if unit_column else "equal"
         is_stratified = fold.by_class and "label" in roles
-        alike = f", with shares of each class {share}" if is_stratified else ""
-        origin.append(
-            f"test: each of {fold.of} folds by hash of {together or 'the row'}{alike}{seed}"
-        )
-    drawn_by = together if together and not data.group else ""
+        classes = f", with shares of each class {share}" if is_stratified else ""
+        descriptions.append(f"test: each of {fold.of} folds {by_hash}{classes}{seed}")
     empty_draws: dict[str, str] = {}
-    for name, fraction in fractions.items():
-        if name not in given and fraction > 0:
-            group = read_columns(train, [together])[together] if together else None
-            ids = np.arange(len(train)) if train.rows is None else train.rows
-            salt = f"{name} {data.split_seed}" if data.split_seed else name
-            salt += f" fold {fold.number}" if fold else ""
-            held = _share(group, ids, salt) < fraction
-            if group is not None and len(train) and (held.all() or not held.any()):
-                count = pc.count_distinct(pc.drop_null(group)).as_py()
-                values = "value" if count == 1 else "values"
-                empty_draws["train" if held.all() else name] = (
-                    f"the rows have {count} {values} of {together}, and rows of one value stay in "
-                    "one split"
-                )
-            given[name], train = train.keep(held), train.keep(~held)
-            origin.append(
-                f"{name}: random {fraction:g} of train by hash of {together or 'the row'}{seed}"
-            )
+    for name, fraction in to_draw.items():
+        drawn, remaining = _draw_split(train, name, fraction, data, unit_column, fold)
+        if unit_column and len(train) and not (len(drawn) and len(remaining)):
+            empty_split = name if len(remaining) else "train"
+            empty_draws[empty_split] = _why_empty(train, unit_column)
+        given[name], train = drawn, remaining
+        descriptions.append(f"{name}: random {fraction:g} of train {by_hash}{seed}")
     if data.group:
-        origin.append(f"no {data.group} in two splits")
-    empty = Selection(first, np.zeros(0, dtype=np.int64))
-    parts = [train, given.get("validation", empty), given.get("test", empty)]
-    reads = [
-        file
-        for part in parts
-        for file in (*part.manifest.identities, *named[part.manifest.files])
-        if file is not None
-    ]
+        descriptions.append(f"no {data.group} in two splits")
+    empty = Selection(manifest, np.zeros(0, dtype=np.int64))
+    parts = {name: given.get(name, empty) for name in SPLITS} | {"train": train}
     columns = file_columns(kind, data.columns)
-    looked = [number for number, part in enumerate(parts) if not named[part.manifest.files]]
-    found, more = with_named_files([parts[number] for number in looked], columns, data.identity)
-    for number, selection in zip(looked, found, strict=True):
-        parts[number] = selection
+    parts, reads = _with_all_files(parts, files_named_by_rows, columns, data.identity)
     left_out: list[LeftOut] = []
-    for number, split in enumerate(SPLITS):
-        parts[number], without = _labelled(parts[number], split, data, needed)
-        left_out += without
+    for name in SPLITS:
+        parts[name], unlabelled = _drop_unlabelled(parts[name], name, data, needed)
+        left_out += unlabelled
     if left_out:
         rows = "row" if len(left_out) == 1 else "rows"
-        origin.append(f"{len(left_out)} {rows} without a label left out")
+        descriptions.append(f"{len(left_out)} {rows} without a label left out")
     return Splits(
-        parts[0],
-        parts[1],
-        parts[2],
-        "; ".join(origin) or "as given",
-        (len(parts[0]),),
-        (parts[0],),
-        tuple(dict.fromkeys((*reads, *more))),
-        tuple(left_out),
-        unused,
-        (drawn_by,),
-        empty_draws,
+        **parts,
+        origin="; ".join(descriptions) or "as given",
+        corpus_sizes=(len(parts["train"]),),
+        train_by_corpus=(parts["train"],),
+        reads=reads,
+        left_out=tuple(left_out),
+        unused=unused,
+        drawn_by=(unit_column if unit_column and not data.group else "",),
+        empty_draws=empty_draws,
     )
+
+
+def _declared_splits(
+    selection: Selection, data: Data, split_column: str, at: str
+) -> tuple[dict[str, Selection], str]:
+    """Return the splits that a column declares, and a description of the rows in none of them.
+
+    Raises ValueError where no row is in the training split.
+    """
+    declared = read_columns(selection, [split_column])[split_column]
+    names = pc.cast(declared, pa.string())
+    given: dict[str, Selection] = {}
+    for split in SPLITS:
+        values = pa.array(data.values_of(split), pa.string())
+        mask = pc.is_in(names, value_set=values).to_numpy(zero_copy_only=False)
+        if mask.any():
+            given[split] = selection.keep(mask)
+    num_unused = len(selection) - sum(map(len, given.values()))
+    description = ""
+    if num_unused or "train" not in given:
+        codes, values = arrow_lists.dictionary_codes(declared)
+        description = _describe_values(codes, values.to_pylist(), split_column, selection, data)
+    if "train" not in given:
+        # values that the job file states may come from the environment and be secret
+        stated = data.values_of("train")
+        asked = stated if stated in ([], ["train"]) else "one that split_values.train states"
+        raise ValueError(
+            f"{at}.split_column: no row of {split_column} is {asked}; {description}; set "
+            "split_values"
+        )
+    if not num_unused:
+        return given, ""
+    rows = "row is" if num_unused == 1 else "rows are"
+    return given, f"{num_unused} {rows} in no split by {split_column}: {description}"
+
+
+def _draw_split(
+    train: Selection,
+    name: str,
+    fraction: float,
+    data: Data,
+    unit_column: str | None,
+    fold: Fold | None,
+) -> tuple[Selection, Selection]:
+    """Return the rows of a split that is drawn by hash, and the training rows that remain."""
+    units = read_columns(train, [unit_column])[unit_column] if unit_column else None
+    salt = f"{name} {data.split_seed}" if data.split_seed else name
+    salt += f" fold {fold.number}" if fold else ""
+    is_drawn = _share(units, train.ids(np.arange(len(train))), salt) < fraction
+    return train.keep(is_drawn), train.keep(~is_drawn)
+
+
+def _why_empty(train: Selection, unit_column: str) -> str:
+    """Describe why a drawn split has no rows: few values, whose rows stay together."""
+    units = read_columns(train, [unit_column])[unit_column]
+    count = pc.count_distinct(pc.drop_null(units)).as_py()
+    values = "value" if count == 1 else "values"
+    return (
+        f"the rows have {count} {values} of {unit_column}, and rows of one value stay in one split"
+    )
+
+
+def _with_all_files(
+    parts: dict[str, Selection],
+    files_named_by_rows: Mapping[tuple[str, ...], tuple[FileIdentity, ...]],
+    columns: tuple[str, ...],
+    mode: file_identity.Mode,
+) -> tuple[dict[str, Selection], tuple[FileIdentity, ...]]:
+    """Add the files that rows name to the fingerprints of splits (`with_named_files`).
+
+    Args:
+        files_named_by_rows: Those that were identified while a manifest was built, by its files.
+
+    Returns:
+        The splits, and all files that are read.
+    """
+    reads = [
+        file
+        for part in parts.values()
+        for file in (*part.manifest.identities, *files_named_by_rows[part.manifest.files])
+        if file is not None
+    ]
+    to_identify = [
+        name for name, part in parts.items() if not files_named_by_rows[part.manifest.files]
+    ]
+    identified, named_files = with_named_files([parts[name] for name in to_identify], columns, mode)
+    parts = parts | dict(zip(to_identify, identified, strict=True))
+    return parts, tuple(dict.fromkeys((*reads, *named_files)))
 
 
 def _columns_asked_for_empty(data: Data) -> list[str]:
@@ -967,7 +1002,7 @@ def _columns_asked_for_empty(data: Data) -> list[str]:
     return [*columns, data.split_column] if data.split_column and is_split else columns
 
 
-def _labelled(
+def _drop_unlabelled(
     selection: Selection, split: str, data: Data, needed: tuple[str, ...]
 ) -> tuple[Selection, list[LeftOut]]:
     """Return the rows that have a label, and the others, as long as these are within the budget of
@@ -998,8 +1033,8 @@ def with_named_files(
     data set), in one of `columns`. A missing file counts as absent; the error comes where its row
     is read. Raises StorageError, with the row, for what names no file.
     """
-    names = [_named_files(selection, columns) for selection in selections]
-    every_name = sorted(set().union(*names))
+    names_by_selection = [_named_files(selection, columns) for selection in selections]
+    every_name = sorted(set().union(*names_by_selection))
     try:
         known = {
             file.uri: file for file in file_identity.identify(every_name, mode, absent_ok=True)
@@ -1007,21 +1042,19 @@ def with_named_files(
     except storage.StorageError as error:
         raise _with_row(error, every_name, selections, columns) from error
     contents: dict[tuple[str, ...], list[str]] = {}
-    for selection, inside in zip(selections, names, strict=True):
+    for selection, names in zip(selections, names_by_selection, strict=True):
         contents.setdefault(selection.manifest.files, []).extend(
-            known[name].content for name in inside
+            known[name].content for name in names
         )
-    made: dict[int, Manifest] = {}
-    for selection in selections:
-        manifest = selection.manifest
-        inside = contents[manifest.files]
-        made[id(manifest)] = (
-            replace(manifest, fingerprint=spec_hash(manifest.fingerprint, inside))
-            if inside
-            else manifest
-        )
+    # selections of one manifest share the new one too
+    manifests: dict[int, Manifest] = {}
+    for manifest in (selection.manifest for selection in selections):
+        manifests[id(manifest)] = manifest
+        if contents[manifest.files]:
+            fingerprint = spec_hash(manifest.fingerprint, contents[manifest.files])
+            manifests[id(manifest)] = replace(manifest, fingerprint=fingerprint)
     return [
-        Selection(made[id(selection.manifest)], selection.rows) for selection in selections
+        Selection(manifests[id(selection.manifest)], selection.row_ids) for selection in selections
     ], list(known.values())
 
 
@@ -1040,9 +1073,8 @@ def _with_row(
     location = next((location for location in locations if location), "") if name else ""
     if not location:
         return error
-    short = (
-        name if len(name) <= SHOWN_LETTERS else f"{name[:SHOWN_LETTERS]}... ({len(name)} letters)"
-    )
+    is_long = len(name) > MAX_NAME_CHARACTERS
+    short = f"{name[:MAX_NAME_CHARACTERS]}... ({len(name)} letters)" if is_long else name
     return type(error)(f"{location}: {message.replace(name, short)}")
 
 
@@ -1069,16 +1101,16 @@ def _can_name_files(kind: pa.DataType) -> bool:
 
 def _named_files(selection: Selection, columns: tuple[str, ...]) -> list[str]:
     """Return the files that some rows name, each once, in the order of the rows."""
-    found: dict[str, None] = {}
+    files: dict[str, None] = {}
     for name in columns:
         kind = selection.manifest.schema.field(name).type
         if len(selection) and _can_name_files(kind):
-            found |= dict.fromkeys(
+            files |= dict.fromkeys(
                 _texts_of(selection, name)
                 if arrow_lists.is_text(kind)
                 else _paths_of(selection, name)
             )
-    return list(found)
+    return list(files)
 
 
 def _texts_of(selection: Selection, name: str) -> list[str]:
@@ -1094,7 +1126,7 @@ def _paths_of(selection: Selection, name: str) -> list[str]:
     """
     ids, out = selection.ids(np.arange(len(selection))), []
     reader = Reader(selection.manifest, [name])
-    for start, stop in pairwise(selection.boundaries.tolist()):
+    for start, stop in pairwise(selection.row_group_starts.tolist()):
         cells = reader.take(ids[start:stop])[name].combine_chunks()
         paths = pc.struct_field(cells, "path").to_pylist()
         has_bytes = np.zeros(len(paths), dtype=bool)
@@ -1114,36 +1146,28 @@ def cells_with_bytes(values: pa.Array) -> np.ndarray:
 
 def _joined(parts: list[Splits], columns: list[str], at: str, texts: frozenset[str]) -> Splits:
     """Join each split of several corpora to one selection, in the order of the job file."""
-    chosen = {
-        name: [(i, found) for i, part in enumerate(parts) if len(found := getattr(part, name))]
-        or [(0, getattr(parts[0], name))]
-        for name in SPLITS
-    }
-    whole = {
-        name: _concatenated(
-            [selection for _, selection in found],
-            columns,
-            [at if i == 0 else f"{at}.more.{i - 1}" for i, _ in found],
-            texts,
+    job_fields = [at, *(f"{at}.more.{i}" for i in range(len(parts) - 1))]
+    joined: dict[str, Selection] = {}
+    for name in SPLITS:
+        selections = [getattr(part, name) for part in parts]
+        filled = [i for i, selection in enumerate(selections) if len(selection)] or [0]
+        joined[name] = _concatenated(
+            [selections[i] for i in filled], columns, [job_fields[i] for i in filled], texts
         )
-        for name, found in chosen.items()
-    }
     origin = "; ".join(f"corpus {i + 1}: {part.origin}" for i, part in enumerate(parts))
     if len({part.origin for part in parts}) == 1:
         origin = f"each of {len(parts)} corpora: {parts[0].origin}"
     reads = tuple(dict.fromkeys(file for part in parts for file in part.reads))
     return Splits(
-        whole["train"],
-        whole["validation"],
-        whole["test"],
-        origin,
-        tuple(len(part.train) for part in parts),
-        tuple(part.train for part in parts),
-        reads,
-        tuple(row for part in parts for row in part.left_out),
-        "; ".join(dict.fromkeys(part.unused for part in parts if part.unused)),
-        tuple(column for part in parts for column in part.drawn_by),
-        {name: reason for part in parts for name, reason in part.empty_draws.items()},
+        **joined,
+        origin=origin,
+        corpus_sizes=tuple(len(part.train) for part in parts),
+        train_by_corpus=tuple(part.train for part in parts),
+        reads=reads,
+        left_out=tuple(row for part in parts for row in part.left_out),
+        unused="; ".join(dict.fromkeys(part.unused for part in parts if part.unused)),
+        drawn_by=tuple(column for part in parts for column in part.drawn_by),
+        empty_draws={name: why for part in parts for name, why in part.empty_draws.items()},
     )
 
 
@@ -1163,13 +1187,13 @@ def _concatenated(
     as_bytes = {
         name
         for name in texts & {*columns}
-        if {_kind(selection.manifest.schema.field(name).type) for selection in selections}
+        if {_type_family(selection.manifest.schema.field(name).type) for selection in selections}
         == {"text", "bytes"}
     }
     for selection, job_field in zip(selections, job_fields, strict=True):
         for name in dict.fromkeys(columns):
             theirs, ours = selection.manifest.schema.field(name).type, first.schema.field(name).type
-            if _kind(theirs) != _kind(ours) and name not in as_bytes:
+            if _type_family(theirs) != _type_family(ours) and name not in as_bytes:
                 raise ValueError(
                     f"{job_field}: column {name!r} is {theirs} in "
                     f"{selection.manifest.name()} and {ours} in {first.name()}; joined corpora "
@@ -1178,54 +1202,57 @@ def _concatenated(
     if len(selections) == 1:
         return selections[0]
     manifests = [selection.manifest for selection in selections]
-    files = np.cumsum([0, *(len(manifest.files) for manifest in manifests)])
-    rows = np.cumsum([0, *(manifest.rows for manifest in manifests)])
+    first_files = np.cumsum([0, *(len(manifest.files) for manifest in manifests[:-1])])
+    first_rows = np.cumsum([0, *(manifest.num_rows for manifest in manifests[:-1])])
     schema = _plain_columns(first.schema.empty_table().select(list(dict.fromkeys(columns)))).schema
     schema = pa.schema(
         [field.with_type(pa.binary()) if field.name in as_bytes else field for field in schema]
     )
     joined = Manifest(
-        tuple(file for manifest in manifests for file in manifest.files),
-        tuple(
-            replace(group, file=int(group.file + files[i]))
-            for i, manifest in enumerate(manifests)
-            for group in manifest.groups
+        files=tuple(file for manifest in manifests for file in manifest.files),
+        row_groups=tuple(
+            replace(group, file=int(group.file + first_file))
+            for manifest, first_file in zip(manifests, first_files, strict=True)
+            for group in manifest.row_groups
         ),
-        schema,
-        spec_hash([manifest.fingerprint for manifest in manifests]),
-        tuple(
-            one
+        schema=schema,
+        fingerprint=spec_hash([manifest.fingerprint for manifest in manifests]),
+        identities=tuple(
+            identity
             for manifest in manifests
-            for one in (manifest.identities or (None,) * len(manifest.files))
+            for identity in (manifest.identities or (None,) * len(manifest.files))
         ),
-        tuple(
-            one
+        origins=tuple(
+            origin
             for manifest in manifests
-            for one in (manifest.origins or (None,) * len(manifest.files))
+            for origin in (manifest.origins or (None,) * len(manifest.files))
         ),
     )
+    if all(selection.row_ids is None for selection in selections):
+        return Selection(joined)
     ids = [
-        selection.ids(np.arange(len(selection))) + rows[i] for i, selection in enumerate(selections)
+        selection.ids(np.arange(len(selection))) + first_row
+        for selection, first_row in zip(selections, first_rows, strict=True)
     ]
-    return Selection(
-        joined,
-        None if all(selection.rows is None for selection in selections) else np.concatenate(ids),
-    )
+    return Selection(joined, np.concatenate(ids))
 
 
-def _kind(of: pa.DataType) -> str:
+def _type_family(data_type: pa.DataType) -> str:
     """Return one word for types whose values can be cast to each other without loss of meaning."""
-    if pa.types.is_dictionary(of):
-        return _kind(of.value_type)
-    if pa.types.is_list(of) or pa.types.is_large_list(of):
-        return f"list of {_kind(of.value_type)}"
+    if pa.types.is_dictionary(data_type):
+        return _type_family(data_type.value_type)
+    if pa.types.is_list(data_type) or pa.types.is_large_list(data_type):
+        return f"list of {_type_family(data_type.value_type)}"
     named = {
         "text": (pa.types.is_string, pa.types.is_large_string),
         "bytes": (pa.types.is_binary, pa.types.is_large_binary),
         "whole number": (pa.types.is_integer,),
         "number": (pa.types.is_floating,),
     }
-    return next((word for word, tests in named.items() if any(test(of) for test in tests)), str(of))
+    for word, tests in named.items():
+        if any(test(data_type) for test in tests):
+            return word
+    return str(data_type)
 
 
 def _check_no_group_in_two_splits(parts: list[Splits], group: str, at: str) -> None:
@@ -1235,7 +1262,7 @@ def _check_no_group_in_two_splits(parts: list[Splits], group: str, at: str) -> N
     Null is no group. The error counts values and names one row of each split by its position: it
     never holds a value, which may identify a patient.
     """
-    # Value of the group to the split where it was first found, and the row
+    # value of the group: the split where it was first found, and the row
     first_seen: dict[str, tuple[str, str]] = {}
     crossing: dict[str, tuple[str, str, str, str]] = {}
     for name in SPLITS:
@@ -1253,10 +1280,10 @@ def _check_no_group_in_two_splits(parts: list[Splits], group: str, at: str) -> N
         many = len(crossing)
         raise ValueError(
             f"{at}.group: {many} of {len(first_seen)} values of {group} "
-            f"{'stands' if many == 1 else 'stand'} in more than one split: the value of "
-            f"{location} is in {split}, and {other_location}, which is in {other}, has the same; a "
-            f"group must not cross splits: take a split_column that keeps each {group} whole, or "
-            f"leave the splits out to have them made by hash of {group}"
+            f"{'is' if many == 1 else 'are'} in more than one split: {location} is in {split}, and "
+            f"{other_location}, which has the same value, is in {other}. Rows of a group must be "
+            f"in one split: use a split_column that keeps each {group} together, or leave the "
+            f"splits out to have them made by hash of {group}"
         )
 
 

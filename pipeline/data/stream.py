@@ -236,7 +236,7 @@ class Rows:
         loader = Loader(self.selection, self.decoder)
         items = [Item(-1, i, min(i + size, n)) for i in range(0, n, size)]
         # processes cost seconds to start: they pay for themselves on large sets of images only
-        spread = cpus > 0 and self.selection.manifest.size > (64 << 20)
+        spread = cpus > 0 and self.selection.manifest.num_bytes > (64 << 20)
         blocks = list(map_items(loader, items, cpus=cpus) if spread else map(loader, items))
         good = np.array([not reason for block in blocks for reason in block.bad], dtype=bool)
         rows = (
@@ -286,8 +286,8 @@ class Rows:
         one.
         """
         manifest, cuts = self.selection.manifest, [0]
-        most = min(COST_ROWS, COST_BYTES * manifest.rows // max(1, manifest.size))
-        for start, stop in pairwise(self.selection.boundaries.tolist()):
+        most = min(COST_ROWS, COST_BYTES * manifest.num_rows // max(1, manifest.num_bytes))
+        for start, stop in pairwise(self.selection.row_group_starts.tolist()):
             if cuts[-1] < start and stop - cuts[-1] > most:
                 cuts.append(start)
             cuts += range(cuts[-1] + COST_ROWS, stop, COST_ROWS)
@@ -368,7 +368,7 @@ def plan_of(
 
     Raises ValueError as `Plan` and `BucketPlan`.
     """
-    bounds = rows.selection.boundaries
+    bounds = rows.selection.row_group_starts
     if batch_cost is None:
         return Plan(
             len(rows),

@@ -244,7 +244,7 @@ def rows(split: str, selection: Selection, decoder: Decoder, max_bad: float) -> 
 
 def _places(selection: Selection) -> np.ndarray:
     """Evenly spread indices of the rows of the sample."""
-    each = max(1, selection.manifest.size // max(1, selection.manifest.rows))
+    each = max(1, selection.manifest.num_bytes // max(1, selection.manifest.num_rows))
     return evenly_spread(len(selection), min(SAMPLE_ROWS, max(1, SAMPLE_BYTES // each)))
 
 

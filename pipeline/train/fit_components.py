@@ -132,7 +132,7 @@ def fit_modality(
     names = fitted_columns(kind, objective, spec.data.columns)
     most = FIT_ROWS
     if objective.packed:  # a tokenizer wants many documents, as many as a bounded memory holds
-        per_row = max(1, rows.manifest.size // max(1, rows.manifest.rows))
+        per_row = max(1, rows.manifest.num_bytes // max(1, rows.manifest.num_rows))
         most = max(FIT_ROWS, FIT_TEXT_BYTES // per_row)
     most = min(most, most_rows or most)
     state = kind.fit(

@@ -94,7 +94,7 @@ def rank_job(
     Raises ValueError where the rows do not fill a batch.
     """
     spec = stage.spec
-    check_plan(stage, fitted.corpora)
+    check_plan(stage, fitted.corpus_sizes)
     made = made_by(spec, fitted.arch).made_by
     if fitted.begun_by:
         made["begun_by"] = list(fitted.begun_by)
@@ -135,7 +135,7 @@ def shuffle_of(data: Data, rows: Selection) -> Shuffle:
     """
     if data.shuffle != "auto":
         return data.shuffle
-    return "rows" if rows.manifest.size <= ROWS_SHUFFLE_BYTES else "blocks"
+    return "rows" if rows.manifest.num_bytes <= ROWS_SHUFFLE_BYTES else "blocks"
 
 
 def order_of(work: RankJob, rows: Rows, item_rows: int | None = None) -> Plan:
@@ -150,7 +150,7 @@ def order_of(work: RankJob, rows: Rows, item_rows: int | None = None) -> Plan:
         shards=shards,
         shuffle=shuffle_of(work.data, work.fitted.train),
         item_rows=item_rows or rows_an_item(rows, shards),
-        mixture=mixture(spec, work.fitted.corpora),
+        mixture=mixture(spec, work.fitted.corpus_sizes),
     )
 
 

@@ -258,7 +258,7 @@ def stage(job: Job, name: str) -> SourceStage:
     made = SourceStage(job, name, spec, splits, key, probe, start or "")
     _check_plain_network(made)
     if splits is not None and not made.packed:
-        check_plan(made, splits.corpora)
+        check_plan(made, splits.corpus_sizes)
     return made
 
 
@@ -333,7 +333,7 @@ def begin(stage: SourceStage) -> list[ProvenanceRecord]:
     return resume_history.record(stage.uri, now)
 
 
-def check_plan(stage: SourceStage, corpora: tuple[int, ...]) -> None:
+def check_plan(stage: SourceStage, corpus_sizes: tuple[int, ...]) -> None:
     """Raise ValueError when the rows do not fill a global batch, there are more ranks than shards,
     or a mixture weight is too small.
     """
@@ -341,22 +341,23 @@ def check_plan(stage: SourceStage, corpora: tuple[int, ...]) -> None:
         return
     try:
         Plan(
-            sum(corpora),
+            sum(corpus_sizes),
             0,
             stage.spec.train.global_batch,
             shards=canonical_shards(stage.spec),
-            mixture=mixture(stage.spec, corpora),
+            mixture=mixture(stage.spec, corpus_sizes),
         ).owned(0, stage.spec.worker_range[1])
     except ValueError as error:
         raise ValueError(f"sources.{stage.name}: {error}") from None
 
 
-def mixture(spec: Source, corpora: tuple[int, ...]) -> Mixture | None:
-    """Ranges and weights of a source's corpora, given the rows of each; None where they have no
-    weights: then every row comes once an epoch.
+def mixture(spec: Source, corpus_sizes: tuple[int, ...]) -> Mixture | None:
+    """Return ranges and weights of a source's corpora, given the number of rows of each.
+
+    None where they have no weights: every row then comes once per epoch.
     """
     weights = [weight for weight in (spec.data.weights if spec.data else ()) if weight is not None]
-    ends = np.cumsum(corpora).tolist()
+    ends = np.cumsum(corpus_sizes).tolist()
     return tuple(zip([0, *ends[:-1]], ends, weights, strict=True)) if weights else None
 
 
@@ -390,7 +391,7 @@ class FittedSource:
     left_out: tuple[LeftOut, ...]
     text: str
     """In words, how many rows there are and what became of them."""
-    corpora: tuple[int, ...]
+    corpus_sizes: tuple[int, ...]
     """How many of the training rows each corpus has, in their order."""
     probe: online_probe.Probe | None = None
     costs: np.ndarray | None = None
@@ -420,7 +421,7 @@ def fit(stage: SourceStage) -> FittedSource:
     arch, modality, objective, moved = _fit_network(stage)
     modality, limit_note = bundle.limit_modality(modality, arch)
     rows = _fit_rows(stage, modality, objective)
-    notes = [splits.sizes(), *rows.notes, *_mixture_notes(spec, rows.corpora)]
+    notes = [splits.sizes(), *rows.notes, *_mixture_notes(spec, rows.corpus_sizes)]
     probe = None
     if spec.probe and stage.probe:
         probe = online_probe.prepare(spec.probe, stage.probe, bundle.build_modality(modality))
@@ -444,7 +445,7 @@ def fit(stage: SourceStage) -> FittedSource:
         moved=moved,
         left_out=tuple(rows.left_out),
         text="; ".join(notes),
-        corpora=rows.corpora,
+        corpus_sizes=rows.corpus_sizes,
         probe=probe,
         costs=rows.costs,
         lost=rows.lost,
@@ -492,7 +493,7 @@ class _Rows:
     train: Selection
     validation: Selection
     columns: dict[str, str]
-    corpora: tuple[int, ...]
+    corpus_sizes: tuple[int, ...]
     left_out: list[LeftOut]
     notes: list[str]
     costs: np.ndarray | None = None
@@ -506,7 +507,9 @@ def _fit_rows(stage: SourceStage, modality: ModalitySpec, objective: ObjectiveSp
     kind, columns = registry.get("objective", objective.name), dict(spec.data.columns)
     left_out = list(splits.left_out)
     lost = sum(row.split == "train" for row in splits.left_out)
-    rows = _Rows(splits.train, splits.validation, columns, splits.corpora, left_out, [], lost=lost)
+    rows = _Rows(
+        splits.train, splits.validation, columns, splits.corpus_sizes, left_out, [], lost=lost
+    )
     roles = (*kind.roles, *kind.optional_roles)
     labels = tuple(columns[role] for role in roles if role in columns)
     form = token_rows.form_of(kind, modality, rows.train, columns)
@@ -527,7 +530,7 @@ def _tokenise(stage: SourceStage, rows: _Rows, work: token_rows.TextWork) -> Non
     budget = stage.spec.data.max_bad_rows
     folder = storage.join(stage.uri, "tokens")
     train = token_rows.make(
-        storage.join(folder, "train"), "train", rows.train, work, budget, rows.corpora
+        storage.join(folder, "train"), "train", rows.train, work, budget, rows.corpus_sizes
     )
     validation = token_rows.make(
         storage.join(folder, "validation"),
@@ -537,7 +540,7 @@ def _tokenise(stage: SourceStage, rows: _Rows, work: token_rows.TextWork) -> Non
         budget,
         (len(rows.validation),),
     )
-    rows.train, rows.validation, rows.corpora = train.rows, validation.rows, train.corpora
+    rows.train, rows.validation, rows.corpus_sizes = train.rows, validation.rows, train.corpus_sizes
     rows.columns = work.output_columns
     rows.left_out += [*train.left_out, *validation.left_out]
     length = bundle.build_modality(work.modality).inputs()["length"]
@@ -553,16 +556,16 @@ def _leave_out_untrainable(spec: Source, rows: _Rows, decoder: Decoder) -> None:
     place = rows.train.manifest.location
     rows.left_out += [LeftOut("train", row, place(row), reason) for row, reason in lost]
     is_lost = np.isin(rows.train.ids(np.arange(len(rows.train))), [row for row, _ in lost])
-    by_corpus = np.split(is_lost, np.cumsum(rows.corpora)[:-1])
-    rows.corpora = tuple(len(part) - int(part.sum()) for part in by_corpus)
+    by_corpus = np.split(is_lost, np.cumsum(rows.corpus_sizes)[:-1])
+    rows.corpus_sizes = tuple(len(part) - int(part.sum()) for part in by_corpus)
     rows.train, rows.lost = kept.selection, rows.lost + len(lost)
     if spec.train.batch_cost is not None:
         rows.costs = kept.costs
 
 
-def _mixture_notes(spec: Source, corpora: tuple[int, ...]) -> list[str]:
+def _mixture_notes(spec: Source, corpus_sizes: tuple[int, ...]) -> list[str]:
     """In words, how often each corpus is drawn from, where corpora have weights."""
-    ranges = mixture(spec, corpora)
+    ranges = mixture(spec, corpus_sizes)
     if not ranges:
         return []
     total = sum(weight for *_, weight in ranges)

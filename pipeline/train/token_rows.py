@@ -62,7 +62,7 @@ class TokenRows:
     """The rows of tokens that were made of a split."""
 
     rows: Selection
-    corpora: tuple[int, ...]
+    corpus_sizes: tuple[int, ...]
     """How many rows each corpus has."""
     left_out: tuple[LeftOut, ...]
     """Texts that were left out."""
@@ -94,18 +94,18 @@ def make(
     selection: Selection,
     work: TextWork,
     max_bad_rows: float,
-    corpora: tuple[int, ...],
+    corpus_sizes: tuple[int, ...],
 ) -> TokenRows:
     """Pack or tokenise a split into a folder of its own; a second call finds it there.
 
     Args:
-        corpora: How many of the selection's rows each corpus has; no packed row holds texts of two.
+        corpus_sizes: Number of the selection's rows in each corpus; no packed row has texts of two.
 
     Raises:
         TooManyBadRowsError: more texts than the budget allows cannot be read.
     """
     if checksums.intact_folder(folder, "these rows are made again") is None:
-        _write(folder, split, selection, work, max_bad_rows, corpora)
+        _write(folder, split, selection, work, max_bad_rows, corpus_sizes)
     kept = atomic_folder.open_folder(folder)
     left_out = kept["left_out"]
     # the budget may have changed since they were written
@@ -122,14 +122,14 @@ def _write(
     selection: Selection,
     work: TextWork,
     max_bad_rows: float,
-    corpora: tuple[int, ...],
+    corpus_sizes: tuple[int, ...],
 ) -> None:
     """Pack or tokenise the texts in Ray tasks, and commit the folder."""
-    tasks = task_ranges(selection, corpora)
+    tasks = task_ranges(selection, corpus_sizes)
     run_task = _Task(selection, work)
     results = map_items(run_task, tasks) if len(tasks) > 1 else map(run_task, tasks)
     bad: list[tuple[int, str]] = []
-    counts = [0] * len(corpora)
+    counts = [0] * len(corpus_sizes)
     with storage.scratch_folder() as scratch:
         files: dict[str, Path] = {}
         for number, (corpus, table, reasons) in enumerate(results):
@@ -193,16 +193,16 @@ class _Task:
         return texts.corpus, rows, bad
 
 
-def task_ranges(selection: Selection, corpora: tuple[int, ...]) -> list[TextRange]:
+def task_ranges(selection: Selection, corpus_sizes: tuple[int, ...]) -> list[TextRange]:
     """Return the texts of each task.
 
     They follow from the files alone, since a packed row holds texts of one task.
     """
-    groups = selection.manifest.groups
-    bytes_a_row = np.array([group.size / group.rows for group in groups])
+    row_groups = selection.manifest.row_groups
+    bytes_a_row = np.array([group.num_bytes / group.num_rows for group in row_groups])
     out: list[TextRange] = []
     start = 0
-    for corpus, count in enumerate(corpora):
+    for corpus, count in enumerate(corpus_sizes):
         end = start + count
         while start < end:
             stop = min(start + TASK_ROWS, end)

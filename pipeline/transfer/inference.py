@@ -408,7 +408,7 @@ def _write(
     Raises:
         ValueError: The output folder belongs to something else.
     """
-    count, name = rows.manifest.rows, type(worker).__name__
+    count, name = rows.manifest.num_rows, type(worker).__name__
     choices = (name, options.format, options.draw)
     key = spec_hash(
         trained.files,
@@ -550,8 +550,8 @@ def embed(
     with storage.scratch_folder() as scratch:
         rows = _read_input(trained, data, str(scratch), columns, form, progress, reads_labels=True)
         worker = Embedder(uri, rows.selection, rows.columns)
-        starts = range(0, rows.manifest.rows, ROWS_A_PART)
-        items = [Item(-1, i, min(i + ROWS_A_PART, rows.manifest.rows)) for i in starts]
+        starts = range(0, rows.manifest.num_rows, ROWS_A_PART)
+        items = [Item(-1, i, min(i + ROWS_A_PART, rows.manifest.num_rows)) for i in starts]
         return np.concatenate([worker(item)["features"] for item in items])
 
 

@@ -109,15 +109,15 @@ def bytes_to_read(selection: Selection, modality: str, columns: dict[str, str]) 
     """
     of_files = file_columns(registry.get("modality", modality), columns)
     if not of_files or not len(selection):
-        return selection.manifest.size
+        return selection.manifest.num_bytes
     name = of_files[0]
     kind = selection.manifest.schema.field(name).type
     may_be_uris = arrow_lists.is_text(kind) or pa.types.is_struct(kind)
     if not may_be_uris:
-        return selection.manifest.size
+        return selection.manifest.num_bytes
     cells = sample(selection, [name], 16)[name].to_pylist()
     if any(isinstance(cell, dict) and cell.get("bytes") for cell in cells):
-        return selection.manifest.size
+        return selection.manifest.num_bytes
     uris = [cell.get("path") if isinstance(cell, dict) else cell for cell in cells]
     identities = file_identity.identify([uri for uri in uris if uri], "stat", absent_ok=True)
     texts = [file.content.partition("-")[0] for file in identities]  # the size, or ABSENT
@@ -221,7 +221,7 @@ def _shared_groups(
     name, test, group = target.name, target.splits.test, target.spec.data.group
     shared, notes = np.zeros(len(test), dtype=bool), []
     corpora = [stage.spec.data, *stage.spec.data.more]
-    pairs = zip(stage.splits.trains, corpora, strict=True)
+    pairs = zip(stage.splits.train_by_corpus, corpora, strict=True)
     grouped = [(rows, data.group) for rows, data in pairs if data.group]
     if group:
         for rows, theirs in grouped:

@@ -33,7 +33,7 @@ def shared_of(root: str) -> tuple[Any, Any]:
 
     from pipeline.checkpoints import bundle
     from pipeline.config.schema import ComponentConfig, Job
-    from pipeline.data.manifests import Group, Manifest, Selection
+    from pipeline.data.manifests import Manifest, RowGroup, Selection
     from pipeline.data.stream import Decoder, Rows
     from pipeline.transfer import grid as trials
     from pipeline.transfer.trial import Shared, TargetData
@@ -75,7 +75,7 @@ def shared_of(root: str) -> tuple[Any, Any]:
             "lengths": np.full(n, 16, dtype=np.int32),
             "label": np.arange(n) % 2,
         }
-        manifest = Manifest(("memory",), (Group(0, 0, n, 1),), pa.schema([]), str(seed))
+        manifest = Manifest(("memory",), (RowGroup(0, 0, n, 1),), pa.schema([]), str(seed))
         return Rows(
             Selection(manifest), Decoder(modality, "classification", objective.state, {}), arrays
         )

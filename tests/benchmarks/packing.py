@@ -134,7 +134,7 @@ def rows_of(modality: Any, texts: list[str], objective: str, packed: bool) -> An
     """Rows in memory: packed ones, or one a text."""
     import pyarrow as pa
 
-    from pipeline.data.manifests import Group, Manifest, Selection
+    from pipeline.data.manifests import Manifest, RowGroup, Selection
     from pipeline.data.stream import Decoder, Rows
 
     table, columns = pa.table({"text": texts}), {"text": "text"}
@@ -144,7 +144,7 @@ def rows_of(modality: Any, texts: list[str], objective: str, packed: bool) -> An
     arrays, _ = modality.decode(table, columns)
     manifest = Manifest(
         ("memory",),
-        (Group(0, 0, len(table), sum(a.nbytes for a in arrays.values())),),
+        (RowGroup(0, 0, len(table), sum(a.nbytes for a in arrays.values())),),
         pa.schema([]),
         "memory",
     )

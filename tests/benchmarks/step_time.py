@@ -107,7 +107,7 @@ def _case(
 
     from pipeline.checkpoints import bundle
     from pipeline.core.rng import row_keys
-    from pipeline.data.manifests import Group, Manifest, Selection
+    from pipeline.data.manifests import Manifest, RowGroup, Selection
     from pipeline.data.stream import Decoder, Rows
     from pipeline.train.evaluate import device_preprocessing
 
@@ -115,7 +115,7 @@ def _case(
     made, n = bundle.build_modality(modality), len(next(iter(arrays.values())))
     manifest = Manifest(
         ("memory",),
-        (Group(0, 0, n, sum(a.nbytes for a in arrays.values())),),
+        (RowGroup(0, 0, n, sum(a.nbytes for a in arrays.values())),),
         pa.schema([]),
         "memory",
     )

@@ -109,8 +109,8 @@ def numbers(selection: m.Selection) -> list[int]:
 def test_files_folders_and_globs_give_each_row_once_in_the_order_of_names(files, imports, named):
     built = m.build(named.format(files).split(), "auto", imports)
     assert [Path(file).name for file in built.files] == ["a.parquet", "b.parquet", "c.parquet"]
-    assert built.rows == 63
-    assert [g.rows for g in built.groups] == [7, 7, 6, 7, 6, 7, 7, 7, 7, 2]
+    assert built.num_rows == 63
+    assert [g.num_rows for g in built.row_groups] == [7, 7, 6, 7, 6, 7, 7, 7, 7, 2]
     assert [(g.file, g.number) for g in built.groups] == [
         (0, 0),
         (0, 1),
@@ -135,7 +135,7 @@ def test_only_footers_are_read(files, imports):
         footer = int.from_bytes(content[-8:-4], "little") + 8
         content[4:-footer] = bytes(len(content) - footer - 4)
         file.write_bytes(content)
-    assert m.build(str(files), "auto", imports).rows == 63
+    assert m.build(str(files), "auto", imports).num_rows == 63
 
 
 def test_the_place_of_a_row_names_its_file_and_its_row_in_it(files, imports):
@@ -202,7 +202,7 @@ def test_metadata_of_a_schema_is_no_difference(files, imports):
         {"written by": "somebody else"}
     )
     pq.write_table(table, files / "d.parquet")
-    assert m.build(str(files), "auto", imports).rows == 70
+    assert m.build(str(files), "auto", imports).num_rows == 70
 
 
 @pytest.mark.parametrize(
@@ -261,12 +261,12 @@ def test_hidden_files_and_other_suffixes_are_left_out_of_folders(files, imports)
     ):
         (files / name).parent.mkdir(exist_ok=True)
         (files / name).write_text("x")
-    assert m.build(str(files), "auto", imports).rows == 63
+    assert m.build(str(files), "auto", imports).num_rows == 63
 
 
 def test_folders_are_read_to_their_depth(files, imports):
     write(files / "deep" / "er" / "d.parquet", people(63, 70))
-    assert m.build(str(files), "auto", imports).rows == 70
+    assert m.build(str(files), "auto", imports).num_rows == 70
 
 
 # ---------------------------------------------------------------- rows
@@ -312,8 +312,8 @@ def test_the_reader_reads_a_group_once_and_keeps_no_more_than_its_cache(
     )
     tight = m.Reader(built, ["text"], cache_bytes=1)
     tight.take(np.arange(63))
-    assert len(tight._groups) == 1
-    assert tight._held == sum(table.nbytes for table in tight._groups.values())
+    assert len(tight._tables) == 1
+    assert tight._bytes_in_cache == sum(table.nbytes for table in tight._tables.values())
 
 
 @pytest.mark.parametrize(
@@ -382,13 +382,13 @@ def test_boundaries_of_a_selection_mark_its_row_groups(files, imports, mask, sec
     assert numbers(kept) == rows.tolist()
     groups = np.searchsorted(built.starts, rows, side="right")
     edges = [0, *(np.flatnonzero(np.diff(groups)) + 1), len(rows)] if len(rows) else [0]
-    assert kept.boundaries.tolist() == edges
+    assert kept.row_group_starts.tolist() == edges
 
 
 def test_files_without_rows_are_no_matter(files, imports):
     pq.write_table(pq.read_table(files / "a.parquet").slice(0, 0), files / "aa.parquet")
     built = m.build(str(files), "auto", imports)
-    assert built.rows == 63
+    assert built.num_rows == 63
     assert numbers(m.Selection(built)) == list(range(63))
     assert built.location(20) == f"{files}/b.parquet row 0"
     assert m.Reader(built, ["number"]).take(np.array([62, 20])).to_pydict() == {"number": [62, 20]}
@@ -848,10 +848,9 @@ def test_declared_splits_whose_groups_cross_are_refused(files, split):
     with pytest.raises(ValueError) as caught:
         split(train=str(files / "a.parquet"), test=str(files / "test"), group="person")
     assert str(caught.value).startswith(
-        "targets.t.data.group: 1 of 6 values of person stands in more than one split: the "
-        f"value of {files / 'a.parquet'} row 16 is in train, and "
-        f"{files / 'test' / 't.parquet'} row 0, which is in test, has the same; a group must "
-        "not cross splits"
+        "targets.t.data.group: 1 of 6 values of person is in more than one split: "
+        f"{files / 'a.parquet'} row 16 is in train, and {files / 'test' / 't.parquet'} row 0, "
+        "which has the same value, is in test. Rows of a group must be in one split"
     )
 
 
@@ -866,8 +865,7 @@ def test_a_split_column_that_cuts_through_people_is_refused_without_naming_one(t
     )
     message = str(caught.value)
     assert message.startswith(
-        f"targets.t.data.group: {len(crossing)} of 15 values of person stand in more than one "
-        "split: "
+        f"targets.t.data.group: {len(crossing)} of 15 values of person are in more than one split: "
     )
     assert "CANARY" not in message, "an error names rows by their position, never a person"
     whole = frame.assign(
@@ -907,7 +905,7 @@ def test_people_stored_as_another_type_cross_splits_all_the_same(tmp_path, split
     pq.write_table(pa.table({"text": texts, "p": ids}), tmp_path / "test.parquet")
     with pytest.raises(
         ValueError,
-        match=r"targets\.t\.data\.group: 1 of 14 values of p stands in more than one split",
+        match=r"targets\.t\.data\.group: 1 of 14 values of p is in more than one split",
     ):
         split(
             train=str(tmp_path / "train.parquet"),
@@ -948,8 +946,8 @@ def test_people_stored_as_another_type_fall_into_one_split_by_hash(tmp_path, spl
         for name in "ab"
     ]
     assert (
-        found[0].test.rows is not None
-        and found[0].test.rows.tolist() == found[1].test.rows.tolist()
+        found[0].test.row_ids is not None
+        and found[0].test.row_ids.tolist() == found[1].test.row_ids.tolist()
     )  # pyright: ignore[reportOptionalMemberAccess]
 
 
@@ -1020,7 +1018,7 @@ def test_joined_corpora_follow_each_other_with_their_own_splits_and_filters(
         assert m.Reader(joined.manifest, ["text"]).take(joined.ids(mixed))["text"].to_pylist() == [
             texts[i] for i in mixed
         ]
-        assert joined.boundaries[0] == 0 and joined.boundaries[-1] == len(joined)
+        assert joined.row_group_starts[0] == 0 and joined.row_group_starts[-1] == len(joined)
         assert joined.manifest.location(int(ids[-1])).startswith(str(tmp_path / "other.parquet"))
         assert joined.manifest.location(int(ids[-1])).endswith(
             f"row {other.number[other.part == value].max() - 100}"
@@ -1036,7 +1034,7 @@ def test_joined_corpora_follow_each_other_with_their_own_splits_and_filters(
         more=[more(uri=str(files), validation_fraction=0)],
     )
     assert (
-        again.train.rows is None
+        again.train.row_ids is None
         and len(again.train) == 2 * 63
         and again.origin == "each of 2 corpora: as given"
     )
@@ -1059,13 +1057,13 @@ def test_training_rows_are_told_by_corpus_in_the_order_of_the_job_file(files, tm
             more(train=str(files / "b.parquet"), validation_fraction=0),
         ],
     )
-    assert got.corpora[1:] == (20, 0, 13) and sum(got.corpora) == len(got.train)
-    ends = np.cumsum(got.corpora)
+    assert got.corpus_sizes[1:] == (20, 0, 13) and sum(got.corpus_sizes) == len(got.train)
+    ends = np.cumsum(got.corpus_sizes)
     held = m.read_columns(got.train, ["text"])["text"].to_pylist()
     assert held[ends[0] : ends[1]] == [f"text {n}" for n in range(100, 160, 3)] and held[
         ends[2] :
     ] == [f"text {n}" for n in range(20, 33)]
-    assert split(uri=str(files), validation_fraction=0).corpora == (63,)
+    assert split(uri=str(files), validation_fraction=0).corpus_sizes == (63,)
     with pytest.raises(
         ValueError,
         match=r"targets\.t\.data\.more\.0: this corpus has weight 2 and no training row to draw; "
@@ -1163,8 +1161,8 @@ def test_people_cross_no_splits_of_joined_corpora(files, tmp_path, split):
     }
     with pytest.raises(
         ValueError,
-        match=r"data\.group: 1 of \d+ values of person stands in more than one split: the value "
-        r"of \S+ row \d+ is in train",
+        match=r"data\.group: 1 of \d+ values of person is in more than one split: "
+        r"\S+ row \d+ is in train",
     ):
         split(
             **parts,
@@ -1485,7 +1483,7 @@ def test_a_replaced_image_of_the_same_size_is_seen(pets, imports):
     assert again.fingerprint == first.fingerprint and again.files == first.files
     replace(pets / "cat" / "1.png", PNG + b"x")
     changed = m.build(str(pets), "auto", imports)
-    assert changed.fingerprint != first.fingerprint and changed.rows == 6
+    assert changed.fingerprint != first.fingerprint and changed.num_rows == 6
     (pets / "cat" / "1.png").unlink()
     assert m.build(str(pets), "auto", imports).fingerprint not in (
         first.fingerprint,
@@ -2091,7 +2089,7 @@ def test_many_lines_in_bounded_groups(tmp_path, imports):
     lines = [f"line {i}" for i in range(70_000)]  # more than one table of 65,536
     (tmp_path / "a.txt").write_text("\n".join(lines))
     built = m.build(str(tmp_path / "a.txt"), "auto", imports)
-    assert max(g.rows for g in built.groups) == 1024
+    assert max(g.num_rows for g in built.row_groups) == 1024
     assert m.read_columns(m.Selection(built), ["text"])["text"].to_pylist() == [
         line.encode() for line in lines
     ]
@@ -2162,7 +2160,7 @@ def test_everything_on_s3(files, s3_server, split, imports):
         [f"{place}/rows/{name}.parquet" for name in "bca"],
     ):
         built = m.build(uri, "auto", f"{place}/imports")
-        assert built.rows == 63 and built.files[0] == f"{place}/rows/a.parquet"
+        assert built.num_rows == 63 and built.files[0] == f"{place}/rows/a.parquet"
     reader = m.Reader(built, ["number"])
     assert reader.take(np.array([62, 0, 33, 20])).to_pydict() == {"number": [62, 0, 33, 20]}
     here, there = (

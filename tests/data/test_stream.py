@@ -101,7 +101,7 @@ def plan_of(
         batch,
         shards=shards,
         shuffle=shuffle,
-        boundaries=rows.selection.boundaries,
+        boundaries=rows.selection.row_group_starts,
         item_rows=item_rows,
     )
 
@@ -700,7 +700,10 @@ def test_memory_may_be_filled_by_several_processes(ray_here, tmp_path, monkeypat
     monkeypatch.setattr(m.Manifest, "size", property(lambda self: 1 << 30))
     there = rows.in_memory(0.05)
     assert DECODED == []
-    assert there.bad == here.bad and there.selection.rows.tolist() == here.selection.rows.tolist()
+    assert (
+        there.bad == here.bad
+        and there.selection.row_ids.tolist() == here.selection.row_ids.tolist()
+    )
     assert all(np.array_equal(there.arrays[name], here.arrays[name]) for name in here.arrays)
 
 
@@ -760,7 +763,7 @@ def test_windows_of_batches_by_cost_hold_no_more_than_a_reader_keeps(rows, monke
     """
     costly = replace(rows, costs=np.arange(1.0, N + 1))
     assert len(stream.plan_of(costly, 0, 12, 200.0, shuffle="blocks").windows) == 1
-    each = rows.selection.manifest.size // N
+    each = rows.selection.manifest.num_bytes // N
     monkeypatch.setattr(stream, "WINDOW_BYTES", 40 * each)
     windows = stream.plan_of(costly, 0, 12, 200.0, shuffle="blocks").windows
     assert max(len(window.rows) for window in windows) == 69, (
@@ -805,7 +808,7 @@ def test_a_reader_of_batches_by_cost_reads_each_row_group_once_an_epoch(tmp_path
         Decoder(Squares(None, {}), None, {}, {"text": "text"}),
         costs=random_text.uniform(1, 17, 600),
     )
-    each = rows.selection.manifest.size // 600
+    each = rows.selection.manifest.num_bytes // 600
     monkeypatch.setattr(stream, "WINDOW_BYTES", 20 * each)
     monkeypatch.setattr("pipeline.data.loader.WINDOWS_BYTES", 20 * each)
     read, groups = [], pq.ParquetFile.read_row_group
@@ -825,7 +828,7 @@ def test_a_reader_of_batches_by_cost_reads_each_row_group_once_an_epoch(tmp_path
             for item in plan.items(epoch * n, (epoch + 1) * n):
                 loader(item)
             assert max(Counter(read).values()) == 1 and (epoch or sorted(read) == list(range(75)))
-            assert loader._reader._held <= (plan.held_rows + 8) * each
+            assert loader._reader._bytes_in_cache <= (plan.held_rows + 8) * each
     assert stream.plan_of(rows, 3, 0, 60.0, shards=4, item_rows=5).held_rows == 0, (
         "a window of all rows"
     )

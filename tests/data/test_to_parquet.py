@@ -260,7 +260,7 @@ def test_large_documents_come_in_groups_of_bounded_size(tmp_path, imports, monke
     monkeypatch.setattr(made, "GROUP_BYTES", 1000)
     (tmp_path / "a.txt").write_bytes(b"\n".join(b"x" * 300 for _ in range(40)))
     built = m.build(str(tmp_path / "a.txt"), "auto", imports)
-    assert {group.rows for group in built.groups} == {4}
+    assert {group.num_rows for group in built.row_groups} == {4}
 
 
 def test_a_folder_read_as_documents_has_no_tables_and_images_among_them(tmp_path, imports):

@@ -115,4 +115,4 @@ def test_limits_are_what_the_errors_say():
         to_parquet.LINE_BYTES == csv_tables.ROW_BYTES == 64 * MEBIBYTE
         and archives.MAX_FILE_BYTES == 256 * MEBIBYTE
     )
-    assert manifests.GROUP_BYTES <= 512 * MEBIBYTE
+    assert manifests.MAX_UNPACKED_BYTES <= 512 * MEBIBYTE

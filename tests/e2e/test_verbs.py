@@ -361,9 +361,11 @@ def few_rows(job, monkeypatch):
             rows = getattr(found, name)
             masks[name] = np.arange(len(rows)) % max(1, -(-len(rows) // most)) == 0
             thin[name] = rows.keep(masks[name])
-        of_corpus = np.split(masks["train"], np.cumsum(found.corpora)[:-1])
-        thin["corpora"] = tuple(int(mask.sum()) for mask in of_corpus)
-        thin["trains"] = tuple(map(manifests.Selection.keep, found.trains, of_corpus))
+        of_corpus = np.split(masks["train"], np.cumsum(found.corpus_sizes)[:-1])
+        thin["corpus_sizes"] = tuple(int(mask.sum()) for mask in of_corpus)
+        thin["train_by_corpus"] = tuple(
+            map(manifests.Selection.keep, found.train_by_corpus, of_corpus)
+        )
         return dataclasses.replace(found, **thin)
 
     monkeypatch.setattr(manifests, "splits", splits)

@@ -147,7 +147,7 @@ def test_a_folder_is_read_once_and_damage_is_found_by_what_it_holds(tmp_path, mo
 def test_a_manifest_of_another_program_is_not_compared(tmp_path, caplog, content):
     pq.write_table(pa.table({"text": ["x", "y"]}), tmp_path / "a.parquet")
     (tmp_path / "_manifest.json").write_bytes(content)
-    assert manifests.build(str(tmp_path), "auto", str(tmp_path / "imports")).rows == 2
+    assert manifests.build(str(tmp_path), "auto", str(tmp_path / "imports")).num_rows == 2
     assert "_manifest.json is no manifest of `onetomany prepare`" in caplog.text
 
 

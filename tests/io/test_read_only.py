@@ -200,7 +200,7 @@ def test_rows_are_read_by_other_processes(web, tmp_path):
     pq.write_table(table, buffer, row_group_size=100)
     uri = web.put("rows.parquet", buffer.getvalue())
     manifest = manifests.build([uri], "auto", str(tmp_path))
-    assert manifest.rows == 1000
+    assert manifest.num_rows == 1000
     with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
         found = pool.submit(_rows, manifest).result()
     assert found == ["row 0", "row 999"]
@@ -274,7 +274,7 @@ def test_a_signature_is_no_part_of_what_is_known_without_reading(web, tmp_path, 
 def test_a_folder_that_forbids_a_look_has_no_manifest_of_prepare(web, tmp_path):
     web.missing = 403
     uri = web.put("rows.parquet", rows_of_parquet())
-    assert manifests.build([uri], "auto", str(tmp_path)).rows == 3
+    assert manifests.build([uri], "auto", str(tmp_path)).num_rows == 3
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ found = {
     "glob": storage.glob(f"{root}/data/*.csv"),
     "folders": [storage.is_dir(uri) for uri in (root, f"{root}/data", f"{root}/data/a.csv")],
     "there": [storage.exists(f"{root}/data/{name}.csv") for name in "abc"],
-    "rows": manifests.build([f"{root}/data"], "auto", imports).rows,
+    "rows": manifests.build([f"{root}/data"], "auto", imports).num_rows,
     "content": file_identity.fingerprint(f"{root}/data/a.csv"),
 }
 try:
@@ -461,7 +461,7 @@ def test_objects_of_a_bucket(bucket, tmp_path):
             with pytest.raises(StorageError, match="was changed while it was read"):
                 file.read(100)
             put("other/c.bin", DATA)
-    assert manifests.build([root], "auto", str(tmp_path)).rows == 3
+    assert manifests.build([root], "auto", str(tmp_path)).num_rows == 3
     (tmp_path / "c.bin").write_bytes(DATA)
     first = file_identity.identify([other])[0]
     assert first.content == file_identity.fingerprint(tmp_path / "c.bin")

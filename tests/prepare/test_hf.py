@@ -122,7 +122,9 @@ def test_a_job_reads_it(saved, tmp_path):
         columns={"image": "image", "label": "label"},
     )
     manifest = manifests.build(data.uri, "auto", str(tmp_path))
-    assert manifest.rows == 25 and {"image", "label", "objects_bbox"} <= set(manifest.schema.names)
+    assert manifest.num_rows == 25 and {"image", "label", "objects_bbox"} <= set(
+        manifest.schema.names
+    )
 
 
 def test_parts_are_the_same_whoever_writes_them_and_mixed(saved, tmp_path):

@@ -473,7 +473,7 @@ def test_a_source_and_an_output_on_s3(folder, tmp_path, s3_server):
     assert done["rows"] == {"train": 8, "validation": 4, "test": 3}
     assert verify(f"{root}/out") == done
     assert prepare("imagefolder", f"{root}/raw", f"{root}/out", rows_per_part=3) == done
-    assert manifests.build(f"{root}/out", "auto", str(tmp_path)).rows == 15
+    assert manifests.build(f"{root}/out", "auto", str(tmp_path)).num_rows == 15
 
 
 @pytest.mark.parametrize(

@@ -620,18 +620,18 @@ def test_corpora_are_drawn_by_their_weights_and_no_row_holds_two_of_them(tmp_pat
     stage, fitted, metadata = pretrained(job)
     assert (
         stage.splits is not None
-        and len(fitted.corpora) == 3
-        and sum(fitted.corpora) == len(fitted.train)
+        and len(fitted.corpus_sizes) == 3
+        and sum(fitted.corpus_sizes) == len(fitted.train)
     )
-    assert sum(stage.splits.corpora) == len(stage.splits.train)
+    assert sum(stage.splits.corpus_sizes) == len(stage.splits.train)
     if objective == "classification":
-        assert fitted.corpora == (
-            stage.splits.corpora[0],
-            stage.splits.corpora[1] - 1,
-            stage.splits.corpora[2],
+        assert fitted.corpus_sizes == (
+            stage.splits.corpus_sizes[0],
+            stage.splits.corpus_sizes[1] - 1,
+            stage.splits.corpus_sizes[2],
         ), "a row less, in its own corpus"
     modality = bundle.build_modality(fitted.modality)
-    ends = np.cumsum(fitted.corpora)
+    ends = np.cumsum(fitted.corpus_sizes)
     corpus_of = np.searchsorted(ends, np.arange(len(fitted.train)), side="right")
     tokens = manifests.read_columns(fitted.train, ["tokens"])["tokens"].to_pylist()
     own = [
@@ -649,7 +649,7 @@ def test_corpora_are_drawn_by_their_weights_and_no_row_holds_two_of_them(tmp_pat
     )
     message = ", ".join(
         f"{w} from corpus {i} ({n} rows)"
-        for i, (w, n) in enumerate(zip((0.5, 0.2, 0.3), fitted.corpora, strict=True), 1)
+        for i, (w, n) in enumerate(zip((0.5, 0.2, 0.3), fitted.corpus_sizes, strict=True), 1)
     )
     assert (
         f"drawn by weight, as shares of the training rows: {message}; validation is unweighted"
@@ -738,7 +738,7 @@ def test_bad_rows_leave_the_corpora_of_images_where_they_are(tmp_path, images, d
         ],
     }
     stage, fitted, _ = pretrained(Job.model_validate(job))
-    assert fitted.corpora == (60, 24)
+    assert fitted.corpus_sizes == (60, 24)
     rows = np.concatenate(drawn(stage))
     assert (rows == 62).sum() == 0 and abs((rows >= 60).mean() - 2 / 3) < 0.05
 
@@ -797,7 +797,7 @@ def test_transcripts_that_no_recording_holds_are_known_before_training_whatever_
     )
     fitted = source.fit(stage)
     assert (
-        fitted.corpora == (12, 10)
+        fitted.corpus_sizes == (12, 10)
         and fitted.train.ids(np.arange(22)).tolist() == [*range(13), 14, *range(16, 24)]
         and fitted.costs is None
     )

@@ -37,9 +37,9 @@ def test_rows_that_name_files_count_as_the_files(tmp_path):
     )
     assert overlap.bytes_to_read(rows(paths[-1:], pa.string()), "image", {"image": "sound"}) == 0
     held = rows([b"abc"] * 42, pa.binary())
-    assert overlap.bytes_to_read(held, "audio", {"audio": "sound"}) == held.manifest.size
+    assert overlap.bytes_to_read(held, "audio", {"audio": "sound"}) == held.manifest.num_bytes
     texts = rows(["a text"] * 42, pa.string())
-    assert overlap.bytes_to_read(texts, "text", {"text": "sound"}) == texts.manifest.size
+    assert overlap.bytes_to_read(texts, "text", {"text": "sound"}) == texts.manifest.num_bytes
 
 
 @pytest.mark.parametrize(

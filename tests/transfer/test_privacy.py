@@ -114,7 +114,7 @@ def message(job: Job) -> str:
 def test_a_group_that_crosses_splits_is_told_by_counts_and_positions(tmp_path, modality):
     text = message(job_of(tmp_path, modality, cut_groups(), LABELS))
     assert (
-        "15 of 15 values of who stand in more than one split" in text
+        "15 of 15 values of who are in more than one split" in text
         and "row " in text
         and CANARY not in text
     )

@@ -592,7 +592,7 @@ def test_pairs_are_test_rows_of_a_source_when_both_texts_are_there(tmp_path):
     single = stages.check(pair_job(tmp_path / "single", {"text": "b"}), Silent())
     assert overlap.find_overlap(
         single.targets["task"], single.sources, str(tmp_path / "signs")
-    ).test.rows.tolist() == list(range(2, 36, 3))  # type: ignore[union-attr]
+    ).test.row_ids.tolist() == list(range(2, 36, 3))  # type: ignore[union-attr]
     assert overlap.key(single.targets["task"], single.sources) != overlap.key(
         state.targets["task"], state.sources
     )

@@ -111,7 +111,7 @@ class Inspection:
 
     @property
     def rows(self) -> int:
-        return sum(manifest.rows for manifest in self.manifests.values())
+        return sum(manifest.num_rows for manifest in self.manifests.values())
 
     def column(self, name: str) -> Column:
         return next(column for column in self.columns if column.name == name)
@@ -347,12 +347,12 @@ def _as_parquet(files: list[str], delimiter: str, scratch: str) -> list[str]:
 
 def sample_row_ids(manifest: Manifest, most: int) -> np.ndarray:
     """Return the ids of a sample of rows, from row groups all over the files."""
-    groups = evenly_spread(len(manifest.groups), SAMPLE_ROW_GROUPS)
+    groups = evenly_spread(len(manifest.row_groups), SAMPLE_ROW_GROUPS)
     each = -(-most // len(groups))
     ids = [
         start + evenly_spread(rows, each)
         for start, rows in (
-            (int(manifest.starts[group]), manifest.groups[group].rows) for group in groups
+            (int(manifest.starts[group]), manifest.row_groups[group].num_rows) for group in groups
         )
     ]
     return np.concatenate(ids)
@@ -376,7 +376,7 @@ def _sample(manifest: Manifest, kind: str) -> tuple[pa.Table, list[Column]]:
 
 def _of_all_rows(manifest: Manifest, columns: Sequence[Column], sampled: int) -> list[Column]:
     """Describe anew what may name rows or groups, from all rows: a sample may have one row each."""
-    if sampled == manifest.rows:
+    if sampled == manifest.num_rows:
         return list(columns)
     rows = Selection(manifest)
     return [
