@@ -83,7 +83,7 @@ def sources_in_this_process(monkeypatch) -> None:
             return {**launch.source_metadata(stage), "cached": True}
         if stage.splits is None:
             return {**pretrain.import_checkpoint(stage), "bundle": stage.bundle_uri}
-        fitted = source.fit(stage)
+        fitted = source.prepare_source(stage)
         work = pretrain.rank_job(stage, fitted, DataWorkers(1), threads=1)
         progress.note(f"{stage.name}: {work.split_text}")
         for finding in fitted.findings:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline.config import registry
 from pipeline.core.capabilities import can_pack, cost_column, decodes_on_device, is_costed
@@ -34,35 +35,38 @@ class Decoder:
     objective: str | None
     objective_state: State
     columns: dict[str, str]
-    encoded: bool = False
+    keep_encoded: bool = False
     """Inputs stay encoded, to be decoded on the device."""
     training: bool = True
-    """Rows are for training: those that can only be scored are left out."""
+    """Whether rows are for training. Rows that can only be evaluated are then bad ones."""
     relabel: Callable[[Arrays], Arrays] | None = None
-    """Turns what the objective encodes into another data set's label numbers; can be pickled."""
+    """Turns labels as the objective encodes them into another data set's label numbers; a function
+    that can be pickled.
+    """
 
-    def names(self, roles: tuple[str, ...] | None = None) -> list[str]:
+    def column_names(self, roles: tuple[str, ...] | None = None) -> list[str]:
         """Return the columns of all roles, or of the given ones."""
-        objective = registry.get("objective", self.objective) if self.objective else None
-        packed = self.modality.packed_roles if can_pack(self.modality) else ()
-        inputs = (*self.modality.roles, *self.modality.optional_roles, *packed)
-        roles = (
-            (*inputs, *((*objective.roles, *objective.optional_roles) if objective else ()))
-            if roles is None
-            else roles
-        )
+        if roles is None:
+            packed = self.modality.packed_roles if can_pack(self.modality) else ()
+            roles = (*self.modality.roles, *self.modality.optional_roles, *packed)
+            if self.objective:
+                objective = registry.get("objective", self.objective)
+                roles = (*roles, *objective.roles, *objective.optional_roles)
         return list(dict.fromkeys(self.columns[role] for role in roles if role in self.columns))
 
-    def size(self, selection: Selection) -> int:
+    def estimate_bytes(self, selection: Selection) -> int:
         """Estimate the bytes of the decoded selection from a few of its rows."""
         indices = evenly_spread(len(selection), 8)
         if not len(indices):
             return 0
-        arrays, _ = self(Reader(selection.manifest, self.names()).take(selection.ids(indices)))
+        arrays, _ = self(
+            Reader(selection.manifest, self.column_names()).take(selection.ids(indices))
+        )
         return int(sum(map(num_bytes, arrays.values())) / len(indices) * len(selection))
 
-    def __call__(self, table) -> tuple[Arrays, list[str]]:
-        if self.encoded:
+    def __call__(self, table: pa.Table) -> tuple[Arrays, list[str]]:
+        """Return the arrays of rows, and for each row why it is bad, or ""."""
+        if self.keep_encoded:
             assert decodes_on_device(self.modality)
             files, bad = self.modality.encoded(table, self.columns)
             arrays = {"encoded": files}
@@ -72,26 +76,27 @@ class Decoder:
             objective = registry.get("objective", self.objective)
             labels = objective.encode(table, self.columns, self.objective_state)
             arrays = arrays | (self.relabel(labels) if self.relabel else labels)
-            of_rows = (table, self.columns, self.objective_state)
-            reasons = [bad, invalid_label_reasons(objective, *of_rows)]
+            rows = (table, self.columns, self.objective_state)
+            reasons = [bad, invalid_label_reasons(objective, *rows)]
             if self.training:
-                reasons.append(untrainable_reasons(objective, *of_rows, arrays))
+                reasons.append(untrainable_reasons(objective, *rows, arrays))
             bad = [next(filter(None, of_row), "") for of_row in zip(*reasons, strict=True)]
         return arrays, bad
 
 
 WINDOWS_BYTES = 512 << 20
-"""Least cache of row groups where batches take their rows from all of a window;
-`BucketPlan.held_rows` may need more.
+"""Least cache of row groups where batches take rows from a whole window; `BucketPlan.held_rows` may
+need more.
 """
 RAGGED = "_ragged:"
-SILENT_ROWS = 256
+HEADER_ROWS = 256
 """Rows whose headers are read at once."""
 
 
 def row_bytes(selection: Selection) -> int:
-    """Return the bytes that a reader holds for each row of a selection: those of its row groups,
-    over the number of rows.
+    """Return the bytes of a selection's row groups, divided by its number of rows.
+
+    A reader holds whole row groups, also where the selection has few of their rows.
     """
     manifest = selection.manifest
     starts = manifest.starts
@@ -107,10 +112,14 @@ def _is_ragged(array: np.ndarray) -> bool:
 
 
 class Block(NamedTuple):
+    """The decoded rows of an item."""
+
     rows: np.ndarray
+    """(n,) row ids."""
     epochs: np.ndarray
     arrays: Arrays
     bad: list[str]
+    """Why each row is bad, or ""."""
 
 
 class Loader:
@@ -128,7 +137,7 @@ class Loader:
         self.__init__(*state)
 
     def __call__(self, item: Item) -> Block:
-        if item.shard < 0:  # a plain range, for evaluation
+        if item.shard < 0:
             indices = np.arange(item.start, item.stop)
             epochs = np.zeros(item.stop - item.start, dtype=np.int64)
         else:
@@ -137,24 +146,22 @@ class Loader:
         rows = self.selection.ids(indices)
         with self._lock:
             self._reader = self._reader or Reader(
-                self.selection.manifest, self.decoder.names(), self._kept()
+                self.selection.manifest, self.decoder.column_names(), self._cache_bytes()
             )
             table = self._reader.take(rows)
         arrays, bad = self.decoder(table)
         return Block(rows, epochs, arrays, bad)
 
-    def _kept(self) -> int:
-        return (
-            max(WINDOWS_BYTES, self.plan.held_rows * row_bytes(self.selection))
-            if isinstance(self.plan, BucketPlan)
-            else READER_BYTES
-        )
+    def _cache_bytes(self) -> int:
+        if not isinstance(self.plan, BucketPlan):
+            return READER_BYTES
+        return max(WINDOWS_BYTES, self.plan.held_rows * row_bytes(self.selection))
 
     def columns(self, item: Item) -> Arrays:
         """Return the block as one set of columns, to be sent through the object store.
 
-        Ray Data would make one array of ragged rows that happen to be of equal length; the names of
-        those columns tell them apart.
+        Ray Data would make one array of ragged rows that happen to have equal lengths. So the names
+        of ragged columns have a prefix.
         """
         block = self(item)
         named = {
@@ -180,9 +187,7 @@ class Loader:
 
 
 class RowCosts:
-    """Costs of the rows of an item (`Costed.costs`), from the column that holds them or from the
-    rows themselves.
-    """
+    """Costs of the rows of an item (`Costed.costs`): from a column, or from the rows themselves."""
 
     def __init__(self, selection: Selection, modality: Modality, columns: dict[str, str]):
         assert is_costed(modality), f"{modality.registered_name} rows have no costs"
@@ -195,13 +200,14 @@ class RowCosts:
         if not self.has_column:
             return self._of(self._reader(self.columns), ids, self.columns)
         column = {self.modality.cost_role: self.columns[self.modality.cost_role]}
-        found = self._of(self._reader(column), ids, column)
-        silent, reader = np.flatnonzero(found == 0), self._reader(self.columns)
-        # The column is null: the row's own header tells
-        for start in range(0, len(silent), SILENT_ROWS):
-            some = silent[start : start + SILENT_ROWS]
-            found[some] = self._of(reader, ids[some], self.columns)
-        return found
+        costs = self._of(self._reader(column), ids, column)
+        # the column is null there: read the cost from the row's own header
+        without_cost = np.flatnonzero(costs == 0)
+        reader = self._reader(self.columns)
+        for start in range(0, len(without_cost), HEADER_ROWS):
+            indices = without_cost[start : start + HEADER_ROWS]
+            costs[indices] = self._of(reader, ids[indices], self.columns)
+        return costs
 
     def _reader(self, columns: dict[str, str]) -> Reader:
         names = dict.fromkeys(columns[role] for role in self.roles if role in columns)

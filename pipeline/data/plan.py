@@ -32,10 +32,10 @@ from pipeline.core.rng import mix
 
 Shuffle = Literal["rows", "blocks", "none"]
 DEFAULT_SHARDS = 8
-"""Canonical shards of a job's plans, at least: up to so many ranks read the batches of one."""
+"""Least number of canonical shards of a job's plans: up to so many ranks can share a batch."""
 CHUNK = 4096
-"""Positions of a shard in which a mixture has its exact shares: weights are rounded to parts of
-it.
+"""Positions of a shard in which each corpus of a mixture has exactly its share. Weights are rounded
+to parts of a chunk.
 """
 Mixture = tuple[tuple[int, int, float], ...]
 """(first row index, one past the last, weight) of every corpus, in the order of their rows."""
@@ -43,7 +43,10 @@ Mixture = tuple[tuple[int, int, float], ...]
 
 @dataclass(frozen=True)
 class Item:
-    """A run of one shard's sequence: the unit that a data worker reads and decodes."""
+    """Positions [start, stop) of one shard's sequence: what a data worker decodes at once.
+
+    ``shard`` -1: row indices [start, stop), for evaluation.
+    """
 
     shard: int
     start: int
@@ -84,27 +87,23 @@ class Order:
         """Return (stop - start,) row indices at positions [start, stop) of an epoch's shuffled
         order.
         """
-        made = self._epoch_order(epoch)
-        if isinstance(made, np.ndarray):
-            return made[start:stop]
-        blocks, starts = made
+        epoch_order = self._epoch_order(epoch)
+        if isinstance(epoch_order, np.ndarray):
+            return epoch_order[start:stop]
+        blocks, starts = epoch_order
         out = []
         for i in range(int(np.searchsorted(starts, start, side="right")) - 1, len(blocks)):
             if starts[i] >= stop:
                 break
             low, high = self.boundaries[blocks[i]], self.boundaries[blocks[i] + 1]
-            inside = (
-                np.random.default_rng(mix(self.seed, epoch, int(blocks[i]), 1)).permutation(
-                    high - low
-                )
-                + low
-            )
-            out.append(inside[max(start - starts[i], 0) : stop - starts[i]])
+            generator = np.random.default_rng(mix(self.seed, epoch, int(blocks[i]), 1))
+            block = generator.permutation(high - low) + low
+            out.append(block[max(start - starts[i], 0) : stop - starts[i]])
         return np.concatenate(out) if out else np.zeros(0, dtype=np.int64)
 
     # ------------------------------------------------ shards
 
-    def _before(self, position: int, shard: int) -> int:
+    def _count_before(self, position: int, shard: int) -> int:
         """Return how many positions below `position` belong to the shard."""
         return (position - shard + self.shards - 1) // self.shards
 
@@ -116,10 +115,11 @@ class Order:
         while start < stop:
             position = start * self.shards + shard
             epoch = position // self.rows
-            first = self._before(epoch * self.rows, shard)
-            last = self._before((epoch + 1) * self.rows, shard)
+            first = self._count_before(epoch * self.rows, shard)
+            last = self._count_before((epoch + 1) * self.rows, shard)
             offset = sum(
-                self._before((epoch + 1) * self.rows, s) - self._before(epoch * self.rows, s)
+                self._count_before((epoch + 1) * self.rows, s)
+                - self._count_before(epoch * self.rows, s)
                 for s in range(shard)
             )
             end = min(stop, last)
@@ -134,22 +134,21 @@ class Order:
 class MixtureOrder:
     """Corpora sampled by weights, each in an order of its own.
 
-    Within a chunk the draws of a corpus are stratified: one at random in each of equal stretches,
-    so that its share is near its weight after any number of positions.
+    Within a chunk the draws of a corpus are stratified: the chunk is cut into as many equal parts
+    as there are draws, and each part has one. So the share of a corpus is near its weight after any
+    number of positions.
     """
 
     def __init__(self, mixture: Mixture, plan: Order):
         weights = np.array([weight for *_, weight in mixture], dtype=np.float64)
-        if [start for start, *_ in mixture] != [
-            0,
-            *(stop for _, stop, _ in mixture[:-1]),
-        ] or mixture[-1][1] != plan.rows:
+        starts, stops = [start for start, *_ in mixture], [stop for _, stop, _ in mixture]
+        if starts != [0, *stops[:-1]] or stops[-1] != plan.rows:
             raise ValueError(
                 "the corpora of a mixture must follow each other from row 0 to row "
                 f"{plan.rows}: {mixture}"
             )
-        self.seed, self.starts = plan.seed, [start for start, *_ in mixture]
-        self.draws = draws_a_chunk(weights)
+        self.seed, self.starts = plan.seed, starts
+        self.draws = draws_per_chunk(weights)
         for number, (start, stop, weight) in enumerate(mixture, 1):
             if stop <= start:
                 raise ValueError(
@@ -175,42 +174,40 @@ class MixtureOrder:
         self._chunk = lru_cache(maxsize=2 * self.parts[0].shards)(self._make_chunk)
 
     def _make_chunk(self, shard: int, chunk: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (CHUNK,) the corpus of every position, and (CHUNK,) how many draws its corpus had
-        before in the chunk.
+        """Return (CHUNK,) the corpus of each position, and (CHUNK,) the number of the draw within
+        the chunk's draws from that corpus.
         """
         corpora = np.repeat(np.arange(len(self.draws)), self.draws)
-        number = np.concatenate([np.arange(count) for count in self.draws])
-        when = (
-            number + np.random.default_rng(mix(self.seed, shard, chunk, 2)).random(CHUNK)
-        ) / self.draws[corpora]
-        order = np.argsort(when, kind="stable")
-        return corpora[order], number[order]
+        draw = np.concatenate([np.arange(count) for count in self.draws])
+        generator = np.random.default_rng(mix(self.seed, shard, chunk, 2))
+        place = (draw + generator.random(CHUNK)) / self.draws[corpora]
+        order = np.argsort(place, kind="stable")
+        return corpora[order], draw[order]
 
     def sequence(self, shard: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `Plan.sequence`."""
+        """Return what `Order.sequence` returns, for the mixture."""
         n = max(0, stop - start)
         indices, epochs = np.empty(n, dtype=np.int64), np.empty(n, dtype=np.int64)
         for chunk in range(start // CHUNK, -(-stop // CHUNK) if n else 0):
             low, high = max(start, chunk * CHUNK), min(stop, (chunk + 1) * CHUNK)
-            corpora, number = (
+            corpora, draw = (
                 part[low - chunk * CHUNK : high - chunk * CHUNK]
                 for part in self._chunk(shard, chunk)
             )
             for c in np.unique(corpora):
-                here = np.flatnonzero(corpora == c)
-                first = chunk * int(self.draws[c]) + int(number[here[0]])
-                found, whose = self.parts[c].sequence(shard, first, first + len(here))
-                indices[low - start + here], epochs[low - start + here] = (
-                    found + self.starts[c],
-                    whose,
-                )
+                positions = np.flatnonzero(corpora == c)
+                first = chunk * int(self.draws[c]) + int(draw[positions[0]])
+                rows, row_epochs = self.parts[c].sequence(shard, first, first + len(positions))
+                positions += low - start
+                indices[positions] = rows + self.starts[c]
+                epochs[positions] = row_epochs
         return indices, epochs
 
 
-def draws_a_chunk(weights: np.ndarray) -> np.ndarray:
-    """Return (corpora,) whole numbers that add up to CHUNK, each within one of its share.
+def draws_per_chunk(weights: np.ndarray) -> np.ndarray:
+    """Return (corpora,) the number of draws from each corpus in a chunk, by weights.
 
-    Raises ValueError for weights that are not above 0, or so small that nothing would be sampled.
+    Raises ValueError for weights that are not above 0, or so small that nothing would be drawn.
     """
     if not len(weights) or not (np.isfinite(weights).all() and (weights > 0).all()):
         raise ValueError(f"weights {', '.join(f'{w:g}' for w in weights)}: each must be above 0")
@@ -235,13 +232,14 @@ class Plan(Order):
     """Row order of one training run.
 
     Args:
-        rows: number of selected rows (indices 0 .. rows-1).
-        boundaries: (groups + 1,) first index of every row group, for `blocks`.
-        mixture: corpora as ranges of the rows, with weights; None: every row once an epoch.
+        rows: Number of selected rows (indices 0 .. rows-1).
+        boundaries: (row groups + 1,) first index of every row group, for `blocks`.
+        item_rows: Rows of an item.
+        mixture: Corpora as ranges of the rows, with weights; None: every row once per epoch.
 
     Raises:
-        ValueError: an empty selection, a global batch larger than the rows or fewer rows than
-            shards, an empty corpus or a weight too small for a draw.
+        ValueError: There are no rows or fewer than a global batch, a corpus is empty, or its weight
+            is too small for a draw.
     """
 
     def __init__(
@@ -270,20 +268,19 @@ class Plan(Order):
             raise ValueError("boundaries must run from 0 to the number of rows")
         super().__init__(rows, seed, min(shards, global_batch), shuffle, bounds)
         self.global_batch, self.item_rows = global_batch, item_rows
-        self.batches_an_epoch: float = rows / global_batch
+        self.batches_per_epoch: float = rows / global_batch
         self.mixed = MixtureOrder(mixture, self) if mixture is not None else None
 
     def sequence(self, shard: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (n,) row indices and (n,) epochs (of each row's corpus) of positions [start,
-        stop) of a shard's endless sequence.
-        """
-        return (
-            self.mixed.sequence(shard, start, stop)
-            if self.mixed is not None
-            else super().sequence(shard, start, stop)
-        )
+        """Return (n,) row indices and (n,) epochs of positions [start, stop) of a shard's sequence.
 
-    def owned(self, rank: int, ranks: int) -> list[int]:
+        In a mixture a row's epoch is that of its corpus.
+        """
+        if self.mixed is not None:
+            return self.mixed.sequence(shard, start, stop)
+        return super().sequence(shard, start, stop)
+
+    def shards_of_rank(self, rank: int, ranks: int) -> list[int]:
         """Return the shards of a rank. Raises ValueError for more ranks than shards."""
         if ranks > self.shards:
             raise ValueError(
@@ -293,23 +290,25 @@ class Plan(Order):
             )
         return list(range(rank, self.shards, ranks))
 
-    def start(self, step: int) -> int:
+    def first_position(self, step: int) -> int:
         """Return the first position of global batch `step`."""
         return step * self.global_batch
 
     def steps(self, epochs: float) -> int:
         """Return the number of global batches of so many epochs, rounded up, at least one."""
-        return max(1, int(np.ceil(epochs * self.batches_an_epoch - 1e-9)))
+        return max(1, int(np.ceil(epochs * self.batches_per_epoch - 1e-9)))
 
-    def span(self, step: int, shard: int) -> tuple[int, int]:
+    def shard_positions(self, step: int, shard: int) -> tuple[int, int]:
         """Return the positions of the shard's sequence that global batch `step` takes."""
-        return self._before(self.start(step), shard), self._before(self.start(step + 1), shard)
+        return self._count_before(self.first_position(step), shard), self._count_before(
+            self.first_position(step + 1), shard
+        )
 
     def positions(self, step: int, rank: int, ranks: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (n,) shards and (n,) positions in their sequences of the rank's part of a global
         batch, in order.
         """
-        rows = np.arange(self.start(step), self.start(step + 1))
+        rows = np.arange(self.first_position(step), self.first_position(step + 1))
         rows = rows[(rows % self.shards) % ranks == rank]
         return rows % self.shards, rows // self.shards
 
@@ -320,23 +319,24 @@ class Plan(Order):
         shards, positions = self.positions(step, rank, ranks)
         indices = np.empty(len(positions), dtype=np.int64)
         epochs = np.empty(len(positions), dtype=np.int64)
-        for shard in self.owned(rank, ranks):
-            here = shards == shard
-            start, stop = self.span(step, shard)
-            indices[here], epochs[here] = self.sequence(shard, start, stop)
+        for shard in self.shards_of_rank(rank, ranks):
+            is_of_shard = shards == shard
+            start, stop = self.shard_positions(step, shard)
+            indices[is_of_shard], epochs[is_of_shard] = self.sequence(shard, start, stop)
         return indices, epochs
 
     def items(
         self, first_step: int, last_step: int, rank: int = 0, ranks: int = 1
     ) -> Iterator[Item]:
-        """Return what the rank must read for steps [first_step, last_step), in the order of
-        need.
+        """Return the items that a rank reads for steps [first_step, last_step), in the order in
+        which it needs them.
         """
-        out = []
-        for shard in self.owned(rank, ranks):
-            start, stop = self.span(first_step, shard)[0], self.span(last_step, shard)[0]
+        items = []
+        for shard in self.shards_of_rank(rank, ranks):
+            start, _ = self.shard_positions(first_step, shard)
+            stop, _ = self.shard_positions(last_step, shard)
             while start < stop:
                 end = min(stop, (start // self.item_rows + 1) * self.item_rows)
-                out.append(Item(shard, start, end))
+                items.append(Item(shard, start, end))
                 start = end
-        return iter(sorted(out, key=lambda item: item.start * self.shards + item.shard))
+        return iter(sorted(items, key=lambda item: item.start * self.shards + item.shard))

@@ -1,8 +1,7 @@
-"""From a plan to device-ready batches: rows are decoded by Ray Data workers, in this process, or
-are held in memory.
+"""From a plan to batches: rows are decoded by Ray Data workers or in this process, or in memory.
 
-The one module that runs Ray Data. Workers read encoded files; what crosses the object store is what
-the modality's `decode` returns: uint8 pixels or token ids, never float images. Batches do not
+The only module that runs Ray Data. Workers read encoded files and send what the modality's `decode`
+returns through the object store: uint8 pixels or token ids, never float images. Batches do not
 depend on where they are decoded.
 """
 
@@ -59,7 +58,7 @@ EVAL_SAMPLES = 1 << 21
 """Padded samples of an evaluation batch of ragged rows, two minutes at 16 kHz: rows of similar
 length are evaluated together.
 """
-ITEMS_AN_EXECUTION = 4096
+ITEMS_PER_EXECUTION = 4096
 """Items of one Ray Data execution: a new execution costs seconds, a longer list costs memory."""
 
 
@@ -69,8 +68,8 @@ class TooManyBadRowsError(ValueError):
 
 # ---------------------------------------------------------------- where rows are decoded
 
-REFUSED = "__refused__"
-"""The only column of a block that stands for a ValueError or a ChangedFileError, which it holds."""
+ERROR_COLUMN = "__refused__"
+"""The only column of a block that carries a pickled error in place of decoded rows."""
 
 
 class _Worker:
@@ -83,12 +82,9 @@ class _Worker:
     def __call__(self, items: dict[str, np.ndarray]) -> Arrays:
         try:
             return self.work(Item(*(int(items[name][0]) for name in Item.__dataclass_fields__)))
-        except (
-            ValueError,
-            ChangedFileError,
-            # Ray Data keeps no cause of its own errors: only this process knows what was wrong
-        ) as error:
-            return {REFUSED: np.array([pickle.dumps(error)], dtype=object)}
+        except (ValueError, ChangedFileError) as error:
+            # Ray Data would drop the cause of the error: send it as a block
+            return {ERROR_COLUMN: np.array([pickle.dumps(error)], dtype=object)}
 
 
 @dataclass(frozen=True)
@@ -104,25 +100,23 @@ class DataWorkers:
 def map_blocks(
     work: Callable[[Item], Arrays], items: Iterable[Item], workers: DataWorkers
 ) -> Iterator[Arrays]:
-    """Apply `work` to items in a Ray Data actor pool, one block of columns an item, in order and
-    with bounded memory.
+    """Apply `work` to items in a Ray Data actor pool, in order and with bounded memory.
 
-    `work` is sent once to each actor; what it returns should be large enough to be worth sending. A
-    ValueError that it raises is raised here unchanged.
+    Each item gives one block of columns, which should be large enough to be worth sending. `work`
+    is sent once to each actor. A ValueError that it raises is raised here unchanged.
     """
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.target_max_block_size = (
-        None  # an item stays one block: Ray would cut one above 1.5 x 128 MiB into several
-    )
+    # an item stays one block: Ray would cut one above 1.5 x 128 MiB into several
+    context.target_max_block_size = None
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
         cpu=workers.actors * workers.cpus_per_actor, object_store_memory=workers.object_store_bytes
     )
     items = iter(items)
-    while segment := list(islice(items, ITEMS_AN_EXECUTION)):
+    while segment := list(islice(items, ITEMS_PER_EXECUTION)):
         data = ray.data.from_items(
             [asdict(item) for item in segment], override_num_blocks=len(segment)
         )
@@ -139,15 +133,15 @@ def map_blocks(
             compute=pool,
         )
         blocks: Any = data.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=4)
-        for block in blocks:  # the numpy format gives arrays
-            if REFUSED in block:
-                raise pickle.loads(bytes(block[REFUSED][0]))
+        for block in blocks:
+            if ERROR_COLUMN in block:
+                raise pickle.loads(bytes(block[ERROR_COLUMN][0]))
             yield block
 
 
 def _ray_blocks(loader: Loader, items: Iterable[Item], workers: DataWorkers) -> Iterator[Block]:
-    mine, theirs = tee(items)
-    for item, columns in zip(mine, map_blocks(loader.columns, theirs, workers), strict=True):
+    expected, sent = tee(items)
+    for item, columns in zip(expected, map_blocks(loader.columns, sent, workers), strict=True):
         block = loader.block(columns)
         assert len(block.rows) == item.stop - item.start, (
             f"{item} came as a block of {len(block.rows)} rows"
@@ -163,10 +157,15 @@ def map_items(
     gpus: float = 0.0,
     ahead: int | None = None,
 ) -> Iterator[Any]:
-    """Yield the results of `fn` over items, in order, as Ray tasks with a bounded window, or in
-    this process if Ray is not running.
+    """Yield the results of `fn` over items, in order: by Ray tasks, or in this process if Ray is
+    not running.
 
-    The caller can resume: results come in order, so those that were kept tell which items are left.
+    As results come in order, a caller that has kept some of them can resume with the items left.
+
+    Args:
+        cpus: CPUs of a task.
+        gpus: GPUs of a task.
+        ahead: Tasks that are submitted at a time; None: two for each task that can run.
     """
     import ray
     from ray.exceptions import RayTaskError
@@ -176,18 +175,18 @@ def map_items(
         return
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(_apply)
     window = ahead or max(2, int(2 * ray.cluster_resources().get("CPU", 1) / cpus))
-    held, fences = ray.put(fn), write_fence.current_fences()
+    shared_fn, fences = ray.put(fn), write_fence.current_fences()
     items = iter(items)
-    pending = deque(task.remote(held, item, fences) for item in islice(items, window))
+    pending = deque(task.remote(shared_fn, item, fences) for item in islice(items, window))
     while pending:
         try:
             result = ray.get(pending.popleft())
         except RayTaskError as error:
             if isinstance(error.cause, (ValueError, ChangedFileError)):
-                # what an item was refused for, without Ray's account of the way it took
+                # the error itself, without Ray's own traceback
                 raise error.cause from None
             raise
-        pending.extend(task.remote(held, item, fences) for item in islice(items, 1))
+        pending.extend(task.remote(shared_fn, item, fences) for item in islice(items, 1))
         yield result
 
 
@@ -202,13 +201,13 @@ def _apply(fn, item, fences):
 
 @dataclass
 class Rows:
-    """The rows of a split and how to decode them; decoded ones are in ``arrays``."""
+    """The rows of a split and how to decode them; rows in memory are in ``arrays``."""
 
     selection: Selection
     decoder: Decoder
     arrays: Arrays | None = None
     bad: tuple[tuple[int, str], ...] = ()
-    kept: bool = False
+    keeps_bad_rows: bool = False
     """Whether ``arrays`` has bad rows too, as zeros. The plan then counts them, as when rows are
     decoded during training.
     """
@@ -223,52 +222,56 @@ class Rows:
         return self.decoder.modality
 
     def in_memory(
-        self, max_bad: float, cpus: float = 1.0, keep_bad: bool = False, lost: int = 0
+        self, max_bad: float, cpus: float = 1.0, keep_bad: bool = False, num_left_out: int = 0
     ) -> Rows:
-        """Return the rows decoded once, by Ray tasks of `cpus` each (0: in this process).
+        """Return the rows, decoded.
 
-        Bad rows are listed and, unless kept, left out. `lost`: see `check_bad_row_budget`. Raises
-        TooManyBadRowsError over the budget.
+        Args:
+            max_bad: Share of the rows that may be bad.
+            cpus: CPUs of each Ray task that decodes; 0: rows are decoded in this process.
+            keep_bad: Whether bad rows stay in the arrays, as zeros.
+            num_left_out: As in `check_bad_row_budget`.
+
+        Raises:
+            TooManyBadRowsError: More rows are bad than allowed.
         """
         if self.arrays is not None:
             return self
         n, size = len(self.selection), 512
         loader = Loader(self.selection, self.decoder)
         items = [Item(-1, i, min(i + size, n)) for i in range(0, n, size)]
-        # processes cost seconds to start: they pay for themselves on large sets of images only
-        spread = cpus > 0 and self.selection.manifest.num_bytes > (64 << 20)
-        blocks = list(map_items(loader, items, cpus=cpus) if spread else map(loader, items))
+        # processes take seconds to start, which pays only for large sets of images
+        use_tasks = cpus > 0 and self.selection.manifest.num_bytes > (64 << 20)
+        blocks = list(map_items(loader, items, cpus=cpus) if use_tasks else map(loader, items))
         good = np.array([not reason for block in blocks for reason in block.bad], dtype=bool)
-        rows = (
-            np.concatenate([block.rows for block in blocks])
-            if blocks
-            else np.zeros(0, dtype=np.int64)
-        )
+        row_ids = np.zeros(0, dtype=np.int64)
+        arrays: Arrays = {}
+        if blocks:
+            row_ids = np.concatenate([block.rows for block in blocks])
+            arrays = {
+                name: np.concatenate([block.arrays[name] for block in blocks])
+                for name in blocks[0].arrays
+            }
         bad = tuple(
             (int(row), reason)
             for block in blocks
             for row, reason in zip(block.rows, block.bad, strict=True)
             if reason
         )
-        check_bad_row_budget(bad, n, max_bad, self.selection, lost)
-        arrays = (
-            {
-                name: np.concatenate([block.arrays[name] for block in blocks])
-                for name in blocks[0].arrays
-            }
-            if blocks
-            else {}
-        )
+        check_bad_row_budget(bad, n, max_bad, self.selection, num_left_out)
+        costs = self.costs
         if bad and not keep_bad:
-            arrays, rows = {name: array[good] for name, array in arrays.items()}, rows[good]
-        left = self.costs if self.costs is None or keep_bad or not bad else self.costs[good]
-        return Rows(
-            Selection(self.selection.manifest, rows), self.decoder, arrays, bad, keep_bad, left
-        )
+            row_ids = row_ids[good]
+            arrays = {name: array[good] for name, array in arrays.items()}
+            costs = None if costs is None else costs[good]
+        selection = Selection(self.selection.manifest, row_ids)
+        return Rows(selection, self.decoder, arrays, bad, keep_bad, costs)
 
     def with_costs(self, cpus: float = 1.0) -> Rows:
-        """Return the rows with their costs, from a column, or from the rows' headers by Ray tasks
-        of `cpus` each (0: in this process).
+        """Return the rows with their costs, from a column or from the rows' headers.
+
+        Args:
+            cpus: CPUs of each Ray task that reads headers; 0: they are read in this process.
         """
         work, n = RowCosts(self.selection, self.modality, self.decoder.columns), len(self)
         items = [
@@ -276,14 +279,14 @@ class Rows:
             for start, stop in pairwise([0, n] if work.has_column else self._cost_cuts())
             if start < stop
         ]
-        found = list(
-            map_items(work, items, cpus=cpus) if cpus > 0 and len(items) > 1 else map(work, items)
-        )
-        return replace(self, costs=np.concatenate(found) if found else np.zeros(0))
+        use_tasks = cpus > 0 and len(items) > 1
+        costs = list(map_items(work, items, cpus=cpus) if use_tasks else map(work, items))
+        return replace(self, costs=np.concatenate(costs) if costs else np.zeros(0))
 
     def _cost_cuts(self) -> list[int]:
-        """Cut into whole row groups, up to COST_ROWS and COST_BYTES, or into parts of a larger
-        one.
+        """Cut the rows into parts of up to COST_ROWS and COST_BYTES.
+
+        A part is one or more whole row groups, or a part of a larger one.
         """
         manifest, cuts = self.selection.manifest, [0]
         most = min(COST_ROWS, COST_BYTES * manifest.num_rows // max(1, manifest.num_bytes))
@@ -299,37 +302,34 @@ class Rows:
         return self if ranks == 1 else self.subset(positions)
 
     def subset(self, indices: np.ndarray) -> Rows:
-        """Return the rows at the given positions, in ascending order; itself, without a copy, for
-        all of them.
-        """
+        """Return the rows at some positions, in ascending order; all rows are not copied."""
         if len(indices) == len(self):
             return self
         indices = np.sort(indices)
-        arrays = (
-            None
-            if self.arrays is None
-            else {name: array[indices] for name, array in self.arrays.items()}
-        )
+        selection = Selection(self.selection.manifest, self.selection.ids(indices))
+        arrays = self.arrays
+        if arrays is not None:
+            arrays = {name: array[indices] for name, array in arrays.items()}
         costs = None if self.costs is None else self.costs[indices]
-        return Rows(
-            Selection(self.selection.manifest, self.selection.ids(indices)),
-            self.decoder,
-            arrays,
-            costs=costs,
-        )
+        return Rows(selection, self.decoder, arrays, costs=costs)
 
 
-def rows_an_item(rows: Rows, shards: int) -> int:
-    """Return how many rows a data worker decodes at a time: ITEM_BYTES of them, at most a shard's
-    epoch.
+def rows_per_item(rows: Rows, shards: int) -> int:
+    """Return how many rows a data worker decodes at a time.
+
+    They take about ITEM_BYTES, and are at most the rows of a shard in an epoch.
     """
-    each = max(1, rows.decoder.size(rows.selection) // max(1, len(rows)))
+    bytes_per_row = max(1, rows.decoder.estimate_bytes(rows.selection) // max(1, len(rows)))
     low, high = ITEM_ROWS
-    return max(low, min(high, ITEM_BYTES // each, len(rows) // shards))
+    return max(low, min(high, ITEM_BYTES // bytes_per_row, len(rows) // shards))
 
 
 def check_bad_row_budget(
-    bad: Iterable[tuple[int, str]], rows: int, share: float, selection: Selection, lost: int = 0
+    bad: Iterable[tuple[int, str]],
+    rows: int,
+    share: float,
+    selection: Selection,
+    num_left_out: int = 0,
 ) -> None:
     """Raise TooManyBadRowsError when more than a share of a split's rows are bad.
 
@@ -339,17 +339,19 @@ def check_bad_row_budget(
         bad: (row id, reason); a row may come twice.
         rows: Number of rows in the split.
         share: Allowed share.
-        lost: Further bad rows that were removed from the split before.
+        num_left_out: Further bad rows that were removed from the split before.
     """
-    found, rows = dict(bad), rows + lost  # a row that is met again in the next epoch is one bad row
-    if len(found) + lost > max(1, share * rows):
-        named = "; ".join(
+    reasons = dict(bad)
+    rows += num_left_out
+    num_bad = len(reasons) + num_left_out
+    if num_bad > max(1, share * rows):
+        examples = "; ".join(
             f"{selection.manifest.location(row)}: {reason}"
-            for row, reason in list(found.items())[:3]
+            for row, reason in islice(reasons.items(), 3)
         )
         raise TooManyBadRowsError(
-            f"{len(found) + lost} of {rows} rows cannot be used, more than "
-            f"data.max_bad_rows={share:g} allows. First ones: {named}"
+            f"{num_bad} of {rows} rows cannot be used, more than "
+            f"data.max_bad_rows={share:g} allows. First ones: {examples}"
         )
 
 
@@ -368,7 +370,7 @@ def plan_of(
 
     Raises ValueError as `Plan` and `BucketPlan`.
     """
-    bounds = rows.selection.row_group_starts
+    boundaries = rows.selection.row_group_starts
     if batch_cost is None:
         return Plan(
             len(rows),
@@ -376,20 +378,21 @@ def plan_of(
             global_batch,
             shards=shards,
             shuffle=shuffle,
-            boundaries=bounds,
+            boundaries=boundaries,
             item_rows=item_rows,
             mixture=mixture,
         )
     assert rows.costs is not None and mixture is None
-    each = row_bytes(rows.selection)
-    window, most = (max(1, size // max(1, each)) for size in (WINDOW_BYTES, WINDOW_MOST_BYTES))
+    bytes_per_row = max(1, row_bytes(rows.selection))
+    window = max(1, WINDOW_BYTES // bytes_per_row)
+    most = max(1, WINDOW_MOST_BYTES // bytes_per_row)
     return BucketPlan(
         rows.costs,
         batch_cost,
         seed,
         shards=shards,
         shuffle=shuffle,
-        boundaries=bounds,
+        boundaries=boundaries,
         item_rows=item_rows,
         window_rows=min(WINDOW_ROWS, window),
         most_rows=most,
@@ -397,13 +400,12 @@ def plan_of(
 
 
 class LoadedBatch(NamedTuple):
-    """A batch, the rows left out of it with their reasons, and the seconds that the consumer
-    waited for it.
-    """
+    """A batch, the rows that could not be decoded, and how long the consumer waited for it."""
 
     batch: Batch
     bad: list[tuple[int, str]]
-    waited: float
+    """(row id, reason)"""
+    wait_seconds: float
 
 
 def _collate(
@@ -428,13 +430,15 @@ def batches_of_blocks(
     ranks: int,
     device: torch.device | None = None,
 ) -> Iterator[tuple[Batch, list]]:
-    """Put blocks, which come in item order, together to batches; each array is copied once.
+    """Cut blocks, which come in the order of items, into batches; each array is copied once.
 
     Args:
         device: Where encoded rows are decoded; None: they are decoded already.
     """
     # blocks of each shard that are not used up, each with the number of its rows already used
-    queues: dict[int, deque[list[Any]]] = {shard: deque() for shard in plan.owned(rank, ranks)}
+    queues: dict[int, deque[list[Any]]] = {
+        shard: deque() for shard in plan.shards_of_rank(rank, ranks)
+    }
     items = plan.items(steps.start, steps.stop, rank, ranks)
     for step in steps:
         shards, positions = plan.positions(step, rank, ranks)
@@ -468,9 +472,10 @@ def batches_of_blocks(
         if device is not None:
             assert decodes_on_device(rows.modality)
             decoded, reasons = rows.modality.unpack(arrays.pop("encoded"), device)
-            newly_bad = [(i, reason) for i, reason in enumerate(reasons) if reason and good[i]]
-            bad += [(int(ids[i]), reason) for i, reason in newly_bad]
-            good[[i for i, _ in newly_bad]] = False
+            for slot, reason in enumerate(reasons):
+                if reason and good[slot]:
+                    good[slot] = False
+                    bad.append((int(ids[slot]), reason))
         if bad:
             ids, epochs, shards = ids[good], epochs[good], shards[good]
             arrays = {name: array[good] for name, array in arrays.items()}
@@ -485,7 +490,7 @@ def _from_memory(
     rows: Rows, plan: Plan, steps: range, rank: int, ranks: int
 ) -> Iterator[tuple[Batch, list]]:
     assert rows.arrays is not None
-    reasons = dict(rows.bad) if rows.kept else {}
+    reasons = dict(rows.bad) if rows.keeps_bad_rows else {}
     for step in steps:
         indices, epochs = plan.batch(step, rank, ranks)
         shards = plan.positions(step, rank, ranks)[0]
@@ -514,24 +519,30 @@ def train_batches(
 ) -> Iterator[LoadedBatch]:
     """Yield the rank's part of the global batches `steps`, in order, exactly len(steps) of them.
 
-    Batches are made `ahead` in a thread (pinned for a GPU); rows in memory on a CPU are sliced on
-    request. With decoding on the `device`, Ray Data workers read the files, and that
-    thread decodes them on `device`.
+    Rows in memory are sliced on request, unless they are pinned. A thread makes other batches.
+
+    Args:
+        decode: Where rows are decoded: by Ray Data workers, in this process ("train"), or on
+            ``device``, by the thread, from files that Ray Data workers read.
+        pin: Whether batches are in pinned memory, for a GPU.
+        threads: For decoding in this process.
+        ahead: Batches that the thread makes ahead.
     """
     if rows.arrays is not None:
         batches = _from_memory(rows, plan, steps, rank, ranks)
         if not pin:
             return _timed(batches)
     else:
-        there = (device or torch.device("cpu")) if decode == "device" else None
-        loader = Loader(rows.selection, replace(rows.decoder, encoded=there is not None), plan)
+        decode_device = (device or torch.device("cpu")) if decode == "device" else None
+        decoder = replace(rows.decoder, keep_encoded=decode_device is not None)
+        loader = Loader(rows.selection, decoder, plan)
         items = plan.items(steps.start, steps.stop, rank, ranks)
         blocks = (
             threaded_map(loader, items, threads, threads + 2)
             if decode == "train"
             else _ray_blocks(loader, items, workers or DataWorkers())
         )
-        batches = batches_of_blocks(rows, plan, blocks, steps, rank, ranks, there)
+        batches = batches_of_blocks(rows, plan, blocks, steps, rank, ranks, decode_device)
     if pin:
         batches = ((batch.pin(), bad) for batch, bad in batches)
     return _timed(prefetched(batches, ahead))
@@ -540,10 +551,10 @@ def train_batches(
 def eval_batches(
     rows: Rows, size: int, *, rank: int = 0, ranks: int = 1, threads: int = 1, pin: bool = False
 ) -> Iterator[LoadedBatch]:
-    """Yield each row exactly once over all ranks: rank r reads a contiguous part, the last batch
-    may be short.
+    """Yield the rank's part of the rows in batches; over all ranks each row comes exactly once.
 
-    Ragged rows come in batches of similar length, not in their order.
+    A rank reads a contiguous part. Its last batch may be short. Ragged rows come in batches of
+    similar length, not in their order.
     """
     n = len(rows)
     start, stop = n * rank // ranks, n * (rank + 1) // ranks
@@ -568,7 +579,7 @@ def eval_batches(
                 if bad:
                     good = np.array([not reason for reason in reasons])
                     ids, arrays = ids[good], {name: array[good] for name, array in arrays.items()}
-            for part in _indices_of_like_length(arrays, len(ids)):
+            for part in _batches_of_similar_length(arrays, len(ids)):
                 batch = _collate(
                     rows,
                     0,
@@ -582,19 +593,22 @@ def eval_batches(
     return _timed(batches())
 
 
-def _indices_of_like_length(arrays: Arrays, rows: int) -> list[Any]:
-    """Return the positions of rows that are evaluated together: all, or of ragged rows those of
-    similar length, as many as EVAL_SAMPLES allow.
+def _batches_of_similar_length(arrays: Arrays, rows: int) -> list[Any]:
+    """Return the positions of the rows of each batch.
+
+    All rows are one batch. Ragged rows are cut into batches of similar length, of up to
+    EVAL_SAMPLES padded samples.
     """
-    held = [
+    ragged_arrays = [
         array
         for array in arrays.values()
         if array.dtype == object and rows and isinstance(array[0], np.ndarray)
     ]
-    sizes = sum(map(lengths, held), np.zeros(rows, dtype=np.int64))
+    sizes = sum(map(lengths, ragged_arrays), np.zeros(rows, dtype=np.int64))
     if not sizes.any():
         return [slice(None)]
-    order, out, start = np.argsort(sizes, kind="stable"), [], 0
+    order = np.argsort(sizes, kind="stable")
+    out, start = [], 0
     for stop in range(1, rows + 1):
         if stop == rows or (stop + 1 - start) * sizes[order[stop]] > EVAL_SAMPLES:
             out.append(order[start:stop])
@@ -611,8 +625,9 @@ def _timed(batches: Iterator[tuple[Batch, list]]) -> Iterator[LoadedBatch]:
 
 
 def prefetched(batches: Iterator, ahead: int) -> Iterator:
-    """Yield the same items, made by a thread; its errors are raised here, and leaving early stops
-    it.
+    """Yield the same batches, made up to ``ahead`` by a thread.
+
+    Its errors are raised here. The thread ends when the iterator is closed.
     """
     out: queue.Queue = queue.Queue(maxsize=ahead)
     stop, end = threading.Event(), object()

@@ -1,4 +1,4 @@
-"""What a source or a target says that cannot be: found before any row is read."""
+"""Check settings of sources and targets against each other, before any row is read."""
 
 from __future__ import annotations
 
@@ -30,14 +30,12 @@ from pipeline.core.contracts.technique_capabilities import (
 from pipeline.train.experiment import technique_of
 
 
-def source(place: str, spec: Source) -> None:
-    """Raises ValueError for options of a source with data that do not suit each other."""
+def check_source(place: str, spec: Source) -> None:
+    """Raise ValueError for settings of a source with data that contradict each other."""
     assert spec.data is not None and spec.objective is not None
-    modality, objective = (
-        registry.get("modality", spec.data.modality.name),
-        registry.get("objective", spec.objective.name),
-    )
-    # a checkpoint brings options of its own: they are known once it is read (`fit_modality`)
+    modality = registry.get("modality", spec.data.modality.name)
+    objective = registry.get("objective", spec.objective.name)
+    # the options of a checkpoint are checked when it is read (`fit_modality`)
     problem = ineffective_options(modality, spec.data.modality.options)
     if problem and not _continues(spec):
         raise ValueError(f"{place}.data.modality: {problem}")
@@ -60,9 +58,9 @@ def source(place: str, spec: Source) -> None:
     is_keep_stated = "keep" in spec.train.model_fields_set
     if couples_rows(objective) and spec.train.keep == "best" and is_keep_stated:
         raise ValueError(
-            f"{place}.train.keep: the validation loss of {spec.objective.name} says little of the "
-            "backbone (its teacher, codes or distractors change as it learns); leave it out: the "
-            "last weights are kept"
+            f"{place}.train.keep: the validation loss of {spec.objective.name} says little about "
+            "the backbone, since its teacher, codes or distractors change during training; leave "
+            "it out: the last weights are kept"
         )
     if spec.data.decode == "device" and not decodes_on_device(modality):
         raise ValueError(
@@ -72,7 +70,7 @@ def source(place: str, spec: Source) -> None:
 
 
 def check_modality(place: str, name: str, options: dict[str, Any], objective: str) -> None:
-    """Raises ValueError where a modality's options do not suit the objective."""
+    """Raise ValueError where a modality's options do not fit the objective."""
     kind = registry.get("modality", name)
     try:
         made = kind(kind.options_class(**options), {})
@@ -82,7 +80,7 @@ def check_modality(place: str, name: str, options: dict[str, Any], objective: st
 
 
 def check_packed(place: str, data: Data, objective: str) -> None:
-    """Raises ValueError where rows cannot be packed, or have more than the one text of a row."""
+    """Raise ValueError where rows cannot be packed, or have more than one text."""
     kind = registry.get("modality", data.modality.name)
     optional_roles: tuple[str, ...] = kind.optional_roles
     if not can_pack(kind):
@@ -100,7 +98,7 @@ def check_packed(place: str, data: Data, objective: str) -> None:
 
 
 def check_costs(place: str, data: Data, train: Train, objective: type[Objective]) -> None:
-    """Raises ValueError where batches cannot be cut by what rows cost."""
+    """Raise ValueError where batches cannot be cut by the cost of rows."""
     if train.batch_cost is None:
         return
     able = _modalities_with(is_costed)
@@ -110,17 +108,17 @@ def check_costs(place: str, data: Data, train: Train, objective: type[Objective]
     elif any(weight is not None for weight in data.weights):
         why = "corpora with weights are drawn row by row"
     if why:
-        raise ValueError(f"{place}.train.batch_cost: {why}; say global_batch")
+        raise ValueError(f"{place}.train.batch_cost: {why}; use global_batch")
 
 
 def check_technique(place: str, spec: Source) -> None:
-    """Raises ValueError for a technique that makes no sense for a source."""
+    """Raise ValueError for a technique that makes no sense for a source."""
     assert spec.objective is not None
     technique = technique_of(spec.technique)
     name, where = spec.technique.name, f"{place}.technique"
     if not trains(technique):
         raise ValueError(
-            f"{where}: {name} trains nothing; a source without data is a checkpoint as it is"
+            f"{where}: {name} trains nothing; a source without data already is its checkpoint"
         )
     if technique.starts_from != "source":
         raise ValueError(
@@ -129,7 +127,7 @@ def check_technique(place: str, spec: Source) -> None:
         )
     if not _continues(spec) and _freezes_backbone(technique):
         raise ValueError(
-            f"{where}: {name} keeps weights of the backbone as they are, and these are random; "
+            f"{where}: {name} freezes backbone weights, which are random here; "
             "name a checkpoint to continue from (init), or leave the technique out"
         )
     if technique.streams():
@@ -157,7 +155,7 @@ def _continues(spec: Source) -> bool:
 
 
 def _freezes_backbone(technique: Technique) -> bool:
-    """Whether a layer of the backbone stands still in some phase."""
+    """Whether a layer of the backbone is frozen in some phase."""
     layers = {"backbone": ["backbone.weight"], "head": ["objective.weight"]}
     if isinstance(technique.options, LayerOptions) and technique.options.freeze is not None:
         return True

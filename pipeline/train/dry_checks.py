@@ -1,6 +1,4 @@
-"""Check a source for ``--dry-run`` from a sample of its rows.
-
-Returned is what a run would build; raised are the errors that it would end with.
+"""What a run would build of a source, for ``--dry-run``, and its errors in a sample of rows.
 
 Nothing is written or trained.
 """
@@ -35,12 +33,12 @@ from pipeline.train.source import SourceStage
 from pipeline.train.token_rows import EMPTY
 
 SAMPLE_ROWS, SAMPLE_BYTES = 64, 8 << 20
-"""Rows of the sample of a split; fewer where rows are large, about so many bytes in Parquet."""
+"""Rows of the sample of a split; fewer where they take more bytes in Parquet, uncompressed."""
 FITTED_ROWS = 1024
-"""Rows that a modality is fitted on; a run takes more."""
+"""Rows that a modality is fitted on; a run uses more."""
 CONFIDENCE = 0.99
-"""A sample is an error where the split's share of bad rows is over the budget with this confidence
-(Clopper and Pearson 1934); else it is a warning.
+"""Bad rows in a sample are an error where their share of the split is over the budget with this
+confidence (Clopper and Pearson 1934); else they are a warning.
 """
 
 
@@ -66,97 +64,102 @@ class PlannedSource(NamedTuple):
     modality: ModalitySpec
     findings: list[Finding]
     is_estimated: bool = False
-    """Whether the modality was fitted on fewer rows than a run takes."""
+    """Whether the modality was fitted on fewer rows than in a run."""
     workload: Workload | None = None
     """What is trained; None: nothing."""
 
 
-def source(stage: SourceStage) -> PlannedSource | None:
-    """Find what a run would make of the source; None where that needs a model from a hub.
+def plan_without_training(stage: SourceStage) -> PlannedSource | None:
+    """Return what a run would build of the source; None where that needs a model from a hub.
 
     Raises:
-        ValueError: the run would end with this error: a checkpoint does not fit, labels are
+        ValueError: The run would end with this error: a checkpoint does not fit, labels are
             missing, rows cannot be decoded, rows have more tokens than the model has positions.
-        StorageError: a file or checkpoint cannot be read.
+        StorageError: A file or checkpoint cannot be read.
     """
     if stage.done:
-        found = bundle.read_manifest(stage.bundle_uri)
-        return PlannedSource(found.arch, found.modality, [])
-    text = stage.checkpoint_text
-    if text and text.partition(":")[0] in HUBS:
+        manifest = bundle.read_manifest(stage.bundle_uri)
+        return PlannedSource(manifest.arch, manifest.modality, [])
+    spec, name = stage.spec, stage.checkpoint_name
+    if name and name.partition(":")[0] in HUBS:
         return None
-    spec = stage.spec
-    start = (
-        pretrained.read(text, spec.backbone.name, spec.modality_name, names_only=True)
-        if text
-        else None
-    )
-    return _checkpoint(stage, start) if stage.splits is None else _corpus(stage, start)
+    checkpoint = None
+    if name:
+        checkpoint = pretrained.read(name, spec.backbone.name, spec.modality_name, names_only=True)
+    if stage.splits is None:
+        assert checkpoint is not None
+        return _plan_checkpoint(stage, checkpoint)
+    return _plan_corpus(stage, checkpoint)
 
 
-def _checkpoint(stage: SourceStage, start: pretrained.PretrainedCheckpoint | None) -> PlannedSource:
-    """A source without data, as `pretrain.import_checkpoint` reads it."""
-    assert start is not None
-    arch, modality = train_source.checkpoint_parts(stage.spec, start, f"sources.{stage.name}")
-    _check_fit(start, build_backbone(arch))
+def _plan_checkpoint(
+    stage: SourceStage, checkpoint: pretrained.PretrainedCheckpoint
+) -> PlannedSource:
+    """Plan a source without data, as `pretrain.import_checkpoint` reads it."""
+    arch, modality = train_source.checkpoint_parts(stage.spec, checkpoint, f"sources.{stage.name}")
+    _check_fit(checkpoint, build_backbone(arch))
     return PlannedSource(arch, modality, [])
 
 
-def _check_fit(start: pretrained.PretrainedCheckpoint, backbone: Backbone) -> None:
+def _check_fit(checkpoint: pretrained.PretrainedCheckpoint, backbone: Backbone) -> None:
     """Raise BundleError where the checkpoint does not fit, from names and shapes alone.
 
     Its values are not read where the backbone is on the meta device.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
-        start.load_into(backbone)
+        checkpoint.load_into(backbone)
 
 
-def _corpus(stage: SourceStage, start: pretrained.PretrainedCheckpoint | None) -> PlannedSource:
-    """A source with data, as `train_source.fit` makes it ready."""
+def _plan_corpus(
+    stage: SourceStage, checkpoint: pretrained.PretrainedCheckpoint | None
+) -> PlannedSource:
+    """Plan a source with data, as `train_source.prepare_source` prepares it."""
     spec, splits = stage.spec, stage.splits
     assert spec.data is not None and splits is not None and spec.objective is not None
     check_named_files(splits)
     path = storage.join(stage.uri, "modality.json")
     modality, _ = fit_components.fit_modality(
-        spec, splits.train, start, f"sources.{stage.name}", path, most_rows=FITTED_ROWS
+        spec, splits.train, checkpoint, f"sources.{stage.name}", path, most_rows=FITTED_ROWS
     )
     objective = registry.get("objective", spec.objective.name)
     options = objective.options_class(**spec.objective.options)
     columns = dict(spec.data.columns)
     state = fit_components.fit_objective(spec, splits)
-    arch = train_source.arch_of(spec, start, bundle.build_modality(modality).inputs())
+    arch = train_source.arch_of(spec, checkpoint, bundle.build_modality(modality).inputs())
     modality, limit_note = bundle.limit_modality(modality, arch)
-    reads = bundle.build_modality(modality)
     state = train_source.bind_state(objective, state, arch)
-    fitted = ObjectiveSpec(spec.objective.name, options.model_dump(), state)
-    task = build(arch, fitted)
-    if start:
-        _check_fit(start, task.backbone)
-    found = train_source.findings_of(stage, modality, limit_note)
-    decoder = Decoder(reads, spec.objective.name, state, columns)
+    objective_spec = ObjectiveSpec(spec.objective.name, options.model_dump(), state)
+    task = build_task(arch, objective_spec)
+    if checkpoint:
+        _check_fit(checkpoint, task.backbone)
+    findings = train_source.findings_of(stage, modality, limit_note)
+    decoder = Decoder(bundle.build_modality(modality), spec.objective.name, state, columns)
     for name in ("train", "validation"):
-        found += rows(name, getattr(splits, name), decoder, spec.data.max_bad_rows)
-    found += _packed_batches(stage, decoder)
+        findings += check_sample(name, getattr(splits, name), decoder, spec.data.max_bad_rows)
+    findings += _packed_batches(stage, decoder)
     return PlannedSource(
         arch,
         modality,
-        found,
-        is_estimated=start is None and not storage.exists(path),
-        workload=Workload(arch, fitted, decoder, splits.train, stage.packed),
+        findings,
+        is_estimated=checkpoint is None and not storage.exists(path),
+        workload=Workload(arch, objective_spec, decoder, splits.train, stage.packed),
     )
 
 
 def _packed_batches(stage: SourceStage, decoder: Decoder) -> list[Finding]:
-    """A warning where the documents will probably be packed into fewer rows than a batch takes: the
-    run then refuses them.
+    """Warn where the packed documents will probably be fewer rows than a batch has.
+
+    The run then refuses them.
     """
     assert stage.splits is not None
     rows_to_pack, batch = stage.splits.train, stage.spec.train.global_batch
     if not stage.packed or stage.spec.train.batch_cost is not None or not len(rows_to_pack):
         return []
-    part = Selection(rows_to_pack.manifest, rows_to_pack.ids(_places(rows_to_pack)))
-    table = manifests.Reader(part.manifest, decoder.names()).take(part.ids(np.arange(len(part))))
+    part = _sampled(rows_to_pack)
+    table = manifests.Reader(part.manifest, decoder.column_names()).take(
+        part.ids(np.arange(len(part)))
+    )
     assert can_pack(decoder.modality)
     packed = len(decoder.modality.pack(table, decoder.columns)[0])
     about = round(packed * len(rows_to_pack) / len(part))
@@ -171,7 +174,7 @@ def _packed_batches(stage: SourceStage, decoder: Decoder) -> list[Finding]:
     ]
 
 
-def build(arch: Architecture, objective: ObjectiveSpec) -> Task:
+def build_task(arch: Architecture, objective: ObjectiveSpec) -> Task:
     """Build the task, on the meta device where the backbone allows it.
 
     Raises:
@@ -208,26 +211,30 @@ def check_named_files(splits: Splits) -> None:
         )
 
 
-def rows(split: str, selection: Selection, decoder: Decoder, max_bad: float) -> list[Finding]:
-    """Decode a sample of a split.
+def check_sample(
+    split: str, selection: Selection, decoder: Decoder, max_bad: float
+) -> list[Finding]:
+    """Decode a sample of a split, and return a warning where some of its rows are bad.
 
     Raises:
-        TooManyBadRowsError: more rows are bad than a run allows.
-        StorageError: a file cannot be read.
+        TooManyBadRowsError: More rows are bad than a run allows.
+        StorageError: A file cannot be read.
     """
     if not len(selection):
         return []
-    places = _places(selection)
-    part = Selection(selection.manifest, selection.ids(places))
-    reasons = _bad_rows(part, replace(decoder, training=split == "train"))
+    part = _sampled(selection)
+    reasons = _bad_row_reasons(part, replace(decoder, training=split == "train"))
     bad = [
         (int(row), reason)
         for row, reason in zip(part.ids(np.arange(len(part))), reasons, strict=True)
         if reason and reason != EMPTY
     ]
     is_whole = len(part) == len(selection)
-    surely_bad = float(beta.ppf(1 - CONFIDENCE, len(bad), len(part) - len(bad) + 1)) if bad else 0.0
-    if is_whole or surely_bad > max_bad:
+    # lower bound of the share of bad rows in the split
+    lowest_share = 0.0
+    if bad:
+        lowest_share = float(beta.ppf(1 - CONFIDENCE, len(bad), len(part) - len(bad) + 1))
+    if is_whole or lowest_share > max_bad:
         try:
             check_bad_row_budget(bad, len(part), max_bad, part)
         except ValueError as error:
@@ -236,22 +243,26 @@ def rows(split: str, selection: Selection, decoder: Decoder, max_bad: float) -> 
     if not bad:
         return []
     row, reason = bad[0]
-    description = f"{len(bad)} of {len(part)} {split} rows that were looked at cannot be used"
+    description = f"{len(bad)} of {len(part)} {split} rows of a sample cannot be used"
     return [
         Finding(f"{description}; the first one: {selection.manifest.location(row)}: {reason}", True)
     ]
 
 
-def _places(selection: Selection) -> np.ndarray:
-    """Evenly spread indices of the rows of the sample."""
-    each = max(1, selection.manifest.num_bytes // max(1, selection.manifest.num_rows))
-    return evenly_spread(len(selection), min(SAMPLE_ROWS, max(1, SAMPLE_BYTES // each)))
+def _sampled(selection: Selection) -> Selection:
+    """Return a sample of the rows, evenly spread."""
+    manifest = selection.manifest
+    bytes_per_row = max(1, manifest.num_bytes // max(1, manifest.num_rows))
+    rows = min(SAMPLE_ROWS, max(1, SAMPLE_BYTES // bytes_per_row))
+    return Selection(manifest, selection.ids(evenly_spread(len(selection), rows)))
 
 
-def _bad_rows(part: Selection, decoder: Decoder) -> list[str]:
-    """For each row an empty string, or why it cannot be used."""
+def _bad_row_reasons(part: Selection, decoder: Decoder) -> list[str]:
+    """Return for each row why it cannot be used, or ""."""
     objective = registry.get("objective", decoder.objective) if decoder.objective else Objective
-    table = manifests.Reader(part.manifest, decoder.names()).take(part.ids(np.arange(len(part))))
+    table = manifests.Reader(part.manifest, decoder.column_names()).take(
+        part.ids(np.arange(len(part)))
+    )
     if objective.packed and can_pack(decoder.modality):
         return decoder.modality.pack(table, decoder.columns)[1]
     return decoder(table)[1]

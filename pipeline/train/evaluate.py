@@ -31,7 +31,7 @@ OnBad = Callable[[list[tuple[int, str]]], None]
 
 
 def _ignore_bad_rows(bad: list[tuple[int, str]]) -> None:
-    """Do nothing: bad rows in memory have been reported before."""
+    """Do nothing: bad rows in memory were reported when they were decoded."""
 
 
 @torch.no_grad()
@@ -103,9 +103,9 @@ class Postprocessor:
     def rollout_evaluation(
         self, task: Task, predictions: Predictions
     ) -> tuple[Predictions, np.ndarray | None]:
-        """Return the predictions of test rows, and pictures of a policy in the simulator.
+        """Return the postprocessed predictions of test rows, and pictures of a policy.
 
-        As calling it, and a policy's own episodes are run.
+        Where the objective trains a policy, its own episodes are run in the simulator.
         """
         predictions = self(task.objective, predictions)
         if not predictions or not rolls_out(task.objective):
@@ -120,13 +120,13 @@ class Postprocessor:
             return RawRows(pa.table({}), decoder.columns, decoder.modality)
         if self._reader is None:
             known = manifest.schema.names
-            names = [name for name in decoder.names(objective.raw_roles) if name in known]
+            names = [name for name in decoder.column_names(objective.raw_roles) if name in known]
             self._reader = Reader(manifest, names)
         return RawRows(self._reader.take(ids), decoder.columns, decoder.modality)
 
 
-def of_every_rank(mine: Any, ranks: Ranks) -> list[Any]:
-    """Return what each rank gives, the same list on every rank. Every rank must call it."""
+def gather_objects(mine: Any, ranks: Ranks) -> list[Any]:
+    """Return the objects of all ranks, the same list on every rank. Every rank must call it."""
     if ranks.count == 1:
         return [mine]
     everyone: list[Any] = [None] * ranks.count
@@ -135,20 +135,22 @@ def of_every_rank(mine: Any, ranks: Ranks) -> list[Any]:
 
 
 def gather_predictions(mine: Predictions, ranks: Ranks) -> Predictions:
-    """Every rank's predictions, ordered by row."""
-    return _by_row(concatenate([part for part in of_every_rank(mine, ranks) if part]))
+    """Return the predictions of all ranks, ordered by row id. Every rank must call it."""
+    return _by_row(concatenate([part for part in gather_objects(mine, ranks) if part]))
 
 
-def _by_row(found: Predictions) -> Predictions:
-    order = np.argsort(found["row"], kind="stable") if found else None
-    return {name: array[order] for name, array in found.items()}
+def _by_row(predictions: Predictions) -> Predictions:
+    if not predictions:
+        return {}
+    order = np.argsort(predictions["row"], kind="stable")
+    return {name: array[order] for name, array in predictions.items()}
 
 
-def values(found: Predictions, names: tuple[str, ...]) -> dict[str, float]:
-    """Metric values by name. Raises ValueError when nothing was predicted."""
-    if not found:
+def compute_metrics(predictions: Predictions, names: tuple[str, ...]) -> dict[str, float]:
+    """Return metric values by name. Raises ValueError when nothing was predicted."""
+    if not predictions:
         raise ValueError("no row of the split could be evaluated")
-    return {name: metric(name).value(found) for name in names}
+    return {name: metric(name).value(predictions) for name in names}
 
 
 def evaluator(
@@ -161,24 +163,23 @@ def evaluator(
     threads: int = 1,
     on_bad: OnBad = _ignore_bad_rows,
 ) -> Callable[[Task], dict[str, float]]:
-    """A function that evaluates a task on the rows of all ranks; the same values on every rank.
+    """Return a function that evaluates a task on the rows of all ranks, the same on every rank.
 
     Args:
-        rows: This rank's share (`Rows.part`).
-        names: Metrics.
+        rows: This rank's part of the rows (`Rows.part`).
+        names: Names of metrics.
         batch_rows: Rows of a batch.
         threads: For decoding.
         on_bad: Called with rows that could not be decoded.
     """
-    complete = Postprocessor(rows)
+    postprocess = Postprocessor(rows)
 
     def evaluate(task: Task) -> dict[str, float]:
         is_cuda = ranks.device.type == "cuda"
         batches = eval_batches(rows, batch_rows, threads=threads, pin=is_cuda)
-        mine = complete(
-            task.objective, predictions(task, batches, preprocess, ranks, autocast(), on_bad)
-        )
-        return values(gather_predictions(mine, ranks), names)
+        mine = predictions(task, batches, preprocess, ranks, autocast(), on_bad)
+        mine = postprocess(task.objective, mine)
+        return compute_metrics(gather_predictions(mine, ranks), names)
 
     return evaluate
 
@@ -186,7 +187,7 @@ def evaluator(
 def training_preprocessing(
     rows: Rows, objective: Objective, technique: Technique
 ) -> Callable[[Batch, bool], Batch]:
-    """As `device_preprocessing`, with the views beside the rows that the technique compares."""
+    """Return `device_preprocessing`, adding the views that the technique compares to the rows."""
     preprocess, modality = device_preprocessing(rows, objective), rows.modality
     if not compares_views(technique):
         return preprocess
@@ -205,8 +206,9 @@ def training_preprocessing(
 def device_preprocessing(
     rows: Rows, objective: Objective | None = None
 ) -> Callable[[Batch, bool], Batch]:
-    """The device part of the rows' modality: its augmentation, or the views that the objective
-    compares, and its finish.
+    """Return the function that augments and normalises a batch on the device.
+
+    Where the objective compares views, the function makes those in place of the augmented rows.
     """
     modality = rows.modality
     views = objective.views() if compares_views(objective) else ()

@@ -65,8 +65,8 @@ class Experiment:
     folder: str
     """Where resume points (``checkpoints/``) and traces of rows are written."""
     log_folder: str
-    lost: int = 0
-    """Training rows that were left out before; they count against the same budget."""
+    num_left_out: int = 0
+    """Number of training rows that were left out before; they count against the same budget."""
     left_out: Sequence[LeftOut] = ()
     """The rows that were left out before, for the list of them."""
     read: Callable[..., Iterator[LoadedBatch]] = train_batches
@@ -181,7 +181,7 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
         pin=ranks.device.type == "cuda",
     )
     seed = mix(experiment.seed, 5)
-    further = streams.of_technique(
+    further = streams.technique_streams(
         technique,
         experiment.stream_rows,
         seed,
@@ -295,7 +295,7 @@ def _validator(
         return None
     mine = experiment.validation.part(ranks.rank, ranks.count)
     limit = experiment.decode_validation_bytes
-    if mine.arrays is None and limit and mine.decoder.size(mine.selection) <= limit:
+    if mine.arrays is None and limit and mine.decoder.estimate_bytes(mine.selection) <= limit:
         mine = mine.in_memory(1.0, cpus=0)
         bad_rows.add("validation", mine.bad)
     check = evaluate.evaluator(
@@ -321,7 +321,8 @@ class BadRows:
         rows, validation = experiment.rows.selection, experiment.validation.selection
         further = {name: one.selection for name, one in experiment.stream_rows.items()}
         self.selections = {"train": rows, "validation": validation, **further}
-        self.max_bad_rows, self.lost, self.ranks = experiment.max_bad_rows, experiment.lost, ranks
+        self.max_bad_rows, self.num_left_out = experiment.max_bad_rows, experiment.num_left_out
+        self.ranks = ranks
         self.new: list[tuple[str, int, str]] = []
         self.found: dict[tuple[str, int], str] = {}
 
@@ -335,7 +336,7 @@ class BadRows:
         Raises:
             TooManyBadRowsError: a split is over the budget; on all ranks or on none.
         """
-        everyone = evaluate.of_every_rank(self.new, self.ranks)
+        everyone = evaluate.gather_objects(self.new, self.ranks)
         self.new = []
         noted = {(split, row): reason for part in everyone for split, row, reason in part}
         fresh = {key: reason for key, reason in noted.items() if key not in self.found}
@@ -351,8 +352,8 @@ class BadRows:
             )
         for split, selection in self.selections.items():
             bad = [(row, reason) for (of, row), reason in self.found.items() if of == split]
-            lost = self.lost if split == "train" else 0
-            check_bad_row_budget(bad, len(selection), self.max_bad_rows, selection, lost)
+            left_out = self.num_left_out if split == "train" else 0
+            check_bad_row_budget(bad, len(selection), self.max_bad_rows, selection, left_out)
 
     def place(self, split: str, row: int) -> str:
         """File and number of a row."""

@@ -1,6 +1,4 @@
-"""How a corpus is read: the modality that is fitted on some of its rows, or that a checkpoint
-brings, completed by what these rows have besides.
-"""
+"""The modality of a corpus: fitted on its rows, or a checkpoint's that is extended to them."""
 
 from __future__ import annotations
 
@@ -31,26 +29,25 @@ FIT_ROWS, FIT_TEXT_BYTES = 2048, 64 << 20
 
 
 def options_by_content(kind: str, component: ComponentConfig) -> dict[str, Any]:
-    """Return the options of a modality or objective, with what a place holds instead of the place:
-    a tokenizer is the same wherever its folder lies.
+    """Return the options of a component with a hash of content in place of paths.
 
-    Raises StorageError when nothing is there.
+    The same tokenizer in another folder is then the same option.
+
+    Raises StorageError when a path does not exist.
     """
-    places = registry.path_options(kind, component.name)
+    paths = registry.path_options(kind, component.name)
 
-    def held(place: str, names: tuple[str, ...]) -> str:
-        files = [storage.join(place, name) for name in names] or [place]
-        return spec_hash(
-            [
-                file_identity.fingerprint(file)
-                if file == files[0] or storage.exists(file)
-                else None
-                for file in files
-            ]
-        )
+    def content_hash(path: str, names: tuple[str, ...]) -> str:
+        files = [storage.join(path, name) for name in names] or [path]
+        required, *optional = files
+        hashes: list[str | None] = [file_identity.fingerprint(required)]
+        for file in optional:
+            exists = file == required or storage.exists(file)
+            hashes.append(file_identity.fingerprint(file) if exists else None)
+        return spec_hash(hashes)
 
     return {
-        name: held(value, places[name]) if value and name in places else value
+        name: content_hash(value, paths[name]) if value and name in paths else value
         for name, value in component.options.items()
     }
 
@@ -58,94 +55,105 @@ def options_by_content(kind: str, component: ComponentConfig) -> dict[str, Any]:
 def sample(
     selection: Selection, columns: list[str], rows: int, strata: list[str] | None = None
 ) -> pa.Table:
-    """Up to ``rows`` rows, evenly spread. With ``strata``, columns of which every value (together)
-    is to be there, drawn from a fixed seed, since what comes in turn may be missed by even steps,
-    and one more row of each value that was not drawn, ``rows`` of those at most.
+    """Return up to ``rows`` rows, evenly spread.
+
+    With ``strata`` (columns) the rows are drawn at random with a fixed seed, and one row is added
+    for each combination of their values that was missed, at most ``rows`` of them. Even steps could
+    miss all rows of a value where values alternate.
     """
     n = len(selection)
-    places = evenly_spread(n, rows)
+    indices = evenly_spread(n, rows)
     if strata and n > rows:
-        coded = [
+        codes = [
             manifests.group_numbers(column.cast(pa.string()).fill_null(""))
             for column in manifests.read_columns(selection, strata).itercolumns()
         ]
-        _, first, which = np.unique(np.stack(coded), axis=1, return_index=True, return_inverse=True)
-        places = np.random.default_rng(0).choice(n, rows, replace=False)
-        missed = np.delete(first, np.unique(which.reshape(-1)[places]))
-        places = np.union1d(places, missed[:rows])
-    return manifests.Reader(selection.manifest, columns).take(selection.ids(places))
+        _, first, which = np.unique(np.stack(codes), axis=1, return_index=True, return_inverse=True)
+        indices = np.random.default_rng(0).choice(n, rows, replace=False)
+        missed = np.delete(first, np.unique(which.reshape(-1)[indices]))
+        indices = np.union1d(indices, missed[:rows])
+    return manifests.Reader(selection.manifest, columns).take(selection.ids(indices))
 
 
 def fit_modality(
     spec: Source,
     rows: Selection,
-    start: pretrained.PretrainedCheckpoint | None,
+    checkpoint: pretrained.PretrainedCheckpoint | None,
     place: str,
     path: str,
     most_rows: int | None = None,
 ) -> tuple[ModalitySpec, str]:
-    """The source's modality as it stands in its bundle, and in words what a checkpoint's knows of
-    its training ``rows`` (`extend_modality`). ``place``: the source in the job file; ``path``:
-    where what was fitted is kept. ``most_rows``: an estimate from so many rows, of which nothing is
-    kept. Raises ValueError where the job contradicts the checkpoint.
+    """Return a source's modality: the checkpoint's, or one that is fitted on the training rows.
+
+    Args:
+        spec: The source.
+        rows: Its training rows.
+        checkpoint: The checkpoint that it starts from; None: there is none.
+        place: The source in the job file, for errors.
+        path: Where the fitted state is kept, so that a restart does not fit again.
+        most_rows: Fit on at most so many rows and keep nothing: an estimate for ``--dry-run``.
+
+    Returns:
+        The modality as its bundle has it, and a description of what a checkpoint's modality knows
+        of these rows (`extend_modality`), "" without a checkpoint.
+
+    Raises:
+        ValueError: The job contradicts the checkpoint.
     """
     assert spec.data is not None
-    component, objective = (
-        spec.data.modality,
-        registry.get("objective", spec.objective.name) if spec.objective else Objective,
-    )
-    if start and start.modality:
-        if start.modality.name != component.name:
-            raise ValueError(
-                f"{place}: {start.origin} reads {start.modality.name}, the data are "
-                f"{component.name}"
-            )
-        theirs = start.modality.options
-        own, named = (
-            registry.get("modality", component.name).target_options,
-            options_by_content("modality", component),
-        )
-        # A checkpoint brings its own tokenizer
-        given = {
-            k: component.options[k]
-            for k, v in named.items()
-            if k not in own
-            and theirs.get(
-                k, v if k not in registry.path_options("modality", component.name) else None
-            )
-            != v
-        }
-        if problem := ineffective_options(registry.get("modality", component.name), named, theirs):
-            raise ValueError(f"{place}.data.modality: {problem}")
-        if given:
-            raise ValueError(
-                f"{place}.data.modality: {given} contradicts {start.origin} ({theirs}); leave "
-                "it out"
-            )
-        return extend_modality(
-            replace(start.modality, options={**theirs, **named}), rows, objective, spec.data.columns
-        )
-    if (fitted := checksums.document_or_none(path, "it is fitted again")) is not None:
-        return ModalitySpec.from_json(fitted), ""
+    component, columns = spec.data.modality, spec.data.columns
+    objective = registry.get("objective", spec.objective.name) if spec.objective else Objective
+    if checkpoint and checkpoint.modality:
+        modality = _checkpoint_modality(component, checkpoint.modality, checkpoint.origin, place)
+        return extend_modality(modality, rows, objective, columns)
+    saved = checksums.document_or_none(path, "it is fitted again")
+    if saved is not None:
+        return ModalitySpec.from_json(saved), ""
     kind = registry.get("modality", component.name)
     options = kind.options_class(**component.options)
-    names = fitted_columns(kind, objective, spec.data.columns)
     most = FIT_ROWS
-    if objective.packed:  # a tokenizer wants many documents, as many as a bounded memory holds
-        per_row = max(1, rows.manifest.num_bytes // max(1, rows.manifest.num_rows))
-        most = max(FIT_ROWS, FIT_TEXT_BYTES // per_row)
+    if objective.packed:  # a tokenizer needs many documents, as many as a bounded memory holds
+        bytes_per_row = max(1, rows.manifest.num_bytes // max(1, rows.manifest.num_rows))
+        most = max(FIT_ROWS, FIT_TEXT_BYTES // bytes_per_row)
     most = min(most, most_rows or most)
-    state = kind.fit(
-        options,
-        sample(rows, names, most, strata_of(kind, spec.data.columns)),
-        spec.data.columns,
-        spec.backbone.name,
-    )
+    names = fitted_columns(kind, objective, columns)
+    table = sample(rows, names, most, strata_of(kind, columns))
+    state = kind.fit(options, table, columns, spec.backbone.name)
     stated = {**options.model_dump(), **options_by_content("modality", component)}
-    found = ModalitySpec(component.name, stated, state)
+    fitted = ModalitySpec(component.name, stated, state)
     if most_rows is None:
-        checksums.write_document(path, found.to_json())
-    return found, ""
+        checksums.write_document(path, fitted.to_json())
+    return fitted, ""
+
+
+def _checkpoint_modality(
+    component: ComponentConfig, modality: ModalitySpec, origin: str, place: str
+) -> ModalitySpec:
+    """Return a checkpoint's modality with the options that the job states.
+
+    Raises ValueError where the job contradicts the checkpoint, named ``origin``.
+    """
+    if modality.name != component.name:
+        raise ValueError(f"{place}: {origin} reads {modality.name}, the data are {component.name}")
+    theirs = modality.options
+    stated = options_by_content("modality", component)
+    kind = registry.get("modality", component.name)
+    if problem := ineffective_options(kind, stated, theirs):
+        raise ValueError(f"{place}.data.modality: {problem}")
+    paths = registry.path_options("modality", component.name)
+    contradictions: dict[str, Any] = {}
+    for name, value in stated.items():
+        if name in kind.target_options:
+            continue
+        # an option that the checkpoint does not have is free, but its tokenizer is its own
+        default = None if name in paths else value
+        if theirs.get(name, default) != value:
+            contradictions[name] = component.options[name]
+    if contradictions:
+        raise ValueError(
+            f"{place}.data.modality: {contradictions} contradicts {origin} ({theirs}); leave it out"
+        )
+    return replace(modality, options={**theirs, **stated})
 
 
 def label_columns(spec: Source | Target) -> list[str]:
@@ -159,10 +167,9 @@ def label_columns(spec: Source | Target) -> list[str]:
 
 
 def fit_objective(spec: Source | Target, splits: Splits) -> State:
-    """What the objective learns of the training rows' own columns.
+    """Return the state of an objective, fitted on the label columns of all training rows.
 
-    Of all training rows, at smaller label fractions too: all of them have the same classes, and
-    heads of regression the same mean and deviation.
+    All label fractions share it: they have the same classes, or mean and deviation of regression.
     """
     assert spec.data is not None and spec.objective is not None
     objective = registry.get("objective", spec.objective.name)
@@ -174,31 +181,27 @@ def fit_objective(spec: Source | Target, splits: Splits) -> State:
 def extend_modality(
     modality: ModalitySpec, rows: Selection, objective: type[Objective], columns: dict[str, str]
 ) -> tuple[ModalitySpec, str]:
-    """Extend a fitted modality by a sample of other rows than it was fitted on (`ExtendsState`).
+    """Extend a fitted modality with a sample of other rows than it was fitted on (`ExtendsState`).
 
     Returns:
-        The modality, and a description of what it knew of these rows before (`ReportsCoverage`).
+        The modality, and a description of how much of these rows it knew (`ReportsCoverage`).
 
     Raises:
         ValueError: It knows nothing of these rows.
     """
-    reads = bundle.build_modality(modality)
-    if not extends_state(reads) and not reports_coverage(reads):
+    built = bundle.build_modality(modality)
+    if not extends_state(built) and not reports_coverage(built):
         return modality, ""
-    table = sample(
-        rows,
-        fitted_columns(type(reads), objective, columns),
-        FIT_ROWS,
-        strata_of(type(reads), columns),
-    )
-    check_known_share(reads, table, columns)
-    state = reads.extend_state(table, columns) if extends_state(reads) else reads.state
-    coverage = reads.coverage(table, columns) if reports_coverage(reads) else ""
+    names = fitted_columns(type(built), objective, columns)
+    table = sample(rows, names, FIT_ROWS, strata_of(type(built), columns))
+    check_known_share(built, table, columns)
+    state = built.extend_state(table, columns) if extends_state(built) else built.state
+    coverage = built.coverage(table, columns) if reports_coverage(built) else ""
     return replace(modality, state=state), coverage
 
 
 def fitted_roles(modality: type[Modality]) -> tuple[str, ...]:
-    """Return the roles that a modality is fitted on, where the objective does not predict them."""
+    """Return the roles that a modality is fitted on, unless the objective predicts them."""
     if extends_state(modality):
         return modality.fit_roles
     return (*modality.roles, *modality.optional_roles)
@@ -221,6 +224,6 @@ def fitted_columns(
 
 
 def strata_of(modality: type[Modality], columns: dict[str, str]) -> list[str]:
-    """Return the columns of which every value must be in the sample (`ExtendsState.strata`)."""
+    """Return the columns whose values must all be in the sample (`ExtendsState.strata`)."""
     roles = modality.strata if extends_state(modality) else ()
     return [columns[role] for role in roles if role in columns]

@@ -589,13 +589,13 @@ def run_source(
         return {**metadata, "bundle": stage.bundle_uri}
     mine, most = _plan_ranks(stage, progress, wait)
     progress.update(f"{stage.name}: reading rows to fit means, a vocabulary or labels")
-    fitted = source.fit(stage)
+    fitted = source.prepare_source(stage)
     work = pretrain.rank_job(stage, fitted, mine.data, mine.threads)
     progress.note(f"{stage.name}: {work.split_text}")
     _report_findings(stage.name, fitted.findings, progress)
     if work.place == "memory":
         progress.update(f"{stage.name}: decoding {len(fitted.train)} rows")
-    rows = pretrain.decoded(work)
+    rows = pretrain.decode_once(work)
     record = _train(stage, work, rows, mine, most, progress, verbose)
     storage.remove_tree(storage.join(stage.uri, "ray"))
     if record:

@@ -425,7 +425,7 @@ def _next_batches(
     for name, extra_stream in extra_streams.items():
         loaded = next(extra_stream)
         extra_batches[name] = loaded.batch
-        waited += loaded.waited
+        waited += loaded.wait_seconds
         if loaded.bad:
             run.on_bad_rows(name, loaded.bad)
     return batch, extra_batches, waited

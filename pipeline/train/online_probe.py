@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -38,9 +39,7 @@ METRIC = "probe_knn"
 LABELS = "classification"
 """The objective that reads the probe's labels."""
 PROBE_ROWS, PROBE_BYTES = (4000, 1000), 512 << 20
-"""The most training and validation rows of a probe, evenly spread, and the most bytes that each of
-both may take when decoded.
-"""
+"""Most training and validation rows of a probe, and most bytes of each of the two when decoded."""
 
 
 @torch.no_grad()
@@ -50,8 +49,8 @@ def features(
     """Compute the pooled features of rows, in evaluation mode.
 
     Returns:
-        (n, D) features and the rows' label tensors, all on the device, in the order of row ids.
-        The features of a text that is read in windows are the mean of its windows'.
+        (n, D) features and the rows' label tensors, on the device, ordered by row id. A text that
+        is read in windows has the mean of the windows' features.
     """
     return features_of_ids(backbone, rows, device, autocast)[1:]
 
@@ -77,79 +76,85 @@ def features_of_ids(
             pooled.append(_pooled(backbone, batch))
         rest.append({name: tensor for name, tensor in batch.data.items() if name in labels})
         ids.append(batch.rows)
-    found = np.concatenate(ids)
-    by_id = np.argsort(found, kind="stable")
+    row_ids = np.concatenate(ids)
+    by_id = np.argsort(row_ids, kind="stable")
     order = torch.from_numpy(by_id).to(device)
-    labels_of_rows = {name: torch.cat([part[name] for part in rest])[order] for name in rest[0]}
-    return found[by_id], torch.cat(pooled)[order], labels_of_rows
+    label_tensors = {name: torch.cat([part[name] for part in rest])[order] for name in rest[0]}
+    return row_ids[by_id], torch.cat(pooled)[order], label_tensors
 
 
 def _pooled(backbone: Any, batch: Batch) -> Tensor:
-    """Return (B, D) float32; of a row that is read in windows the mean of its windows' features."""
+    """Return (B, D) float32 features; rows that are read in windows have the mean of theirs."""
     if not has_windows(batch):
         return backbone(batch).pooled.float()
     windows, real = windows_as_rows(batch)
     total = torch.zeros((len(batch), backbone.pooled_dim), device=real.device)
     if len(windows):
-        found = windows.predict_in_parts(
+        of_windows = windows.predict_in_parts(
             lambda part: {"pooled": backbone(part).pooled.float()}, WINDOWS_AT_ONCE
         )
-        total.index_add_(0, real.nonzero()[:, 0], found["pooled"])
+        total.index_add_(0, real.nonzero()[:, 0], of_windows["pooled"])
     return total / real.sum(1, keepdim=True).clamp(min=1)
 
 
 def neighbours(
-    found: np.ndarray,
+    candidates: np.ndarray,
     k: int,
-    tried: np.ndarray | None = None,
+    queries: np.ndarray | None = None,
     groups: np.ndarray | None = None,
 ) -> Tensor:
     """Find the nearest neighbours by cosine similarity.
 
     Args:
-        found: (n, D) features among which neighbours are looked for.
-        k: Neighbours of each row, fewer where there are not as many for every row.
-        tried: (m, D) features whose neighbours are wanted; None: those of ``found``, where no row
-            is its own neighbour.
-        groups: (n,) group of each row of ``found``, where rows of the same group are no neighbours
-            either; None: each row is a group. Without effect where ``tried`` is given.
+        candidates: (n, D) features among which neighbours are searched.
+        k: Neighbours of each query; fewer where not every query has as many.
+        queries: (m, D) features; None: the candidates themselves, where no row is its own
+            neighbour.
+        groups: (n,) group of each candidate; rows of one group are no neighbours either. None: each
+            row is a group. Without effect where ``queries`` are given.
 
     Returns:
-        (m, k) indices into ``found``.
+        (m, k) indices into ``candidates``.
     """
-    f = nn.functional.normalize(torch.from_numpy(found.astype(np.float32)), dim=1)
-    t, group = f, None
-    if tried is not None:
-        t = nn.functional.normalize(torch.from_numpy(tried.astype(np.float32)), dim=1)
+    normalized = _normalize(candidates)
+    normalized_queries, group = normalized, None
+    if queries is not None:
+        normalized_queries = _normalize(queries)
     else:
-        group = torch.from_numpy(unit_numbers(groups, len(f)))
-        k = min(k, len(f) - int(group.bincount().max()))
+        group = torch.from_numpy(unit_numbers(groups, len(normalized)))
+        k = min(k, len(normalized) - int(group.bincount().max()))
     out = []
-    for start in range(0, len(t), 1024):
-        near = t[start : start + 1024] @ f.T
+    for start in range(0, len(normalized_queries), 1024):
+        similarity = normalized_queries[start : start + 1024] @ normalized.T
         if group is not None:
-            near[group[start : start + 1024, None] == group] = -2.0
-        out.append(near.topk(min(k, len(f)), dim=1).indices)
+            similarity[group[start : start + 1024, None] == group] = -2.0
+        out.append(similarity.topk(min(k, len(normalized)), dim=1).indices)
     return torch.cat(out)
+
+
+def _normalize(features: np.ndarray) -> Tensor:
+    return nn.functional.normalize(torch.from_numpy(features.astype(np.float32)), dim=1)
 
 
 # ---------------------------------------------------------------- what the job says
 
 
-def splits(spec: Source, place: str, validated: bool, imports_uri: str) -> Splits | None:
+def read_probe_splits(
+    spec: Source, place: str, has_validation_rows: bool, imports_uri: str
+) -> Splits | None:
     """Read the splits of a source's probe.
 
     Args:
         place: The source in the job file, for errors.
-        validated: Whether the source has validation rows.
+        has_validation_rows: Whether the source has any.
 
     Raises:
-        ValueError: the probe's rows cannot be used.
+        ValueError: The probe's rows cannot be used.
     """
     data = spec.probe
     if data is None or spec.data is None:
         return None
-    if not validated:
+    if not has_validation_rows:
         raise ValueError(
             f"{place}.probe: it is tried at every validation, and this source has no validation "
             "rows: give data.validation files, a split_column or a validation_fraction"
@@ -167,45 +172,38 @@ def splits(spec: Source, place: str, validated: bool, imports_uri: str) -> Split
         *registry.get("objective", LABELS).roles,
     )
     try:
-        found = manifests.splits(data, roles, f"{place}.probe", imports_uri, need_test=False)
+        probe_splits = manifests.splits(data, roles, f"{place}.probe", imports_uri, need_test=False)
     except ValueError as error:
         raise ValueError(str(error).replace(f"{place}.probe.data", f"{place}.probe")) from None
-    kind = found.train.manifest.schema.field(data.columns["label"]).type
+    kind = probe_splits.train.manifest.schema.field(data.columns["label"]).type
     if pa.types.is_nested(kind):
         raise ValueError(
             f"{place}.probe.columns: label column {data.columns['label']!r} holds {kind} "
             "values; a probe takes one label a row, not several"
         )
-    if not len(found.validation):
+    if not len(probe_splits.validation):
         raise ValueError(
-            f"{place}.probe: its validation split is empty ({found.sizes()}); give validation "
-            "files, a split_column or a validation_fraction"
+            f"{place}.probe: its validation split is empty ({probe_splits.sizes()}); give "
+            "validation files, a split_column or a validation_fraction"
         )
     try:
-        _encoded(found.validation, data, _state(found, data))
+        validation_labels = manifests.read_columns(probe_splits.validation, [data.columns["label"]])
+        state = _fit_labels(probe_splits, data)
+        registry.get("objective", LABELS).encode(validation_labels, data.columns, state)
     except ValueError as error:
         raise ValueError(f"{place}.probe: {error}") from None
-    return found
+    return probe_splits
 
 
-def _state(found: Splits, data: Data) -> State:
-    objective = registry.get("objective", LABELS)
-    return objective.fit(
-        objective.options_class(),
-        manifests.read_columns(found.train, [data.columns["label"]]),
-        {"label": data.columns["label"]},
-    )
-
-
-def _encoded(selection: Selection, data: Data, state: State) -> np.ndarray:
-    return registry.get("objective", LABELS).encode(
-        manifests.read_columns(selection, [data.columns["label"]]), data.columns, state
-    )["label"]
+def _fit_labels(probe_splits: Splits, data: Data) -> State:
+    objective, column = registry.get("objective", LABELS), data.columns["label"]
+    table = manifests.read_columns(probe_splits.train, [column])
+    return objective.fit(objective.options_class(), table, {"label": column})
 
 
 @dataclass(frozen=True)
 class Probe:
-    """The rows that a probe reads, and how."""
+    """The probe's rows, their columns and the fitted labels."""
 
     train: Selection
     validation: Selection
@@ -217,18 +215,18 @@ class Probe:
         return Decoder(modality, LABELS, self.state, self.columns)
 
 
-def prepare(data: Data, found: Splits, modality: Modality) -> Probe:
-    """At most PROBE_ROWS rows of the probe's splits, fewer where they are large."""
-    probe = Probe(
-        found.train, found.validation, dict(data.columns), _state(found, data), data.max_bad_rows
-    )
-    kept: list[Selection] = []
-    for selection, most in zip((found.train, found.validation), PROBE_ROWS, strict=True):
+def prepare(data: Data, probe_splits: Splits, modality: Modality) -> Probe:
+    """Return a probe with up to PROBE_ROWS evenly spread rows, fewer where they are large."""
+    state = _fit_labels(probe_splits, data)
+    train, validation = probe_splits.train, probe_splits.validation
+    probe = Probe(train, validation, dict(data.columns), state, data.max_bad_rows)
+    sampled: list[Selection] = []
+    for selection, most in zip((train, validation), PROBE_ROWS, strict=True):
         n = len(selection)
-        each = max(1, probe.decoder(modality).size(selection) // n)
-        places = evenly_spread(n, max(1, min(most, PROBE_BYTES // each)))
-        kept.append(Selection(selection.manifest, selection.ids(places)))
-    return replace(probe, train=kept[0], validation=kept[1])
+        bytes_per_row = max(1, probe.decoder(modality).estimate_bytes(selection) // n)
+        indices = evenly_spread(n, max(1, min(most, PROBE_BYTES // bytes_per_row)))
+        sampled.append(Selection(selection.manifest, selection.ids(indices)))
+    return replace(probe, train=sampled[0], validation=sampled[1])
 
 
 # ---------------------------------------------------------------- in a run
@@ -238,76 +236,68 @@ def prepare(data: Data, found: Splits, modality: Modality) -> Probe:
 def exported_backbone(task: Task) -> Iterator[Backbone]:
     """The backbone with the weights that a bundle written now would have.
 
-    Where that is a teacher's, its weights are in the backbone inside the ``with`` block only.
+    Those of a teacher are in the backbone only inside the ``with`` block.
     """
     if not replaces_backbone(task.objective):
         yield task.backbone
         return
-    held = {name: tensor.detach().clone() for name, tensor in task.backbone.state_dict().items()}
+    weights = {name: tensor.detach().clone() for name, tensor in task.backbone.state_dict().items()}
     task.objective.after_training(task.backbone)
     try:
         yield task.backbone
     finally:
-        task.backbone.load_state_dict(held)
+        task.backbone.load_state_dict(weights)
 
 
-def probe_evaluator(
-    probe: Probe,
-    modality: Modality,
-    ranks: Ranks,
-    autocast: Callable[[], Any],
-    on_bad: Callable[[list[LeftOut]], None] = lambda rows: None,
-) -> Callable[[Task], float]:
-    """Return a function that computes the probe's accuracy, the same on every rank.
+class ProbeEvaluator:
+    """Computes the probe's accuracy for a task, the same on every rank.
 
-    The rows are decoded once, now; each rank computes the features of its part of them. Every rank
-    must call both functions at the same time.
+    The rows are decoded once, when it is made. At each call every rank computes the features of its
+    part of them. Every rank must make it and call it at the same time.
 
     Args:
         on_bad: Called with the rows that cannot be decoded.
 
     Raises:
-        TooManyBadRowsError: on all ranks or on none.
+        TooManyBadRowsError: More rows are bad than allowed; on all ranks.
     """
-    parts = [
-        Rows(selection, probe.decoder(modality))
-        .part(ranks.rank, ranks.count)
-        .in_memory(1.0, cpus=0)
-        for selection in (probe.train, probe.validation)
-    ]
-    names = ("probe train", "probe validation")
-    for name, rows, selection in zip(names, parts, (probe.train, probe.validation), strict=True):
-        bad_of_ranks = evaluate.of_every_rank(list(rows.bad), ranks)
-        everyone = [one for part in bad_of_ranks for one in part]
-        on_bad(
-            [
-                LeftOut(name, row, selection.manifest.location(row), reason)
-                for row, reason in everyone
-            ]
-        )
-        check_bad_row_budget(everyone, len(selection), probe.max_bad_rows, selection)
 
-    def tried(task: Task) -> float:
-        found = []
+    def __init__(
+        self,
+        probe: Probe,
+        modality: Modality,
+        ranks: Ranks,
+        autocast: Callable[[], Any],
+        on_bad: Callable[[list[LeftOut]], None] = lambda rows: None,
+    ):
+        self.ranks, self.autocast = ranks, autocast
+        self.parts: list[Rows] = []
+        """This rank's part of the training and of the validation rows."""
+        selections = {"probe train": probe.train, "probe validation": probe.validation}
+        for name, selection in selections.items():
+            part = Rows(selection, probe.decoder(modality)).part(ranks.rank, ranks.count)
+            part = part.in_memory(1.0, cpus=0)
+            self.parts.append(part)
+            bad = list(chain.from_iterable(evaluate.gather_objects(list(part.bad), ranks)))
+            place = selection.manifest.location
+            on_bad([LeftOut(name, row, place(row), reason) for row, reason in bad])
+            check_bad_row_budget(bad, len(selection), probe.max_bad_rows, selection)
+
+    def __call__(self, task: Task) -> float:
+        """Return the share of validation rows whose neighbours' most frequent label is theirs."""
         with exported_backbone(task) as backbone:
-            for rows in parts:
-                mine = {}
-                if len(rows):
-                    pooled, rest = features(backbone, rows, ranks.device, autocast())
-                    mine = {
-                        "row": rows.selection.ids(np.arange(len(rows))),
-                        "features": pooled.cpu().numpy(),
-                        "label": rest["label"].cpu().numpy(),
-                    }
-                found.append(evaluate.gather_predictions(mine, ranks))
-        train, validation = found
-        votes = (
-            torch.from_numpy(train["label"])[
-                neighbours(train["features"], KNN, validation["features"])
-            ]
-            .mode(1)
-            .values
-        )
+            train, validation = (self._features_of_all_ranks(backbone, part) for part in self.parts)
+        nearest = neighbours(train["features"], KNN, validation["features"])
+        votes = torch.from_numpy(train["label"])[nearest].mode(1).values
         return float((votes.numpy() == validation["label"]).mean())
 
-    return tried
+    def _features_of_all_ranks(self, backbone: Backbone, part: Rows) -> dict[str, np.ndarray]:
+        mine: dict[str, np.ndarray] = {}
+        if len(part):
+            pooled, labels = features(backbone, part, self.ranks.device, self.autocast())
+            mine = {
+                "row": part.selection.ids(np.arange(len(part))),
+                "features": pooled.cpu().numpy(),
+                "label": labels["label"].cpu().numpy(),
+            }
+        return evaluate.gather_predictions(mine, self.ranks)

@@ -29,7 +29,7 @@ from pipeline.data.stream import (
     Decoder,
     Rows,
     plan_of,
-    rows_an_item,
+    rows_per_item,
     train_batches,
 )
 from pipeline.io import file_identity, storage, write_fence
@@ -64,14 +64,14 @@ class RankJob:
     seed: int
     spec: Source
     reads: tuple[FileIdentity, ...]
-    """Files that are read in training: no bundle is written when one of them has changed."""
+    """Files that are read in training. Where one of them has changed, no bundle is written."""
     fitted: FittedSource
     workers: DataWorkers
     threads: int
     made_by: MadeBy
-    """What the bundle's manifest says of the code that made it."""
+    """The code that makes the bundle, for its manifest."""
     fences: tuple[write_fence.Fence, ...]
-    """The run that the rank belongs to: it writes while that run holds its lease."""
+    """Fences of the rank's run: the rank may write while that run has its lease."""
     steps: int = 0
     split_text: str = ""
 
@@ -112,26 +112,26 @@ def rank_job(
         fences=write_fence.current_fences(),
     )
     rows = training_rows(work)
-    plan, text = order_of(work, rows, 1), fitted.text
+    plan, description = order_of(work, rows, 1), fitted.description
     if isinstance(plan, BucketPlan):
         assert is_costed(rows.modality)
-        text += (
-            f"; {plan.batches_an_epoch:.0f} batches an epoch of up to {plan.batch_cost:g} "
+        description += (
+            f"; {plan.batches_per_epoch:.0f} batches an epoch of up to {plan.batch_cost:g} "
             f"{rows.modality.cost_unit}, {plan.padding():.1%} of them padding"
         )
     steps = experiment.technique_of(spec.technique).steps(steps_of(spec.train, plan))
-    return replace(work, steps=steps, split_text=text)
+    return replace(work, steps=steps, split_text=description)
 
 
 def steps_of(train: Train, plan: Plan) -> int:
-    """Optimiser steps of a run; one epoch when nothing was said."""
+    """Return the optimiser steps of a run: those of the job, or of one epoch."""
     return train.steps if train.steps is not None else plan.steps(train.epochs or 1.0)
 
 
 def shuffle_of(data: Data, rows: Selection) -> Shuffle:
-    """How training rows that are read from files are shuffled.
+    """Return how training rows that are read from files are shuffled.
 
-    A full permutation of files that are larger than memory would read them many times an epoch.
+    With a full permutation, files that are larger than memory would be read many times per epoch.
     """
     if data.shuffle != "auto":
         return data.shuffle
@@ -139,7 +139,7 @@ def shuffle_of(data: Data, rows: Selection) -> Shuffle:
 
 
 def order_of(work: RankJob, rows: Rows, item_rows: int | None = None) -> Plan:
-    """The order in which a source's rows are read, ``item_rows`` at a time."""
+    """Return the order in which a source's rows are read, ``item_rows`` at a time."""
     spec = work.spec
     shards = canonical_shards(spec)
     return plan_of(
@@ -149,7 +149,7 @@ def order_of(work: RankJob, rows: Rows, item_rows: int | None = None) -> Plan:
         spec.train.batch_cost,
         shards=shards,
         shuffle=shuffle_of(work.data, work.fitted.train),
-        item_rows=item_rows or rows_an_item(rows, shards),
+        item_rows=item_rows or rows_per_item(rows, shards),
         mixture=mixture(spec, work.fitted.corpus_sizes),
     )
 
@@ -167,41 +167,42 @@ def training_rows(work: RankJob) -> Rows:
     return Rows(work.fitted.train, decoder_of(work.fitted), costs=work.fitted.costs)
 
 
-def decoded(work: RankJob) -> Rows | None:
-    """The training rows decoded once, for ``decode: memory``.
+def decode_once(work: RankJob) -> Rows | None:
+    """Return the decoded training rows for ``decode: memory``, else None.
 
     The driver decodes them, and all ranks read them from shared memory.
     """
     if work.place != "memory":
         return None
-    rows, lost = training_rows(work), work.fitted.lost
-    return rows.in_memory(work.data.max_bad_rows, keep_bad=True, lost=lost)
+    return training_rows(work).in_memory(
+        work.data.max_bad_rows, keep_bad=True, num_left_out=work.fitted.num_left_out
+    )
 
 
 def train_rank(
     work: RankJob,
     ranks: Ranks,
     on_progress: Callable[[LogRecord], None] = lambda record: None,
-    held: Rows | None = None,
+    decoded_rows: Rows | None = None,
 ) -> dict[str, Any]:
     """Pretrain on one of several ranks; rank 0 writes the log and the bundle.
 
     Args:
         on_progress: Called on rank 0 with each record of the log.
-        held: The training rows where they were decoded before (`decoded`).
+        decoded_rows: The training rows of `decode_once`.
 
     Returns:
-        What the bundle and the report say of the training.
+        The metadata of the training, for the bundle and the report.
     """
     began, fitted = time.time(), work.fitted
-    made = experiment_of(work, ranks, on_progress, held)
-    finished = experiment.run(made, ranks)
+    source_experiment = experiment_of(work, ranks, on_progress, decoded_rows)
+    finished = experiment.run(source_experiment, ranks)
     outcome = finished.outcome
     metadata = {
         "source": work.name,
         "backbone": fitted.arch.name,
         "objective": fitted.objective.name,
-        "rows": len(made.rows),
+        "rows": len(source_experiment.rows),
         "seconds": round(outcome.seconds, 2),
         "rows_per_second": round(outcome.rows_per_second, 1),
         "wait_share": round(outcome.wait_share, 4),
@@ -209,7 +210,7 @@ def train_rank(
         "ranks": ranks.count,
         "device": device_name(ranks.device),
         "metrics": finished.metrics,
-        "transfer": fitted.moved,
+        "transfer": fitted.transfer_note,
         "splits": work.split_text,
         "warning": finished.warning,
         "findings": [list(finding) for finding in fitted.findings],
@@ -219,21 +220,24 @@ def train_rank(
     }
     if ranks.is_first:
         file_identity.check_unchanged(work.reads)
-        write(work, finished, metadata)
+        write_bundle(work, finished, metadata)
     return metadata
 
 
 def experiment_of(
-    work: RankJob, ranks: Ranks, on_progress: Callable[[LogRecord], None], held: Rows | None
+    work: RankJob,
+    ranks: Ranks,
+    on_progress: Callable[[LogRecord], None],
+    decoded_rows: Rows | None,
 ) -> Experiment:
-    """A source's training run as one of its ranks sees it."""
+    """Return a source's training run for one of its ranks."""
     fitted, train = work.fitted, work.spec.train
-    rows = held or training_rows(work)
+    rows = decoded_rows or training_rows(work)
     task = initial_task(work)
     objective, left_out, extra_metrics = task.objective, list(fitted.left_out), {}
     if fitted.probe:
         cast = partial(loop.autocast, train, ranks.device)
-        extra_metrics[online_probe.METRIC] = online_probe.probe_evaluator(
+        extra_metrics[online_probe.METRIC] = online_probe.ProbeEvaluator(
             fitted.probe, rows.modality, ranks, cast, left_out.extend
         )
     return Experiment(
@@ -259,7 +263,7 @@ def experiment_of(
         metrics=source_metrics(type(objective), objective.options, objective.state),
         extra_metrics=extra_metrics,
         max_bad_rows=work.data.max_bad_rows,
-        lost=fitted.lost,
+        num_left_out=fitted.num_left_out,
         left_out=left_out,
         folder=work.uri,
         log_folder=storage.join(work.uri, "log"),
@@ -268,19 +272,19 @@ def experiment_of(
 
 
 def initial_task(work: RankJob) -> Task:
-    """Return the task with the weights that training starts from, also where it is resumed.
+    """Return the task with the weights that training starts from.
 
-    A resume point replaces the weights, but techniques may keep a copy of the initial ones.
+    A resume point replaces them later, but techniques may keep a copy of the initial weights.
     """
     fitted = work.fitted
     task = bundle.build_task(fitted.arch, fitted.objective, seed=work.seed)
-    if fitted.initial:
-        task.load_state_dict(bundle.load(fitted.initial).tensors)
+    if fitted.initial_bundle_uri:
+        task.load_state_dict(bundle.load(fitted.initial_bundle_uri).tensors)
     return task
 
 
-def write(work: RankJob, finished: Finished, metadata: dict[str, Any]) -> None:
-    """Write the bundle, then remove what only an unfinished source needs."""
+def write_bundle(work: RankJob, finished: Finished, metadata: dict[str, Any]) -> None:
+    """Write the bundle, then remove resume points and initial weights."""
     fitted, task = work.fitted, finished.task
     if replaces_backbone(task.objective):
         task.objective.after_training(task.backbone)
@@ -288,15 +292,15 @@ def write(work: RankJob, finished: Finished, metadata: dict[str, Any]) -> None:
         storage.join(work.uri, "bundle"),
         task,
         fitted.modality,
-        parent=fitted.start,
+        parent=fitted.checkpoint_name,
         training=metadata,
         spec_hash=work.key,
         metrics=finished.metrics,
         made_by=work.made_by,
     )
     checkpoint.clear(experiment.checkpoint_folder(work.uri))
-    if fitted.initial:
-        storage.remove_tree(fitted.initial)
+    if fitted.initial_bundle_uri:
+        storage.remove_tree(fitted.initial_bundle_uri)
 
 
 def device_name(device: torch.device) -> str:
@@ -321,11 +325,11 @@ def import_checkpoint(stage: SourceStage) -> dict[str, Any]:
     """Read the existing checkpoint that a source names into a bundle.
 
     Returns:
-        What the bundle and the report say of it.
+        The metadata of the import, for the bundle and the report.
     """
     spec = stage.spec
     metadata = {**UNTRAINED, "source": stage.name, "spec_hash": stage.key}
-    if stage.is_given:
+    if stage.is_existing_bundle:
         if spec.modality is not None:
             raise ValueError(
                 f"sources.{stage.name}.modality: a bundle says how its rows are read: leave it out"
@@ -338,29 +342,31 @@ def import_checkpoint(stage: SourceStage) -> dict[str, Any]:
             "metrics": manifest.metrics,
             "transfer": "the bundle itself",
         }
-    text = spec.init or spec.backbone.name
-    start = pretrained.read(text, spec.backbone.name, spec.modality_name)
+    name = spec.init or spec.backbone.name
+    source_checkpoint = pretrained.read(name, spec.backbone.name, spec.modality_name)
     stage.check_checkpoint()
     began = time.time()
-    arch, modality = checkpoint_parts(spec, start, f"sources.{stage.name}")
-    checkpoint_name = text if start.arch is not None and start.modality is not None else ""
-    note = pretrained.describe_input(modality, spec.backbone.name, spec.modality, checkpoint_name)
+    arch, modality = checkpoint_parts(spec, source_checkpoint, f"sources.{stage.name}")
+    has_parts = source_checkpoint.arch is not None and source_checkpoint.modality is not None
+    note = pretrained.describe_input(
+        modality, spec.backbone.name, spec.modality, name if has_parts else ""
+    )
     backbone = bundle.build_backbone(arch, stage.seed)
-    moved = start.load_into(backbone)
+    transferred = source_checkpoint.load_into(backbone)
     stage.check_checkpoint()  # its file is mapped: only now has all of it been read
     metadata |= {
         "backbone": arch.name,
         "objective": "none (checkpoint)",
         "seconds": round(time.time() - began, 2),
         "metrics": {},
-        "transfer": moved.text(),
+        "transfer": transferred.text(),
         "findings": [list(Finding(note))] if note else [],
     }
     bundle.save(
         stage.bundle_uri,
         backbone,
         modality,
-        parent=text,
+        parent=name,
         training=metadata,
         spec_hash=stage.key,
         metrics={},

@@ -1,4 +1,4 @@
-"""One live view a stage on a terminal, one plain line every few seconds elsewhere."""
+"""Progress of a stage: one live line on a terminal, a plain line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -28,14 +28,13 @@ def duration(seconds: float) -> str:
 
 
 def training_line(name: str, record: LogRecord) -> str:
-    """step/total, loss, metrics, rows or tokens or seconds of sound a second, share of time waiting
-    for data, ETA.
+    """Return a progress line: step, loss, metrics, throughput, share of time spent waiting for
+    data, ETA.
     """
     parts = [f"{name}: step {record['step']}/{record['steps']}"]
     for key, value in record.items():
-        if key in ("loss", "accuracy", "probe_knn") or (
-            key.startswith("validation_") and key != "validation_loss"
-        ):
+        is_validation = key.startswith("validation_") and key != "validation_loss"
+        if is_validation or key in ("loss", "accuracy", "probe_knn"):
             parts.append(f"{key.replace('validation_', 'val ')} {value:.4g}")
     validated = record.get("validated_step", record["step"])
     if validated != record["step"]:
@@ -55,12 +54,12 @@ def training_line(name: str, record: LogRecord) -> str:
 
 
 class Progress:
-    """Shows the newest line; ``note`` prints a line that stays. Both begin with the time of day.
+    """Shows the newest line, and prints notes, which stay. Both begin with the time of day.
 
     Args:
         console: Where lines go.
-        clock: Seconds, which decide when a plain line is due.
-        now: The time of day, as ``time.localtime`` gives it.
+        clock: Returns seconds, which decide when a plain line is due.
+        now: Returns the time of day, as ``time.localtime`` does.
     """
 
     def __init__(self, console: Console | None = None, clock=time.monotonic, now=time.localtime):
@@ -69,11 +68,11 @@ class Progress:
         self.newest = ""
         """The newest line of `update`."""
         self.trials: Mapping[str, Any] = {}
-        """Id to trial of those that the run has begun to work on (`expect`)."""
+        """Trials of the run so far, by id (`add_trials`)."""
         self.outdated: Mapping[str, str | None] = {}
-        """Id of a trial that is made again to the run that wrote its old record."""
+        """Ids of trials that are made again, to the run that wrote the old record."""
         self.on_end: Callable[[Sequence[Any]], None] = lambda ended: None
-        """Called with the sources and trials that have ended, or are found done."""
+        """Called with sources and trials that have ended, or were done before."""
         self._live: Live | None = None
         if self.console.is_terminal:
             self._live = Live(Text(""), console=self.console, refresh_per_second=4, transient=True)
@@ -90,17 +89,17 @@ class Progress:
     def _timed(self, line: str) -> str:
         return f"{time.strftime('%H:%M:%S', self.now())} {line}"
 
-    def expect(
+    def add_trials(
         self, trials: Iterable[Any], outdated: Mapping[str, str | None] | None = None
     ) -> None:
-        """Note trials that the run works on from now, or finds done.
+        """Add trials that the run works on from now on, or that were done before.
 
         Args:
-            outdated: Of trials that are made again: id to the run that wrote the old record.
+            outdated: Ids of trials that are made again, to the run that wrote the old record.
         """
         # new dicts: another thread may be reading the old ones
         self.outdated = {**self.outdated, **(outdated or {})}
-        self.trials = {**self.trials, **{one.id: one for one in trials}}
+        self.trials = {**self.trials, **{trial.id: trial for trial in trials}}
 
     def update(self, line: str, final: bool = False) -> None:
         self.newest = line

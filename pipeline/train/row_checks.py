@@ -125,8 +125,8 @@ def _unread_text(
     """Return how much of a sample of the rows is not read, and how many rows the sample has."""
     if not len(selection):
         return None, 0
-    bytes_a_row = max(1, selection.manifest.num_bytes // max(1, selection.manifest.num_rows))
-    rows = min(SAMPLE_ROWS, max(FEWEST_ROWS, SAMPLE_BYTES // bytes_a_row))
+    bytes_per_row = max(1, selection.manifest.num_bytes // max(1, selection.manifest.num_rows))
+    rows = min(SAMPLE_ROWS, max(FEWEST_ROWS, SAMPLE_BYTES // bytes_per_row))
     names = [columns[role] for role in ("text", "text_pair") if role in columns]
     table = fit_components.sample(selection, names, rows)
     return modality.unread_text(table, columns), len(table)

@@ -42,8 +42,8 @@ from pipeline.train import (
 from pipeline.train.row_checks import Finding
 
 STAGE_FORMAT = 8
-"""The format of a stage's key and folder. Code that makes other numbers does not raise it: what
-made a bundle is recorded in it (`pipeline.config.provenance`).
+"""The format of a stage's key and folder. A change of code that computes results does not raise it:
+each bundle records the code that made it (`pipeline.config.provenance`).
 """
 WORKING_PARTS = (
     "checkpoints",
@@ -57,42 +57,45 @@ WORKING_PARTS = (
 """What a source's folder holds beside its bundle."""
 MAX_STRETCH, ROUNDING_SECONDS = 1.1, 1.0
 """A recording lasts at most MAX_STRETCH times what its column says, plus ROUNDING_SECONDS."""
-WHERE_NOT_WHAT = {"uri", "train", "validation", "test"}
-HOW_NOT_WHAT = {
+LOCATION_FIELDS = {"uri", "train", "validation", "test"}
+"""Fields of `Data` that say where files are: their content enters a key instead."""
+REPORTING_FIELDS = {
     "log_every_steps",
     "checkpoint_every_steps",
     "checkpoint_every_minutes",
     "trace_rows",
 }
+"""Fields of `Train` that do not change the weights."""
 
 
 def data_key(data: Data) -> dict[str, Any]:
-    """The part of a data spec that a key depends on: not where files and tokenizers lie (what they
-    hold counts).
+    """Return the fields of a data spec that enter a stage's key.
+
+    Paths of files are left out, and those of tokenizers are replaced by a hash of their content.
+    The content of the rows enters the key elsewhere.
     """
-    left_out = dict.fromkeys(WHERE_NOT_WHAT | {"decode", "max_bad_rows", "identity"}, True)
+    left_out = dict.fromkeys(LOCATION_FIELDS | {"decode", "max_bad_rows", "identity"}, True)
     out = data.model_dump(mode="json", exclude={**left_out, "more": {"__all__": left_out}})
-    for one, part in ((out, data), *zip(out["more"], data.more, strict=True)):
-        one["modality"]["options"] = fit_components.options_by_content("modality", part.modality)
+    for fields, part in ((out, data), *zip(out["more"], data.more, strict=True)):
+        fields["modality"]["options"] = fit_components.options_by_content("modality", part.modality)
     return out
 
 
 @dataclass(frozen=True)
 class SourceStage:
-    """A source of a job before anything runs: its rows, its key and its folder. ``splits`` is none
-    for a checkpoint.
-    """
+    """A source of a job before anything runs: its rows, its key and its folder."""
 
     job: Job
     name: str
     spec: Source
     splits: Splits | None
+    """None for a source that is an existing checkpoint."""
     key: str
     probe: Splits | None = None
-    start: str = ""
-    """What identifies the checkpoint that it starts from (`pretrained.fingerprint`), or nothing."""
+    checkpoint_fingerprint: str = ""
+    """Fingerprint of the checkpoint that it starts from (`pretrained.fingerprint`), or ""."""
     remake: bool = False
-    """Whether a bundle that other code or versions made is made anew."""
+    """Whether a bundle that other code or versions made is made again."""
 
     @property
     def reads(self) -> tuple[FileIdentity, ...]:
@@ -105,26 +108,24 @@ class SourceStage:
         )
 
     @property
-    def checkpoint_text(self) -> str:
-        """The checkpoint that the job names, or nothing."""
-        return self.spec.init or (
-            self.spec.backbone.name
-            if self.spec.backbone.name.startswith(CHECKPOINT_PREFIXES)
-            else ""
-        )
+    def checkpoint_name(self) -> str:
+        """The checkpoint that the job names, or ""."""
+        if self.spec.init:
+            return self.spec.init
+        name = self.spec.backbone.name
+        return name if name.startswith(CHECKPOINT_PREFIXES) else ""
 
     @property
-    def initial_uri(self) -> str:
-        """Where the task as it starts lies, once its checkpoint has been read."""
+    def initial_bundle_uri(self) -> str:
+        """Bundle with the weights that training starts from, written once from the checkpoint."""
         return storage.join(self.uri, "initial")
 
     def check_checkpoint(self) -> None:
-        """Raise ChangedFileError when the checkpoint holds something else than when the stage was
-        planned.
-        """
-        if self.checkpoint_text and pretrained.fingerprint(self.checkpoint_text) != self.start:
+        """Raise ChangedFileError when the checkpoint has changed since the stage was planned."""
+        name = self.checkpoint_name
+        if name and pretrained.fingerprint(name) != self.checkpoint_fingerprint:
             raise ChangedFileError(
-                f"sources.{self.name}: {self.checkpoint_text} was changed while it was in use: it "
+                f"sources.{self.name}: {name} was changed while it was in use: it "
                 "holds something else than when the run was planned; leave it alone until the run "
                 "ends, and run again"
             )
@@ -135,9 +136,8 @@ class SourceStage:
 
     @property
     def bundle_uri(self) -> str:
-        start = self.spec.backbone.name
-        if self.splits is None and start.startswith("bundle:"):
-            return start.partition(":")[2]
+        if self.is_existing_bundle:
+            return self.spec.backbone.name.partition(":")[2]
         return storage.join(self.uri, "bundle")
 
     @property
@@ -145,8 +145,8 @@ class SourceStage:
         return mix(self.job.seed, *self.name.encode())
 
     @property
-    def is_given(self) -> bool:
-        """Whether the job names the bundle itself: then it is what it is, whatever made it."""
+    def is_existing_bundle(self) -> bool:
+        """Whether the source is a bundle that the job names. It is used whatever code made it."""
         return self.splits is None and self.spec.backbone.name.startswith("bundle:")
 
     @property
@@ -155,31 +155,26 @@ class SourceStage:
 
     @property
     def done(self) -> bool:
-        """Whether its bundle is there, and is not to be made anew."""
+        """Whether its bundle exists and need not be made again."""
         return self.has_bundle and not (self.remake and self.changes())
 
     def changes(self) -> tuple[str, ...]:
-        """In words, how code and versions differ now from what made its bundle; empty where nothing
-        does, or where there is no bundle of ours yet.
+        """Describe how the present code and versions differ from those that made the bundle.
+
+        () where they do not, or there is no bundle of ours.
         """
-        if self.is_given or not self.has_bundle:
+        if self.is_existing_bundle or not self.has_bundle:
             return ()
         manifest = bundle.read_manifest(self.bundle_uri)
         now = made_by(self.spec, manifest.arch, manifest.modality.name)
-        found = provenance.changes(manifest.made, now)
-        earlier = [
-            provenance.from_metadata(metadata)
-            for metadata in (manifest.made_by.get("begun_by", ()) if manifest.made_by else ())
-        ]
-        since = [provenance.changes(before, made_by(self.spec)) for before in earlier]
-        return (
-            *found,
-            *dict.fromkeys(
-                f"begun by other code or versions ({', '.join(reasons)})"
-                for reasons in since
-                if reasons
-            ),
-        )
+        begun_by = manifest.made_by.get("begun_by", ()) if manifest.made_by else ()
+        present = made_by(self.spec)
+        notes: list[str] = []
+        for metadata in begun_by:
+            reasons = provenance.changes(provenance.from_metadata(metadata), present)
+            if reasons:
+                notes.append(f"begun by other code or versions ({', '.join(reasons)})")
+        return (*provenance.changes(manifest.made, now), *dict.fromkeys(notes))
 
     @property
     def packed(self) -> bool:
@@ -189,7 +184,7 @@ class SourceStage:
         )
 
 
-def stage(job: Job, name: str) -> SourceStage:
+def plan_source(job: Job, name: str) -> SourceStage:
     """Read a source's splits and compute its key.
 
     Raises ValueError for data that cannot be used (missing column, empty split, different schemas).
@@ -201,7 +196,7 @@ def stage(job: Job, name: str) -> SourceStage:
         modality = registry.get("modality", spec.data.modality.name)
         objective = registry.get("objective", spec.objective.name)
         roles = (*modality.roles, *objective.roles)
-        config_checks.source(f"sources.{name}", spec)
+        config_checks.check_source(f"sources.{name}", spec)
         splits = manifests.splits(
             spec.data,
             roles,
@@ -215,13 +210,13 @@ def stage(job: Job, name: str) -> SourceStage:
                 f"sources.{name}.train.patience: there are no validation rows to judge by: hold "
                 "some out (data.validation_fraction), or leave it out"
             )
-    probe = online_probe.splits(
+    probe = online_probe.read_probe_splits(
         spec,
         f"sources.{name}",
         bool(splits and len(splits.validation)),
         storage.join(job.root, "imports"),
     )
-    what = spec.model_dump(
+    key_fields = spec.model_dump(
         mode="json",
         exclude={
             "data",
@@ -235,31 +230,32 @@ def stage(job: Job, name: str) -> SourceStage:
         },
     )
     if spec.modality is None:
-        del what["modality"]
-    what["start"] = start = pretrained.fingerprint(spec.init) if spec.init else None
-    if spec.objective is not None:
-        what["objective"]["options"] = fit_components.options_by_content(
-            "objective", spec.objective
-        )
-    # Where a checkpoint lies does not count, what it holds does
+        del key_fields["modality"]
+    # the key depends on the content of a checkpoint, not on its path
+    fingerprint = pretrained.fingerprint(spec.init) if spec.init else None
+    key_fields["start"] = fingerprint
     if spec.backbone.name.startswith(CHECKPOINT_PREFIXES):
-        what["backbone"]["name"] = start = pretrained.fingerprint(spec.backbone.name)
+        fingerprint = pretrained.fingerprint(spec.backbone.name)
+        key_fields["backbone"]["name"] = fingerprint
+    if spec.objective is not None:
+        options = fit_components.options_by_content("objective", spec.objective)
+        key_fields["objective"]["options"] = options
     key = spec_hash(
         STAGE_FORMAT,
         name,
-        what,
-        spec.train.model_dump(mode="json", exclude=HOW_NOT_WHAT),
+        key_fields,
+        spec.train.model_dump(mode="json", exclude=REPORTING_FIELDS),
         job.seed,
         [data_key(spec.data), splits.fingerprint, canonical_shards(spec)]
         if spec.data and splits
         else None,
         *([[data_key(spec.probe), probe.fingerprint]] if spec.probe and probe else []),
     )
-    made = SourceStage(job, name, spec, splits, key, probe, start or "")
-    _check_plain_network(made)
-    if splits is not None and not made.packed:
-        check_plan(made, splits.corpus_sizes)
-    return made
+    source_stage = SourceStage(job, name, spec, splits, key, probe, fingerprint or "")
+    _check_plain_network(source_stage)
+    if splits is not None and not source_stage.packed:
+        check_plan(source_stage, splits.corpus_sizes)
+    return source_stage
 
 
 def _check_plain_network(stage: SourceStage) -> None:
@@ -267,7 +263,7 @@ def _check_plain_network(stage: SourceStage) -> None:
 
     Its tensors are not those of the backbone that the bundle names.
     """
-    text = stage.checkpoint_text
+    text = stage.checkpoint_name
     if not text.startswith("bundle:"):
         return
     manifest = bundle.read_manifest(text.partition(":")[2])
@@ -283,10 +279,10 @@ def _check_plain_network(stage: SourceStage) -> None:
 def made_by(
     spec: Source, arch: Architecture | None = None, modality: str | None = None
 ) -> Provenance:
-    """What makes a source now.
+    """Return the code and versions that would make a source now.
 
     Args:
-        arch: The backbone's architecture, where a checkpoint tells it; without it, as the job says.
+        arch: The backbone's architecture; None: as the job says.
         modality: The name of the modality of a checkpoint without data.
     """
     arch = arch or Architecture(
@@ -346,7 +342,7 @@ def check_plan(stage: SourceStage, corpus_sizes: tuple[int, ...]) -> None:
             stage.spec.train.global_batch,
             shards=canonical_shards(stage.spec),
             mixture=mixture(stage.spec, corpus_sizes),
-        ).owned(0, stage.spec.worker_range[1])
+        ).shards_of_rank(0, stage.spec.worker_range[1])
     except ValueError as error:
         raise ValueError(f"sources.{stage.name}: {error}") from None
 
@@ -382,43 +378,44 @@ class FittedSource:
     columns: dict[str, str]
     train: Selection
     validation: Selection
-    start: str | None
+    checkpoint_name: str | None
     """The checkpoint that the job names."""
-    initial: str | None
-    """The bundle that was made of it, for the ranks to start from."""
-    moved: str
-    """In words, which of its tensors were carried over."""
+    initial_bundle_uri: str | None
+    """Bundle with the weights that training starts from, written once from the checkpoint."""
+    transfer_note: str
+    """Which tensors came from the checkpoint, as a sentence."""
     left_out: tuple[LeftOut, ...]
-    text: str
-    """In words, how many rows there are and what became of them."""
+    description: str
+    """How many rows there are, and how they were chosen and prepared, in words."""
     corpus_sizes: tuple[int, ...]
-    """How many of the training rows each corpus has, in their order."""
+    """Number of training rows of each corpus, in their order."""
     probe: online_probe.Probe | None = None
     costs: np.ndarray | None = None
-    """What each training row costs, where batches are cut by it."""
-    lost: int = 0
-    """Training rows that were left out before any was decoded; they count against the same budget
-    as those that cannot be decoded."""
+    """Cost of each training row, where batches are cut by cost."""
+    num_left_out: int = 0
+    """Training rows that were left out before any was decoded. They count against the same budget
+    as rows that cannot be decoded.
+    """
     begun_by: tuple[ProvenanceRecord, ...] = ()
-    """What made earlier parts of this source, where that was other code or versions (`begin`)."""
+    """Other code and versions that made earlier parts of this source (`begin`)."""
     findings: tuple[Finding, ...] = ()
-    """What was noticed in the rows before any training, for terminal and report."""
+    """Findings on the rows before any training, for the terminal and the report."""
 
 
-def fit(stage: SourceStage) -> FittedSource:
-    """Make a source ready for its ranks: once, kept in the stage's folder.
+def prepare_source(stage: SourceStage) -> FittedSource:
+    """Prepare what the ranks of a source read; once, since it is kept in the stage's folder.
 
     Modality and objective are fitted on the training rows, the checkpoint is read, texts are packed
-    or tokenised, rows that cannot be trained on are left out.
+    or tokenised, and rows that cannot be trained on are left out.
 
     Raises:
-        BundleError: the checkpoint does not fit what the job says.
-        TooManyBadRowsError: more rows cannot be used than the budget allows.
+        BundleError: The checkpoint contradicts the job.
+        TooManyBadRowsError: More rows cannot be used than the budget allows.
     """
     spec, splits = stage.spec, stage.splits
     assert spec.data is not None and splits is not None
     begun_by = begin(stage)
-    arch, modality, objective, moved = _fit_network(stage)
+    arch, modality, objective, transfer_note = _fit_network(stage)
     modality, limit_note = bundle.limit_modality(modality, arch)
     rows = _fit_rows(stage, modality, objective)
     notes = [splits.sizes(), *rows.notes, *_mixture_notes(spec, rows.corpus_sizes)]
@@ -440,15 +437,15 @@ def fit(stage: SourceStage) -> FittedSource:
         columns=rows.columns,
         train=rows.train,
         validation=rows.validation,
-        start=stage.checkpoint_text or None,
-        initial=stage.initial_uri if stage.checkpoint_text else None,
-        moved=moved,
+        checkpoint_name=stage.checkpoint_name or None,
+        initial_bundle_uri=stage.initial_bundle_uri if stage.checkpoint_name else None,
+        transfer_note=transfer_note,
         left_out=tuple(rows.left_out),
-        text="; ".join(notes),
+        description="; ".join(notes),
         corpus_sizes=rows.corpus_sizes,
         probe=probe,
         costs=rows.costs,
-        lost=rows.lost,
+        num_left_out=rows.num_left_out,
         begun_by=tuple(begun_by),
         findings=tuple(findings_of(stage, modality, limit_note)),
     )
@@ -457,38 +454,43 @@ def fit(stage: SourceStage) -> FittedSource:
 def _fit_network(
     stage: SourceStage,
 ) -> tuple[Architecture, ModalitySpec, ObjectiveSpec, str]:
-    """Architecture, modality and objective of the bundle, and in words what a checkpoint gave."""
+    """Return architecture, modality and objective of the bundle, and the transfer note."""
     spec, splits = stage.spec, stage.splits
     assert spec.data is not None and splits is not None and spec.objective is not None
     objective = registry.get("objective", spec.objective.name)
     options = objective.options_class(**spec.objective.options)
-    start, arch, moved, coverage = None, None, "", ""
-    if stage.checkpoint_text and bundle.exists(stage.initial_uri):  # an earlier try has read it
-        manifest = bundle.load(stage.initial_uri).manifest
+    checkpoint, arch, transfer_note, coverage = None, None, "", ""
+    if stage.checkpoint_name and bundle.exists(stage.initial_bundle_uri):
+        # an earlier run has read the checkpoint
+        manifest = bundle.load(stage.initial_bundle_uri).manifest
         modality, arch = manifest.modality, manifest.arch
-        moved = manifest.training["transfer"]
+        transfer_note = manifest.training["transfer"]
     else:
-        if stage.checkpoint_text:
-            start = pretrained.read(stage.checkpoint_text, spec.backbone.name, spec.modality_name)
+        name = stage.checkpoint_name
+        if name:
+            checkpoint = pretrained.read(name, spec.backbone.name, spec.modality_name)
         path = storage.join(stage.uri, "modality.json")
         place = f"sources.{stage.name}"
-        modality, coverage = fit_components.fit_modality(spec, splits.train, start, place, path)
+        modality, coverage = fit_components.fit_modality(
+            spec, splits.train, checkpoint, place, path
+        )
     state = fit_components.fit_objective(spec, splits)
     if arch is None:
-        arch = arch_of(spec, start, bundle.build_modality(modality).inputs())
+        arch = arch_of(spec, checkpoint, bundle.build_modality(modality).inputs())
     state = bind_state(objective, state, arch)
-    described = ObjectiveSpec(spec.objective.name, options.model_dump(), state)
-    if start is not None:
+    objective_spec = ObjectiveSpec(spec.objective.name, options.model_dump(), state)
+    if checkpoint is not None:
         stage.check_checkpoint()
-        moved = import_pretrained(
-            stage, start, arch, modality, described, stage.initial_uri, coverage
+        uri = stage.initial_bundle_uri
+        transfer_note = import_pretrained(
+            stage, checkpoint, arch, modality, objective_spec, uri, coverage
         )
-    return arch, modality, described, moved
+    return arch, modality, objective_spec, transfer_note
 
 
 @dataclass
 class _Rows:
-    """The rows of a source on their way to training."""
+    """The rows of a source, as far as they are prepared."""
 
     train: Selection
     validation: Selection
@@ -497,7 +499,7 @@ class _Rows:
     left_out: list[LeftOut]
     notes: list[str]
     costs: np.ndarray | None = None
-    lost: int = 0
+    num_left_out: int = 0
 
 
 def _fit_rows(stage: SourceStage, modality: ModalitySpec, objective: ObjectiveSpec) -> _Rows:
@@ -505,21 +507,24 @@ def _fit_rows(stage: SourceStage, modality: ModalitySpec, objective: ObjectiveSp
     spec, splits = stage.spec, stage.splits
     assert spec.data is not None and splits is not None
     kind, columns = registry.get("objective", objective.name), dict(spec.data.columns)
-    left_out = list(splits.left_out)
-    lost = sum(row.split == "train" for row in splits.left_out)
     rows = _Rows(
-        splits.train, splits.validation, columns, splits.corpus_sizes, left_out, [], lost=lost
+        train=splits.train,
+        validation=splits.validation,
+        columns=columns,
+        corpus_sizes=splits.corpus_sizes,
+        left_out=list(splits.left_out),
+        notes=[],
+        num_left_out=sum(row.split == "train" for row in splits.left_out),
     )
     roles = (*kind.roles, *kind.optional_roles)
     labels = tuple(columns[role] for role in roles if role in columns)
-    form = token_rows.form_of(kind, modality, rows.train, columns)
+    form = token_rows.row_form(kind, modality, rows.train, columns)
     if form:
         _tokenise(stage, rows, token_rows.TextWork(modality, columns, form, labels))
-    reads = bundle.build_modality(modality)
-    decoder = Decoder(reads, objective.name, objective.state, rows.columns)
-    if spec.train.batch_cost is not None or checks_labels_before_decoding(
-        kind, reads, rows.columns
-    ):
+    built = bundle.build_modality(modality)
+    decoder = Decoder(built, objective.name, objective.state, rows.columns)
+    needs_costs = spec.train.batch_cost is not None
+    if needs_costs or checks_labels_before_decoding(kind, built, rows.columns):
         _leave_out_untrainable(spec, rows, decoder)
     return rows
 
@@ -529,10 +534,10 @@ def _tokenise(stage: SourceStage, rows: _Rows, work: token_rows.TextWork) -> Non
     assert stage.spec.data is not None
     budget = stage.spec.data.max_bad_rows
     folder = storage.join(stage.uri, "tokens")
-    train = token_rows.make(
+    train = token_rows.make_token_rows(
         storage.join(folder, "train"), "train", rows.train, work, budget, rows.corpus_sizes
     )
-    validation = token_rows.make(
+    validation = token_rows.make_token_rows(
         storage.join(folder, "validation"),
         "validation",
         rows.validation,
@@ -549,22 +554,23 @@ def _tokenise(stage: SourceStage, rows: _Rows, work: token_rows.TextWork) -> Non
 
 
 def _leave_out_untrainable(spec: Source, rows: _Rows, decoder: Decoder) -> None:
-    """Drop training rows that can be scored but not learned from; note what the others cost."""
+    """Leave out training rows that can only be evaluated, and keep the costs of the others."""
     assert spec.data is not None
-    costed = Rows(rows.train, decoder).with_costs()
-    kept, lost = drop_untrainable(costed, spec.data.max_bad_rows)
+    with_costs = Rows(rows.train, decoder).with_costs()
+    kept, bad = drop_untrainable(with_costs, spec.data.max_bad_rows)
     place = rows.train.manifest.location
-    rows.left_out += [LeftOut("train", row, place(row), reason) for row, reason in lost]
-    is_lost = np.isin(rows.train.ids(np.arange(len(rows.train))), [row for row, _ in lost])
-    by_corpus = np.split(is_lost, np.cumsum(rows.corpus_sizes)[:-1])
+    rows.left_out += [LeftOut("train", row, place(row), reason) for row, reason in bad]
+    is_bad = np.isin(rows.train.ids(np.arange(len(rows.train))), [row for row, _ in bad])
+    by_corpus = np.split(is_bad, np.cumsum(rows.corpus_sizes)[:-1])
     rows.corpus_sizes = tuple(len(part) - int(part.sum()) for part in by_corpus)
-    rows.train, rows.lost = kept.selection, rows.lost + len(lost)
+    rows.train = kept.selection
+    rows.num_left_out += len(bad)
     if spec.train.batch_cost is not None:
         rows.costs = kept.costs
 
 
 def _mixture_notes(spec: Source, corpus_sizes: tuple[int, ...]) -> list[str]:
-    """In words, how often each corpus is drawn from, where corpora have weights."""
+    """Describe how often each corpus is drawn from, where corpora have weights."""
     ranges = mixture(spec, corpus_sizes)
     if not ranges:
         return []
@@ -578,7 +584,7 @@ def _mixture_notes(spec: Source, corpus_sizes: tuple[int, ...]) -> list[str]:
 
 
 def findings_of(stage: SourceStage, modality: ModalitySpec, limit_note: str) -> list[Finding]:
-    """What a sample of a source's rows shows: texts that are cut, missing labels, unknown names.
+    """Return findings on a sample of a source's rows: cut texts, missing labels, unknown names.
 
     Args:
         limit_note: What `bundle.limit_modality` lowered, as a sentence, or an empty string.
@@ -598,7 +604,7 @@ def findings_of(stage: SourceStage, modality: ModalitySpec, limit_note: str) -> 
     found += row_checks.text_findings(text_modality, rows, columns, objective.packed)
     found += row_checks.null_labels(objective, rows, columns)
     found += _unread_augmentation(spec.data, spec.objective.name)
-    if stage.checkpoint_text:  # its modality was fitted on other rows
+    if stage.checkpoint_name:  # its modality was fitted on other rows
         found += row_checks.unshared_names(modality, objective, splits.train, columns)
     return found
 
@@ -623,9 +629,10 @@ def _unread_augmentation(data: Data, name: str) -> list[Finding]:
 def checks_labels_before_decoding(
     objective: type[Objective], modality: Modality, columns: dict[str, str]
 ) -> bool:
-    """Whether rows that can be scored but not learned from (`LengthBound`) are
-    found before any is decoded: where a column tells how long they are. Else only batches that are
-    cut by it are worth a look into every file.
+    """Whether rows that are too short to train on (`LengthBound`) are left out before decoding.
+
+    So it is where a column has their lengths. To read the header of every file for this is worth it
+    only where batches are cut by length anyway.
     """
     return bounds_length(objective) and cost_column(modality, columns) is not None
 
@@ -654,10 +661,8 @@ def drop_untrainable(rows: Rows, max_bad: float) -> tuple[Rows, list[tuple[int, 
         return rows, []
     assert costs is not None and is_costed(decoder.modality)
     cost_role = decoder.modality.cost_role
-    table = manifests.read_columns(
-        rows.selection,
-        [decoder.columns[role] for role in roles if role in decoder.columns],
-    )
+    names = [decoder.columns[role] for role in roles if role in decoder.columns]
+    table = manifests.read_columns(rows.selection, names)
     may_be_rounded = np.full(len(rows), cost_role in decoder.columns)
     if may_be_rounded.all() and "start" in decoder.columns:
         starts = manifests.read_columns(rows.selection, [decoder.columns["start"]]).column(0)
@@ -687,8 +692,9 @@ def drop_untrainable(rows: Rows, max_bad: float) -> tuple[Rows, list[tuple[int, 
 
 
 def bind_state(objective: type[Objective], state: State, arch: Architecture) -> State:
-    """What an objective learned, with what it must know of the backbone (`BindsToBackbone`). Raises
-    ValueError where that is not for it.
+    """Return an objective's state with what it must know of the backbone (`BindsToBackbone`).
+
+    Raises ValueError where the backbone does not fit the objective.
     """
     if not binds_to_backbone(objective):
         return state
@@ -697,51 +703,52 @@ def bind_state(objective: type[Objective], state: State, arch: Architecture) -> 
 
 
 def arch_of(
-    spec: Source, start: pretrained.PretrainedCheckpoint | None, inputs: Inputs
+    spec: Source, checkpoint: pretrained.PretrainedCheckpoint | None, inputs: Inputs
 ) -> Architecture:
     """Return the architecture that the job names, or the checkpoint's.
 
     Raises BundleError where the two contradict each other.
     """
-    if start is None or start.arch is None:
+    if checkpoint is None or checkpoint.arch is None:
         return Architecture(spec.backbone.name, dict(spec.backbone.options), inputs)
     given = dict(spec.backbone.options)
     if (
         not spec.backbone.name.startswith(CHECKPOINT_PREFIXES)
-        and pretrained.strip_weights_tag(spec.backbone.name) != start.arch.name
+        and pretrained.strip_weights_tag(spec.backbone.name) != checkpoint.arch.name
     ):
         raise BundleError(
-            f"{start.origin} holds a {start.arch.name}, the job says {spec.backbone.name}: "
-            "name the same backbone"
+            f"{checkpoint.origin} holds a {checkpoint.arch.name}, the job says "
+            f"{spec.backbone.name}: name the same backbone"
         )
-    fixed = [name for name in given if "config" in start.arch.options and name != "pool"]
+    fixed = [name for name in given if "config" in checkpoint.arch.options and name != "pool"]
     if fixed:
         raise BundleError(
-            f"backbone options {', '.join(fixed)}: the configuration of {start.origin} decides "
-            "them; leave them out"
+            f"backbone options {', '.join(fixed)}: the configuration of {checkpoint.origin} "
+            "decides them; leave them out"
         )
     return adapt_arch_to_inputs(
-        replace(start.arch, options={**start.arch.options, **given}),
-        {**start.arch.inputs, **inputs},
+        replace(checkpoint.arch, options={**checkpoint.arch.options, **given}),
+        {**checkpoint.arch.inputs, **inputs},
     )
 
 
 def checkpoint_parts(
-    spec: Source, start: pretrained.PretrainedCheckpoint, place: str
+    spec: Source, checkpoint: pretrained.PretrainedCheckpoint, place: str
 ) -> tuple[Architecture, ModalitySpec]:
-    """Arch and modality of a source without data: what its checkpoint tells, else timm's own, with
-    what the job states of its rows.
+    """Return architecture and modality of a source without data.
+
+    They are the checkpoint's, else timm's, with the modality options that the job states.
 
     Args:
-        place: the source in the job file, for errors.
+        place: The source in the job file, for errors.
 
-    Raises BundleError where the job contradicts the checkpoint, and for options that do not go
-    together.
+    Raises:
+        BundleError: The job contradicts the checkpoint, or options contradict each other.
     """
-    if start.arch is None or start.modality is None:
+    if checkpoint.arch is None or checkpoint.modality is None:
         arch, modality = pretrained.timm_input_spec(spec.backbone.name, dict(spec.backbone.options))
     else:
-        arch, modality = arch_of(spec, start, {}), start.modality
+        arch, modality = arch_of(spec, checkpoint, {}), checkpoint.modality
     return pretrained.override_modality(arch, modality, spec.modality, f"{place}.modality")
 
 
@@ -765,7 +772,7 @@ def adapt_arch_to_inputs(arch: Architecture, inputs: Inputs) -> Architecture:
 
 def import_pretrained(
     stage: SourceStage,
-    start: pretrained.PretrainedCheckpoint,
+    checkpoint: pretrained.PretrainedCheckpoint,
     arch: Architecture,
     modality: ModalitySpec,
     objective: ObjectiveSpec,
@@ -778,17 +785,17 @@ def import_pretrained(
         Which tensors came from the checkpoint, as a sentence with ``coverage``.
     """
     task = bundle.build_task(arch, objective, seed=stage.seed)
-    moved = "; ".join(
-        filter(None, (start.load_into(task.backbone).text(), start.load_head_into(task), coverage))
-    )
+    backbone_note = checkpoint.load_into(task.backbone).text()
+    head_note = checkpoint.load_head_into(task)
+    transfer_note = "; ".join(filter(None, (backbone_note, head_note, coverage)))
     stage.check_checkpoint()  # its file is mapped: only now has all of it been read
     bundle.save(
         uri,
         task,
         modality,
-        parent=start.origin,
-        training={"transfer": moved},
+        parent=checkpoint.origin,
+        training={"transfer": transfer_note},
         spec_hash=stage.key,
         metrics={},
     )
-    return moved
+    return transfer_note

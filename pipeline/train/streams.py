@@ -26,7 +26,7 @@ from pipeline.data.stream import (
     Rows,
     eval_batches,
     plan_of,
-    rows_an_item,
+    rows_per_item,
     train_batches,
 )
 from pipeline.train.ranks import Ranks
@@ -56,13 +56,13 @@ def unlabelled(rows: Rows) -> Rows:
     if rows.arrays is None or not len(rows):
         return replace(rows, decoder=decoder, arrays=None)
     first = rows.selection.ids(np.arange(1))
-    table = Reader(rows.selection.manifest, decoder.names()).take(first)
+    table = Reader(rows.selection.manifest, decoder.column_names()).take(first)
     inputs, _ = decoder(table)
     arrays = {name: array for name, array in rows.arrays.items() if name in inputs}
     return replace(rows, decoder=decoder, arrays=arrays)
 
 
-def of_technique(
+def technique_streams(
     technique: Technique,
     rows: Mapping[str, Rows],
     seed: int,
@@ -72,20 +72,20 @@ def of_technique(
     batch: int | None = None,
     known: tuple[str, ...] = (),
 ) -> dict[str, Callable[[range], Iterator[LoadedBatch]]]:
-    """Make the streams that a technique names.
+    """Return the streams that a technique names, as functions of a range of steps.
 
     Args:
-        technique: What names them.
-        rows: The rows of each stream that there is.
-        seed: Each stream has an order of its own, which follows from it and is the same after a
-            restart and on any number of ranks.
+        technique: The technique.
+        rows: The rows of each available stream.
+        seed: Gives each stream an order of its own, the same after a restart and on any number of
+            ranks.
         train: Settings of the run.
         ranks: Each rank reads its part of every batch.
         batch: Rows of a batch, or all where there are fewer; None: ``global_batch``.
         known: Streams that the run has already.
 
     Raises:
-        ValueError: for a stream that there is not.
+        ValueError: A stream has no rows.
     """
     out = {}
     for number, name in enumerate(technique.streams()):
@@ -103,7 +103,7 @@ def of_technique(
             mix(seed, number),
             min(batch or train.global_batch, len(part)),
             shards=shards,
-            item_rows=rows_an_item(part, shards),
+            item_rows=rows_per_item(part, shards),
         )
         is_cuda = ranks.device.type == "cuda"
         out[name] = partial(
@@ -115,15 +115,15 @@ def of_technique(
 def test_inputs(
     rows: Rows, preprocess: Callable[[Batch, bool], Batch], ranks: Ranks, size: int
 ) -> Iterator[Batch]:
-    """Yield finished batches of all rows without labels, the same ones on every rank.
+    """Yield preprocessed batches of all rows without labels, the same ones on every rank.
 
-    Files are often sorted by class, and batch norms and entropies need batches like the whole: rows
-    come in one fixed random order, in parts of even size, of which none has a single row.
+    Files are often sorted by class, while batch norms and entropies need batches of all classes. So
+    rows come in one fixed random order, in batches of nearly equal size.
 
     Args:
         rows: The rows.
-        preprocess: Device part of the modality.
-        ranks: This process among the others.
+        preprocess: As in `TrainingRun`.
+        ranks: Ranks of the run.
         size: Most rows of a batch.
     """
     plain, n = unlabelled(rows), len(rows)

@@ -1,7 +1,7 @@
-"""Texts to rows of tokens, once for a split: packed documents for language models, else tokenised
-rows.
+"""Turn the texts of a split into rows of tokens, once.
 
-Both are written as Parquet in a folder of their own, by Ray tasks of some thousand texts each.
+Documents for language models are packed, other texts are tokenised row by row. Ray tasks of some
+thousand texts each write the rows as Parquet in a folder of their own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pipeline.train import fit_components
 TASK_ROWS = 8192
 """Most texts of one task."""
 TASK_BYTES = 16 << 20
-"""About the most bytes that the texts of one task have in their files."""
+"""About the most bytes of the texts of one task, in Parquet, uncompressed."""
 PACKED = {name: name for name in ("tokens", "segments", "bytes")}
 """Columns of packed rows, by role."""
 EMPTY = "the text is empty"
@@ -42,7 +42,7 @@ class TextWork:
 
     modality: ModalitySpec
     columns: dict[str, str]
-    """The column of each role, in the rows as they come."""
+    """The column of each role, in the rows of texts."""
     form: str
     """"packed", "tokenised", or an empty string where rows stay as they are."""
     kept: tuple[str, ...]
@@ -59,36 +59,36 @@ class TextWork:
 
 @dataclass(frozen=True)
 class TokenRows:
-    """The rows of tokens that were made of a split."""
+    """The rows of tokens of a split."""
 
     rows: Selection
     corpus_sizes: tuple[int, ...]
-    """How many rows each corpus has."""
+    """Number of rows of each corpus."""
     left_out: tuple[LeftOut, ...]
     """Texts that were left out."""
 
 
-def form_of(
+def row_form(
     objective: type[Objective],
     modality: ModalitySpec,
     rows: Selection,
     columns: dict[str, str],
 ) -> str:
-    """Return the form (`TextWork.form`) that the objective asks for.
+    """Return the form (`TextWork.form`) of the rows that the objective reads.
 
-    Where it does not ask for packed rows, the modality is asked about the first row.
+    Rows are tokenised where the modality tokenises the first one.
     """
     if objective.packed:
         return "packed"
-    reads = bundle.build_modality(modality)
-    if not can_pack(reads) or not len(rows):
+    built = bundle.build_modality(modality)
+    if not can_pack(built) or not len(rows):
         return ""
-    names = fit_components.fitted_columns(type(reads), objective, columns)
-    tokenised = reads.tokenize(fit_components.sample(rows, names, 1), columns)
+    names = fit_components.fitted_columns(type(built), objective, columns)
+    tokenised = built.tokenize(fit_components.sample(rows, names, 1), columns)
     return "" if tokenised is None else "tokenised"
 
 
-def make(
+def make_token_rows(
     folder: str,
     split: str,
     selection: Selection,
@@ -96,24 +96,25 @@ def make(
     max_bad_rows: float,
     corpus_sizes: tuple[int, ...],
 ) -> TokenRows:
-    """Pack or tokenise a split into a folder of its own; a second call finds it there.
+    """Pack or tokenise a split into a folder of its own; a second call reads that folder.
 
     Args:
         corpus_sizes: Number of the selection's rows in each corpus; no packed row has texts of two.
 
     Raises:
-        TooManyBadRowsError: more texts than the budget allows cannot be read.
+        TooManyBadRowsError: More texts than the budget allows cannot be read.
     """
     if checksums.intact_folder(folder, "these rows are made again") is None:
         _write(folder, split, selection, work, max_bad_rows, corpus_sizes)
-    kept = atomic_folder.open_folder(folder)
-    left_out = kept["left_out"]
+    metadata = atomic_folder.open_folder(folder)
+    left_out = metadata["left_out"]
     # the budget may have changed since they were written
     _check_budget([(row["row"], row["reason"]) for row in left_out], selection, max_bad_rows)
-    files = [storage.join(folder, name) for name in sorted(kept["files"])]
+    files = [storage.join(folder, name) for name in sorted(metadata["files"])]
     rows = Selection(manifests.build(files, "parquet", "")) if files else selection
-    listed = tuple(LeftOut(split, **row) for row in left_out)
-    return TokenRows(rows, tuple(kept["corpora"]), listed)
+    return TokenRows(
+        rows, tuple(metadata["corpora"]), tuple(LeftOut(split, **row) for row in left_out)
+    )
 
 
 def _write(
@@ -155,7 +156,7 @@ def _check_budget(
     bad: Iterable[tuple[int, str]], selection: Selection, max_bad_rows: float
 ) -> None:
     """Raise TooManyBadRowsError where too many texts cannot be read; empty texts do not count."""
-    unreadable = [one for one in bad if one[1] != EMPTY]
+    unreadable = [(row, reason) for row, reason in bad if reason != EMPTY]
     check_bad_row_budget(unreadable, len(selection), max_bad_rows, selection)
 
 
@@ -186,9 +187,9 @@ class _Task:
         columns = list(dict.fromkeys([*read, *work.kept]))
         table = manifests.Reader(self.selection.manifest, columns).take(ids)
         make_rows = modality.pack if work.form == "packed" else modality.tokenize
-        made = make_rows(table, work.columns)
-        assert made is not None
-        rows, reasons = made
+        result = make_rows(table, work.columns)
+        assert result is not None
+        rows, reasons = result
         bad = [(int(row), why) for row, why in zip(ids, reasons, strict=True) if why]
         return texts.corpus, rows, bad
 
@@ -196,10 +197,10 @@ class _Task:
 def task_ranges(selection: Selection, corpus_sizes: tuple[int, ...]) -> list[TextRange]:
     """Return the texts of each task.
 
-    They follow from the files alone, since a packed row holds texts of one task.
+    They depend on the files alone and not on the cluster, since a packed row has texts of one task.
     """
     row_groups = selection.manifest.row_groups
-    bytes_a_row = np.array([group.num_bytes / group.num_rows for group in row_groups])
+    bytes_per_row = np.array([group.num_bytes / group.num_rows for group in row_groups])
     out: list[TextRange] = []
     start = 0
     for corpus, count in enumerate(corpus_sizes):
@@ -208,7 +209,7 @@ def task_ranges(selection: Selection, corpus_sizes: tuple[int, ...]) -> list[Tex
             stop = min(start + TASK_ROWS, end)
             ids = selection.ids(np.arange(start, stop))
             group_of = np.searchsorted(selection.manifest.starts, ids, side="right") - 1
-            total_bytes = np.cumsum(bytes_a_row[group_of])
+            total_bytes = np.cumsum(bytes_per_row[group_of])
             num_tasks = int(-(-total_bytes[-1] // TASK_BYTES)) or 1
             shares = total_bytes[-1] * np.arange(1, num_tasks) / num_tasks
             last_place = len(total_bytes) - 1

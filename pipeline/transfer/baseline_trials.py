@@ -232,7 +232,7 @@ def choose(
         heartbeat.beat()
         scores = fit(baseline, setting, seed, objective.label_kind, fitted_on, learned, classes)
         found = predict(objective, scores(judged_on), validation)
-        values = evaluate.values(found, metrics)
+        values = evaluate.compute_metrics(found, metrics)
         value = np.nan_to_num(sign * values[metrics[0]], nan=-np.inf)
         if best is None or value > best_value:
             best, best_value = (setting, scores, values, found), value

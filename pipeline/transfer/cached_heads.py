@@ -468,7 +468,7 @@ def _run_stack(
 
     def evaluate_heads(task: nn.Module) -> loop.Metrics:
         found = _predict_all_heads(stack, validation, train)
-        return {"heads": [evaluate.values(one, cached.data.metrics) for one in found]}
+        return {"heads": [evaluate.compute_metrics(one, cached.data.metrics) for one in found]}
 
     outcome = loop.fit(
         loop.TrainingRun(
@@ -552,7 +552,9 @@ def _solve(
     index = torch.from_numpy(_indices_of_rows(cached.data, member.rows)).to(features.device)
 
     def validate(solved: Objective) -> dict[str, float]:
-        return evaluate.values(_predict_with_head(solved, validation, train), cached.data.metrics)
+        return evaluate.compute_metrics(
+            _predict_with_head(solved, validation, train), cached.data.metrics
+        )
 
     trial_rows = features[index], {name: tensor[index] for name, tensor in tensors.items()}
     technique = trial.technique_object

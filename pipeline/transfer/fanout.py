@@ -541,7 +541,7 @@ def run(
         KeyboardInterrupt: the run was stopped; finished trials keep their records.
     """
     old = trial.read_records(shared.root, folders(one for one in trials if one.id in anew))
-    progress.expect(trials, {name: record.run for name, record in old.items()})
+    progress.add_trials(trials, {name: record.run for name, record in old.items()})
     lacking = unfinished_of(shared.root, [one for one in trials if one.id not in anew], spec)
     todo = [one for one in trials if one.id in anew or one.id in lacking]
     work = units(todo, shared)

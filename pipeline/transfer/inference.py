@@ -49,7 +49,7 @@ from pipeline.train.ranks import Ranks, default_device
 from pipeline.transfer import prediction_files
 from pipeline.transfer.prediction_files import DRAWN, PROBABILITIES
 
-ROWS_A_PART, FEW_ROWS_A_PART = 1024, 128
+ROWS_PER_FILE, ROWS_PER_FILE_IF_LARGE = 1024, 128
 """Rows of a file of predictions. There are fewer for recordings and drawn pictures: a row of half a
 minute, or a picture, takes a megabyte of memory.
 """
@@ -433,7 +433,7 @@ def _write(
     }
     checksums.write_document(begun, document)
     is_large = is_costed(rows.modality) or options.draw
-    step = FEW_ROWS_A_PART if is_large else ROWS_A_PART
+    step = ROWS_PER_FILE_IF_LARGE if is_large else ROWS_PER_FILE
     items = [Item(-1, i, min(i + step, count)) for i in range(0, count, step)]
     parts = {
         item: storage.join(output, f"part-{number:05d}.{options.format}")
@@ -550,8 +550,8 @@ def embed(
     with storage.scratch_folder() as scratch:
         rows = _read_input(trained, data, str(scratch), columns, form, progress, reads_labels=True)
         worker = Embedder(uri, rows.selection, rows.columns)
-        starts = range(0, rows.manifest.num_rows, ROWS_A_PART)
-        items = [Item(-1, i, min(i + ROWS_A_PART, rows.manifest.num_rows)) for i in starts]
+        starts = range(0, rows.manifest.num_rows, ROWS_PER_FILE)
+        items = [Item(-1, i, min(i + ROWS_PER_FILE, rows.manifest.num_rows)) for i in starts]
         return np.concatenate([worker(item)["features"] for item in items])
 
 

@@ -103,7 +103,7 @@ def backbone_groups(state: JobState) -> list[BackboneGroup]:
 def used_places(state: JobState) -> dict[str, tuple[str, ...]]:
     """Return for each source its bundle, and the checkpoint that the source itself started from."""
     return {
-        name: tuple(filter(None, (stage.bundle_uri, stage.checkpoint_text)))
+        name: tuple(filter(None, (stage.bundle_uri, stage.checkpoint_name)))
         for name, stage in state.sources.items()
     }
 

@@ -150,7 +150,7 @@ def find_overlap(target: TargetStage, sources: dict[str, SourceStage], folder: s
                     "not known here: none of its rows can be left out"
                 )
             continue
-        if mode != "none" and stage.checkpoint_text:
+        if mode != "none" and stage.checkpoint_name:
             notes.append(
                 f"{name}: source {source_name} continues from a checkpoint, and what that was "
                 "trained on is not known here: none of those rows can be left out"

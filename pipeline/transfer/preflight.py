@@ -43,7 +43,7 @@ def check_rows(state: JobState, workloads: Workloads | None = None) -> list[str]
     for name, stage in state.sources.items():
         place = f"sources.{name}"
         try:
-            found = dry_checks.source(stage)
+            found = dry_checks.plan_without_training(stage)
         except (ValueError, storage.StorageError) as error:
             problems.append(stages.at_place(place, error))
             continue
@@ -102,7 +102,9 @@ def _target(
         known.add(key)
         found = [finding for finding in targets.findings(target, read) if finding.in_terminal]
         for split, selection in target.splits.by_name().items():
-            found += dry_checks.rows(split, selection, decoder, target.spec.data.max_bad_rows)
+            found += dry_checks.check_sample(
+                split, selection, decoder, target.spec.data.max_bad_rows
+            )
         lines += _lines(f"target {name}", found, bool(estimated & set(group.sources)))
     return list(dict.fromkeys(lines))
 

@@ -149,7 +149,7 @@ def _stage_sources(state: JobState) -> list[str]:
     problems = []
     for name in state.job.sources:
         try:
-            state.sources[name] = source.stage(state.job, name)
+            state.sources[name] = source.plan_source(state.job, name)
         except (ValueError, storage.StorageError) as error:
             problems.append(at_place(f"sources.{name}", error))
     return problems

@@ -760,12 +760,12 @@ def prepare(target: TargetStage, group: BackboneGroup) -> TargetData:
         name: Rows(selection, replace(decoder, training=name == "train"))
         for name, selection in selections.items()
     }
-    size = sum(decoder.size(selection) for selection in selections.values())
+    size = sum(decoder.estimate_bytes(selection) for selection in selections.values())
     in_memory = spec.data.decode == "auto" and size <= MEMORY_BYTES
     if in_memory or spec.data.decode == "memory":
-        lost = Counter(row.split for row in splits.left_out)
+        num_left_out = Counter(row.split for row in splits.left_out)
         parts = {
-            name: rows.in_memory(spec.data.max_bad_rows, lost=lost[name])
+            name: rows.in_memory(spec.data.max_bad_rows, num_left_out=num_left_out[name])
             for name, rows in parts.items()
         }
     parts["train"], untrainable = _trainable(target, parts["train"])
@@ -811,7 +811,7 @@ def _unlabelled_rows(
     own = {role: name for role, name in spec.data.columns.items() if role in roles}
     decoder = Decoder(reading.modality, None, {}, spec.unlabelled.columns or own)
     rows = Rows(found.train, decoder)
-    in_memory = spec.data.decode == "auto" and decoder.size(found.train) <= MEMORY_BYTES
+    in_memory = spec.data.decode == "auto" and decoder.estimate_bytes(found.train) <= MEMORY_BYTES
     if in_memory or spec.data.decode == "memory":
         rows = rows.in_memory(spec.data.max_bad_rows)
     if spec.train.batch_cost is not None:
@@ -898,7 +898,7 @@ def _packed(
     )  # texts that other code has packed are not used again
     key = spec_hash(STAGE_FORMAT, target.key, modality.to_json(), made.hash, made.versions)
     folder = storage.join(target.root, "packed", f"{target.name}-{split}-{key}")
-    made = token_rows.make(
+    made = token_rows.make_token_rows(
         folder, split, selection, work, target.spec.data.max_bad_rows, (len(selection),)
     )
     if not len(made.rows):

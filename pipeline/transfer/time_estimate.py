@@ -44,7 +44,7 @@ FORWARD_SHARE = 1 / 3
 """Share of the forward pass in a training step: the backward pass takes about twice as long."""
 BUSY = 1.5
 """The machine is busy where measured steps took so many times their processor time."""
-SECONDS_A_TRIAL = 1.0
+SECONDS_PER_TRIAL = 1.0
 """What a trial takes beside its steps: it is started, its weights are read and written."""
 
 
@@ -75,7 +75,7 @@ class _Speeds:
         return self.known[key]
 
     def _measure(self, load: Workload, rows: int, train: Train) -> float:
-        empty = dry_checks.build(load.arch, load.objective)
+        empty = dry_checks.build_task(load.arch, load.objective)
         if sum(one.numel() for one in empty.parameters()) > MOST_PARAMETERS:
             raise Unmeasured("the network is too large to be tried here")
         batch = _batch(load, min(rows, MOST_ROWS))
@@ -106,7 +106,7 @@ def _batch(load: Workload, rows: int) -> Batch:
     decoder, selection = load.decoder, load.rows
     places = evenly_spread(len(selection), rows)
     ids = selection.ids(places)
-    table = manifests.Reader(selection.manifest, decoder.names()).take(ids)
+    table = manifests.Reader(selection.manifest, decoder.column_names()).take(ids)
     if load.is_packed:
         assert can_pack(decoder.modality)
         table = decoder.modality.pack(table, decoder.columns)[0]
@@ -224,7 +224,7 @@ def _source_seconds(
     if not isinstance(steps, int):
         raise Unmeasured(f"its steps are known {steps}")
     ranks, cores = stage.spec.worker_range[1], os.cpu_count() or 1
-    rows = _rows_a_step(loads[0], train)
+    rows = _rows_per_step(loads[0], train)
     threads = max(1, cores // ranks)
     step = speeds.seconds(f"sources.{name}", loads[0], -(-rows // ranks), threads, train)
     step *= max(1.0, ranks / cores)  # more ranks than cores share them
@@ -245,11 +245,11 @@ def _target_seconds(
             raise Unmeasured("the checkpoints of its sources are not here yet")
         if group.steps is None:
             raise Unmeasured("its steps are known when its rows have been packed or sorted")
-        rows = min(_rows_a_step(loads[0], train), group.rows)
+        rows = min(_rows_per_step(loads[0], train), group.rows)
         each = [speeds.seconds(f"targets.{name}", load, rows, threads, train) for load in loads]
         step = sum(each) / len(each)
         forward = FORWARD_SHARE * step / rows
-        total += group.trials * SECONDS_A_TRIAL
+        total += group.trials * SECONDS_PER_TRIAL
         if group.is_frozen:
             all_rows = sum(len(one) for one in splits.by_name().values())
             features = max(features, group.networks * forward * all_rows)
@@ -259,13 +259,13 @@ def _target_seconds(
     return total + features  # which all trials with a frozen backbone share
 
 
-def _rows_a_step(load: Workload, train: Train) -> int:
+def _rows_per_step(load: Workload, train: Train) -> int:
     """Return the rows of a step over all ranks; of batches by cost, those of mean cost."""
     modality = load.decoder.modality
     if train.batch_cost is None or not is_costed(modality):
         return train.global_batch
     ids = load.rows.ids(np.arange(min(MOST_ROWS, len(load.rows))))
-    table = manifests.Reader(load.rows.manifest, load.decoder.names()).take(ids)
+    table = manifests.Reader(load.rows.manifest, load.decoder.column_names()).take(ids)
     mean = float(modality.costs(table, load.decoder.columns).mean())
     return max(1, round(train.batch_cost / max(mean, 1e-9)))
 

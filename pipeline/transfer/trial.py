@@ -59,7 +59,7 @@ from pipeline.data.stream import (
     check_bad_row_budget,
     eval_batches,
     plan_of,
-    rows_an_item,
+    rows_per_item,
 )
 from pipeline.io import atomic_folder, checksums, file_identity, heartbeat, storage, write_fence
 from pipeline.io.file_identity import FileIdentity
@@ -564,7 +564,7 @@ def order_of(trial: Trial, shared: Shared, train: Train, rows: Rows) -> Plan:
         shards=shards,
         shuffle=shuffle,
         # the order does not depend on it
-        item_rows=256 if data.in_memory else rows_an_item(rows, shards),
+        item_rows=256 if data.in_memory else rows_per_item(rows, shards),
     )
 
 
@@ -731,7 +731,7 @@ def predict_test(
     batches = _batches(data.test, ranks)
     mine = evaluate.predictions(task, batches, preprocess, ranks, autocast(), bad.extend)
     # each rank has read a part of the rows, and the budget is of all of them
-    bad = [one for part in evaluate.of_every_rank(bad, ranks) for one in part]
+    bad = [one for part in evaluate.gather_objects(bad, ranks) for one in part]
     check_bad_row_budget(bad, len(data.test), data.spec.data.max_bad_rows, data.test.selection)
     mine, frames = evaluate.Postprocessor(data.test).rollout_evaluation(task, mine)
     return task, evaluate.gather_predictions(mine, ranks), frames
@@ -897,7 +897,7 @@ def compute_test_metrics(data: TargetData, test: Predictions) -> dict[str, float
     names = (*data.test_metrics, *data.metrics)
     if data.spec.metric in data.metrics:
         names = (*data.metrics, *data.test_metrics)
-    found = evaluate.values(test, (*names, *(AT_THRESHOLD if "threshold" in test else ())))
+    found = evaluate.compute_metrics(test, (*names, *(AT_THRESHOLD if "threshold" in test else ())))
     for each in (metric(name).per_label for name in data.metrics):
         if each is not None:
             values = each.values(test, data.label_names)

@@ -107,7 +107,7 @@ def sides(path: Path, files: list[bytes], warm: int, steps: int, place: str) -> 
         Decoder,
         Rows,
         plan_of,
-        rows_an_item,
+        rows_per_item,
         train_batches,
     )
 
@@ -119,7 +119,7 @@ def sides(path: Path, files: list[bytes], warm: int, steps: int, place: str) -> 
         0
     )
     # As a source of this size is read
-    plan = plan_of(rows, 0, 0, BATCH_SECONDS, shuffle="blocks", item_rows=rows_an_item(rows, 8))
+    plan = plan_of(rows, 0, 0, BATCH_SECONDS, shuffle="blocks", item_rows=rows_per_item(rows, 8))
     span = range(2 * (warm + steps))  # twice what is read: no side comes near its end
 
     def ours(place: str) -> Callable[[], Iterator[float]]:

@@ -207,13 +207,13 @@ def epoch(
 
     from pipeline.config.schema import Train
     from pipeline.data.plan import Plan
-    from pipeline.data.stream import DataWorkers, rows_an_item, train_batches
+    from pipeline.data.stream import DataWorkers, rows_per_item, train_batches
     from pipeline.techniques.full import Full
     from pipeline.train import loop
     from pipeline.train.evaluate import device_preprocessing
 
     steps = len(rows) // spec["batch"]
-    plan = Plan(len(rows), 0, spec["batch"], item_rows=rows_an_item(rows, 8))
+    plan = Plan(len(rows), 0, spec["batch"], item_rows=rows_per_item(rows, 8))
     train = Train(
         steps=steps, global_batch=spec["batch"], lr=1e-3, augment=True, log_every_steps=10
     )

@@ -134,9 +134,9 @@ def run_job(job: Job) -> Any:
     state = stages.check(job, Silent())
     for stage in state.sources.values():
         source.begin(stage)
-        fitted = source.fit(stage)
+        fitted = source.prepare_source(stage)
         work = pretrain.rank_job(stage, fitted, DataWorkers(), 1)
-        pretrain.train_rank(work, Ranks(), held=pretrain.decoded(work))
+        pretrain.train_rank(work, Ranks(), decoded_rows=pretrain.decode_once(work))
     shared = stages.share(state)
     real, fanout.run = fanout.run, run_here
     try:
@@ -170,7 +170,7 @@ def write_all(folder: Path) -> dict[str, Callable[[], Any]]:
         "imported table": lambda: read_texts(job),
         "tokens": lambda: read_texts(job),
         "fitted modality": lambda: [
-            source.fit(source.stage(job, name)).modality for name in job.sources
+            source.prepare_source(source.plan_source(job, name)).modality for name in job.sources
         ],
         "what began a source": lambda: begun(job),
         "what a job starts from": lambda: pruning.uses(storage.join(job.storage, "another"), {}),
@@ -238,17 +238,17 @@ def read_job(job: Job) -> Any:
 
 def read_texts(job: Job) -> Any:
     """The rows that a source of texts is trained on, and how they are read."""
-    fitted = source.fit(source.stage(job, "texts"))
+    fitted = source.prepare_source(source.plan_source(job, "texts"))
     table = manifests.read_columns(fitted.train, fitted.train.manifest.schema.names)
     return fitted.modality, table.to_pylist(), fitted.objective
 
 
 def begun(job: Job) -> Any:
-    return [source.begin(source.stage(job, name)) for name in job.sources]
+    return [source.begin(source.plan_source(job, name)) for name in job.sources]
 
 
 def read_sources(job: Job) -> Any:
-    found = [bundle.load(source.stage(job, name).bundle_uri) for name in job.sources]
+    found = [bundle.load(source.plan_source(job, name).bundle_uri) for name in job.sources]
     return [(one.manifest, one.tensors) for one in found]
 
 

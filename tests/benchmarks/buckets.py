@@ -83,7 +83,7 @@ def main() -> None:
     seconds = lengths(args.lengths, args.scale)
     samples = (seconds * RATE).astype(int)
     buckets = BucketPlan(seconds, args.rows * float(seconds.mean()) * 1.06, 1)
-    naive = Plan(len(seconds), 1, round(len(seconds) / buckets.batches_an_epoch))
+    naive = Plan(len(seconds), 1, round(len(seconds) / buckets.batches_per_epoch))
     modality = Audio(AudioOptions(), {"features": "mel", "mean": [0.0] * 80, "std": [1.0] * 80})
     arch = Architecture("torchaudio/deepspeech2", {}, modality.inputs())
     state = {
@@ -114,7 +114,7 @@ def main() -> None:
         return Batch(rows, keys, modality.collate({"audio": audio, "transcript": text})).to(device)
 
     def epoch(plan: Any) -> tuple[list[Batch], float]:
-        n = int(plan.batches_an_epoch)
+        n = int(plan.batches_per_epoch)
         found = [plan.batch(step)[0] for step in range(n)]
         padding = 1 - sum(seconds[rows].sum() for rows in found) / sum(
             seconds[rows].max() * len(rows) for rows in found
@@ -140,7 +140,7 @@ def main() -> None:
 
     here = timing.describe(args)
     (alike, padding), (mixed, naive_padding) = epoch(buckets), epoch(naive)
-    updates = [int(buckets.batches_an_epoch), int(np.ceil(naive.batches_an_epoch))]
+    updates = [int(buckets.batches_per_epoch), int(np.ceil(naive.batches_per_epoch))]
     found = timing.interleaved(
         {"buckets": lambda: run(alike), "any order": lambda: run(mixed)}, args.repeats
     )

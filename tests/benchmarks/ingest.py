@@ -176,10 +176,10 @@ def sides(path: Path, size: int, spec: dict[str, Any]) -> dict[str, Steady]:
     from torch.utils.data import DataLoader
 
     from pipeline.data.plan import Plan
-    from pipeline.data.stream import DataWorkers, rows_an_item, train_batches
+    from pipeline.data.stream import DataWorkers, rows_per_item, train_batches
 
     rows, batch = rows_of(path, size), spec["batch"]
-    plan = Plan(len(rows), 0, batch, item_rows=rows_an_item(rows, 8))
+    plan = Plan(len(rows), 0, batch, item_rows=rows_per_item(rows, 8))
     # Twice what is read: no side comes near its end
     span = range(2 * (spec["warm"] + spec["steps"]))
 

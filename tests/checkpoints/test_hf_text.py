@@ -615,9 +615,9 @@ def test_a_source_that_goes_on_from_a_folder_says_that_it_keeps_the_head(tmp_pat
             },
         }
     )
-    fitted = source.fit(source.stage(job, "src"))
-    assert fitted.moved.endswith("; head kept: the checkpoint's own for mlm")
-    held = bundle.load(fitted.initial).task().objective.state_dict()
+    fitted = source.prepare_source(source.plan_source(job, "src"))
+    assert fitted.transfer_note.endswith("; head kept: the checkpoint's own for mlm")
+    held = bundle.load(fitted.initial_bundle_uri).task().objective.state_dict()
     assert all(torch.equal(held[name], tensor) for name, tensor in start.heads["mlm"].items())
 
 

@@ -121,8 +121,8 @@ def test_a_source_reads_every_field_of_data_and_train(paths, tmp_path):
     with reads(Data, Train, Source) as seen:
         for number, train in enumerate(TRAINS):
             job = job_of(tmp_path / str(number), paths[number], train)
-            stage = source.stage(job, "src")
-            fitted = source.fit(stage)
+            stage = source.plan_source(job, "src")
+            fitted = source.prepare_source(stage)
             pretrain.train_rank(pretrain.rank_job(stage, fitted, DataWorkers(), 1), Ranks())
             launch._trainer(stage, launch.plan_resources(stage.spec, 2, 0), {}, False, 1)
     assert set(Data.model_fields) - seen[Data] == set()

@@ -114,7 +114,7 @@ def test_ragged_arrays():
 def test_batches_are_the_same_from_memory_and_from_files(rows, cost):
     rows = rows if cost is None else rows.with_costs(cpus=0)
     plan = stream.plan_of(rows, 3, 12, cost, item_rows=7)
-    steps = range(int(2 * plan.batches_an_epoch))
+    steps = range(int(2 * plan.batches_per_epoch))
     found = plain(stream.train_batches(rows, plan, steps))
     assert found == plain(
         stream.train_batches(rows.in_memory(1.0, cpus=0, keep_bad=True), plan, steps)
@@ -168,7 +168,7 @@ def test_costs_come_from_their_column_or_from_the_rows(rows, tmp_path, monkeypat
         (0.5 if i % 2 else 1) * (i % 13) for i in range(N)
     ], "null: the row itself tells"
     looked_at = np.linspace(0, N - 1, 8).astype(int) % 13
-    assert rows.decoder.size(rows.selection) == 2 * looked_at.sum() * N // 8, (
+    assert rows.decoder.estimate_bytes(rows.selection) == 2 * looked_at.sum() * N // 8, (
         "by what the rows hold"
     )
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.data import stream
-from pipeline.data.length_buckets import WIDTH, BucketPlan
+from pipeline.data.length_buckets import MIN_COST_RATIO, BucketPlan
 from pipeline.data.plan import Plan
 
 
@@ -26,7 +26,7 @@ def lengths(rows: int = 4000, seed: int = 0) -> np.ndarray:
 
 
 def batches(plan: BucketPlan, epoch: int = 0, rank: int = 0, ranks: int = 1) -> list[np.ndarray]:
-    n = int(plan.batches_an_epoch)
+    n = int(plan.batches_per_epoch)
     return [plan.batch(step, rank, ranks)[0] for step in range(epoch * n, (epoch + 1) * n)]
 
 
@@ -57,7 +57,7 @@ def test_no_batch_costs_more_than_it_may():
     found = batches(plan)
     padded = np.array([len(b) * costs[b].max() for b in found])
     assert padded.max() <= 160 and padded.mean() > 0.85 * 160
-    assert len(found) == plan.batches_an_epoch == plan.steps(1.0) and plan.steps(0.5) == -(
+    assert len(found) == plan.batches_per_epoch == plan.steps(1.0) and plan.steps(0.5) == -(
         -len(found) // 2
     )
 
@@ -93,7 +93,7 @@ def test_ranks_share_out_the_same_batches(ranks):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_items_bring_what_the_batches_need_from_any_step(ranks):
     plan = BucketPlan(lengths(300), 60, 5, item_rows=7)
-    n = int(plan.batches_an_epoch)
+    n = int(plan.batches_per_epoch)
     for first, last in ((0, n), (n // 2, 2 * n + 3), (n, n + 1)):
         for rank in range(ranks):
             held: dict[int, list[int]] = {}
@@ -193,7 +193,7 @@ def test_rows_that_are_longer_than_a_batch_stand_alone():
 def test_a_few_long_rows_do_not_cut_up_the_others(long):
     costs = np.random.default_rng(0).uniform(1, 15, 10_000)
     usual, plan = BucketPlan(costs, 200, 0), BucketPlan(np.concatenate([costs, long]), 200, 0)
-    assert usual.batches_an_epoch < plan.batches_an_epoch <= usual.batches_an_epoch + len(long)
+    assert usual.batches_per_epoch < plan.batches_per_epoch <= usual.batches_per_epoch + len(long)
     assert sum(len(b) == 1 for b in batches(plan)) <= len(long) and plan.padding() < 0.05
     assert sorted(np.concatenate(batches(plan))) == list(range(10_000 + len(long)))
     assert len(batches(BucketPlan(np.concatenate([costs[:20], long]), 200, 0))) <= 4 + len(long), (
@@ -216,7 +216,9 @@ def test_a_bucket_is_narrow_where_rows_are_many():
     window = BucketPlan(costs, 100, 0).windows[0]
     for start, stop in zip(window.buckets[:-2], window.buckets[1:-1], strict=True):
         here = costs[window.rows[start:stop]]
-        assert here.min() >= WIDTH * here.max() - 1e-9 or stop - start <= 3 * int(100 / here.max())
+        assert here.min() >= MIN_COST_RATIO * here.max() - 1e-9 or stop - start <= 3 * int(
+            100 / here.max()
+        )
 
 
 @pytest.mark.parametrize(

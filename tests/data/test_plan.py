@@ -135,7 +135,7 @@ def test_ranks_share_out_the_global_batch(plan, step, ranks):
 @quick
 def test_shards_belong_to_one_rank_each(plan, ranks):
     if ranks <= plan.shards:
-        owned = [plan.owned(rank, ranks) for rank in range(ranks)]
+        owned = [plan.shards_of_rank(rank, ranks) for rank in range(ranks)]
         assert sorted(shard for part in owned for shard in part) == list(range(plan.shards))
         assert all(owned), "no rank is idle"
 
@@ -181,7 +181,9 @@ def read(
     plan: Plan, first: int, last: int, rank: int, ranks: int
 ) -> dict[int, list[tuple[int, int]]]:
     """Shard to its (row, epoch) pairs, in the order in which the items bring them."""
-    out: dict[int, list[tuple[int, int]]] = {shard: [] for shard in plan.owned(rank, ranks)}
+    out: dict[int, list[tuple[int, int]]] = {
+        shard: [] for shard in plan.shards_of_rank(rank, ranks)
+    }
     for item in plan.items(first, last, rank, ranks):
         assert 0 < item.stop - item.start <= plan.item_rows
         indices, epochs = plan.sequence(item.shard, item.start, item.stop)
@@ -550,7 +552,7 @@ def test_boundaries_must_cover_the_rows(boundaries):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda plan: plan.owned(0, 9),
+        lambda plan: plan.shards_of_rank(0, 9),
         lambda plan: plan.batch(0, 0, 9),
         lambda plan: plan.items(0, 1, 0, 9),
     ],

@@ -337,7 +337,7 @@ def test_the_budget_counts_from_the_second_row(rows):
     with pytest.raises(TooManyBadRowsError, match="2 of 199 rows"):
         stream.check_bad_row_budget([(1, "x"), (2, "x")], 199, 0.01, rows.selection)
     with pytest.raises(TooManyBadRowsError, match="3 of 200 rows"):
-        stream.check_bad_row_budget([(1, "x"), (2, "x")], 199, 0.01, rows.selection, lost=1)
+        stream.check_bad_row_budget([(1, "x"), (2, "x")], 199, 0.01, rows.selection, num_left_out=1)
     with pytest.raises(TooManyBadRowsError, match=r"more than data\.max_bad_rows=0\.5"):
         stream.check_bad_row_budget(((i, "x") for i in range(6)), 10, 0.5, rows.selection)
 
@@ -471,7 +471,8 @@ def test_waiting_is_measured(rows):
     rows.decoder.modality.state["seconds"] = 0.02
     start = time.perf_counter()
     waited = [
-        loaded.waited for loaded in stream.train_batches(rows, plan_of(rows, item_rows=2), range(5))
+        loaded.wait_seconds
+        for loaded in stream.train_batches(rows, plan_of(rows, item_rows=2), range(5))
     ]
     assert 0.02 <= sum(waited) <= time.perf_counter() - start
     batches = stream.train_batches(rows, plan_of(rows, item_rows=2), range(3), ahead=5)
@@ -480,7 +481,7 @@ def test_waiting_is_measured(rows):
     assert threads_of("prefetch") == [], "while the consumer is busy the others are made"
     busy = time.perf_counter() - start
     assert busy > 0.05
-    assert sum(loaded.waited for loaded in batches) < busy / 2
+    assert sum(loaded.wait_seconds for loaded in batches) < busy / 2
 
 
 # ---------------------------------------------------------------- evaluation
@@ -656,7 +657,7 @@ def test_an_item_stays_one_block_however_small_ray_wants_its_blocks(ray_here, ro
 @pytest.mark.slow
 def test_two_executions_join_without_a_seam(ray_here, rows, monkeypatch):
     """A list of items longer than one execution takes is cut into several."""
-    monkeypatch.setattr(stream, "ITEMS_AN_EXECUTION", 7)
+    monkeypatch.setattr(stream, "ITEMS_PER_EXECUTION", 7)
     plan = plan_of(rows, item_rows=20)
     check(stream.train_batches(rows, plan, range(13), decode="workers"), rows, plan, range(13))
 
@@ -820,7 +821,7 @@ def test_a_reader_of_batches_by_cost_reads_each_row_group_once_an_epoch(tmp_path
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
     for cost in (20.0, 60.0):
         plan = stream.plan_of(rows, 3, 0, cost, shards=4, shuffle="blocks", item_rows=5)
-        loader, n = Loader(rows.selection, rows.decoder, plan), int(plan.batches_an_epoch)
+        loader, n = Loader(rows.selection, rows.decoder, plan), int(plan.batches_per_epoch)
         largest = max(len(window.rows) for window in plan.windows)
         assert len(plan.windows) > 3 and plan.held_rows == 2 * largest + 20
         for epoch in range(2):

@@ -441,7 +441,7 @@ def test_rows_decoded_on_the_device_are_the_batches_of_any_other_place(tmp_path)
         ),
     )
     plan = Plan(40, 3, 10, item_rows=8)
-    loader = stream.Loader(rows.selection, replace(rows.decoder, encoded=True), plan)
+    loader = stream.Loader(rows.selection, replace(rows.decoder, keep_encoded=True), plan)
     blocks = threaded_map(loader, plan.items(0, 8), 1)
     there = list(stream.batches_of_blocks(rows, plan, blocks, range(8), 0, 1, torch.device("cpu")))
     plain = [

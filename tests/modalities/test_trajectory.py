@@ -775,7 +775,7 @@ def test_batches_of_a_file_are_its_rows(tmp_path, cost):
     data = Rows(selection, Decoder(modality, None, {}, TRAJECTORY_COLUMNS))
     data = data.with_costs(0) if cost else data
     plan = plan_of(data, 0, 8, cost)
-    steps = int(plan.batches_an_epoch) if cost else 5
+    steps = int(plan.batches_per_epoch) if cost else 5
     found = [loaded.batch for loaded in train_batches(data, plan, range(steps), decode="train")]
     assert sorted(np.concatenate([batch.rows for batch in found]).tolist()) == list(range(40))
     for batch in found:

@@ -326,7 +326,7 @@ def test_transcripts_are_read_again_without_their_recordings(tmp_path):
         manifests.Selection(manifests.build(str(tmp_path / "rows.parquet"), "auto", str(tmp_path))),
         decoder,
     )
-    assert set(decoder.names()) == {"sound", "said"}
+    assert set(decoder.column_names()) == {"sound", "said"}
     assert evaluate.Postprocessor(rows).raw_rows(
         task_of(width=4).objective, np.array([2, 0])
     ).table.to_pydict() == {"said": ["A", "AB"]}

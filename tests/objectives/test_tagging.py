@@ -606,5 +606,5 @@ def test_it_learns_sixteen_rows_of_wnut():
     out = task.objective.output_columns(found, RawRows(table, columns, modality))
     y, p = table["ner_tags"].to_pylist(), out["tags"].tolist()
     assert theirs.f1_score(y, p) == pytest.approx(
-        evaluate.values(found, ("entity_f1",))["entity_f1"], abs=1e-12
+        evaluate.compute_metrics(found, ("entity_f1",))["entity_f1"], abs=1e-12
     )

@@ -493,8 +493,8 @@ def pretraining(folder, paths) -> Job:
 
 
 def run_source(stage: source.SourceStage) -> None:
-    work = pretrain.rank_job(stage, source.fit(stage), DataWorkers(), 1)
-    pretrain.train_rank(work, Ranks(), held=pretrain.decoded(work))
+    work = pretrain.rank_job(stage, source.prepare_source(stage), DataWorkers(), 1)
+    pretrain.train_rank(work, Ranks(), decoded_rows=pretrain.decode_once(work))
 
 
 def test_a_source_of_other_code_is_used_marked_and_made_anew_on_request(
@@ -537,12 +537,12 @@ def test_a_source_of_other_code_is_used_marked_and_made_anew_on_request(
         "the trials of src are made anew too, unless the weights of the source come out as "
         "they were" in message
     )
-    fitted = source.fit(anew)
+    fitted = source.prepare_source(anew)
     assert bundle.load(stage.bundle_uri).manifest == first, (
         "the old one stays until the new one is whole"
     )
     work = pretrain.rank_job(anew, fitted, DataWorkers(), 1)
-    pretrain.train_rank(work, Ranks(), held=pretrain.decoded(work))
+    pretrain.train_rank(work, Ranks(), decoded_rows=pretrain.decode_once(work))
     assert anew.done and anew.changes() == ()
     assert bundle.load(stage.bundle_uri).manifest.sha256 != first.sha256
 
@@ -551,7 +551,7 @@ def test_a_source_that_other_code_goes_on_with_says_so(tmp_path, paths, edit):
     """A killed run is gone on with, whatever began it; the bundle tells of both."""
     job = pretraining(tmp_path, paths)
     stage = prepared(job).sources["src"]
-    source.fit(stage)
+    source.prepare_source(stage)
     edit("pipeline.train.loop")
     run_source(stage)
     manifest = bundle.load(stage.bundle_uri).manifest
@@ -562,7 +562,7 @@ def test_a_source_that_other_code_goes_on_with_says_so(tmp_path, paths, edit):
 def test_resume_points_of_other_code_are_dropped_where_a_source_is_made_anew(tmp_path, paths, edit):
     job = pretraining(tmp_path, paths)
     stage = prepared(job).sources["src"]
-    source.fit(stage)
+    source.prepare_source(stage)
     leftover = storage.join(stage.uri, "checkpoints", "old.json")
     storage.write_json(leftover, {})
     assert source.begin(stage) == [] and storage.exists(leftover)

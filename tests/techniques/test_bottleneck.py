@@ -328,7 +328,7 @@ def test_a_trial_s_bundle_gives_what_was_recorded_and_is_refused_as_a_source(tmp
     spec = {"backbone": f"bundle:{row.bundle_uri}"}
     next_job = Job.model_validate({**job.model_dump(mode="json"), "sources": {"next": spec}})
     with pytest.raises(ValueError, match=r"sources\.next: bundle:.* fine-tuned with bottleneck"):
-        source.stage(next_job, "next")
+        source.plan_source(next_job, "next")
 
 
 @pytest.mark.parametrize("name", ["bottleneck", "head_to_toe", "side_tuning"])

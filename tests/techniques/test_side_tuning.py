@@ -99,9 +99,9 @@ def test_its_bundle_is_refused_as_a_source_before_anything_starts(tmp_path):
         spec = {"backbone": f"bundle:{uri}"}
         next_job = Job.model_validate({**job.model_dump(mode="json"), "sources": {"next": spec}})
         if technique == "full":
-            assert source.stage(next_job, "next").is_given
+            assert source.plan_source(next_job, "next").is_existing_bundle
             continue
         with pytest.raises(
             ValueError, match=r"sources\.next: bundle:.* fine-tuned with side_tuning"
         ):
-            source.stage(next_job, "next")
+            source.plan_source(next_job, "next")

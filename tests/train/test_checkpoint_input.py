@@ -37,7 +37,7 @@ def written(folder, **fields):
 
 
 def imported(path):
-    stage = source.stage(yaml_loader.load(path), "s")
+    stage = source.plan_source(yaml_loader.load(path), "s")
     metadata = pretrain.import_checkpoint(stage)
     return bundle.load(stage.bundle_uri), metadata, stage
 
@@ -101,7 +101,7 @@ def test_a_dry_run_sees_what_the_run_would_make(tmp_path, modality):
             return str(error)
 
     def foreseen():
-        found = dry_checks.source(source.stage(yaml_loader.load(path), "s"))
+        found = dry_checks.plan_without_training(source.plan_source(yaml_loader.load(path), "s"))
         return found.arch.name, found.arch.inputs, found.modality
 
     def made():
@@ -125,9 +125,9 @@ def test_a_dry_run_fills_no_network_and_reads_no_weights(tmp_path, monkeypatch):
         data = (tmp_path / "w.safetensors").read_bytes()
         with web_server() as web:
             uri = web.put("w.safetensors", data)
-            stage = source.stage(yaml_loader.load(written(tmp_path, init=f"file:{uri}")), "s")
+            stage = source.plan_source(yaml_loader.load(written(tmp_path, init=f"file:{uri}")), "s")
             web.requests.clear()
-            dry_checks.source(stage)
+            dry_checks.plan_without_training(stage)
             assert web.bytes_asked() < len(data)
     assert devices == {"meta"}
 

@@ -24,7 +24,7 @@ def refused(data: Data, train: dict, objective: type = Objective) -> str:
 def test_batch_cost_is_for_rows_that_cost_differently():
     assert refused(spec(modality="image", columns={"image": "image"}), {"batch_cost": 9}) == (
         "sources.a.train.batch_cost: rows of image all cost the same here (it is for audio, "
-        "events, trajectory); say global_batch"
+        "events, trajectory); use global_batch"
     )
     assert "rows of audio all cost the same" in refused(
         spec(), {"batch_cost": 9}, type("Packed", (Objective,), {"packed": True})
@@ -94,6 +94,6 @@ def source_of(modality: str, options: dict[str, object]) -> Source:
     ],
 )
 def test_options_that_would_change_nothing_are_refused(modality, fine, ignored, reason):
-    config_checks.source("sources.a", source_of(modality, fine))
+    config_checks.check_source("sources.a", source_of(modality, fine))
     with pytest.raises(ValueError, match=re.escape(f"sources.a.data.modality: {reason}")):
-        config_checks.source("sources.a", source_of(modality, ignored))
+        config_checks.check_source("sources.a", source_of(modality, ignored))

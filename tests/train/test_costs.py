@@ -41,7 +41,7 @@ def rows() -> Rows:
 
 def plan(rows: Rows) -> BucketPlan:
     found = plan_of(rows, 3, 8, COST)
-    assert isinstance(found, BucketPlan) and 10 < found.batches_an_epoch < 20, (
+    assert isinstance(found, BucketPlan) and 10 < found.batches_per_epoch < 20, (
         "two epochs are begun"
     )
     return found

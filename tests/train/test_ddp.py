@@ -212,7 +212,7 @@ def everything(ranks: Ranks, n: int):
         ),
         ranks,
     )
-    return found, evaluate.values(found, ("accuracy", "macro_f1", "loss"))
+    return found, evaluate.compute_metrics(found, ("accuracy", "macro_f1", "loss"))
 
 
 @pytest.mark.parametrize("n", [1, 3, 16, 37])

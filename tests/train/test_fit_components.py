@@ -122,8 +122,8 @@ def test_a_source_that_continues_on_another_robot_grows_and_keeps_what_it_has(fi
     _, uri = first
     before = bundle.load(uri)
     job = job_of(tmp_path, robot(tmp_path / "legs.parquet", 7, 3, seed=1), f"bundle:{uri}")
-    stage = source.stage(job, "src")
-    source.fit(stage)
+    stage = source.plan_source(job, "src")
+    source.prepare_source(stage)
     initial = bundle.load(f"{stage.uri}/initial").tensors
     _, fitted, _ = pretrained(job)  # as after a restart: the text is kept with what was read
     after = bundle.load(stage.bundle_uri)
@@ -132,9 +132,9 @@ def test_a_source_that_continues_on_another_robot_grows_and_keeps_what_it_has(fi
         fitted.modality.state["spaces"]["o5a2"] == before.manifest.modality.state["spaces"]["o5a2"]
     )
     assert (
-        "0 of 1 spaces are known; new: o7a3 (12 rows)" in fitted.moved
-        and "encoders.o7a3 new" in fitted.moved
-        and "trunk kept" in fitted.moved
+        "0 of 1 spaces are known; new: o7a3 (12 rows)" in fitted.transfer_note
+        and "encoders.o7a3 new" in fitted.transfer_note
+        and "trunk kept" in fitted.transfer_note
     )
     assert all(torch.equal(initial[name], tensor) for name, tensor in before.tensors.items()), (
         "ranks start from what the first one had learned"
@@ -215,7 +215,7 @@ def test_frames_are_not_read_to_fit_a_modality(tmp_path, monkeypatch):
         "columns": columns,
         "modality": {"trajectory": {"images": 16}},
     }
-    stage = source.stage(Job.model_validate(spec), "src")
+    stage = source.plan_source(Job.model_validate(spec), "src")
     assert stage.splits is not None
     fit_components.fit_modality(
         stage.spec, stage.splits.train, None, "sources.src", str(tmp_path / "modality.json")

@@ -53,8 +53,8 @@ def test_a_full_disk_is_told_by_what_could_not_be_written(small_disk, tmp_path):
     """
     images = image_files(tmp_path / "data", {"train": 36})
     train = {"steps": 6, "global_batch": 12, "checkpoint_every_steps": 1, "log_every_steps": 100}
-    stage = source.stage(image_job(small_disk, images, train=train), "src")
-    work = pretrain.rank_job(stage, source.fit(stage), DataWorkers(), 1)
+    stage = source.plan_source(image_job(small_disk, images, train=train), "src")
+    work = pretrain.rank_job(stage, source.prepare_source(stage), DataWorkers(), 1)
     fill(small_disk)
     with pytest.raises(storage.StorageError) as caught:
         pretrain.train_rank(work, Ranks())

@@ -576,7 +576,7 @@ def test_gathered_predictions_stand_in_the_order_of_rows():
     assert found["row"].tolist() == [2, 5, 9] and found["scores"].tolist() == [[2.0], [5.0], [9.0]]
     assert evaluate.gather_predictions({}, Ranks()) == {}
     with pytest.raises(ValueError, match="no row of the split could be evaluated"):
-        evaluate.values({}, ("accuracy",))
+        evaluate.compute_metrics({}, ("accuracy",))
 
 
 # ---------------------------------------------------------------- phases

@@ -72,8 +72,8 @@ def job(folder, images, probed=None, objective="simclr", **train) -> Job:
 
 
 def pretrained(spec: Job, on_progress=lambda record: None):
-    stage = source.stage(spec, "src")
-    fitted = source.fit(stage)
+    stage = source.plan_source(spec, "src")
+    fitted = source.prepare_source(stage)
     return (
         stage,
         fitted,
@@ -145,7 +145,7 @@ def test_it_is_tried_at_every_validation_and_kept_with_the_bundle(tmp_path, imag
     stage, fitted, metadata = pretrained(
         job(tmp_path, images, labelled, objective="mae", keep="last"), seen.append
     )
-    assert "probe of 45 training and 21 validation rows" in fitted.text
+    assert "probe of 45 training and 21 validation rows" in fitted.description
     lines = [
         json.loads(line) for line in Path(stage.uri, "log/metrics.jsonl").read_text().splitlines()
     ]
@@ -188,8 +188,8 @@ def test_a_run_is_the_same_with_a_probe_and_without(tmp_path, images, labelled):
     ]
     with_, without = (bundle.load(stage.bundle_uri).tensors for stage in stages)
     assert furthest(with_, without) == 0.0 and stages[0].key != stages[1].key
-    cut = source.stage(job(tmp_path / "cut", images, labelled, **options), "src")
-    work = pretrain.rank_job(cut, source.fit(cut), DataWorkers(), 1)
+    cut = source.plan_source(job(tmp_path / "cut", images, labelled, **options), "src")
+    work = pretrain.rank_job(cut, source.prepare_source(cut), DataWorkers(), 1)
 
     class StopError(Exception):
         pass
@@ -237,13 +237,13 @@ def test_undecodable_rows_are_listed_and_held_against_the_budget(tmp_path, image
 
 def test_many_rows_are_tried_on_an_even_part_of_them(tmp_path, images, labelled, monkeypatch):
     monkeypatch.setattr(online_probe, "PROBE_ROWS", (20, 10))
-    stage = source.stage(job(tmp_path, images, labelled), "src")
-    found = source.fit(stage).probe
+    stage = source.plan_source(job(tmp_path, images, labelled), "src")
+    found = source.prepare_source(stage).probe
     assert [len(found.train), len(found.validation)] == [20, 10]
     assert found.train.ids(np.array([0, 19])).tolist() == [0, 44], "from end to end"
     monkeypatch.setattr(online_probe, "PROBE_BYTES", 5 * (3 * 32 * 32 + 8))
     found = online_probe.prepare(
-        stage.spec.probe, stage.probe, bundle.build_modality(source.fit(stage).modality)
+        stage.spec.probe, stage.probe, bundle.build_modality(source.prepare_source(stage).modality)
     )
     assert [len(found.train), len(found.validation)] == [5, 5]
 
@@ -305,7 +305,7 @@ def tried(ranks: Ranks, n: int, m: int) -> float:
         made = online_probe.Probe(
             rows.selection, other.selection, {}, rows.decoder.objective_state, 0.0
         )
-        check = online_probe.probe_evaluator(
+        check = online_probe.ProbeEvaluator(
             made, rows.modality, ranks, lambda: torch.autocast("cpu", enabled=False)
         )
     return check(
@@ -360,7 +360,7 @@ def test_probes_that_cannot_be_tried_are_refused_at_once(
     tmp_path, images, labelled, change, message
 ):
     with pytest.raises(ValueError, match=message):
-        source.stage(job(tmp_path, images, {**labelled, **change}), "src")
+        source.plan_source(job(tmp_path, images, {**labelled, **change}), "src")
 
 
 def test_labels_are_looked_at_before_anything_starts(tmp_path, images, labelled):
@@ -373,7 +373,9 @@ def test_labels_are_looked_at_before_anything_starts(tmp_path, images, labelled)
         ValueError,
         match=r"probe\.columns: label column 'class' holds list<.*a probe takes one label a row",
     ):
-        source.stage(job(tmp_path, images, {"train": several, "validation_fraction": 0.3}), "src")
+        source.plan_source(
+            job(tmp_path, images, {"train": several, "validation_fraction": 0.3}), "src"
+        )
     other = write(
         tmp_path / "other.parquet",
         **{"picture": table["picture"], "class": ["class 7"] * len(table)},
@@ -382,7 +384,7 @@ def test_labels_are_looked_at_before_anything_starts(tmp_path, images, labelled)
         ValueError,
         match=r"sources\.src\.probe: column class: label 'class 7' is in no training row",
     ):
-        source.stage(job(tmp_path, images, {**labelled, "validation": other}), "src")
+        source.plan_source(job(tmp_path, images, {**labelled, "validation": other}), "src")
 
 
 def test_a_source_without_validations_has_no_probe(tmp_path, images, labelled):
@@ -392,19 +394,21 @@ def test_a_source_without_validations_has_no_probe(tmp_path, images, labelled):
         match=r"sources\.src\.probe: it is tried at every validation, and this source has no "
         r"validation rows",
     ):
-        source.stage(spec, "src")
+        source.plan_source(spec, "src")
 
 
 def test_the_key_follows_the_probes_rows_and_not_where_they_lie(tmp_path, images, labelled):
-    plain = source.stage(job(tmp_path, images), "src").key
-    probed = source.stage(job(tmp_path, images, labelled), "src").key
+    plain = source.plan_source(job(tmp_path, images), "src").key
+    probed = source.plan_source(job(tmp_path, images, labelled), "src").key
     moved = {}
     for split, path in labelled.items():
         (tmp_path / "moved").mkdir(exist_ok=True)
         moved[split] = str(tmp_path / "moved" / Path(path).name)
         Path(moved[split]).write_bytes(Path(path).read_bytes())
-    assert plain != probed == source.stage(job(tmp_path, images, moved), "src").key
-    assert probed != source.stage(job(tmp_path, images, {"train": labelled["train"]}), "src").key
+    assert plain != probed == source.plan_source(job(tmp_path, images, moved), "src").key
+    assert (
+        probed != source.plan_source(job(tmp_path, images, {"train": labelled["train"]}), "src").key
+    )
 
 
 @pytest.mark.parametrize("objective", ["simclr", "dino"])
@@ -427,7 +431,7 @@ def test_rows_without_views_are_refused_at_once(tmp_path, images, objective):
         match=rf"sources\.src\.objective: {objective} compares random views of a row, and text "
         r"rows have none; it is for images",
     ):
-        source.stage(spec, "src")
+        source.plan_source(spec, "src")
 
 
 def test_the_last_weights_of_a_loss_that_couples_rows_are_kept(tmp_path, images):
@@ -436,8 +440,8 @@ def test_the_last_weights_of_a_loss_that_couples_rows_are_kept(tmp_path, images)
         match=r"sources\.src\.train\.keep: the validation loss of simclr .* leave it out: the "
         r"last weights are kept",
     ):
-        source.stage(job(tmp_path, images, keep="best"), "src")
-    source.stage(job(tmp_path, images, objective="mae", keep="best"), "src")
+        source.plan_source(job(tmp_path, images, keep="best"), "src")
+    source.plan_source(job(tmp_path, images, objective="mae", keep="best"), "src")
     # A rate at which validation gets worse
     _, _, metadata = pretrained(job(tmp_path, images, lr=0.5))
     assert metadata["kept_step"] == 6 and len(metadata["curve"]) == 2

@@ -90,19 +90,19 @@ def test_nearest_neighbours_get_better(tmp_path, name):
             },
         }
     )
-    stage = source.stage(job, "garments")
-    fitted = source.fit(stage)
+    stage = source.plan_source(job, "garments")
+    fitted = source.prepare_source(stage)
     work = pretrain.rank_job(stage, fitted, DataWorkers(), 1)
     task = bundle.build_task(fitted.arch, fitted.objective, seed=work.seed)
     assert fitted.probe is not None
-    tried = online_probe.probe_evaluator(
+    tried = online_probe.ProbeEvaluator(
         fitted.probe,
         bundle.build_modality(fitted.modality),
         Ranks(),
         lambda: torch.autocast("cpu", enabled=False),
     )
     before = tried(task)
-    metadata = pretrain.train_rank(work, Ranks(), held=pretrain.decoded(work))
+    metadata = pretrain.train_rank(work, Ranks(), decoded_rows=pretrain.decode_once(work))
     after = metadata["metrics"]["probe_knn"]
     print(
         f"{name}: {before:.3f} with random weights, {after:.3f} after {train['steps']} steps "

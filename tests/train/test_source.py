@@ -110,17 +110,21 @@ def text_job(folder, uri, objective="classification", **data) -> Job:
 
 def pretrained(job: Job, name="src"):
     """The stage run to its bundle on one rank, and its facts."""
-    stage = source.stage(job, name)
-    fitted = source.fit(stage)
+    stage = source.plan_source(job, name)
+    fitted = source.prepare_source(stage)
     work = pretrain.rank_job(stage, fitted, DataWorkers(), 1)
-    return stage, fitted, pretrain.train_rank(work, Ranks(), held=pretrain.decoded(work))
+    return (
+        stage,
+        fitted,
+        pretrain.train_rank(work, Ranks(), decoded_rows=pretrain.decode_once(work)),
+    )
 
 
 # ---------------------------------------------------------------- keys
 
 
 def key(job: Job, name="src") -> str:
-    return source.stage(job, name).key
+    return source.plan_source(job, name).key
 
 
 def test_a_key_follows_the_name_since_the_seed_does(tmp_path, images):
@@ -133,7 +137,7 @@ def test_augmentation_that_views_do_not_read_is_told(tmp_path, images, objective
     data = job.sources["src"].data
     assert data is not None
     data.modality.options.update(crop="resized", colour=0.8)
-    stage = source.stage(job, "src")
+    stage = source.plan_source(job, "src")
     modality = ModalitySpec("image", {"size": 32}, {"mean": [0.5] * 3, "std": [0.5] * 3})
     texts = [finding.text for finding in source.findings_of(stage, modality, "")]
     message = "makes its own random views of a row, so crop, colour of data.modality only augment"
@@ -141,7 +145,7 @@ def test_augmentation_that_views_do_not_read_is_told(tmp_path, images, objective
 
 
 def test_a_source_without_a_drawn_validation_row_is_warned_of(tmp_path, images):
-    stage = source.stage(image_job(tmp_path, images), "src")
+    stage = source.plan_source(image_job(tmp_path, images), "src")
     assert stage.splits is not None
     rows = stage.splits.validation
     none = rows.keep(np.zeros(len(rows), dtype=bool))
@@ -212,10 +216,10 @@ def test_a_key_follows_the_files_that_rows_name(tmp_path):
 
 def test_a_file_that_changes_in_training_leaves_no_bundle(tmp_path, monkeypatch):
     made = named_images(tmp_path)
-    stage = source.stage(
+    stage = source.plan_source(
         image_job(tmp_path, {"train": made["train"], "validation_fraction": 0.2}), "src"
     )
-    work = pretrain.rank_job(stage, source.fit(stage), DataWorkers(), 1)
+    work = pretrain.rank_job(stage, source.prepare_source(stage), DataWorkers(), 1)
     real = pretrain.loop.fit
 
     def fit(run):
@@ -228,19 +232,21 @@ def test_a_file_that_changes_in_training_leaves_no_bundle(tmp_path, monkeypatch)
         pretrain.train_rank(work, Ranks())
     assert not stage.done
     monkeypatch.undo()
-    again = source.stage(stage.job, "src")
+    again = source.plan_source(stage.job, "src")
     assert again.key != stage.key
-    pretrain.train_rank(pretrain.rank_job(again, source.fit(again), DataWorkers(), 1), Ranks())
+    pretrain.train_rank(
+        pretrain.rank_job(again, source.prepare_source(again), DataWorkers(), 1), Ranks()
+    )
     assert again.done
 
 
 def test_a_table_that_changes_in_training_is_an_error(tmp_path, images):
     train = tmp_path / "train.parquet"
     train.write_bytes(Path(images["train"]).read_bytes())
-    stage = source.stage(
+    stage = source.plan_source(
         image_job(tmp_path, {"train": str(train), "validation": images["validation"]}), "src"
     )
-    work = pretrain.rank_job(stage, source.fit(stage), DataWorkers(), 1)
+    work = pretrain.rank_job(stage, source.prepare_source(stage), DataWorkers(), 1)
     table = pq.read_table(train)
     pq.write_table(table.take(np.arange(len(table))[::-1]), train)
     with pytest.raises(ChangedFileError, match=f"^{train} was changed while it was in use"):
@@ -249,7 +255,7 @@ def test_a_table_that_changes_in_training_is_an_error(tmp_path, images):
 
 
 def test_a_checkpoint_that_changes_before_it_is_read_is_an_error(tmp_path, images, checkpoint):
-    stage = source.stage(image_job(tmp_path, images, init=checkpoint[0]), "src")
+    stage = source.plan_source(image_job(tmp_path, images, init=checkpoint[0]), "src")
     storage.remove_tree(str(tmp_path / "start"))
     bundle.save(
         str(tmp_path / "start"),
@@ -261,7 +267,7 @@ def test_a_checkpoint_that_changes_before_it_is_read_is_an_error(tmp_path, image
     with pytest.raises(
         ChangedFileError, match=r"^sources.src: bundle:.* was changed while it was in use"
     ):
-        source.fit(stage)
+        source.prepare_source(stage)
 
 
 def test_a_checkpoint_that_changes_while_it_is_read_leaves_no_bundle(tmp_path, images, monkeypatch):
@@ -277,16 +283,16 @@ def test_a_checkpoint_that_changes_while_it_is_read_leaves_no_bundle(tmp_path, i
         return load_into(start, backbone)
 
     save_file(values, file)
-    stage = source.stage(image_job(tmp_path, images, init=f"file:{file}"), "src")
+    stage = source.plan_source(image_job(tmp_path, images, init=f"file:{file}"), "src")
     monkeypatch.setattr(PretrainedCheckpoint, "load_into", written_over)
     with pytest.raises(ChangedFileError, match="was changed while it was in use"):
-        source.fit(stage)
-    assert not bundle.exists(stage.initial_uri)
+        source.prepare_source(stage)
+    assert not bundle.exists(stage.initial_bundle_uri)
 
 
 def test_how_files_are_identified_is_no_part_of_the_key_but_what_it_gives_is(tmp_path, images):
-    plain = source.stage(image_job(tmp_path, images), "src")
-    by_stat = source.stage(image_job(tmp_path, {**images, "identity": "stat"}), "src")
+    plain = source.plan_source(image_job(tmp_path, images), "src")
+    by_stat = source.plan_source(image_job(tmp_path, {**images, "identity": "stat"}), "src")
     assert (
         source.data_key(plain.spec.data) == source.data_key(by_stat.spec.data)
         and plain.key != by_stat.key
@@ -315,43 +321,43 @@ def checkpoint(tmp_path):
 
 def test_ranks_start_from_the_checkpoint_that_was_read_once(tmp_path, images, checkpoint):
     uri, task = checkpoint
-    stage = source.stage(image_job(tmp_path, images, init=uri), "src")
-    fitted = source.fit(stage)
-    start = bundle.load(fitted.initial)
+    stage = source.plan_source(image_job(tmp_path, images, init=uri), "src")
+    fitted = source.prepare_source(stage)
+    start = bundle.load(fitted.initial_bundle_uri)
     assert all(torch.equal(t, start.tensors[n]) for n, t in task.state_dict().items())
-    assert "0 dropped; head kept: the same labels" in fitted.moved
+    assert "0 dropped; head kept: the same labels" in fitted.transfer_note
     storage.remove_tree(uri.partition(":")[2])  # ranks and restarts do not read it again
-    again = source.fit(stage)
+    again = source.prepare_source(stage)
     assert (
-        again.initial == fitted.initial
-        and again.moved == fitted.moved
+        again.initial_bundle_uri == fitted.initial_bundle_uri
+        and again.transfer_note == fitted.transfer_note
         and again.arch == fitted.arch
     )
     metadata = pretrain.train_rank(pretrain.rank_job(stage, again, DataWorkers(), 1), Ranks())
-    assert metadata["transfer"] == fitted.moved and not storage.exists(fitted.initial), (
-        "the bundle stands in its place"
-    )
+    assert metadata["transfer"] == fitted.transfer_note and not storage.exists(
+        fitted.initial_bundle_uri
+    ), "the bundle stands in its place"
 
 
 def test_another_backbone_than_the_checkpoint_holds_is_refused(tmp_path, images, checkpoint):
-    stage = source.stage(
+    stage = source.plan_source(
         image_job(tmp_path, images, init=checkpoint[0], backbone="timm/test_vit"), "src"
     )
     with pytest.raises(
         BundleError,
         match=r"holds a timm/test_resnet, the job says timm/test_vit: name the same backbone",
     ):
-        source.fit(stage)
+        source.prepare_source(stage)
 
 
 def test_options_that_the_checkpoint_does_not_fix_are_the_jobs(tmp_path, images, checkpoint):
-    stage = source.stage(
+    stage = source.plan_source(
         image_job(
             tmp_path, images, init=checkpoint[0], backbone={"timm/test_resnet": {"drop_rate": 0.25}}
         ),
         "src",
     )
-    fitted = source.fit(stage)
+    fitted = source.prepare_source(stage)
     assert fitted.arch.options["drop_rate"] == 0.25
     assert fitted.modality.options["flip"] is False, (
         "the job's own, which the checkpoint says nothing of"
@@ -366,17 +372,17 @@ def test_labelled_text_is_tokenised_once_and_trains(tmp_path, texts):
     stage, fitted, metadata = pretrained(text_job(tmp_path, texts))
     assert fitted.columns == {"tokens": "tokens", "label": "kind"}
     shards = sorted(Path(stage.uri, "tokens").rglob("*.parquet"))
-    assert len(shards) == 2 and "tokenised into" in fitted.text
+    assert len(shards) == 2 and "tokenised into" in fitted.description
     table = pq.read_table(shards[0])
     assert table.schema.names == ["kind", "tokens"] or set(table.schema.names) == {"kind", "tokens"}
     before = [path.stat().st_mtime_ns for path in shards]
-    source.fit(source.stage(text_job(tmp_path, texts), "src"))
+    source.prepare_source(source.plan_source(text_job(tmp_path, texts), "src"))
     assert [path.stat().st_mtime_ns for path in shards] == before
     assert metadata["steps"] == 6 and 0 <= metadata["metrics"]["accuracy"] <= 1
 
 
 def test_parts_of_another_packing_are_no_rows_and_the_budget_is_that_of_now(tmp_path, texts):
-    stage = source.stage(
+    stage = source.plan_source(
         text_job(
             tmp_path,
             write_texts(
@@ -387,17 +393,17 @@ def test_parts_of_another_packing_are_no_rows_and_the_budget_is_that_of_now(tmp_
         ),
         "src",
     )
-    fitted = source.fit(stage)
+    fitted = source.prepare_source(stage)
     folder = Path(stage.uri, "tokens", "train")
     # On S3 a killed packing may leave one
     Path(folder, "part-00009.parquet").write_bytes(Path(folder, "part-00000.parquet").read_bytes())
-    assert len(source.fit(stage).train) == len(fitted.train)
-    strict = source.stage(
+    assert len(source.prepare_source(stage).train) == len(fitted.train)
+    strict = source.plan_source(
         text_job(tmp_path, str(tmp_path / "bad.parquet"), "mlm", max_bad_rows=0.01), "src"
     )
     assert strict.key == stage.key
     with pytest.raises(TooManyBadRowsError, match=r"max_bad_rows=0\.01"):
-        source.fit(strict)
+        source.prepare_source(strict)
 
 
 @pytest.mark.parametrize(("length", "fits"), [(16, True), (24, True), (32, False)])
@@ -450,7 +456,7 @@ def test_text_that_cannot_be_read_is_counted_listed_and_held_against_the_budget(
         for row in listed
         if row["row"] != 12
     )
-    assert "4 rows left out" in fitted.text
+    assert "4 rows left out" in fitted.description
 
 
 def test_pairs_stay_as_they_are_and_keep_their_second_text(tmp_path, texts):
@@ -466,14 +472,14 @@ def test_pairs_stay_as_they_are_and_keep_their_second_text(tmp_path, texts):
         fitted.columns == {"text": "words", "text_pair": "other", "label": "kind"}
         and not Path(stage.uri, "tokens").exists()
     )
-    assert metadata["steps"] == 6 and "tokenised" not in fitted.text
+    assert metadata["steps"] == 6 and "tokenised" not in fitted.description
 
 
 def test_a_packed_source_has_one_text_and_rows_that_can_be_packed(tmp_path, texts, images):
     with pytest.raises(
         ValueError, match=r"sources\.src\.data\.columns\.text_pair: mlm reads one text a row"
     ):
-        source.stage(
+        source.plan_source(
             text_job(tmp_path, texts, "mlm", columns={"text": "words", "text_pair": "kind"}), "src"
         )
     with pytest.raises(
@@ -481,7 +487,7 @@ def test_a_packed_source_has_one_text_and_rows_that_can_be_packed(tmp_path, text
         match=r"sources\.src\.objective: clm reads packed documents, and image rows cannot be "
         r"packed: it is for text",
     ):
-        source.stage(image_job(tmp_path, images, objective="clm"), "src")
+        source.plan_source(image_job(tmp_path, images, objective="clm"), "src")
 
 
 # ---------------------------------------------------------------- tokenizers of other hands
@@ -561,7 +567,7 @@ def test_a_checkpoint_brings_its_own_tokenizer(tmp_path, texts, tokenizer):
     with pytest.raises(
         ValueError, match=r"sources\.src\.data\.modality: .*tokenizer.* contradicts bundle:"
     ):
-        source.fit(source.stage(job, "src"))
+        source.prepare_source(source.plan_source(job, "src"))
 
 
 # ---------------------------------------------------------------- weighted corpora
@@ -666,7 +672,7 @@ def test_corpora_are_drawn_by_their_weights_and_no_row_holds_two_of_them(tmp_pat
 
 def stopped_and_gone_on(stage):
     """Stopped after step 6, which leaves no bundle, and run again: the facts of the second run."""
-    work = pretrain.rank_job(stage, source.fit(stage), DataWorkers(), 1)
+    work = pretrain.rank_job(stage, source.prepare_source(stage), DataWorkers(), 1)
 
     class StopError(Exception):
         pass
@@ -685,7 +691,7 @@ def test_a_run_on_a_mixture_that_was_stopped_ends_with_the_same_bundle_and_rows(
     files = corpora(tmp_path / "texts")
     train = {"steps": 12, "checkpoint_every_steps": 4, "trace_rows": True}
     whole, _, _ = pretrained(mixed_job(tmp_path / "whole", files, **train))
-    cut = source.stage(mixed_job(tmp_path / "cut", files, **train), "src")
+    cut = source.plan_source(mixed_job(tmp_path / "cut", files, **train), "src")
     metadata = stopped_and_gone_on(cut)
     assert metadata["resumed_from"] == 4 and drawn(cut) == drawn(whole)
     one, other = (bundle.load(stage.bundle_uri).tensors for stage in (whole, cut))
@@ -702,7 +708,7 @@ def test_weights_are_part_of_the_key_and_must_be_drawable(tmp_path):
         ValueError,
         match=r"sources\.src: the weight 1e-06 of corpus 3 .* 1 of 4096",
     ):
-        source.stage(
+        source.plan_source(
             mixed_job(tmp_path, files, weights=(0.5, 0.5, 1e-6), objective="classification"), "src"
         )
     job = mixed_job(tmp_path, files).model_dump(mode="json")
@@ -712,7 +718,7 @@ def test_weights_are_part_of_the_key_and_must_be_drawable(tmp_path):
         match=r"sources\.src\.data\.more\.1\.where: no row of \S+ has the value asked for in "
         r"column kind; it holds kind 0",
     ):
-        source.stage(Job.model_validate(job), "src")
+        source.plan_source(Job.model_validate(job), "src")
 
 
 @pytest.mark.parametrize("decode", ["train", "memory"])
@@ -789,13 +795,13 @@ def test_transcripts_that_no_recording_holds_are_known_before_training_whatever_
         "objective": "ctc",
         "train": {"steps": 2, "global_batch": 4},
     }
-    stage = source.stage(
+    stage = source.plan_source(
         Job.model_validate(
             {"name": "toy", "storage": str(tmp_path / "runs"), "sources": {"src": source_}}
         ),
         "src",
     )
-    fitted = source.fit(stage)
+    fitted = source.prepare_source(stage)
     assert (
         fitted.corpus_sizes == (12, 10)
         and fitted.train.ids(np.arange(22)).tolist() == [*range(13), 14, *range(16, 24)]
@@ -804,9 +810,9 @@ def test_transcripts_that_no_recording_holds_are_known_before_training_whatever_
     assert [(row.row, "labels need" in row.reason) for row in fitted.left_out] == [
         (13, True),
         (15, True),
-    ] and fitted.lost == 2
+    ] and fitted.num_left_out == 2
     with pytest.raises(TooManyBadRowsError, match=r"3 of 24 rows cannot be used.*b\.parquet row 9"):
-        pretrain.decoded(pretrain.rank_job(stage, fitted, DataWorkers(), 1))
+        pretrain.decode_once(pretrain.rank_job(stage, fitted, DataWorkers(), 1))
 
 
 # ---------------------------------------------------------------- images that cannot be decoded
@@ -887,7 +893,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bundle(tmp_path, 
     stage, _, _ = pretrained(image_job(tmp_path / "whole", images, train=train))
     whole = bundle.load(stage.bundle_uri).tensors
     job = image_job(tmp_path / "cut", images, train=train)
-    cut = source.stage(job, "src")
+    cut = source.plan_source(job, "src")
     metadata = stopped_and_gone_on(cut)
     assert metadata["resumed_from"] == 4
     assert all(torch.equal(t, whole[n]) for n, t in bundle.load(cut.bundle_uri).tensors.items())

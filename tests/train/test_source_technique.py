@@ -54,8 +54,8 @@ def job_of(folder, images, **more) -> Job:
 
 
 def rank_job(job: Job):
-    stage = source.stage(job, "src")
-    return stage, pretrain.rank_job(stage, source.fit(stage), DataWorkers(), 1)
+    stage = source.plan_source(job, "src")
+    return stage, pretrain.rank_job(stage, source.prepare_source(stage), DataWorkers(), 1)
 
 
 def pretrained(job: Job):
@@ -150,7 +150,7 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path, images, checkpoint, tec
 
 def test_a_technique_is_part_of_the_key_only_where_it_is_not_full(tmp_path, images, checkpoint):
     def key(**words) -> str:
-        return source.stage(job_of(tmp_path, images, init=checkpoint, **words), "src").key
+        return source.plan_source(job_of(tmp_path, images, init=checkpoint, **words), "src").key
 
     assert key() == key(technique="full") != key(technique=LORA)
     assert key(technique=LORA) != key(technique={"lora": {"rank": 4, "modules": ["qkv"]}})
@@ -162,10 +162,10 @@ def test_a_technique_is_part_of_the_key_only_where_it_is_not_full(tmp_path, imag
         (
             "linear_probe",
             False,
-            "linear_probe keeps weights of the backbone as they are, and these are random",
+            "linear_probe freezes backbone weights, which are random here",
         ),
-        ("lp_ft", False, "lp_ft keeps weights of the backbone"),
-        ("lora", False, "lora keeps weights of the backbone"),
+        ("lp_ft", False, "lp_ft freezes backbone weights"),
+        ("lora", False, "lora freezes backbone weights"),
         ("random_probe", True, "random_probe starts from random weights"),
         ("scratch", True, "scratch starts from random weights"),
         ("zero_shot", True, "zero_shot trains nothing"),
@@ -174,13 +174,13 @@ def test_a_technique_is_part_of_the_key_only_where_it_is_not_full(tmp_path, imag
 def test_techniques_that_make_no_sense(tmp_path, images, checkpoint, technique, continues, message):
     more = {"init": checkpoint} if continues else {}
     with pytest.raises(ValueError, match=rf"^sources\.src\.technique: {message}"):
-        source.stage(job_of(tmp_path, images, technique=technique, **more), "src")
+        source.plan_source(job_of(tmp_path, images, technique=technique, **more), "src")
 
 
 def test_a_teacher_has_no_adapters(tmp_path, images, checkpoint):
     words = {"init": checkpoint, "technique": "lora", "objective": "dino"}
     with pytest.raises(ValueError, match=r"technique: lora adds modules to the backbone, and dino"):
-        source.stage(job_of(tmp_path, images, **words), "src")
+        source.plan_source(job_of(tmp_path, images, **words), "src")
 
 
 def test_a_checkpoint_without_data_has_no_technique(tmp_path, checkpoint):

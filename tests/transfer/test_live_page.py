@@ -84,7 +84,7 @@ def running(tmp_path):
     log.parent.mkdir(parents=True)
     line = {"time": time.time(), "step": 20, "steps": 100, "loss": 0.25}
     log.write_text(json.dumps(line) + '\n{"step": 3')
-    progress.expect([*planned, failed, now])
+    progress.add_trials([*planned, failed, now])
     progress.newest = "fine-tune: trials 5/6  1 running, 1 failed"
     source = storage.join(job.root, "sources", "garments-1")
     for step in (10, 20, 30):
@@ -142,7 +142,7 @@ def test_the_best_search_trial_does_not_lead_a_mean_of_final_trials(running):
     with served(running) as port:
         alone = text_of(ask(port)[1])
         assert "letters · full 100 % 0.9 best of 1 search trial" in alone and "▲" not in alone
-        running.progress.expect(running.planned)
+        running.progress.add_trials(running.planned)
         text = text_of(ask(port)[1])
     assert text.count("▲ leads") == 1 and "garments · full ▲ leads 100 % 0.805" in text
     assert text.index("0.605") < text.index("0.9 best of 1 search trial"), "after all final ones"
@@ -153,7 +153,7 @@ def end_scratch(running, seed, rows):
     one = planned_trial("none", "scratch", seed, rows[0].trial_id)
     path, found = record(one, rows)
     storage.write_json(storage.join(running.job.root, path), found)
-    running.progress.expect([one])
+    running.progress.add_trials([one])
 
 
 def test_scratch_networks_of_two_backbones_are_two_lines(running):
@@ -201,7 +201,7 @@ def test_the_page_loads_nothing_and_follows_the_run(running):
         assert "default-src 'none'" in policy and f'<script nonce="{nonce}">' in page
         assert not re.search(r"https?:|//[a-z]|@import|<link| src=", page)
         more = planned_trial("none", "scratch", 2, "later")
-        running.progress.expect([more])
+        running.progress.add_trials([more])
         assert "5 of 7 trials ended" in ask(port)[1]
         found = storage.read_json(storage.join(running.job.root, "trials/lost/record.json"))
         found |= {"status": "done", "error": None}

@@ -94,7 +94,7 @@ def test_null_texts_of_a_source_are_refused_as_its_run_refuses_them(tmp_path, ob
     assert message.startswith("sources.src: train split: ") and "data.max_bad_rows=0.01 " in message
     assert f"{tmp_path / 'rows.parquet'} row 0: the text is null" in message
     with pytest.raises(ValueError, match=r"data\.max_bad_rows=0\.01 "):
-        source.fit(checked(job).sources["src"])
+        source.prepare_source(checked(job).sources["src"])
 
 
 def test_documents_that_do_not_fill_a_batch_are_told(tmp_path):
@@ -112,7 +112,7 @@ def test_documents_that_do_not_fill_a_batch_are_told(tmp_path):
 def test_null_labels_of_a_source_are_refused_as_its_run_refuses_them(tmp_path):
     job = with_source(tmp_path, written(tmp_path / "rows.parquet", labelless=5))
     with pytest.raises(ValueError) as run:
-        source.fit(checked(job).sources["src"])
+        source.prepare_source(checked(job).sources["src"])
     assert refused(
         job
     ) == f"sources.src: {run.value}" and "3 of 72 rows have no label (null)" in str(run.value)
@@ -124,8 +124,8 @@ def test_few_rows_without_a_label_are_left_out_and_listed(tmp_path):
     assert stage.splits is not None
     assert stage.splits.sizes().startswith("train 71, validation 24, test 24 rows (")
     assert "1 row without a label left out" in stage.splits.sizes()
-    fitted = source.fit(stage)
-    assert fitted.lost == 1 and len(fitted.train) == 71
+    fitted = source.prepare_source(stage)
+    assert fitted.num_left_out == 1 and len(fitted.train) == 71
     assert list(fitted.left_out) == [
         (
             "train",
@@ -165,7 +165,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, models):  # noqa: F811
     )
     job = job.model_copy(update={"sources": {"src": spec}})
     with pytest.raises(ValueError) as run:
-        source.fit(checked(job).sources["src"])
+        source.prepare_source(checked(job).sources["src"])
     assert refused(job) == f"sources.src: {run.value}"
 
 
@@ -231,8 +231,7 @@ def test_a_few_bad_rows_are_told(tmp_path, models):  # noqa: F811
     )
     lines = preflight.check_rows(checked(job))
     assert any(
-        "1 of 64 train rows that were looked at cannot be used" in line
-        or "2 of 64 train rows" in line
+        "1 of 64 train rows of a sample cannot be used" in line or "2 of 64 train rows" in line
         for line in lines
     ), lines
 
@@ -318,7 +317,7 @@ def test_a_length_beyond_the_positions_of_a_model_is_refused(tmp_path, models): 
         COLUMNS,
         data={"modality": {"text": {"length": 64}}},
     )
-    found = dry_checks.source(checked(job).sources["src"])
+    found = dry_checks.plan_without_training(checked(job).sources["src"])
     assert found is not None
     (group,) = backbone_groups({"src": (found.arch, found.modality)})
     with pytest.raises(ValueError) as run:
@@ -352,7 +351,7 @@ def test_storage_errors_are_problems_too(tmp_path, models, monkeypatch):  # noqa
         tmp_path, models["bert"], written(tmp_path / "rows.parquet"), "classification", COLUMNS
     )
     state = checked(job)
-    monkeypatch.setattr(dry_checks, "rows", broken)
+    monkeypatch.setattr(dry_checks, "check_sample", broken)
     with pytest.raises(ValueError, match=r"targets\.task: the disk is gone"):
         preflight.check_rows(state)
 

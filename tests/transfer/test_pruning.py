@@ -114,7 +114,7 @@ def test_stacks_of_stale_trials_go(both):
     for name, ids in (("old", old), ("mixed", old | new), ("new", new)):
         folder = storage.join(job.root, "stacks", name)
         storage.write_json(storage.join(folder, resume_history.CHECKPOINTS, "point.json"), {})
-        resume_history.record_start(folder, now, None, 0, sorted(ids))
+        resume_history.ResumeHistory(folder, now, None, sorted(ids)).start(0, [])
     storage.write_json(
         storage.join(job.root, "stacks", "of_before", "step-0000000004", "state.json"), {}
     )

@@ -920,7 +920,7 @@ def with_source_data(job: Job, name: str, train: str, form: str = "auto", column
         "train": {"steps": 2, "global_batch": 4},
     }
     made = Job.model_validate(dumped)
-    saved_vit(Path(source.stage(made, name).bundle_uri), 7)
+    saved_vit(Path(source.plan_source(made, name).bundle_uri), 7)
     return made
 
 
@@ -1512,7 +1512,7 @@ def test_a_source_that_is_a_checkpoint_without_data_is_made_and_its_note_kept(tm
 
     def run() -> tuple[job_state.JobState, list[str]]:
         progress = Silent()
-        state = job_state.JobState(job, progress, sources={"s": source.stage(job, "s")})
+        state = job_state.JobState(job, progress, sources={"s": source.plan_source(job, "s")})
         stages.pretrain(state)
         return state, progress.lines
 

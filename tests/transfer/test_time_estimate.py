@@ -145,7 +145,7 @@ def test_batches_by_cost_have_their_rows_and_label_fractions_share_features(
 ):
     """Steps of 16 rows take 4 seconds, and those of 4 rows one."""
     monkeypatch.setattr(time_estimate, "_step_seconds", lambda *_: (1.0, 1.0))
-    monkeypatch.setattr(time_estimate, "_rows_a_step", lambda load, train: rows_a_step)
+    monkeypatch.setattr(time_estimate, "_rows_per_step", lambda load, train: rows_a_step)
     job = job_of(
         tmp_path,
         models["bert"],
