@@ -153,7 +153,7 @@ def start_ray(s3_server):
         import ray
 
         from pipeline.io.ray_environment import prepare_ray
-        from pipeline.train.launch import OwnCode
+        from pipeline.train.launch import ImportThisPackage
 
         if not ray.is_initialized():
             prepare_ray()
@@ -164,7 +164,7 @@ def start_ray(s3_server):
                 object_store_memory=400 << 20,
                 log_to_driver=False,
                 logging_level="ERROR",
-                job_config=OwnCode(),
+                job_config=ImportThisPackage(),
             )
         return ray
 

@@ -441,7 +441,7 @@ def ray_with_spectra(spectra):
         include_dashboard=False,
         log_to_driver=False,
         logging_level="ERROR",
-        job_config=launch.OwnCode(),
+        job_config=launch.ImportThisPackage(),
         runtime_env=launch.plugins_env(),
     )
     yield

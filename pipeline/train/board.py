@@ -1,6 +1,6 @@
-"""Where the ranks of a run leave their newest progress.
+"""The actor that has the newest progress of a run's ranks.
 
-It is an actor of Ray, whose process imports this module: nothing here may import torch.
+Its process imports this module, which must not import torch: that takes seconds and memory.
 """
 
 from __future__ import annotations

@@ -23,21 +23,19 @@ KEPT = 2
 
 
 class RandomState(TypedDict):
-    """Where torch's random generators stand on one rank."""
+    """State of torch's random generators on one rank."""
 
     cpu: Tensor
     cuda: Tensor | None
 
 
 class TrainingState(TypedDict):
-    """Where a run stands, the same on every rank. Plain values: torch reads them with
-    ``weights_only``.
-    """
+    """The state of a run, the same on every rank; torch reads its values with ``weights_only``."""
 
     step: int
     """How many steps were taken."""
     phase: int
-    """Number of the technique's phase in which the last of them was."""
+    """Number of the technique's phase in which the last step was."""
     task: dict[str, Tensor]
     optimizer: dict[str, Any]
     """torch's ``state_dict``."""
@@ -54,7 +52,7 @@ class TrainingState(TypedDict):
 
 
 class ResumePoint(TrainingState):
-    """What a resume point holds."""
+    """The content of a resume point."""
 
     random: list[RandomState]
     """Random state of each rank."""
@@ -63,9 +61,9 @@ class ResumePoint(TrainingState):
 
 
 def _steps(uri: str) -> list[int]:
-    """Steps of the complete resume points, ascending."""
-    found = storage.list_files(uri) if storage.is_dir(uri) else []
-    names = [f.rsplit("/", 2)[-2] for f in found if f.endswith("/manifest.json")]
+    """Return the steps of the complete resume points, ascending."""
+    files = storage.list_files(uri) if storage.is_dir(uri) else []
+    names = [file.rsplit("/", 2)[-2] for file in files if file.endswith("/manifest.json")]
     return sorted(int(name.removeprefix("step-")) for name in names if name.startswith("step-"))
 
 
@@ -95,13 +93,13 @@ def save(
         with storage.scratch_folder() as scratch:
             path = Path(scratch, "state.pt")
             unread = {row: reason for _, bad in everyone for row, reason in bad.items()}
-            whole: ResumePoint = {
+            resume_point: ResumePoint = {
                 **state,
                 "random": [random for random, _ in everyone],
                 "bad_rows": unread,
             }
             with s3.naming("write", path), open(path, "wb") as file:
-                torch.save(whole, file)
+                torch.save(resume_point, file)
             atomic_folder.commit_folder(
                 _folder(uri, state["step"]),
                 {"state.pt": path},
@@ -126,20 +124,20 @@ def load(
 
     Returns:
         The saved state, or None when there is no resume point, and a line for each damaged
-        resume point that was passed over.
+        resume point that was skipped.
 
     Raises:
-        StorageError: on every rank, when resume points are there and none of them is intact
-            (unless ``restart_if_damaged``), or when they cannot be read at this moment.
+        StorageError: On every rank: there are resume points and none is intact (unless
+            ``restart_if_damaged``), or they cannot be read at this moment.
     """
     state: ResumePoint | None = None
-    verdict: list[Any] = [None]
+    from_rank_zero: list[Any] = [None]
     if ranks.is_first:
         state, notes, problem = _newest_intact(uri, restart_if_damaged)
-        verdict = [(state["step"] if state else None, notes, problem)]
+        from_rank_zero = [(state["step"] if state else None, notes, problem)]
     if ranks.count > 1:
-        dist.broadcast_object_list(verdict, src=0)
-    step, notes, problem = verdict[0]
+        dist.broadcast_object_list(from_rank_zero, src=0)
+    step, notes, problem = from_rank_zero[0]
     if problem:
         raise storage.StorageError(problem)
     if step is not None and state is None:
@@ -148,8 +146,8 @@ def load(
 
 
 def _newest_intact(uri: str, restart_if_damaged: bool) -> tuple[ResumePoint | None, list[str], str]:
-    """The newest state that can be read, a line for each damaged one that is newer, and what stops
-    the run, if anything.
+    """Return the newest state that can be read, a line for each newer one that is damaged, and the
+    error that stops the run, or "".
     """
     damaged: dict[int, str] = {}
     try:
@@ -186,14 +184,14 @@ def _newest_intact(uri: str, restart_if_damaged: bool) -> tuple[ResumePoint | No
 
 
 def _is_damage(error: storage.StorageError) -> bool:
-    """Whether the content is wrong, or a file is gone; not that the storage does not answer."""
+    """Whether content is damaged or missing. Storage that does not answer is no damage."""
     return isinstance(error, (storage.DamagedError, storage.NotFoundError))
 
 
 def _read(folder: str) -> ResumePoint:
-    """The state of a resume point, its bytes compared with the checksum in the manifest.
+    """Return the state of a resume point after comparing its checksums.
 
-    Raises StorageError, also where torch cannot read what the checksum vouches for.
+    Raises StorageError where they differ.
     """
     atomic_folder.verify_folder(folder, atomic_folder.open_folder(folder))
     content = storage.read_bytes(storage.join(folder, "state.pt"))
@@ -201,7 +199,7 @@ def _read(folder: str) -> ResumePoint:
 
 
 def restore_rng(state: ResumePoint, seed: int, ranks: Ranks) -> None:
-    """This rank's random state; a rank that was not there gets one of its own."""
+    """Restore this rank's random state. A rank that did not exist then gets a new one."""
     if ranks.rank >= len(state["random"]):
         torch.manual_seed(mix(seed, ranks.rank, state["step"]))
         return

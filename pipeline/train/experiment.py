@@ -1,8 +1,8 @@
-"""One training run of a source or of a trial, put together the same way for both.
+"""One training run of a source or of a trial, assembled the same way for both.
 
-`run` reads downward: the technique, the validation, the log, the loop, the technique's end. What
-tells sources and trials apart stays with them: the weights that a task starts with, how its rows
-are read, what is written at the end.
+`run` reads downward: the technique, the validation, the log, the loop, the technique's end. Sources
+and trials differ in the weights that a task starts with, in how its rows are read, and in what is
+written at the end; this stays with them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Experiment:
     rows: Rows
     """The training rows of all ranks."""
     plan: Plan
-    """The order in which they are read."""
+    """The order in which the training rows are read."""
     validation: Rows
     """The validation rows of all ranks; where there are none, the last weights are kept."""
     metrics: tuple[str, ...]
@@ -61,30 +61,30 @@ class Experiment:
     eval_batch: int
     """Rows of a validation batch."""
     max_bad_rows: float
-    """Share of a split's rows that may be unusable before the run stops."""
+    """Share of a split's rows that may be bad before the run stops."""
     folder: str
     """Where resume points (``checkpoints/``) and traces of rows are written."""
     log_folder: str
     num_left_out: int = 0
     """Number of training rows that were left out before; they count against the same budget."""
     left_out: Sequence[LeftOut] = ()
-    """The rows that were left out before, for the list of them."""
+    """The rows that were left out before, of all splits, for ``quarantine.jsonl``."""
     read: Callable[..., Iterator[LoadedBatch]] = train_batches
-    """Reads and decodes training rows; with its place and workers where others do it."""
+    """Reads and decodes training rows (`train_batches`, or it with arguments set)."""
     threads: int = 1
     """For decoding validation rows."""
     decode_validation_bytes: int = 0
-    """A rank's validation rows are decoded once where they take no more than this."""
+    """A rank's validation rows are decoded once, where they take no more bytes than this."""
     stream_rows: dict[str, Rows] = field(default_factory=dict)
     """Rows that the technique may read beside the training rows, by stream
     (``Technique.streams``).
     """
     stream_batch: int | None = None
-    """Rows of a batch of these; None: as many as of a training batch."""
+    """Rows of a batch of a stream; None: as many as in a training batch."""
     has_labels: bool = True
     """Whether the training rows have labels. Without labels they are the stream "target"."""
     extra_metrics: dict[str, Callable[[Task], float]] = field(default_factory=dict)
-    """Computed at every validation beside ``metrics``."""
+    """Further numbers to compute at every validation, by name."""
     restart_if_damaged: bool = False
     """Whether training starts again from step 0 where every resume point is damaged."""
     on_start: Callable[[int, list[str]], None] = lambda step, damaged: None
@@ -93,13 +93,13 @@ class Experiment:
     on_record: Callable[[LogRecord], None] = lambda record: None
     """Called on rank 0 with each record of the log."""
     on_validation: Callable[[int, int, dict[str, float]], None] = lambda step, steps, metrics: None
-    """Called with step, steps in all and metrics."""
+    """Called with the step, the number of all steps, and the metrics."""
     on_step: Callable[[], None] = heartbeat.beat
     """Called at every step."""
 
 
 class RunMetadata(TypedDict):
-    """What the records of sources and of trials have in common, in JSON."""
+    """What the records of sources and trials have in common, in JSON."""
 
     steps: int
     params_trained: int
@@ -115,7 +115,7 @@ class RunMetadata(TypedDict):
     chosen: NotRequired[dict[str, Any]]
     """What the technique chose (`ChoosesOnValidation`)."""
     stopped_at: NotRequired[int]
-    """The step after which nothing had become better for long enough (``train.patience``)."""
+    """The step at which training stopped early (``train.patience``)."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Finished:
     """The result of a training run."""
 
     task: Task
-    """As the technique leaves it: adapters are merged into the weights."""
+    """The task as the technique returns it, with adapters merged into the weights."""
     outcome: TrainingOutcome
     metrics: dict[str, float]
     """Validation metrics of the weights that were kept."""
@@ -133,11 +133,11 @@ class Finished:
     warning: str
     """The objective's newest warning, or an empty string."""
     damaged: list[str]
-    """A line for each damaged resume point that was passed over."""
+    """A line for each damaged resume point that was skipped."""
 
 
 def technique_of(config: ComponentConfig) -> Technique:
-    """A technique with the options that the job gives it."""
+    """Return a technique with the options of the job."""
     kind = registry.get("technique", config.name)
     return kind(kind.options_class(**config.options))
 
@@ -151,8 +151,8 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
     """Train from the newest resume point, if there is one, and validate; called by every rank.
 
     Raises:
-        TooManyBadRowsError: more rows of a split are unusable than the budget allows.
-        NonFiniteError: too many steps in a row were not finite.
+        TooManyBadRowsError: More rows of a split are bad than the budget allows.
+        NonFiniteError: Too many steps in a row were not finite.
     """
     train, technique, rows = experiment.train, experiment.technique, experiment.rows
     objective = experiment.task.objective
@@ -166,8 +166,8 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
         inputs = partial(streams.test_inputs, target, preprocess, ranks, experiment.eval_batch)
         task = technique.prepare(task.to(ranks.device), inputs)
     record = _Record(experiment, ranks)
-    check = _validator(experiment, ranks, preprocess, record.bad_rows)
-    # validation rows of the source are best where nothing has been adapted yet
+    validate = _validator(experiment, ranks, preprocess, record.bad_rows)
+    # without labels the validation rows are the source's: the network is best before it adapts
     is_last = couples_rows(objective) or not experiment.has_labels
     patience = None if is_last else train.patience
     keep = "last" if is_last else train.keep
@@ -181,7 +181,7 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
         pin=ranks.device.type == "cuda",
     )
     seed = mix(experiment.seed, 5)
-    further = streams.technique_streams(
+    extra_streams = streams.technique_streams(
         technique,
         experiment.stream_rows,
         seed,
@@ -191,18 +191,18 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
         known=() if experiment.has_labels else ("target",),
     )
     unit, count_units_of = _throughput(rows.modality)
-    work = loop.TrainingRun(
+    training_run = loop.TrainingRun(
         task=task,
         technique=technique,
         train=train,
         steps=experiment.steps,
         seed=experiment.seed,
         batches=batches,
-        streams=further,
+        streams=extra_streams,
         has_labels=experiment.has_labels,
         preprocess=evaluate.training_preprocessing(rows, objective, technique),
         keeper=keeper,
-        evaluate=check,
+        evaluate=validate,
         ranks=ranks,
         checkpoint_folder=checkpoint_folder(experiment.folder),
         restart_if_damaged=experiment.restart_if_damaged,
@@ -216,15 +216,16 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
         count_units_of=count_units_of,
     )
     with record:
-        outcome = loop.fit(work) if trains(technique) else loop.evaluate_untrained(work)
+        train_or_evaluate = loop.fit if trains(technique) else loop.evaluate_untrained
+        outcome = train_or_evaluate(training_run)
         if outcome.stopped_at:
             why = f"no better {experiment.metrics[0]} in {train.patience} validations"
             record.write({"step": outcome.steps, "steps": experiment.steps, "stopped": why})
         metrics, chosen = keeper.metrics, {}
         if isinstance(technique, ChoosesOnValidation):
-            goodness = _goodness(technique, check, experiment.metrics[0])
+            goodness = _goodness(technique, validate, experiment.metrics[0])
             task, chosen = technique.choose(task, goodness)
-            metrics = check(task) if check else metrics
+            metrics = validate(task) if validate else metrics
     return Finished(
         task=technique.finish(task),
         outcome=outcome,
@@ -265,20 +266,18 @@ def _metadata(
 
 
 def _goodness(
-    technique: Technique, check: Callable[[Task], dict[str, float]] | None, primary: str
+    technique: Technique, validate: Callable[[Task], dict[str, float]] | None, primary: str
 ) -> Callable[[Task], float]:
-    """A function that judges a network by the primary metric of the validation rows, larger is
-    better.
-    """
+    """Return a function that computes the primary validation metric, negated if lower is better."""
     sign = 1.0 if metric(primary).higher_is_better else -1.0
 
     def goodness(task: Task) -> float:
-        if check is None:
+        if validate is None:
             raise ValueError(
                 f"technique {technique.registered_name} chooses on validation rows, and there are "
                 "none"
             )
-        value = sign * check(task)[primary]
+        value = sign * validate(task)[primary]
         return -math.inf if math.isnan(value) else value
 
     return goodness
@@ -298,7 +297,7 @@ def _validator(
     if mine.arrays is None and limit and mine.decoder.estimate_bytes(mine.selection) <= limit:
         mine = mine.in_memory(1.0, cpus=0)
         bad_rows.add("validation", mine.bad)
-    check = evaluate.evaluator(
+    compute_metrics = evaluate.evaluator(
         mine,
         experiment.metrics,
         preprocess,
@@ -308,38 +307,48 @@ def _validator(
         experiment.threads,
         on_bad=partial(bad_rows.add, "validation"),
     )
-    extra = experiment.extra_metrics
-    return lambda task: {**check(task), **{name: compute(task) for name, compute in extra.items()}}
+
+    def validate(task: Task) -> dict[str, float]:
+        metrics = compute_metrics(task)
+        for name, compute in experiment.extra_metrics.items():
+            metrics[name] = compute(task)
+        return metrics
+
+    return validate
 
 
 class BadRows:
-    """Rows of all ranks that could not be used, each once; every rank holds them against the
-    budget.
+    """Rows that could not be used, each once.
+
+    Every rank has those of all ranks and checks them against the budget.
     """
 
     def __init__(self, experiment: Experiment, ranks: Ranks):
         rows, validation = experiment.rows.selection, experiment.validation.selection
-        further = {name: one.selection for name, one in experiment.stream_rows.items()}
-        self.selections = {"train": rows, "validation": validation, **further}
+        self.selections = {
+            "train": rows,
+            "validation": validation,
+            **{name: stream.selection for name, stream in experiment.stream_rows.items()},
+        }
         self.max_bad_rows, self.num_left_out = experiment.max_bad_rows, experiment.num_left_out
         self.ranks = ranks
         self.new: list[tuple[str, int, str]] = []
         self.found: dict[tuple[str, int], str] = {}
 
     def add(self, split: str, bad: Iterable[tuple[int, str]]) -> None:
-        """Note rows of this rank; the others learn of them at the next ``gather``."""
+        """Add bad rows of this rank. The other ranks get them at the next ``gather``."""
         self.new += [(split, row, reason) for row, reason in bad]
 
     def gather(self, log: MetricsLog | None) -> None:
-        """Share what was noted with all ranks; called by every rank at the same steps.
+        """Exchange new bad rows; called by every rank at the same steps.
 
         Raises:
-            TooManyBadRowsError: a split is over the budget; on all ranks or on none.
+            TooManyBadRowsError: A split is over the budget; on all ranks.
         """
         everyone = evaluate.gather_objects(self.new, self.ranks)
         self.new = []
-        noted = {(split, row): reason for part in everyone for split, row, reason in part}
-        fresh = {key: reason for key, reason in noted.items() if key not in self.found}
+        of_all_ranks = {(split, row): reason for part in everyone for split, row, reason in part}
+        fresh = {key: reason for key, reason in of_all_ranks.items() if key not in self.found}
         if not fresh:
             return
         self.found |= fresh
@@ -356,12 +365,12 @@ class BadRows:
             check_bad_row_budget(bad, len(selection), self.max_bad_rows, selection, left_out)
 
     def place(self, split: str, row: int) -> str:
-        """File and number of a row."""
+        """Return the file of a row and its number in it."""
         return self.selections[split].manifest.location(row)
 
 
 class _Record:
-    """Passes on what a run reports: log records, bad rows, validations and heartbeats."""
+    """Passes on a run's log records, validations and bad rows."""
 
     def __init__(self, experiment: Experiment, ranks: Ranks):
         self.experiment, self.ranks = experiment, ranks
@@ -399,7 +408,10 @@ class _Record:
 
     def validated(self, step: int, metrics: dict[str, float]) -> None:
         extra, steps = self.experiment.extra_metrics, self.experiment.steps
-        named = {k if k in extra else f"validation_{k}": value for k, value in metrics.items()}
+        named = {
+            name if name in extra else f"validation_{name}": value
+            for name, value in metrics.items()
+        }
         record: LogRecord = {"step": step, "steps": steps, "validated_step": step}
         self.write(with_numbers(record, named))
         self.experiment.on_validation(step, steps, metrics)

@@ -1,6 +1,4 @@
-"""Launch on Ray Train: resources, ranks, restarts. The one place that starts Ray and runs Ray
-Train.
-"""
+"""Launch on Ray Train: resources, ranks, restarts. Only this module starts Ray and Ray Train."""
 
 from __future__ import annotations
 
@@ -43,16 +41,15 @@ from pipeline.train.row_checks import Finding, findings_from_metadata
 
 
 class ClusterError(RuntimeError):
-    """The cluster cannot give what the job asks for."""
+    """The cluster cannot provide the resources that the job needs."""
 
 
 class StageError(RuntimeError):
     """A stage failed; the message is the rank's own error."""
 
 
-class OwnCode(JobConfig):
-    """Let Ray's workers import this project from where this process has it, whatever lies in the
-    current folder.
+class ImportThisPackage(JobConfig):
+    """Let Ray's workers import this package from the same place as this process.
 
     Ray puts the driver's current folder first on the path of its workers. A package named
     ``pipeline`` there would hide this one, and every worker would die.
@@ -64,17 +61,18 @@ class OwnCode(JobConfig):
         super().__init__(_py_driver_sys_path=[] if is_installed else [code])
 
     def _runtime_env_has_working_dir(self) -> bool:
-        """Ray adds the folder of the script and the current one only where this is false."""
+        """Ray adds the script's folder and the current one only where this is false."""
         return True
 
 
 def _job_config(where: str) -> dict[str, Any]:
-    """The argument ``job_config`` of ``ray.init``; none for a submitted job, whose working folder
-    holds its code.
+    """Return the argument ``job_config`` of ``ray.init``.
+
+    A submitted job needs none: its code is in its working folder.
     """
     is_submitted = RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ
     is_ray_client = where.startswith("ray://")
-    return {} if is_submitted or is_ray_client else {"job_config": OwnCode()}
+    return {} if is_submitted or is_ray_client else {"job_config": ImportThisPackage()}
 
 
 _is_ours = False
@@ -82,13 +80,12 @@ _is_ours = False
 
 
 def start(address: str | None, verbose: bool) -> None:
-    """Join the cluster that is named (``--address`` or RAY_ADDRESS), else start a local one.
+    """Join the cluster of ``--address`` or RAY_ADDRESS, or start a local one.
 
-    Ray that runs in this process already is used as it is. The plugins in use travel to every
-    worker.
+    Where Ray runs in this process already, it is used. Plugins in use are sent to every worker.
 
     Raises:
-        ClusterError: no cluster answers, Ray does not start, or it runs already without the plugins
+        ClusterError: No cluster answers, Ray does not start, or it runs already without the plugins
             in use.
     """
     global _is_ours
@@ -105,7 +102,7 @@ def start(address: str | None, verbose: bool) -> None:
     extra: dict[str, Any] = {}
     if where == "local":
         extra = {"include_dashboard": False}
-        # A local machine is not preempted; without the watcher each source starts a second sooner
+        # a local machine is not preempted; without the watcher a source starts a second sooner
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
         with signals.keep_signal_handler():  # Ray installs a handler of its own
@@ -161,9 +158,9 @@ def _check_plugins() -> None:
     listed = os.environ.get(plugins.VARIABLE)
     if not listed:
         return
-    session: Any = ray.get_runtime_context().runtime_env or {}
-    known = session.get("env_vars", {}).get(plugins.VARIABLE)
-    if known != listed:
+    runtime_env: Any = ray.get_runtime_context().runtime_env or {}
+    started_with = runtime_env.get("env_vars", {}).get(plugins.VARIABLE)
+    if started_with != listed:
         raise ClusterError(
             f"Ray runs in this process already, and its workers do not know the plugins {listed}: "
             "end it (ray.shutdown()) before the job runs"
@@ -171,7 +168,7 @@ def _check_plugins() -> None:
 
 
 def stop() -> None:
-    """End what `start` began. A Ray that ran before, as in a notebook, stays."""
+    """End the Ray that `start` started or joined. One that ran before, as in a notebook, stays."""
     global _is_ours
     if _is_ours and ray.is_initialized():
         ray.shutdown()
@@ -194,10 +191,10 @@ Nodes = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Cluster:
-    """What work can be planned for."""
+    """The resources that work can be planned for."""
 
     nodes: Nodes
-    """The present nodes; of a cluster that grows, those that it can have."""
+    """The present nodes, or of a cluster that grows, all that it can have."""
     object_store_bytes: float
     """Bytes of the object stores of the present nodes."""
     grows: bool = False
@@ -215,38 +212,37 @@ class Cluster:
 
 
 def cluster(wait: bool | None = None) -> Cluster:
-    """The cluster that was joined or started.
+    """Return the cluster that was joined or started.
 
     Args:
-        wait: whether to wait for nodes that are not there yet; none: on a cluster whose autoscaler
+        wait: Whether to wait for nodes that are not there yet; None: where the cluster's autoscaler
             declares its nodes.
 
     Raises:
-        ClusterError: the declaration of the nodes cannot be read.
+        ClusterError: The declaration of the nodes cannot be read.
     """
-    living = [
+    alive = [
         (node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
         for node in ray.nodes()
         if node["Alive"]
     ]
     store = ray.cluster_resources().get("object_store_memory", 1 << 30)
     if wait is False:
-        return Cluster(living, store)
+        return Cluster(alive, store)
     try:
-        types = _declared_on_the_head()
+        types = _types_declared_on_head()
     except node_types.NodeTypesError as error:
         raise ClusterError(
             f"{error}; with --no-wait-for-resources the nodes that are there are used"
         ) from error
     if types is None:
-        return Cluster(living, store, grows=bool(wait), is_declared=not wait)
-    return Cluster(
-        [(one.cpus, one.gpus) for one in types for _ in range(one.count)], store, grows=True
-    )
+        return Cluster(alive, store, grows=bool(wait), is_declared=not wait)
+    nodes = [(kind.cpus, kind.gpus) for kind in types for _ in range(kind.count)]
+    return Cluster(nodes, store, grows=True)
 
 
-def _declared_on_the_head() -> list[node_types.NodeType] | None:
-    """The declared node types, read where the autoscaler runs."""
+def _types_declared_on_head() -> list[node_types.NodeType] | None:
+    """Return the declared node types, read on the node of the autoscaler."""
     if ray_client.is_connected():
         return None  # with ray:// neither the address nor the head node is known
     gcs_address = ray.get_runtime_context().gcs_address
@@ -255,25 +251,27 @@ def _declared_on_the_head() -> list[node_types.NodeType] | None:
         None,
     )
     if head is None or head == ray.get_runtime_context().get_node_id():
-        return node_types.declared(gcs_address)
-    on_the_head = NodeAffinitySchedulingStrategy(node_id=head, soft=False)
-    task = ray.remote(num_cpus=0)(node_types.declared).options(scheduling_strategy=on_the_head)
+        return node_types.read_declared_types(gcs_address)
+    on_head = NodeAffinitySchedulingStrategy(node_id=head, soft=False)
+    task = ray.remote(num_cpus=0)(node_types.read_declared_types).options(
+        scheduling_strategy=on_head
+    )
     try:
         return ray.get(task.remote(gcs_address))
     except RayTaskError as error:
         raise node_types.NodeTypesError(first_cause(error)) from error
 
 
-def capacity(have: Nodes, cpus: float, gpus: float) -> int:
-    """How many requests of so many CPUs and GPUs the nodes have room for at once.
+def capacity(nodes: Nodes, cpus: float, gpus: float) -> int:
+    """Return how many requests of so many CPUs and GPUs fit on the nodes at once.
 
-    A request is met by one node, a share of a GPU by one GPU.
+    A request has to fit on one node, and a share of a GPU on one GPU.
     """
-    return sum(_room_on(*node, cpus, gpus) for node in have)
+    return sum(_capacity_of_node(*node, cpus, gpus) for node in nodes)
 
 
-def _room_on(node_cpus: float, node_gpus: float, cpus: float, gpus: float) -> int:
-    """How many requests one node has room for."""
+def _capacity_of_node(node_cpus: float, node_gpus: float, cpus: float, gpus: float) -> int:
+    """Return how many requests fit on one node."""
     unlimited = 10**9
     by_cpu = math.floor(node_cpus / cpus + 1e-6) if cpus else unlimited
     if not gpus:
@@ -286,11 +284,12 @@ def _room_on(node_cpus: float, node_gpus: float, cpus: float, gpus: float) -> in
 def plan_resources(
     spec: Source, cpus: float, gpus: float, object_store_bytes: float = 2 << 30
 ) -> RankResources:
-    """A rank's part of a cluster; some CPUs are always left for Ray Data, which needs them."""
+    """Return the part of a cluster that each rank gets; some CPUs stay for Ray Data."""
     ranks = spec.worker_range[1]
     rank_cpus = spec.cpus_per_worker
     if rank_cpus is None:
-        rank_cpus = 1.0 if cpus >= 2 * ranks else math.floor(100 * cpus / (2 * ranks)) / 100
+        half = math.floor(100 * cpus / (2 * ranks)) / 100
+        rank_cpus = 1.0 if cpus >= 2 * ranks else half
     rank_gpus = spec.gpus_per_worker
     if rank_gpus is None:
         rank_gpus = _gpus_of_rank(gpus, ranks)
@@ -302,7 +301,7 @@ def plan_resources(
 
 
 def _gpus_of_rank(gpus: float, ranks: int) -> float:
-    """One GPU; where there are fewer GPUs than ranks, an equal share of one."""
+    """Return one GPU, or where there are fewer GPUs than ranks, an equal share of one."""
     if not gpus:
         return 0.0
     if gpus >= ranks:
@@ -311,10 +310,10 @@ def _gpus_of_rank(gpus: float, ranks: int) -> float:
 
 
 def nodes_for(spec: Source, on: Cluster) -> Nodes:
-    """The nodes that a source's ranks and their data workers share.
+    """Return the nodes that a source's ranks and their data workers share.
 
-    In a cluster of fixed size that is all nodes. In one that grows it is the fewest nodes with room
-    for the most ranks, each with one data worker, so that a small job does not ask for every node
+    In a cluster of fixed size these are all nodes. In one that grows they are the fewest nodes on
+    which the most ranks fit, each with one data worker: a small job must not ask for every node
     that could be added. GPUs are used where the job says so, or where it says nothing and some node
     type has them.
     """
@@ -336,26 +335,28 @@ def nodes_for(spec: Source, on: Cluster) -> Nodes:
 
 
 def plan_on_cluster(spec: Source, on: Cluster) -> RankResources:
-    """A rank's part of a cluster, by `nodes_for` and `plan_resources`."""
+    """Return a rank's part of the nodes that a source uses (`nodes_for`)."""
     planned = nodes_for(spec, on)
     cpus, gpus = (sum(node[i] for node in planned) for i in (0, 1))
     return plan_resources(spec, cpus, gpus, on.object_store_bytes)
 
 
-def resource_requests(mine: RankResources, ranks: int) -> list[dict[str, float]]:
-    """What so many ranks and their data workers ask for, without empty requests."""
-    rank = {"CPU": mine.cpus, "GPU": mine.gpus}
-    data = {"CPU": mine.data.cpus_per_actor}
-    asked = [rank] * ranks + [data] * (ranks * mine.data.actors)
-    return [{name: amount for name, amount in one.items() if amount > 0} for one in asked]
+def resource_requests(rank_resources: RankResources, ranks: int) -> list[dict[str, float]]:
+    """Return the requests of so many ranks and their data workers, without empty ones."""
+    rank = {"CPU": rank_resources.cpus, "GPU": rank_resources.gpus}
+    data = {"CPU": rank_resources.data.cpus_per_actor}
+    requests = [rank] * ranks + [data] * (ranks * rank_resources.data.actors)
+    return [
+        {name: amount for name, amount in request.items() if amount > 0} for request in requests
+    ]
 
 
 def wait_for(requests: list[dict[str, float]], what: str, progress: Progress) -> None:
-    """Ask a cluster that grows for logical resources, and wait until it has them.
+    """Request logical resources of a cluster that grows, and wait until it has them.
 
-    The resources are given back at the end; new nodes stay until the cluster's idle time is over.
+    The resources are then free again, and new nodes stay until the cluster's idle time is over.
     """
-    keep_ray_datas_actors_here()
+    keep_ray_data_actors_here()
     group = ray.util.placement_group(requests, strategy="PACK")
     asked = describe_requests(requests)
     began = time.monotonic()
@@ -364,10 +365,11 @@ def wait_for(requests: list[dict[str, float]], what: str, progress: Progress) ->
             return
         progress.note(f"{what}: asks the cluster for {asked}, and waits until the nodes are there")
         while not group.wait(2):
-            there = ray.cluster_resources()
+            present = ray.cluster_resources()
+            cpus, gpus = present.get("CPU", 0), present.get("GPU", 0)
             progress.update(
-                f"{what}: waits for {asked}; {len(ray.nodes())} nodes with {there.get('CPU', 0):g} "
-                f"CPU and {there.get('GPU', 0):g} GPU are there  "
+                f"{what}: waits for {asked}; the cluster has {len(ray.nodes())} nodes with "
+                f"{cpus:g} CPU and {gpus:g} GPU  "
                 f"{duration(time.monotonic() - began)}"
             )
         progress.note(f"{what}: the nodes are there after {duration(time.monotonic() - began)}")
@@ -375,11 +377,11 @@ def wait_for(requests: list[dict[str, float]], what: str, progress: Progress) ->
         ray.util.remove_placement_group(group)
 
 
-def keep_ray_datas_actors_here() -> None:
+def keep_ray_data_actors_here() -> None:
     """Start the actors that Ray Data shares over a cluster on this process's node.
 
-    They outlive every job, and their node never counts as idle. Ray Data starts them where it is
-    first used, which would be a rank, whose node (with its GPUs) could then never be released.
+    They outlive every job, and their node never counts as idle. Otherwise Ray Data would start them
+    on the node of a rank, which (with its GPUs) could then never be released.
     """
     from ray.data._internal.execution.node_trackers import get_or_create_actor_location_tracker
     from ray.data._internal.stats import get_or_create_stats_actor
@@ -390,32 +392,33 @@ def keep_ray_datas_actors_here() -> None:
 
 def describe_requests(requests: list[dict[str, float]]) -> str:
     """Describe resource requests: ``2 x 1 CPU + 1 GPU and 4 x 1 CPU``."""
-    each = Counter(
-        " + ".join(f"{amount:g} {name}" for name, amount in one.items()) for one in requests
+    counts = Counter(
+        " + ".join(f"{amount:g} {name}" for name, amount in request.items()) for request in requests
     )
-    return " and ".join(f"{count} x {text}" for text, count in each.items())
+    return " and ".join(f"{count} x {text}" for text, count in counts.items())
 
 
 def check_fits(
-    spec: Source, mine: RankResources, have: Nodes, place: str, grows: bool = False
+    spec: Source, rank_resources: RankResources, nodes: Nodes, place: str, grows: bool = False
 ) -> list[str]:
-    """Return warnings.
+    """Return warnings on the ranks of a source and the nodes that they run on.
 
     Raises:
-        ClusterError: the fewest ranks can never run on these nodes.
+        ClusterError: The fewest ranks can never run on these nodes.
     """
     fewest, most = spec.worker_range
-    cpus, gpus = (sum(node[i] for node in have) for i in (0, 1))
+    cpus, gpus = (sum(node[i] for node in nodes) for i in (0, 1))
     if (
-        capacity(have, mine.cpus, mine.gpus) < fewest
-        or fewest * (mine.cpus + mine.data.cpus_per_actor) > cpus + 1e-6
+        capacity(nodes, rank_resources.cpus, rank_resources.gpus) < fewest
+        or fewest * (rank_resources.cpus + rank_resources.data.cpus_per_actor) > cpus + 1e-6
     ):
         verb = "can grow to" if grows else "has"
         raise ClusterError(
-            f"{place}: the cluster {verb} {describe_nodes(have)}, the request is {fewest} ranks x "
-            f"({mine.cpus:g} CPU + {mine.gpus:g} GPU, each on one node) and "
-            f"{mine.data.cpus_per_actor:g} CPU of data workers a rank; it can never be met. Lower "
-            "workers, cpus_per_worker or gpus_per_worker, or join a larger cluster (--address)"
+            f"{place}: the cluster {verb} {describe_nodes(nodes)}, the request is {fewest} ranks x "
+            f"({rank_resources.cpus:g} CPU + {rank_resources.gpus:g} GPU, each on one node) and "
+            f"{rank_resources.data.cpus_per_actor:g} CPU of data workers per rank; it can never be "
+            "met. Lower workers, cpus_per_worker or gpus_per_worker, or join a larger cluster "
+            "(--address)"
         )
     cores = os.cpu_count() or 1
     warnings = []
@@ -423,7 +426,7 @@ def check_fits(
         warnings.append(
             f"warning: {place}: {most} ranks are more than the {cpus:g} CPUs; they will share them"
         )
-    if 0 < mine.gpus < 1 and most > 1:
+    if 0 < rank_resources.gpus < 1 and most > 1:
         warnings.append(
             f"warning: {place}: {most} ranks share {gpus:g} GPUs; they reduce over gloo, which "
             "is slow. One rank a GPU is faster"
@@ -431,14 +434,12 @@ def check_fits(
     return warnings
 
 
-def describe_nodes(have: Nodes) -> str:
-    """The cluster in words."""
-    each = [f"{cpus:g} CPU + {gpus:g} GPU" for cpus, gpus in sorted(set(have))]
-    return (
-        f"{len(have)} node{'s' if len(have) != 1 else ''} of {' or '.join(each)}"
-        if have
-        else "no nodes"
-    )
+def describe_nodes(nodes: Nodes) -> str:
+    """Describe nodes: ``2 nodes of 4 CPU + 0 GPU or 8 CPU + 1 GPU``."""
+    if not nodes:
+        return "no nodes"
+    kinds = [f"{cpus:g} CPU + {gpus:g} GPU" for cpus, gpus in sorted(set(nodes))]
+    return f"{len(nodes)} node{'s' if len(nodes) != 1 else ''} of {' or '.join(kinds)}"
 
 
 @dataclass(frozen=True)
@@ -449,7 +450,7 @@ class _RankInputs:
     board: Any
     """The actor of the `Board`."""
     rows: Any
-    """A reference to the training rows that were decoded before, or None (`put_shared`)."""
+    """A reference to the decoded training rows (`put_shared`), or None."""
 
 
 def start_actor(kind: type) -> Any:
@@ -473,7 +474,7 @@ def _rank_main(config: dict[str, Any]) -> None:  # Ray Train passes a dict
 
     def on_progress(record: LogRecord) -> None:
         nonlocal posted, newest
-        # what is not posted at once goes with the next one
+        # a record that is not posted at once is merged into the next one
         newest = {**newest, **record} if newest else record
         is_last = record["step"] == record["steps"] or "stopped" in record
         if time.monotonic() - posted > 0.3 or is_last:
@@ -508,7 +509,7 @@ def _rank_main(config: dict[str, Any]) -> None:  # Ray Train passes a dict
 
 
 def first_cause(error: BaseException) -> str:
-    """The message of the error that began it, without Ray's account of the way it took."""
+    """Return the message of the original error, without Ray's wrappers and traceback."""
     while isinstance(error, RayError) and (
         inner := getattr(error, "cause", None) or error.__cause__
     ):
@@ -552,10 +553,15 @@ def resources() -> dict[str, float]:
 
 
 def source_metadata(stage: source.SourceStage) -> dict[str, Any]:
-    """What the report says of a source that is done."""
+    """Return the metadata of a source that is done, for the report."""
     manifest = bundle.read_manifest(stage.bundle_uri)
-    made = {"versions": manifest.versions, "changes": stage.changes()}
-    return {**manifest.training, "source": stage.name, "bundle": stage.bundle_uri, **made}
+    return {
+        **manifest.training,
+        "source": stage.name,
+        "bundle": stage.bundle_uri,
+        "versions": manifest.versions,
+        "changes": stage.changes(),
+    }
 
 
 def _report_findings(name: str, findings: Iterable[Finding], progress: Progress) -> None:
@@ -568,18 +574,18 @@ def _report_findings(name: str, findings: Iterable[Finding], progress: Progress)
 def run_source(
     stage: source.SourceStage, progress: Progress, verbose: bool, wait: bool | None = None
 ) -> dict[str, Any]:
-    """Run a source stage to its bundle; a bundle that is there already is used.
+    """Train a source until its bundle is written; an existing bundle is used.
 
     Args:
         verbose: Whether Ray's own messages are shown.
         wait: Whether to wait for nodes that are not there yet (`cluster`).
 
     Returns:
-        What the report says of the source.
+        The metadata of the source, for the report.
 
     Raises:
-        ClusterError: the cluster can never run it; raised before anything starts.
-        StageError: training failed for good.
+        ClusterError: The cluster can never run it; raised before anything starts.
+        StageError: Training failed for good.
     """
     if stage.done:
         return {**source_metadata(stage), "cached": True}
@@ -587,16 +593,16 @@ def run_source(
         metadata = pretrain.import_checkpoint(stage)
         _report_findings(stage.name, findings_from_metadata(metadata), progress)
         return {**metadata, "bundle": stage.bundle_uri}
-    mine, most = _plan_ranks(stage, progress, wait)
+    rank_resources, most = _plan_ranks(stage, progress, wait)
     progress.update(f"{stage.name}: reading rows to fit means, a vocabulary or labels")
     fitted = source.prepare_source(stage)
-    work = pretrain.rank_job(stage, fitted, mine.data, mine.threads)
+    work = pretrain.rank_job(stage, fitted, rank_resources.data, rank_resources.threads)
     progress.note(f"{stage.name}: {work.split_text}")
     _report_findings(stage.name, fitted.findings, progress)
     if work.place == "memory":
         progress.update(f"{stage.name}: decoding {len(fitted.train)} rows")
     rows = pretrain.decode_once(work)
-    record = _train(stage, work, rows, mine, most, progress, verbose)
+    record = _train(stage, work, rows, rank_resources, most, progress, verbose)
     storage.remove_tree(storage.join(stage.uri, "ray"))
     if record:
         progress.update(training_line(stage.name, record), final=True)
@@ -606,25 +612,25 @@ def run_source(
 def _plan_ranks(
     stage: source.SourceStage, progress: Progress, wait: bool | None
 ) -> tuple[RankResources, int]:
-    """Each rank's share of the cluster, and the most ranks; waits for nodes where it grows."""
+    """Return each rank's part of the cluster, and the most ranks; wait for nodes if it grows."""
     spec, on = stage.spec, cluster(wait)
-    mine, nodes = plan_on_cluster(spec, on), nodes_for(spec, on)
-    for line in check_fits(spec, mine, nodes, f"sources.{stage.name}", on.grows):
+    rank_resources, nodes = plan_on_cluster(spec, on), nodes_for(spec, on)
+    for line in check_fits(spec, rank_resources, nodes, f"sources.{stage.name}", on.grows):
         progress.note(line)
     fewest, most = spec.worker_range
     cpus = sum(node[0] for node in nodes)
-    # elastic ranks leave Ray Data its CPUs
-    room = int((cpus + 1e-6) // (mine.cpus + mine.data.cpus_per_actor))
+    # elastic ranks leave CPUs to Ray Data
+    room = int((cpus + 1e-6) // (rank_resources.cpus + rank_resources.data.cpus_per_actor))
     if on.grows:
-        wait_for(resource_requests(mine, fewest), stage.name, progress)
-    return mine, max(fewest, min(most, room))
+        wait_for(resource_requests(rank_resources, fewest), stage.name, progress)
+    return rank_resources, max(fewest, min(most, room))
 
 
 def _train(
     stage: source.SourceStage,
     work: pretrain.RankJob,
     rows: Rows | None,
-    mine: RankResources,
+    rank_resources: RankResources,
     most: int,
     progress: Progress,
     verbose: bool,
@@ -632,7 +638,7 @@ def _train(
     """Train on all ranks, show their progress, and return their last log record.
 
     Raises:
-        StageError: no bundle was written.
+        StageError: No bundle was written.
     """
     import ray.train
 
@@ -642,11 +648,11 @@ def _train(
     watcher = threading.Thread(target=_watch, args=watched, daemon=True)
     watcher.start()
     reference = put_shared(rows) if rows is not None else None
-    # by reference: Ray Train's controller reads the config, and would import all that ranks do
+    # by reference: Ray Train's controller reads the config, and would import all modules of ranks
     inputs = put_shared(_RankInputs(work, board, reference))
     error: Exception | None = None
     try:
-        _fit(_trainer(stage, mine, inputs, verbose, most))
+        _fit(_trainer(stage, rank_resources, inputs, verbose, most))
     except ray.train.TrainingFailedError as failed:
         error = failed
     finally:
@@ -655,7 +661,7 @@ def _train(
     record, fatal = ray.get(board.read.remote())
     ray.kill(board)  # pyright: ignore[reportArgumentType] - Ray's stub of actors
     if fatal or error or not stage.has_bundle:
-        write_fence.check(stage.uri)  # a lost lock is the reason, whatever error the ranks raised
+        write_fence.check(stage.uri)  # a lost lock explains any error of the ranks
         raise StageError(f"sources.{stage.name}: {fatal or _reason(error)}")
     return record
 
@@ -663,7 +669,7 @@ def _train(
 def _fit(trainer: Any) -> Any:
     """Run the trainer; Ctrl-C raises KeyboardInterrupt.
 
-    Ray Train installs a handler that ends the process instead; it is taken off again.
+    Ray Train installs a handler that ends the process instead. It is removed again.
     """
     before = signal.getsignal(signal.SIGINT)
     try:
@@ -684,7 +690,7 @@ def _reason(error: Exception | None) -> str:
 
 
 def _trainer(
-    stage: source.SourceStage, mine: RankResources, inputs: Any, verbose: bool, most: int
+    stage: source.SourceStage, rank_resources: RankResources, inputs: Any, verbose: bool, most: int
 ) -> Any:
     import ray.train
     import ray.train.torch
@@ -694,11 +700,14 @@ def _trainer(
     return ray.train.torch.TorchTrainer(
         _rank_main,
         train_loop_config={"inputs": inputs},
-        torch_config=_backend(mine.gpus),
+        torch_config=_backend(rank_resources.gpus),
         scaling_config=ray.train.ScalingConfig(
             num_workers=low if low == most else (low, most),
-            use_gpu=mine.gpus > 0,
-            resources_per_worker={"CPU": mine.cpus, **({"GPU": mine.gpus} if mine.gpus else {})},
+            use_gpu=rank_resources.gpus > 0,
+            resources_per_worker={
+                "CPU": rank_resources.cpus,
+                **({"GPU": rank_resources.gpus} if rank_resources.gpus else {}),
+            },
         ),
         run_config=ray.train.RunConfig(
             name=f"{stage.name}-{stage.key}",
@@ -716,14 +725,12 @@ def put_shared(value: Any) -> Any:
 
 
 def get_shared(reference: Any) -> Any:
-    """The value behind a reference; its arrays are read where they lie, without a copy."""
+    """Return the value of a reference; its arrays are read in shared memory, without a copy."""
     return ray.get(reference)
 
 
 def _backend(gpus: float) -> Any:
-    """NCCL does not allow two ranks on one GPU: ranks that share one use gloo; else Ray's
-    choice.
-    """
+    """Return gloo for ranks that share a GPU, which NCCL does not allow, else Ray's choice."""
     import ray.train.torch
 
     return ray.train.torch.TorchConfig(backend="gloo") if 0 < gpus < 1 else None
@@ -738,10 +745,15 @@ def run_ranks(
     uri: str,
     name: str,
 ) -> Any:
-    """``fn(config, ranks)`` on several ranks under Ray Train, inside a trial; what rank 0 returns.
-    References in config are resolved by each rank, and all else reaches them by reference, too.
+    """Call ``fn(config, ranks)`` on several ranks under Ray Train, inside a trial.
 
-    Raises StageError with the rank's error.
+    The values of ``config`` are sent by reference. Each rank gets the values.
+
+    Returns:
+        The result of rank 0.
+
+    Raises:
+        StageError: A rank failed; with its error.
     """
     import ray.train
     import ray.train.torch
@@ -786,8 +798,9 @@ def run_ranks(
 
 
 def train_storage(uri: str) -> tuple[str, Any]:
-    """(path, pyarrow filesystem or none) as Ray Train wants them; S3 goes through the same s3fs as
-    everything else.
+    """Return the path and pyarrow filesystem (or None) for Ray Train.
+
+    S3 is used through the same s3fs as everywhere else.
     """
     if not storage.is_remote(uri):
         return os.path.abspath(uri), None

@@ -24,8 +24,8 @@ NO_CURVES = ("step", "steps", "resumed_from", "validated_step")
 class LogRecord(TypedDict, total=False):
     """A line of ``metrics.jsonl``: of training steps, of a validation, or of an early stop.
 
-    Beside these keys stand numbers by name: means of the loss and of what the objective logs since
-    the last line, and validation metrics as ``validation_NAME``.
+    It also has numbers by name: means of the loss and of what the objective logs since the last
+    line, and validation metrics as ``validation_NAME``.
     """
 
     step: Required[int]
@@ -41,7 +41,7 @@ class LogRecord(TypedDict, total=False):
     wait_share: float
     """Share of the time in which the loop waited for data."""
     skipped_steps: int
-    """How many steps were not finite so far."""
+    """Number of steps so far that were not finite."""
     eta_seconds: float
     resumed_from: int
     warning: str
@@ -49,19 +49,19 @@ class LogRecord(TypedDict, total=False):
     stopped: str
     """Why the run stopped before its last step."""
     bad_rows: int
-    """How many rows could not be used so far."""
+    """Number of rows so far that could not be used."""
 
 
 def with_numbers(record: LogRecord, numbers: Mapping[str, float]) -> LogRecord:
-    """Return a record with the numbers beside its own keys."""
+    """Return a record with numbers added to its own keys."""
     return cast("LogRecord", {**record, **numbers})
 
 
 class RowTrace:
     """Appends a line {step, rows, pid} for every step of a rank to ``rows-rank<rank>.jsonl``.
 
-    A run that continues from a resume point appends to the file: where a step was taken twice, its
-    last line counts. Local folders only.
+    A run that continues from a resume point appends to the file: of a step that is taken again the
+    last line counts. Only for local folders.
     """
 
     def __init__(self, folder: str, rank: int):
@@ -88,7 +88,7 @@ class MetricsLog:
         self._scratch = tempfile.TemporaryDirectory() if self.remote else None
         self.folder = Path(self._scratch.name if self._scratch else uri)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._before(resume_step)
+        self._drop_lines_after(resume_step)
         self._writer = None
         if tensorboard:
             from tensorboardX import SummaryWriter
@@ -96,8 +96,8 @@ class MetricsLog:
             self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=resume_step)
         self._flushed = time.monotonic()
 
-    def _before(self, resume_step: int) -> None:
-        """Drop what an earlier part of the run logged after the resume point: it comes again."""
+    def _drop_lines_after(self, resume_step: int) -> None:
+        """Drop lines that an earlier part of the run wrote after the resume point."""
         lines = self._lines("metrics.jsonl") if resume_step else []
         kept = [line for line in lines if line.get("step", 0) <= resume_step]
         self._write_lines("metrics.jsonl", kept, "w")
@@ -115,7 +115,7 @@ class MetricsLog:
             file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
-        """The records of a file, without a last line that was cut off by a kill."""
+        """Return the records of a file, without a last line that a kill has cut off."""
         uri, out = storage.join(self.uri, name), []
         for line in storage.read_bytes(uri).splitlines() if storage.exists(uri) else ():
             with suppress(ValueError):

@@ -41,8 +41,9 @@ from pipeline.train.log import LogRecord, with_numbers
 from pipeline.train.ranks import Ranks
 
 Metrics = dict[str, Any]
-"""Validation metrics by name. Numbers, or for a stack of heads (`pipeline.transfer.cached_heads`) a
-list with the metrics of each under ``heads``."""
+"""Validation metrics by name. A stack of heads (`pipeline.transfer.cached_heads`) has a list with
+the metrics of each head under ``heads``.
+"""
 
 
 class NonFiniteError(RuntimeError):
@@ -162,23 +163,23 @@ class TrainingRun:
 
 @dataclass
 class TrainingOutcome:
-    """What a run did. ``curve`` holds one record a validation; weights are in the task.
-
-    ``seconds`` counts the parts before the resume point too; ``seconds_before`` are those alone.
-    """
+    """The result of a run; the weights are in the task."""
 
     steps: int
     seconds: float
+    """Seconds of training, before and after the resume point."""
     rows_per_second: float
     wait_share: float
     skipped_steps: int
     curve: list[Metrics]
+    """Step and metrics of each validation."""
     params_trained: int
     layers_trained: str
     resumed_from: int
     seconds_before: float = 0.0
+    """Seconds of training before the resume point."""
     stopped_at: int = 0
-    """The step after which the keeper was exhausted (``train.patience``); 0: it was not."""
+    """The step at which training stopped early (``train.patience``); 0: it did not."""
 
 
 class _PhaseState:
@@ -194,7 +195,7 @@ class _PhaseState:
         ) or phase.lr_scale == 0
         rates = layer_rates(run.technique, layers, phase.name)
         rates = optim.apply_rates(task, layers, rates, self.freeze_norm_stats)
-        # A stack of heads (`pipeline.transfer.cached_heads`) has a rate for each
+        # a stack of heads (`pipeline.transfer.cached_heads`) has a learning rate for each head
         own_groups = getattr(task, "groups", None)
         if own_groups is None:
             self.groups = optim.parameter_groups(task, rates, train)
@@ -212,13 +213,13 @@ class _PhaseState:
         self.module: nn.Module = task
         if train.compile:
             self.module = torch.compile(task)  # type: ignore[assignment]
-        if run.ranks.count > 1:  # wrapped again: DDP does not reduce layers that are thawed later
+        if run.ranks.count > 1:  # for each phase: DDP does not reduce layers that are thawed later
             self.module = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
         self.statistics = [buffer for buffer in task.buffers() if buffer.is_floating_point()]
         self.backups = [buffer.clone() for buffer in self.statistics]
 
     def train_mode(self) -> None:
-        """Put modules into the modes that the phase trains them in."""
+        """Put modules into training or evaluation mode, as the phase trains them."""
         optim.train_mode(self.task, freeze_norm_stats=self.freeze_norm_stats)
 
     @torch.no_grad()
@@ -247,29 +248,28 @@ class _PhaseState:
             group["lr"] = group["peak"] * lr_factor
 
     def no_sync(self, last: bool):
-        return (
-            contextlib.nullcontext()
-            if last or not isinstance(self.module, DistributedDataParallel)
-            else self.module.no_sync()
-        )
+        """Return a context in which gradients are not reduced, except for the last micro-batch."""
+        if last or not isinstance(self.module, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.module.no_sync()
 
 
 def validation_interval(train: Train, steps: int) -> int:
-    """Return after how many steps a run of ``steps`` is validated each time."""
+    """Return the number of steps between two validations of a run of ``steps``."""
     return train.eval_every_steps or max(1, steps // 5)
 
 
 def autocast(train: Train, device: torch.device):
-    """The autocast context of ``train.precision``; auto is bf16 where the GPU has it.
+    """Return the autocast context of ``train.precision``; auto is bf16 where the GPU supports it.
 
     Raises:
-        ValueError: bf16 on a GPU without it.
+        ValueError: The GPU does not support bf16, which the job asks for.
     """
-    able = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    if train.precision == "bf16" and device.type == "cuda" and not able:
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if train.precision == "bf16" and device.type == "cuda" and not has_bf16:
         raise ValueError("train.precision: this GPU has no bf16; use auto or fp32")
-    on = train.precision == "bf16" or (train.precision == "auto" and able)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=on)
+    is_bf16 = train.precision == "bf16" or (train.precision == "auto" and has_bf16)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16)
 
 
 def fit(run: TrainingRun) -> TrainingOutcome:
@@ -296,7 +296,8 @@ def fit(run: TrainingRun) -> TrainingOutcome:
     # ---- once: device, memory format, resume point (rank 0 reads it for all)
     task.to(device)
     if train.compile:
-        torch._dynamo.reset()  # trials share a process: the eighth that compiles would run eagerly
+        # trials share a process, and from the eighth compilation on dynamo would run eagerly
+        torch._dynamo.reset()
     if train.channels_last:
         task.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - it takes it
     torch.manual_seed(mix(run.seed, ranks.rank, 77))
@@ -377,7 +378,7 @@ def fit(run: TrainingRun) -> TrainingOutcome:
                 state.train_mode()
                 progress.add_validation(steps_done, metrics)
                 run.on_eval(steps_done, metrics)
-                # an earlier phase is not the whole of a technique
+                # a technique is stopped early only in its last phase
                 may_stop = train.patience is not None and phase_starts[-2] < steps_done < run.steps
                 if may_stop and _agree_with_rank_zero(run.keeper.is_exhausted, ranks):
                     stopped_at = steps_done
@@ -432,7 +433,7 @@ def _next_batches(
 
 
 class _Progress:
-    """What a run has done so far, and the sums since its last log line."""
+    """Progress of a run, and its sums since the last log line."""
 
     def __init__(self, run: TrainingRun, saved: ResumePoint | None, damaged: list[str]):
         device = run.ranks.device
@@ -452,7 +453,7 @@ class _Progress:
         self.began = self.logged_at = self.saved_at = run.clock()
 
     def add(self, batch: Batch, sums: Tensor, waited: float, warning: str | None) -> None:
-        """Count a step that was taken."""
+        """Count a step."""
         self.recent.append(batch.rows)
         self.rows += len(batch)
         self.units += self.run.count_units_of(batch)
@@ -473,7 +474,7 @@ class _Progress:
         )
 
     def record(self, steps_done: int, phase: Phase, state: _PhaseState, norm: Tensor) -> LogRecord:
-        """The log line of the steps since the last one."""
+        """Return the log record of the steps since the last one."""
         run, now = self.run, self.run.clock()
         seconds = max(now - self.logged_at, 1e-9)
         sums = dict(zip(self.names, self.window.tolist(), strict=True))
@@ -618,7 +619,7 @@ def _agree_with_rank_zero(value: bool, ranks: Ranks) -> bool:
 
 
 def evaluate_untrained(run: TrainingRun) -> TrainingOutcome:
-    """The task as it is: validated once, nothing trained."""
+    """Validate the task once, without training."""
     run.task.to(run.ranks.device)
     run.on_start(0, [])
     began, curve = run.clock(), []
@@ -639,7 +640,7 @@ def evaluate_untrained(run: TrainingRun) -> TrainingOutcome:
 
 
 def _layers_trained(run: TrainingRun, phases: tuple[Phase, ...]) -> set[str]:
-    """Layers that any phase moves."""
+    """Return the layers that are trained in any phase."""
     layers = run.task.layers()
     return {
         layer
@@ -672,7 +673,7 @@ def _step(
     """
     loss_sum, loss_count = sums[0], sums[1]
     to_mean = ranks.count / loss_count.clamp(min=1e-12)  # DDP has divided by the ranks
-    # A stack of heads (`pipeline.transfer.cached_heads`) clips each of them alone
+    # a stack of heads (`pipeline.transfer.cached_heads`) clips the gradients of each head
     clip = getattr(task, "clip_gradients", None)
     if clip is not None:
         norm, finite = clip(train.clip_norm, to_mean)
@@ -699,7 +700,7 @@ def _step(
 
 
 def _evaluated(run: TrainingRun, average: optim.WeightAverage | None, step: int) -> Metrics:
-    """Validation metrics of the current (averaged) weights, the same on every rank."""
+    """Return validation metrics of the current (averaged) weights, the same on every rank."""
     assert run.evaluate is not None
     if average:
         average.swap(run.task)
@@ -707,7 +708,7 @@ def _evaluated(run: TrainingRun, average: optim.WeightAverage | None, step: int)
         for buffer in run.task.buffers():
             dist.broadcast(buffer, 0)
     metrics = run.evaluate(run.task)
-    # plain weights from before an average (SWA) are not what the technique would give
+    # before the average begins (SWA), the weights are not what the technique returns
     if average is None or average.has_begun(step - 1) or step == run.steps:
         run.keeper.update(step, metrics, run.task)
     if average:

@@ -1,20 +1,19 @@
 """The node types that a cluster's autoscaler may start, as the cluster declares them.
 
-A cluster that grows has few nodes when a job begins, often none that does work. What a job can ask
-for is therefore read from what is declared, never from the nodes that happen to be there. A
-declaration is found, on the head node, in
+A cluster that grows has few nodes when a job begins, often only the head. So what a job can ask for
+is read from the declaration of node types, never from the present nodes. On the head node it is
 
 - the environment variable ONETOMANY_NODE_TYPES, as JSON: the `available_node_types` of Ray's
-  cluster file. It is for clusters whose autoscaler has its settings elsewhere (Kubernetes);
-- else the file that Ray's autoscaler was started with (`ray start --autoscaling-config`), as `ray
-  up` does it.
+  cluster file, for clusters whose autoscaler has its settings elsewhere (Kubernetes);
+- else the file that Ray's autoscaler was started with (`ray start --autoscaling-config`), as by
+  `ray up`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import yaml
 
 VARIABLE = "ONETOMANY_NODE_TYPES"
 MOST_NODES = 1024
-"""Nodes of a declaration that are counted: a file may allow any number."""
+"""Most nodes of a declaration that are counted; a file may allow any number."""
 
 
 class NodeTypesError(ValueError):
@@ -32,7 +31,7 @@ class NodeTypesError(ValueError):
 
 @dataclass(frozen=True)
 class NodeType:
-    """One kind of node: its name, its logical CPUs and GPUs, and how many of it there may be."""
+    """A kind of node: its name, its logical CPUs and GPUs, and the most nodes of this kind."""
 
     name: str
     cpus: float
@@ -40,15 +39,15 @@ class NodeType:
     count: int
 
 
-def declared(gcs_address: str) -> list[NodeType] | None:
-    """The node types of the cluster whose head runs here, or none where nothing declares them.
+def read_declared_types(gcs_address: str) -> list[NodeType] | None:
+    """Return the node types of the cluster whose head runs here; None: nothing declares them.
 
     Args:
-        gcs_address: host:port of the cluster's control store, which tells its autoscaler from those
-            of other clusters.
+        gcs_address: host:port of the cluster's control store, by which its autoscaler is found
+            among those of other clusters.
 
     Raises:
-        NodeTypesError: the declaration is there and cannot be read.
+        NodeTypesError: There is a declaration that cannot be read.
     """
     text = os.environ.get(VARIABLE)
     if text:
@@ -73,42 +72,43 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def from_config(config: dict[str, Any]) -> list[NodeType]:
-    """The node types of a cluster file of Ray's, at most its `max_workers` nodes in all, those with
-    GPUs first.
+    """Return the node types of Ray's cluster file: the head, then those with most GPUs first.
+
+    All together have at most the `max_workers` nodes of the file.
 
     Raises:
-        NodeTypesError: a part of it has another shape than Ray's schema says.
+        NodeTypesError: The file does not follow Ray's schema.
     """
     head = config.get("head_node_type")
-    left = config.get("max_workers", MOST_NODES)
-    found = []
+    remaining = config.get("max_workers", MOST_NODES)
+    types = []
     try:
         for name, spec in config["available_node_types"].items():
             resources = spec.get("resources") or {}
-            count = 1 if name == head else spec.get("max_workers", left)
-            found.append(
+            count = 1 if name == head else spec.get("max_workers", remaining)
+            types.append(
                 NodeType(
                     name, float(resources.get("CPU", 0)), float(resources.get("GPU", 0)), int(count)
                 )
             )
-        left = int(left)
+        remaining = int(remaining)
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise NodeTypesError(
             f"the cluster's available_node_types have not the shape of Ray's: {error!r}"
         ) from None
     bounded = []
-    for one in sorted(found, key=lambda one: (one.name != head, -one.gpus)):
-        count = one.count if one.name == head else min(one.count, left)
-        left -= 0 if one.name == head else count
+    for node_type in sorted(types, key=lambda kind: (kind.name != head, -kind.gpus)):
+        count = node_type.count
+        if node_type.name != head:
+            count = min(count, remaining)
+            remaining -= count
         if count > 0:
-            bounded.append(NodeType(one.name, one.cpus, one.gpus, count))
+            bounded.append(replace(node_type, count=count))
     return bounded
 
 
 def _autoscaler_file(gcs_address: str) -> Path | None:
-    """The file that the autoscaler of this cluster was started with, from the command line of its
-    process.
-    """
+    """Return the file that this cluster's autoscaler was started with, from its command line."""
     option = "--autoscaling-config="
     for process in psutil.process_iter():
         try:

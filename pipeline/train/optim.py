@@ -29,13 +29,13 @@ def apply_rates(
     Args:
         layers: Layer name to parameter names (`Task.layers`).
         rates: Layer name to learning-rate multiplier; 0 freezes.
-        freeze_norm_stats: Whether running statistics of all norms stand still.
+        freeze_norm_stats: Whether no norm updates its running statistics.
 
     Returns:
         Parameter name to learning-rate multiplier.
 
     Raises:
-        ValueError: the layers do not cover every parameter exactly once, or the rates do not name
+        ValueError: The layers do not cover every parameter exactly once, or the rates do not name
             every layer.
     """
     if set(layers) != set(rates):
@@ -60,8 +60,8 @@ def apply_rates(
 def train_mode(module: nn.Module, parent: bool = True, freeze_norm_stats: bool = False) -> None:
     """Set training mode where a module has trainable parameters, evaluation mode elsewhere.
 
-    So dropout and norm statistics of frozen parts stand still. With ``freeze_norm_stats`` those of
-    trained parts do too: such norms use the statistics that they came with.
+    So frozen parts have no dropout and do not update norm statistics. With ``freeze_norm_stats``
+    trained norms do not update theirs either, and normalise with them.
     """
     parameters = list(module.parameters())
     module.training = any(p.requires_grad for p in parameters) if parameters else parent
@@ -132,7 +132,7 @@ def parameter_groups(task: Task, rates: dict[str, float], train: Train) -> list[
 
 
 def build_optimizer(groups: list[ParameterGroup], train: Train) -> torch.optim.Optimizer:
-    """Fused AdamW or SGDW with Nesterov momentum (both Loshchilov and Hutter 2019)."""
+    """Return fused AdamW or SGDW with Nesterov momentum (both Loshchilov and Hutter 2019)."""
     with_rates = [{**group, "lr": group["peak"]} for group in groups]
     if train.optimizer == "adamw":
         return torch.optim.AdamW(
@@ -173,7 +173,7 @@ class SGDW(torch.optim.SGD):
             shrink = group["lr"] * decay
             if found_inf is None:
                 torch._foreach_mul_(trained, 1 - shrink)
-            else:  # the verdict stays on the device
+            else:  # found_inf stays on the device
                 torch._foreach_mul_(trained, 1 - shrink * (1 - found_inf))
         for group in self.param_groups:
             group["weight_decay"] = 0.0
@@ -185,8 +185,9 @@ class SGDW(torch.optim.SGD):
 
 
 def lr_factor(step: int, steps: int, train: Train) -> float:
-    """Learning-rate factor of a phase's step: linear warm-up, then cosine to zero (Loshchilov and
-    Hutter 2017) or constant.
+    """Return the learning-rate factor of a phase's step.
+
+    Linear warm-up, then cosine to zero (Loshchilov and Hutter 2017) or constant.
     """
     warm = round(train.warmup * steps)
     if step < warm:
@@ -197,7 +198,7 @@ def lr_factor(step: int, steps: int, train: Train) -> float:
 
 
 def global_norm(parameters: list[nn.Parameter]) -> Tensor:
-    """L2 norm over all gradients, on their device."""
+    """Return the L2 norm over all gradients, on their device."""
     grads = [p.grad for p in parameters if p.grad is not None]
     return torch.nn.utils.get_total_norm(grads, foreach=True) if grads else torch.zeros(())
 
@@ -215,10 +216,10 @@ class WeightAverage:
         self.average = {name: p.detach().clone() for name, p in self._tensors(task).items()}
 
     def _tensors(self, task: nn.Module) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = dict(task.named_parameters())
+        tensors: dict[str, Tensor] = dict(task.named_parameters())
         if self.statistics:
-            found |= {name: b for name, b in task.named_buffers() if b.is_floating_point()}
-        return found
+            tensors |= {name: b for name, b in task.named_buffers() if b.is_floating_point()}
+        return tensors
 
     def has_begun(self, step: int) -> bool:
         """Return whether the average after a step differs from the newest weights."""
@@ -227,21 +228,18 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, task: nn.Module, step: int) -> None:
         """Add the weights after a step."""
-        live = self._tensors(task)
-        moving = [
+        newest = self._tensors(task)
+        names = [
             name
-            for name, tensor in live.items()
+            for name, tensor in newest.items()
             if tensor.requires_grad or not isinstance(tensor, nn.Parameter)
         ]
-        torch._foreach_lerp_(
-            [self.average[n] for n in moving], [live[n].detach() for n in moving], self.share(step)
-        )
+        averages = [self.average[name] for name in names]
+        torch._foreach_lerp_(averages, [newest[name].detach() for name in names], self.share(step))
 
     @torch.no_grad()
     def swap(self, task: nn.Module) -> None:
-        """Exchange the model's weights and the average, in place; calling it twice changes
-        nothing.
-        """
+        """Exchange the model's weights and the average, in place; a second call undoes it."""
         for name, tensor in self._tensors(task).items():
             newest = tensor.detach().clone()
             tensor.copy_(self.average[name])
@@ -251,10 +249,10 @@ class WeightAverage:
 def weight_average(
     task: nn.Module, technique: Technique, train: Train, steps: int
 ) -> WeightAverage | None:
-    """Return the average that a technique keeps, or that ``train.ema`` asks for, if any.
+    """Return the average of a technique, or of ``train.ema``, if there is one.
 
     Raises:
-        ValueError: both want one.
+        ValueError: The technique averages, and ``train.ema`` is set.
     """
     if isinstance(technique, AveragesWeights):
         if train.ema:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from pipeline.train import node_types
-from pipeline.train.node_types import NodeType, NodeTypesError, declared, from_config
+from pipeline.train.node_types import NodeType, NodeTypesError, from_config, read_declared_types
 
 CLUSTER = Path(__file__).resolve().parents[2] / "cluster"
 
@@ -62,10 +62,10 @@ def test_the_variable_declares_them_where_the_autoscaler_has_no_file(monkeypatch
         node_types.VARIABLE,
         json.dumps({"gpu": {"resources": {"CPU": 16, "GPU": 1}, "max_workers": 8}}),
     )
-    assert declared("nowhere:1") == [NodeType("gpu", 16, 1, 8)]
+    assert read_declared_types("nowhere:1") == [NodeType("gpu", 16, 1, 8)]
     monkeypatch.setenv(node_types.VARIABLE, "{gpu: 1}")
     with pytest.raises(NodeTypesError, match="ONETOMANY_NODE_TYPES is not JSON"):
-        declared("nowhere:1")
+        read_declared_types("nowhere:1")
 
 
 def test_the_file_of_this_clusters_autoscaler_is_found_and_no_other(tmp_path):
@@ -82,13 +82,13 @@ def test_the_file_of_this_clusters_autoscaler_is_found_and_no_other(tmp_path):
     ]
     process = subprocess.Popen(command, stdin=subprocess.PIPE)
     try:
-        assert declared("127.0.0.1:7") == [NodeType("cpu", 2, 0, 3)]
-        assert declared("127.0.0.1:8") is None
+        assert read_declared_types("127.0.0.1:7") == [NodeType("cpu", 2, 0, 3)]
+        assert read_declared_types("127.0.0.1:8") is None
         (tmp_path / "cluster.yaml").unlink()
         with pytest.raises(
             NodeTypesError, match=r"cannot read the autoscaler's file .*cluster\.yaml"
         ):
-            declared("127.0.0.1:7")
+            read_declared_types("127.0.0.1:7")
     finally:
         process.kill()
         process.wait()
