@@ -473,7 +473,7 @@ FILES = [
         (
             "pictures: files of several kinds (csv, images); ",
             "labels.csv is csv",
-            "or say format: images, which leaves the other files of a folder out",
+            "or set format: images, which leaves the other files of a folder out",
         ),
         {"pictures/cat/1.png": b"", "pictures/labels.csv": b"a\n1\n"},
         has_line=False,

@@ -1,8 +1,7 @@
-"""Convert folders of images and of sound, JSON Lines, CSV and plain text to Parquet, once, keyed
-by their content.
+"""Convert folders of images and sound, JSON Lines, CSV and plain text to Parquet.
 
-JSON Lines, CSV and text may be compressed (.jsonl.zst, .csv.gz, .txt.gz): they are read as a
-stream, never whole.
+A conversion is kept by a hash of the content, and so done once. JSON Lines, CSV and text may be
+compressed (.jsonl.zst, .csv.gz, .txt.gz). They are read as a stream, never whole.
 """
 
 from __future__ import annotations
@@ -58,50 +57,51 @@ FORMATS = {
     **dict.fromkeys(AUDIO_SUFFIXES, "audio"),
 }
 CODECS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
-LISTED = {"images", "audio"}
-"""Kinds whose rows name files: the Parquet file holds their URIs."""
-UNPACKED = {"parquet", *LISTED}
-"""Kinds that are not read if compressed as a whole: these files are compressed inside."""
+NAMED_FILE_KINDS = {"images", "audio"}
+"""Kinds whose rows name files: the Parquet file has their URIs."""
+INTERNALLY_COMPRESSED = {"parquet", *NAMED_FILE_KINDS}
+"""Kinds of files that are compressed inside, and are not read if compressed once more."""
 LONGEST_SECONDS = 30.0
 """Longer recordings are cut where they are quietest."""
 AUDIO_VERSION = 1
-PREPARED = "_manifest.json"
-"""What `onetomany prepare` leaves with its shards, with the SHA-256 of each."""
+PREPARED_MANIFEST = "_manifest.json"
+"""The manifest that `onetomany prepare` writes beside its shards, with the SHA-256 of each."""
 ABOUT = "onetomany"
-"""Where its shards say what their columns mean, in the metadata of Parquet."""
+"""Key of Parquet's metadata in which shards of `prepare` describe their columns."""
 PREPARED_FIELDS = ("format_version", "importer", "resize", "quality", "broken")
-"""Fields that tell it from other programs' files of that name. A flipped bit changes at most one
-of them.
+"""Fields by which this manifest is known from other programs' files of that name. A flipped bit
+changes at most one of them.
 """
-TEXTS = {"text", "paragraphs", "documents"}
-"""Kinds of plain text: a row is a line, a paragraph between blank lines, or a file. Their column
-`text` is binary, so that a row that is not UTF-8 is reported where it is read, and does not affect
-others. Of several files, each of which is a row, there are also `label` (the folder's name) and
-`id` (the path).
+TEXT_KINDS = {"text", "paragraphs", "documents"}
+"""Kinds of plain text: a row is a line, a paragraph between blank lines, or a file.
+
+Their column `text` is binary: a row that is not UTF-8 is reported where it is read, and the others
+are read. Where each of several files is a row, there are also columns `label` (the folder's name)
+and `id` (the path).
 """
 TEXT_VERSION = 2
 CSV_VERSION = 3
 """Changes when the same files become other rows, so that they are converted again."""
 GROUP_ROWS, GROUP_BYTES = 1024, 64 << 20
-"""Most rows of a row group of text; it ends earlier once it has so many bytes."""
+"""Most rows of a row group of text, and the bytes from which on it ends earlier."""
 CHUNK_BYTES, LINE_BYTES = 16 << 20, 64 << 20
-"""JSON Lines are read in chunks of so many bytes, or more for a longer line, up to the second
-number, which also limits every row of text.
+"""JSON Lines are read in chunks of CHUNK_BYTES, or more for a longer line. No line and no row of
+text may have more than LINE_BYTES.
 """
-MARK = b"\xef\xbb\xbf"
-WIDE = (b"\xff\xfe", b"\xfe\xff")
+UTF8_BOM = b"\xef\xbb\xbf"
+UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 """Byte order marks of UTF-16."""
 
 
 def kind_of(file: str) -> str:
     """Return the kind of a file by its name, or ""."""
     path = PurePosixPath(storage.file_name(file).lower())
-    packed = path.suffix in CODECS
-    kind = FORMATS.get(path.with_suffix("").suffix if packed else path.suffix, "")
-    return "" if packed and kind in UNPACKED else kind
+    is_compressed = path.suffix in CODECS
+    kind = FORMATS.get(path.with_suffix("").suffix if is_compressed else path.suffix, "")
+    return "" if is_compressed and kind in INTERNALLY_COMPRESSED else kind
 
 
-class _Unpacked(io.RawIOBase):
+class _Decompressed(io.RawIOBase):
     """A compressed file as a stream of its content.
 
     Raises ValueError, with the file, where it is damaged or ends too early.
@@ -131,63 +131,66 @@ class _Unpacked(io.RawIOBase):
         super().close()
 
 
-def open_unpacked(file: str) -> BinaryIO:
+def open_decompressed(file: str) -> BinaryIO:
     """Open a file, decompressed if its suffix says so."""
     codec = CODECS.get(PurePosixPath(storage.file_name(file).lower()).suffix)
-    return io.BufferedReader(_Unpacked(file, codec), 1 << 20) if codec else storage.open_read(file)
+    return (
+        io.BufferedReader(_Decompressed(file, codec), 1 << 20) if codec else storage.open_read(file)
+    )
 
 
 def expand(uris: list[str], form: str) -> list[tuple[str, str]]:
     """Return (file, root) of every file, each once, sorted.
 
-    In folders hidden files, those of unknown kind and, if a form is given, those of another one are
-    left out.
+    Of folders, hidden files are left out, and so are files of unknown kind or, if a form is given,
+    of another one.
     """
-    out, of_form = [], "text" if form in TEXTS else form
+    out: list[tuple[str, str]] = []
     for uri in uris:
-        found = [uri] if storage.is_dir(uri) else storage.glob(uri)
-        if not found:
+        entries = [uri] if storage.is_dir(uri) else storage.glob(uri)
+        if not entries:
             raise ValueError(f"{uri}: no such file, folder or glob")
-        for entry in found:
+        for entry in entries:
             if storage.is_dir(entry):
-                inside = [
-                    f
-                    for f in storage.list_files(entry)
-                    if not any(
-                        p.startswith((".", "_")) for p in PurePosixPath(f[len(entry) :]).parts
-                    )
-                ]
-                out += [
-                    (entry, f)
-                    for f in inside
-                    if kind_of(f) and (form == "auto" or kind_of(f) == of_form)
-                ]
+                out += [(file, entry) for file in _files_of_folder(entry, form)]
             else:
-                out.append(("", entry))
-    return sorted({file: root for root, file in reversed(out)}.items())
+                out.append((entry, ""))
+    return sorted(dict(reversed(out)).items())
+
+
+def _files_of_folder(folder: str, form: str) -> list[str]:
+    wanted_kind = "text" if form in TEXT_KINDS else form
+    files = []
+    for file in storage.list_files(folder):
+        parts = PurePosixPath(file[len(folder) :]).parts
+        is_hidden = any(part.startswith((".", "_")) for part in parts)
+        kind = kind_of(file)
+        if kind and not is_hidden and (form == "auto" or kind == wanted_kind):
+            files.append(file)
+    return files
 
 
 class Origin(NamedTuple):
     """How messages name imported rows."""
 
     name: str
-    """The file, or files and folders, that hold them."""
+    """The file, or the files and folders."""
     column: str
-    """The column that names the file of each row; empty: there is none."""
+    """The column that names the file of each row; "": there is none."""
 
 
 class ImportedFiles(NamedTuple):
-    """The Parquet files that hold the rows of some files."""
+    """The Parquet files of some files' rows."""
 
     files: list[str]
     fingerprint: str | None = None
-    """Hash of the content, wherever it lies; None where the Parquet files are the source."""
+    """Hash of the content; None where the given files are Parquet."""
     own: tuple[FileIdentity, ...] = ()
-    """The Parquet files, where they are the source."""
+    """The given files, where they are Parquet."""
     named: tuple[FileIdentity, ...] = ()
-    """The images or recordings of a folder, which the rows name and which are read in training."""
+    """The images or recordings that the rows name, and that are read in training."""
     origin: Origin | None = None
-    """What was brought in; None where the Parquet files are the source."""
+    """The given files; None where they are Parquet."""
 
 
 def to_parquet(
@@ -201,26 +204,25 @@ def to_parquet(
     """Return the given files as Parquet: unchanged, or converted below `imports_uri`.
 
     Args:
-        uris: files, folders and globs.
-        form: of the files, or auto.
-        imports_uri: where conversions are kept.
-        mode: how files are identified (`file_identity`).
-        text_columns: of CSV: columns that are texts in the training rows, where they may be numbers
-            alone in these files.
-        empty_texts: of CSV: columns in which an empty field is an empty text. In all others it is
-            null.
+        uris: Files, folders and globs.
+        form: Kind of the files, or auto.
+        imports_uri: Folder of conversions.
+        mode: How files are identified (`file_identity`).
+        text_columns: Columns of CSV that are texts in the training rows. They are texts here too,
+            even if these files have only numbers in them.
+        empty_texts: Columns of CSV in which an empty field is an empty text; in others it is null.
 
     Raises:
-        ValueError: no files, mixed kinds, an empty file, or one that is cut off or has a row above
-            the limit (with file and line).
-        ChangedFileError: a file changes during the conversion.
+        ValueError: There are no files or several kinds, or a file is empty, cut off, or has a row
+            above the limit.
+        ChangedFileError: A file changes during the conversion.
     """
     pairs = expand(uris, form)
     kinds = {form} if form != "auto" else {kind_of(f) for f, _ in pairs}
     if not pairs and form != "auto":
         raise ValueError(
-            f"{', '.join(uris)}: no file of format {form} in there; a folder's files are told "
-            "by their names, name others by a glob"
+            f"{', '.join(uris)}: no file of format {form} in there; files of a folder are "
+            "recognised by their suffix, name others by a glob"
         )
     if not pairs or kinds == {""}:
         raise ValueError(
@@ -229,24 +231,26 @@ def to_parquet(
         )
     if len(kinds) > 1:
         raise ValueError(_several_kinds(uris, pairs))
-    kind, fingerprint, listed = kinds.pop(), None, []
+    kind, fingerprint = kinds.pop(), None
+    listed: list[_File] = []
     files = [file for file, _ in pairs]
     has_labels = kind == "documents" and len(files) > 1
-    if kind in LISTED:
-        listed = _listed(pairs, mode)
+    if kind in NAMED_FILE_KINDS:
+        listed = _identified_files(pairs, mode)
         cut = [AUDIO_VERSION, LONGEST_SECONDS] if kind == "audio" else []
         read = [file.identity for file in listed]
-        key = spec_hash(kind, [[file.uri, file.mark] for file in listed], *cut)
-        fingerprint = spec_hash(kind, [[file.name, file.label, file.mark] for file in listed], *cut)
+        key = spec_hash(kind, [[file.uri, file.content_hash] for file in listed], *cut)
+        contents = [[file.name, file.label, file.content_hash] for file in listed]
+        fingerprint = spec_hash(kind, contents, *cut)
     else:
         for file in files:
-            # An empty image or document is one bad row, an empty table is a mistake
+            # an empty image or document is one bad row, an empty table is a mistake
             if kind != "documents" and storage.size(file) == 0:
                 raise ValueError(
                     f"{file}: the file is empty (0 bytes); remove it or write it again"
                 )
         if has_labels:
-            listed = _listed(pairs, mode)
+            listed = _identified_files(pairs, mode)
             read = [file.identity for file in listed]
             names = [[file.name, file.label] for file in listed]
         else:
@@ -258,7 +262,7 @@ def to_parquet(
         key = spec_hash(
             kind,
             [[*name, file.content] for name, file in zip(names, read, strict=True)],
-            *([TEXT_VERSION] if kind in TEXTS else []),
+            *([TEXT_VERSION] if kind in TEXT_KINDS else []),
             *([CSV_VERSION, sorted(text_columns), sorted(empty_texts)] if kind == "csv" else []),
         )
     folder = storage.join(imports_uri, key)
@@ -266,9 +270,9 @@ def to_parquet(
         with storage.scratch_folder() as scratch:
             path = Path(scratch, "rows.parquet")
             with s3.naming("write", path, only_full_disk=True):
-                if kind in LISTED:
+                if kind in NAMED_FILE_KINDS:
                     pq.write_table(
-                        _recordings(listed) if kind == "audio" else _pictures(listed),
+                        _audio_table(listed) if kind == "audio" else _image_table(listed),
                         path,
                         row_group_size=GROUP_ROWS,
                     )
@@ -283,7 +287,7 @@ def to_parquet(
     return ImportedFiles(
         [storage.join(folder, "rows.parquet")],
         fingerprint,
-        named=tuple(read) if kind in LISTED else (),
+        named=tuple(read) if kind in NAMED_FILE_KINDS else (),
         origin=Origin(
             files[0] if len(files) == 1 else ", ".join(uris),
             {"images": "image", "audio": "audio"}.get(kind, ""),
@@ -306,14 +310,14 @@ def _remedy(pairs: list[tuple[str, str]]) -> str:
 def _several_kinds(uris: list[str], pairs: list[tuple[str, str]]) -> str:
     """Return what to do about files of several kinds, with one that is probably a stray one."""
     counts = Counter(kind_of(file) for file, _ in pairs)
-    common = max(counts, key=lambda kind: (kind in LISTED, bool(kind), counts[kind]))
+    common = max(counts, key=lambda kind: (kind in NAMED_FILE_KINDS, bool(kind), counts[kind]))
     rare = min((kind for kind in counts if kind != common), key=counts.__getitem__)
     number = counts[rare]
     stray = next(file for file, _ in pairs if kind_of(file) == rare)
     others = f" and {number - 1} more" if number > 1 else ""
     advice = "name one kind by a glob"
     if common and any(root for _, root in pairs):
-        advice += f", or say format: {common}, which leaves the other files of a folder out"
+        advice += f", or set format: {common}, which leaves the other files of a folder out"
     return (
         f"{', '.join(uris)}: files of several kinds "
         f"({', '.join(sorted(kind or 'unknown' for kind in counts))}); {stray}{others} "
@@ -340,9 +344,9 @@ def _check_prepared(files: list[FileIdentity]) -> None:
         if entry is not None and not checksums.is_same(file.content, entry):
             raise storage.DamagedError(
                 f"{file.uri} is not what `onetomany prepare` wrote: it does not have the SHA-256 "
-                f"that {PREPARED} in its folder states; remove the file and give the same prepare "
-                f"command, which then writes it alone (or remove {PREPARED}, where you changed it "
-                "yourself)"
+                f"that {PREPARED_MANIFEST} in its folder states; remove the file and give the same "
+                "prepare command, which then writes it alone (or remove "
+                f"{PREPARED_MANIFEST}, where you changed it yourself)"
             )
 
 
@@ -353,7 +357,7 @@ def _prepared_files(folder: str) -> dict[str, Any]:
     Other programs use that name too: only a manifest with our fields is checked against its
     checksum.
     """
-    uri = storage.join(folder, PREPARED)
+    uri = storage.join(folder, PREPARED_MANIFEST)
     try:
         is_there = storage.exists(uri)
     except storage.StorageError as error:
@@ -372,32 +376,32 @@ def _prepared_files(folder: str) -> dict[str, Any]:
             uri,
         )
         return {}
-    return atomic_folder.open_folder(folder, PREPARED).get("files", {})
+    return atomic_folder.open_folder(folder, PREPARED_MANIFEST).get("files", {})
 
 
 # ---------------------------------------------------------------- a row for each file
 
 
 class _File(NamedTuple):
-    """A file, its path below the given folder (or below what the given files share), and its
-    folder's name.
-    """
+    """A file that is a row, or has rows."""
 
     identity: FileIdentity
     name: str
+    """Path below the given folder, or below the folder that the given files share."""
     label: str
+    """Name of the file's folder."""
 
     @property
     def uri(self) -> str:
         return self.identity.uri
 
     @property
-    def mark(self) -> str:
-        """Changes with the file's content."""
+    def content_hash(self) -> str:
+        """The identity of the content (`FileIdentity.content`)."""
         return self.identity.content
 
 
-def _listed(pairs: list[tuple[str, str]], mode: identity.Mode) -> list[_File]:
+def _identified_files(pairs: list[tuple[str, str]], mode: identity.Mode) -> list[_File]:
     plain = [storage.without_query(file) for file, _ in pairs]
     loose = [name.split("/")[:-1] for name, (_, root) in zip(plain, pairs, strict=True) if not root]
     shared = next(
@@ -407,30 +411,30 @@ def _listed(pairs: list[tuple[str, str]], mode: identity.Mode) -> list[_File]:
     uris = [
         file if storage.is_remote(file) else os.path.abspath(s3.split(file)[1]) for file, _ in pairs
     ]
-    out = []
-    known = identity.identify(uris, mode)
-    for file, (_, root), found in zip(plain, pairs, known, strict=True):
+    files = []
+    identities = identity.identify(uris, mode)
+    for file, (_, root), known in zip(plain, pairs, identities, strict=True):
         name = file[len(root) :].lstrip("/") if root else "/".join(file.split("/")[shared:])
-        label = PurePosixPath(storage.without_query(found.uri)).parent.name
-        out.append(_File(found, name, label))
-    return out
+        label = PurePosixPath(storage.without_query(known.uri)).parent.name
+        files.append(_File(known, name, label))
+    return files
 
 
-def _pictures(found: list[_File]) -> pa.Table:
+def _image_table(files: list[_File]) -> pa.Table:
     return pa.table(
-        {"image": [file.uri for file in found], "label": [file.label for file in found]}
+        {"image": [file.uri for file in files], "label": [file.label for file in files]}
     )
 
 
-def _recordings(found: list[_File]) -> pa.Table:
-    """Make a row for each recording or segment of one, in order.
+def _audio_table(files: list[_File]) -> pa.Table:
+    """Return a table with a row for each recording or segment of one, in order.
 
     Columns: `audio` (URI), `label` (the folder's name), `recording` (path below the given folder),
     `start` and `seconds`, which are null for a broken file (reported where it is read).
     """
     from pipeline.media import audio_io  # here: only folders of sound need its library
 
-    def pieces(file: _File) -> list[tuple[float | None, float | None]]:
+    def segments(file: _File) -> list[tuple[float | None, float | None]]:
         try:
             with storage.open_read(file.uri) as handle:
                 seconds = audio_io.inspect(handle).seconds
@@ -446,7 +450,7 @@ def _recordings(found: list[_File]) -> pa.Table:
 
     rows = [
         (file, start, seconds)
-        for file, parts in zip(found, threaded_map(pieces, found), strict=True)
+        for file, parts in zip(files, threaded_map(segments, files), strict=True)
         for start, seconds in parts
     ]
     table = {
@@ -464,7 +468,7 @@ def _recordings(found: list[_File]) -> pa.Table:
 
 
 def _write_documents(listed: list[_File], path: Path) -> None:
-    """Write files of text, one a row, with the name of each one's folder and its path."""
+    """Write a row for each file of text, with the file's folder and path."""
     schema = pa.schema([("text", pa.binary()), ("label", pa.string()), ("id", pa.string())])
     with pq.ParquetWriter(path, schema) as writer:
         rows: list[dict[str, Any]] = []
@@ -488,10 +492,10 @@ def _write(
     text_columns: Collection[str],
     empty_texts: Collection[str],
 ) -> None:
-    if kind not in TEXTS:  # these look at their first bytes as they read them
+    if kind not in TEXT_KINDS:  # texts are checked while they are read
         for file in files:
-            with open_unpacked(file) as handle:
-                _checked_start(file, handle.read(len(MARK)))
+            with open_decompressed(file) as handle:
+                _without_bom(file, handle.read(len(UTF8_BOM)))
     if kind == "csv":
         tables = csv_tables_of(files, text_columns=text_columns, empty_texts=empty_texts)
     else:
@@ -544,7 +548,7 @@ def csv_tables_of(
         mark = delimiter or ("\t" if is_tabbed else ",")
         if not delimiter:
             _check_delimiter(file, mark)
-        readers.append(CsvFile(partial(open_unpacked, file), file, delimiter=mark))
+        readers.append(CsvFile(partial(open_decompressed, file), file, delimiter=mark))
     code_columns = frozenset[str]().union(*(reader.code_columns for reader in readers))
     for file, reader in zip(files, readers, strict=True):
         tables = reader.tables(code_columns | (reader.number_columns & set(text_columns)))
@@ -565,10 +569,8 @@ DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bar
 
 
 def _check_delimiter(file: str, delimiter: str) -> None:
-    """Raise ValueError where something else than the delimiter parts the fields of the first two
-    lines.
-    """
-    with open_unpacked(file) as handle:
+    """Raise ValueError where another delimiter separates the fields of the first two lines."""
+    with open_decompressed(file) as handle:
         first, second = handle.readline(LINE_BYTES), handle.readline(LINE_BYTES)
     if delimiter.encode() in first or b'"' in first:
         return
@@ -586,13 +588,13 @@ def _check_delimiter(file: str, delimiter: str) -> None:
 def _json_lines(file: str) -> Iterator[pa.Table]:
     """Yield the rows of a JSON Lines file, chunk by chunk.
 
-    The columns come from a first pass over all of it, since a chunk only knows its own.
+    A first pass over the whole file finds the columns, since a chunk may lack some.
     """
     schema = None
     for number, chunk in _chunks(file):
-        found = pa.struct(list(_parsed(file, number, chunk, None).schema))
+        own_schema = pa.struct(list(_parsed(file, number, chunk, None).schema))
         try:
-            schema = found if schema is None else _wider(schema, found)
+            schema = own_schema if schema is None else _common_type(schema, own_schema)
         except ValueError as error:
             raise ValueError(f"{file}: {error} (lines from {number} on)") from None
     if schema is None:
@@ -602,11 +604,12 @@ def _json_lines(file: str) -> Iterator[pa.Table]:
 
 
 def _chunks(file: str) -> Iterator[tuple[int, bytes]]:
-    """Yield (number of the first line, whole lines) of a file, about CHUNK_BYTES at a time,
-    without blank chunks.
+    """Yield (number of the first line, bytes) of whole lines, about CHUNK_BYTES at a time.
+
+    Blank chunks are left out.
     """
     number = 1
-    with open_unpacked(file) as handle:
+    with open_decompressed(file) as handle:
         while chunk := handle.read(CHUNK_BYTES):
             lines = chunk.count(b"\n")
             if not chunk.endswith(b"\n"):
@@ -643,9 +646,8 @@ def _parsed(file: str, number: int, chunk: bytes, schema: pa.Schema | None) -> p
         ) from None
 
 
-def _wider(a: pa.DataType, b: pa.DataType, name: str = "") -> pa.DataType:
-    """Return the type that holds the values of both, as a chunk with both kinds of lines would
-    have.
+def _common_type(a: pa.DataType, b: pa.DataType, name: str = "") -> pa.DataType:
+    """Return the type that Arrow gives a column with values of both types.
 
     Raises ValueError, with the column, if there is none.
     """
@@ -655,16 +657,16 @@ def _wider(a: pa.DataType, b: pa.DataType, name: str = "") -> pa.DataType:
         return b
     if {a, b} == {pa.int64(), pa.float64()}:
         return pa.float64()
-    # Strings, some of which are dates
+    # texts of which some are dates
     if pa.string() in (a, b) and any(pa.types.is_timestamp(kind) for kind in (a, b)):
         return pa.string()
     if pa.types.is_list(a) and pa.types.is_list(b):
-        return pa.list_(_wider(a.value_type, b.value_type, name))
+        return pa.list_(_common_type(a.value_type, b.value_type, name))
     if pa.types.is_struct(a) and pa.types.is_struct(b):
         ours, theirs = ({field.name: field.type for field in kind} for kind in (a, b))
         return pa.struct(
             {
-                key: _wider(
+                key: _common_type(
                     ours.get(key, pa.null()),
                     theirs.get(key, pa.null()),
                     f"{name}.{key}".lstrip("."),
@@ -676,14 +678,14 @@ def _wider(a: pa.DataType, b: pa.DataType, name: str = "") -> pa.DataType:
 
 
 def _lines(file: str) -> Iterator[pa.Table]:
-    """Yield the non-blank lines of a text file, one a row."""
+    """Yield a row for each non-blank line of a text file."""
     return _grouped(line.rstrip(b"\r\n") for line in _read_lines(file) if not _blank(line))
 
 
 def _paragraphs(file: str) -> Iterator[pa.Table]:
-    """Yield the paragraphs between blank lines, one a row, with their line breaks."""
+    """Yield a row for each paragraph between blank lines, with its line breaks."""
 
-    def found() -> Iterator[bytes]:
+    def paragraphs() -> Iterator[bytes]:
         lines: list[bytes] = []
         size = 0
         for number, line in enumerate(_read_lines(file), 1):
@@ -694,7 +696,7 @@ def _paragraphs(file: str) -> Iterator[pa.Table]:
             if size > LINE_BYTES:
                 raise ValueError(
                     f"{file}:{number}: the paragraph is longer than {LINE_BYTES >> 20} MiB; "
-                    "blank lines separate documents (or say format: text)"
+                    "blank lines separate documents (or set format: text)"
                 )
             if blank and lines:
                 yield b"".join(lines).rstrip(b"\r\n")
@@ -702,7 +704,7 @@ def _paragraphs(file: str) -> Iterator[pa.Table]:
         if lines:
             yield b"".join(lines).rstrip(b"\r\n")
 
-    return _grouped(found())
+    return _grouped(paragraphs())
 
 
 def _document(file: str) -> Iterator[pa.Table]:
@@ -712,21 +714,21 @@ def _document(file: str) -> Iterator[pa.Table]:
 
 def _read_document(file: str) -> bytes:
     """Return the content of a file of text. Raises ValueError for a very large one."""
-    with open_unpacked(file) as handle:
+    with open_decompressed(file) as handle:
         data = handle.read(LINE_BYTES + 1)
     if len(data) > LINE_BYTES:
         raise ValueError(
-            f"{file}: the document is larger than {LINE_BYTES >> 20} MiB; cut it up, or say "
+            f"{file}: the document is larger than {LINE_BYTES >> 20} MiB; cut it up, or set "
             "format: text (a line is a document) or paragraphs"
         )
-    return _checked_start(file, data)
+    return _without_bom(file, data)
 
 
 def _blank(line: bytes) -> bool:
     return not line.strip() or (len(line) < 64 and not line.decode("utf-8", "replace").strip())
 
 
-def _checked_start(file: str, start: bytes) -> bytes:
+def _without_bom(file: str, start: bytes) -> bytes:
     """Return a file's first bytes without the byte order mark of UTF-8.
 
     Raises ValueError for UTF-16, and for archives and spreadsheets.
@@ -736,34 +738,34 @@ def _checked_start(file: str, start: bytes) -> bytes:
             f"{file}: its content is a spreadsheet or zip archive, not text: save the sheet as "
             "CSV, or unpack it"
         )
-    if start.startswith(WIDE):
+    if start.startswith(UTF16_BOMS):
         raise ValueError(
             f"{file}: the file is UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"
         )
-    return start.removeprefix(MARK)
+    return start.removeprefix(UTF8_BOM)
 
 
 def _read_lines(file: str) -> Iterator[bytes]:
-    with open_unpacked(file) as handle:
+    with open_decompressed(file) as handle:
         number = 1
         while line := handle.readline(LINE_BYTES):
             if len(line) == LINE_BYTES and not line.endswith(b"\n"):
                 raise ValueError(
                     f"{file}:{number}: the line is longer than {LINE_BYTES >> 20} MiB; a text file "
-                    "has one document a line, or say format: paragraphs or documents"
+                    "has one document a line, or set format: paragraphs or documents"
                 )
-            yield _checked_start(file, line) if number == 1 else line
+            yield _without_bom(file, line) if number == 1 else line
             number += 1
 
 
 def _grouped(rows: Iterator[bytes]) -> Iterator[pa.Table]:
     """Yield tables of bounded size, at least one."""
-    held: list[bytes] = []
+    texts: list[bytes] = []
     size = 0
     for row in rows:
-        held.append(row)
+        texts.append(row)
         size += len(row)
-        if size >= GROUP_BYTES or len(held) >= 64 * GROUP_ROWS:
-            yield pa.table({"text": pa.array(held, pa.binary())})
-            held, size = [], 0
-    yield pa.table({"text": pa.array(held, pa.binary())})
+        if size >= GROUP_BYTES or len(texts) >= 64 * GROUP_ROWS:
+            yield pa.table({"text": pa.array(texts, pa.binary())})
+            texts, size = [], 0
+    yield pa.table({"text": pa.array(texts, pa.binary())})

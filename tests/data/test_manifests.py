@@ -246,7 +246,7 @@ def test_files_of_several_kinds_are_refused(files, imports):
     with pytest.raises(
         ValueError,
         match=r"files of several kinds \(csv, parquet\); .*x\.csv is csv; name one kind by a glob, or "
-        "say format: parquet",
+        "set format: parquet",
     ):
         m.build(str(files), "auto", imports)
 

@@ -930,7 +930,7 @@ def _best_seed(draft: Draft, scratch: str) -> int | None:
 def job_name(place: str) -> str:
     """Return the name of a job for a file, folder or glob."""
     path = PurePosixPath(place.rstrip("/"))
-    if path.name == to_parquet.PREPARED or "*" in path.name or path.stem.lower() in SPLITS:
+    if path.name == to_parquet.PREPARED_MANIFEST or "*" in path.name or path.stem.lower() in SPLITS:
         path = path.parent
     stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", path.name.split(".")[0] or path.name).strip("-_.")
     return stem or "first"

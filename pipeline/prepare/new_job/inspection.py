@@ -39,7 +39,7 @@ SAMPLE_SERIES = 256
 """Rows of a sample of series."""
 SAMPLE_TEXT_FILES = 2_000
 """Files of text of a sample."""
-IN_FOLDERS = {*to_parquet.LISTED, "documents"}
+IN_FOLDERS = {*to_parquet.NAMED_FILE_KINDS, "documents"}
 """Kinds of files whose folder is their class."""
 MAX_PARENTS = 3
 """A path that leads so many folders up is no easier to read than an absolute one."""
@@ -155,7 +155,11 @@ def inspect(places: Sequence[str], scratch: str) -> Inspection:
         }
         first = by_field.get("uri") or by_field["train"]
         table, columns = _sample(first, kind)
-        if is_media or len(set(kinds) & to_parquet.LISTED) == 0 or any(map(names_files, columns)):
+        if (
+            is_media
+            or len(set(kinds) & to_parquet.NAMED_FILE_KINDS) == 0
+            or any(map(names_files, columns))
+        ):
             break
     else:
         raise AssertionError("images or sound are always taken")
@@ -296,7 +300,7 @@ def _split_files(files: Sequence[tuple[str, str]], places: Sequence[str]) -> dic
     Raises ValueError for one of several whose name says held out, but not for what (eval.csv).
     """
     is_prepared = any(
-        storage.exists(storage.join(place, to_parquet.PREPARED))
+        storage.exists(storage.join(place, to_parquet.PREPARED_MANIFEST))
         for place in places
         if storage.is_dir(place)
     )
@@ -313,7 +317,7 @@ def _delimiter(file: str) -> str:
     """Return what stands between the fields of a CSV file, "" for a comma or tabs of a .tsv."""
     if ".tsv" in file.lower():
         return ""
-    with to_parquet.open_unpacked(file) as handle:
+    with to_parquet.open_decompressed(file) as handle:
         header = handle.readline(1 << 20).decode("utf-8", "replace")
     counts = {mark: header.count(mark) for mark in DELIMITERS}
     best = max(counts, key=lambda mark: counts[mark])
@@ -444,7 +448,7 @@ def media_of(found: Inspection) -> Media | None:
 def _root(names: Sequence[str], found: Inspection) -> str:
     """Return the folder that relative names begin in: that of the table, or the current one."""
     relative = [name for name in names if not storage.is_absolute(name)]
-    if not relative or found.kind in to_parquet.LISTED:
+    if not relative or found.kind in to_parquet.NAMED_FILE_KINDS:
         return ""
     file, _ = to_parquet.expand(next(iter(found.places.values())), found.kind)[0]
     beside = posixpath.dirname(file) or "."
