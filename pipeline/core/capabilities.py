@@ -7,7 +7,7 @@ below the protocol.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -39,7 +39,12 @@ def file_roles(modality: Any) -> tuple[str, ...]:
 
 def file_columns(modality: Any, columns: Mapping[str, str]) -> tuple[str, ...]:
     """Return the columns that may name files, the input itself first."""
-    return tuple(columns[role] for role in file_roles(modality) if role in columns)
+    return tuple(columns_of(file_roles(modality), columns))
+
+
+def columns_of(roles: Iterable[str], columns: Mapping[str, str]) -> list[str]:
+    """Return the columns of those roles that have one, each once."""
+    return list(dict.fromkeys(columns[role] for role in roles if role in columns))
 
 
 @runtime_checkable
@@ -53,7 +58,7 @@ class HasReadableColumns(Protocol):
 def readable_columns(modality: Any, columns: Mapping[str, str]) -> tuple[str, ...]:
     """Return the columns of the input that a person can read."""
     roles = modality.readable_roles if isinstance(modality, HasReadableColumns) else ()
-    return tuple(columns[role] for role in roles if role in columns)
+    return tuple(columns_of(roles, columns))
 
 
 @runtime_checkable

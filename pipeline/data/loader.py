@@ -13,7 +13,13 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config import registry
-from pipeline.core.capabilities import can_pack, cost_column, decodes_on_device, is_costed
+from pipeline.core.capabilities import (
+    can_pack,
+    columns_of,
+    cost_column,
+    decodes_on_device,
+    is_costed,
+)
 from pipeline.core.contracts import Arrays, Modality
 from pipeline.core.contracts.objective_capabilities import (
     invalid_label_reasons,
@@ -52,7 +58,7 @@ class Decoder:
             if self.objective:
                 objective = registry.get("objective", self.objective)
                 roles = (*roles, *objective.roles, *objective.optional_roles)
-        return list(dict.fromkeys(self.columns[role] for role in roles if role in self.columns))
+        return columns_of(roles, self.columns)
 
     def estimate_bytes(self, selection: Selection) -> int:
         """Estimate the bytes of the decoded selection from a few of its rows."""
@@ -210,8 +216,7 @@ class RowCosts:
         return costs
 
     def _reader(self, columns: dict[str, str]) -> Reader:
-        names = dict.fromkeys(columns[role] for role in self.roles if role in columns)
-        return Reader(self.selection.manifest, list(names))
+        return Reader(self.selection.manifest, columns_of(self.roles, columns))
 
     def _of(self, reader: Reader, ids: np.ndarray, columns: dict[str, str]) -> np.ndarray:
         return np.array(self.modality.costs(reader.take(ids), columns))

@@ -27,7 +27,7 @@ from pipeline.config.registry import nearest
 from pipeline.config.schema import Data, spec_hash
 from pipeline.core import arrow_lists
 from pipeline.core.arrow_compute import pc
-from pipeline.core.capabilities import file_columns, readable_columns
+from pipeline.core.capabilities import columns_of, file_columns, readable_columns
 from pipeline.data import to_parquet
 from pipeline.data.to_parquet import Origin
 from pipeline.io import file_identity, storage
@@ -1008,7 +1008,7 @@ def _drop_unlabelled(
     """Return the rows that have a label, and the others, as long as these are within the budget of
     bad rows. Else all rows are returned: the objective then says what is wrong.
     """
-    names = [data.columns[role] for role in needed if role in data.columns]
+    names = columns_of(needed, data.columns)
     if not names or not len(selection):
         return selection, []
     table = read_columns(selection, names)

@@ -297,7 +297,7 @@ class Rows:
         return [*cuts, len(self)]
 
     def part(self, rank: int, ranks: int) -> Rows:
-        """Return a rank's contiguous share of the rows, as `eval_batches` divides them."""
+        """Return a rank's contiguous part of the rows, for evaluation."""
         positions = np.arange(len(self) * rank // ranks, len(self) * (rank + 1) // ranks)
         return self if ranks == 1 else self.subset(positions)
 
@@ -549,16 +549,13 @@ def train_batches(
 
 
 def eval_batches(
-    rows: Rows, size: int, *, rank: int = 0, ranks: int = 1, threads: int = 1, pin: bool = False
+    rows: Rows, size: int, *, threads: int = 1, pin: bool = False
 ) -> Iterator[LoadedBatch]:
-    """Yield the rank's part of the rows in batches; over all ranks each row comes exactly once.
+    """Yield each row exactly once; the last batch may be short.
 
-    A rank reads a contiguous part. Its last batch may be short. Ragged rows come in batches of
-    similar length, not in their order.
+    Ragged rows come in batches of similar length, not in their order.
     """
-    n = len(rows)
-    start, stop = n * rank // ranks, n * (rank + 1) // ranks
-    items = [Item(-1, i, min(i + size, stop)) for i in range(start, stop, size)]
+    items = [Item(-1, i, min(i + size, len(rows))) for i in range(0, len(rows), size)]
 
     def batches():
         loader = Loader(rows.selection, rows.decoder)

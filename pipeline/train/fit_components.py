@@ -13,6 +13,7 @@ from pipeline.config import registry
 from pipeline.config.schema import ComponentConfig, Source, Target, spec_hash
 from pipeline.core.capabilities import (
     check_known_share,
+    columns_of,
     extends_state,
     file_roles,
     ineffective_options,
@@ -163,7 +164,7 @@ def label_columns(spec: Source | Target) -> list[str]:
     modality = registry.get("modality", spec.data.modality.name)
     files = file_roles(modality)
     roles = (*objective.roles, *objective.optional_roles)
-    return [columns[role] for role in roles if role in columns and role not in files]
+    return columns_of([role for role in roles if role not in files], columns)
 
 
 def fit_objective(spec: Source | Target, splits: Splits) -> State:
@@ -220,10 +221,10 @@ def fitted_columns(
         roles = [
             role for role in roles if role not in (*objective.roles, *objective.optional_roles)
         ]
-    return list(dict.fromkeys(columns[role] for role in roles if role in columns))
+    return columns_of(roles, columns)
 
 
 def strata_of(modality: type[Modality], columns: dict[str, str]) -> list[str]:
     """Return the columns whose values must all be in the sample (`ExtendsState.strata`)."""
     roles = modality.strata if extends_state(modality) else ()
-    return [columns[role] for role in roles if role in columns]
+    return columns_of(roles, columns)

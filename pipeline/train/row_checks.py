@@ -14,6 +14,7 @@ from pipeline.core.capabilities import (
     CountsUnreadText,
     UnreadText,
     check_known_share,
+    columns_of,
 )
 from pipeline.core.contracts import Modality, Objective
 from pipeline.core.contracts.objective_capabilities import AllowsNullLabels
@@ -127,7 +128,7 @@ def _unread_text(
         return None, 0
     bytes_per_row = max(1, selection.manifest.num_bytes // max(1, selection.manifest.num_rows))
     rows = min(SAMPLE_ROWS, max(FEWEST_ROWS, SAMPLE_BYTES // bytes_per_row))
-    names = [columns[role] for role in ("text", "text_pair") if role in columns]
+    names = columns_of(("text", "text_pair"), columns)
     table = fit_components.sample(selection, names, rows)
     return modality.unread_text(table, columns), len(table)
 

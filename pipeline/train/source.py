@@ -13,7 +13,7 @@ from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import provenance, registry
 from pipeline.config.provenance import Provenance, ProvenanceRecord
 from pipeline.config.schema import CHECKPOINT_PREFIXES, Data, Job, Source, spec_hash
-from pipeline.core.capabilities import augment_options, cost_column, is_costed
+from pipeline.core.capabilities import augment_options, columns_of, cost_column, is_costed
 from pipeline.core.contracts import Modality, Objective
 from pipeline.core.contracts.objective_capabilities import (
     binds_to_backbone,
@@ -517,7 +517,7 @@ def _fit_rows(stage: SourceStage, modality: ModalitySpec, objective: ObjectiveSp
         num_left_out=sum(row.split == "train" for row in splits.left_out),
     )
     roles = (*kind.roles, *kind.optional_roles)
-    labels = tuple(columns[role] for role in roles if role in columns)
+    labels = tuple(columns_of(roles, columns))
     form = token_rows.row_form(kind, modality, rows.train, columns)
     if form:
         _tokenise(stage, rows, token_rows.TextWork(modality, columns, form, labels))
@@ -661,7 +661,7 @@ def drop_untrainable(rows: Rows, max_bad: float) -> tuple[Rows, list[tuple[int, 
         return rows, []
     assert costs is not None and is_costed(decoder.modality)
     cost_role = decoder.modality.cost_role
-    names = [decoder.columns[role] for role in roles if role in decoder.columns]
+    names = columns_of(roles, decoder.columns)
     table = manifests.read_columns(rows.selection, names)
     may_be_rounded = np.full(len(rows), cost_role in decoder.columns)
     if may_be_rounded.all() and "start" in decoder.columns:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.checkpoints import bundle
-from pipeline.core.capabilities import can_pack
+from pipeline.core.capabilities import can_pack, columns_of
 from pipeline.core.contracts import Objective
 from pipeline.core.specs import ModalitySpec
 from pipeline.data import manifests
@@ -182,7 +182,7 @@ class _Task:
         modality = bundle.build_modality(work.modality)
         assert can_pack(modality)
         roles = (*modality.roles, *modality.optional_roles)
-        read = [work.columns[role] for role in roles if role in work.columns]
+        read = columns_of(roles, work.columns)
         ids = self.selection.ids(np.arange(texts.start, texts.stop))
         columns = list(dict.fromkeys([*read, *work.kept]))
         table = manifests.Reader(self.selection.manifest, columns).take(ids)

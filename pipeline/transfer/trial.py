@@ -709,7 +709,7 @@ def predict_test(
         technique: Adapts to the test rows, where it does.
         data: The rows.
         train: Settings of the run.
-        ranks: This process among the others.
+        ranks: Ranks of the run.
         may_calibrate: False where the labels of the validation rows may not be used.
 
     Returns:
@@ -753,9 +753,8 @@ def _rows_left_out(
 
 
 def _batches(rows: Rows, ranks: Ranks):
-    return eval_batches(
-        rows, EVAL_ROWS, rank=ranks.rank, ranks=ranks.count, pin=ranks.device.type == "cuda"
-    )
+    part = rows.part(ranks.rank, ranks.count)
+    return eval_batches(part, EVAL_ROWS, pin=ranks.device.type == "cuda")
 
 
 def make_record(

@@ -494,7 +494,7 @@ def test_evaluation_sees_each_row_exactly_once(rows, memory, size, ranks):
     rows = rows.in_memory(0.0) if memory else rows
     seen = []
     for rank in range(ranks):
-        batches = list(stream.eval_batches(rows, size, rank=rank, ranks=ranks))
+        batches = list(stream.eval_batches(rows.part(rank, ranks), size))
         assert all(0 < len(loaded.batch) <= size for loaded in batches)
         assert all(len(loaded.batch) == size for loaded in batches[:-1]), (
             "only the last one is short"
@@ -514,7 +514,7 @@ def test_evaluation_with_more_ranks_than_rows(rows):
     seen = [
         row
         for rank in range(4)
-        for loaded in stream.eval_batches(few, 8, rank=rank, ranks=4)
+        for loaded in stream.eval_batches(few.part(rank, 4), 8)
         for row in loaded.batch.rows.tolist()
     ]
     assert seen == [5, 90]
@@ -523,9 +523,7 @@ def test_evaluation_with_more_ranks_than_rows(rows):
 
 def test_evaluation_leaves_bad_rows_out_and_tells_them(tmp_path):
     rows = make(tmp_path / "rows", BROKEN)
-    loaded = [
-        each for rank in range(3) for each in stream.eval_batches(rows, 20, rank=rank, ranks=3)
-    ]
+    loaded = [each for rank in range(3) for each in stream.eval_batches(rows.part(rank, 3), 20)]
     assert sorted(row for each in loaded for row in each.batch.rows.tolist()) == sorted(
         set(range(N)) - set(BROKEN)
     )
@@ -556,28 +554,6 @@ def test_a_subset_of_all_rows_copies_nothing(rows):
         np.shares_memory(part.arrays[name], array) for name, array in memory.arrays.items()
     )
     assert len(rows.subset(np.arange(N))) == N and rows.subset(np.arange(N)).arrays is None
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3, 7, 200])
-@pytest.mark.parametrize("memory", [False, True])
-def test_a_ranks_part_is_what_evaluation_gives_it(rows, memory, ranks):
-    rows = rows.subset(np.arange(1, N, 2))
-    rows = rows.in_memory(0.0) if memory else rows
-    seen = []
-    for rank in range(ranks):
-        part = rows.part(rank, ranks)
-        found, theirs = (
-            list(stream.eval_batches(part, 16)),
-            list(stream.eval_batches(rows, 16, rank=rank, ranks=ranks)),
-        )
-        assert len(found) == len(theirs)
-        if theirs:
-            same(found, theirs)
-        assert part.selection.ids(np.arange(len(part))).tolist() == [
-            row for loaded in theirs for row in loaded.batch.rows.tolist()
-        ]
-        seen += part.selection.ids(np.arange(len(part))).tolist()
-    assert seen == list(range(1, N, 2))
 
 
 # ---------------------------------------------------------------- map_items

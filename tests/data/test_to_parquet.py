@@ -221,9 +221,9 @@ def test_a_bomb_and_rows_beyond_the_limit_are_told(tmp_path, imports, suffix, mo
     monkeypatch.setattr(made, "LINE_BYTES", 1 << 20)
     read = []
     monkeypatch.setattr(
-        made._Unpacked,
+        made._Decompressed,
         "readinto",
-        lambda self, buffer, inner=made._Unpacked.readinto: (
+        lambda self, buffer, inner=made._Decompressed.readinto: (
             read.append(n := inner(self, buffer)) or n
         ),
     )

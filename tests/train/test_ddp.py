@@ -205,7 +205,7 @@ def everything(ranks: Ranks, n: int):
     found = evaluate.gather_predictions(
         evaluate.predictions(
             task,
-            eval_batches(rows, 4, rank=ranks.rank, ranks=ranks.count),
+            eval_batches(rows.part(ranks.rank, ranks.count), 4),
             evaluate.device_preprocessing(rows),
             ranks,
             torch.autocast("cpu", enabled=False),
