@@ -1,6 +1,8 @@
-"""Find rows that are the same: by a digest of their content (of recordings the bytes of their
-files), records of events also if they are two cuts of one record; and rows that are nearly the
-same, where the modality can tell (`FindsNearRows`).
+"""Find rows that are equal or nearly equal.
+
+Rows are compared by a digest of their content (recordings by the bytes of their files). Records of
+events are also equal if they are two cuts of one record. Nearly equal rows are found where the
+modality can tell (`FindsNearRows`).
 """
 
 from __future__ import annotations
@@ -28,10 +30,10 @@ from pipeline.io.threads import threaded_map
 from pipeline.media import audio_io
 
 VERSION = 6
-"""Raised when the code makes other signatures of the same rows."""
+"""To be raised where the code makes other signatures of the same rows."""
 SPREAD_BYTES, SPREAD_FILES = 64 << 20, 20_000
-"""Smaller selections are read in this process, since others take seconds to start. Rows of folders
-of images or sound are only paths, so their number counts.
+"""Smaller selections are read in this process, since Ray tasks take seconds to start. Rows of
+folders of images or sound are only paths, so their number counts there.
 """
 BLOCK_BYTES = 1 << 20
 PAIRS = 1 << 17
@@ -40,22 +42,17 @@ PAIRS = 1 << 17
 
 @dataclass(frozen=True)
 class RowSignatures:
-    """What n rows are compared by. A row that cannot be read, and a record without events, equals
-    no other.
-
-    Attributes:
-        digest: (n,) uint64 of the content.
-        readable: (n,) bool.
-        near: arrays of n rows by which nearly equal rows are found, where the modality has them.
-        record: of records of events, (n,) uint64.
-    """
+    """The numbers by which n rows are compared."""
 
     digest: np.ndarray
+    """(n,) uint64: digest of the content."""
     readable: np.ndarray
+    """(n,) bool. False: the row cannot be read or has no events, and equals no other."""
     near: dict[str, np.ndarray] = field(default_factory=dict)
+    """Arrays of n rows by which the modality finds nearly equal rows."""
     record: np.ndarray | None = None
-    """A digest of the record's id and its first moment, which all cuts of one record share. 0:
-    none.
+    """(n,) uint64 of records of events: digest of the record's id and its first moment, which all
+    cuts of one record share. 0: none.
     """
 
     def __len__(self) -> int:
@@ -71,18 +68,18 @@ def row_signatures(
 ) -> RowSignatures:
     """Return the signatures of every row of a selection, by all of the columns together.
 
-    Rows are read once; signatures are kept under the folder. Runs on Ray if it is running and the
-    selection is large.
+    Rows are read once, since signatures are kept in the folder. Large selections are read by Ray
+    tasks, if Ray is running.
 
     Args:
-        columns: role to column; of recordings also those of `start` and `seconds`, for rows that
+        columns: Role to column; of recordings also those of `start` and `seconds`, for rows that
             are segments.
-        record: the column with the id of the record that a row of events was cut from, or "".
+        record: The column with the id of the record that a row of events was cut from, or "".
 
     Raises:
-        StorageError: files that cannot be read.
+        StorageError: A file cannot be read.
     """
-    ids = selection.ids(np.arange(len(selection)))
+    ids = selection.all_ids
     kind = registry.get("modality", modality)
     key = spec_hash(
         VERSION,
@@ -95,17 +92,16 @@ def row_signatures(
     uri = storage.join(folder, key)
     content = checksums.kept_bytes(uri, "the rows are compared anew")
     if content is not None:
-        with np.load(io.BytesIO(content), allow_pickle=False) as found:
-            return _from_arrays({name: found[name] for name in found.files})
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            return _from_arrays({name: file[name] for name in file.files})
     work = SignatureMaker(selection, modality, columns, record)
-    cuts = selection.row_group_starts.tolist()
-    spans = list(pairwise(cuts))  # row groups, which are read whole
-    large = selection.manifest.num_bytes > SPREAD_BYTES or (
-        bool(file_roles(kind)) and len(selection) > SPREAD_FILES
-    )
-    parts = list(map_items(work, spans) if len(spans) > 1 and large else map(work, spans)) or [
-        work((0, 0))
-    ]
+    spans = list(pairwise(selection.row_group_starts.tolist()))
+    has_many_files = bool(file_roles(kind)) and len(selection) > SPREAD_FILES
+    is_large = has_many_files or selection.manifest.num_bytes > SPREAD_BYTES
+    use_tasks = is_large and len(spans) > 1
+    parts = list(map_items(work, spans) if use_tasks else map(work, spans))
+    if not parts:
+        parts = [work((0, 0))]
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
@@ -118,7 +114,7 @@ NEAR = "near_"
 
 
 def _from_arrays(arrays: dict[str, np.ndarray]) -> RowSignatures:
-    """Return signatures of the arrays that are kept in a file."""
+    """Return the signatures of arrays as they are kept in a file."""
     near = {name.removeprefix(NEAR): a for name, a in arrays.items() if name.startswith(NEAR)}
     rest = {name: array for name, array in arrays.items() if not name.startswith(NEAR)}
     return RowSignatures(**rest, near=near)
@@ -197,16 +193,15 @@ class SignatureMaker:
             )
         )
         known = dict(zip(names, threaded_map(_recording, names), strict=True))
-        digests, readable = np.zeros(len(table), dtype=np.uint64), np.zeros(len(table), dtype=bool)
+        digests = np.zeros(len(table), dtype=np.uint64)
+        readable = np.zeros(len(table), dtype=bool)
         for i, recording in enumerate(map(_recording_source, table[column])):
-            if recording:
-                content, total = (
-                    known[recording] if isinstance(recording, str) else _recording(recording)
-                )
-                digests[i], readable[i] = (
-                    _digest(content + _piece(starts[i], lengths[i], total)),
-                    True,
-                )
+            if not recording:
+                continue
+            is_file = isinstance(recording, str)
+            content, total = known[recording] if is_file else _recording(recording)
+            digests[i] = _digest(content + _piece(starts[i], lengths[i], total))
+            readable[i] = True
         return {"digest": digests, "readable": readable}
 
 
@@ -221,8 +216,8 @@ def canonical_numbers(table: pa.Table, columns: tuple[str, ...]) -> pa.Table:
         wanted = with_canonical_numbers(kind)
         if wanted is not None:
             index = table.schema.get_field_index(name)
-            found = pc.cast(table[name], wanted, safe=False)
-            chunks = [_nan_as_null(chunk) for chunk in found.chunks]
+            column = pc.cast(table[name], wanted, safe=False)
+            chunks = [_nan_as_null(chunk) for chunk in column.chunks]
             table = table.set_column(index, name, pa.chunked_array(chunks, wanted))
     return table
 
@@ -285,41 +280,43 @@ def _recording(recording: str | bytes) -> tuple[bytes, float]:
 
 
 def _piece(start: Any, seconds: Any, total: float) -> bytes:
-    """Return which segment of its recording a row is; empty for all of it."""
-    # NaN is null
-    begin, length = (
-        value if isinstance(value, (int, float)) and value == value else None
-        for value in (start, seconds)
-    )
-    if begin is None or (
-        begin == 0 and (length is None or abs(length - total) <= audio_io.OVERHANG_SECONDS)
-    ):
+    """Return bytes that identify a row's segment of its recording; empty for the whole of it."""
+    begin, length = _known_number(start), _known_number(seconds)
+    if begin is None:
+        return b""
+    lasts_to_end = length is None or abs(length - total) <= audio_io.OVERHANG_SECONDS
+    if begin == 0 and lasts_to_end:
         return b""
     return f" {begin:.3f} {'' if length is None else f'{length:.3f}'}".encode()
+
+
+def _known_number(value: Any) -> float | None:
+    """Return a number, or None for null and NaN."""
+    is_number = isinstance(value, (int, float)) and not math.isnan(value)
+    return value if is_number else None
 
 
 def _content(row: tuple[Any, ...]) -> bytes:
     """Return the bytes of a row's values, each preceded by its length if there are several."""
     parts = [value if isinstance(value, bytes) else _text(value).encode() for value in row]
-    return (
-        parts[0]
-        if len(parts) == 1
-        else b"".join(len(part).to_bytes(8, "little") + part for part in parts)
-    )
+    if len(parts) == 1:
+        return parts[0]
+    return b"".join(len(part).to_bytes(8, "little") + part for part in parts)
 
 
 def _text(value: Any) -> str:
     """Return a value as text; the fields of a struct by name, without those that are null."""
     if not isinstance(value, dict):
         return str(value)
-    return str(sorted((name, one) for name, one in value.items() if one is not None))
+    fields = [(name, part) for name, part in value.items() if part is not None]
+    return str(sorted(fields))
 
 
 def _first_moment(row: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Return (time, what was measured) of a record's first moment after its start.
+    """Return (time, measurements) of a record's first moment after its start.
 
-    A cut leaves out what is later, or before the start, and so keeps it. None for a row without
-    events after its start.
+    All cuts of a record have it, since a cut leaves out what is later or before the start. None for
+    a row without events after its start.
     """
     times, variables, values = ([] if part is None else part for part in row[:3])
     times = [_number(time) for time in times]
@@ -345,11 +342,9 @@ def _record(record: Any, moment: tuple[Any, ...] | None) -> int:
 
     Ids alone may be the same in two collections.
     """
-    return (
-        0
-        if record is None or moment is None
-        else _digest(repr((value_text(record), moment)).encode())
-    )
+    if record is None or moment is None:
+        return 0
+    return _digest(repr((value_text(record), moment)).encode())
 
 
 def _digest(content: bytes) -> int:
@@ -373,9 +368,10 @@ def near_duplicates(rows: RowSignatures, others: RowSignatures, modality: str) -
 
     Only rows that share a key of the modality's bands are compared.
     """
-    found, kind = exact_duplicates(rows, others), registry.get("modality", modality)
+    is_duplicate = exact_duplicates(rows, others)
+    kind = registry.get("modality", modality)
     if not finds_near_rows(kind):
-        return found
+        return is_duplicate
     search = kind.near_search
     mine, theirs = _Distinct(rows), _Distinct(others)
     alike = np.zeros(len(mine.indices), dtype=bool)
@@ -387,8 +383,8 @@ def near_duplicates(rows: RowSignatures, others: RowSignatures, modality: str) -
         first, last = (np.searchsorted(keys[order], own, side=side) for side in ("left", "right"))
         for a, b in _pairs(left, first, last, order):
             alike[a[search.alike(mine.take(a), theirs.take(b))]] = True
-    found[mine.rows] |= alike[mine.of]
-    return found
+    is_duplicate[mine.rows] |= alike[mine.of]
+    return is_duplicate
 
 
 class _Distinct:
@@ -401,12 +397,10 @@ class _Distinct:
             np.ascontiguousarray(array.reshape(len(self.rows), math.prod(array.shape[1:])))
             for array in near.values()
         ]
-        whole = np.ascontiguousarray(
-            np.concatenate([array.view(np.uint8) for array in flat], axis=1)
-        )
-        _, self.indices, of = np.unique(
-            whole.view(f"V{whole.shape[1]}").reshape(-1), return_index=True, return_inverse=True
-        )
+        row_bytes = np.concatenate([array.view(np.uint8) for array in flat], axis=1)
+        row_bytes = np.ascontiguousarray(row_bytes)
+        as_scalars = row_bytes.view(f"V{row_bytes.shape[1]}").reshape(-1)
+        _, self.indices, of = np.unique(as_scalars, return_index=True, return_inverse=True)
         self.of = of.reshape(-1)
         self.arrays = {name: array[self.indices] for name, array in near.items()}
 
@@ -427,7 +421,9 @@ def _pairs(
     while start < len(left):
         before = ends[start - 1] if start else 0
         stop = max(start + 1, int(np.searchsorted(ends, before + PAIRS, side="right")))
-        some = counts[start:stop]
-        inside = np.arange(some.sum()) - np.repeat(np.cumsum(some) - some, some)
-        yield np.repeat(left[start:stop], some), order[np.repeat(first[start:stop], some) + inside]
+        num_others = counts[start:stop]
+        starts = np.cumsum(num_others) - num_others
+        within = np.arange(num_others.sum()) - np.repeat(starts, num_others)
+        others = order[np.repeat(first[start:stop], num_others) + within]
+        yield np.repeat(left[start:stop], num_others), others
         start = stop

@@ -126,13 +126,14 @@ class BucketPlan(Plan):
         groups = np.random.default_rng(mix(seed, 4)).permutation(len(self.boundaries) - 1)
         sizes = np.diff(self.boundaries)[groups]
         number = (np.cumsum(sizes) - sizes) // self.window_rows
-        bounds = self.boundaries.tolist()
-        return [
-            np.concatenate(
-                [np.arange(bounds[g], bounds[g + 1]) for g in np.sort(groups[number == n]).tolist()]
-            )
-            for n in np.unique(number)
-        ]
+        windows = []
+        for n in np.unique(number):
+            rows = [
+                np.arange(self.boundaries[group], self.boundaries[group + 1])
+                for group in np.sort(groups[number == n])
+            ]
+            windows.append(np.concatenate(rows))
+        return windows
 
     @property
     def held_rows(self) -> int:
@@ -193,7 +194,8 @@ class BucketPlan(Plan):
         batches.
         """
         rows, sizes = [], []
-        for w in np.random.default_rng(mix(self.seed, epoch, 5)).permutation(len(self.windows)):
+        order_of_windows = np.random.default_rng(mix(self.seed, epoch, 5))
+        for w in order_of_windows.permutation(len(self.windows)):
             window, batches = self.windows[w], []
             for b, offsets in enumerate(window.batches):
                 bucket = window.rows[window.buckets[b] : window.buckets[b + 1]]
@@ -224,5 +226,6 @@ class BucketPlan(Plan):
         """
         rows, starts = self._epoch(epoch)
         costs = self.costs[rows]
-        padded = float((np.maximum.reduceat(costs, starts[:-1]) * np.diff(starts)).sum())
+        largest = np.maximum.reduceat(costs, starts[:-1])
+        padded = float((largest * np.diff(starts)).sum())
         return max(0.0, 1 - float(costs.sum()) / padded) if padded else 0.0

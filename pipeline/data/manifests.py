@@ -98,12 +98,13 @@ class Manifest:
         file = self.row_groups[int(np.searchsorted(self.starts, row, side="right")) - 1].file
         origin = self.origins[file] if self.origins else None
         if origin and origin.column:
-            named = Reader(self, [origin.column]).take(np.array([row])).column(0)[0]
-            return storage.without_secrets(str(named))
+            table = Reader(self, [origin.column]).take(np.array([row]))
+            return storage.without_secrets(str(table.column(0)[0]))
         return f"{self.name(file)} row {row - self._file_start(file)}"
 
     def _file_start(self, file: int) -> int:
-        return int(self.starts[next(i for i, g in enumerate(self.row_groups) if g.file == file)])
+        files = [group.file for group in self.row_groups]
+        return int(self.starts[files.index(file)])
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,13 @@ class Selection:
         return self.manifest.num_rows if self.row_ids is None else len(self.row_ids)
 
     def ids(self, indices: np.ndarray) -> np.ndarray:
+        """Return the row ids at some indices of the selection."""
         return indices if self.row_ids is None else self.row_ids[indices]
+
+    @property
+    def all_ids(self) -> np.ndarray:
+        """(n,) row ids, sorted."""
+        return np.arange(len(self)) if self.row_ids is None else self.row_ids
 
     @property
     def row_group_starts(self) -> np.ndarray:
@@ -129,8 +136,8 @@ class Selection:
         return np.unique(np.searchsorted(self.row_ids, self.manifest.starts))
 
     def keep(self, mask: np.ndarray) -> Selection:
-        ids = np.arange(self.manifest.num_rows) if self.row_ids is None else self.row_ids
-        return Selection(self.manifest, ids[mask])
+        """Return the rows where (n,) ``mask`` is true."""
+        return Selection(self.manifest, self.all_ids[mask])
 
 
 def build(uris: str | list[str], form: str, imports_uri: str) -> Manifest:
@@ -515,11 +522,15 @@ def _check_columns(manifest: Manifest, data: Data, roles: tuple[str, ...], at: s
         *((f"columns.{role}", name) for role, name in data.columns.items()),
         *(("where", name) for name in data.where),
     ]
-    wanted += [(k, v) for k, v in (("split_column", data.split_column), ("group", data.group)) if v]
+    if data.split_column:
+        wanted.append(("split_column", data.split_column))
+    if data.group:
+        wanted.append(("group", data.group))
+    known = manifest.schema.names
     problems += [
-        f"{at}.{k}: {manifest.name()} has no column {v!r}; {nearest(v, manifest.schema.names)}"
-        for k, v in wanted
-        if v not in manifest.schema.names
+        f"{at}.{field}: {manifest.name()} has no column {column!r}; {nearest(column, known)}"
+        for field, column in wanted
+        if column not in known
     ]
     if problems:
         raise ValueError("\n".join(problems))
@@ -796,7 +807,7 @@ def _is_in_fold(
     table = read_columns(selection, [name for name in (label, unit_column) if name])
     group = table[unit_column] if unit_column else None
     groups = None if group is None else group_numbers(group)
-    ids = selection.ids(np.arange(len(selection)))
+    ids = selection.all_ids
     unit, units = "rows", ids
     if groups is not None:
         unit, units = "groups" if data.group else f"values of {unit_column}", groups
@@ -953,7 +964,7 @@ def _draw_split(
     units = read_columns(train, [unit_column])[unit_column] if unit_column else None
     salt = f"{name} {data.split_seed}" if data.split_seed else name
     salt += f" fold {fold.number}" if fold else ""
-    is_drawn = _share(units, train.ids(np.arange(len(train))), salt) < fraction
+    is_drawn = _share(units, train.all_ids, salt) < fraction
     return train.keep(is_drawn), train.keep(~is_drawn)
 
 
@@ -1124,7 +1135,7 @@ def _paths_of(selection: Selection, name: str) -> list[str]:
 
     Reads a row group at a time: the bytes may take gigabytes.
     """
-    ids, out = selection.ids(np.arange(len(selection))), []
+    ids, out = selection.all_ids, []
     reader = Reader(selection.manifest, [name])
     for start, stop in pairwise(selection.row_group_starts.tolist()):
         cells = reader.take(ids[start:stop])[name].combine_chunks()
@@ -1231,7 +1242,7 @@ def _concatenated(
     if all(selection.row_ids is None for selection in selections):
         return Selection(joined)
     ids = [
-        selection.ids(np.arange(len(selection))) + first_row
+        selection.all_ids + first_row
         for selection, first_row in zip(selections, first_rows, strict=True)
     ]
     return Selection(joined, np.concatenate(ids))

@@ -209,7 +209,8 @@ def draws_per_chunk(weights: np.ndarray) -> np.ndarray:
 
     Raises ValueError for weights that are not above 0, or so small that nothing would be drawn.
     """
-    if not len(weights) or not (np.isfinite(weights).all() and (weights > 0).all()):
+    is_positive = np.isfinite(weights) & (weights > 0)
+    if not len(weights) or not is_positive.all():
         raise ValueError(f"weights {', '.join(f'{w:g}' for w in weights)}: each must be above 0")
     shares = weights / weights.sum()
     cuts = np.round(np.cumsum(shares) * CHUNK)

@@ -555,7 +555,8 @@ def eval_batches(
 
     Ragged rows come in batches of similar length, not in their order.
     """
-    items = [Item(-1, i, min(i + size, len(rows))) for i in range(0, len(rows), size)]
+    n = len(rows)
+    items = [Item(-1, start, min(start + size, n)) for start in range(0, n, size)]
 
     def batches():
         loader = Loader(rows.selection, rows.decoder)

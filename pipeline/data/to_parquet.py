@@ -403,18 +403,23 @@ class _File(NamedTuple):
 
 def _identified_files(pairs: list[tuple[str, str]], mode: identity.Mode) -> list[_File]:
     plain = [storage.without_query(file) for file, _ in pairs]
-    loose = [name.split("/")[:-1] for name, (_, root) in zip(plain, pairs, strict=True) if not root]
-    shared = next(
-        (i for i, names in enumerate(zip(*loose, strict=False)) if len(set(names)) > 1),
-        min(map(len, loose), default=0),
-    )
+    # folders of the files that were given one by one, and how many of them all files share
+    folders = [
+        name.split("/")[:-1] for name, (_, root) in zip(plain, pairs, strict=True) if not root
+    ]
+    shared = min(map(len, folders), default=0)
+    for depth, names in enumerate(zip(*folders, strict=False)):
+        if len(set(names)) > 1:
+            shared = depth
+            break
     uris = [
         file if storage.is_remote(file) else os.path.abspath(s3.split(file)[1]) for file, _ in pairs
     ]
     files = []
     identities = identity.identify(uris, mode)
     for file, (_, root), known in zip(plain, pairs, identities, strict=True):
-        name = file[len(root) :].lstrip("/") if root else "/".join(file.split("/")[shared:])
+        parts = file.split("/")
+        name = file[len(root) :].lstrip("/") if root else "/".join(parts[shared:])
         label = PurePosixPath(storage.without_query(known.uri)).parent.name
         files.append(_File(known, name, label))
     return files
@@ -469,7 +474,13 @@ def _audio_table(files: list[_File]) -> pa.Table:
 
 def _write_documents(listed: list[_File], path: Path) -> None:
     """Write a row for each file of text, with the file's folder and path."""
-    schema = pa.schema([("text", pa.binary()), ("label", pa.string()), ("id", pa.string())])
+    schema = pa.schema(
+        [
+            ("text", pa.binary()),
+            ("label", pa.string()),
+            ("id", pa.string()),
+        ]
+    )
     with pq.ParquetWriter(path, schema) as writer:
         rows: list[dict[str, Any]] = []
         size = 0

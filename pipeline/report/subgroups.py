@@ -87,7 +87,7 @@ def with_subgroups(
     run: RunPredictions, selection: Selection, texts_of_column: dict[str, np.ndarray]
 ) -> RunPredictions:
     """Return the run with the subgroup values that ``read`` returned, in the order of its rows."""
-    where = np.searchsorted(selection.ids(np.arange(len(selection))), run.rows)
+    where = np.searchsorted(selection.all_ids, run.rows)
     return replace(run, subgroups={name: texts[where] for name, texts in texts_of_column.items()})
 
 

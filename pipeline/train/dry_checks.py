@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from scipy.stats import beta
 
@@ -157,9 +156,7 @@ def _packed_batches(stage: SourceStage, decoder: Decoder) -> list[Finding]:
     if not stage.packed or stage.spec.train.batch_cost is not None or not len(rows_to_pack):
         return []
     part = _sampled(rows_to_pack)
-    table = manifests.Reader(part.manifest, decoder.column_names()).take(
-        part.ids(np.arange(len(part)))
-    )
+    table = manifests.Reader(part.manifest, decoder.column_names()).take(part.all_ids)
     assert can_pack(decoder.modality)
     packed = len(decoder.modality.pack(table, decoder.columns)[0])
     about = round(packed * len(rows_to_pack) / len(part))
@@ -226,7 +223,7 @@ def check_sample(
     reasons = _bad_row_reasons(part, replace(decoder, training=split == "train"))
     bad = [
         (int(row), reason)
-        for row, reason in zip(part.ids(np.arange(len(part))), reasons, strict=True)
+        for row, reason in zip(part.all_ids, reasons, strict=True)
         if reason and reason != EMPTY
     ]
     is_whole = len(part) == len(selection)
@@ -260,9 +257,7 @@ def _sampled(selection: Selection) -> Selection:
 def _bad_row_reasons(part: Selection, decoder: Decoder) -> list[str]:
     """Return for each row why it cannot be used, or ""."""
     objective = registry.get("objective", decoder.objective) if decoder.objective else Objective
-    table = manifests.Reader(part.manifest, decoder.column_names()).take(
-        part.ids(np.arange(len(part)))
-    )
+    table = manifests.Reader(part.manifest, decoder.column_names()).take(part.all_ids)
     if objective.packed and can_pack(decoder.modality):
         return decoder.modality.pack(table, decoder.columns)[1]
     return decoder(table)[1]

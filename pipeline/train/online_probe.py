@@ -296,7 +296,7 @@ class ProbeEvaluator:
         if len(part):
             pooled, labels = features(backbone, part, self.ranks.device, self.autocast())
             mine = {
-                "row": part.selection.ids(np.arange(len(part))),
+                "row": part.selection.all_ids,
                 "features": pooled.cpu().numpy(),
                 "label": labels["label"].cpu().numpy(),
             }

@@ -560,7 +560,8 @@ def _leave_out_untrainable(spec: Source, rows: _Rows, decoder: Decoder) -> None:
     kept, bad = drop_untrainable(with_costs, spec.data.max_bad_rows)
     place = rows.train.manifest.location
     rows.left_out += [LeftOut("train", row, place(row), reason) for row, reason in bad]
-    is_bad = np.isin(rows.train.ids(np.arange(len(rows.train))), [row for row, _ in bad])
+    bad_ids = [row for row, _ in bad]
+    is_bad = np.isin(rows.train.all_ids, bad_ids)
     by_corpus = np.split(is_bad, np.cumsum(rows.corpus_sizes)[:-1])
     rows.corpus_sizes = tuple(len(part) - int(part.sum()) for part in by_corpus)
     rows.train = kept.selection
@@ -654,7 +655,8 @@ def drop_untrainable(rows: Rows, max_bad: float) -> tuple[Rows, list[tuple[int, 
     Raises:
         TooManyBadRowsError: More rows than ``max_bad`` are too short.
     """
-    decoder, ids, costs = rows.decoder, rows.selection.ids(np.arange(len(rows))), rows.costs
+    decoder, costs = rows.decoder, rows.costs
+    ids = rows.selection.all_ids
     objective = registry.get("objective", str(decoder.objective))
     roles: tuple[str, ...] = objective.roles
     if not bounds_length(objective) or not len(rows):

@@ -508,7 +508,7 @@ def _run_stack(
             head.calibrate(validated[k])
             test = _predict_with_head(head, cached.splits["test"], train)
         if test is not None:
-            ids = cached.data.test.selection.ids(np.arange(len(cached.data.test)))
+            ids = cached.data.test.selection.all_ids
             test = {"row": ids, **test}
         stopped_at = keeper.stopped_at(k, first.steps)
         summary = TrialSummary(
@@ -573,7 +573,7 @@ def _solve(
     if "test" in cached.splits:
         if is_calibrated(calibrated):
             calibrated.calibrate(_predict_with_head(head, validation, train))
-        ids = cached.data.test.selection.ids(np.arange(len(cached.data.test)))
+        ids = cached.data.test.selection.all_ids
         test = {"row": ids, **_predict_with_head(head, cached.splits["test"], train)}
     iterations = sum(solution.iterations for solution in solutions)
     # no rate, batch or decay took part
@@ -602,8 +602,8 @@ def _solve(
 
 def _indices_of_rows(data: TargetData, rows: Rows) -> np.ndarray:
     """Return the indices of a trial's rows in the features of all training rows."""
-    ids = data.train.selection.ids(np.arange(len(data.train)))
-    return np.searchsorted(ids, rows.selection.ids(np.arange(len(rows))))
+    ids = data.train.selection.all_ids
+    return np.searchsorted(ids, rows.selection.all_ids)
 
 
 def _build_head(trial: Trial, shared: Shared) -> tuple[Objective, str]:
@@ -631,7 +631,7 @@ class _StackBatches:
         self.members, self.shared = members, shared
         self.features, self.tensors = cached.splits["train"]
         selection = cached.data.train.selection
-        self.ids = selection.ids(np.arange(len(selection)))
+        self.ids = selection.all_ids
         self.plans = [trials.order_of(m.trial, shared, m.train, m.rows) for m in members]
         self.indices = [_indices_of_rows(cached.data, m.rows) for m in members]
         self.traces: list[RowTrace] = []

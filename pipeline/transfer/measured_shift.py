@@ -111,7 +111,7 @@ def groups_of(
     """
     if not column:
         return None
-    ids = selection.ids(np.arange(len(selection))) if ids is None else ids
+    ids = selection.all_ids if ids is None else ids
     return manifests.group_numbers(manifests.Reader(selection.manifest, [column]).take(ids)[column])
 
 
@@ -216,7 +216,7 @@ def _class_labels(
     names = [
         *dict.fromkeys(columns[r] for r in (*kind.roles, *kind.optional_roles) if r in columns)
     ]
-    ids = selection.ids(np.arange(len(selection))) if ids is None else ids
+    ids = selection.all_ids if ids is None else ids
     table = manifests.Reader(selection.manifest, names).take(ids)
     return kind.encode(table, columns, data.objective.state)["label"]
 
@@ -265,7 +265,7 @@ def _features(
     """
     decoder = replace(rows.decoder, objective=None, objective_state={}, relabel=None)
     rows = replace(rows, decoder=decoder)
-    wanted = rows.selection.ids(np.arange(len(rows)))
+    wanted = rows.selection.all_ids
     ids, parts = [], []
     if known is not None:
         is_wanted = np.isin(known[0], wanted)

@@ -129,7 +129,7 @@ class TargetStage:
     def _fold_key(self) -> list[Any]:
         """What identifies the fold: its rows too, since folds have nearly equal numbers of them."""
         test = self.splits.test
-        rows = test.ids(np.arange(len(test))).astype("<i8").tobytes()
+        rows = test.all_ids.astype("<i8").tobytes()
         return [self.spec.folds, self.spec.fold, hashlib.sha256(rows).hexdigest()]
 
     @property

@@ -917,9 +917,7 @@ def groups_of(data: TargetData, test: Predictions | None) -> np.ndarray | None:
     """Return the groups of the test rows that were predicted."""
     if data.groups is None or test is None:
         return None
-    return data.groups[
-        np.searchsorted(data.test.selection.ids(np.arange(len(data.test))), test["row"])
-    ]
+    return data.groups[np.searchsorted(data.test.selection.all_ids, test["row"])]
 
 
 def failed_record(
