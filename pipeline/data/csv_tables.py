@@ -181,7 +181,7 @@ class CsvFile:
             for name, kind in self._types.items()
             if name in names and kind in (pa.int64(), pa.float64())
         }
-        found: set[str] = set()
+        code_columns: set[str] = set()
         if not patterns:
             return frozenset()
         types = self._types | {name: pa.string() for name in patterns}
@@ -189,10 +189,10 @@ class CsvFile:
             for name, fields in zip(table.column_names, table.columns, strict=True):
                 is_code = pc.match_substring_regex(fields, rf"^\s*({patterns[name]})\s*$")
                 if pc.any(is_code).as_py():
-                    found.add(name)
-            if len(found) == len(patterns):
+                    code_columns.add(name)
+            if len(code_columns) == len(patterns):
                 break
-        return frozenset(found)
+        return frozenset(code_columns)
 
 
 def csv_tables(

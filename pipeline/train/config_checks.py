@@ -73,8 +73,8 @@ def check_modality(place: str, name: str, options: dict[str, Any], objective: st
     """Raise ValueError where a modality's options do not fit the objective."""
     kind = registry.get("modality", name)
     try:
-        made = kind(kind.options_class(**options), {})
-        check_roles(made, registry.get("objective", objective).roles)
+        modality = kind(kind.options_class(**options), {})
+        check_roles(modality, registry.get("objective", objective).roles)
     except ValueError as error:
         raise ValueError(f"{place}.data.modality: {error}") from None
 

@@ -231,7 +231,7 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
         outcome=outcome,
         metrics=metrics,
         metadata=_metadata(outcome, keeper.step, experiment.plan, chosen),
-        bad_rows=record.bad_rows.found,
+        bad_rows=record.bad_rows.reasons,
         warning=record.warning,
         damaged=record.damaged,
     )
@@ -333,7 +333,8 @@ class BadRows:
         self.max_bad_rows, self.num_left_out = experiment.max_bad_rows, experiment.num_left_out
         self.ranks = ranks
         self.new: list[tuple[str, int, str]] = []
-        self.found: dict[tuple[str, int], str] = {}
+        self.reasons: dict[tuple[str, int], str] = {}
+        """Why each bad row of all ranks cannot be used, by (split, row id)."""
 
     def add(self, split: str, bad: Iterable[tuple[int, str]]) -> None:
         """Add bad rows of this rank. The other ranks get them at the next ``gather``."""
@@ -348,10 +349,10 @@ class BadRows:
         everyone = evaluate.gather_objects(self.new, self.ranks)
         self.new = []
         of_all_ranks = {(split, row): reason for part in everyone for split, row, reason in part}
-        fresh = {key: reason for key, reason in of_all_ranks.items() if key not in self.found}
+        fresh = {key: reason for key, reason in of_all_ranks.items() if key not in self.reasons}
         if not fresh:
             return
-        self.found |= fresh
+        self.reasons |= fresh
         if log:
             log.quarantine(
                 [
@@ -360,7 +361,7 @@ class BadRows:
                 ]
             )
         for split, selection in self.selections.items():
-            bad = [(row, reason) for (of, row), reason in self.found.items() if of == split]
+            bad = [(row, reason) for (of, row), reason in self.reasons.items() if of == split]
             left_out = self.num_left_out if split == "train" else 0
             check_bad_row_budget(bad, len(selection), self.max_bad_rows, selection, left_out)
 
@@ -401,8 +402,8 @@ class _Record:
         self.warning = record.get("warning", self.warning)
         if not self.log:
             return
-        if self.bad_rows.found:
-            record["bad_rows"] = len(self.bad_rows.found)
+        if self.bad_rows.reasons:
+            record["bad_rows"] = len(self.bad_rows.reasons)
         self.log.write(record)
         self.experiment.on_record(record)
 

@@ -84,8 +84,8 @@ def describe_layers(layers: dict[str, list[str]], chosen: set[str]) -> str:
     parts: dict[str, list[str]] = {}
     for name in filled:
         if name != "head":
-            whole, _, part = name.partition("/")
-            parts.setdefault(part, []).append(whole)
+            layer, _, part = name.partition("/")
+            parts.setdefault(part, []).append(layer)
     described = []
     for part, names in parts.items():
         runs: list[list[str]] = [[]]

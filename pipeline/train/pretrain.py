@@ -95,9 +95,9 @@ def rank_job(
     """
     spec = stage.spec
     check_plan(stage, fitted.corpus_sizes)
-    made = made_by(spec, fitted.arch).made_by
+    code = made_by(spec, fitted.arch).made_by
     if fitted.begun_by:
-        made["begun_by"] = list(fitted.begun_by)
+        code["begun_by"] = list(fitted.begun_by)
     work = RankJob(
         name=stage.name,
         uri=stage.uri,
@@ -108,7 +108,7 @@ def rank_job(
         fitted=fitted,
         workers=workers,
         threads=threads,
-        made_by=made,
+        made_by=code,
         fences=write_fence.current_fences(),
     )
     rows = training_rows(work)

@@ -24,19 +24,19 @@ from pipeline.data.manifests import Selection
 from pipeline.train import fit_components
 
 SAMPLE_ROWS, SAMPLE_BYTES = 2048, 4 << 20
-"""Rows of the sample of a split; fewer where rows are large, about so many bytes in Parquet.
-Counting the tokens of all rows would take long.
+"""Rows of the sample of a split; fewer where they take more bytes in Parquet, uncompressed. To count
+the tokens of all rows would take long.
 """
 FEWEST_ROWS = 16
 WARN_SHARE = 0.01
-"""Share of a split's words or tokens that is never read from which on a finding is a warning."""
+"""From this share of unread words or tokens of a split on, a finding is a warning."""
 
 LEAST_KNOWN = 0.1
-"""Share of a target's values that its source knows below which there is a warning."""
+"""There is a warning where a source knows a smaller share of a target's values."""
 
 
 class Finding(NamedTuple):
-    """Something that was noticed in the rows, as one sentence."""
+    """An observation on the rows, as one sentence."""
 
     text: str
     is_warning: bool = False
@@ -44,19 +44,19 @@ class Finding(NamedTuple):
     """Whether the terminal shows it too; the report has all findings."""
 
     def line(self, name: str) -> str:
-        """The sentence with the name of its source or target."""
+        """Return the sentence with the name of its source or target."""
         return f"{'warning: ' if self.is_warning else ''}{name}: {self.text}"
 
 
 def findings_from_metadata(metadata: Mapping[str, Any]) -> list[Finding]:
-    """The findings in the metadata of a source's bundle: lists of a Finding's fields.
+    """Return the findings in the metadata of a source's bundle: lists of a Finding's fields.
 
     Bundles of imported checkpoints of an earlier version have the sentence alone.
     """
-    found = []
-    for kept in metadata.get("findings", ()):
-        found.append(Finding(kept) if isinstance(kept, str) else Finding(*kept))
-    return found
+    findings = []
+    for fields in metadata.get("findings", ()):
+        findings.append(Finding(fields) if isinstance(fields, str) else Finding(*fields))
+    return findings
 
 
 LENGTH_ADVICE = "raise data.modality.text.length, or cut the texts into rows"
@@ -69,11 +69,10 @@ def text_findings(
     packed: bool,
     length_advice: str = LENGTH_ADVICE,
 ) -> list[Finding]:
-    """Describe how much of some texts is not read: what is beyond the length, and what the
-    tokenizer does not know.
+    """Return findings on the share of texts that is cut, or that the tokenizer does not know.
 
     Args:
-        selections: The rows, by their name in the sentences.
+        selections: The rows, by the name of their split.
         packed: Whether documents are packed into rows, so that nothing is cut.
         length_advice: What to do where much is cut.
     """
@@ -84,21 +83,21 @@ def text_findings(
     largest_cut = largest_unknown = 0.0
     unit = "tokens"
     for name, selection in selections.items():
-        found, rows = _unread_text(modality, selection, columns)
-        if found is None:
+        unread, rows = _unread_text(modality, selection, columns)
+        if unread is None:
             continue
-        unit = found.unit
-        largest_unknown = max(largest_unknown, found.unknown)
-        unknown.append(f"{name} {100 * found.unknown:.1f} %")
-        if packed or not found.lost:
+        unit = unread.unit
+        largest_unknown = max(largest_unknown, unread.unknown)
+        unknown.append(f"{name} {100 * unread.unknown:.1f} %")
+        if packed or not unread.lost:
             continue
-        largest_cut = max(largest_cut, found.share)
+        largest_cut = max(largest_cut, unread.share)
         estimated = (
             f", estimated from {rows:,} of {len(selection):,} rows" if rows < len(selection) else ""
         )
         cut.append(
-            f"{name} {100 * found.share:.1f} % ({found.lost:,} of {found.units:,} "
-            f"{found.unit}, in {found.cut:,} of {found.rows:,} rows{estimated})"
+            f"{name} {100 * unread.share:.1f} % ({unread.lost:,} of {unread.units:,} "
+            f"{unread.unit}, in {unread.cut:,} of {unread.rows:,} rows{estimated})"
         )
     findings: list[Finding] = []
     if cut:
@@ -141,27 +140,27 @@ def unshared_names(
     They are for the report; the terminal has a summary (`ReportsCoverage`), and a warning where the
     source knows little of these rows.
     """
-    reads = bundle.build_modality(modality)
-    if not isinstance(reads, ComparesFeatureNames) or not len(rows):
+    built = bundle.build_modality(modality)
+    if not isinstance(built, ComparesFeatureNames) or not len(rows):
         return []
     table = fit_components.sample(
         rows,
-        fit_components.fitted_columns(type(reads), objective, columns),
+        fit_components.fitted_columns(type(built), objective, columns),
         fit_components.FIT_ROWS,
     )
     sampled = f" (of {len(table):,} of {len(rows):,} rows)" if len(table) < len(rows) else ""
-    found = [
-        Finding(one.text() + sampled, in_terminal=False)
-        for one in reads.name_differences(table, columns)
+    findings = [
+        Finding(difference.text() + sampled, in_terminal=False)
+        for difference in built.name_differences(table, columns)
     ]
-    share = check_known_share(reads, table, columns)
+    share = check_known_share(built, table, columns)
     if share < LEAST_KNOWN:
         text = (
             f"the source knows only {share:.1%} of the values in these rows, and the others are "
             "not read; name columns, variables and categories as in the source's rows"
         )
-        found.insert(0, Finding(text + sampled, is_warning=True))
-    return found
+        findings.insert(0, Finding(text + sampled, is_warning=True))
+    return findings
 
 
 def null_labels(

@@ -594,20 +594,20 @@ def findings_of(stage: SourceStage, modality: ModalitySpec, limit_note: str) -> 
     assert spec.data is not None and splits is not None and spec.objective is not None
     objective, columns = registry.get("objective", spec.objective.name), spec.data.columns
     rows = {"train": splits.train, "validation": splits.validation}
-    found = [Finding(limit_note)] if limit_note else []
+    findings = [Finding(limit_note)] if limit_note else []
     if not len(splits.validation) and (reason := splits.empty_draws.get("validation")):
         text = (
             f"no validation row was drawn ({reason}), so no checkpoint is chosen by validation: "
             "give validation files, a split_column or another split_seed"
         )
-        found.append(Finding(text, is_warning=True))
-    text_modality = bundle.build_modality(modality)
-    found += row_checks.text_findings(text_modality, rows, columns, objective.packed)
-    found += row_checks.null_labels(objective, rows, columns)
-    found += _unread_augmentation(spec.data, spec.objective.name)
+        findings.append(Finding(text, is_warning=True))
+    built = bundle.build_modality(modality)
+    findings += row_checks.text_findings(built, rows, columns, objective.packed)
+    findings += row_checks.null_labels(objective, rows, columns)
+    findings += _unread_augmentation(spec.data, spec.objective.name)
     if stage.checkpoint_name:  # its modality was fitted on other rows
-        found += row_checks.unshared_names(modality, objective, splits.train, columns)
-    return found
+        findings += row_checks.unshared_names(modality, objective, splits.train, columns)
+    return findings
 
 
 def _unread_augmentation(data: Data, name: str) -> list[Finding]:
