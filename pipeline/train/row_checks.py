@@ -24,8 +24,8 @@ from pipeline.data.manifests import Selection
 from pipeline.train import fit_components
 
 SAMPLE_ROWS, SAMPLE_BYTES = 2048, 4 << 20
-"""Rows of the sample of a split; fewer where they take more bytes in Parquet, uncompressed. To count
-the tokens of all rows would take long.
+"""Rows of the sample of a split, since counting the tokens of all rows takes long; fewer where they
+take more bytes in Parquet, uncompressed.
 """
 FEWEST_ROWS = 16
 WARN_SHARE = 0.01
