@@ -14,9 +14,9 @@ import pyarrow as pa
 from pipeline.core.arrow_compute import pc
 
 LONG_BYTES = 4096
-"""Bytes a row on average from which on lists of lists are copied row by row.
+"""Lists of lists are copied row by row if rows have at least so many bytes on average.
 
-For smaller rows pyarrow's own way is faster.
+For smaller rows ``table.take`` is faster.
 """
 
 
@@ -60,7 +60,7 @@ def nan_as_null(column: pa.Array | pa.ChunkedArray) -> Any:
 
 
 def dictionary_codes(column: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
-    """Return (n,) codes, -1 for null, and the distinct values that they count by."""
+    """Return (n,) codes, -1 for null, and the distinct values that the codes number."""
     whole: Any = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     encoded = whole.dictionary_encode()
     codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
@@ -75,10 +75,10 @@ def holds_files(kind: pa.DataType) -> bool:
 
 
 def take(table: pa.Table, places: np.ndarray) -> pa.Table:
-    """Return the rows of a table at some places, as ``table.take`` does.
+    """Return the rows of a table at some indices, as ``table.take`` does.
 
-    ``table.take`` looks up lists of lists one inner list at a time. Here, each run of neighbouring
-    rows is copied as a whole where the lists are long.
+    ``table.take`` copies lists of lists one inner list at a time. Where lists are long, this copies
+    each run of neighbouring rows at once.
     """
     long = {name for name in table.column_names if _has_long_lists(table[name])}
     if not long or not len(places):

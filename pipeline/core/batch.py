@@ -1,4 +1,4 @@
-"""A batch of rows, as every part of the pipeline hands it on."""
+"""A batch of rows, as all parts of the pipeline use it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows on their way through a model.
+    """Rows as tensors.
 
-    For dense tasks on images some tensors have fixed names. ``boxes`` (B, M, 4) float32 are corners
-    x0 y0 x1 y1, where a box without area stands for no box: shares of the row's own image until the
-    modality's ``finish``, and pixels of the input after it. ``mask`` (B, H, W) has one class number
-    for each pixel of the input. ``frame`` (B, 4) float32 (width, height, left, top) says in pixels
-    of the input where the whole image lies.
+    For dense tasks on images some tensors have fixed names.
+
+    - ``boxes`` (B, M, 4) float32: corners x0 y0 x1 y1. Until the modality's ``finish`` they are
+      shares of the row's own image, and pixels of the input after it. A box without area is none.
+    - ``mask`` (B, H, W): the class number of each pixel of the input.
+    - ``frame`` (B, 4) float32: width, height, left and top of the whole image in pixels of the
+      input.
 
     Attributes:
         rows: (B,) int64 row ids of the manifest, on the host.
-        keys: (B,) int64, one random key a row from (seed, epoch, row). All that is random about a
-            row (crop, mask) follows from its key, so it is the same at any number of ranks.
+        keys: (B,) int64: a random key of each row, from (seed, epoch, row). All that is random
+            about a row (crop, mask) depends on its key alone, and not on the number of ranks.
         data: Named tensors, each with first dimension B.
         shards: (B,) the canonical shard of each row, where a plan made the batch.
     """
@@ -47,8 +49,8 @@ class Batch:
     def partners(self) -> Tensor:
         """Return another row for each row, for pairings such as mixup.
 
-        It is the next row of the same canonical shard, in a ring, so that the pairing is the same
-        at any number of ranks. Without shards all rows are one ring.
+        It is the next row of the same canonical shard; the last row has the first one. So pairs are
+        the same at any number of ranks. Without shards, all rows count as one.
 
         Returns:
             (B,) int64 on the device of the keys.
@@ -93,7 +95,7 @@ class Batch:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def empty(self) -> Batch:
-        """Return a batch with the same tensors and no row."""
+        """Return a batch with the same tensors and no rows."""
         return Batch(
             self.rows[:0],
             self.keys[:0],
@@ -102,7 +104,7 @@ class Batch:
         )
 
     def parts(self, count: int) -> list[Batch]:
-        """Cut the batch into ``count`` parts, in order and as even as can be."""
+        """Cut the batch into ``count`` parts, in order and as even as possible."""
         cuts = [len(self) * i // count for i in range(count + 1)]
         return [
             Batch(

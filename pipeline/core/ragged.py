@@ -42,16 +42,14 @@ def concatenate_padded(arrays: list[np.ndarray]) -> np.ndarray:
     """Concatenate arrays along rows; shorter rows are filled up with -1 (whole numbers) or NaN."""
     shapes = [array.shape[1:] for array in arrays]
     if len(set(shapes)) > 1:
-        wide = tuple(map(max, zip(*shapes, strict=True)))
+        largest = np.max(shapes, axis=0)
         fill = np.nan if arrays[0].dtype.kind == "f" else -1
-        arrays = [
-            np.pad(
-                a,
-                [(0, 0), *((0, most - have) for most, have in zip(wide, a.shape[1:], strict=True))],
-                constant_values=fill,
-            )
-            for a in arrays
-        ]
+        padded = []
+        for array in arrays:
+            missing = largest - array.shape[1:]
+            widths = [(0, 0), *((0, count) for count in missing)]
+            padded.append(np.pad(array, widths, constant_values=fill))
+        arrays = padded
     return np.concatenate(arrays)
 
 

@@ -1,8 +1,7 @@
-"""What a network is made of, as plain records: architecture, modality and objective.
+"""The specs of a network: architecture, modality and objective.
 
-They stand as JSON in every bundle, and keys of stages and trials are hashes of that JSON: a field
-that is renamed or added changes all keys. The version of the JSON is that of the bundle that holds
-it.
+Every bundle has them as JSON, and keys of stages and trials are hashes of that JSON: a renamed or
+added field changes all keys. The version of the JSON is that of the bundle.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from pipeline.core.inputs import Inputs
 from pipeline.io.json_values import JsonObject
 
 State: TypeAlias = Mapping[str, Any]
-"""What ``fit`` found in the training rows, as JSON, such as class names or means.
+"""The result of ``fit`` on the training rows, as JSON, such as class names or means.
 
 Each class of a modality or objective documents its keys (`ClassificationState`).
 """
@@ -29,20 +28,21 @@ class Spec:
     options: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def to_json(self) -> JsonObject:
-        return {one.name: getattr(self, one.name) for one in fields(self)}
+        return {spec_field.name: getattr(self, spec_field.name) for spec_field in fields(self)}
 
     @classmethod
-    def from_json(cls, found: Any) -> Self:
-        """Read what `to_json` gave. Raises ValueError where a field is missing, unknown or of
-        another kind.
+    def from_json(cls, document: Any) -> Self:
+        """Read the result of `to_json`.
+
+        Raises ValueError where a field is missing, unknown or of another kind.
         """
-        names = [one.name for one in fields(cls)]
-        if not isinstance(found, Mapping):
+        names = [spec_field.name for spec_field in fields(cls)]
+        if not isinstance(document, Mapping):
             raise ValueError(
                 f"{cls.__name__}: a JSON object with {', '.join(names)} was expected, not "
-                f"{found!r:.80}"
+                f"{document!r:.80}"
             )
-        values = dict(cast(Mapping[str, Any], found))
+        values = dict(cast(Mapping[str, Any], document))
         if differing := sorted(set(names) ^ set(values)):
             raise ValueError(
                 f"{cls.__name__}: its fields are {', '.join(names)}; {', '.join(differing)} "
@@ -59,8 +59,10 @@ class Spec:
 
 @dataclass(frozen=True)
 class Architecture(Spec):
-    """What rebuilds a backbone offline. ``name`` is library/model, ``inputs`` what its modality
-    says of the rows (channels and size, or vocabulary and length).
+    """The architecture of a backbone, from which it is built offline.
+
+    ``name`` is library/model. ``inputs`` describes the rows for it, such as channels and size, or
+    vocabulary and length.
     """
 
     inputs: Inputs = field(default_factory=dict[str, Any])
@@ -72,19 +74,17 @@ class Architecture(Spec):
 
 @dataclass(frozen=True)
 class ModalitySpec(Spec):
-    """How rows become tensors. ``state`` is what was fitted on the training rows (means,
-    vocabulary).
-    """
+    """How rows become tensors. ``state`` was fitted on the training rows (means, vocabulary)."""
 
     state: State = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True)
 class ObjectiveSpec(Spec):
-    """The task that is trained. ``state`` is what was fitted on the training rows (label names)."""
+    """The task that is trained. ``state`` was fitted on the training rows (label names)."""
 
     state: State = field(default_factory=dict[str, Any])
 
 
 NO_OBJECTIVE = ObjectiveSpec("none")
-"""Of the bundle of a backbone without a head."""
+"""Stands in the bundle of a backbone without a head."""

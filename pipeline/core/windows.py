@@ -10,7 +10,7 @@ from torch import Tensor
 from pipeline.core.batch import Batch
 
 WINDOWS_AT_ONCE = 32
-"""Windows in one pass of a network: evaluation hands over hundreds of rows of several each."""
+"""Most windows in one pass of a network: in evaluation, hundreds of rows have several each."""
 
 
 def has_windows(batch: Batch) -> bool:
