@@ -44,7 +44,7 @@ def concatenate_padded(arrays: list[np.ndarray]) -> np.ndarray:
     if len(set(shapes)) > 1:
         largest = np.max(shapes, axis=0)
         fill = np.nan if arrays[0].dtype.kind == "f" else -1
-        padded = []
+        padded: list[np.ndarray] = []
         for array in arrays:
             missing = largest - array.shape[1:]
             widths = [(0, 0), *((0, count) for count in missing)]

@@ -126,11 +126,12 @@ class BucketPlan(Plan):
         groups = np.random.default_rng(mix(seed, 4)).permutation(len(self.boundaries) - 1)
         sizes = np.diff(self.boundaries)[groups]
         number = (np.cumsum(sizes) - sizes) // self.window_rows
+        starts = self.boundaries.tolist()
         windows = []
         for n in np.unique(number):
             rows = [
-                np.arange(self.boundaries[group], self.boundaries[group + 1])
-                for group in np.sort(groups[number == n])
+                np.arange(starts[group], starts[group + 1])
+                for group in np.sort(groups[number == n]).tolist()
             ]
             windows.append(np.concatenate(rows))
         return windows

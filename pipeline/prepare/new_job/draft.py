@@ -586,7 +586,7 @@ def _prepare(draft: Draft, output: str, splits: Column | None) -> None:
         labelled = sum(draft.counts.values())
         if draft.objective == "regression":
             labelled = found.rows - draft.unlabelled_rows
-        dropped = found.main.rows and 1 - labelled / found.rows
+        dropped = found.main.num_rows and 1 - labelled / found.rows
         missing = found.column(draft.label).present < found.column(draft.label).rows
         settings += [f"--max-bad {math.ceil(100 * dropped) / 100:g}"] if missing else []
     elif draft.media is not None:
@@ -791,7 +791,7 @@ def _split(draft: Draft, splits: Column | None, scratch: str) -> None:
         files = "share of the rows whose file may be missing or broken"
         draft.reasons["max_bad_rows"] = f"{why}; files may be missing" if why else files
     held = sum(value for key, value in draft.fields.items() if key.endswith("_fraction"))
-    rows = found.main.rows if splits is None else found.rows * _train_share(splits)
+    rows = found.main.num_rows if splits is None else found.rows * _train_share(splits)
     draft.train_rows = max(1, round(rows * (1 - held)))
     if _is_read_without_conversion(draft):
         _choose_seed(draft, scratch)

@@ -335,7 +335,7 @@ def _manifest(uris: list[str], kind: str, scratch: str, delimiter: str) -> Manif
         if "differ" not in str(error):
             raise
         raise ValueError(f"{error}: these are several tables; name the files of one") from None
-    if not found.rows:
+    if not found.num_rows:
         raise ValueError(f"{', '.join(uris)}: no rows, a header at most: add rows")
     return found
 
