@@ -111,7 +111,7 @@ def test_files_folders_and_globs_give_each_row_once_in_the_order_of_names(files,
     assert [Path(file).name for file in built.files] == ["a.parquet", "b.parquet", "c.parquet"]
     assert built.num_rows == 63
     assert [g.num_rows for g in built.row_groups] == [7, 7, 6, 7, 6, 7, 7, 7, 7, 2]
-    assert [(g.file, g.number) for g in built.groups] == [
+    assert [(g.file, g.index_in_file) for g in built.row_groups] == [
         (0, 0),
         (0, 1),
         (0, 2),
@@ -124,7 +124,7 @@ def test_files_folders_and_globs_give_each_row_once_in_the_order_of_names(files,
         (2, 4),
     ]
     assert built.starts.tolist() == [0, 7, 14, 20, 27, 33, 40, 47, 54, 61, 63]
-    assert built.size > 0
+    assert built.num_bytes > 0
     assert numbers(m.Selection(built)) == list(range(63))
 
 
@@ -331,7 +331,7 @@ def test_most_of_a_row_group_is_not_copied(files, imports, taken, copied):
     them there.
     """
     reader = m.Reader(m.build(str(files), "auto", imports), ["text"])
-    group = reader._group(0)["text"].chunk(0)
+    group = reader._table(0)["text"].chunk(0)
     found = reader.take(np.array(taken))["text"]
     assert found.to_pylist() == [f"text {i}" for i in taken]
     assert (found.chunk(0).buffers()[2].address != group.buffers()[2].address) == copied
@@ -1357,7 +1357,7 @@ def test_where_holds_for_every_split(files, split):
         ),
         (
             {"columns": {}},
-            r"targets\.t\.data\.columns: role 'text' has no column; say \{text: NAME\}; "
+            r"targets\.t\.data\.columns: role 'text' has no column; add \{text: NAME\}; "
             r"columns are number, text, label",
         ),
         (

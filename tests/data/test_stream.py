@@ -674,7 +674,7 @@ def test_memory_may_be_filled_by_several_processes(ray_here, tmp_path, monkeypat
     rows = make(tmp_path / "rows", BROKEN)
     here = rows.in_memory(0.05)
     DECODED.clear()
-    monkeypatch.setattr(m.Manifest, "size", property(lambda self: 1 << 30))
+    monkeypatch.setattr(m.Manifest, "num_bytes", property(lambda self: 1 << 30))
     there = rows.in_memory(0.05)
     assert DECODED == []
     assert (

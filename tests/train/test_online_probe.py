@@ -339,7 +339,7 @@ def write(path: Path, **columns) -> str:
     [
         (
             {"columns": {"image": "picture"}},
-            r"sources\.src\.probe\.columns: role 'label' has no column; say \{label: NAME\}",
+            r"sources\.src\.probe\.columns: role 'label' has no column; add \{label: NAME\}",
         ),
         (
             {"columns": {"image": "picture", "label": "klass"}},

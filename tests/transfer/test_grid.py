@@ -915,7 +915,7 @@ def test_rows_are_read_by_cost_unless_features_of_one_length_are_kept(
     """
     pq.write_table(pa.table({"x": list(range(100))}), tmp_path / "rows.parquet")
     costs = np.where(np.arange(100) % 10, 4.0, 30.0)  # 6.6 on average
-    decoder = SimpleNamespace(size=len)
+    decoder = SimpleNamespace(estimate_bytes=len)
     rows = Rows(
         manifests.Selection(manifests.build(str(tmp_path / "rows.parquet"), "auto", str(tmp_path))),
         decoder,
