@@ -769,7 +769,7 @@ def test_bytes_of_a_row_are_those_that_a_reader_holds_for_it(rows, groups, tmp_p
     held = m.build(str(tmp_path / "even.parquet"), "auto", str(tmp_path))
     count = 100 if rows is None else len(rows)
     assert row_bytes(m.Selection(held, None if rows is None else np.array(rows))) == pytest.approx(
-        held.size / 10 * groups / count, rel=0.01
+        held.num_bytes / 10 * groups / count, rel=0.01
     )
 
 

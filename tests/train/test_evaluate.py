@@ -56,7 +56,7 @@ class Reads(Objective):
         return {**found, "again": (arrays["tokens"].astype(np.int64) * kept).sum(1)}
 
 
-@pytest.mark.parametrize("held", ["files", "memory", "subset of memory", "subset of files", "part"])
+@pytest.mark.parametrize("held", ["files", "memory", "subset of memory", "subset of files"])
 def test_predictions_are_completed_by_their_own_rows(rows, held):
     made = rows.in_memory(1.0, cpus=0) if "memory" in held else rows
     if "subset" in held:
@@ -64,13 +64,10 @@ def test_predictions_are_completed_by_their_own_rows(rows, held):
     ids = made.selection.ids(np.arange(len(made)))
     task, got = type("T", (torch.nn.Module,), {"objective": Reads(), "backbone": None})(), []
     for rank in range(2):
-        mine = made.part(rank, 2) if held == "part" else made
-        batches = eval_batches(
-            mine, 4, rank=0 if held == "part" else rank, ranks=1 if held == "part" else 2
-        )
-        found = evaluate.predictions(
-            task, batches, evaluate.device_preprocessing(made), Ranks(), torch.no_grad()
-        )
+        mine = made.part(rank, 2)
+        preprocess = evaluate.device_preprocessing(made)
+        batches = eval_batches(mine, 4)
+        found = evaluate.predictions(task, batches, preprocess, Ranks(), torch.no_grad())
         got.append(evaluate.Postprocessor(mine)(task.objective, found))
     whole = evaluate.concatenate(got)
     assert (

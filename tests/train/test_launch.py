@@ -267,7 +267,7 @@ def living(monkeypatch):
         lambda: SimpleNamespace(gcs_address="a:1", get_node_id=lambda: "h"),
     )
     declared: list = [None]
-    monkeypatch.setattr(launch.node_types, "declared", lambda address: declared[0])
+    monkeypatch.setattr(launch.node_types, "read_declared_types", lambda address: declared[0])
     return declared
 
 
