@@ -211,7 +211,8 @@ def _header(
         + "--dry-run says what would run and what is wrong with the rows; predict is for new rows."
     )
     out.blank()
-    parts = ", ".join(f"{key} {one.rows}" for key, one in found.manifests.items() if key != "uri")
+    counts = {key: manifest.num_rows for key, manifest in found.manifests.items() if key != "uri"}
+    parts = ", ".join(f"{key} {count}" for key, count in counts.items())
     out.comment(f"Found {found.rows} rows{f' ({parts})' if parts else ''} of {_what(draft)}.")
     for line in _facts(draft):
         out.comment(f"- {line}", hang="  ")
