@@ -233,7 +233,9 @@ def rows_that_metrics_see(ranks: Ranks, n: int) -> list[int]:
     rows, seen = image_rows(n), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            evaluate, "values", lambda found, names: seen.extend(found["row"].tolist()) or {}
+            evaluate,
+            "compute_metrics",
+            lambda found, names: seen.extend(found["row"].tolist()) or {},
         )
         check = evaluate.evaluator(
             rows.part(ranks.rank, ranks.count),
