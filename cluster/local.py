@@ -5,14 +5,14 @@
 
 `-P` keeps Python from taking another folder named `cluster` for this one.
 
-Every node is a `ray start --block` of its own, so a node can be killed like a machine that
-vanishes. Stopping ends the processes started here and no others (never `ray stop`, which ends every
-Ray process of the user).
+Every node is a `ray start --block` of its own, so that a node can be killed like a machine that
+fails. Stopping ends only the processes that were started here. `ray stop` is never used, since it
+ends every Ray process of the user.
 
 Whoever can reach a Ray port can run code as this user. On Linux Ray listens on every interface,
 even when told to use 127.0.0.1 (seen: the GCS, raylets and agents on 0.0.0.0). Ray's switch for
-macOS and Windows keeps it on loopback, and is used here; `tests/cluster/test_local.py` looks at the
-sockets. Any other address needs a token; unless `--no-token` is given there is one on loopback too.
+macOS and Windows keeps it on loopback, and is used here; `tests/cluster/test_local.py` checks the
+sockets. Any other address needs a token; on loopback too there is one unless `--no-token` is given.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from pathlib import Path
 import psutil
 
 MARK = "ONETOMANY_LOCAL_CLUSTER"
-START_SECONDS = 120.0  # two nodes: 15 to 20 s on two cores, 30 s on busy ones
+START_SECONDS = 120.0
+"""Limit. Two nodes take 15 to 20 s on two cores, 30 s on busy ones."""
 STOP_SECONDS = 15.0
 
 # `RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0` makes Ray resolve this machine to 127.0.0.1, but `ray start`
@@ -63,9 +64,10 @@ class ClusterError(RuntimeError):
 class Handle:
     """A running local cluster. `job_address` is for `onetomany submit`, `address` for `ray.init`.
 
-    `env` is what a client needs: `RAY_AUTH_MODE`, in token mode `RAY_AUTH_TOKEN_PATH`, and Ray's
-    switch for loopback. A process that calls `ray.init(address)` must be started with them, since
-    Ray reads the switch when it is imported; submitted jobs inherit them from the cluster.
+    `env` has the environment variables that a client needs: `RAY_AUTH_MODE`, in token mode
+    `RAY_AUTH_TOKEN_PATH`, and Ray's switch for loopback. A process that calls `ray.init(address)`
+    must be started with them, since Ray reads the switch when it is imported. Submitted jobs
+    inherit them from the cluster.
     """
 
     address: str
@@ -77,13 +79,11 @@ class Handle:
 
     @property
     def pids(self) -> list[int]:
-        """One process id per node, the head first: the `ray start` that holds the node's other
-        processes.
-        """
+        """The process id of each node's `ray start`, the head first."""
         return [node.pid for node in self.nodes]
 
     def processes(self) -> list[psutil.Process]:
-        """Every live process of this cluster, workers and job drivers too."""
+        """Return every live process of this cluster, workers and job drivers too."""
         ours = {process for process in psutil.process_iter() if self._owns(process)}
         for process in list(ours):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -91,9 +91,11 @@ class Handle:
         return sorted(ours, key=lambda process: process.pid)
 
     def _owns(self, process: psutil.Process) -> bool:
-        """Each node is a session of its own, which its processes stay in when their parent dies.
-        Job drivers open another one but keep the mark; Ray's workers and agents lose the mark,
-        since a process title overwrites it.
+        """Return whether a process belongs to this cluster.
+
+        Each node is a session of its own, and its processes stay in it when their parent dies. Job
+        drivers open another session but keep the mark in their environment. Ray's workers and
+        agents lose the mark, since their process title overwrites it.
         """
         try:
             if process.status() == psutil.STATUS_ZOMBIE:
@@ -138,11 +140,13 @@ def start(
     object_store_mib: int = 150,
     stopped: threading.Event | None = None,
 ) -> Handle:
-    """Start a cluster and wait until its job API answers and every node is alive. Ports of 0 are
-    chosen.
+    """Start a cluster, and wait until its job API answers and every node is alive.
 
-    Raises ClusterError when a port is taken, a node dies, `stopped` is set, or it takes longer than
-    START_SECONDS; nothing is left running then.
+    A free port is chosen in place of port 0.
+
+    Raises:
+        ClusterError: A port is taken, a node dies, `stopped` is set, or it takes longer than
+            START_SECONDS. Nothing is left running then.
     """
     if nodes < 1:
         raise ClusterError(f"a cluster needs at least 1 node, not {nodes}")
@@ -152,7 +156,7 @@ def start(
             f"other machines can reach {host}: without a token they could run code as you"
         )
     port, dashboard_port = claim_port(host, port), claim_port(host, dashboard_port)
-    # Short: Ray's socket paths may have 107 characters
+    # a short path: Ray's socket paths may have 107 characters
     temp_dir = Path(tempfile.mkdtemp(prefix="o2m"))
     mark = secrets.token_hex(8)
     env = {"RAY_AUTH_MODE": "token" if token else "disabled"}
@@ -189,7 +193,7 @@ def start(
             "--dashboard-port",
             str(dashboard_port),
         ),
-        # Else 10001, which another cluster may hold
+        # otherwise it is 10001, which another cluster may use
         *("--ray-client-server-port", str(claim_port(host, 0))),
     ]
     try:
@@ -209,8 +213,9 @@ def start(
 
 @contextlib.contextmanager
 def local_cluster(nodes: int, cpus_per_node: int = 1, **options) -> Iterator[Handle]:
-    """`start` as a context manager. The client's environment variables are left as they are: see
-    `Handle.env`.
+    """Run a cluster (`start`) during the block.
+
+    The environment of this process does not change; `Handle.env` has the variables of clients.
     """
     handle = start(nodes, cpus_per_node, **options)
     try:
@@ -220,7 +225,7 @@ def local_cluster(nodes: int, cpus_per_node: int = 1, **options) -> Iterator[Han
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line, and return the exit code."""
     summary, _, rest = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
         prog="python -P -m cluster.local",
@@ -263,15 +268,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     stopped = threading.Event()
-    signals = (signal.SIGINT, signal.SIGTERM)
-    handlers_before = [signal.signal(one, lambda *_: stopped.set()) for one in signals]
+    handlers_before = {
+        number: signal.signal(number, lambda *_: stopped.set())
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         handle = start(**vars(options), stopped=stopped)
         try:
             print(_greeting(handle, options.nodes), flush=True)
             while not stopped.wait(1.0):
                 if handle.nodes[0].poll() is not None:
-                    raise ClusterError(f"the head ended:\n{_last_words(handle, 0)}")
+                    raise ClusterError(f"the head ended:\n{_last_output(handle, 0)}")
         finally:
             print("stopping", flush=True)
             handle.stop()
@@ -279,8 +286,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
-        for one, handler in zip(signals, handlers_before, strict=True):
-            signal.signal(one, handler)
+        for number, handler in handlers_before.items():
+            signal.signal(number, handler)
     return 0
 
 
@@ -297,22 +304,24 @@ def _greeting(handle: Handle, nodes: int) -> str:
 def launch_node(
     handle: Handle, command: list[str], gpus: int, settings: Mapping[str, str] | None = None
 ) -> None:
-    """Start one node, `settings` added to its environment. Its own output goes to a file, so nobody
-    has to read a pipe.
+    """Start one node. Its output goes to a file, so that nobody has to read a pipe.
+
+    Args:
+        settings: Further environment variables.
     """
     index = len(handle.nodes)
     env = with_gpus(node_environment(handle), index, gpus) | dict(settings or {})
     with open(handle.temp_dir / f"node{index}.out", "wb") as log:
         handle.nodes.append(
             subprocess.Popen(
-                # In a folder shared with it, a node replaces the working directory of another's
-                # running job (seen).
+                # two nodes with one folder replace the working directory of each other's running
+                # jobs (seen)
                 [*command, "--temp-dir", str(handle.temp_dir / str(index))],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=env,
-                # Ctrl-C in the terminal is for us alone: we stop the nodes in order
+                # Ctrl-C must reach this process only, which stops the nodes in order
                 start_new_session=True,
                 preexec_fn=_die_with_parent if sys.platform == "linux" else None,
             )
@@ -320,20 +329,19 @@ def launch_node(
 
 
 def _die_with_parent() -> None:
-    """Linux: a node gets SIGTERM when its launcher dies, however it dies (PR_SET_PDEATHSIG is
-    1).
-    """
+    """Let Linux send SIGTERM to this process when its parent dies (PR_SET_PDEATHSIG is 1)."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def wait_until(
     handle: Handle, deadline: float, ready, what: str, stopped: threading.Event | None
 ) -> None:
+    """Wait until ``ready()`` is true. Raise ClusterError where that cannot be."""
     while not ready():
         for index, node in enumerate(handle.nodes):
             if node.poll() is not None:
                 raise ClusterError(
-                    f"node {index} ended while starting:\n{_last_words(handle, index)}"
+                    f"node {index} ended while starting:\n{_last_output(handle, index)}"
                 )
         if stopped is not None and stopped.is_set():
             raise ClusterError("stopped while starting")
@@ -344,24 +352,27 @@ def wait_until(
         time.sleep(0.25)
 
 
-def _last_words(handle: Handle, index: int) -> str:
+def _last_output(handle: Handle, index: int) -> str:
+    """Return the end of a node's output."""
     return (handle.temp_dir / f"node{index}.out").read_text(errors="replace")[-2000:]
 
 
 def is_answering(handle: Handle) -> bool:
-    """Whether the job API takes requests, at the address that we will hand out."""
+    """Return whether the job API takes requests, at the address that clients will use."""
     return get_json(handle, "/api/jobs/") is not None
 
 
 def alive_nodes(handle: Handle) -> int:
+    """Return the number of nodes that are alive; 0 while the dashboard cannot answer."""
     reply = get_json(handle, "/api/v0/nodes?detail=0&limit=1000&timeout=5")
     rows = reply["data"]["result"]["result"] if reply else []
     return sum(row["state"] == "ALIVE" for row in rows)
 
 
 def get_json(handle: Handle, path: str):
-    """The JSON at a path of the dashboard, or None while it cannot answer. No proxy: this is our
-    own machine.
+    """Return the JSON at a path of the dashboard, or None while it cannot answer.
+
+    No proxy is used, since it is on this machine.
     """
     request = urllib.request.Request(handle.job_address + path)
     if token_path := handle.env.get("RAY_AUTH_TOKEN_PATH"):
@@ -375,8 +386,10 @@ def get_json(handle: Handle, path: str):
 
 
 def node_environment(handle: Handle) -> dict[str, str]:
-    """What the nodes run under: ours, without the addresses of other clusters, and with our Python
-    first on PATH, since a submitted job is started as plain `python`.
+    """Return the environment of the nodes.
+
+    It is that of this process without the addresses of other clusters, and with this Python first
+    on PATH, since a submitted job is started as `python`.
     """
     foreign = ("RAY_AUTH_", "RAY_ENABLE_", "RAY_ADDRESS", "RAY_API_")
     env = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
@@ -391,27 +404,26 @@ def node_environment(handle: Handle) -> dict[str, str]:
 
 
 def with_gpus(env: dict[str, str], index: int, gpus: int) -> dict[str, str]:
-    """Give node `index` its own slice of the visible GPUs: nodes that all count from 0 would share
-    the first ones.
+    """Return the environment of node `index` with GPUs of its own.
+
+    If all nodes counted from 0 they would share the first GPUs.
     """
     if not gpus:
         return env
     visible = [name for name in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    mine = (
-        visible[index * gpus : (index + 1) * gpus]
-        if visible
-        else [str(index * gpus + i) for i in range(gpus)]
-    )
-    if len(mine) < gpus:
+    numbers = range(index * gpus, (index + 1) * gpus)
+    own = visible[numbers.start : numbers.stop] if visible else list(map(str, numbers))
+    if len(own) < gpus:
         raise ClusterError(
             f"too few GPUs for node {index}: CUDA_VISIBLE_DEVICES={env['CUDA_VISIBLE_DEVICES']}"
         )
-    return env | {"CUDA_VISIBLE_DEVICES": ",".join(mine)}
+    return env | {"CUDA_VISIBLE_DEVICES": ",".join(own)}
 
 
 def claim_port(host: str, port: int) -> int:
-    """A free port, or the given one if it is free. If another process takes it before Ray does, Ray
-    fails.
+    """Return a free port, or the given one if it is free.
+
+    If another process takes it before Ray does, Ray fails.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:

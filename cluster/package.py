@@ -1,10 +1,9 @@
-"""What `onetomany submit` ships to a cluster: one zip with what the job refers to, and this
-project's code.
+"""Makes the zip that `onetomany submit` ships to a cluster.
 
-Shipped are the job file, the files that it names by a path relative to itself, and what `include`
-names besides. Nothing else of the folder travels, and secrets never do. Ray could package the
-folder itself, but it leaves out what .gitignore names (data sets, most often) without a word, takes
-everything else, and finds out about the size after the upload.
+It has the job file, the files that it names by a path relative to itself, those that `include`
+names, and this project's code. Nothing else of the folder is shipped, and never a secret. Ray could
+package the folder itself, but it silently leaves out what .gitignore names (data sets, most often),
+takes everything else, and finds out about the size only after the upload.
 """
 
 from __future__ import annotations
@@ -74,21 +73,19 @@ class SubmitError(RuntimeError):
 
 @dataclass
 class Package:
-    """What is shipped: `files` maps names in the zip to files here; `left_out` names what is not,
-    although it was asked for.
-    """
+    """The files that are shipped."""
 
     files: dict[str, Path] = field(default_factory=dict)
+    """Names in the zip, each with the file on this machine."""
     left_out: list[str] = field(default_factory=list)
+    """Names of files that were asked for and are not shipped."""
 
     def size_bytes(self) -> int:
-        """Bytes of all files before compression."""
+        """Return the bytes of all files before compression."""
         return sum(file.stat().st_size for file in self.files.values())
 
     def listing(self) -> Iterator[str]:
-        """A line for each file with its size, in the order of their names, then what is left out,
-        then the sum.
-        """
+        """Yield a line for each file with its size, then those left out, then the sum."""
         for name in sorted(self.files):
             yield f"{_size(self.files[name].stat().st_size)}  {name}"
         for name in self.left_out:
@@ -97,14 +94,12 @@ class Package:
 
 
 def _size(count: int) -> str:
-    """Bytes as text of 10 characters."""
-    return (
-        f"{count:>8} B"
-        if count < 1024
-        else f"{count / 2**10:>6.1f} KiB"
-        if count < 2**20
-        else f"{count / 2**20:>6.1f} MiB"
-    )
+    """Return a number of bytes as text of 10 characters."""
+    if count < 2**10:
+        return f"{count:>8} B"
+    if count < 2**20:
+        return f"{count / 2**10:>6.1f} KiB"
+    return f"{count / 2**20:>6.1f} MiB"
 
 
 def collect(
@@ -116,21 +111,23 @@ def collect(
     exclude: Sequence[str] = (),
     ship_code: bool = True,
 ) -> Package:
-    """The files that a job needs elsewhere.
+    """Return the files that a job needs on another machine.
 
     Args:
-        job_file: the job file.
-        named: files, folders and globs that the job names, relative to the job file.
-        root: the folder whose shape is kept, and that all must lie in; the job file's own.
-        include: further files, folders and globs, relative to the root.
-        exclude: shell patterns of file and folder names that stay here; with a slash in front, of
-            paths below the root. Those of the root's `.onetomanyignore`, one a line, are added.
-        ship_code: whether this project's packages are added.
+        job_file: The job file.
+        named: Files, folders and globs that the job names, relative to the job file.
+        root: The folder that all must be in, and whose structure is kept; None: that of the job
+            file.
+        include: Further files, folders and globs, relative to the root.
+        exclude: Shell patterns of names of files and folders that are not shipped. A pattern with
+            a slash is one of paths below the root. Those of the root's `.onetomanyignore`, one per
+            line, are added.
+        ship_code: Whether this project's packages are added.
 
     Raises:
-        SubmitError: a named file is not below the root, looks like a secret or is left out by a
-            pattern; a link leads out of the root; the job names a file in a folder that is called
-            as one of the packages.
+        SubmitError: A named file is not below the root, looks like a secret or is left out by a
+            pattern; a link leads out of the root; or the job names a file in a folder with the
+            name of one of the packages.
     """
     job_file = Path(os.path.abspath(job_file))
     root = Path(os.path.abspath(root or job_file.parent))
@@ -154,7 +151,7 @@ def collect(
 
 
 def _ignored(root: Path) -> list[str]:
-    """The patterns of the root's ignore file: one a line, # begins a comment."""
+    """Return the patterns of the root's ignore file: one per line, # begins a comment."""
     file = root / IGNORE_FILE
     if not file.is_file():
         return []
@@ -176,15 +173,20 @@ class _Walk:
         if os.path.lexists(place):
             self.add(place, who)
             return
-        found = sorted(glob.glob(str(place), recursive=True))
-        if not found:
+        matches = sorted(glob.glob(str(place), recursive=True))
+        if not matches:
             raise SubmitError(f"{who} names {pattern}, and nothing like it is in {folder}")
-        for match in found:
+        for match in matches:
             self.add(Path(match), who, is_chosen=False)
 
     def add(self, place: Path, who: str, is_chosen: bool = True) -> None:
-        """Add a file, or what is in a folder. One that was chosen by its name and may not be
-        shipped is an error.
+        """Add a file, or the files in a folder.
+
+        Args:
+            place: The file or folder.
+            who: Who names it, for errors.
+            is_chosen: Whether it was named itself. It is then an error if it may not be shipped;
+                otherwise it is left out.
         """
         if not place.is_relative_to(self.root):
             raise SubmitError(
@@ -212,8 +214,9 @@ class _Walk:
         self._walk(place, name, frozenset())
 
     def _walk(self, place: Path, name: PurePosixPath, above: frozenset[str]) -> None:
-        """Collect in the order of names. A link is followed below the root, except to a folder that
-        we are already in.
+        """Collect files in the order of their names.
+
+        A link is followed if it stays below the root and does not lead to a folder above it.
         """
         real = os.path.realpath(place)
         if not Path(real).is_relative_to(os.path.realpath(self.root)):
@@ -233,22 +236,25 @@ class _Walk:
 
 
 def _matches(name: PurePosixPath, patterns: Iterable[str]) -> bool:
-    """Whether a pattern fits the last part of a name or, where it holds a slash, the whole of
-    it.
-    """
-    whole, last = f"/{name}".lower(), name.name.lower()
+    """Return whether a pattern matches the last part of a name, or with a slash the full name."""
+    full_name, last_part = f"/{name}".lower(), name.name.lower()
     return any(
-        fnmatch.fnmatch(whole if "/" in one else last, _anchored(one.lower())) for one in patterns
+        fnmatch.fnmatch(full_name if "/" in pattern else last_part, _anchored(pattern.lower()))
+        for pattern in patterns
     )
 
 
 def _anchored(pattern: str) -> str:
-    """A pattern with a slash as one of a path below the root."""
+    """Return a pattern with a slash as one that begins at the root."""
     return pattern if "/" not in pattern or pattern.startswith("/") else f"/{pattern}"
 
 
 def write_zip(package: Package, archive: Path) -> Path:
-    """Equal files give an equal zip, which the cluster then already has: no clock times in it."""
+    """Write the zip. Equal files give an equal zip, which Ray does not upload again.
+
+    Raises:
+        SubmitError: It is too large for Ray.
+    """
     size_mib = package.size_bytes() / 2**20
     if size_mib <= 20 * MAX_PACKAGE_MIB:  # beyond it no compression helps, and trying takes minutes
         with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as out:

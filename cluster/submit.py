@@ -1,17 +1,16 @@
-"""Run a job file on a Ray cluster through Ray Jobs: ship it, start it there, follow its log, return
-its exit code.
+"""Run a job file on a Ray cluster through Ray Jobs, follow its log, and return its exit code.
 
-    onetomany submit jobs/vision/vision.yaml --address http://head:8265 --set
-    storage=s3://bucket/runs
+    onetomany submit jobs/vision/vision.yaml --address http://head:8265 \\
+        --set storage=s3://bucket/runs
 
-What travels is one zip: the job file, the files that it names by relative paths, and this code, so
-that the cluster runs what is installed here; its own installation only has to bring the
-dependencies. Ray's dashboard takes at most 100 MiB in one request, so data of any size belongs on
-shared storage. The driver runs on the head; tasks and trainers go where Ray places them.
+One zip is shipped: the job file, the files that it names by relative paths, and this code. The
+cluster then runs the code that is installed here, and needs only the dependencies. Ray's dashboard
+takes at most 100 MiB in one request, so large data must be on shared storage. The driver runs on
+the head node; tasks and trainers run where Ray places them.
 
-Variables named with `env` reach every process of the job. They stand in clear in Ray's logs and in
-the job API, so a name that looks like a secret is refused unless the caller insists: keys belong in
-the environment that the cluster itself is started with, or in an instance role.
+Variables named with `env` reach every process of the job. They are in clear text in Ray's logs and
+in the job API, so a name that looks like a secret is refused unless the caller insists. Keys belong
+in the environment that the cluster itself is started with, or in an instance role.
 """
 
 from __future__ import annotations
@@ -42,11 +41,11 @@ from cluster.package import Package, SubmitError, collect, write_zip
 CONNECT_SECONDS = 10.0
 REQUEST_SECONDS = 30.0
 UPLOAD_SECONDS = 300.0
-QUIET_SECONDS = (
-    30.0  # after this long without a line, ask whether the job has ended behind a dead connection
-)
+QUIET_SECONDS = 30.0
+"""After this long without a line, ask whether the job has ended: the connection may be dead."""
 RETRY_SECONDS = 2.0
 LOST_SECONDS = 180.0
+"""After this long without an answer of the cluster, give up."""
 
 
 def submit(
@@ -68,25 +67,37 @@ def submit(
     wait: bool | None = None,
     echo: Callable[[str], object] = print,
 ) -> int:
-    """Submit `job_file` to the Ray cluster whose dashboard is at `address`; return the exit code of
-    the job's process.
+    """Submit a job file to a Ray cluster, and follow its log.
 
-    Shipped are the job file, the files that it names (`named`, relative to it), those of `include`,
-    and this code, all from below `working_dir` (default: the job file's folder), less `exclude`:
-    see `package.collect`. The job runs there as `python -P -m python_module command JOB --address
-    auto --set ...`. Every line of output, ours and the job's, goes to `echo`.
+    The job runs there as ``python -P -m python_module command JOB --address auto --set ...``.
 
-    `wait` says whether the job waits for nodes that are not there yet; none leaves it to the job,
-    which waits where the cluster's autoscaler declares its nodes.
+    Args:
+        job_file: The job file.
+        address: Address of the cluster's dashboard, such as http://head:8265.
+        overrides: Fields of the job to set, as after ``--set``.
+        command: The command that runs there.
+        env: Variables for all processes of the job.
+        follow: Follow the log until the job ends. Ctrl-C then leaves the job running.
+        submission_id: Name of the submission; None: one that is made up.
+        working_dir: The folder that files are shipped from; None: that of the job file.
+        named: Files that the job names, relative to it (see `package.collect`).
+        include: Further files to ship.
+        exclude: Files not to ship.
+        python_module: The module that runs there.
+        ship_code: Ship this code too.
+        secrets_in_clear: Allow ``env`` to name secrets.
+        wait: Whether the job waits for nodes that are not there yet. None: it waits where the
+            cluster's autoscaler declares its nodes.
+        echo: Called with every line of output, ours and the job's.
 
-    With `follow=False` the return value is 0 as soon as the cluster has accepted the job. Ctrl-C
-    while following leaves the job running and returns 130. A job that was stopped, or died before
-    its process had an exit code, gives 1.
+    Returns:
+        The exit code of the job's process; 1 where the job was stopped or died without one; 130
+        after Ctrl-C. Without ``follow`` it is 0 as soon as the cluster has accepted the job.
 
-    Raises SubmitError when the address does not answer within about 10 s or wants a token, when the
-    package is too big or something may not be shipped, when `env` names a secret and
-    `secrets_in_clear` is not set, when the job file is unreadable, when the cluster refuses the
-    job, or when contact is lost for 3 minutes.
+    Raises:
+        SubmitError: The address does not answer within about 10 s or needs a token; the package is
+            too large or something may not be shipped; ``env`` names a secret; the job file cannot
+            be read; the cluster refuses the job; or contact is lost for 3 minutes.
     """
     job_file = Path(job_file).parent.resolve() / Path(job_file).name
     root = Path(working_dir or job_file.parent).resolve()
@@ -144,10 +155,10 @@ def entrypoint(
     python_module: str = "pipeline.cli",
     wait: bool | None = None,
 ) -> str:
-    """The shell command that the cluster runs, in the shipped folder, which Ray has put on
-    PYTHONPATH.
+    """Return the shell command that the cluster runs in the shipped folder.
 
-    `-P` keeps Python from looking for modules in the current folder, whatever else lies there.
+    Ray puts that folder on PYTHONPATH. `-P` keeps Python from looking for modules in the current
+    folder.
     """
     words = ["python", "-P", "-m", python_module, command, job.as_posix(), "--address", "auto"]
     if wait is not None:
@@ -156,8 +167,10 @@ def entrypoint(
 
 
 def parse_env(items: Iterable[str]) -> dict[str, str]:
-    """`NAME=VALUE` and `NAME` (its value here) as a mapping; SubmitError for a name that is not set
-    here.
+    """Return a dict from texts `NAME=VALUE`, or `NAME` for a variable of this process.
+
+    Raises:
+        SubmitError: There is no such variable.
     """
     env: dict[str, str] = {}
     for item in items:
@@ -171,9 +184,7 @@ def parse_env(items: Iterable[str]) -> dict[str, str]:
 
 
 def secret_names(names: Iterable[str]) -> list[str]:
-    """Those of the names that look like a secret's; the name of a file that holds one is none
-    itself.
-    """
+    """Return the names that look like those of secrets. That of a file with a secret does not."""
     looks_secret = re.compile("SECRET|TOKEN|PASSW|KEY|CREDENTIAL", re.IGNORECASE)
     names_a_file = re.compile("_(FILE|PATH)$", re.IGNORECASE)
     return [name for name in names if looks_secret.search(name) and not names_a_file.search(name)]
@@ -181,10 +192,11 @@ def secret_names(names: Iterable[str]) -> list[str]:
 
 def _refuse_secrets(env: Mapping[str, str]) -> None:
     """Raise SubmitError where a variable for the job looks like a secret."""
-    if not (found := secret_names(env)):
+    named = secret_names(env)
+    if not named:
         return
     raise SubmitError(
-        f"--env {', '.join(found)}: the variables of a job stand in clear in Ray's logs on every "
+        f"--env {', '.join(named)}: the variables of a job stand in clear in Ray's logs on every "
         "node and in the job API. Give the cluster its keys where it is started (an instance role, "
         "a Kubernetes Secret, the environment of `ray start`), or add --secrets-in-clear if "
         "everyone who can reach this cluster may read them"
@@ -192,27 +204,25 @@ def _refuse_secrets(env: Mapping[str, str]) -> None:
 
 
 class _Client(JobSubmissionClient):
-    """Ray's client waits without limit; this one does not."""
+    """Ray's client with time limits: Ray's own waits for ever."""
 
     def __init__(self, address: str) -> None:
         super().__init__(address, headers=_auth_headers())
         self._ssl_context = True  # Ray's None means the same to aiohttp, with a DeprecationWarning
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
-        slow = method in ("PUT", "POST")
-        read_seconds = (
-            UPLOAD_SECONDS
-            if slow
-            else CONNECT_SECONDS
-            if endpoint == "/api/version"
-            else REQUEST_SECONDS
-        )
+        read_seconds = REQUEST_SECONDS
+        if method in ("PUT", "POST"):
+            read_seconds = UPLOAD_SECONDS
+        elif endpoint == "/api/version":
+            read_seconds = CONNECT_SECONDS
         return super()._do_request(
             method, endpoint, timeout=(CONNECT_SECONDS, read_seconds), **options
         )
 
 
 def _connect(address: str) -> _Client:
+    """Return a client of the dashboard. Raise SubmitError where it does not answer, or refuses."""
     if not re.match(r"https?://[^/]", address):
         raise SubmitError(
             f"{address!r} is not the address of a Ray dashboard, such as http://head:8265 (6379 "
@@ -242,8 +252,9 @@ def _connect(address: str) -> _Client:
 
 
 def _auth_headers() -> dict[str, str]:
-    """The token, from Ray's sources in Ray's order. Ray sends it only if RAY_AUTH_MODE=token was
-    set at its import.
+    """Return the header with the token, which is looked up as Ray does.
+
+    Ray itself sends it only if RAY_AUTH_MODE=token was set when Ray was imported.
     """
     if os.environ.get("RAY_AUTH_MODE", "token").lower() == "disabled":
         return {}
@@ -262,8 +273,9 @@ def _auth_headers() -> dict[str, str]:
 
 @contextlib.contextmanager
 def _without_ray_addresses() -> Iterator[None]:
-    """RAY_ADDRESS and RAY_API_SERVER_ADDRESS would win over the address given: a job sent elsewhere
-    without a word.
+    """Unset RAY_ADDRESS and RAY_API_SERVER_ADDRESS in the block.
+
+    Ray's client would use them in place of the address that it is given.
     """
     names = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
     kept = {name: os.environ.pop(name) for name in names if name in os.environ}
@@ -274,9 +286,7 @@ def _without_ray_addresses() -> Iterator[None]:
 
 
 def _storage(job_file: Path, overrides: Sequence[str]) -> str:
-    """Where the job will write, as text; the job itself is checked by the CLI, here and on the
-    cluster.
-    """
+    """Return the job's storage. The job itself is checked by the command line."""
     try:
         job = yaml.safe_load(job_file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -297,7 +307,7 @@ def _remarks(
     storage: str,
     env: Mapping[str, str],
 ) -> Iterator[str]:
-    """What is shipped, and what the user may not expect."""
+    """Yield lines on what is shipped, and warnings."""
     left_out = f"; left out: {', '.join(package.left_out[:8])}" if package.left_out else ""
     more = f" and {len(package.left_out) - 8} more" if len(package.left_out) > 8 else ""
     yield (
@@ -310,9 +320,9 @@ def _remarks(
             "the code, the data. Use a tunnel to a port of this machine (`ray dashboard "
             "CLUSTER.yaml`, `kubectl port-forward`) or https"
         )
-    there = client._server_ray_version
-    if there and there != ray.__version__:
-        yield f"warning: the cluster runs Ray {there}, this machine {ray.__version__}"
+    version = client._server_ray_version
+    if version and version != ray.__version__:
+        yield f"warning: the cluster runs Ray {version}, this machine {ray.__version__}"
     if secret := secret_names(env):
         yield (
             f"warning: {', '.join(secret)} can be read by everyone who may use this cluster's job "
@@ -335,9 +345,7 @@ def _remarks(
 
 
 def unencrypted_host(address: str) -> str | None:
-    """The host of an address that is spoken to in clear over a network, or none for https and for
-    this machine.
-    """
+    """Return the host of an http address, or None for https and for this machine."""
     parts = urlsplit(address)
     host = parts.hostname or ""
     try:
@@ -348,7 +356,7 @@ def unencrypted_host(address: str) -> str | None:
 
 
 def _count_nodes(client: _Client) -> int | None:
-    """How many nodes are alive now, or None where the cluster does not tell."""
+    """Return how many nodes are alive now, or None where the cluster does not say."""
     try:
         reply = client._do_request("GET", "/api/v0/nodes?limit=1000").json()
         return sum(row["state"] == "ALIVE" for row in reply["data"]["result"]["result"])
@@ -357,8 +365,9 @@ def _count_nodes(client: _Client) -> int | None:
 
 
 class _Lines:
-    """Passes whole lines on. After `restart` the log comes again from its beginning, and what was
-    seen is skipped.
+    """Passes complete lines of a log to ``echo``.
+
+    After `restart` the log comes again from its beginning, and text that was seen is skipped.
     """
 
     def __init__(self, echo: Callable[[str], object]) -> None:
@@ -381,13 +390,15 @@ class _Lines:
 
 
 async def _follow(client: _Client, submission_id: str, echo: Callable[[str], object]) -> JobDetails:
-    """Print the log until the job ends, nothing twice. A broken stream is opened again; where there
-    is none (a proxy without WebSockets), and at the end to be sure, the whole log is fetched.
+    """Print the log until the job ends, each line once.
+
+    A broken stream is opened again. Where there is no stream (a proxy without WebSockets), and
+    once at the end, the complete log is fetched.
     """
-    lines, heard = _Lines(echo), time.monotonic()
+    lines, last_answer = _Lines(echo), time.monotonic()
     while True:
         lines.restart()
-        # Whatever broke, the next request tells whether the job is still there
+        # whatever broke, the next request shows whether the job is still running
         with contextlib.suppress(Exception):
             await _tail(client, submission_id, lines)
         try:
@@ -397,14 +408,14 @@ async def _follow(client: _Client, submission_id: str, echo: Callable[[str], obj
             if details.status.is_terminal():
                 lines.close()
                 return details
-            heard = time.monotonic()
+            last_answer = time.monotonic()
         except (
             RuntimeError,
             AuthenticationError,
             ConnectionError,
             requests.RequestException,
         ) as error:
-            if time.monotonic() - heard > LOST_SECONDS:
+            if time.monotonic() - last_answer > LOST_SECONDS:
                 raise SubmitError(
                     f"lost contact with the cluster ({_last_line(error)}). {submission_id} may "
                     f"still be running: ray job logs --follow --address {client.get_address()} "
@@ -414,7 +425,7 @@ async def _follow(client: _Client, submission_id: str, echo: Callable[[str], obj
 
 
 async def _tail(client: _Client, submission_id: str, lines: _Lines) -> None:
-    """Feed the log as it comes, until the server ends it or the job is found to have ended."""
+    """Pass the log on as it comes, until the server ends it or the job has ended."""
     stream = client.tail_job_logs(submission_id)
     chunk: asyncio.Future[str] | None = None
     try:
@@ -436,8 +447,9 @@ async def _tail(client: _Client, submission_id: str, lines: _Lines) -> None:
 
 
 def _exit_code(details: JobDetails, submission_id: str, echo: Callable[[str], object]) -> int:
-    """`ray job submit` makes every failure a 1; the job's own code says more (2: bad arguments,
-    137: killed).
+    """Return the exit code of the job's own process, such as 2 for bad input or 137 for killed.
+
+    That of `ray job submit` is 1 for every failure.
     """
     if details.status == JobStatus.SUCCEEDED:
         echo(f"{submission_id} succeeded")
@@ -453,6 +465,6 @@ def _exit_code(details: JobDetails, submission_id: str, echo: Callable[[str], ob
 
 
 def _last_line(error: BaseException) -> str:
-    """The end of a server's traceback: the line that names the error."""
+    """Return the last line of a server's traceback, which names the error."""
     lines = [line.strip() for line in str(error).splitlines() if re.search(r"\w", line)]
     return lines[-1] if lines else type(error).__name__
