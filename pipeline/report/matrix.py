@@ -287,13 +287,15 @@ class _EntryTrials:
     def validation(self) -> float:
         """Return the mean validation value of the final trials, where larger is better.
 
-        It is minus infinity where there is none on rows of the target.
+        It is minus infinity where there is none on rows of the target. Trials whose value is NaN
+        count as failed.
         """
         values: dict[str, float] = {}
         for row in self.group:
             if row.trial_stage == "final" and row.split == VALIDATION and row.value is not None:
                 values.setdefault(row.trial_id, row.value if row.higher_is_better else -row.value)
-        return fmean(values.values()) if values else -math.inf
+        finished = [value for value in values.values() if not math.isnan(value)]
+        return fmean(finished) if finished else -math.inf
 
     def choice(self) -> _Choice:
         """Return the variance that choosing the hyper-parameters in a search added."""
@@ -538,13 +540,16 @@ def most_labels_first(entries: Iterable[MatrixEntry]) -> list[str]:
 def best_on_validation(entries: Iterable[MatrixEntry]) -> MatrixEntry:
     """Return the entry with the best mean on validation rows.
 
-    Of equals it is the one that trains the fewest parameters, then the first by name. Their order,
-    usually that of their values on test rows, has no effect.
+    Of equals it is one network rather than several, then the one that trains the fewest parameters,
+    then the first by name. Their order, usually that of their values on test rows, has no effect.
 
     Args:
         entries: At least one; all have a mean on validation rows.
     """
-    in_order = sorted(entries, key=lambda entry: (entry.params_trained or 0, entry.key))
+    in_order = sorted(
+        entries,
+        key=lambda entry: (entry.combines_trials, entry.params_trained or 0, entry.key),
+    )
     return max(in_order, key=lambda entry: entry.validation or 0.0)
 
 

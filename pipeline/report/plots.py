@@ -179,7 +179,9 @@ def label_efficiency(entries: Sequence[MatrixEntry]) -> str:
         keys = _unique_pairs(key_of(entry) for entry in [*shown, *untrained])
         legend = _legend_entries(keys)
         figure, (axes,) = _figure(2.9 + _legend_inches(legend))
-        sizes = {entry.label_fraction: entry.n_train or 0 for entry in shown}
+        # those of one network are shown: a soup has the rows of all its trials
+        shown_last = sorted(shown, key=lambda entry: not entry.combines_trials)
+        sizes = {entry.label_fraction: entry.n_train or 0 for entry in shown_last}
         for i, key in enumerate(keys):
             line_entries = sorted(
                 (entry for entry in shown if key_of(entry) == key),

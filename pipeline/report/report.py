@@ -508,7 +508,9 @@ def _value_tables(
             (entry for entry in group if entry.label_fraction == fraction), key=by_value
         )
         if len(fractions) > 1:
-            sizes = {entry.n_train for entry in entries if entry.n_train}
+            # a soup has the rows of all its trials
+            networks = [entry for entry in entries if not entry.combines_trials]
+            sizes = {entry.n_train for entry in networks or entries if entry.n_train}
             rows = f" ({blocks.format_count(max(sizes))} training rows)" if sizes else ""
             out.append(Heading(f"{plots.labels_text(fraction)}{rows}", 3))
         out.append(_value_table(entries, comparable, decimals))

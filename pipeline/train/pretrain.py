@@ -279,7 +279,11 @@ def initial_task(work: RankJob) -> Task:
     fitted = work.fitted
     task = bundle.build_task(fitted.arch, fitted.objective, seed=work.seed)
     if fitted.initial_bundle_uri:
-        task.load_state_dict(bundle.load(fitted.initial_bundle_uri).tensors)
+        initial = bundle.load(fitted.initial_bundle_uri)
+        task.load_state_dict(initial.tensors)
+        # bundles of earlier versions do not say it
+        names_taken_over = initial.manifest.training.get("names_taken_over", ())
+        task.objective.names_taken_over = frozenset(names_taken_over)
     return task
 
 

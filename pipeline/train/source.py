@@ -796,7 +796,10 @@ def import_pretrained(
         task,
         modality,
         parent=checkpoint.origin,
-        training={"transfer": transfer_note},
+        training={
+            "transfer": transfer_note,
+            "names_taken_over": sorted(task.objective.names_taken_over),
+        },
         spec_hash=stage.key,
         metrics={},
     )

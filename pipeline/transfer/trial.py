@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -486,12 +487,18 @@ def _without_failed_members(trial: Trial, shared: Shared) -> tuple[Trial, list[s
     It is returned as it is where fewer than two would remain.
     """
     records = read_records(shared.root, {one.id: one.folder for one in trial.members})
-    failed = [one for one in trial.members if one.id in records and records[one.id].failed]
+    failed = [one for one in trial.members if one.id in records and _has_failed(records[one.id])]
     members = tuple(one for one in trial.members if one not in failed)
     if not failed or len(members) < 2:
         return trial, []
     names = ", ".join(f"{one.technique.name} seed {one.seed}" for one in failed)
     return replace(trial, members=members), [f"left out, as they failed: {names}"]
+
+
+def _has_failed(record: TrialRecord) -> bool:
+    """Return whether a trial failed, or its primary metric on validation rows is NaN."""
+    values = [row.value for row in record.rows if row.split == "validation"]
+    return record.failed or (bool(values) and values[0] is not None and math.isnan(values[0]))
 
 
 def labelled_rows(trial: Trial, shared: Shared) -> np.ndarray:

@@ -66,6 +66,8 @@ def test_test_rows_break_no_tie(choose):
     assert choose(first).key == choose(second).key == min(entry.key for entry in first)
     smaller = [replace(first[-1], params_trained=5), *first[:-1]]
     assert choose(smaller).key == first[-1].key
+    several = [replace(smaller[0], technique="ensemble", params_trained=0), *smaller]
+    assert choose(several) == smaller[0], "one network rather than several"
 
 
 def test_the_winner_has_the_most_labels():

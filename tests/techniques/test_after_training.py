@@ -479,6 +479,9 @@ def test_a_soup_has_learned_from_the_labels_of_all_its_trials(tmp_path, paths, m
     assert notes == ["left out, as they failed: full seed 1"]
     pair = replace(soup, members=members[:2])
     assert trial._without_failed_members(pair, shared) == (pair, []), "one makes no soup"
+    diverged = replace(records[members[1].id].rows[0], split="validation", value=math.nan)
+    records[members[1].id] = SimpleNamespace(rows=[diverged], failed=False)
+    assert trial._without_failed_members(soup, shared)[0] == rest
 
 
 # ---------------------------------------------------------------- ensembles

@@ -326,6 +326,9 @@ def test_ranks_start_from_the_checkpoint_that_was_read_once(tmp_path, images, ch
     start = bundle.load(fitted.initial_bundle_uri)
     assert all(torch.equal(t, start.tensors[n]) for n, t in task.state_dict().items())
     assert "0 dropped; head kept: the same labels" in fitted.transfer_note
+    ranks = pretrain.rank_job(stage, fitted, DataWorkers(), 1)
+    objective = pretrain.initial_task(ranks).objective
+    assert objective.names_taken_over == {*objective.state_dict()}, "which `l2_sp` keeps near them"
     storage.remove_tree(uri.partition(":")[2])  # ranks and restarts do not read it again
     again = source.prepare_source(stage)
     assert (

@@ -137,8 +137,8 @@ def found(uri: str, table: pa.Table, folder, **columns: str) -> list[pa.Table]:
         uri, Selection(rows), columns, inference.recording_columns(modality, columns, rows)
     )
     return [
-        inference.to_table(work(Item(-1, i, min(i + 3, rows.rows))), kind.output_types)
-        for i in range(0, rows.rows, 3)
+        inference.to_table(work(Item(-1, i, min(i + 3, rows.num_rows))), kind.output_types)
+        for i in range(0, rows.num_rows, 3)
     ]
 
 
