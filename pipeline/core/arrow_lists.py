@@ -63,8 +63,8 @@ def dictionary_codes(column: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, pa
     """Return (n,) codes, -1 for null, and the distinct values that the codes number."""
     whole: Any = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     encoded = whole.dictionary_encode()
-    codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
-    return codes, encoded.dictionary
+    codes = encoded.indices.cast(pa.int32()).fill_null(-1)  # they may be unsigned
+    return codes.to_numpy(zero_copy_only=False), encoded.dictionary
 
 
 def holds_files(kind: pa.DataType) -> bool:

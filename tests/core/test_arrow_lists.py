@@ -93,3 +93,12 @@ def test_numbers_and_lengths_have_nan_and_minus_one_for_null():
     assert arrow_lists.joined(
         pa.chunked_array([], pa.int64())
     ).to_pylist() == [] and arrow_lists.joined(pa.chunked_array([[1], [2]])).to_pylist() == [1, 2]
+
+
+@pytest.mark.parametrize("kind", [pa.int8(), pa.uint8(), pa.uint32(), pa.int64()])
+def test_codes_of_every_type_of_index_have_minus_one_for_null(kind):
+    values = pa.array([f"v{i}" for i in range(128)])
+    column = pa.DictionaryArray.from_arrays(pa.array([127, None, 0], kind), values)
+    codes, distinct = arrow_lists.dictionary_codes(column)
+    assert codes.tolist() == [127, -1, 0] and distinct.equals(values)
+    assert np.where(codes < 0, len(distinct), codes).tolist() == [127, 128, 0], "no overflow"

@@ -256,7 +256,7 @@ def test_a_member_larger_than_an_image_is_not_read(tmp_path):
         )
 
 
-def test_the_mark_changes_with_a_file(tmp_path):
+def test_the_fingerprint_changes_with_a_file(tmp_path):
     write(tmp_path / "a/1.jpg", b"one")
     first = archives.listing(str(tmp_path / "a")).fingerprint
     assert archives.listing(str(tmp_path / "a")).fingerprint == first

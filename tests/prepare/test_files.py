@@ -41,12 +41,15 @@ def test_images_that_a_csv_names_by_paths_below_it(tmp_path):
 def test_recordings_that_json_lines_name_below_another_folder(tmp_path):
     write(tmp_path / "wav/a.wav", sound(1, 1.0, form="WAV"))
     write(tmp_path / "wav/b.wav", sound(2, 2.5, form="WAV"))
+    (tmp_path / "wav/folder.wav").mkdir()
     rows = [{"sound": "a.wav", "word": "on"}, {"sound": f"{tmp_path}/wav/b.wav", "word": "off"}]
+    rows += [{"sound": "\0.wav", "word": "NUL"}, {"sound": "folder.wav", "word": "a folder"}]
     source = write(tmp_path / "lists/rows.jsonl", "\n".join(map(json.dumps, rows)))
-    prepare("files", source, tmp_path / "out", f"root={tmp_path}/wav", "longest=2")
-    made = sorted(
-        (row["word"], row["recording_start"], row["seconds"]) for row in read(tmp_path / "out")
+    read_rows, found = prepare_and_read(
+        "files", source, tmp_path / "out", f"root={tmp_path}/wav", "longest=2", max_bad=0.5
     )
+    made = sorted((row["word"], row["recording_start"], row["seconds"]) for row in read_rows)
+    assert reasons(found).keys() == {"rows.jsonl: row 3", "rows.jsonl: row 4"}
     assert made[-1] == ("on", 0.0, 1.0) and [row[0] for row in made] == ["off", "off", "on"]
     assert sum(row[2] for row in made[:2]) == pytest.approx(2.5)
 

@@ -469,7 +469,7 @@ def test_rows_of_real_records_equal_pandas(demo, tmp_path, monkeypatch):
     """Every event, hour, value, label and split, in several parts and pieces."""
     monkeypatch.setattr(records, "MAX_EVENTS_AT_ONCE", 5000)
     monkeypatch.setattr(grouped, "RANGE_BYTES", 1 << 18)
-    task, history = demo / "tasks/task", 24.0
+    task, history = demo / "tasks/task", 48.0
     prepare(
         demo, tmp_path / "out", f"labels={task}", f"history={history}", max_bad=0.5, part_mb=0.1
     )

@@ -3,6 +3,7 @@ taken for something else without a word.
 """
 
 import json
+from datetime import datetime
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +15,8 @@ from prepare.test_mimic3 import TABLES
 
 from pipeline.prepare.clinical import plausible
 from pipeline.prepare.engine import importing
+from pipeline.prepare.readers import csv_blocks
+from pipeline.prepare.readers.archives import Entry, Opener
 
 HEAD = "entity,time,variable,value\n"
 
@@ -229,6 +232,22 @@ def test_a_column_of_another_type_is_no_damaged_file(column, values, said, tmp_p
     )
     with pytest.raises(ValueError, match=rf"long\.parquet: {said}"):
         prepare("events", tmp_path / "long.parquet", tmp_path / "out")
+
+
+def test_texts_of_parquet_may_be_string_views(tmp_path):
+    path = tmp_path / "long.parquet"
+    texts = {"time": ["2101-10-20 19:08:00"], "name": ["HR"], "value": ["60"], "id": ["7"]}
+    columns = {name: pa.array(values, pa.string_view()) for name, values in texts.items()}
+    pq.write_table(pa.table(columns), path)
+    assert set(pq.read_schema(path).types) == {pa.string_view()}
+    kinds = {"time": "time", "name": "text", "value": "number", "id": "id"}
+    wanted = {name: csv_blocks.Column(kind) for name, kind in kinds.items()}
+    entry = Entry.of_file("long.parquet", str(path), path.stat().st_size)
+    with Opener() as opener:
+        found = csv_blocks.read_table("long", entry, wanted, opener)
+    assert found.to_pylist() == [
+        {"time": datetime(2101, 10, 20, 19, 8), "name": "HR", "value": "60", "id": 7}
+    ]
 
 
 def test_rare_variables_are_not_named_in_a_summary(tmp_path):

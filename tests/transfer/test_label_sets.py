@@ -35,7 +35,7 @@ from pipeline.transfer import (
 COLUMNS = {"image": "picture", "label": "class"}
 STATE = {"values": ["class 2", "class 0", "class 1"], "labels": ["class 2", "class 0", "class 1"]}
 """The target's labels in another order."""
-SHORT = {"steps": 3}
+SHORT = {"steps": 3, "eval_every_steps": 1}
 """Training that shows which rows are read."""
 
 

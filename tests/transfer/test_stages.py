@@ -808,6 +808,9 @@ def test_a_target_over_its_budget_of_bad_rows_is_left_out_and_the_other_goes_on(
     assert alike(same, rows)
     assert again.notes == state.notes and again.unusable_targets == state.unusable_targets
     assert stages.failures(again, same) == failed, "so `report` exits with 1 as the run did"
+    if split == "train":
+        _, rows = run_through(with_data(job, "bad", max_bad_rows=0.5))
+        assert {row.target for row in primary(rows)} == {"task", "bad"}
 
 
 def test_a_target_that_was_left_out_is_tried_again(finished_job, tmp_path, paths, here):

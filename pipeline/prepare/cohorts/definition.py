@@ -300,7 +300,7 @@ def prediction_hours(
 
 
 def last_hour(counts: np.ndarray, hours: np.ndarray) -> np.ndarray:
-    """Return (B,) the last hour of each row of `hourly`; NaN where it has none."""
+    """Return (B,) the last of each row's hours of `prediction_hours`; NaN where it has none."""
     out, has_hours = np.full(len(counts), np.nan), counts > 0
     out[has_hours] = hours[np.cumsum(counts)[has_hours] - 1]
     return out

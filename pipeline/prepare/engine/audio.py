@@ -114,7 +114,7 @@ class AudioImporter(Importer):
 
     @abstractmethod
     def index(self, source: str) -> Index:
-        """List every recording of `source` (`recording`, `recordings`).
+        """List every recording of `source` (`recording_row`, `recordings_table`).
 
         Recordings without a transcript and transcripts without a recording are invalid rows. Raises
         ValueError for files that are not in the publisher's format.

@@ -459,7 +459,10 @@ def _flushes(
     dropped: Counter[str],
     table: str,
 ) -> Iterator[np.ndarray]:
-    """Yield records of many events at a time; their variables count by the growing vocabulary."""
+    """Yield records of many events at a time.
+
+    Their `variable` is an index into `vocabulary`, which grows.
+    """
     waiting: list[np.ndarray] = []
     size = 0
     for block in blocks:
@@ -534,7 +537,7 @@ def _with_derived(
     names: list[str],
     derived: Events,
 ) -> tuple[np.ndarray, list[str]]:
-    """Return all records, sorted, and the sorted names that their variables count by."""
+    """Return all records, sorted, and the sorted names that `variable` indexes."""
     extra = np.empty(len(derived.rows), dtype=EVENT)
     extra["row"], extra["hours"], extra["value"] = derived.rows, derived.hours, derived.values
     all_names = sorted({*names, *derived.names})

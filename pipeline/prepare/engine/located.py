@@ -91,8 +91,13 @@ def _located(place: Located | str, known: dict[str, tuple[int, str]]) -> Located
 
 def existing_files(uris: list[str]) -> dict[str, tuple[int, str]]:
     """Return (size, fingerprint) of each file that exists."""
-    is_folder = dict(zip(uris, threaded_map(storage.is_dir, uris), strict=True))
-    identified = file_identity.identify([uri for uri in uris if not is_folder[uri]], absent_ok=True)
+    named = [uri for uri in uris if file_identity.NUL not in uri]
+    try:
+        identified = file_identity.identify(named, absent_ok=True)
+    except storage.StorageError:  # a folder may be among them
+        are_folders = threaded_map(storage.is_dir, named)
+        others = [uri for uri, is_dir in zip(named, are_folders, strict=True) if not is_dir]
+        identified = file_identity.identify(others, absent_ok=True)
     files = [file for file in identified if file.content != file_identity.ABSENT]
     sizes = threaded_map(storage.size, [file.uri for file in files])
     return {file.uri: (size, file.content) for file, size in zip(files, sizes, strict=True)}

@@ -153,7 +153,7 @@ class ShardTask(ABC):
         without_images: what the importer does instead, where `--resize` has no effect.
         makes_parts_of: what a part is made of, where it is not a number of rows.
         measures: columns that the summary measures.
-        shows_paths: whether the summary may show the paths of files that are alike.
+        shows_paths: whether the summary may show the paths of duplicates.
         shards: the files to write.
         key: what the rows depend on besides the importer's name and options.
         label: the column whose values the summary counts, or "".

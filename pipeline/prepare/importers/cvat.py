@@ -137,7 +137,7 @@ def _masked(shape: ElementTree.Element, size: tuple[int, int]) -> AnnotatedObjec
     """Return the object of a <mask>, whose run lengths go along the rows of its own rectangle.
 
     They alternate between background and object, and begin with background. Raises ValueError for
-    others.
+    other lengths.
     """
     left, top, wide, high = (int(shape.attrib[name]) for name in ("left", "top", "width", "height"))
     width, height = size

@@ -182,7 +182,10 @@ class Csv(TableImporter):
     def rows(self, reading: SplitReader) -> Iterator[Row]:
         types: dict[str, int] = reading.scan_result
         for row in self._named(reading):
-            values = {name: value_of_field(row.get(name, ""), of) for name, of in types.items()}
+            values = {
+                name: value_of_field(row.get(name, ""), value_type)
+                for name, value_type in types.items()
+            }
             if "split" in row:
                 values["split"] = SPLITS[row["split"].strip().lower()]
             yield values

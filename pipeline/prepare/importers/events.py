@@ -429,7 +429,10 @@ def _trimmed(column: Any) -> Any:
 
 
 def _struct(table: pa.Table, names: list[str]) -> pa.Array:
-    """Return static features as a struct. Raises ValueError for a type that is none."""
+    """Return static features as a struct.
+
+    Raises ValueError for a column that holds no numbers, texts or lists of texts.
+    """
     fields = []
     for name in names:
         column = table[name].combine_chunks()

@@ -93,8 +93,8 @@ class Lerobot(EpisodeImporter):
         split, outside = lerobot_layout.splits_of_info(layout, o.split)
         episodes = sorted(layout.episodes, key=lambda one: (split[one.number], one.number))
         if not episodes:
-            of = f"; of {len(layout.missing)} in the metadata none has its files"
-            raise ValueError(f"{source}: no episodes{of if layout.missing else ''}")
+            why = f"; of {len(layout.missing)} in the metadata none has its files"
+            raise ValueError(f"{source}: no episodes{why if layout.missing else ''}")
         numbers = sum(map(self._width, [*self.observed, *filter(None, [o.actions])]))
         step_bytes = 4 * numbers + self._image_bytes(layout, settings)
         cameras = [

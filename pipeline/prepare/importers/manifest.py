@@ -129,7 +129,7 @@ class Manifest(AudioImporter):
         }
         columns = own | {name: types[name].column_type for name in sorted(types)}
         for row in good:
-            row |= {name: convert(row.get(name), of_field) for name, of_field in types.items()}
+            row |= {name: convert(row.get(name), value_type) for name, value_type in types.items()}
         invalid += doubled
         return Index(
             recordings_table(good, columns, source, invalid),

@@ -182,7 +182,10 @@ class Squad(TableImporter):
 
 
 def _name(row: Question, number: int) -> str:
-    """Return the name of a question in the list of invalid rows: its id, where it can be."""
+    """Return the name of a question in the list of invalid rows.
+
+    It is its id, or its number where the id cannot be written.
+    """
     return f"question {number}" if not row["id"] or text_problem(row["id"], "id") else row["id"]
 
 

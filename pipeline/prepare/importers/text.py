@@ -6,6 +6,7 @@ import codecs
 import json
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -273,8 +274,8 @@ class Text(TableImporter):
 
     def _of_parquet(self, reading: SplitReader) -> Iterator[Document]:
         name = self.options.text
-        self._check_columns(parquet.read_schema(reading.input_split), reading.input_split.name)
-        for before, batch in parquet.batches(reading, [name, *self.kept], BATCH_ROWS):
+        check = partial(self._check_columns, reading.input_split.name)
+        for before, batch in parquet.batches(reading, [name, *self.kept], BATCH_ROWS, check):
             column = batch[name]
             if pa.types.is_dictionary(column.type):
                 column = column.cast(pa.string())
@@ -288,7 +289,7 @@ class Text(TableImporter):
                 else:
                     yield Document(row, text, kept[i] if self.kept else {})
 
-    def _check_columns(self, schema: pa.Schema, place: str) -> None:
+    def _check_columns(self, place: str, schema: pa.Schema) -> None:
         """Raise ValueError for a wanted column that is missing, and for texts that are none."""
         kept = [("keep", name) for name in self.kept]
         check_columns(place, schema.names, ("text", self.options.text), *kept)

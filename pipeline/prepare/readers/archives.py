@@ -252,7 +252,7 @@ def _inside(name: str, where: str) -> str:
     ):
         raise ValueError(
             f"{where}: member {name!r} leads outside of the archive; such an archive is not to "
-            "be trusted: download it anew or pack it again"
+            "be trusted: download it again or pack it anew"
         )
     return posixpath.normpath(path)
 

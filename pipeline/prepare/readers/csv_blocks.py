@@ -238,7 +238,7 @@ def timezone_awareness(column: Any) -> set[bool]:
         return {column.type.tz is not None}
     if not is_text(column.type):
         return {False}
-    text = pc.utf8_trim_whitespace(column)
+    text = pc.utf8_trim_whitespace(column.cast(pa.large_string()))
     if _cast_times(text) is not None:
         return {False}
     found = {True: ZONED, False: INSTANT}
@@ -403,7 +403,7 @@ def _fitting(array: Any, kind: str, name: str, entry: Entry) -> Any:
 
 def _shape(array: Any, kind: str) -> Any:
     """Convert a column to a kind; numbers may stay texts, for `plausible.numbers`."""
-    if pa.types.is_dictionary(array.type) or pa.types.is_large_string(array.type):
+    if pa.types.is_dictionary(array.type) or is_text(array.type):
         array = array.cast(pa.string())
     if kind == "time":
         seconds, is_valid = epoch_times(array)

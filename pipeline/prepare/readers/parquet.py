@@ -116,10 +116,15 @@ def batches(
     reading: SplitReader,
     columns: list[str] | None = None,
     most_rows: int = BATCH_ROWS,
+    check_schema: Callable[[pa.Schema], object] = bool,
 ) -> Iterator[tuple[int, pa.Table]]:
-    """Yield (rows of the file before them, rows) of an input split, in order."""
+    """Yield (rows of the file before them, rows) of an input split, in order.
+
+    `check_schema` is called first, with all columns of the file; it raises ValueError.
+    """
     start, stop = reading.input_split.start, reading.input_split.stop
     with open_split(reading) as file:
+        check_schema(file.schema_arrow)
         about = file.metadata
         sizes = [about.row_group(i) for i in range(about.num_row_groups)]
         held = sizes[start:stop] if stop >= 0 else sizes
