@@ -662,8 +662,11 @@ def _svg(figure: Figure, description: str) -> str:
 
     Its ids differ from those of other figures. The same figure always gives the same text.
     """
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    # `Figure.savefig` would lay out and draw it twice
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = re.sub(
         r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->",

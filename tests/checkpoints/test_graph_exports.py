@@ -24,8 +24,8 @@ from pipeline.core.batch import Batch
 from pipeline.core.specs import ModalitySpec
 from pipeline.modalities.text import Text
 
-LONG = ["multilabel", "tagging", "ctc", "segmentation", "detection", "regression", "hourly"]
-CASES = ["qa", *(pytest.param(objective, marks=pytest.mark.slow) for objective in LONG)]
+LONG = ["multilabel", "qa", "ctc", "segmentation", "detection", "regression", "hourly"]
+CASES = ["tagging", *(pytest.param(objective, marks=pytest.mark.slow) for objective in LONG)]
 """Translating takes seconds: one objective in the quick tier."""
 
 

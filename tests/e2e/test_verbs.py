@@ -103,7 +103,7 @@ def tells_its_cost(job: Path, message: str) -> None:
     )
 
 
-READ_FAST = ("table_small", "chestxray_small", "wav2vec2_small", "gpt_small")
+READ_FAST = ("table_small", "chestxray_small", "wav2vec2_small")
 """Jobs of little data; the long tier runs two steps of every one."""
 
 
