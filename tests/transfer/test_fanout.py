@@ -752,7 +752,7 @@ class Notes:
     def note(self, line):
         self.lines.append(line)
 
-    def expect(self, trials, outdated=None):
+    def add_trials(self, trials, outdated=None):
         pass
 
     def on_end(self, ended):
