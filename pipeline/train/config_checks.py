@@ -35,7 +35,7 @@ def check_source(place: str, spec: Source) -> None:
     assert spec.data is not None and spec.objective is not None
     modality = registry.get("modality", spec.data.modality.name)
     objective = registry.get("objective", spec.objective.name)
-    # the options of a checkpoint are checked when it is read (`fit_modality`)
+    # a checkpoint may have options of its own: `fit_modality` checks when it is read
     problem = ineffective_options(modality, spec.data.modality.options)
     if problem and not _continues(spec):
         raise ValueError(f"{place}.data.modality: {problem}")

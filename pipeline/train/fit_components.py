@@ -107,10 +107,12 @@ def fit_modality(
     if checkpoint and checkpoint.modality:
         modality = _checkpoint_modality(component, checkpoint.modality, checkpoint.origin, place)
         return extend_modality(modality, rows, objective, columns)
+    kind = registry.get("modality", component.name)
+    if problem := ineffective_options(kind, component.options):
+        raise ValueError(f"{place}.data.modality: {problem}")
     saved = checksums.document_or_none(path, "it is fitted again")
     if saved is not None:
         return ModalitySpec.from_json(saved), ""
-    kind = registry.get("modality", component.name)
     options = kind.options_class(**component.options)
     most = FIT_ROWS
     if objective.packed:  # a tokenizer needs many documents, as many as a bounded memory holds

@@ -7,17 +7,20 @@ import math
 import os
 import signal
 import site
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
+from ray._private import services
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError, UserCodeException
 from ray.job_config import JobConfig
@@ -105,7 +108,8 @@ def start(address: str | None, verbose: bool) -> None:
         # a local machine is not preempted; without the watcher a source starts a second sooner
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
-        with signals.keep_signal_handler():  # Ray installs a handler of its own
+        # Ray installs a handler of its own
+        with signals.keep_signal_handler(), _ray_outside_our_process_group():
             ray.init(
                 address=where,
                 logging_level=level,
@@ -131,6 +135,27 @@ def start(address: str | None, verbose: bool) -> None:
             "this machine busy or fill its memory, wait for them and run again"
         ) from error
     _is_ours = True
+
+
+@contextmanager
+def _ray_outside_our_process_group() -> Iterator[None]:
+    """Start each process of a local Ray in a process group of its own.
+
+    ``timeout`` sends SIGTERM to the whole group of the command. Ray would end before the run has
+    ended, which then waits for it for a minute.
+
+    Ray 2.60 has no option for this on Linux. On Windows it does the same. Where the kernel does not
+    end Ray's processes with this one (macOS), Ray finds them by their group.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    name, popen = "ConsolePopen", services.ConsolePopen
+    setattr(services, name, partial(popen, process_group=0))
+    try:
+        yield
+    finally:
+        setattr(services, name, popen)
 
 
 @contextmanager
@@ -476,8 +501,7 @@ def _rank_main(config: dict[str, Any]) -> None:  # Ray Train passes a dict
         nonlocal posted, newest
         # a record that is not posted at once is merged into the next one
         newest = {**newest, **record} if newest else record
-        is_last = record["step"] == record["steps"] or "stopped" in record
-        if time.monotonic() - posted > 0.3 or is_last:
+        if time.monotonic() - posted > 0.3 or _is_of_last_step(record):
             posted = time.monotonic()
             board.post.remote(newest)
             newest = None
@@ -536,7 +560,14 @@ def _watch(board: Any, name: str, progress: Progress, stop: threading.Event) -> 
             if start != last_start:  # after each restart
                 progress.note(f"{name}: goes on from step {start} of {record['steps']}")
                 last_start = start
-            progress.update(training_line(name, record))
+            # `run_source` shows the last step once, with what is validated after it
+            is_trained = _is_of_last_step(record)
+            ending = f"{name}: trained; validating and writing the bundle"
+            progress.update(ending if is_trained else training_line(name, record))
+
+
+def _is_of_last_step(record: LogRecord) -> bool:
+    return record["step"] == record["steps"] or "stopped" in record
 
 
 def resources() -> dict[str, float]:

@@ -1,12 +1,14 @@
 """Batches by cost are for rows that differ in length, told before any row is read."""
 
 import re
+from typing import Any, cast
 
 import pytest
 
+from pipeline.checkpoints.pretrained import PretrainedCheckpoint
 from pipeline.config.schema import Data, Source, Train
 from pipeline.core.contracts import Objective
-from pipeline.train import config_checks
+from pipeline.train import config_checks, fit_components
 
 
 def spec(**data) -> Data:
@@ -97,3 +99,22 @@ def test_options_that_would_change_nothing_are_refused(modality, fine, ignored, 
     config_checks.check_source("sources.a", source_of(modality, fine))
     with pytest.raises(ValueError, match=re.escape(f"sources.a.data.modality: {reason}")):
         config_checks.check_source("sources.a", source_of(modality, ignored))
+
+
+def test_of_weights_alone_an_option_that_would_change_nothing_is_refused(tmp_path):
+    """A file of weights brings no options of its own, so only the job's count."""
+    data = {"uri": "rows.parquet", "modality": {"image": {"size": 32, "area": [0.1, 1.0]}}}
+    spec = Source.model_validate(
+        {
+            "data": {**data, "columns": {"image": "image", "label": "label"}},
+            "objective": "classification",
+            "backbone": "timm/test_resnet",
+            "init": "file:w.safetensors",
+        }
+    )
+    config_checks.check_source("sources.a", spec)
+    weights = PretrainedCheckpoint("file:w.safetensors", {})
+    with pytest.raises(ValueError, match=r"sources\.a\.data\.modality: area .* no effect with"):
+        fit_components.fit_modality(
+            spec, cast(Any, None), weights, "sources.a", str(tmp_path / "modality.json")
+        )

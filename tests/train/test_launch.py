@@ -5,12 +5,14 @@ joined. No Ray runs here.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray._private import services
 
 from pipeline.config.schema import Source
 from pipeline.data.stream import DataWorkers
@@ -405,6 +407,26 @@ def test_without_an_address_a_cluster_of_our_own_is_started(asked):
     )
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere Ray ends its processes by group")
+def test_a_signal_to_our_process_group_does_not_end_the_processes_of_our_ray(asked, monkeypatch):
+    started = []
+
+    def start_process(**_):
+        process = services.start_ray_process(["sleep", "60"], "raylet", fate_share=True).process
+        started.append((process, os.getpgid(process.pid) == process.pid))
+
+    try:
+        start_process()
+        monkeypatch.setattr(launch.ray, "init", start_process)
+        launch.start(None, False)
+        start_process()
+    finally:
+        for process, _ in started:
+            process.kill()
+            process.wait()
+    assert [has_own_group for _, has_own_group in started] == [False, True, False]
+
+
 @pytest.mark.parametrize(
     ("address", "variable", "joined"),
     [
@@ -483,7 +505,7 @@ def test_the_cause_of_an_error_is_told_without_the_way_it_took():
     assert launch.first_cause(KeyError("x")) == "KeyError: 'x'"
 
 
-def test_a_warning_of_the_ranks_is_told_once(monkeypatch):
+def test_a_warning_of_the_ranks_is_told_once_and_their_last_step_is_left_to_the_end(monkeypatch):
     records = iter(
         [
             {},
@@ -492,15 +514,19 @@ def test_a_warning_of_the_ranks_is_told_once(monkeypatch):
             {"step": 3, "steps": 3, "warning": "the quantiser has collapsed"},
         ]
     )
+    shown = []
     monkeypatch.setattr(launch.ray, "get", lambda ref, timeout: (next(records), None))
     stop, lines = threading.Event(), []
     board = SimpleNamespace(read=SimpleNamespace(remote=lambda: None))
-    progress = SimpleNamespace(
-        note=lines.append, update=lambda line: stop.set() if "step 3" in line else None
-    )
-    monkeypatch.setattr(stop, "wait", lambda seconds: stop.is_set())
+    progress = SimpleNamespace(note=lines.append, update=shown.append)
+    monkeypatch.setattr(stop, "wait", lambda seconds: len(shown) == 3)
     launch._watch(board, "heard", progress, stop)
     assert lines == ["warning: heard: the quantiser has collapsed"]
+    assert shown == [
+        "heard: step 1/3",
+        "heard: step 2/3",
+        "heard: trained; validating and writing the bundle",
+    ]
 
 
 def test_where_a_source_goes_on_is_told_once_after_each_restart(monkeypatch):
