@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypedDict
 
@@ -14,8 +13,6 @@ from torchvision.ops import box_convert
 from pipeline.config.registry import BoxOptions, nearest
 from pipeline.core.arrow_compute import pc
 from pipeline.media import drawing, image_io
-
-log = logging.getLogger(__name__)
 
 
 class BoxState(TypedDict):
@@ -107,8 +104,12 @@ def _named_classes(
             "numbers; write number: name"
         )
     values = [name if are_texts else int(key) for key, name in pairs]
-    if isinstance(names, list) and of_rows and not are_texts and 0 not in of_rows:
-        _check_numbered_from_0(names, of_rows, column)
+    doubt = doubt_numbers(names, of_rows, column)
+    if doubt and max(of_rows) == len(names):
+        raise ValueError(
+            f"{doubt}; one has class {len(names)}, which is past the end of the list: write the "
+            f"number of each name, {{1: {names[0]}, ...}}"
+        )
     unknown = sorted(set(of_rows) - set(values))
     if unknown:
         raise ValueError(
@@ -118,30 +119,22 @@ def _named_classes(
     return values, [name for _, name in pairs]
 
 
-def _check_numbered_from_0(names: list[str], of_rows: list[int], column: str) -> None:
-    """Check a list of names, which is numbered from 0, where no training row has class 0.
+def doubt_numbers(
+    names: list[str] | dict[int | str, str] | None, of_rows: list[Any], column: str
+) -> str:
+    """Say that a list of class names may be numbered from 1; "" where it cannot.
 
-    That may be chance, and is logged as a warning.
+    A list is numbered from 0. That no training row has class 0 may be chance.
 
-    Raises:
-        ValueError: the highest class is as large as there are names, so they are numbered from 1.
+    Args:
+        of_rows: the values of the training rows in ``column``.
     """
-    problem = (
+    are_numbers = bool(of_rows) and not isinstance(of_rows[0], str)
+    if not isinstance(names, list) or not are_numbers or 0 in of_rows:
+        return ""
+    return (
         "objective.names: a list is numbered from 0, and no training row has class 0 in column "
-        f"{column}"
-    )
-    if max(of_rows) == len(names):
-        raise ValueError(
-            f"{problem}, but one has class {len(names)}, which is past the end of the list: write "
-            f"the number of each name, {{1: {names[0]}, ...}}"
-        )
-    log.warning(
-        "%s (the lowest is %s): where that is not by chance, write the number of each name, "
-        "{%s: %s, ...}",
-        problem,
-        min(of_rows),
-        min(of_rows),
-        names[0],
+        f"{column} (the lowest is {min(of_rows)})"
     )
 
 

@@ -9,6 +9,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pipeline.checkpoints import bundle
+from pipeline.config import registry
+from pipeline.config.registry import BoxOptions
+from pipeline.config.schema import ComponentConfig
+from pipeline.core.arrow_compute import pc
 from pipeline.core.capabilities import (
     ComparesFeatureNames,
     CountsUnreadText,
@@ -21,6 +25,7 @@ from pipeline.core.contracts.objective_capabilities import AllowsNullLabels
 from pipeline.core.specs import ModalitySpec
 from pipeline.data import manifests
 from pipeline.data.manifests import Selection
+from pipeline.media import box_labels
 from pipeline.train import fit_components
 
 SAMPLE_ROWS, SAMPLE_BYTES = 2048, 4 << 20
@@ -188,3 +193,29 @@ def null_labels(
             f"{objective.null_label_means}; if it is not known there, leave these rows out"
         )
     ]
+
+
+def class_numbers(
+    component: ComponentConfig, rows: Selection, columns: dict[str, str]
+) -> list[Finding]:
+    """Warn where the class names of boxes may be numbered from 1, not from 0.
+
+    Args:
+        component: The objective as the job states it.
+        rows: The training rows.
+    """
+    objective = registry.get("objective", component.name)
+    options = objective.options_class(**component.options)
+    if not isinstance(options, BoxOptions) or not isinstance(options.names, list):
+        return []
+    column = columns["labels"]
+    labels = manifests.read_columns(rows, [column])[column]
+    values = pc.unique(pc.list_flatten(labels)).drop_null().to_pylist()
+    doubt = box_labels.doubt_numbers(options.names, values, column)
+    if not doubt:
+        return []
+    advice = (
+        "where that is not by chance, write the number of each name, "
+        f"{{{min(values)}: {options.names[0]}, ...}}"
+    )
+    return [Finding(f"{doubt}: {advice}", is_warning=True)]

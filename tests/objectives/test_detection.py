@@ -127,7 +127,7 @@ def test_every_way_to_write_a_box(form, relative, box):
     )
 
 
-def test_class_numbers_may_have_holes_and_names(caplog):
+def test_class_numbers_may_have_holes_and_names():
     box = [0.1, 0.1, 0.5, 0.5]
     table = table_of([[box, box], [box]], [[90, 3], [17]])
     assert fitted(table)["values"] == [3, 17, 90] and fitted(table)["labels"] == ["3", "17", "90"]
@@ -159,7 +159,6 @@ def test_class_numbers_may_have_holes_and_names(caplog):
     with pytest.raises(ValueError, match=r"one has class 3, which is past .*, \{1: ant, ...\}"):
         fitted(from_1, names=["ant", "cat", "bird"])
     assert fitted(from_1, names=["ant", "cat", "bird", "cow"])["values"] == [0, 1, 2, 3]
-    assert "no training row has class 0 in column labels (the lowest is 1)" in caplog.text
     with pytest.raises(ValueError, match=r"objective.names: no class is named"):
         fitted(table, names=[])
     with pytest.raises(ValueError, match=r"two classes have the same name"):

@@ -587,17 +587,31 @@ def test_coco_files_that_do_not_fit(coco):
     )
 
 
-def test_coco_images_of_two_files_of_one_split_are_refused(coco):
+@pytest.mark.parametrize(
+    ("second", "splits"), [("train2014", "train"), ("val2014", "train, validation")]
+)
+def test_coco_images_of_two_files_are_refused(coco, second, splits):
     annotations = coco / "annotations"
     (coco / "train2017").rename(coco / "images")
-    shutil.copy(annotations / "instances_train2017.json", annotations / "instances_train2014.json")
+    shutil.copy(annotations / "instances_train2017.json", annotations / f"instances_{second}.json")
     with pytest.raises(
         ValueError,
-        match=r"into one split: 000001\.jpg \(train\), 000002\.jpg \(train\), .*; pass --set "
-        r"annotations=",
+        match=rf"two of the annotation files name: 000001\.jpg \({splits}\), 000002\.jpg .*; an "
+        r"image belongs to one split: pass --set annotations=",
     ):
         index("coco", coco)
     assert len(index("coco", coco, "annotations=annotations/instances_*2017.json")[0]) == 4
+
+
+def test_coco_images_of_one_name_in_folders_of_two_splits_are_two_images(coco):
+    path = coco / "annotations/instances_val2017.json"
+    path.write_text(path.read_text().replace("000009.jpg", "000001.jpg"))
+    write(coco / "val2017/000001.jpg", (coco / "val2017/000009.jpg").read_bytes())
+    rows, _ = index("coco", coco)
+    assert [(row["image_id"], row["split"]) for row in rows if row["path"] == "000001.jpg"] == [
+        (1, "train"),
+        (9, "validation"),
+    ]
 
 
 # ---------------------------------------------------------------- options

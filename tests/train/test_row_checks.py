@@ -11,6 +11,7 @@ import pytest
 from toys import sentences, table_rows, text_modality
 
 from pipeline.config import registry
+from pipeline.config.schema import ComponentConfig
 from pipeline.core.specs import ModalitySpec
 from pipeline.data.manifests import Selection, build
 from pipeline.modalities.text import Text
@@ -194,3 +195,24 @@ def test_nulls_that_mean_something_are_counted(tmp_path, objective, columns, mea
     assert not row_checks.null_labels(
         registry.get("objective", "classification"), {"train": rows}, {"label": "l"}
     )
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "is_told"),
+    [
+        (["ant", "cat", "bird"], [[1], [2, 1]], True),
+        (["ant", "cat", "bird"], [[0], [2, 1]], False),
+        ({1: "ant", 2: "cat"}, [[1], [2, 1]], False),
+        (["ant", "cat"], [["cat"], ["ant"]], False),
+        (None, [[1], [2, 1]], False),
+    ],
+)
+def test_names_that_may_be_numbered_from_1_are_a_warning(tmp_path, names, labels, is_told):
+    """Class 3, the last, has no training row here, so that no number is past the end."""
+    rows = selected(tmp_path, "rows", pa.table({"l": labels}))
+    component = ComponentConfig(name="detection", options={"names": names} if names else {})
+    found = row_checks.class_numbers(component, rows, {"boxes": "b", "labels": "l"})
+    assert [one.is_warning for one in found] == [True] * is_told
+    for one in found:
+        assert "no training row has class 0 in column l (the lowest is 1): where" in one.text
+        assert one.text.endswith("write the number of each name, {1: ant, ...}")

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import is_list
+from pipeline.core.ragged import pad, ragged
 
 LOG_STD = (-5.0, 2.0)
 """Bounds of the log standard deviation of a standardised action: below, a few exact demonstrations
@@ -68,6 +69,18 @@ def class_names(column: pa.ChunkedArray) -> list[str]:
     """
     flat = pc.cast(pc.list_flatten(column), pa.string())
     return sorted(name for name in flat.unique().to_pylist() if name is not None)
+
+
+def class_numbers(column: pa.ChunkedArray, names: list[str]) -> np.ndarray:
+    """Return (n, T) the place of each action's class in ``names``; -1 behind a row's last action.
+
+    T is the number of actions of the longest row.
+    """
+    flat = pc.cast(pc.list_flatten(column), pa.string())
+    numbers = pc.fill_null(pc.index_in(flat, pa.array(names, pa.string())), -1).to_numpy()
+    ends = np.cumsum(num_actions(column))
+    rows = np.split(numbers, ends[:-1])[: len(column)]  # of no rows there is one, empty
+    return pad(ragged(rows), fill=-1)
 
 
 def num_actions(column: pa.ChunkedArray) -> np.ndarray:

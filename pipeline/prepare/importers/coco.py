@@ -157,12 +157,18 @@ class Coco(ImageImporter):
             folders = uri.split("/")[-1 - self.options.annotations.count("/") : -1]
             split = _split(name, "/".join(folders))
             rows += self._rows(_read(uri), uri, _by_name(listed), split, categories, counts)
-        places = Counter((row["split"], row["path"], row["_uri"], row["_offset"]) for row in rows)
-        twice = [f"{path} ({split})" for (split, path, *_), n in places.items() if n > 1]
+        splits_of: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+        for row in rows:
+            splits_of[row["path"], row["_uri"], row["_offset"]].append(row["split"])
+        twice = [
+            f"{path} ({', '.join(dict.fromkeys(splits))})"
+            for (path, *_), splits in splits_of.items()
+            if len(splits) > 1
+        ]
         if twice:
             raise ValueError(
-                f"{source}: images that two of the annotation files put into one split: "
-                f"{first_few(twice)}; pass --set annotations=NAME.json"
+                f"{source}: images that two of the annotation files name: {first_few(twice)}; an "
+                "image belongs to one split: pass --set annotations=NAME.json"
             )
         extra = {
             "none": (),
