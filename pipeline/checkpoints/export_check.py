@@ -135,7 +135,8 @@ def compare_outputs(
     if mask is not None and ours.dim() == 3:
         ours, exported = ours[mask], exported[mask]
     deviation, mean = scale
-    ours, exported = ((values.double() - mean) / deviation for values in (ours, exported))
+    both = (ours.detach(), exported.detach())
+    ours, exported = ((values.double() - mean) / deviation for values in both)
     unit = "" if scale == PLAIN else " standard deviations of the label"
     return Comparison(
         float((ours - exported).abs().max()), float(ours.abs().max()), rows, what, unit

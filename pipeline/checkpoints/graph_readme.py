@@ -72,8 +72,8 @@ def write(saved: Bundle, graph: Graph, folder: Path, file: str, running: str) ->
     lines = [
         f"# {manifest.arch.name}, {manifest.objective.name}",
         "",
-        f"`{file}` was exported by One to Many from `{saved.uri}`. `{DESCRIPTION}` has its inputs "
-        "and outputs, the names of its labels, and how rows are prepared (`modality`).",
+        f"`{file}` was exported by One to Many. `{DESCRIPTION}` has its inputs and outputs, the "
+        "names of its labels, and how rows are prepared (`modality`).",
         "",
         "Outputs:",
         "",

@@ -251,7 +251,7 @@ def _linear_head(
     labels = hf_text.label_names(config, len(weight))
     config_with_labels = copy.deepcopy(model_config)
     config_with_labels.id2label = dict(enumerate(labels))
-    with _quiet(), torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
+    with quiet(), torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
         model = model_class.from_pretrained(
             None, config=config_with_labels, state_dict=tensors, dtype=torch.float32
         )
@@ -382,7 +382,7 @@ def _load_language_model(
     kind: Any, config: Any, tensors: dict[str, Tensor]
 ) -> tuple[Any, list[str]]:
     """Return transformers' model with the tensors, and the names that its head lacks."""
-    with _quiet(), torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
+    with quiet(), torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
         model, info = kind.from_pretrained(
             None,
             config=copy.deepcopy(config),
@@ -461,16 +461,22 @@ def _length(model: Any) -> int:
 
 
 @contextmanager
-def _quiet() -> Generator[None]:
-    """Keep transformers from reporting what `_load` reports itself."""
+def quiet() -> Generator[None]:
+    """Keep transformers from printing its report of what was loaded, and its progress bar.
+
+    What matters of it is reported by the callers.
+    """
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        logging.set_verbosity(verbosity)
+        if has_bar:
+            logging.enable_progress_bar()
 
 
 def _load(
@@ -485,7 +491,7 @@ def _load(
     own_tensors = _own_part(kind, config, tensors)
     generators: Any = torch.random
     try:
-        with _quiet(), generators.fork_rng(devices=[]):
+        with quiet(), generators.fork_rng(devices=[]):
             model, info = kind.from_pretrained(
                 None,
                 config=config,
@@ -770,7 +776,7 @@ def write(saved: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
     _write_processor(
         saved, backbone, folder, words=has_head and hf_text.splits_words(saved.manifest)
     )
-    with _quiet():
+    with quiet():
         backbone.model.save_pretrained(folder)
     count = sum(parameter.numel() for parameter in backbone.model.parameters())
     text = f"{type(backbone.model).__name__} with {count} parameters"

@@ -131,10 +131,13 @@ def test_what_is_no_adapter_is_refused(tmp_path):
         ("transformers/gpt2", "last"),
     ],
 )
-def test_sentence_transformers_gives_the_vectors_of_embed(name, pool, tmp_path):
+def test_sentence_transformers_gives_the_vectors_of_embed(name, pool, tmp_path, capfd):
     library = pytest.importorskip("sentence_transformers")
     task, _, uri, _ = fine_tuned(tmp_path, name, lambda task: task, pool=pool)
+    capfd.readouterr()
     export.export_bundle(uri, str(tmp_path / "out"), "sentence-transformers", False)
+    printed = "".join(capfd.readouterr())
+    assert printed == "", "transformers reported a pooler that is not read as missing"
     texts = sentences(6, seed=3)[0]
     modality = bundle.load(uri).modality()
     rows = text_rows(6, modality, seed=3)
