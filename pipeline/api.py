@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from pipeline.report.advice import Advice
     from pipeline.report.matrix import MatrixEntry
     from pipeline.report.results import ResultRow
-    from pipeline.report.stats import RunPredictions
     from pipeline.train.progress import Progress
     from pipeline.transfer.job_state import JobState
 
@@ -47,7 +46,7 @@ Overrides = Mapping[str, Any] | Sequence[str]
 
 @dataclass
 class Outcome:
-    """What the stages of a job left."""
+    """The results of a job's stages."""
 
     bundles: dict[str, str] = field(default_factory=dict)
     """URI of each source's bundle."""
@@ -243,7 +242,7 @@ def advise(places: Sequence[Job | str], target: str | None = None) -> list[Advic
     """
     from pipeline.report import advice
     from pipeline.report import results as results_table
-    from pipeline.transfer import grid
+    from pipeline.transfer import grid, trial
 
     stores: dict[str, advice.Store] = {}
     new: list[advice.NewTarget] = []
@@ -258,37 +257,22 @@ def advise(places: Sequence[Job | str], target: str | None = None) -> list[Advic
             new += [
                 advice.NewTarget(
                     name,
-                    grid.fraction_text(fraction, one.objective.name),
-                    one.data.modality.name,
-                    one.objective.name,
-                    one.metric,
+                    grid.fraction_text(fraction, spec.objective.name),
+                    spec.data.modality.name,
+                    spec.objective.name,
+                    spec.metric,
                 )
-                for name, one in job.targets.items()
+                for name, spec in job.targets.items()
                 if name not in finished
-                for fraction in one.label_fractions
+                for fraction in spec.label_fractions
             ]
         if not rows and (isinstance(job, str) or len(places) == 1):
             raise ValueError(
                 f"{root}: no {results_table.FILE} here; name a job that has run, its folder or "
                 f"its {results_table.FILE}"
             )
-        stores[root] = advice.Store(root, rows, _test_predictions(root, rows))
+        stores[root] = advice.Store(root, rows, trial.read_test_predictions(root, rows))
     return advice.advise(list(stores.values()), target, new)
-
-
-def _test_predictions(root: str, rows: Sequence[ResultRow]) -> dict[str, RunPredictions]:
-    """Return the predictions on test rows of each final trial that kept them, by its id."""
-    from pipeline.transfer import trial
-
-    tested = {
-        row.trial_id: row
-        for row in rows
-        if row.trial_stage == "final" and row.split == "test" and row.status == "done"
-    }
-    runs = {
-        name: trial.read_predictions(root, row.folder, row.seed) for name, row in tested.items()
-    }
-    return {name: run for name, run in runs.items() if run is not None}
 
 
 def _root(place: Job | str) -> str:
@@ -319,10 +303,11 @@ def best_bundle(job: Job | str, target: str | None = None) -> str:
     """
     from pipeline.report import results as results_table
     from pipeline.report import winners
+    from pipeline.transfer import trial
 
     root = _root(job)
     rows = results_table.read(root)
-    return winners.find_bundle(root, rows, _test_predictions(root, rows), target)
+    return winners.find_bundle(root, rows, trial.read_test_predictions(root, rows), target)
 
 
 def load_bundle(uri: str, *, plugins: Sequence[str] = ()) -> Bundle:
@@ -638,21 +623,21 @@ def run_stages(
 
     if not job.targets and "pretrain" not in wanted:
         raise ValueError("this job has no targets")
-    began = Progress() if progress is None else nullcontext(progress)
+    new_or_given = Progress() if progress is None else nullcontext(progress)
     with (
-        began as shown,
-        open_job(job, wanted, shown, wait, remake, verbose) as state,
-        run_lock.hold(job.root, shown.note),
+        new_or_given as progress,
+        open_job(job, wanted, progress, wait, remake, verbose) as state,
+        run_lock.hold(job.root, progress.note),
         live_page.serve(state, serve),
         tracking.follow(state) as track,
     ):
-        ended = existing_trials.trial_status(state) if "finetune" in wanted else []
-        if ended and all(is_done for _, is_done in ended):
+        status = existing_trials.trial_status(state) if "finetune" in wanted else []
+        if status and all(is_done for _, is_done in status):
             for name in state.sources:
                 stages.report_done(state, name)
-            shown.note(f"all {len(ended)} trials are done; nothing to run")
-            shown.on_end([*state.sources.values(), *(one for one, _ in ended)])
-            outcome = write_report(state, stages.current(state))
+            progress.note(f"all {len(status)} trials are done; nothing to run")
+            progress.on_end([*state.sources.values(), *(trial for trial, _ in status)])
+            outcome = write_report(state, stages.collect_existing_rows(state))
         else:
             with launch.session(address, verbose):
                 outcome = _run(state, wanted)
@@ -693,7 +678,7 @@ def _run(state: JobState, wanted: Sequence[Stage]) -> Outcome:
         stages.pretrain(state)
     if not state.targets or tuple(wanted) == ("pretrain",):
         return Outcome(_bundles(state))
-    shared = stages.share(state)
+    shared = stages.prepare_shared(state)
     scores = stages.score(state, shared) if "score" in wanted else []
     if "finetune" not in wanted:
         return Outcome(_bundles(state), scores, failed=stages.failures(state, []))
@@ -706,7 +691,7 @@ def write_report(state: JobState, rows: list[ResultRow]) -> Outcome:
     from pipeline.report import code_versions, results
     from pipeline.transfer import pruning, stages
 
-    entries, (_, page) = stages.show(state, rows)
+    entries, (_, page) = stages.write_report(state, rows)
     pruned = pruning.describe_stale(results.read(state.job.root))
     return Outcome(
         bundles=_bundles(state),
@@ -721,8 +706,10 @@ def write_report(state: JobState, rows: list[ResultRow]) -> Outcome:
 
 
 def _as_list(data: str | Sequence[str]) -> list[str]:
+    """Return one place, or several, as a list."""
     return [data] if isinstance(data, str) else list(data)
 
 
 def _bundles(state: JobState) -> dict[str, str]:
-    return {name: one.bundle_uri for name, one in state.sources.items() if one.has_bundle}
+    """Return the URI of the bundle of each source that has one."""
+    return {name: stage.bundle_uri for name, stage in state.sources.items() if stage.has_bundle}

@@ -1,4 +1,4 @@
-"""The command line: verbs only, each a few lines over the library."""
+"""The command line: each command calls a function of `pipeline.api`."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ from pipeline.io.ray_environment import prepare_ray
 
 
 class Commands(TyperGroup):
-    """Commands; unknown commands and options known from other tools are answered with ours."""
+    """The commands. For one or an option of another tool, the error names that of this one."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         meant = familiar_names.COMMANDS.get(args[0])
         if meant:
             ctx.fail(f"No such command '{args[0]}'. Did you mean '{meant}'?")
         name, command, rest = super().resolve_command(ctx, args)
-        known = {text for one in command.params for text in one.opts} if command else set[str]()
+        params = command.params if command else []
+        known = {option for param in params for option in param.opts}
         for option in (word.partition("=")[0] for word in rest):
             meant = familiar_names.OPTIONS.get(option)
             if meant in known and option not in known:
@@ -119,8 +120,14 @@ def _exit_codes(
     stopped: str = "error: stopped; the same command goes on from here",
     job: Path | None = None,
 ) -> Iterator[None]:
-    """Turn errors into messages and exit codes: 2 for bad input, 1 for what failed, 130 for Ctrl-C
-    and 143 for SIGTERM. Of a field of the job file they name the line.
+    """Turn errors into messages and exit codes.
+
+    The code is 2 for bad input, 1 for a failure, 130 for Ctrl-C and 143 for SIGTERM. An error in a
+    field of the job file names its line.
+
+    Args:
+        stopped: What is printed after Ctrl-C or SIGTERM.
+        job: The job file.
     """
     from pipeline.io import storage, write_fence
     from pipeline.train import launch
@@ -213,17 +220,17 @@ def _print_outcome(done: api.Outcome) -> None:
 
 
 def _prune(state: Any, dry_run: bool) -> None:
-    """List the stale trials, and remove them unless that is all that was asked for."""
+    """List the stale trials, and remove them unless ``dry_run``."""
     from pipeline.io import run_lock
     from pipeline.transfer import existing_trials, pruning
 
     note = state.progress.note
     with contextlib.nullcontext() if dry_run else run_lock.hold(state.job.root, note):
-        found = existing_trials.stale(state)
-        for line in found.lines():
+        stale = existing_trials.stale(state)
+        for line in stale.lines():
             out.print(line, markup=False, soft_wrap=True)
-        if not found.is_empty and not dry_run:
-            pruning.prune(state.job.root, found)
+        if not stale.is_empty and not dry_run:
+            pruning.prune(state.job.root, stale)
             out.print("removed", markup=False)
 
 
@@ -233,18 +240,18 @@ def _print_scores(rows: list[dict[str, Any]]) -> None:
 
     scores, titles = scoring.scores(), registry.entries("score")
     for target in dict.fromkeys(row["target"] for row in rows):
-        found = [row for row in rows if row["target"] == target]
-        sources = [f"{row['source']}\n{row['backbone']}" for row in found]
+        of_target = [row for row in rows if row["target"] == target]
+        sources = [f"{row['source']}\n{row['backbone']}" for row in of_target]
         table = Table("score", *sources, title=f"Transferability to {target}, best source first")
         table.caption = "↑ higher is better, ↓ lower; [95 % interval over rows]"
         for name, score in scores.items():
             arrow = "↑" if score.higher_is_better else "↓"
-            values = [_format_score(row, name) for row in found]
+            values = [_format_score(row, name) for row in of_target]
             table.add_row(f"{titles[name].title or name} {arrow}", *values)
         out.print(table)
         reasons = {
             f"{titles[name].title or name} of {row['source']}: {reason}"
-            for row in found
+            for row in of_target
             for name, reason in row["undefined"].items()
         }
         for reason in sorted(reasons):
@@ -453,7 +460,7 @@ def report(
             _prune(state, dry_run)
             if dry_run:
                 return
-        rows = stages.current(state)
+        rows = stages.collect_existing_rows(state)
         if not rows:
             raise _fail(f"{spec.root}: no results of this job yet; run it first", 1)
         done = api.write_report(state, rows)
@@ -488,11 +495,13 @@ def advise(
     """
     from pipeline.report.advice import METHOD
 
-    jobs = [_job(Path(one), set_) if one.endswith((".yaml", ".yml")) else one for one in places]
+    jobs = [
+        _job(Path(place), set_) if place.endswith((".yaml", ".yml")) else place for place in places
+    ]
     with _exit_codes():
-        found = api.advise(jobs, target)
-    for one in found:
-        out.print("\n".join(one.lines()), markup=False, soft_wrap=True)
+        all_advice = api.advise(jobs, target)
+    for advice in all_advice:
+        out.print("\n".join(advice.lines()), markup=False, soft_wrap=True)
     out.print(METHOD, markup=False, soft_wrap=True)
 
 
@@ -534,12 +543,12 @@ Keep = Annotated[
 def _new_row_arguments(
     column: list[str] | None, keep: str | None, read_as: DataFormat, plugin: list[str] | None
 ) -> dict[str, Any]:
-    """Return what `predict` and `embed` take alike, as arguments of their functions."""
-    wrong = [c for c in column or () if not all(c.partition("="))]
+    """Return the arguments that the functions of `predict` and `embed` share."""
+    wrong = [text for text in column or () if not all(text.partition("="))]
     if wrong:
         raise _fail(f"--column {wrong[0]}: write ROLE=NAME, e.g. image=picture", 2)
     return {
-        "columns": dict(c.split("=", 1) for c in column or ()),
+        "columns": dict(text.split("=", 1) for text in column or ()),
         "keep": [name.strip() for name in (keep or "").split(",") if name.strip()],
         "input_format": read_as,
         "plugins": plugin or (),
@@ -794,9 +803,9 @@ def prepare(
         if verify and output:
             from pipeline.prepare.engine import write
 
-            found = write.verify(output)
+            summary = write.verify(output)
             out.print(
-                f"{output}: {len(found['files'])} parts are as they were written",
+                f"{output}: {len(summary['files'])} parts are as they were written",
                 markup=False,
                 soft_wrap=True,
             )

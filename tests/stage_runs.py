@@ -158,4 +158,4 @@ def prepared(job: Job, *remake: str) -> job_state.JobState:
 
 def run_through(job: Job, *remake: str) -> tuple[job_state.JobState, list[ResultRow]]:
     state = prepared(job, *remake)
-    return state, stages.collect(state, stages.finetune(state, stages.share(state)))
+    return state, stages.collect(state, stages.finetune(state, stages.prepare_shared(state)))

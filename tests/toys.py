@@ -626,7 +626,7 @@ def shared_of(
         name: tensor.numpy()
         for name, tensor in bundle.build_backbone(arch, seed=77).state_dict().items()
     }
-    data = targets.prepare(targets.stage(job, "task"), base)
+    data = targets.prepare(targets.plan_target(job, "task"), base)
     head = {
         name: tensor.numpy()
         for name, tensor in bundle.build_task(arch, data.objective, seed=77)

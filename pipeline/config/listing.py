@@ -41,7 +41,7 @@ IN_A_JOB: dict[str, str] = {
 """How a job file names a component of each kind."""
 SENTENCE_END = re.compile(r"(?<!\bal)\.\s+(?=[A-Z`])")
 """A full stop that ends a sentence; "et al." does not."""
-MOST_ARCHITECTURES = 40
+MAX_ARCHITECTURES = 40
 """Names of a backbone library that are printed before the rest is counted."""
 
 
@@ -126,8 +126,8 @@ def _networks(library: str, part: str) -> list[str]:
     if part and not found:
         near = registry.nearest(part, registry.architectures(library))
         raise ValueError(f"{library} has no network whose name contains {part!r}; {near}")
-    text = ", ".join(found[:MOST_ARCHITECTURES])
-    left = len(found) - MOST_ARCHITECTURES
+    text = ", ".join(found[:MAX_ARCHITECTURES])
+    left = len(found) - MAX_ARCHITECTURES
     if left > 0:
         text += f" and {left} more: onetomany backbones {library}/PART lists those with PART"
     return [f"Networks ({len(found)}):", textwrap.indent(textwrap.fill(text, 92), "  "), ""]

@@ -646,36 +646,44 @@ class Source(Spec):
     )
 
     @model_validator(mode="after")
-    def _whole(self):
+    def _check_fields_fit(self):
+        self._check_start()
+        self._check_probe()
+        _refuse(self._unread_fields())
+        low, high = self.worker_range
+        if not 1 <= low <= high:
+            raise ValueError(
+                f"workers {self.workers} must be at least 1, and [fewest, most] when elastic"
+            )
+        return self
+
+    def _check_start(self) -> None:
+        """Raise ValueError unless the source has data, or one checkpoint to start from."""
+        is_checkpoint = self.backbone.name.startswith(CHECKPOINT_PREFIXES)
         if self.data is not None and self.objective is None:
             raise ValueError(
                 "a source with data needs an objective (classification, mlm, clm, ...)"
             )
         if self.data is not None and self.modality is not None:
-            _refuse(
-                [
-                    (
-                        ("modality",),
-                        "it is for a checkpoint without data; these data say how their rows "
-                        "are read (data.modality): leave it out",
-                    )
-                ]
+            text = (
+                "it is for a checkpoint without data; these data say how their rows are read "
+                "(data.modality): leave it out"
             )
-        if (
-            self.data is None
-            and self.init is None
-            and not self.backbone.name.startswith(CHECKPOINT_PREFIXES)
-        ):
+            _refuse([(("modality",), text)])
+        if self.data is None and self.init is None and not is_checkpoint:
             raise ValueError(
                 "a source needs data to pretrain on, or a checkpoint: init, or a backbone "
                 f"that starts with {', '.join(CHECKPOINT_PREFIXES)}"
             )
-        if self.init is not None and self.backbone.name.startswith(CHECKPOINT_PREFIXES):
+        if self.init is not None and is_checkpoint:
             raise ValueError(
                 f"init {self.init} and backbone {self.backbone.name} are both checkpoints: "
                 "start from one of them; beside init the backbone is "
                 "library/model"
             )
+
+    def _check_probe(self) -> None:
+        """Raise ValueError for a probe without data, or of another modality than the data."""
         if self.probe is not None and (
             self.data is None or self.probe.modality.name != self.data.modality.name
         ):
@@ -683,17 +691,16 @@ class Source(Spec):
                 "a probe tries the backbone while it is pretrained: it needs data beside it, "
                 "and the same modality"
             )
-        problems = (
-            [
-                (
-                    ("data", "weight"),
-                    "it is the share of a corpus beside others (data.more), and there is only one "
-                    "corpus here: leave it out",
-                )
-            ]
-            if self.data and self.data.weight is not None and not self.data.more
-            else []
-        )
+
+    def _unread_fields(self) -> list[tuple[tuple[str | int, ...], str]]:
+        """Return the fields that are stated and that nothing would read, each with the reason."""
+        problems: list[tuple[tuple[str | int, ...], str]] = []
+        if self.data is not None and self.data.weight is not None and not self.data.more:
+            text = (
+                "it is the share of a corpus beside others (data.more), and there is only one "
+                "corpus here: leave it out"
+            )
+            problems.append((("data", "weight"), text))
         if self.probe is not None:
             problems += _unused_field_problems(
                 self.probe,
@@ -708,7 +715,7 @@ class Source(Spec):
                 "a probe has training and validation rows",
             )
         if self.data is None:
-            unread = (
+            only_with_data = (
                 "objective",
                 "technique",
                 "train",
@@ -719,22 +726,12 @@ class Source(Spec):
             )
             problems += _unused_field_problems(
                 self,
-                unread,
+                only_with_data,
                 (),
                 "a source without data is a checkpoint as it is, and nothing is trained",
             )
-        _refuse(
-            [
-                *problems,
-                *_weight_problems(self.probe, "probe", "the rows of a probe are read whole"),
-            ]
-        )
-        low, high = self.worker_range
-        if not 1 <= low <= high:
-            raise ValueError(
-                f"workers {self.workers} must be at least 1, and [fewest, most] when elastic"
-            )
-        return self
+        problems += _weight_problems(self.probe, "probe", "the rows of a probe are read whole")
+        return problems
 
     @property
     def modality_name(self) -> str | None:

@@ -48,11 +48,11 @@ class _Loader(yaml.SafeLoader):
     visited = 0
 
     def visit(self) -> None:
-        """Count a value. Raise YAMLError beyond `MOST_VALUES`."""
+        """Count a value. Raise YAMLError beyond `MAX_VALUES`."""
         self.visited += 1
-        if self.visited > MOST_VALUES:
+        if self.visited > MAX_VALUES:
             raise yaml.YAMLError(
-                f"more than {MOST_VALUES} values, once its aliases (*name) are written out; "
+                f"more than {MAX_VALUES} values, once its aliases (*name) are written out; "
                 "write fewer"
             )
 
@@ -70,8 +70,8 @@ _Loader.add_implicit_resolver(  # pyright: ignore[reportUnknownMemberType]
 
 Path_ = tuple[str | int, ...]
 T = TypeVar("T", bound=Spec)
-MOST_DEEP = 64
-MOST_VALUES = 100_000
+MAX_DEPTH = 64
+MAX_VALUES = 100_000
 """Most values of a job file once its aliases are written out.
 
 A few lines of aliases of aliases can stand for 10^8 values.
@@ -98,7 +98,7 @@ def _plain(
     """Return the value of a YAML node, noting the line of every part of it in ``lines``."""
     lines[path] = node.start_mark.line + 1
     loader.visit()
-    if len(path) > MOST_DEEP:
+    if len(path) > MAX_DEPTH:
         raise yaml.YAMLError("nested too deeply, or an alias that holds itself")
     if isinstance(node, yaml.MappingNode):
         out: JsonObject = {}
@@ -141,7 +141,7 @@ def _pairs(
     """
     own: dict[str, tuple[int, yaml.Node]] = {}
     merged: dict[str, tuple[int, yaml.Node]] = {}
-    if depth > MOST_DEEP:
+    if depth > MAX_DEPTH:
         raise yaml.YAMLError("nested too deeply, or an alias that merges itself")
     merges = 0
     for key_node, value_node in node.value:

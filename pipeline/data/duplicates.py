@@ -90,7 +90,7 @@ def row_signatures(
         *([record] if record else []),
     )
     uri = storage.join(folder, key)
-    content = checksums.kept_bytes(uri, "the rows are compared anew")
+    content = checksums.read_checked_or_none(uri, "the rows are compared anew")
     if content is not None:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             return _from_arrays({name: file[name] for name in file.files})
@@ -105,7 +105,7 @@ def row_signatures(
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    checksums.keep_bytes(uri, buffer.getvalue())
+    checksums.write_checked(uri, buffer.getvalue())
     return _from_arrays(arrays)
 
 

@@ -1,9 +1,9 @@
-"""Read back what the program wrote, and notice when it is no longer what was written.
+"""Write files with checksums, and find out when they are read whether they are damaged.
 
-Everything carries a SHA-256: a JSON document its own (`write_document`), bytes and files that of
-their folder's manifest (`keep_bytes`, `atomic_folder.commit_folder`). Damage raises a
-`DamagedError` whose message names the file in one line. What can be made again is made again by the
-caller, and `notify` says so in the terminal.
+A JSON document holds its own SHA-256 (`write_document`); those of other files are in the manifest
+of their folder (`write_checked`, `atomic_folder.commit_folder`). Damage raises a `DamagedError`
+whose message names the file in one line. Where the caller can make the content again it does so,
+and `notify` says so in the terminal.
 
 A document of an earlier version has no checksum and is read as it is.
 """
@@ -22,10 +22,10 @@ from pipeline.io.threads import threaded_map
 
 log = logging.getLogger(__name__)
 Content = TypeVar("Content")
-_SEAL = "content_sha256"
+_CHECKSUM_FIELD = "content_sha256"
 """The field of a document that holds the SHA-256 of all others."""
 _CONTENT = "content"
-"""The name of the file in a folder of `keep_bytes`."""
+"""The name of the file in a folder of `write_checked`."""
 
 
 # ---------------------------------------------------------------- documents
@@ -33,7 +33,7 @@ _CONTENT = "content"
 
 def write_document(uri: Uri, value: Mapping[str, Any]) -> None:
     """Write a JSON object with the SHA-256 of its content, atomically."""
-    storage.write_json(uri, atomic_folder.with_checksum(value, _SEAL))
+    storage.write_json(uri, atomic_folder.with_checksum(value, _CHECKSUM_FIELD))
 
 
 def read_document(uri: Uri) -> dict[str, Any]:
@@ -43,26 +43,27 @@ def read_document(uri: Uri) -> dict[str, Any]:
         NotFoundError: Nothing is there.
         DamagedError: It is not what was written.
     """
-    found = storage.read_json(uri)
-    if not isinstance(found, dict):
+    document = storage.read_json(uri)
+    if not isinstance(document, dict):
         raise DamagedError(f"{uri} is damaged: it is no JSON object")
-    if _has_broken_seal(found):
+    if _has_wrong_checksum(document):
         raise DamagedError(
             f"{uri} is damaged: its content does not have the SHA-256 that it states"
         )
-    return {name: value for name, value in found.items() if name != _SEAL}
+    return {name: value for name, value in document.items() if name != _CHECKSUM_FIELD}
 
 
-def _has_broken_seal(found: Mapping[str, Any]) -> bool:
+def _has_wrong_checksum(document: Mapping[str, Any]) -> bool:
     """Return whether the checksum of a document is wrong, or its field's name seems damaged."""
-    if _SEAL in found:
-        return found[_SEAL] != atomic_folder.with_checksum(found, _SEAL)[_SEAL]
-    # a flipped bit in the name of the seal must not make the document look like one of an earlier
-    # version
+    if _CHECKSUM_FIELD in document:
+        expected = atomic_folder.with_checksum(document, _CHECKSUM_FIELD)
+        return document[_CHECKSUM_FIELD] != expected[_CHECKSUM_FIELD]
+    # a flipped bit in the name of the field must not make the document look like one of an earlier
+    # version, which has no checksum
     digest_length = 64
     return any(
-        len(name) == len(_SEAL) and isinstance(value, str) and len(value) == digest_length
-        for name, value in found.items()
+        len(name) == len(_CHECKSUM_FIELD) and isinstance(value, str) and len(value) == digest_length
+        for name, value in document.items()
     )
 
 
@@ -76,7 +77,7 @@ def document_or_none(uri: Uri, remedy: str) -> dict[str, Any] | None:
 
 
 def _intact_or_none(read: Callable[[Uri], Content], uri: Uri, remedy: str) -> Content | None:
-    """Return what is read, or None, with a notification if it is damaged and not just missing."""
+    """Return what ``read`` returns; None where it is missing, or with a warning where damaged."""
     try:
         return read(uri)
     except storage.NotFoundError:
@@ -100,13 +101,16 @@ def is_damaged(uri: Uri) -> bool:
 # ---------------------------------------------------------------- bytes and folders
 
 
-def keep_bytes(uri: Uri, data: bytes) -> None:
-    """Write bytes into a folder of their own, with a manifest, in the place of earlier ones."""
+def write_checked(uri: Uri, data: bytes) -> None:
+    """Write bytes with their checksum, in place of earlier ones.
+
+    They are a file in a folder of its own, whose manifest has the checksum.
+    """
     atomic_folder.commit_folder(uri, {_CONTENT: data}, {})
 
 
-def read_kept(uri: Uri) -> bytes:
-    """Return what `keep_bytes` wrote.
+def read_checked(uri: Uri) -> bytes:
+    """Return what `write_checked` wrote.
 
     Raises:
         NotFoundError: Nothing is there.
@@ -115,13 +119,13 @@ def read_kept(uri: Uri) -> bytes:
     return read_file(uri, atomic_folder.open_folder(uri), _CONTENT)
 
 
-def kept_bytes(uri: Uri, remedy: str) -> bytes | None:
-    """Return what `keep_bytes` wrote, or None where nothing is there or where it is damaged.
+def read_checked_or_none(uri: Uri, remedy: str) -> bytes | None:
+    """Return what `write_checked` wrote, or None where nothing is there or where it is damaged.
 
     Args:
         remedy: What happens now, for the notification about damage.
     """
-    return _intact_or_none(read_kept, uri, remedy)
+    return _intact_or_none(read_checked, uri, remedy)
 
 
 def read_file(uri: Uri, manifest: Mapping[str, Any], name: str) -> bytes:
@@ -201,12 +205,12 @@ def is_same(content: str, entry: Mapping[str, Any]) -> bool:
 def _contents(entry: Mapping[str, Any]) -> set[str]:
     """Return what `file_identity` may call the content of a file with this entry."""
     size = entry["size"]
-    found = {f"{size}-sha256:{entry['sha256']}"}
+    contents = {f"{size}-sha256:{entry['sha256']}"}
     if "sha256_pieces" in entry:
-        found.add(f"{size}-sha256-pieces:{entry['sha256_pieces']}")
+        contents.add(f"{size}-sha256-pieces:{entry['sha256_pieces']}")
     if "etag" in entry:
-        found.add(f"{size}-etag:{entry['etag']}")
-    return found
+        contents.add(f"{size}-etag:{entry['etag']}")
+    return contents
 
 
 # ---------------------------------------------------------------- notifications

@@ -1,11 +1,11 @@
-"""Identify files by what they hold, and find out whether they still hold it.
+"""Identify files by their content, and find out whether it has changed.
 
-All keys come from here. A local file is identified by the SHA-256 of all of its bytes. It is read
-once: its digest is remembered in the user's cache folder by path, size, times of change and inode
-(`_Memory`). A file in a store that is only read (`read_only`) is identified in the same way, and
-remembered by what the store says of it (an ETag, say). An object on S3 is identified by its ETag.
-With the mode ``stat`` no file is read: its size and its time of change (or what the store says)
-stand for its content.
+The keys of all stages depend on these identities. A local file is identified by the SHA-256 of all
+of its bytes. It is read once: its digest is remembered in the user's cache folder by path, size,
+times of change and inode (`_Memory`). A file in a store that is only read (`read_only`) is
+identified in the same way, and remembered by a stamp of the store, such as an ETag. An object on S3
+is identified by its ETag. With the mode ``stat`` no file is read: it is identified by its size and
+time of change, or by the stamp of the store.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ A file of one piece is identified by its plain SHA-256, a larger one by the SHA-
 of its pieces.
 """
 READ_BYTES = 1 << 20
-FILES_A_TASK = 64
+FILES_PER_TASK = 64
 GRAIN_SECONDS = 2.0
 """Two changes of a file within this time may have the same time of change (2 s on FAT).
 
@@ -105,7 +105,7 @@ def identify(
     }
     for uri, content in _etags(on_s3, absent_ok).items():
         identities[uri] = FileIdentity(uri, content, content)
-    _note([file for uri, file in identities.items() if not storage.is_scratch(uri)])
+    _record([file for uri, file in identities.items() if not storage.is_scratch(uri)])
     return [identities[uri] for uri in wanted]
 
 
@@ -113,11 +113,11 @@ def of_object(uri: str, size: int, etag: str) -> FileIdentity:
     """Return the identity of an object on S3 that was listed, as `identify` would."""
     content = _etag_text(size, etag)
     identity = FileIdentity(uri, content, content)
-    _note([identity])
+    _record([identity])
     return identity
 
 
-def _note(files: list[FileIdentity]) -> None:
+def _record(files: list[FileIdentity]) -> None:
     """Add files to the lists of the `recorded_identities` blocks that are open."""
     for recorded in _RECORDED:
         recorded += files
@@ -168,8 +168,9 @@ def _by_store(uris: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
 
 @contextmanager
 def recorded_identities() -> Iterator[list[FileIdentity]]:
-    """Collect the identities of all files that are identified in the block, by any thread, but for
-    those in scratch folders.
+    """Collect the identities of all files that are identified in the block, by any thread.
+
+    Files in scratch folders are left out.
     """
     recorded: list[FileIdentity] = []
     _RECORDED.append(recorded)
@@ -268,7 +269,7 @@ def _stamp_elsewhere(uri: str, place: read_only.Place) -> _Stamp:
     )
 
 
-def _look(uri: str, absent_ok: bool) -> _Stamp:
+def _stat_file(uri: str, absent_ok: bool) -> _Stamp:
     """Return the stamp of a local file."""
     if NUL in uri:
         if absent_ok:
@@ -288,7 +289,7 @@ def _look(uri: str, absent_ok: bool) -> _Stamp:
 def _stamps_of_local(uris: Sequence[str], absent_ok: bool) -> dict[str, _Stamp]:
     """Return the stamps of local files, looked up by several threads."""
     found = threaded_map(
-        lambda some: [_look(uri, absent_ok) for uri in some], _parted(uris, FILES_A_TASK)
+        lambda some: [_stat_file(uri, absent_ok) for uri in some], _parted(uris, FILES_PER_TASK)
     )
     return dict(zip(uris, itertools.chain.from_iterable(found), strict=True))
 
@@ -364,7 +365,7 @@ def _read(files: dict[str, _Stamp]) -> Iterator[tuple[str, str, bool]]:
     """Read files and yield (file, its content, whether it may be remembered), in order.
 
     A file may be remembered when nothing had changed it for GRAIN_SECONDS before. Small files are
-    hashed several a task, large ones one piece a task.
+    hashed several per task, large ones one piece per task.
     """
     _wait_for_new_large_files(files)
     began_ns, began = time.time_ns(), time.monotonic()
@@ -379,7 +380,7 @@ def _read(files: dict[str, _Stamp]) -> Iterator[tuple[str, str, bool]]:
         report_progress = _PROGRESS.get()
         if report_progress is not None and time.monotonic() - began > PROGRESS_AFTER_SECONDS:
             share = f"{done_files} of {len(files)} files, {done_bytes >> 20} of {total >> 20} MiB"
-            report_progress(f"reading the data to know them by content (once): {share}")
+            report_progress(f"reading the data once, to identify them by content: {share}")
         age_ns = began_ns - stamp.changed_ns
         return uri, f"{stamp.size}-{digest}", age_ns > GRAIN_SECONDS * 1e9
 
@@ -390,7 +391,7 @@ def _read(files: dict[str, _Stamp]) -> Iterator[tuple[str, str, bool]]:
         uri, number = piece
         return s3.call("read", uri, hash_piece, uri, number)
 
-    groups = _parted(small, FILES_A_TASK)
+    groups = _parted(small, FILES_PER_TASK)
     for group, digests in zip(groups, threaded_map(read_small, groups), strict=True):
         for uri, digest in zip(group, digests, strict=True):
             yield ended(uri, f"sha256:{digest}")

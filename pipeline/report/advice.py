@@ -1,14 +1,16 @@
 """Advice: which source and which technique a target should take, and what is still in doubt.
 
 The gain of every tested (source, technique) over the target's best scratch network is an estimate
-with an error. The largest of many estimates is partly luck, so the entries are not compared as they
-were measured: each is shrunk towards the sum of the effects of its source, technique and target,
-the more the larger its error is (`gain_model`). These effects are estimated from all like entries,
-which have the same modality, objective and metric, whatever their job is; they may have different
-targets where the metric has bounds. Sources of the same name and backbone count as the same one,
-and a target with another share of labels as another target. Pairs that were not tried, and targets
-without any trial, get a prediction from the same model, but never a recommendation. Pairs that a
-budget of trials cut were tried and have no gain: they are named and get neither.
+with an error. The largest of many estimates is partly luck, so measured gains are not compared with
+each other. Each is first shrunk towards the sum of the effects of its source, technique and target,
+the more the larger its error is (`gain_model`). These effects are estimated from all like entries:
+those of any job with the same modality, objective and metric. Where the metric has no bounds, the
+target must be the same too. Sources of the same name and backbone count as the same one, and a
+target with another share of labels as another target.
+
+Pairs that were not tried, and targets without any trial, get a prediction from the same model, but
+never a recommendation. Pairs that a budget of trials cut have no gain: they are named, and get
+neither.
 
 Gains over the same scratch network share its error, which no number of entries averages out. An
 expected gain is therefore never more certain than the measured one, and a source is recommended
@@ -66,7 +68,7 @@ class Store:
 
 @dataclass(frozen=True)
 class Advice:
-    """What to do with a target at one label fraction, in words.
+    """What to do with a target at one label fraction.
 
     Attributes:
         source: The source to use; None: train from scratch, or there is not enough evidence.
@@ -95,8 +97,10 @@ class Advice:
 
     def lines(self) -> list[str]:
         """Return the advice as lines of text."""
-        settle = [f"next: {self.next_experiment}"] if self.next_experiment else []
-        indented = [f"  {line}" for line in (*self.because, *self.others, *self.untried, *settle)]
+        details = [*self.because, *self.others, *self.untried]
+        if self.next_experiment:
+            details.append(f"next: {self.next_experiment}")
+        indented = [f"  {line}" for line in details]
         labels = plots.labels_text(self.label_fraction)
         return [f"{self.target} at {labels}, {self.metric}: {self.headline}", *indented]
 
@@ -138,7 +142,7 @@ class Expected:
 
 
 @dataclass(frozen=True)
-class _Choice:
+class _TestedPair:
     """A source with a technique on a target, as one job measured it."""
 
     store: str
@@ -233,7 +237,7 @@ class _Untried:
 class _LikeEntries:
     """Settled entries of the same kind, and the model of their gains."""
 
-    def __init__(self, choices: list[_Choice]) -> None:
+    def __init__(self, choices: list[_TestedPair]) -> None:
         self.entries = choices
         gains = [choice.gain.value or 0.0 for choice in choices]
         self.model = GainModel(
@@ -252,7 +256,7 @@ class _LikeEntries:
         ]
 
     def untried(
-        self, tried: list[_Choice], target: tuple[str, str], cut: Collection[_Pair] = ()
+        self, tried: list[_TestedPair], target: tuple[str, str], cut: Collection[_Pair] = ()
     ) -> list[_Untried]:
         """Return every pair of a source and a technique that was not tried, the best first.
 
@@ -318,13 +322,13 @@ class _LikeEntries:
         )
 
 
-def _place(choice: _Choice) -> tuple[tuple[str, str], str, tuple[str, str]]:
+def _place(choice: _TestedPair) -> tuple[tuple[str, str], str, tuple[str, str]]:
     """Return its levels in the model: source with its backbone, technique, target with labels."""
     entry = choice.entry
     return (entry.source, entry.backbone), entry.technique, (entry.target, entry.label_fraction)
 
 
-def _pair(choice: _Choice) -> _Pair:
+def _pair(choice: _TestedPair) -> _Pair:
     return _place(choice)[:2]
 
 
@@ -349,7 +353,7 @@ def advise(
     named = _named(stores)
     choices, models = _with_expected(_choices(stores, named))
     cut = _cut_by_budget(itertools.chain(*named))
-    groups: dict[tuple[str, str, _Kind], list[_Choice]] = defaultdict(list)
+    groups: dict[tuple[str, str, _Kind], list[_TestedPair]] = defaultdict(list)
     for choice in choices:
         if target is None or target in (
             choice.entry.target,
@@ -367,7 +371,7 @@ def advise(
     return known + [advice for one in asked for advice in _on_new_target(one, models)]
 
 
-def _nothing_found(stores: Sequence[Store], choices: list[_Choice], target: str | None) -> str:
+def _nothing_found(stores: Sequence[Store], choices: list[_TestedPair], target: str | None) -> str:
     places = ", ".join(store.name for store in stores)
     if choices:
         named = ", ".join(sorted({choice.entry.target for choice in choices}))
@@ -392,7 +396,7 @@ def _cut_by_budget(rows: Iterable[ResultRow]) -> dict[tuple[str, str], dict[_Pai
     return out
 
 
-def _choices(stores: Sequence[Store], named: Sequence[list[ResultRow]]) -> list[_Choice]:
+def _choices(stores: Sequence[Store], named: Sequence[list[ResultRow]]) -> list[_TestedPair]:
     """Return a choice for each entry with a source that has finished final trials.
 
     Jobs that share trials have the same ids for them. An entry of which every trial stood in a
@@ -403,7 +407,7 @@ def _choices(stores: Sequence[Store], named: Sequence[list[ResultRow]]) -> list[
         named: The rows of each (`_named`).
     """
     seen: set[str] = set()
-    out: list[_Choice] = []
+    out: list[_TestedPair] = []
     for store, rows in zip(stores, named, strict=True):
         by_entry: dict[matrix.EntryKey, list[ResultRow]] = defaultdict(list)
         for row in rows:
@@ -421,7 +425,7 @@ def _choices(stores: Sequence[Store], named: Sequence[list[ResultRow]]) -> list[
                 source=SCRATCH, backbone=entry.best_scratch, technique=matrix.SCRATCH_TECHNIQUE
             )
             variance = _seed_variance(entry, of_entry, by_entry.get(scratch, []))
-            out.append(_Choice(name, entry, kind, variance))
+            out.append(_TestedPair(name, entry, kind, variance))
         seen |= {row.trial_id for row in rows if row.source != SCRATCH}
     return out
 
@@ -453,7 +457,7 @@ def _by_seed(entry: MatrixEntry, rows: list[ResultRow]) -> dict[int, dict[int | 
     return out
 
 
-def _of_target(choice: _Choice) -> str:
+def _of_target(choice: _TestedPair) -> str:
     """Return the target whose entries alone are like this one, "" where those of all are.
 
     A metric without bounds has another scale on each target.
@@ -462,8 +466,8 @@ def _of_target(choice: _Choice) -> str:
 
 
 def _with_expected(
-    choices: list[_Choice],
-) -> tuple[list[_Choice], dict[tuple[_Kind, str], _LikeEntries]]:
+    choices: list[_TestedPair],
+) -> tuple[list[_TestedPair], dict[tuple[_Kind, str], _LikeEntries]]:
     """Return the entries with their expected gains, and the model of each kind."""
     kinds: dict[tuple[_Kind, str], list[int]] = defaultdict(list)
     for place, choice in enumerate(choices):
@@ -522,9 +526,9 @@ def _on_new_target(new: NewTarget, models: dict[tuple[_Kind, str], _LikeEntries]
 def _predictions(untried: list[_Untried], decimals: int) -> tuple[str, ...]:
     """Return a sentence for each of the most promising of these, which are sorted."""
     return tuple(
-        f"{one.name} was not tried: predicted gain "
-        f"{_estimate((one.mean, one.low, one.high), decimals)}"
-        for one in untried[:UNTRIED_SHOWN]
+        f"{pair.name} was not tried: predicted gain "
+        f"{_estimate((pair.mean, pair.low, pair.high), decimals)}"
+        for pair in untried[:UNTRIED_SHOWN]
     )
 
 
@@ -541,22 +545,25 @@ def _were_cut(cut: Mapping[_Pair, str]) -> tuple[str, ...]:
 
 def _first_trial(untried: list[_Untried], decimals: int) -> str:
     """Return the trial that is worth most, of pairs that were not tried; the best first."""
-    one = max(untried, key=lambda one: (round(one.worth, decimals), one.mean))
-    trial = f"a trial of {one.name} and of scratch"
-    if round(one.worth, decimals) <= 0:
+    best = max(untried, key=lambda pair: (round(pair.worth, decimals), pair.mean))
+    trial = f"a trial of {best.name} and of scratch"
+    if round(best.worth, decimals) <= 0:
         return f"{trial}, which measures its gain; none is expected to change the choice"
     return (
         f"{trial}, which raises the expected gain of the best choice by "
-        f"{one.worth:.{decimals}f} on average"
+        f"{best.worth:.{decimals}f} on average"
     )
 
 
 def _spreads(like: _LikeEntries, decimals: int) -> tuple[str, ...]:
-    found = like.describe_spreads(decimals)
-    return (found,) if found else ()
+    """Return a sentence on how much gains differ, if any."""
+    text = like.describe_spreads(decimals)
+    return (text,) if text else ()
 
 
-def _advice(choices: list[_Choice], like: _LikeEntries | None, cut: Mapping[_Pair, str]) -> Advice:
+def _advice(
+    choices: list[_TestedPair], like: _LikeEntries | None, cut: Mapping[_Pair, str]
+) -> Advice:
     """Return the advice on entries of one target, label fraction and kind.
 
     Args:
@@ -617,7 +624,7 @@ def _advice(choices: list[_Choice], like: _LikeEntries | None, cut: Mapping[_Pai
     )
 
 
-def _mean(choice: _Choice) -> float:
+def _mean(choice: _TestedPair) -> float:
     return choice.expected.mean if choice.expected is not None else -math.inf
 
 
@@ -626,7 +633,7 @@ def _decimals(width: float) -> int:
     return int(np.clip(1 - math.floor(math.log10(width)), 1, 4)) if width > 0 else 4
 
 
-def _because(choice: _Choice, decimals: int) -> tuple[str, ...]:
+def _because(choice: _TestedPair, decimals: int) -> tuple[str, ...]:
     entry, expected = choice.entry, choice.expected
     assert expected is not None
     value = _estimate((entry.mean, entry.low, entry.high), decimals, signed=False)
@@ -663,37 +670,37 @@ def _interval(expected: Expected, decimals: int) -> str:
 
 
 def _others(
-    best: _Choice, settled: list[_Choice], unsettled: list[_Choice], decimals: int
+    best: _TestedPair, settled: list[_TestedPair], unsettled: list[_TestedPair], decimals: int
 ) -> tuple[str, ...]:
     """Return a sentence for each other source, with its best technique."""
-    told = {best.entry.source}
+    named = {best.entry.source}
     out: list[str] = []
     for choice in settled:
         expected = choice.expected
         assert expected is not None
-        if choice.entry.source in told:
+        if choice.entry.source in named:
             continue
-        told.add(choice.entry.source)
+        named.add(choice.entry.source)
         word = "hurts" if choice.hurts else "pays too" if choice.pays else "is not shown"
         out.append(f"{choice.name} {word}: expected gain {_interval(expected, decimals)}")
     for choice in unsettled:
-        if choice.entry.source not in told:
-            told.add(choice.entry.source)
+        if choice.entry.source not in named:
+            named.add(choice.entry.source)
             out.append(f"{choice.name}: not enough evidence, {choice.missing}")
     return tuple(out)
 
 
-def _most_promising(choices: list[_Choice]) -> _Choice:
+def _most_promising(choices: list[_TestedPair]) -> _TestedPair:
     """Return the entry with the largest measured gain; those without any come last."""
 
-    def gain(choice: _Choice) -> float:
-        found = choice.gain.value
-        return -math.inf if found is None else found
+    def gain(choice: _TestedPair) -> float:
+        value = choice.gain.value
+        return -math.inf if value is None else value
 
     return max(choices, key=gain)
 
 
-def _more_evidence(choices: list[_Choice]) -> str:
+def _more_evidence(choices: list[_TestedPair]) -> str:
     """Return what the most promising of these lacks, "" where no experiment gives it to any."""
     possible = [
         choice for choice in choices if choice.can_be_repeated and not choice.without_labels
@@ -714,7 +721,7 @@ def _more_evidence(choices: list[_Choice]) -> str:
 
 
 def _next_experiment(
-    settled: list[_Choice], unsettled: list[_Choice], untried: list[_Untried], decimals: int
+    settled: list[_TestedPair], unsettled: list[_TestedPair], untried: list[_Untried], decimals: int
 ) -> str:
     """Return the experiment that would settle most.
 
@@ -723,8 +730,8 @@ def _next_experiment(
     between the best two entries most.
     """
     if untried:
-        worth = max(one.worth for one in untried)
-        if round(worth, decimals) > 0 and worth > _worth_of_a_seed(settled):
+        worth = max(pair.worth for pair in untried)
+        if round(worth, decimals) > 0 and worth > _worth_per_seed(settled):
             return _first_trial(untried, decimals)
     best, *rest = settled
     if not rest:
@@ -751,12 +758,12 @@ def _next_experiment(
     )
 
 
-def _variance(choice: _Choice) -> float:
+def _variance(choice: _TestedPair) -> float:
     assert choice.expected is not None
     return choice.expected.variance
 
 
-def _of_seeds(choice: _Choice) -> float:
+def _of_seeds(choice: _TestedPair) -> float:
     """Return the part of the variance of an expected gain that comes from seeds.
 
     It is the same share as of the measured variance.
@@ -773,7 +780,7 @@ def _doubt(difference: float, variance: float) -> float:
     return float(special.ndtr(-abs(difference) / math.sqrt(variance)))
 
 
-def _removed_by_a_seed(choice: _Choice) -> float:
+def _removed_per_seed(choice: _TestedPair) -> float:
     """Return by how much one more seed reduces the variance of an expected gain.
 
     The part that comes from seeds falls from 1/n to 1/(n + 1).
@@ -781,13 +788,13 @@ def _removed_by_a_seed(choice: _Choice) -> float:
     return _of_seeds(choice) / (choice.gain.seeds + 1)
 
 
-def _worth_of_a_seed(settled: list[_Choice]) -> float:
+def _worth_per_seed(settled: list[_TestedPair]) -> float:
     """Return how much one more seed of an entry raises the expected gain of the best choice.
 
     It is that of the entry where it is largest, and scratch is a choice too.
     """
     means = np.append([_mean(choice) for choice in settled], 0.0)
-    changes = np.sqrt([_removed_by_a_seed(choice) for choice in settled])
+    changes = np.sqrt([_removed_per_seed(choice) for choice in settled])
     unit = np.eye(len(means))
     return max(
         gain_model.knowledge_gradient(means, change * unit[place], means.max())
@@ -795,13 +802,13 @@ def _worth_of_a_seed(settled: list[_Choice]) -> float:
     )
 
 
-def _doubt_after(best: _Choice, second: _Choice, tried: _Choice) -> float:
+def _doubt_after(best: _TestedPair, second: _TestedPair, tried: _TestedPair) -> float:
     """Return the doubt between two entries that is expected after one more seed of one of them.
 
     The difference will then have another value too: its doubt is averaged over what it may be.
     """
     now = _variance(best) + _variance(second)
-    removed = _removed_by_a_seed(tried)
+    removed = _removed_per_seed(tried)
     difference = _mean(best) - _mean(second)
     if removed <= 0:
         return _doubt(difference, now)

@@ -84,13 +84,9 @@ def mark_entries(
     """
     trials: dict[EntryKey, list[str]] = defaultdict(list)
     for row in rows:
-        is_tested = row.trial_stage == "final" and row.status == "done" and row.split == "test"
-        if (
-            is_tested
-            and row.trial_id in trial_provenance
-            and row.trial_id not in trials[entry_key(row)]
-        ):
-            trials[entry_key(row)].append(row.trial_id)
+        ids = trials[entry_key(row)]
+        if row.is_tested and row.trial_id in trial_provenance and row.trial_id not in ids:
+            ids.append(row.trial_id)
     out: list[MatrixEntry] = []
     for entry in entries:
         own = trials[entry.key]

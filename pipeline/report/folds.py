@@ -1,4 +1,4 @@
-"""Cross-validation: the test rows of a target's folds are pooled, so that intervals are over all.
+"""Cross-validation: pools the test rows of a target's folds, so that intervals are over all rows.
 
 Each row is tested once with each seed, by the network of the fold that holds it out. The pooled
 predictions of a seed stand for one run on all rows. Two techniques are paired by row, and so by
@@ -28,8 +28,8 @@ from pipeline.report.shift import Shift
 from pipeline.report.source_scores import PairScores, ScoreValue
 from pipeline.report.stats import RunPredictions
 
-GROUPS_OF_A_FOLD = 1 << 40
-"""Groups are numbered anew in each fold, and no group is in two."""
+MAX_GROUPS_PER_FOLD = 1 << 40
+"""Added to group numbers once per fold: they begin at 0 in each, and no group is in two folds."""
 
 
 def pool(
@@ -37,10 +37,10 @@ def pool(
 ) -> tuple[list[ResultRow], dict[str, RunPredictions]]:
     """Return results rows and test predictions with those of a seed's folds as one final trial.
 
-    Its value is that of the pooled predictions, or the mean over folds where there are none, or
-    the networks of two folds name other labels. A seed that lacks a fold which any row of the
-    target has is one failed trial: its value on the other folds would be that of easier or harder
-    rows. Rows of searches and of targets without folds stay as they are.
+    Its value is that of the pooled predictions. Where there are none, or the networks of two folds
+    have different labels, it is the mean over folds. A seed that lacks one of the target's folds
+    becomes one failed trial: its value on the other folds would be that of easier or harder rows.
+    Rows of searches and of targets without folds do not change.
     """
     out: list[ResultRow] = []
     final: dict[tuple[tuple[str, ...], int], list[ResultRow]] = defaultdict(list)
@@ -108,7 +108,9 @@ def _pool_seed(
     fold_of_trial = {row.trial_id: row.fold or 0 for row in done}
     trial_ids = sorted(fold_of_trial, key=lambda trial_id: fold_of_trial[trial_id])
     name = "+".join(trial_ids)
-    run_of_fold = [(fold_of_trial[one], runs[one]) for one in trial_ids if one in runs]
+    run_of_fold = [
+        (fold_of_trial[trial_id], runs[trial_id]) for trial_id in trial_ids if trial_id in runs
+    ]
     has_same_labels = len({run.labels for _, run in run_of_fold}) == 1
     pooled_run = None
     if len(run_of_fold) == len(trial_ids) and has_same_labels:
@@ -173,7 +175,9 @@ def _pool_runs(run_of_fold: Sequence[tuple[int, RunPredictions]], seed: int) -> 
         name: by_row([run.predictions[name] for run in runs]) for name in runs[0].predictions
     }
     groups = [
-        run.groups + fold * GROUPS_OF_A_FOLD for fold, run in run_of_fold if run.groups is not None
+        run.groups + fold * MAX_GROUPS_PER_FOLD
+        for fold, run in run_of_fold
+        if run.groups is not None
     ]
     subgroups = {name: by_row([run.subgroups[name] for run in runs]) for name in runs[0].subgroups}
     return RunPredictions(

@@ -147,9 +147,9 @@ class GainModel:
             for k in range(len(best)):
                 tried = np.tile(best, (len(scanned), 1))
                 tried[:, k] = scanned
-                found = self._log_posterior(tried)
-                best[k] = scanned[found.argmax()]
-                near = np.flatnonzero(found > found.max() - LOG_LIKELIHOOD_CUTOFF)
+                posterior = self._log_posterior(tried)
+                best[k] = scanned[posterior.argmax()]
+                near = np.flatnonzero(posterior > posterior.max() - LOG_LIKELIHOOD_CUTOFF)
                 last = min(near[-1] + 1, len(scanned) - 1)
                 ranges[k] = float(scanned[max(near[0] - 1, 0)]), float(scanned[last])
         # evenly spaced square roots: a spread is the more uncertain, the larger it is

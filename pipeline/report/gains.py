@@ -177,7 +177,7 @@ def heat_maps(entries: Sequence[MatrixEntry], decimals: Mapping[str, int]) -> li
     return out
 
 
-MOST_TARGETS_ACROSS = 7
+MAX_TARGETS_ACROSS = 7
 """Of more targets a heat map has a line each, where its sources are fewer: it stays narrow."""
 
 
@@ -208,7 +208,7 @@ def _heat_map(corner: str, entries: Sequence[MatrixEntry], decimals: Mapping[str
             shade = (entry.gain or 0.0) / (largest[target] or 1.0)
             line.append(Value((f"{gain} {mark}".strip(), entry.technique), shade=shade))
         body.append(line)
-    if len(targets) > max(MOST_TARGETS_ACROSS, len(sources)):
+    if len(targets) > max(MAX_TARGETS_ACROSS, len(sources)):
         sideways = [list(line) for line in zip(targets, *(line[1:] for line in body), strict=True)]
         return Table([corner, *sources], sideways, heat=True)
     return Table([corner, *targets], body, heat=True)

@@ -297,7 +297,7 @@ class _EntryTrials:
         finished = [value for value in values.values() if not math.isnan(value)]
         return fmean(finished) if finished else -math.inf
 
-    def choice(self) -> _Choice:
+    def choice(self) -> _SearchVariance:
         """Return the variance that choosing the hyper-parameters in a search added."""
         searched = [
             row
@@ -308,21 +308,21 @@ class _EntryTrials:
             and row.metric
         ]
         if not searched:
-            return _Choice()
+            return _SearchVariance()
         if all(row.metric != self.metric for row in searched):
-            return _Choice(unknown=f"which was judged by {searched[0].metric}")
+            return _SearchVariance(unknown=f"which was judged by {searched[0].metric}")
         # each fold has a search of its own; that they agree by chance is not counted on
         of_folds: dict[int | None, list[ResultRow]] = defaultdict(list)
         for row in searched:
             if row.metric == self.metric and row.value is not None and math.isfinite(row.value):
                 of_folds[row.fold].append(row)
-        choices = [_choice(in_fold) for in_fold in of_folds.values()] or [_Choice()]
+        choices = [_choice(in_fold) for in_fold in of_folds.values()] or [_SearchVariance()]
         unknown = next((choice.unknown for choice in choices if choice.unknown), "")
-        return _Choice(fmean(choice.variance for choice in choices), unknown)
+        return _SearchVariance(fmean(choice.variance for choice in choices), unknown)
 
 
 @dataclass(frozen=True)
-class _Choice:
+class _SearchVariance:
     """The variance that choosing the hyper-parameters added, 0 where there was no choice.
 
     The variance can be estimated for the metric that the validations of the search measured, and
@@ -334,7 +334,7 @@ class _Choice:
     unknown: str = ""
 
 
-def _choice(searched: list[ResultRow]) -> _Choice:
+def _choice(searched: list[ResultRow]) -> _SearchVariance:
     """Return the variance that a choice among these trials of a search added."""
     # By the sampled setting, which is the same for all seeds. `hyper_parameters` is not: the
     # steps of an epoch, for one, differ between seeds where the rows of a label fraction do.
@@ -343,11 +343,11 @@ def _choice(searched: list[ResultRow]) -> _Choice:
         value = row.value or 0.0
         draws[row.drawn or row.trial_id][row.trial_id] = value if row.higher_is_better else -value
     if len(draws) < 2:
-        return _Choice()
+        return _SearchVariance()
     repeated = [list(values.values()) for values in draws.values() if len(values) > 1]
     if len(repeated) < 2:
-        return _Choice(unknown="whose settings were tried with one seed")
-    return _Choice(stats.choice_variance(repeated))
+        return _SearchVariance(unknown="whose settings were tried with one seed")
+    return _SearchVariance(stats.choice_variance(repeated))
 
 
 def matrix_entries(rows: list[ResultRow], runs: dict[str, RunPredictions]) -> list[MatrixEntry]:
@@ -374,9 +374,7 @@ def matrix_entries(rows: list[ResultRow], runs: dict[str, RunPredictions]) -> li
     out = [
         _entry(
             trials,
-            _reference(trials, all_trials),
-            _best_scratch(trials, all_trials),
-            _best_baseline(trials, all_trials),
+            _compare(trials, all_trials, runs),
             runs,
         )
         for trials in all_trials
@@ -525,16 +523,31 @@ def fraction_order(label_fraction: str) -> tuple[int, float, str]:
 def most_labels_first(entries: Iterable[MatrixEntry]) -> list[str]:
     """Return the label fractions of entries, that with the most training rows first.
 
-    A number of rows may be more or fewer than a share of them: 50 a class are more than 1 % of
+    A number of rows may be more or fewer than a share of them: 50 per class are more than 1 % of
     10,000 rows of ten classes. What combines trials does not count: it has the rows of all of them.
+    Where all trials of a fraction failed, its training rows are estimated from those of another
+    fraction of its kind; without one, shares come before numbers.
     """
     num_rows: dict[str, int] = defaultdict(int)
     for entry in entries:
         n_train = 0 if entry.combines_trials else entry.n_train or 0
         num_rows[entry.label_fraction] = max(num_rows[entry.label_fraction], n_train)
-    return sorted(
-        num_rows, key=lambda fraction: (num_rows[fraction], fraction_order(fraction)), reverse=True
-    )
+
+    rows_per_unit: dict[int, float] = {}  # of a share of 1, or of one row per class
+    for fraction, count in num_rows.items():
+        kind, number, _ = fraction_order(fraction)
+        if count and number:
+            rows_per_unit[kind] = max(rows_per_unit.get(kind, 0.0), count / number)
+
+    def most_last(fraction: str) -> tuple[float, tuple[int, float, str]]:
+        order = fraction_order(fraction)
+        kind, number, _ = order
+        if num_rows[fraction] or not number:
+            return num_rows[fraction], order
+        default = math.inf if kind else 0.0
+        return number * rows_per_unit.get(kind, default), order
+
+    return sorted(num_rows, key=most_last, reverse=True)
 
 
 def best_on_validation(entries: Iterable[MatrixEntry]) -> MatrixEntry:
@@ -619,36 +632,70 @@ def _finite(values: Estimate) -> Estimate:
     return middle, low, high
 
 
-def _entry(
-    trials: _EntryTrials,
-    reference: _EntryTrials | None,
-    best_scratch: _EntryTrials | None,
-    best_baseline: _EntryTrials | None,
-    runs: dict[str, RunPredictions],
-) -> MatrixEntry:
-    source, backbone, target, technique, fraction = trials.key
-    done, group = trials.rows, trials.group
-    first = done[0] if done else group[0]
-    higher = bool(first.higher_is_better) if done else True
-    mean, how = _mean_of(trials, runs)
-    over_scratch = _gain_of(trials, reference, runs)
-    compared = reference is not None and bool(reference.done) and bool(done)
-    is_own_scratch = best_scratch is reference
-    over_best_scratch = over_scratch if is_own_scratch else _gain_of(trials, best_scratch, runs)
+@dataclass(frozen=True)
+class _Comparisons:
+    """The other trials that an entry is compared with, and its gains over them."""
+
+    reference: _EntryTrials | None
+    over_reference: GainEstimate
+    best_scratch: _EntryTrials | None
+    over_best_scratch: GainEstimate
+    best_baseline: _EntryTrials | None
+    over_best_baseline: GainEstimate
+
+    @property
+    def against(self) -> str:
+        """The reference in words where it is not scratch, otherwise ""."""
+        if self.reference is None or self.reference.key.source == SCRATCH:
+            return ""
+        return f"{self.reference.key.technique} of {self.reference.key.source}"
+
+    @property
+    def compared_with(self) -> tuple[EntryKey, ...]:
+        """Keys of the entries that there is a gain over, each once."""
+        pairs = (
+            (self.reference, self.over_reference),
+            (self.best_scratch, self.over_best_scratch),
+            (self.best_baseline, self.over_best_baseline),
+        )
+        keys = (other.key for other, gain in pairs if other is not None and gain.value is not None)
+        return tuple(dict.fromkeys(keys))
+
+
+def _compare(
+    trials: _EntryTrials, all_trials: list[_EntryTrials], runs: dict[str, RunPredictions]
+) -> _Comparisons:
+    """Compare an entry with its reference, the best scratch network and the best baseline."""
+    reference = _reference(trials, all_trials)
+    best_scratch = _best_scratch(trials, all_trials)
+    best_baseline = _best_baseline(trials, all_trials)
+    over_reference = _gain_of(trials, reference, runs)
+    over_best_scratch = over_reference
+    if best_scratch is not reference:
+        over_best_scratch = _gain_of(trials, best_scratch, runs)
     over_best_baseline = _gain_of(trials, best_baseline, runs)
-    gains_over = (
-        (reference, over_scratch),
-        (best_scratch, over_best_scratch),
-        (best_baseline, over_best_baseline),
+    return _Comparisons(
+        reference,
+        over_reference,
+        best_scratch,
+        over_best_scratch,
+        best_baseline,
+        over_best_baseline,
     )
-    compared_with = {
-        other.key: None
-        for other, gain in gains_over
-        if other is not None and gain.value is not None
-    }
-    against = ""
-    if reference is not None and reference.key.source != SCRATCH:
-        against = f"{reference.key.technique} of {reference.key.source}"
+
+
+def _entry(
+    trials: _EntryTrials, comparisons: _Comparisons, runs: dict[str, RunPredictions]
+) -> MatrixEntry:
+    """Return the matrix entry of trials."""
+    source, backbone, target, technique, fraction = trials.key
+    done = trials.rows
+    first = done[0] if done else trials.group[0]
+    (mean, low, high), how = _mean_of(trials, runs)
+    over_scratch = comparisons.over_reference
+    reference, best_scratch = comparisons.reference, comparisons.best_scratch
+    best_baseline = comparisons.best_baseline
+    is_compared = reference is not None and bool(reference.done) and bool(done)
     return MatrixEntry(
         source=source,
         backbone=backbone,
@@ -656,12 +703,12 @@ def _entry(
         technique=technique,
         label_fraction=fraction,
         metric=trials.metric,
-        higher_is_better=higher,
+        higher_is_better=bool(first.higher_is_better) if done else True,
         n_seeds=len(done),
         n_failed=trials.failed,
-        mean=mean[0],
-        low=mean[1],
-        high=mean[2],
+        mean=mean,
+        low=low,
+        high=high,
         seconds=_mean(done, "seconds"),
         params_trained=_mean_rounded(done, "params_trained"),
         layers_trained="; ".join(dict.fromkeys(row.layers_trained or "" for row in done)),
@@ -671,14 +718,14 @@ def _entry(
         verdict=_verdict(trials, over_scratch),
         interval="; ".join(text for text in (how, over_scratch.how) if text),
         over_scratch=over_scratch,
-        paired_seeds=over_scratch.seeds if compared else None,
-        against=against,
+        paired_seeds=over_scratch.seeds if is_compared else None,
+        against=comparisons.against,
         best_scratch=best_scratch.key.backbone if best_scratch is not None and done else "",
-        over_best_scratch=over_best_scratch,
+        over_best_scratch=comparisons.over_best_scratch,
         validation=_finite_or_none(trials.validation()),
         best_baseline=best_baseline.key.technique if best_baseline is not None and done else "",
-        over_best_baseline=over_best_baseline,
-        compared_with=tuple(compared_with),
+        over_best_baseline=comparisons.over_best_baseline,
+        compared_with=comparisons.compared_with,
     )
 
 
@@ -811,7 +858,7 @@ def _predicted_gain(
     metric: catalog.Metric,
     ours: list[RunPredictions],
     others: list[RunPredictions],
-    choices: Sequence[_Choice],
+    choices: Sequence[_SearchVariance],
 ) -> GainEstimate:
     """Return a gain from test predictions, paired by seed and row.
 
@@ -885,7 +932,10 @@ def _describe_seeds(count: int, noun: str) -> str:
 
 
 def _describe_interval(
-    ours: list[RunPredictions], theirs: list[RunPredictions], seeds: int, choices: Sequence[_Choice]
+    ours: list[RunPredictions],
+    theirs: list[RunPredictions],
+    seeds: int,
+    choices: Sequence[_SearchVariance],
 ) -> str:
     """Return a description of how the interval of a gain was made."""
     both = [*ours, *theirs]

@@ -19,7 +19,7 @@ from pipeline.report import results, trial_folder
 from pipeline.report.results import ResultRow
 
 FILE = "README.md"
-LEAST_ROWS = 20
+MIN_ROWS = 20
 """Subgroups with fewer test rows are left out: one of few rows tells of single persons."""
 LIBRARIES = {"timm": "timm", "transformers": "transformers", "hf": "transformers"}
 """Libraries of backbones to those that model hubs know."""
@@ -212,7 +212,7 @@ def _gain_interval(row: ResultRow) -> str:
 
 
 def _subgroups(rows: Sequence[ResultRow]) -> list[str]:
-    found = [row for row in rows if "@" in (row.metric or "") and (row.n_eval or 0) >= LEAST_ROWS]
+    found = [row for row in rows if "@" in (row.metric or "") and (row.n_eval or 0) >= MIN_ROWS]
     if not found:
         return []
     cells = [
@@ -220,7 +220,7 @@ def _subgroups(rows: Sequence[ResultRow]) -> list[str]:
         for row in found
         if row.value is not None
     ]
-    few = f"Subgroups of fewer than {LEAST_ROWS} test rows are not listed."
+    few = f"Subgroups of fewer than {MIN_ROWS} test rows are not listed."
     return ["## Subgroups", _table(["metric", "value", "95 % interval", "rows"], cells), few]
 
 

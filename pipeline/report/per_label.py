@@ -15,7 +15,7 @@ import numpy as np
 from pipeline.core.groups import count_units, unit_numbers
 from pipeline.core.metrics import calibration, catalog, classes, coco_ap
 from pipeline.core.metrics.metric import SHARE, Metric, Predictions, ratio, resampled
-from pipeline.report import results, stats
+from pipeline.report import stats
 from pipeline.report.blocks import (
     DASH,
     MARKS,
@@ -29,7 +29,14 @@ from pipeline.report.blocks import (
     decimal_places,
     format_interval,
 )
-from pipeline.report.matrix import REFERENCE, SCRATCH, MatrixEntry, best_on_validation, verdict
+from pipeline.report.matrix import (
+    REFERENCE,
+    SCRATCH,
+    MatrixEntry,
+    best_on_validation,
+    entry_key,
+    verdict,
+)
 from pipeline.report.plots import entry_label, predicted_and_true, reliability, truncate
 from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
@@ -43,11 +50,11 @@ MAX_NAMED_COLUMNS = 8
 MAX_PAIRS = 10
 MAX_LABELS = 60
 
-SIGNS = (
+GAIN_LEGEND = (
     " ▲ wins, ▼ loses, ○ not shown, ? too few test units for a verdict; not corrected for the "
     "number of comparisons."
 )
-"""Explanation of the signs in tables of gains other than the job's main one."""
+"""What the signs mean in tables of gains other than the job's main one."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,7 @@ LABELS = LabelKind(
 TYPES = LabelKind("Type by type", "Type", "Test entities", "types", (("entity_f1", "F1"),))
 
 
-def blocks(
+def label_blocks(
     target: str,
     done: Sequence[MatrixEntry],
     rows: Sequence[ResultRow],
@@ -101,9 +108,9 @@ def blocks(
 ) -> list[Block]:
     """Return the blocks on classes, labels or numbers of a target's best finished entry.
 
-    It is the best network with a source on validation rows of the target, or on test rows where no
-    entry has a value on these, compared with scratch (`best_entry`); a model without a network only
-    where there is no network.
+    It is the network with a source that is best on validation rows of the target, compared with
+    scratch (`best_entry`). Where no entry has a value on these rows it is the best on test rows.
+    Where there is no network it is the best model without one.
 
     Args:
         target: Name of the target.
@@ -170,10 +177,10 @@ def best_entry(
 def _best(
     shown: list[tuple[MatrixEntry, list[RunPredictions]]],
 ) -> tuple[MatrixEntry, list[RunPredictions]]:
-    """Return the entry that is best on validation rows of the target.
+    """Return the entry that is best on validation rows of the target, with its runs.
 
-    Where no entry has a value on these, it is the best on test rows. That one owes its place in
-    part to the rows that its errors are then shown on.
+    Where no entry has a value on these, it is the best on test rows. Its numbers are then too good,
+    since it was chosen by the rows that they are of.
     """
     validated = [entry for entry, _ in shown if entry.validation is not None]
     if validated:
@@ -191,13 +198,7 @@ def runs_of(
     ids = dict.fromkeys(
         row.trial_id
         for row in rows
-        if row.trial_stage == "final"
-        and row.status == "done"
-        and row.target == entry.target
-        and row.source == entry.source
-        and row.backbone == entry.backbone
-        and row.label_fraction == entry.label_fraction
-        and results.technique(row) == entry.technique
+        if row.trial_stage == "final" and row.status == "done" and entry_key(row) == entry.key
     )
     return [runs[trial_id] for trial_id in ids if trial_id in runs]
 
@@ -273,7 +274,7 @@ def _confusion(target: str, entry: MatrixEntry, runs: list[RunPredictions]) -> l
             each = [f"{number}: {name}" for number, name in enumerate(each, 1)]
             header = [str(number) for number in range(1, len(names) + 1)]
         caption = (
-            f"{whose}. Per cent of the test rows of each true class (how many there are) that were "
+            f"{whose}. Per cent of the test rows of each true class (with their number) that were "
             "taken for each class."
         )
         return [
@@ -381,7 +382,7 @@ def _class_table(
         metric = measure.of(k)
         means = [stats.mean_interval(metric, side) for side in (ours, scratch)]
         lines.append((k, means, stats.compare(metric, ours, scratch)))
-    lines.sort(key=lambda line: -np.nan_to_num(line[2].value))
+    lines.sort(key=lambda line: -line[2].value if np.isfinite(line[2].value) else np.inf)
     digits = decimal_places([(low, high) for _, means, _ in lines for _, low, high in means])
     body: list[list[str | Value]] = []
     for k, means, gain in lines:
@@ -391,7 +392,7 @@ def _class_table(
         body.append([names[k], f"{sizes[k]:,}", *shown, gain_estimate(gain, digits, enough)])
     caption = (
         f"{target}: {measure.meaning}, of {entry_label(entry)} of labels and of scratch, mean over "
-        f"{_plural(len(ours))} with 95 % intervals; the largest gain first.{SIGNS}"
+        f"{_plural(len(ours))} with 95 % intervals; the largest gain first.{GAIN_LEGEND}"
     )
     if len(frequent) > MAX_LABELS:
         caption += f" The {MAX_LABELS} commonest of {len(frequent)} classes."
@@ -412,21 +413,21 @@ def two_classes(
 
     The positions of a row count as rows of their own where each has a class.
     """
-    found = best_entry(done, rows, runs)
-    if found is None:
+    compared = best_entry(done, rows, runs)
+    if compared is None:
         return []
-    best, ours, scratch = found
-    ids = {
-        row.metric: None
+    best, ours, scratch = compared
+    measured = dict.fromkeys(
+        row.metric
         for row in rows
         if row.target == best.target
         and row.split == "test"
         and row.metric
         and row.value is not None
-    }
+    )
     names = [
         name
-        for name in ids
+        for name in measured
         if catalog.find(name) and all(_can_compute(name, run) for run in (*ours, *scratch))
     ]
     paired = bool({run.seed for run in ours} & {run.seed for run in scratch})
@@ -449,7 +450,7 @@ def two_classes(
         f"{target}: {entry_label(best)} of labels{' and scratch' if paired else ''}, mean "
         f"over {_plural(len(ours))} with 95 % intervals; the positive "
         f"class is {ours[0].labels[1]}. ↑ higher is better, ↓ lower is; a positive gain is "
-        f"better.{SIGNS if paired else ''}"
+        f"better.{GAIN_LEGEND if paired else ''}"
     )
     out: list[Block] = (
         [
@@ -616,8 +617,8 @@ def _label_table(
     for name, shown_name in kind.measures:
         for extra in ("", " scratch") if paired else ("",):
             head.append(f"{shown_name}{extra.replace(' scratch', ', scratch')}")
-            for line, found in zip(body, estimates[f"{name}{extra}"], strict=True):
-                line.append(estimate(found, digits))
+            for line, mean in zip(body, estimates[f"{name}{extra}"], strict=True):
+                line.append(estimate(mean, digits))
         if paired:
             head.append(f"{shown_name}, gain")
             for line, gain, k in zip(body, gains[name], often, strict=False):
@@ -640,7 +641,7 @@ def _label_table(
         if len(often) > MAX_LABELS
         else ""
     )
-    caption += SIGNS if paired else ""
+    caption += GAIN_LEGEND if paired else ""
     return [Heading(kind.heading, 3), Text(caption), Table(head, body)] if body else []
 
 

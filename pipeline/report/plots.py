@@ -57,7 +57,8 @@ Legend = list[tuple[str, Style]]
 """Names, each with the style that stands for it."""
 _OPEN: Style = {"color": _SOFT, "marker": "o", "markerfacecolor": _PAPER}
 _WIDTH = 5.4
-"""Inches of a figure: 389 units, so that text of 9 pt is 11 px on a phone and 15 px at most."""
+"""Inches of a figure. It is 389 units wide, so that text of 9 pt has 11 px on a phone, and 15 px at
+most elsewhere."""
 
 
 def forest(entries: Sequence[MatrixEntry], title: str, limits: tuple[float, float]) -> str:
@@ -282,14 +283,7 @@ def pareto(
         numbered: Indices of the entries that are shown with a number, from 1.
     """
     with _plot_settings():
-        keys = _unique_pairs((entry.source, entry.technique) for entry in entries)
-        legend: Legend = [
-            (name, {"color": style["color"], "marker": "o", "linestyle": ""})
-            for name, style in _legend_entries(
-                [(s and "source", t) for s, t in keys if s != "none"]
-            )
-        ]
-        legend.append(("scratch", {**_OPEN, "linestyle": ""}))
+        legend = _technique_marks(entries)
         colours = {name: style["color"] for name, style in legend}
         panels = {name: front for name, front in fronts.items() if front}
         figure, grid = _figure(2.6 + _legend_inches(legend), 1, len(panels))
@@ -298,34 +292,15 @@ def pareto(
             "parameters": [float(entry.params_trained or 0) for entry in entries],
         }
         for axes, (name, front) in zip(grid, panels.items(), strict=True):
-            axes.axhline(0, color=_SOFT, linewidth=0.9, zorder=1)
-            axes.plot(
-                [costs[name][index] for index in front],
-                [entries[index].gain or 0.0 for index in front],
-                drawstyle="steps-post",
-                color=_SOFT,
-                linewidth=1.2,
-                zorder=2,
-            )
-            for index, entry in enumerate(entries):
-                style: Style = (
-                    _OPEN
-                    if entry.source == "none"
-                    else {"color": colours[truncate(entry.technique, 32)], "marker": "o"}
-                )
-                axes.plot(
-                    [costs[name][index]], [entry.gain or 0.0], markersize=5, zorder=3, **style
-                )
+            points = list(zip(costs[name], [entry.gain or 0.0 for entry in entries], strict=True))
+            _draw_front(axes, [points[index] for index in front])
+            for index, (point, entry) in enumerate(zip(points, entries, strict=True)):
+                style: Style = {"marker": "o", "color": colours.get(_technique_name(entry))}
+                if entry.source == SCRATCH:
+                    style = _OPEN
+                axes.plot([point[0]], [point[1]], markersize=5, zorder=3, **style)
                 if index in numbered:
-                    axes.annotate(
-                        str(numbered.index(index) + 1),
-                        (costs[name][index], entry.gain or 0.0),
-                        xytext=(-3, 5),
-                        textcoords="offset points",
-                        ha="right",
-                        fontsize=8.5,
-                        color=_INK,
-                    )
+                    _annotate_number(axes, point, numbered.index(index) + 1)
             _cost_scale(axes, costs[name])
             axes.margins(x=0.12, y=0.12)
             axes.grid(color=_LINE, linewidth=0.6)
@@ -335,6 +310,48 @@ def pareto(
         grid[0].set_ylabel(f"gain in {truncate(entries[0].metric, 24)}")
         _legend(figure, legend)
         return _svg(figure, f"Gain over scratch by {' and by '.join(panels)}")
+
+
+def _technique_name(entry: MatrixEntry) -> str:
+    """Return the technique of an entry as a legend has it."""
+    return truncate(entry.technique, 32)
+
+
+def _technique_marks(entries: Sequence[MatrixEntry]) -> Legend:
+    """Return a legend with a filled mark for each technique, and an open one for scratch."""
+    keys = _unique_pairs((entry.source, entry.technique) for entry in entries)
+    # one source for all: its dash pattern is not shown
+    with_source = [("source", technique) for source, technique in keys if source != SCRATCH]
+    marks: Legend = [
+        (name, {"color": style["color"], "marker": "o", "linestyle": ""})
+        for name, style in _legend_entries(with_source)
+    ]
+    return [*marks, ("scratch", {**_OPEN, "linestyle": ""})]
+
+
+def _draw_front(axes: Axes, front: Sequence[tuple[float, float]]) -> None:
+    """Draw the zero line, and the front of points (cost, gain) as steps."""
+    axes.axhline(0, color=_SOFT, linewidth=0.9, zorder=1)
+    axes.plot(
+        [cost for cost, _ in front],
+        [gain for _, gain in front],
+        drawstyle="steps-post",
+        color=_SOFT,
+        linewidth=1.2,
+        zorder=2,
+    )
+
+
+def _annotate_number(axes: Axes, point: tuple[float, float], number: int) -> None:
+    axes.annotate(
+        str(number),
+        point,
+        xytext=(-3, 5),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8.5,
+        color=_INK,
+    )
 
 
 def _cost_scale(axes: Axes, costs: Sequence[float]) -> None:
@@ -519,9 +536,9 @@ def truncate(text: str, max_length: int) -> str:
 # ---------------------------------------------------------------- styles
 
 
-def _unique_pairs(found: Any) -> list[tuple[str, str]]:
+def _unique_pairs(keys: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """Return (source, technique) pairs, each once, those of scratch last."""
-    return sorted(set(found), key=lambda key: (key[0] == "none", key))
+    return sorted(set(keys), key=lambda key: (key[0] == SCRATCH, key))
 
 
 def _line_style(key: tuple[str, str], keys: list[tuple[str, str]]) -> Style:
@@ -529,10 +546,10 @@ def _line_style(key: tuple[str, str], keys: list[tuple[str, str]]) -> Style:
 
     Scratch is grey. Other techniques without a source are grey too, each with its own dash pattern.
     """
-    techniques = list(dict.fromkeys(technique for source, technique in keys if source != "none"))
-    sources = list(dict.fromkeys(source for source, _ in keys if source != "none"))
-    if key[0] == "none":
-        plain = [technique for source, technique in keys if source == "none"]
+    techniques = list(dict.fromkeys(technique for source, technique in keys if source != SCRATCH))
+    sources = list(dict.fromkeys(source for source, _ in keys if source != SCRATCH))
+    if key[0] == SCRATCH:
+        plain = [technique for source, technique in keys if source == SCRATCH]
         return {
             "color": _SOFT,
             "linestyle": _DASHES[(2 + plain.index(key[1])) % 4],
@@ -553,12 +570,12 @@ def _legend_entries(keys: list[tuple[str, str]]) -> Legend:
     techniques = {
         technique: _line_style((source, technique), keys)
         for source, technique in reversed(keys)
-        if source != "none"
+        if source != SCRATCH
     }
     sources = {
         source: _line_style((source, technique), keys)
         for source, technique in reversed(keys)
-        if source != "none"
+        if source != SCRATCH
     }
     several = len(sources) > 1
     out = [
@@ -573,7 +590,7 @@ def _legend_entries(keys: list[tuple[str, str]]) -> Legend:
     return out + [
         (truncate(technique, 48), _line_style((source, technique), keys))
         for source, technique in keys
-        if source == "none"
+        if source == SCRATCH
     ]
 
 

@@ -11,6 +11,7 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from pipeline.config import provenance, registry
 from pipeline.io import storage
@@ -72,12 +73,12 @@ from pipeline.report.source_scores import PairScores, SelectionScore
 from pipeline.report.source_summary import SourceSummary
 from pipeline.report.trial_record import CurvePoint
 
-__all__ = ["MatrixEntry", "matrix_entries", "write"]
+__all__ = ["MatrixEntry", "ReportInputs", "matrix_entries", "write"]
 
 _DASH = blocks.DASH
 UNJUDGED = (TOO_FEW, SINGLE_SEED, UNCOMPARED)
-"""Verdicts that say why a comparison has none."""
-MAX_NAMED = 12
+"""Words in place of a verdict where a comparison has none."""
+MAX_NAMED_ENTRIES = 12
 SEARCH_NOISE = (
     "Where hyper-parameters were searched, the settings that were tried again with further "
     "seeds show how much the choice itself varies, and "
@@ -92,95 +93,114 @@ SEARCH_NOISE = (
 # ---------------------------------------------------------------- the written report
 
 
-def write(
-    root_uri: str,
-    *,
-    job_name: str,
-    entries: Sequence[MatrixEntry],
-    rows: Sequence[ResultRow],
-    curves: Mapping[str, Sequence[CurvePoint]],
-    pretraining: Sequence[SourceSummary],
-    splits: dict[str, str],
-    notes: Sequence[str],
-    versions: dict[str, str],
-    runs: dict[str, stats.RunPredictions] | None = None,
-    code_notes: Sequence[str] = (),
-    scores: Mapping[str, SelectionScore] | None = None,
-    source_scores: Mapping[str, PairScores] | None = None,
-    modalities: Mapping[str, str] | None = None,
-    left_out: Sequence[str] = (),
-) -> tuple[str, str]:
-    """Write report.md and report.html under ``root_uri``, each atomically.
+@dataclass(frozen=True)
+class ReportInputs:
+    """What a report is made of."""
 
-    Args:
-        root_uri: The folder of the job.
-        job_name: Name of the job.
-        entries: The entries of the matrix.
-        rows: Results rows. Failures and totals are computed from them.
-        curves: Validations of each trial, by its id.
-        pretraining: The sources.
-        splits: Where the splits of each target come from.
-        notes: Sentences on what was found in the data.
-        versions: What identifies the job apart from the libraries, such as its hash. The versions
-            of libraries are those that each trial ran with.
-        runs: Test predictions by trial id, for the tables of classes, labels and subgroups.
-        code_notes: Sentences on the trials that were made by other code or versions.
-        scores: Score of each ``source|target``, also of sources that were left out because of
-            theirs. Without it only the scores in ``rows`` are shown.
-        source_scores: All transferability scores of each ``source|target``.
-        modalities: Name of each target's modality.
-        left_out: A line for each target that could not be prepared, and for test rows that were
-            left out.
+    job_name: str
+    entries: Sequence[MatrixEntry]
+    """The entries of the matrix."""
+    rows: Sequence[ResultRow]
+    """Results rows. Failures and totals are computed from them."""
+    curves: Mapping[str, Sequence[CurvePoint]]
+    """Validations of each trial, by its id."""
+    pretraining: Sequence[SourceSummary]
+    splits: dict[str, str]
+    """Where the splits of each target come from."""
+    notes: Sequence[str]
+    """Sentences on what was found in the data."""
+    versions: dict[str, str]
+    """What identifies the job apart from the libraries, such as its hash. The versions of libraries
+    are those that each trial ran with.
+    """
+    runs: dict[str, stats.RunPredictions] = field(default_factory=dict[str, stats.RunPredictions])
+    """Test predictions by trial id, for the tables of classes, labels and subgroups."""
+    code_notes: Sequence[str] = ()
+    """Sentences on the trials that were made by other code or versions."""
+    scores: Mapping[str, SelectionScore] = field(default_factory=dict[str, SelectionScore])
+    """Score of each ``source|target``, also of sources that were left out because of theirs. Scores
+    of trials are in ``rows`` too.
+    """
+    source_scores: Mapping[str, PairScores] = field(default_factory=dict[str, PairScores])
+    """All transferability scores of each ``source|target``."""
+    modalities: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Name of each target's modality."""
+    left_out: Sequence[str] = ()
+    """A line for each target that could not be prepared, and for test rows that were left out."""
+
+
+def write(root_uri: str, inputs: ReportInputs) -> tuple[str, str]:
+    """Write report.md and report.html into the folder of a job, each atomically.
 
     Returns:
         The URIs of report.md and report.html.
     """
+    content = _content(root_uri, inputs)
+    title = _headline(inputs.entries)
+    markdown = blocks.markdown(f"{inputs.job_name}: {title[0].lower()}{title[1:]}", content)
+    page = blocks.html_page(title, f"One to Many: job {inputs.job_name}", content)
+    uris = storage.join(root_uri, "report.md"), storage.join(root_uri, "report.html")
+    storage.write_bytes(uris[0], markdown.encode())
+    storage.write_bytes(uris[1], page.encode())
+    return uris
+
+
+def _content(root_uri: str, inputs: ReportInputs) -> list[Block]:
+    """Return the blocks of the report in their order."""
+    entries, rows, splits = inputs.entries, inputs.rows, inputs.splits
     groups, decimals = by_target(entries), decimals_by_target(entries)
-    comparable, pooled = comparable_across_backbones(entries), folds.pool(rows, runs or {})
-    by_key = {entry.key: entry for entry in comparable}
-    content: list[Block] = [
+    comparable = comparable_across_backbones(entries)
+    pooled = folds.pool(rows, inputs.runs)
+    return [
         *gains.warnings(by_target(comparable), decimals),
         *winners.blocks_of(root_uri, groups, rows, decimals),
         *_summary_blocks(entries, groups, rows, decimals),
         *gains.heat_maps(comparable, decimals),
         *_gain_blocks(groups),
         *without_labels.blocks_of(entries, *pooled, decimals),
-    ]
-    for target, group in groups.items():
-        content += _target_blocks(
-            target, group, by_key, rows, curves, decimals[target], splits.get(target, ""), pooled
-        )
-    content += [
-        *_missing_blocks(entries, rows, scores, left_out, notes),
-        *_cost_blocks(entries, rows, pretraining),
+        *_all_target_blocks(inputs, groups, comparable, decimals, pooled),
+        *_missing_blocks(entries, rows, inputs.scores, inputs.left_out, inputs.notes),
+        *_cost_blocks(entries, rows, inputs.pretraining),
         *gains.cost_figures(by_target(comparable), decimals),
-        *_score_blocks(rows, scores),
-        *score_audit.blocks_of(
-            entries,
-            _scored(source_scores or {}),
-            modalities or {},
-            {(row.target, row.label_fraction) for row in rows if row.is_cut_by_budget},
-        ),
-        *gains.score_figures(
-            comparable,
-            _known_scores(rows, scores) | gains.all_scores(source_scores or {}),
-            decimals,
-        ),
-        *shift.blocks_of(_shifts(source_scores or {}), registry.names("technique")),
-        *_pretraining_blocks(pretraining),
-        *_split_blocks({t: s for t, s in splits.items() if t not in groups}),
-        *_method_blocks(entries, rows, versions, code_notes),
+        *_all_score_blocks(inputs, comparable, decimals),
+        *shift.blocks_of(_shifts(inputs.source_scores), registry.names("technique")),
+        *_pretraining_blocks(inputs.pretraining),
+        *_split_blocks({name: text for name, text in splits.items() if name not in groups}),
+        *_method_blocks(entries, rows, inputs.versions, inputs.code_notes),
         *_word_blocks(),
     ]
-    title = _headline(entries)
-    out = storage.join(root_uri, "report.md"), storage.join(root_uri, "report.html")
-    storage.write_bytes(
-        out[0], blocks.markdown(f"{job_name}: {title[0].lower()}{title[1:]}", content).encode()
-    )
-    storage.write_bytes(
-        out[1], blocks.html_page(title, f"One to Many: job {job_name}", content).encode()
-    )
+
+
+def _all_target_blocks(
+    inputs: ReportInputs,
+    groups: Mapping[str, list[MatrixEntry]],
+    comparable: Sequence[MatrixEntry],
+    decimals: Mapping[str, int],
+    pooled: tuple[Sequence[ResultRow], dict[str, stats.RunPredictions]],
+) -> list[Block]:
+    """Return the section of each target."""
+    by_key = {entry.key: entry for entry in comparable}
+    out: list[Block] = []
+    for target, group in groups.items():
+        split = inputs.splits.get(target, "")
+        out += _target_blocks(
+            target, group, by_key, inputs.rows, inputs.curves, decimals[target], split, pooled
+        )
     return out
+
+
+def _all_score_blocks(
+    inputs: ReportInputs, comparable: Sequence[MatrixEntry], decimals: Mapping[str, int]
+) -> list[Block]:
+    """Return the sections on transferability scores, and what they were worth."""
+    rows, source_scores = inputs.rows, inputs.source_scores
+    cut = {(row.target, row.label_fraction) for row in rows if row.is_cut_by_budget}
+    values = _known_scores(rows, inputs.scores) | gains.all_scores(source_scores)
+    return [
+        *_score_blocks(rows, inputs.scores),
+        *score_audit.blocks_of(inputs.entries, _scored(source_scores), inputs.modalities, cut),
+        *gains.score_figures(comparable, values, decimals),
+    ]
 
 
 def _count_verdicts(entries: Iterable[MatrixEntry]) -> Counter[str]:
@@ -288,7 +308,7 @@ def _largest_gains(
             sum(entry.n_failed for entry in group),
         ]
         gain = _largest_gain(group, decimals[target])
-        body.append([target, group[0].metric or _DASH, gain, *map(str, numbers)])
+        body.append([target, _metric(group) or _DASH, gain, *map(str, numbers)])
     head = [
         "Target",
         "Metric",
@@ -317,9 +337,11 @@ def _largest_gain(group: Sequence[MatrixEntry], decimals: int) -> str | Value:
 
 
 def _gain_blocks(groups: dict[str, list[MatrixEntry]]) -> list[Block]:
+    """Return a forest plot of the gains over scratch for each target."""
     shown = {
         target: compared
         for target, group in groups.items()
+        # not a random probe, whose gain is over a linear probe
         if (compared := [entry for entry in group if entry.gain is not None and not entry.against])
     }
     if not shown:
@@ -376,7 +398,7 @@ def _best_baseline_note(target: str, group: Sequence[MatrixEntry]) -> list[Block
         return [
             Text(
                 f"{target}: the best of the baselines ({', '.join(tried)}) is not known, because "
-                f"none has a {group[0].metric} on validation rows.",
+                f"none has a {_metric(group)} on validation rows.",
                 "note",
             )
         ]
@@ -405,13 +427,18 @@ def _best_baseline_note(target: str, group: Sequence[MatrixEntry]) -> list[Block
 # ---------------------------------------------------------------- one target
 
 
+def _metric(group: Sequence[MatrixEntry]) -> str:
+    """Return the metric of a target. Entries whose trials all failed do not have it."""
+    return next((entry.metric for entry in group if entry.metric), "")
+
+
 def _row_label(entry: MatrixEntry, backbones: bool) -> str:
     return f"{entry.source} · {entry.technique}" + (f" ({entry.backbone})" if backbones else "")
 
 
 def _target_blocks(
     target: str,
-    group: list[MatrixEntry],
+    group: Sequence[MatrixEntry],
     comparable: Mapping[EntryKey, MatrixEntry],
     rows: Sequence[ResultRow],
     curves: Mapping[str, Sequence[CurvePoint]],
@@ -431,7 +458,7 @@ def _target_blocks(
         split: Where its splits come from.
         pooled: What `folds.pool` returns.
     """
-    metric = next((entry.metric for entry in group if entry.metric), "")
+    metric = _metric(group)
     done = [entry for entry in group if entry.mean is not None]
     out: list[Block] = [Heading(target)]
     if done:
@@ -446,9 +473,9 @@ def _target_blocks(
         out.append(Figure(plots.label_efficiency(done), caption))
     return (
         out
-        + per_label.blocks(target, done, *pooled)
-        + subgroups.blocks(target, done, *pooled)
-        + rollouts.blocks(target, done, *pooled)
+        + per_label.label_blocks(target, done, *pooled)
+        + subgroups.subgroup_blocks(target, done, *pooled)
+        + rollouts.rollout_blocks(target, done, *pooled)
     )
 
 
@@ -705,7 +732,7 @@ def _unique_trials(rows: Sequence[ResultRow]) -> list[ResultRow]:
 def _missing_blocks(
     entries: Sequence[MatrixEntry],
     rows: Sequence[ResultRow],
-    scores: Mapping[str, SelectionScore] | None,
+    scores: Mapping[str, SelectionScore],
     left_out: Sequence[str],
     notes: Sequence[str],
 ) -> list[Block]:
@@ -730,9 +757,7 @@ def _missing_blocks(
     return out
 
 
-def _sources_left_out(
-    rows: Sequence[ResultRow], scores: Mapping[str, SelectionScore] | None
-) -> list[str]:
+def _sources_left_out(rows: Sequence[ResultRow], scores: Mapping[str, SelectionScore]) -> list[str]:
     """Return a line for each target with sources that were not fine-tuned because of a score."""
     tried = {(row.target, row.source) for row in rows}
     left_out: dict[tuple[str, str], list[str]] = defaultdict(list)
@@ -799,13 +824,13 @@ def _without_search_noise(entries: Sequence[MatrixEntry]) -> list[str]:
 
 
 def _names(entries: Sequence[MatrixEntry]) -> str:
-    """Return the names of some entries by target, at most 12 of them."""
+    """Return the names of the first few of these entries, by target."""
     groups = {
         target: [plots.entry_label(entry) for entry in group]
-        for target, group in by_target(entries[:MAX_NAMED]).items()
+        for target, group in by_target(entries[:MAX_NAMED_ENTRIES]).items()
     }
     text = "; ".join(f"{target}: {', '.join(names)}" for target, names in groups.items())
-    rest = len(entries) - MAX_NAMED
+    rest = len(entries) - MAX_NAMED_ENTRIES
     return f"{text}, and {rest} more" if rest > 0 else text
 
 
@@ -982,7 +1007,7 @@ def _shifts(source_scores: Mapping[str, PairScores]) -> dict[str, list[Shift]]:
 
 
 def _known_scores(
-    rows: Sequence[ResultRow], scores: Mapping[str, SelectionScore] | None
+    rows: Sequence[ResultRow], scores: Mapping[str, SelectionScore]
 ) -> dict[tuple[str, str, str], float]:
     """Return the value of each (target, source, name of the score), NaN where it is not defined."""
     values: dict[tuple[str, str, str], float] = {
@@ -990,7 +1015,7 @@ def _known_scores(
         for r in rows
         if r.score_name and r.score_value is not None
     }
-    for pair, scored in (scores or {}).items():
+    for pair, scored in scores.items():
         source, _, target = pair.rpartition("|")
         value = scored["score_value"]
         values.setdefault(
@@ -1000,9 +1025,7 @@ def _known_scores(
     return values
 
 
-def _score_blocks(
-    rows: Sequence[ResultRow], scores: Mapping[str, SelectionScore] | None
-) -> list[Block]:
+def _score_blocks(rows: Sequence[ResultRow], scores: Mapping[str, SelectionScore]) -> list[Block]:
     """Return the table of transferability scores, also of sources left out because of theirs."""
     tried = {(row.target, row.source) for row in rows}
     values = _known_scores(rows, scores)

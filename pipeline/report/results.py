@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from pipeline.config.registry import nearest
 from pipeline.io import checksums, csv_rows, storage
 from pipeline.io.json_values import JsonObject, as_object
-from pipeline.report.trial_folder import old_layout_folder, uri_of_bundle
+from pipeline.report.trial_folder import old_layout_folder, uri_in_job, uri_of_bundle
 
 FILE, INDEX = "results.parquet", "trials.csv"
 """The table, and a list of its trials for people, with the folder and bundle of each."""
@@ -86,6 +86,9 @@ class ResultRow:
     bundle_uri: str | None = None
     """The URI of the bundle. `read` replaces the recorded one by that in the folder it reads."""
     parent_uri: str | None = None
+    """The URI of the bundle of its source. `read` replaces one of the job itself as it does that of
+    ``bundle_uri``.
+    """
     scratch_value: float | None = None
     gain: float | None = None
     gain_low: float | None = None
@@ -158,24 +161,34 @@ class ResultRow:
         return self.trial_folder or old_layout_folder(self.trial_id)
 
     def as_read_in(self, root: str, folder: str) -> Self:
-        """Return the row with the place that its bundle has in the folder of the job that is read.
+        """Return the row with its bundles' places in the folder of the job that is read.
+
+        They are the trial's own bundle, and that of its source where the job trained it.
 
         Args:
             root: The folder of the job.
             folder: That of the trial, relative to it.
         """
-        if self.bundle_uri is None:
-            return self
-        return replace(self, bundle_uri=uri_of_bundle(root, folder))
+        row = self
+        if self.bundle_uri is not None:
+            row = replace(row, bundle_uri=uri_of_bundle(root, folder))
+        if self.parent_uri is not None:
+            row = replace(row, parent_uri=uri_in_job(root, self.job, self.parent_uri))
+        return row
 
     @property
     def is_cut_by_budget(self) -> bool:
-        """Whether it is of the last search trial of a pair that a budget cut."""
+        """Whether its trial is the last search trial of a source and technique that were cut."""
         return self.status == "pruned" and (self.error or "").startswith(CUT_BY_BUDGET)
 
     @property
+    def is_tested(self) -> bool:
+        """Whether it is a test result of a finished final trial."""
+        return self.trial_stage == "final" and self.status == "done" and self.split == "test"
+
+    @property
     def is_validation(self) -> bool:
-        """Whether the value is one of those by which a trial is chosen among those of its entry."""
+        """Whether it is a value on validation rows, by which trials are chosen."""
         return self.split in (VALIDATION, SOURCE_VALIDATION)
 
     @property
@@ -387,8 +400,8 @@ def read(uri: str) -> list[ResultRow]:
     """Read the rows of the table in the folder ``uri``, oldest first.
 
     Returns an empty list where there is no table yet. Columns that an older file lacks are None. A
-    table without a checksum, which older versions wrote, is not checked. The column ``bundle_uri``
-    is the place of the bundle in this folder, which may have been moved or copied.
+    table without a checksum, which older versions wrote, is not checked. The columns ``bundle_uri``
+    and ``parent_uri`` name bundles in this folder, which may have been moved or copied.
 
     Raises:
         ValueError: The file has columns that this version does not know.
@@ -515,8 +528,8 @@ def _describe_mismatch(rows: list[ResultRow]) -> str | None:
 # ---------------------------------------------------------------- identical results
 
 _SETTINGS = ("source", "backbone", "technique", "label_fraction", "seed", "hyper_parameters")
-_SETTINGS_OF_A_SOLUTION = _SETTINGS[:-2]
-"""Those that must matter where a convex problem was solved: its solution has no seed."""
+_SETTINGS_OF_SOLVED_HEADS = _SETTINGS[:-2]
+"""Those that matter where a head was solved as a convex problem: its solution has no seed."""
 
 
 def duplicates(rows: list[ResultRow]) -> list[str]:
@@ -545,20 +558,19 @@ def duplicates(rows: list[ResultRow]) -> list[str]:
             measured[row.target, row.split][row.trial_id][row.metric] = value
     out: dict[frozenset[str], str] = {}
     for (target, split), by_trial in measured.items():
-        alike: dict[tuple[object, ...], list[str]] = defaultdict(list)
+        identical: dict[tuple[object, ...], list[str]] = defaultdict(list)
         for trial_id, values in by_trial.items():
             if "loss" in values:
-                alike["loss", f"{values['loss']:.12g}"].append(trial_id)
+                identical["loss", f"{values['loss']:.12g}"].append(trial_id)
             elif len(values) > 1:
-                alike[tuple((name, f"{values[name]:.12g}") for name in sorted(values))].append(
-                    trial_id
-                )
-        for signature, ids in alike.items():
+                signature = tuple((name, f"{values[name]:.12g}") for name in sorted(values))
+                identical[signature].append(trial_id)
+        for signature, ids in identical.items():
             same_trials = [trials[i] for i in ids]
             is_solved = all("solver" in row.settings for row in same_trials)
             differing = [
                 name
-                for name in (_SETTINGS_OF_A_SOLUTION if is_solved else _SETTINGS)
+                for name in (_SETTINGS_OF_SOLVED_HEADS if is_solved else _SETTINGS)
                 if len({_normalize_setting(row, name) for row in same_trials}) > 1
             ]
             if differing and frozenset(ids) not in out:

@@ -37,7 +37,7 @@ MAX_STRIPS = 5
 Estimate = tuple[float, float, float]
 
 
-def blocks(
+def rollout_blocks(
     target: str,
     done: Sequence[MatrixEntry],
     rows: Sequence[ResultRow],
@@ -45,8 +45,8 @@ def blocks(
 ) -> list[Block]:
     """Return the blocks on the policies of a target in its simulator.
 
-    The table lists the expert, random actions and every entry, sorted by number of demonstrations,
-    so that untrained policies (zero shot) come first. Returns no block where no policy was run in a
+    The table lists the expert, random actions and every entry, sorted by label fraction, so that
+    untrained policies (zero shot) come first. Returns no block where no policy was run in a
     simulator.
     """
     ran = [

@@ -1,8 +1,8 @@
-"""What each transferability score was worth: its ranking of sources beside that of fine-tuning.
+"""Compares the ranking of sources by each transferability score with that by fine-tuning.
 
 A score is right where the sources that it puts first are those whose fine-tuned networks are best.
-What fine-tuning showed of a source is the mean of the primary metric on test rows over the
-techniques that every source of the target was tried with, for each label fraction.
+The result of fine-tuning a source is the mean of the primary metric on test rows, for each label
+fraction, over the techniques that every source of the target was tried with.
 
 - Weighted Kendall tau (Vigna 2015) of scores and means: 1 for the same order, -1 for the reverse;
   exchanges at the top count most. Averaged over label fractions, then over targets.
@@ -39,7 +39,7 @@ UNDEFINED = "undefined"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What fine-tuning showed of the sources of a target at one label fraction.
+    """The results of fine-tuning the sources of a target at one label fraction.
 
     ``means`` are source to mean metric, larger is better; ``halves`` are half the widths of their
     intervals, 0 where there is none. ``metric`` is as it is shown, with its own direction.
@@ -63,7 +63,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Audit:
-    """A score beside what fine-tuning showed, in one domain. None where nothing can be said."""
+    """The comparison of a score with fine-tuning, in one domain. Numbers may be unknown (None)."""
 
     domain: str
     score: str
@@ -87,9 +87,9 @@ class Audit:
 
 
 def outcomes(entries: Sequence[MatrixEntry]) -> list[Outcome]:
-    """Return what fine-tuning showed, for targets with at least two sources.
+    """Return the results of fine-tuning, for targets with at least two sources.
 
-    Techniques that train nothing are left out, and those that not every source was tried with.
+    Techniques that train nothing are left out, and those that some source was not tried with.
     """
     tried: dict[tuple[str, str], dict[str, dict[str, MatrixEntry]]] = defaultdict(dict)
     for entry in entries:
@@ -153,10 +153,10 @@ def regret(order: Mapping[str, float], outcome: Outcome, top: int) -> float:
         best = max(outcome.means[source] for source in order)
         return outcome.means[outcome.best] - best
     last = list(order.values())[top - 1]
-    sure = [outcome.means[source] for source, score in order.items() if score > last]
+    above = [outcome.means[source] for source, score in order.items() if score > last]
     tied = [outcome.means[source] for source, score in order.items() if score == last]
-    choices = itertools.combinations(tied, top - len(sure))
-    return outcome.means[outcome.best] - fmean(max(*sure, *choice, -np.inf) for choice in choices)
+    choices = itertools.combinations(tied, top - len(above))
+    return outcome.means[outcome.best] - fmean(max(*above, *choice, -np.inf) for choice in choices)
 
 
 def audit(
@@ -167,7 +167,7 @@ def audit(
     seconds: float | None = None,
     trial_seconds: float | None = None,
 ) -> Audit:
-    """Compare a score with what fine-tuning showed.
+    """Compare a score with the results of fine-tuning.
 
     Args:
         scores: The score's value by (target, source).
@@ -187,7 +187,7 @@ def audit(
     if not orders:
         return Audit(domain, score, None, None, None, None, None, None, seconds, trial_seconds, 0)
     low, high = _interval(orders) if pairs >= MIN_PAIRS else (None, None)
-    wide = [(outcome, order) for outcome, order in orders if len(outcome.means) > 3]
+    of_many_sources = [(outcome, order) for outcome, order in orders if len(outcome.means) > 3]
     return Audit(
         domain,
         score,
@@ -195,7 +195,9 @@ def audit(
         low,
         high,
         _mean_by_target((outcome.target, regret(order, outcome, 1)) for outcome, order in orders),
-        _mean_by_target((outcome.target, regret(order, outcome, 3)) for outcome, order in wide),
+        _mean_by_target(
+            (outcome.target, regret(order, outcome, 3)) for outcome, order in of_many_sources
+        ),
         _mean_by_target((outcome.target, _chance(outcome)) for outcome, _ in orders),
         seconds,
         trial_seconds,
@@ -236,8 +238,8 @@ def _interval(
     drawn_taus: list[float] = []
     if len(groups) >= MANY_TARGETS:
         taus = [
-            _mean_by_target((outcome.target, _tau_of(outcome, order)) for outcome, order in g)
-            for g in groups
+            _mean_by_target((outcome.target, _tau_of(outcome, order)) for outcome, order in group)
+            for group in groups
         ]
         finite = np.array([value for value in taus if value is not None])
         if len(finite) < MANY_TARGETS:
@@ -247,8 +249,8 @@ def _interval(
         return float(low), float(high)
     for _ in range(DRAWS):
         of_targets: list[float] = []
-        for place in rng.integers(0, len(groups), len(groups)):
-            group = groups[int(place)]
+        for index in rng.integers(0, len(groups), len(groups)):
+            group = groups[int(index)]
             sources = list(group[0][1])
             drawn = [sources[int(k)] for k in rng.integers(0, len(sources), len(sources))]
             taus = [_tau_of_drawn(outcome, order, drawn) for outcome, order in group]
@@ -314,8 +316,8 @@ def audits(
         several = len(metrics[domain]) > 1
         by_domain[f"{domain} ({outcome.metric})" if several else domain].append(outcome)
     out: list[Audit] = []
-    for domain, found in by_domain.items():
-        targets = {outcome.target for outcome in found}
+    for domain, of_domain in by_domain.items():
+        targets = {outcome.target for outcome in of_domain}
         pairs = [pair for pair in scores.values() if pair.target in targets]
         trial_seconds = [
             entry.seconds
@@ -339,7 +341,7 @@ def audits(
                     domain,
                     name,
                     values,
-                    found,
+                    of_domain,
                     fmean(seconds) if seconds else None,
                     fmean(trial_seconds) if trial_seconds else None,
                 )
@@ -504,9 +506,9 @@ def blocks_of(
     """
     if not scores:
         return []
-    entries = [one for one in entries if (one.target, one.label_fraction) not in cut]
+    entries = [entry for entry in entries if (entry.target, entry.label_fraction) not in cut]
     out = blocks_of_audits(audits(entries, scores, modalities))
-    tried = {(one.target, source) for one in outcomes(entries) for source in one.means}
+    tried = {(outcome.target, source) for outcome in outcomes(entries) for source in outcome.means}
     targets = {target for target, _ in tried}
     untried = [
         f"{pair.source} for {pair.target}"

@@ -1,5 +1,6 @@
-"""How a source and a target differ, and the parts of a target: as runs record it, in a table, and
-in words with the techniques that fit.
+"""Shift between a source and a target, and between the parts of a target, for the report.
+
+It holds what runs record, the report's table, and sentences with the techniques that fit.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from pipeline.io.json_values import JsonObject
 from pipeline.report import blocks
 from pipeline.report.blocks import Block
 
-CHANCE, TOLD_APART = 0.5, 0.6
-"""Two-sample accuracy, which is that of a classifier that tells the samples apart: of two equal
-samples, and the accuracy from which a shift is named. The interval must lie above it.
+CHANCE, LARGE_ACCURACY = 0.5, 0.6
+"""Accuracy of a classifier that distinguishes two samples: that for two equal samples, and the one
+above which a shift is named. The whole interval must lie above it.
 """
 LARGE_SHARE, LARGE_LOSS, LARGE_DRIFT = 0.05, 0.05, 0.1
 """Change of a class's share, loss of accuracy of the source's head, and drift of a feature (0 to 1)
-from which they are named. Intervals must lie beyond the first two; the last must also be certain.
+from which they are named. Intervals must lie beyond the first two; a drift must be significant.
 """
 ALIGNING = ("dann", "cdan", "coral", "dan", "adabn")
 REFITTING = ("lp_ft", "full", "lora")
@@ -65,11 +66,11 @@ class Shift:
     """How rows of a target differ from others."""
 
     others: str
-    """What they are compared with, in words: source corpus."""
+    """What they are compared with, such as "source photos"."""
     rows: str
-    """Which rows of the target, in words: the target's training rows."""
+    """Which rows of the target: "training rows" or "test rows"."""
     covariate: Estimate | None = None
-    """Accuracy of telling both apart by their features; 0.5 is chance."""
+    """Accuracy of a classifier that distinguishes both by their features; 0.5 is chance."""
     labels: dict[str, Estimate] = field(default_factory=dict[str, Estimate])
     """Share of each class in the target minus that in the others."""
     concept: Estimate | None = None
@@ -83,7 +84,7 @@ class Shift:
     within_target: bool = False
     """Whether both are parts of the target, so that a source has no part in it."""
     counted: str = ""
-    """In words, what one observation is, where it is not a row."""
+    """A note on what one observation is, where it is not a row."""
 
     def to_json(self) -> JsonObject:
         return asdict(self)
@@ -113,7 +114,7 @@ def sentences(target: str, shift: Shift, techniques: Sequence[str]) -> list[str]
         name for name, difference in shift.labels.items() if _is_beyond(difference, LARGE_SHARE)
     ]
     counted = f" ({shift.counted})" if shift.counted else ""
-    if shift.covariate and shift.covariate.low > TOLD_APART:
+    if shift.covariate and shift.covariate.low > LARGE_ACCURACY:
         out.append(
             f"{place or f'{target}: '}{rows} look different (covariate shift): a classifier tells "
             f"them apart with an accuracy of {shift.covariate.text()}, where {CHANCE} is "
@@ -199,8 +200,8 @@ def blocks_of(shifts: Mapping[str, Sequence[Shift]], techniques: Sequence[str]) 
     rows: list[list[str]] = []
     words: list[str] = []
     folded: list[Block] = []
-    for target, found in shifts.items():
-        for shift in found:
+    for target, of_target in shifts.items():
+        for shift in of_target:
             rows.append([target, shift.others, *_cells(shift)])
             words += sentences(target, shift, techniques)
             folded += _details(target, shift)

@@ -304,17 +304,17 @@ class Evidence:
     """
 
     count: int
-    least: int
+    needed: int
     what: str
 
     @property
     def enough(self) -> bool:
         """Whether there are enough units for a verdict."""
-        return self.count >= self.least
+        return self.count >= self.needed
 
     def text(self) -> str:
         """Return a description of the number of units and of how many a verdict needs."""
-        return f"{self.count} test {self.what}, a verdict needs {self.least}"
+        return f"{self.count} test {self.what}, a verdict needs {self.needed}"
 
 
 def evidence(run: RunPredictions, metric: str = "") -> Evidence:
@@ -457,9 +457,9 @@ def _estimate(
         return (mean, *_bounds(resampled[:, 0]), math.nan)
     if len(resampled) < 2 or not np.isfinite(values).all():
         return mean, math.nan, math.nan, math.nan
-    found = _uncertainty(values, resampled, units, choice)
-    half = found.half_width()
-    return mean, mean - half, mean + half, found.p_value(mean)
+    uncertainty = _uncertainty(values, resampled, units, choice)
+    half = uncertainty.half_width()
+    return mean, mean - half, mean + half, uncertainty.p_value(mean)
 
 
 def _uncertainty(

@@ -206,7 +206,7 @@ def result_rows(run: RunPredictions, row: ResultRow) -> list[ResultRow]:
 # ---------------------------------------------------------------- the report
 
 
-def blocks(
+def subgroup_blocks(
     target: str,
     done: Sequence[MatrixEntry],
     rows: Sequence[ResultRow],
@@ -265,7 +265,7 @@ def blocks(
         f"{target}: {entry_label(best)} of labels{' and scratch' if paired else ''}, "
         f"{best.metric} with 95 % intervals. A subgroup with fewer than "
         f"{MIN_UNITS} {unit.lower()}, or without both classes, is not "
-        f"scored.{per_label.SIGNS if paired else ''}"
+        f"scored.{per_label.GAIN_LEGEND if paired else ''}"
     )
     return [Heading("Subgroups", 3), Text(caption), Table(head, body)]
 

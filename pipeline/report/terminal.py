@@ -76,13 +76,11 @@ def table(entries: Sequence[MatrixEntry]) -> rich.table.Table:
     for entry in entries:
         if entry.target != target:
             target, fraction = entry.target, None
-            several = has_several_backbones(one for one in entries if one.target == target)
-            arrow = "↑" if entry.higher_is_better else "↓"
+            of_target = [other for other in entries if other.target == target]
+            several = has_several_backbones(of_target)
             out.add_row()
             out.add_row(
-                Rich(target, "bold"),
-                Rich(f"{entry.metric} {arrow}" if entry.metric else "", "dim"),
-                Rich(_labels(entry), "dim"),
+                Rich(target, "bold"), Rich(_metric(of_target), "dim"), Rich(_labels(entry), "dim")
             )
         elif entry.label_fraction != fraction:
             out.add_row("", "", Rich(_labels(entry), "dim"))
@@ -104,6 +102,14 @@ def table(entries: Sequence[MatrixEntry]) -> rich.table.Table:
             out.add_row(*(Rich(text, "dim") for text in line))
     out.caption = _caption(entries, bool(others))
     return out
+
+
+def _metric(entries: Sequence[MatrixEntry]) -> str:
+    """Return the metric of a target with its direction; one of failed trials alone has none."""
+    for entry in entries:
+        if entry.metric:
+            return f"{entry.metric} {'↑' if entry.higher_is_better else '↓'}"
+    return ""
 
 
 def _labels(entry: MatrixEntry) -> str:

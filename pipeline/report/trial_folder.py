@@ -15,10 +15,10 @@ from collections.abc import Collection
 
 from pipeline.io import storage
 
-TRIALS = "trials"
+TRIALS, SOURCES = "trials", "sources"
 BUNDLE = "bundle"
 """The folder of the trained network in that of its trial."""
-MOST_CHARACTERS = 48
+MAX_CHARACTERS = 48
 """Of each name, so that a path is never too long (Windows: 260 characters, S3: 1024 bytes)."""
 ID = "[0-9a-f]{12}"
 _LEAF = rf"(?:search-)?seed\d+-({ID})"
@@ -63,7 +63,7 @@ def safe_name(text: str) -> str:
     decomposed = unicodedata.normalize("NFKD", storage.without_secrets(text))
     letters = "".join(one for one in decomposed if not unicodedata.combining(one))
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", letters)
-    plain = plain.strip("-._")[:MOST_CHARACTERS].rstrip("-._")
+    plain = plain.strip("-._")[:MAX_CHARACTERS].rstrip("-._")
     if not plain:
         return f"name-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
     return f"_{plain}" if re.fullmatch(_RESERVED, plain) else plain
@@ -102,6 +102,20 @@ def uri_of_bundle(root: str, folder: str) -> str:
         folder: That of the trial, relative to it.
     """
     return storage.join(root, folder, BUNDLE)
+
+
+def uri_in_job(root: str, job: str, uri: str) -> str:
+    """Return the place of the bundle of a job's source, in the folder of the job that is read.
+
+    Another bundle, such as that of another job, stays where it is.
+
+    Args:
+        root: The folder of the job.
+        job: The job's name, which is the last part of the place of its folder.
+        uri: The bundle's place as it was recorded.
+    """
+    match = re.fullmatch(rf".+/{re.escape(job)}/({SOURCES}/[^/]+/{BUNDLE})", uri)
+    return uri if match is None else storage.join(root, match[1])
 
 
 def split_bundle(uri: str) -> tuple[str, str] | None:

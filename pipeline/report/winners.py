@@ -32,13 +32,14 @@ def winner(
     fewer labels are tried to see what labels are worth: with few validation rows one of them may
     have the largest value by luck.
 
-    What the comparisons have shown to be worse, after Holm's correction, is left out: a network
-    that loses against scratch, and the scratch network that another one wins against. Where that is
-    all of them, none is left out.
+    Networks that a comparison has shown to be worse (after Holm's correction) are left out: one
+    that loses against scratch, and the scratch network that another one wins against. Where that
+    would leave out all of them, it leaves out none.
 
-    A network of which a seed failed is left out where others have all of theirs: the mean of fewer
-    seeds is noisier, and the largest of many means is often a noisy one. One that adapts to the
-    test rows (``tent``) is left out where others do not: it has no validation value of its own.
+    A network of which a seed failed is left out where all seeds of another one finished: the mean
+    of fewer seeds is noisier, and the largest of many means is often a noisy one. One that adapts
+    to the test rows (``tent``) is left out where others do not: it has no validation value of its
+    own.
 
     Args:
         entries: All entries of the target.
@@ -52,17 +53,18 @@ def winner(
     if not validated:
         return None
     validated = [entry for entry in validated if not entry.adapts_at_test] or validated
-    labels = matrix.most_labels_first(validated)[0]
+    with_labels = [candidate for candidate in validated if candidate.n_train]
+    labels = matrix.most_labels_first(with_labels or validated)[0]
     validated = [
         candidate
         for candidate in validated
         if candidate.label_fraction == labels or _uses_no_label(candidate)
     ]
-    most = max(_finished(entry) for entry in validated)
-    whole = [entry for entry in validated if _finished(entry) == most]
+    largest_share = max(_finished(entry) for entry in validated)
+    finished = [entry for entry in validated if _finished(entry) == largest_share]
     worse = _shown_to_be_worse(entries)
-    whole = [entry for entry in whole if entry.key not in worse] or whole
-    return matrix.best_on_validation(whole)
+    remaining = [entry for entry in finished if entry.key not in worse] or finished
+    return matrix.best_on_validation(remaining)
 
 
 def _uses_no_label(entry: MatrixEntry) -> bool:
@@ -205,46 +207,13 @@ def blocks_of(
         best = winner(entries)
         if best is None:
             continue
-        places = decimals[target]
         usable = with_bundle(entries, rows)
-        notes: list[str] = []
-        most_labels = matrix.most_labels_first(entries)[0]
-        if best.label_fraction != most_labels and not _uses_no_label(best):
-            labels = plots.labels_text(most_labels)
-            notes.append(f"no network with {labels} has a value on validation rows")
-        if best.n_failed:
-            notes.append(f"{best.n_seeds} of {best.n_seeds + best.n_failed} seeds")
-        if usable and usable is not best:
-            labels = plots.labels_text(usable.label_fraction)
-            notes.append(
-                f"has no bundle: the commands take {usable.source} with {usable.technique}, "
-                f"{labels}"
-            )
-        if usable and target in in_folds:
-            notes.append("the commands take the network of one fold")
-        stays = usable is not None and _keeps_modules(usable)
         bundle = bundle_of(usable, rows) if usable else None
-        if usable and bundle and stays:
-            as_graph = ", and --kind onnx writes it as a graph" if can_be_graph(bundle) else ""
-            notes.append(
-                f"{usable.technique} leaves modules of its own in the network: no class of "
-                f"another library opens it, onetomany does{as_graph}"
-            )
-        lines.append(
-            [
-                target,
-                _name(best, rows, notes),
-                Value((format_interval(best.mean, best.low, best.high, places), best.metric)),
-                _gain(best, places),
-                DASH if best.seconds is None else f"{best.seconds:.3g} s",
-            ]
-        )
+        notes = _notes_on_choice(best, entries)
         if usable and bundle:
-            what = f"{root} FILES --target {target}" if usable is best else f"{bundle} FILES"
-            commands.append(f"onetomany predict {what} -o predictions/{target}")
-            commands.append(
-                f"onetomany export {bundle} exported/{target} --kind {usual_kind(bundle)}"
-            )
+            notes += _notes_on_bundle(best, usable, bundle, target in in_folds)
+            commands += _commands(root, target, best, usable, bundle)
+        lines.append(_line(target, best, rows, notes, decimals[target]))
     if not lines:
         return []
     head = ["Target", "Use", "On test rows", "Gain over scratch", "Training time"]
@@ -268,6 +237,75 @@ def blocks_of(
     if commands:
         out.append(Code("\n".join(commands)))
     return out
+
+
+def _notes_on_choice(best: MatrixEntry, entries: Sequence[MatrixEntry]) -> list[str]:
+    """Return what to know of the network that is best: fewer labels, seeds that failed."""
+    notes: list[str] = []
+    most_labels = matrix.most_labels_first(entries)[0]
+    if best.label_fraction != most_labels and not _uses_no_label(best):
+        labels = plots.labels_text(most_labels)
+        notes.append(f"no network with {labels} has a value on validation rows")
+    if best.n_failed:
+        notes.append(f"{best.n_seeds} of {best.n_seeds + best.n_failed} seeds")
+    return notes
+
+
+def _notes_on_bundle(
+    best: MatrixEntry, usable: MatrixEntry, bundle: str, is_in_folds: bool
+) -> list[str]:
+    """Return what to know of the bundle that the commands name.
+
+    Args:
+        best: The best network.
+        usable: The best one of which a bundle was kept.
+        bundle: The URI of that bundle.
+        is_in_folds: Whether the target has folds.
+    """
+    notes: list[str] = []
+    if usable is not best:
+        labels = plots.labels_text(usable.label_fraction)
+        notes.append(
+            f"has no bundle: the commands take {usable.source} with {usable.technique}, {labels}"
+        )
+    if is_in_folds:
+        notes.append("the commands take the network of one fold")
+    if _keeps_modules(usable):
+        as_graph = ", and --kind onnx writes it as a graph" if can_be_graph(bundle) else ""
+        notes.append(
+            f"{usable.technique} leaves modules of its own in the network: no class of another "
+            f"library opens it, onetomany does{as_graph}"
+        )
+    return notes
+
+
+def _commands(
+    root: str, target: str, best: MatrixEntry, usable: MatrixEntry, bundle: str
+) -> list[str]:
+    """Return the commands that predict with a bundle, and export it."""
+    what = f"{root} FILES --target {target}" if usable is best else f"{bundle} FILES"
+    return [
+        f"onetomany predict {what} -o predictions/{target}",
+        f"onetomany export {bundle} exported/{target} --kind {usual_kind(bundle)}",
+    ]
+
+
+def _line(
+    target: str,
+    best: MatrixEntry,
+    rows: Sequence[ResultRow],
+    notes: Sequence[str],
+    decimals: int,
+) -> list[str | Value]:
+    """Return a target's line of the table."""
+    interval = format_interval(best.mean, best.low, best.high, decimals)
+    return [
+        target,
+        _name(best, rows, notes),
+        Value((interval, best.metric)),
+        _gain(best, decimals),
+        DASH if best.seconds is None else f"{best.seconds:.3g} s",
+    ]
 
 
 def _keeps_modules(entry: MatrixEntry) -> bool:

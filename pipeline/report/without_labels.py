@@ -37,7 +37,7 @@ def blocks_of(
     """
     trials: dict[EntryKey, dict[str, None]] = defaultdict(dict)
     for row in rows:
-        if row.trial_stage == "final" and row.status == "done" and row.split == "test":
+        if row.is_tested:
             trials[matrix.entry_key(row)][row.trial_id] = None
     without = [entry for entry in entries if entry.n_seeds and _uses_no_label(entry)]
     references = {_place(entry): entry for entry in without if entry.technique_name == ZERO_SHOT}

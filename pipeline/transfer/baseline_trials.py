@@ -1,11 +1,12 @@
-"""A trial of a baseline: a model without a network, on the rows of a target.
+"""Runs a trial of a baseline: a model without a network, on the rows of a target.
 
-It has the labelled rows, the validation, the calibration, the metrics and the results of any other
-trial with its seed and label fraction. This module does not use Ray.
+It reads the same labelled rows as any other trial with its seed and label fraction, is validated,
+calibrated and tested in the same way, and leaves the same results. This module does not use Ray.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -39,15 +40,17 @@ from pipeline.transfer.grid import Trial, label_subset
 from pipeline.transfer.trial import Shared, TrialSummary
 
 BLOCK_ROWS = 512
-FLOOR = 1e-6
+MIN_PROBABILITY = 1e-6
 """Probabilities are at least this, and at most 1 minus it, so that logarithms are finite."""
 
 Scores = Callable[[Any], np.ndarray]
-"""Inputs (n rows) to (n, C) float32: logarithms of probabilities, log odds, numbers, or vectors."""
+"""Computes (n, C) float32 from inputs of n rows: logarithms of probabilities, log odds, numbers, or
+vectors.
+"""
 
 
 @dataclass(frozen=True)
-class Part:
+class ReadRows:
     """The rows of a split that can be read."""
 
     ids: np.ndarray
@@ -58,7 +61,7 @@ class Part:
     """As the objective encodes them."""
     bad: tuple[tuple[int, str], ...]
     tensors: dict[str, np.ndarray] = field(default_factory=dict)
-    """What the objective reads beside the labels (`PredictsActions`), rows first."""
+    """Further tensors that the objective reads (`PredictsActions`), rows first."""
 
 
 def baseline_of(trial: Trial) -> Baseline:
@@ -82,15 +85,15 @@ def run(trial: Trial, shared: Shared) -> TrialRecord:
     baseline, seed = baseline_of(trial), mix(shared.seed, trial.seed)
     objective = bundle.build_task(data.arch, data.objective, seed=0).objective
     assert predicts_from_scores(objective)
-    most = data.spec.data.max_bad_rows
+    max_bad = data.spec.data.max_bad_rows
     rows = data.train.subset(label_subset(data.train, data.labels, trial.label_fraction, seed))
-    train = read(rows, baseline, objective, most)
-    validation = read(data.validation, baseline, objective, most)
+    train = read(rows, baseline, objective, max_bad)
+    validation = read(data.validation, baseline, objective, max_bad)
     chosen = choose(baseline, objective, train, validation, data.metrics, mix(seed, 5) % (1 << 32))
-    calibrated = objective
+    calibrated = objective  # another name, since the test narrows its type
     if is_calibrated(calibrated):
         calibrated.calibrate(chosen.predictions)
-    test = read(data.test, baseline, objective, most)
+    test = read(data.test, baseline, objective, max_bad)
     predictions = predict(objective, chosen.scores(test.inputs), test)
     predictions, frames = roll_out(baseline, chosen.scores, objective, predictions, data.test)
     notes = [f"{trial.technique}: no network, fitted on {len(train.ids)} rows"]
@@ -105,13 +108,13 @@ def run(trial: Trial, shared: Shared) -> TrialRecord:
     )
     record = trials.make_record(trial, shared, None, began, summary, chosen.metrics, predictions)
     file_identity.check_unchanged(data.reads)
-    return trials.write(trial, shared, record, predictions, None, frames)
+    return trials.write_results(trial, shared, record, predictions, None, frames)
 
 
 # ---------------------------------------------------------------- rows
 
 
-def read(rows: Rows, baseline: Baseline, objective: Any, max_bad_rows: float) -> Part:
+def read(rows: Rows, baseline: Baseline, objective: Any, max_bad_rows: float) -> ReadRows:
     """Read a split as the baseline does, some rows at a time."""
     ids, inputs, labels, bad = [], [], [], []
     tensors: dict[str, list[np.ndarray]] = {}
@@ -136,12 +139,12 @@ def read(rows: Rows, baseline: Baseline, objective: Any, max_bad_rows: float) ->
         if _has_positions(objective):
             positions = _is_labelled(labels[-1])
             count = int(positions.sum())
-        asked = BaselineRows(count, arrays, rows.modality, columns, positions)
-        inputs.append(baseline.inputs(asked))
+        block = BaselineRows(count, arrays, rows.modality, columns, positions)
+        inputs.append(baseline.inputs(block))
     check_bad_row_budget(bad, len(rows), max_bad_rows, rows.selection)
-    beside = {name: np.concatenate(parts) for name, parts in tensors.items()}
-    return Part(
-        np.concatenate(ids), _joined(inputs), concatenate_padded(labels), tuple(bad), beside
+    all_tensors = {name: np.concatenate(parts) for name, parts in tensors.items()}
+    return ReadRows(
+        np.concatenate(ids), _joined(inputs), concatenate_padded(labels), tuple(bad), all_tensors
     )
 
 
@@ -160,7 +163,7 @@ def _blocks(rows: Rows) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray], lis
 
 
 class _ColumnReader:
-    """Reads the columns of a modality as they are stored, and no column of labels."""
+    """Reads the columns of a modality as they are stored, but no labels."""
 
     def __init__(self, rows: Rows):
         self.manifest = rows.selection.manifest
@@ -179,8 +182,9 @@ class _ColumnReader:
 
 
 def _joined(parts: list[Any]) -> Any:
+    """Return lists or arrays of rows as one."""
     if isinstance(parts[0], list):
-        return [one for part in parts for one in part]
+        return list(itertools.chain.from_iterable(parts))
     return np.concatenate(parts)
 
 
@@ -211,34 +215,34 @@ def _is_labelled(labels: np.ndarray) -> np.ndarray:
 def choose(
     baseline: Baseline,
     objective: PredictsFromScores,
-    train: Part,
-    validation: Part,
+    train: ReadRows,
+    validation: ReadRows,
     metrics: tuple[str, ...],
     seed: int,
 ) -> Chosen:
     """Fit every setting and return the best one on validation; of equal ones the first."""
     transformer = baseline.transformer()
     transform = transformer.fit(train.inputs).transform if transformer else lambda rows: rows
-    fitted_on, judged_on = transform(train.inputs), transform(validation.inputs)
+    train_inputs, validation_inputs = transform(train.inputs), transform(validation.inputs)
     sign = 1 if metric(metrics[0]).higher_is_better else -1
-    fitted: Any = objective  # with the state of every objective, which its protocol does not name
+    fitted: Any = objective  # its protocol does not name the state, which every objective has
     has_classes = objective.label_kind in ("classes", "position_classes")
     classes = len(fitted.state["labels"]) if has_classes else 0
-    learned = train.labels
+    labels = train.labels
     if _has_positions(objective):
-        learned = learned[_is_labelled(learned)]
+        labels = labels[_is_labelled(labels)]
     best, best_value = None, -np.inf
     for setting in baseline.settings():
         heartbeat.beat()
-        scores = fit(baseline, setting, seed, objective.label_kind, fitted_on, learned, classes)
-        found = predict(objective, scores(judged_on), validation)
-        values = evaluate.compute_metrics(found, metrics)
+        scores = fit(baseline, setting, seed, objective.label_kind, train_inputs, labels, classes)
+        predictions = predict(objective, scores(validation_inputs), validation)
+        values = evaluate.compute_metrics(predictions, metrics)
         value = np.nan_to_num(sign * values[metrics[0]], nan=-np.inf)
         if best is None or value > best_value:
-            best, best_value = (setting, scores, values, found), value
+            best, best_value = (setting, scores, values, predictions), value
     assert best is not None, f"{baseline.registered_name} has no setting"
-    setting, scores, values, found = best
-    return Chosen(setting, lambda rows: scores(transform(rows)), values, found)
+    setting, scores, values, predictions = best
+    return Chosen(setting, lambda rows: scores(transform(rows)), values, predictions)
 
 
 def fit(
@@ -250,9 +254,9 @@ def fit(
     labels: np.ndarray,
     classes: int,
 ) -> Scores:
-    """Fit the baseline's estimator, for label sets one for each label.
+    """Fit the baseline's estimator; where rows have label sets, one estimator for each label.
 
-    A class without a training row has the least probability. Where all rows have the same class
+    A class without a training row has the smallest probability. Where all rows have the same class
     there is nothing to fit. A fit is not interrupted: where a single one may take longer than
     ``fanout.silence_timeout_minutes``, raise that.
     """
@@ -273,11 +277,11 @@ def fit(
     if label_kind in ("classes", "position_classes"):
         probabilities = _probabilities(estimator, inputs, labels, classes)
         return lambda rows: np.log(probabilities(rows)).astype(np.float32)
-    each = [_probabilities(estimator, inputs, label, 2) for label in labels.T]
+    by_label = [_probabilities(estimator, inputs, label, 2) for label in labels.T]
 
     def log_odds(rows: Any) -> np.ndarray:
-        found = [np.log(of_label(rows)) for of_label in each]
-        return np.stack([two[:, 1] - two[:, 0] for two in found], axis=1).astype(np.float32)
+        logs = [np.log(probabilities(rows)) for probabilities in by_label]
+        return np.stack([log[:, 1] - log[:, 0] for log in logs], axis=1).astype(np.float32)
 
     return log_odds
 
@@ -285,7 +289,7 @@ def fit(
 def _probabilities(
     estimator: Callable[[], Any], inputs: Any, labels: np.ndarray, classes: int
 ) -> Callable[[Any], np.ndarray]:
-    """Return a function of inputs to (n, classes) probabilities, none below FLOOR."""
+    """Return a function of inputs to (n, classes) probabilities, none below MIN_PROBABILITY."""
     heartbeat.beat()  # there may be many labels, each with a fit of its own
     known = np.unique(labels)
     model = estimator().fit(inputs, labels) if len(known) > 1 else None
@@ -297,25 +301,26 @@ def _probabilities(
             out[:, known] = 1.0
         else:
             out[:, model.classes_] = model.predict_proba(rows)
-        return out.clip(FLOOR, 1 - FLOOR)
+        return out.clip(MIN_PROBABILITY, 1 - MIN_PROBABILITY)
 
     return probabilities
 
 
 @torch.no_grad()
-def predict(objective: PredictsFromScores, scores: np.ndarray, part: Part) -> Predictions:
-    """Return the objective's predictions of the rows of a part, in the order of their ids."""
-    order = np.argsort(part.ids, kind="stable")
+def predict(objective: PredictsFromScores, scores: np.ndarray, rows: ReadRows) -> Predictions:
+    """Return the objective's predictions of rows, in the order of their ids."""
+    order = np.argsort(rows.ids, kind="stable")
     if _has_positions(objective):
-        at = _is_labelled(part.labels)
-        of_positions = np.zeros((*at.shape, scores.shape[-1]), dtype=scores.dtype)
-        of_positions[at] = scores
+        is_labelled = _is_labelled(rows.labels)
+        of_positions = np.zeros((*is_labelled.shape, scores.shape[-1]), dtype=scores.dtype)
+        of_positions[is_labelled] = scores
         scores = of_positions
-    labels = torch.from_numpy(np.ascontiguousarray(part.labels[order]))
-    beside = {name: torch.from_numpy(array[order]) for name, array in part.tensors.items()}
-    batch = Batch(part.ids[order], torch.zeros(0), {objective.label_tensor: labels, **beside})
-    found = objective.predict_scores(torch.from_numpy(scores[order]), batch)
-    return {"row": part.ids[order], **{name: found[name].numpy() for name in found}}
+    labels = torch.from_numpy(np.ascontiguousarray(rows.labels[order]))
+    tensors = {name: torch.from_numpy(array[order]) for name, array in rows.tensors.items()}
+    batch = Batch(rows.ids[order], torch.zeros(0), {objective.label_tensor: labels, **tensors})
+    predictions = objective.predict_scores(torch.from_numpy(scores[order]), batch)
+    arrays = {name: tensor.numpy() for name, tensor in predictions.items()}
+    return {"row": rows.ids[order], **arrays}
 
 
 def roll_out(
@@ -325,15 +330,20 @@ def roll_out(
     predictions: Predictions,
     rows: Rows,
 ) -> tuple[Predictions, np.ndarray | None]:
-    """Add the episodes of a policy in each row's world; pictures of the first, or None."""
+    """Run a policy in the world of each row.
+
+    Returns:
+        The predictions with the episodes, and pictures of the first one. They do not change, and
+        there are no pictures, where the objective predicts no actions.
+    """
     if not predicts_actions(objective):
         return predictions, None
 
     def scores_of_steps(arrays: Arrays) -> np.ndarray:
         count = len(arrays["space"])
         is_step = np.ones((count, 1), dtype=bool)
-        asked = BaselineRows(count, arrays, rows.modality, lambda role: None, is_step)
-        return scores(baseline.inputs(asked))
+        steps = BaselineRows(count, arrays, rows.modality, lambda role: None, is_step)
+        return scores(baseline.inputs(steps))
 
     raw_rows = evaluate.Postprocessor(rows).raw_rows(objective, predictions["row"])
     return objective.rollout_scores(scores_of_steps, predictions, raw_rows)

@@ -29,7 +29,8 @@ RUNGS = (Fraction(1, 9), Fraction(1))
 """Shares of the steps that pairs are tried with, before the best run with every seed."""
 MIN_COMPARED_PAIRS = 2
 """Fewest pairs that are compared with all steps."""
-LEAST_STEPS = RUNGS[0].denominator
+MIN_STEPS = RUNGS[0].denominator
+"""Steps that a target needs at least, so that the shortest rung has one."""
 MANY_STEPS = 10_000
 """A large number of steps: ``technique.steps(MANY_STEPS) / MANY_STEPS`` is how many times the
 target's steps a technique trains.
@@ -41,8 +42,8 @@ class BudgetError(ValueError):
 
 
 @dataclass(frozen=True, eq=False)
-class Pair:
-    """A source with a technique: one entry of the matrix."""
+class Contender:
+    """A source with a technique, which competes for the budget: one entry of the matrix."""
 
     rungs: tuple[Trial, ...]
     """Its search trial at each of `RUNGS`."""
@@ -77,7 +78,7 @@ class Bracket:
 
     target: str
     label_fraction: str
-    pairs: tuple[Pair, ...]
+    pairs: tuple[Contender, ...]
     size: BracketSize
 
 
@@ -92,7 +93,7 @@ class Allocation:
     """In trials, those of scratch included."""
 
     def num_kept_after(self, rung: int) -> int:
-        """Return how many pairs go on from a rung."""
+        """Return how many pairs are kept after a rung."""
         return next((count for count in self.rungs[rung + 1 :] if count), self.finalists)
 
     def text(self, seeds: int) -> str:
@@ -147,11 +148,11 @@ def allocate(budget: int, sizes: Sequence[BracketSize], seeds: int) -> list[Allo
     weights = [size.pairs * size.pair_cost for size in sizes]
     out, left_over = [], Fraction(0)
     for size, needed, weight in zip(sizes, least, weights, strict=True):
-        mine = needed + left_over + (rest * weight / sum(weights) if weight else 0)
-        rungs, finalists = _rungs(size.pairs, (mine - size.scratch) / size.pair_cost, seeds)
+        own_budget = needed + left_over + (rest * weight / sum(weights) if weight else 0)
+        rungs, finalists = _rungs(size.pairs, (own_budget - size.scratch) / size.pair_cost, seeds)
         cost = size.scratch + size.pair_cost * _cost(rungs, finalists, seeds)
         out.append(Allocation(rungs, finalists, cost))
-        left_over = mine - cost
+        left_over = own_budget - cost
     return out
 
 
@@ -212,7 +213,7 @@ def shortened(train: Train, rung: int) -> dict[str, float]:
     return {"epochs": round_hyper_parameter("epochs", epochs)}
 
 
-# ---------------------------------------------------------------- which pairs go on
+# ---------------------------------------------------------------- which pairs are kept
 
 
 @dataclass
@@ -227,11 +228,11 @@ class History:
     techniques: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     """Ranks of the best pair of each technique, among pairs with all steps."""
 
-    def source(self, pair: Pair) -> float:
+    def source(self, pair: Contender) -> float:
         """Return the mean rank of a pair's source."""
         return _mean(self.sources.get(pair.source))
 
-    def technique(self, pair: Pair) -> float:
+    def technique(self, pair: Contender) -> float:
         """Return the mean rank of a pair's technique."""
         return _mean(self.techniques.get(pair.technique))
 
@@ -252,7 +253,7 @@ def _mean(ranks: Sequence[float] | None) -> float:
 
 @dataclass(frozen=True)
 class Decision:
-    """Which pairs go on, as far as the values tell."""
+    """Which pairs are kept, as far as the values of ended trials decide it."""
 
     tried: tuple[Trial, ...] = ()
     """Search trials with a value."""
@@ -278,7 +279,7 @@ def decide(
     allocations: Sequence[Allocation],
     values: Mapping[str, float | None],
 ) -> Decision:
-    """Decide which pairs go on.
+    """Decide which pairs are kept.
 
     Args:
         brackets: The brackets, target by target.
@@ -288,25 +289,25 @@ def decide(
     """
     history, out = History(), Decision()
     for target in dict.fromkeys(bracket.target for bracket in brackets):
-        decided = [
+        of_target = [
             _decide(bracket, allocation, values, history)
             for bracket, allocation in zip(brackets, allocations, strict=True)
             if bracket.target == target
         ]
-        for one in decided:
+        for result in of_target:
             out = replace(
                 out,
-                tried=(*out.tried, *one.tried),
-                waiting=(*out.waiting, *one.waiting),
-                reasons=out.reasons | one.reasons,
-                cut=out.cut | {pair.entry for pair in one.cut},
-                notes=(*out.notes, *one.notes),
+                tried=(*out.tried, *result.tried),
+                waiting=(*out.waiting, *result.waiting),
+                reasons=out.reasons | result.reasons,
+                cut=out.cut | {pair.entry for pair in result.cut},
+                notes=(*out.notes, *result.notes),
             )
         if out.waiting:
-            rungs = sorted({one.rung for one in decided if one.waiting})
+            rungs = sorted({result.rung for result in of_target if result.waiting})
             return replace(out, rung=f"{target}, rung {' and '.join(map(str, rungs))}")
-        for one in decided:
-            history.add(one)
+        for result in of_target:
+            history.add(result)
     return out
 
 
@@ -314,16 +315,16 @@ def decide(
 class _BracketResult:
     """The decisions of one bracket."""
 
-    kept: list[Pair]
-    cut: list[Pair] = field(default_factory=list[Pair])
+    kept: list[Contender]
+    cut: list[Contender] = field(default_factory=list[Contender])
     tried: list[Trial] = field(default_factory=list[Trial])
     waiting: list[Trial] = field(default_factory=list[Trial])
     reasons: dict[str, str] = field(default_factory=dict[str, str])
     notes: list[str] = field(default_factory=list[str])
     rung: int = 0
-    ranks_among_sources: dict[Pair, float] = field(default_factory=dict[Pair, float])
+    ranks_among_sources: dict[Contender, float] = field(default_factory=dict[Contender, float])
     """Ranks among the sources of one technique, at the first rung."""
-    ranks_with_all_steps: dict[Pair, float] = field(default_factory=dict[Pair, float])
+    ranks_with_all_steps: dict[Contender, float] = field(default_factory=dict[Contender, float])
     """Ranks among the pairs with all steps."""
 
 
@@ -333,6 +334,7 @@ def _decide(
     values: Mapping[str, float | None],
     history: History,
 ) -> _BracketResult:
+    """Decide on the pairs of one bracket, as far as its trials have ended."""
     out = _BracketResult(list(bracket.pairs))
     stages = [i for i, n in enumerate(allocation.rungs) if n]
     for number, rung in enumerate(stages, 1):
@@ -371,7 +373,7 @@ def _sort_value(value: float | None) -> float:
     return -math.inf if value is None or math.isnan(value) else value
 
 
-def relative_ranks(measured: Mapping[Pair, float]) -> dict[Pair, float]:
+def relative_ranks(measured: Mapping[Contender, float]) -> dict[Contender, float]:
     """Return the rank of each pair by its value, 0 for the best and 1 for the worst."""
     most = max(1, len(measured) - 1)
     return {
@@ -380,9 +382,9 @@ def relative_ranks(measured: Mapping[Pair, float]) -> dict[Pair, float]:
     }
 
 
-def ranks_among_sources(measured: Mapping[Pair, float]) -> dict[Pair, float]:
+def ranks_among_sources(measured: Mapping[Contender, float]) -> dict[Contender, float]:
     """Return the rank of each pair among those with the same technique."""
-    out: dict[Pair, float] = {}
+    out: dict[Contender, float] = {}
     for technique in {pair.technique for pair in measured}:
         out |= relative_ranks(
             {p: value for p, value in measured.items() if p.technique == technique}
@@ -390,7 +392,7 @@ def ranks_among_sources(measured: Mapping[Pair, float]) -> dict[Pair, float]:
     return out
 
 
-def rank_short_runs(measured: Mapping[Pair, float], history: History) -> list[Pair]:
+def rank_short_runs(measured: Mapping[Contender, float], history: History) -> list[Contender]:
     """Return pairs by short runs, the best first.
 
     1. The pair with the largest value.
@@ -405,11 +407,11 @@ def rank_short_runs(measured: Mapping[Pair, float], history: History) -> list[Pa
         measured: Value of each pair, larger is better.
         history: What earlier targets have shown.
     """
-    own, everywhere = ranks_among_sources(measured), relative_ranks(measured)
+    own, among_all = ranks_among_sources(measured), relative_ranks(measured)
     of_source: dict[str, list[float]] = defaultdict(list)
     for pair, rank in own.items():
         of_source[pair.source].append(rank)
-    round_of: dict[Pair, int] = {}
+    round_of: dict[Contender, int] = {}
     for technique in {pair.technique for pair in measured}:
         ranked = sorted(
             (pair for pair in measured if pair.technique == technique),
@@ -422,6 +424,6 @@ def rank_short_runs(measured: Mapping[Pair, float], history: History) -> list[Pa
         key=lambda pair: (
             pair is not best,
             round_of[pair],
-            history.technique(pair) + everywhere[pair],
+            history.technique(pair) + among_all[pair],
         ),
     )

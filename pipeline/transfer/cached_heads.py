@@ -1,17 +1,16 @@
-"""Frozen backbones: features computed once, and all their heads trained together as one batched
-problem, by the one loop.
+"""Heads on a frozen backbone: its features are computed once, and the heads train together.
 
-A stack of K heads is one module whose parameters have a leading K; each head has its own rows,
-order, learning rate and clip, and its gradients touch no other head, so the results are those of
-training one at a time. A head that draws random numbers (dropout) is a stack of its own, since what
-it draws would depend on the other heads.
+A stack of K heads is one module, trained by the loop of all other training. Its parameters have a
+leading dimension K. Each head has its own rows, order, learning rate and clip, and its gradients
+touch no other head, so the results are those of training one at a time. A head that draws random
+numbers (dropout) is a stack of its own, since what it draws would depend on the other heads.
 
-A stack makes its own `TrainingRun` instead of an `Experiment` (`pipeline.train.experiment`): an
-experiment has one set of rows, one order, one validation and one log, and a stack has those of
-every head, and none of them is read from files. With all of these made optional the assembler would
-be longer than the dozen lines that it would save here.
+A stack makes a `TrainingRun` of its own and not an `Experiment` (`pipeline.train.experiment`). An
+experiment has one set of rows, one order, one validation and one log, all read from files. A stack
+has those of every head, in memory. An experiment with all of these optional would be longer than
+the lines that it would save here.
 
-Where the technique says so (`SolvesHead`) each head is the solution of a convex problem instead
+Where the technique says so (`SolvesHead`), each head is the solution of a convex problem instead
 (`pipeline.transfer.solved_heads`).
 """
 
@@ -62,8 +61,8 @@ FEATURES_CODE = ("pipeline.train.online_probe",)
 """Modules that features start from, with the modality and the backbone's library."""
 
 FEATURE_BYTES = 4
-MOST_BYTES = 4 << 30
-"""The most that features of all layers may take, with a copy of the training rows'."""
+MAX_FEATURE_BYTES = 4 << 30
+"""Memory that features of all layers may take, with a copy of those of the training rows."""
 
 
 def kept_features(
@@ -79,16 +78,19 @@ def kept_features(
     """Return the features of a split of a target, computed once for a source and kept in a file.
 
     Args:
-        technique: The one that has changed the backbone (`Technique.wrap`), with the options that
-            it did so by; None: the backbone is the source's own.
+        technique: The technique that has changed the backbone (`Technique.wrap`), with the options
+            that the change depends on; None: the backbone is the source's own.
+
+    Returns:
+        (n, D) features, and the rows' other tensors by name.
     """
     data = shared.targets[target, backbone_key]
     rows: Rows = getattr(data, split)
     cast = loop.autocast(data.spec.train, device)
     if source not in shared.source_keys or not data.key:
         return features(backbone, rows, device, cast)
-    # the rows' labels are kept too: which column is which label
-    labelled = [data.objective.name, data.objective.state]
+    # labels are kept with the features: the state says which number is which label
+    objective = [data.objective.name, data.objective.state]
     arch = shared.backbone_groups[backbone_key].arch
     made = provenance.made_by(
         FEATURES_CODE,
@@ -100,14 +102,14 @@ def kept_features(
         ),
     )
     # features cost little: those of other weights, code or versions are computed again
-    by = [shared.parent_weights.get(source), made.hash, made.versions]
+    made_by = [shared.parent_weights.get(source), made.hash, made.versions]
     key = spec_hash(
         FEATURES_FORMAT,
         shared.source_keys.get(source),
-        by,
+        made_by,
         backbone_key,
         data.key,
-        labelled,
+        objective,
         split,
         len(rows),
         device.type,
@@ -115,15 +117,15 @@ def kept_features(
         *([str(technique)] if technique else []),
     )
     uri = storage.join(shared.root, "features", f"{target}-{source}-{split}-{key}")
-    content = checksums.kept_bytes(uri, "the features are computed again")
+    content = checksums.read_checked_or_none(uri, "the features are computed again")
     if content is not None:
         tensors = {name: tensor.to(device) for name, tensor in load(content).items()}
         return tensors.pop("pooled"), tensors
-    pooled, rest = features(backbone, rows, device, cast)
-    tensors = {**rest, "pooled": pooled}
+    pooled, others = features(backbone, rows, device, cast)
+    tensors = {**others, "pooled": pooled}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    checksums.keep_bytes(uri, save(tensors))
-    return pooled, rest
+    checksums.write_checked(uri, save(tensors))
+    return pooled, others
 
 
 class HeadStack(nn.Module):
@@ -163,18 +165,21 @@ class HeadStack(nn.Module):
                 (x, Batch(rows, keys, tensors)),
             )
 
-        shared = features.dim() == 2  # evaluation: every head reads the same rows
-        dims = (0, None, None) if shared else (0, 0, 0)
-        # several heads that draw random numbers would draw them from one generator: torch refuses
-        # that here
+        is_evaluation = features.dim() == 2  # every head then reads the same rows
+        dims = (0, None, None) if is_evaluation else (0, 0, 0)
+        # random numbers of several heads would come from one generator: torch raises an error
         randomness = "different" if self.count == 1 else "error"
         return vmap(call_head, in_dims=dims, randomness=randomness)(
             dict(zip(self.names, self.stacked, strict=True)), features, data
         )
 
     def forward(self, batch: Batch):
-        """``features`` (K, B, D) with tensors (K, B): sum over heads; the count is one head's, so
-        each gets its own mean.
+        """Return the sum of the heads' losses, and the number of losses of one head.
+
+        The loop divides by that number, so each head gets its own mean.
+
+        Args:
+            batch: ``features`` (K, B, D), and the other tensors (K, B).
         """
         data = {name: tensor for name, tensor in batch.data.items() if name != "features"}
         total, count, _ = self._call("head_loss", batch["features"], data)
@@ -184,8 +189,9 @@ class HeadStack(nn.Module):
         return self._call("head_predict", features, data)
 
     def groups(self, rates: dict[str, float], train: Train) -> list[ParameterGroup]:
-        """One optimiser group a head and decay, over views of the stacked parameters and
-        gradients.
+        """Return a group of the optimiser for each head and weight decay.
+
+        Its parameters and gradients are views of the stacked ones.
         """
         out: list[ParameterGroup] = []
         for parameter in self.stacked:
@@ -206,22 +212,23 @@ class HeadStack(nn.Module):
 
     @torch.no_grad()
     def clip_gradients(self, max_norm: float | None, to_mean: Tensor) -> tuple[Tensor, Tensor]:
-        """Clip each head by its own norm; a head whose gradient is not finite stands still and is
-        remembered.
+        """Clip the gradient of each head by its own norm.
+
+        A head whose gradient is not finite does not change in this step, and is counted in ``bad``.
         """
         grads = [p.grad for p in self.stacked if p.grad is not None]
         norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0) * to_mean
-        fine = torch.isfinite(norms)
-        self.bad.add_((~fine).float())
+        is_finite = torch.isfinite(norms)
+        self.bad.add_((~is_finite).float())
         scale = (max_norm / (norms + 1e-6)).clamp(max=1.0) if max_norm else torch.ones_like(norms)
         for g in grads:
             shape = (-1, *[1] * (g.dim() - 1))
-            g.copy_(torch.where(fine.view(shape), g * scale.view(shape), 0.0))
+            g.copy_(torch.where(is_finite.view(shape), g * scale.view(shape), 0.0))
         return norms.nan_to_num().max(), torch.ones_like(to_mean, dtype=torch.bool)
 
 
 class _Method(nn.Module):
-    """An objective's method as a module's forward, which is what functional_call wants."""
+    """A method of an objective as the forward of a module, as ``functional_call`` needs it."""
 
     def __init__(self, head: Objective, function: str):
         super().__init__()
@@ -236,7 +243,7 @@ class _NoLogs(nn.Module):
 
 
 class KeepHeads:
-    """Each head's weights at its own best validation."""
+    """Keeps the weights of each head at its own best validation."""
 
     def __init__(self, primary: str, keep: str, count: int, patience: int | None = None):
         self.best = [loop.KeepBest(primary, keep, patience) for _ in range(count)]
@@ -248,9 +255,9 @@ class KeepHeads:
             if best.is_exhausted:  # this head alone would have stopped
                 continue
             self.curves[k].append({"step": step, **values})
-            before = best.step
+            step_before = best.step
             best.update(step, values, _NoWeights)
-            if best.step != before:
+            if best.step != step_before:
                 self.weights[k] = [p.detach()[k].clone() for p in task.stacked]
 
     @torch.no_grad()
@@ -300,7 +307,7 @@ def can_stack(group: list[Trial], shared: Shared) -> bool:
     """
     first = group[0]
     data = shared.targets[first.target, first.backbone_key]
-    objective = trials.build(first, shared)[0].objective
+    objective = trials.build_task(first, shared)[0].objective
     if not has_cached_head(objective) or mixes_inputs(objective.options):
         return False
     return first.technique_object.frozen and data.spec.workers == 0
@@ -322,13 +329,13 @@ class StackedTrial:
 
 @dataclass(frozen=True)
 class SharedFeatures:
-    """What the trials of one (source, backbone, target) share."""
+    """The features that the trials of one (source, backbone, target) share."""
 
     data: TargetData
     backbone: Backbone
     splits: dict[str, SplitFeatures]
     transfer: str
-    """In words, which tensors came from the source."""
+    """A description of the tensors that came from the source."""
     seconds: float
     """Each trial's share of the time that the features took."""
     device: torch.device
@@ -340,13 +347,13 @@ def run(
     """Train the heads of several trials of one (source, backbone, target) together.
 
     Trials whose steps or batches differ are trained in stacks of their own, and so is a head that
-    draws random numbers. A head that met a non-finite step is trained again alone.
+    draws random numbers. A head with a non-finite step is trained again alone.
 
     Args:
         on_step: Called at every step.
 
     Returns:
-        The same records as ``trial.run`` gives.
+        The same records as those of ``trial.run``.
     """
     cached = _shared_features(group, shared)
     head, _ = _build_head(group[0], shared)
@@ -356,7 +363,7 @@ def run(
     penalties = technique.penalties() if solves_head(technique) else ()
     for members in stacks:
         if penalties and not is_random:
-            records += [_solve(one, shared, cached, penalties, on_step) for one in members]
+            records += [_solve(member, shared, cached, penalties, on_step) for member in members]
         else:
             records += _run_stack(members, shared, cached, on_step)
     return records
@@ -377,18 +384,18 @@ def _shared_features(group: list[Trial], shared: Shared) -> SharedFeatures:
         name: kept_features(task.backbone, shared, *key, name, device, technique) for name in names
     }
     if selects_features(first.technique_object):
-        found = first.technique_object.describe_features(task.backbone, splits["train"][0])
-        transfer = f"{transfer}; {found}"
+        note = first.technique_object.describe_features(task.backbone, splits["train"][0])
+        transfer = f"{transfer}; {note}"
     seconds = (time.time() - began) / len(group)
     return SharedFeatures(data, task.backbone, splits, transfer, seconds, device)
 
 
 def _technique_of_features(trial: Trial) -> ComponentConfig | None:
     """Return the technique that has changed the backbone of a trial; None: none has."""
-    used = trial.technique_object
-    if type(used).wrap is Technique.wrap:
+    technique = trial.technique_object
+    if type(technique).wrap is Technique.wrap:
         return None
-    if selects_features(used):  # its options are about the head
+    if selects_features(technique):  # its options are about the head
         return ComponentConfig(name=trial.technique.name)
     return trial.drawn_technique
 
@@ -398,19 +405,23 @@ def _check_size(trial: Trial, data: TargetData, names: list[str], width: int) ->
     # a trial's own rows are copied out of the training rows
     rows = sum(len(getattr(data, name)) for name in ["train", *names])
     size = FEATURE_BYTES * rows * width
-    if size > MOST_BYTES:
+    if size > MAX_FEATURE_BYTES:
         raise ValueError(
             f"target {trial.target}: {trial.technique.name} would hold {width} features of each "
-            f"row, {size / 2**30:.1f} GiB in all, and {MOST_BYTES / 2**30:g} GiB are the most: use "
-            "linear_probe, a smaller backbone or fewer rows, or set the target's data.decode to "
-            "train (its head is then trained by steps, and no features are kept)"
+            f"row, {size / 2**30:.1f} GiB in all, and {MAX_FEATURE_BYTES / 2**30:g} GiB are "
+            "allowed: use linear_probe, a smaller backbone or fewer rows, or set the target's "
+            "data.decode to train (its head is then trained by steps, and no features are kept)"
         )
 
 
 def _stacks(
     group: list[Trial], shared: Shared, is_random: bool
 ) -> tuple[list[TrialRecord], list[list[StackedTrial]]]:
-    """Records of trials whose settings are invalid, and the others by the stack they train in."""
+    """Group trials into stacks.
+
+    Returns:
+        Records of the trials whose settings are invalid, and the members of each stack.
+    """
     failed: list[TrialRecord] = []
     stacks: dict[tuple[Any, ...], list[StackedTrial]] = {}
     for trial in group:
@@ -419,8 +430,8 @@ def _stacks(
         except ValueError as error:  # the settings of this trial alone
             failed.append(trials.failed_record(trial, shared, error))
             continue
-        alike = member.train.model_dump(exclude={"lr", "weight_decay"})
-        key = (member.steps, str(sorted(alike.items())), trial.id if is_random else "")
+        shared_settings = member.train.model_dump(exclude={"lr", "weight_decay"})
+        key = (member.steps, str(sorted(shared_settings.items())), trial.id if is_random else "")
         stacks.setdefault(key, []).append(member)
     return failed, list(stacks.values())
 
@@ -455,20 +466,23 @@ def _run_stack(
 ) -> list[TrialRecord]:
     """Train the heads of one stack, test each of them and write its record."""
     began, first = time.time(), members[0]
-    heads, start_hashes = zip(*(_build_head(one.trial, shared) for one in members), strict=True)
+    heads, start_hashes = zip(
+        *(_build_head(member.trial, shared) for member in members), strict=True
+    )
     stack = HeadStack(list(heads), [member.train for member in members]).to(cached.device)
     # a stack is small: no micro-batches, no compilation
     train = first.train.model_copy(update={"micro_batch": None, "compile": False})
     keeper = KeepHeads(cached.data.metrics[0], train.keep, len(members), train.patience)
-    folder = storage.join(shared.root, STACKS, spec_hash([one.trial.id for one in members]))
+    folder = storage.join(shared.root, STACKS, spec_hash([member.trial.id for member in members]))
     history = trials.history_of(folder, [member.trial for member in members], shared)
     history.drop_incompatible(shared.remake)
     batches = _StackBatches(members, shared, cached)
     validation = cached.splits["validation"]
 
     def evaluate_heads(task: nn.Module) -> loop.Metrics:
-        found = _predict_all_heads(stack, validation, train)
-        return {"heads": [evaluate.compute_metrics(one, cached.data.metrics) for one in found]}
+        predictions = _predict_all_heads(stack, validation, train)
+        names = cached.data.metrics
+        return {"heads": [evaluate.compute_metrics(of_head, names) for of_head in predictions]}
 
     outcome = loop.fit(
         loop.TrainingRun(
@@ -476,7 +490,7 @@ def _run_stack(
             technique=first.trial.technique_object,
             train=train,
             steps=first.steps,
-            # one head alone draws the random numbers of a trial alone; several draw none
+            # a single head draws the random numbers that its trial alone would; several draw none
             seed=mix(shared.seed, first.trial.seed, 3) if len(members) == 1 else 0,
             batches=batches,
             preprocess=lambda batch, training: batch,
@@ -507,9 +521,6 @@ def _run_stack(
         if validated:
             head.calibrate(validated[k])
             test = _predict_with_head(head, cached.splits["test"], train)
-        if test is not None:
-            ids = cached.data.test.selection.all_ids
-            test = {"row": ids, **test}
         stopped_at = keeper.stopped_at(k, first.steps)
         summary = TrialSummary(
             steps=stopped_at or outcome.steps,
@@ -527,14 +538,38 @@ def _run_stack(
             transfer="; ".join([cached.transfer, *history.damaged]),
             begun_by=history.others,
         )
-        record = trials.make_record(
-            member.trial, shared, member.train, began, summary, keeper.best[k].metrics, test
-        )
-        is_kept = shared.keep_bundles and test is not None
-        task = Task(cached.backbone, head) if is_kept else None
-        records.append(trials.write(member.trial, shared, record, test, task))
+        metrics = keeper.best[k].metrics
+        records.append(_write_head(member, shared, cached, head, began, summary, metrics, test))
     storage.remove_tree(folder)
     return records
+
+
+def _write_head(
+    member: StackedTrial,
+    shared: Shared,
+    cached: SharedFeatures,
+    head: Objective,
+    began: float,
+    summary: TrialSummary,
+    validation: dict[str, float],
+    test: Predictions | None,
+) -> TrialRecord:
+    """Write the predictions, bundle and record of a trial whose head is finished.
+
+    Args:
+        began: When it began, in seconds since 1970.
+        validation: Metrics of the validation rows.
+        test: Predictions of all test rows, in the order of their ids; None: they were not read.
+    """
+    if test is not None:
+        ids = cached.data.test.selection.all_ids
+        test = {"row": ids, **test}
+    record = trials.make_record(
+        member.trial, shared, member.train, began, summary, validation, test
+    )
+    is_kept = shared.keep_bundles and test is not None
+    task = Task(cached.backbone, head) if is_kept else None
+    return trials.write_results(member.trial, shared, record, test, task)
 
 
 def _solve(
@@ -569,14 +604,14 @@ def _solve(
     except FloatingPointError as error:
         return trials.failed_record(trial, shared, error)
     chosen = solved_heads.best(solutions, cached.data.metrics[0])
-    head, test, calibrated = chosen.head, None, chosen.head
+    head = chosen.head
+    test: Predictions | None = None
     if "test" in cached.splits:
-        if is_calibrated(calibrated):
-            calibrated.calibrate(_predict_with_head(head, validation, train))
-        ids = cached.data.test.selection.all_ids
-        test = {"row": ids, **_predict_with_head(head, cached.splits["test"], train)}
+        if is_calibrated(head):
+            head.calibrate(_predict_with_head(chosen.head, validation, train))
+        test = _predict_with_head(chosen.head, cached.splits["test"], train)
     iterations = sum(solution.iterations for solution in solutions)
-    # no rate, batch or decay took part
+    # the solver uses no learning rate, batch, weight decay or optimiser
     settings = {"solver": chosen.solver, "penalty": chosen.penalty}
     if chosen.share is not None:
         settings["share"] = chosen.share
@@ -586,18 +621,15 @@ def _solve(
         seconds=time.time() - began + cached.seconds,
         device=device_name(cached.device),
         n_train=len(member.rows),
-        params_trained=sum(parameter.numel() for parameter in head.parameters()),
+        params_trained=sum(parameter.numel() for parameter in chosen.head.parameters()),
         layers_trained="head",
         start_weights=start_hash,
-        settings={**settings, **trials.calibration_of(head)},
+        settings={**settings, **trials.calibration_of(chosen.head)},
         curve=[{"step": iterations, **chosen.metrics}],
         kept_step=iterations,
         transfer=cached.transfer,
     )
-    record = trials.make_record(trial, shared, train, began, summary, chosen.metrics, test)
-    is_kept = shared.keep_bundles and test is not None
-    task = Task(cached.backbone, head) if is_kept else None
-    return trials.write(trial, shared, record, test, task)
+    return _write_head(member, shared, cached, chosen.head, began, summary, chosen.metrics, test)
 
 
 def _indices_of_rows(data: TargetData, rows: Rows) -> np.ndarray:
@@ -618,7 +650,7 @@ def _build_wrapped(trial: Trial, shared: Shared) -> tuple[Task, str, str]:
     Returns:
         The task, what was transferred, and the hash of the weights before wrapping.
     """
-    task, transfer, start_hash = trials.build(trial, shared)
+    task, transfer, start_hash = trials.build_task(trial, shared)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(shared.seed, trial.seed, 4))  # as where it is trained by steps
         return trial.technique_object.wrap(task), transfer, start_hash
@@ -632,12 +664,14 @@ class _StackBatches:
         self.features, self.tensors = cached.splits["train"]
         selection = cached.data.train.selection
         self.ids = selection.all_ids
-        self.plans = [trials.order_of(m.trial, shared, m.train, m.rows) for m in members]
-        self.indices = [_indices_of_rows(cached.data, m.rows) for m in members]
+        self.plans = [
+            trials.order_of(member.trial, shared, member.train, member.rows) for member in members
+        ]
+        self.indices = [_indices_of_rows(cached.data, member.rows) for member in members]
         self.traces: list[RowTrace] = []
 
     def _rows(self, step: int) -> list[np.ndarray]:
-        """Indices in the features of each head's rows at a step."""
+        """Return the indices in the features of each head's rows at a step."""
         pairs = zip(self.plans, self.indices, strict=True)
         return [indices[plan.batch(step)[0]] for plan, indices in pairs]
 
@@ -652,14 +686,14 @@ class _StackBatches:
     def trace(self, step: int, rows: np.ndarray) -> None:
         """Write the ids of each head's rows into its trial's folder."""
         if not self.traces:
-            folders = [trials.folder(self.shared, member.trial) for member in self.members]
+            folders = [trials.folder_uri(self.shared, member.trial) for member in self.members]
             self.traces = [RowTrace(folder, 0) for folder in folders]
         for trace, indices in zip(self.traces, self._rows(step), strict=True):
             trace(step, self.ids[indices])
 
 
 def _run_alone(trial: Trial, shared: Shared, on_step: Callable[[], None]) -> TrialRecord:
-    """Train a head again, without the others; an error is this head's alone."""
+    """Train a head again, without the others."""
     try:
         return trials.run(trial, shared, on_step=on_step)
     except Exception as error:  # it is this head's alone: the others are done
@@ -668,27 +702,28 @@ def _run_alone(trial: Trial, shared: Shared, on_step: Callable[[], None]) -> Tri
 
 @torch.no_grad()
 def _predict_all_heads(stack: HeadStack, rows: SplitFeatures, train: Train) -> list[Predictions]:
-    """Predict the same rows by every head, with the precision that one alone would have."""
+    """Predict the same rows with every head, in the precision in which it would train alone."""
     stack.eval()
     with loop.autocast(train, rows[0].device):
-        found = {name: tensor.cpu().numpy() for name, tensor in stack.predict(*rows).items()}
-    return [{name: array[k] for name, array in found.items()} for k in range(stack.count)]
+        arrays = {name: tensor.cpu().numpy() for name, tensor in stack.predict(*rows).items()}
+    return [{name: array[k] for name, array in arrays.items()} for k in range(stack.count)]
 
 
 @torch.no_grad()
 def _predict_with_head(head: Objective, rows: SplitFeatures, train: Train) -> Predictions:
-    """Predict rows by one head, with what it alone has fitted on the validation rows."""
+    """Predict rows with one head, with the calibration that was fitted for it."""
     head = head.to(rows[0].device).eval()
     assert has_cached_head(head)
     features, tensors = rows
     ids = np.zeros(len(features), dtype=np.int64)
     with loop.autocast(train, features.device):
-        found = head.head_predict(features, Batch(ids, torch.zeros(0), tensors))
-    return {name: tensor.cpu().numpy() for name, tensor in found.items()}
+        predictions = head.head_predict(features, Batch(ids, torch.zeros(0), tensors))
+    return {name: tensor.cpu().numpy() for name, tensor in predictions.items()}
 
 
 @torch.no_grad()
 def _copy_weights(head: Objective, stack: HeadStack, k: int) -> None:
+    """Copy the weights of a head of the stack into a head of its own."""
     parameters = dict(head.named_parameters())
     for name, parameter in zip(stack.names, stack.stacked, strict=True):
         parameters[name].copy_(parameter[k].cpu())

@@ -13,7 +13,7 @@ from pipeline.transfer.grid import SCRATCH, Trial
 
 
 def fill_comparison(rows: list[ResultRow], entries: list[matrix.MatrixEntry]) -> list[ResultRow]:
-    """Fill in the columns that need the comparison of whole entries.
+    """Fill in the columns that come from the comparison of an entry with scratch.
 
     They are the number of paired seeds, the corrected p value (primary metric only) and the gain
     over the target's best scratch network with the same seed. Only test rows of trials with a
@@ -23,17 +23,13 @@ def fill_comparison(rows: list[ResultRow], entries: list[matrix.MatrixEntry]) ->
     scratch_values = {
         (row.backbone, row.target, row.label_fraction, row.metric, row.seed, row.fold): row.value
         for row in rows
-        if is_tested(row) and row.source == SCRATCH and results.technique(row) == "scratch"
+        if row.is_tested and row.source == SCRATCH and results.technique(row) == "scratch"
     }
     out: list[ResultRow] = []
     for row in rows:
         entry = by_key.get(matrix.entry_key(row))
-        if (
-            not is_tested(row)
-            or entry is None
-            or row.source == SCRATCH
-            or "@" in (row.metric or "")
-        ):
+        is_subgroup = "@" in (row.metric or "")
+        if entry is None or not row.is_tested or row.source == SCRATCH or is_subgroup:
             out.append(row)
             continue
         key = (entry.best_scratch, row.target, row.label_fraction, row.metric, row.seed, row.fold)
@@ -65,12 +61,12 @@ def fill_best_baseline(
             row.metric,
         ): row
         for row in rows
-        if is_tested(row) and row.backbone == results.NO_BACKBONE
+        if row.is_tested and row.backbone == results.NO_BACKBONE
     }
     out: list[ResultRow] = []
     for row in rows:
         entry = by_key.get(matrix.entry_key(row))
-        if entry is None or not is_tested(row):
+        if entry is None or not row.is_tested:
             out.append(row)
             continue
         key = (
@@ -94,16 +90,6 @@ def fill_best_baseline(
     return out
 
 
-def is_tested(row: ResultRow) -> bool:
-    """Return whether a row is the test result of a final trial."""
-    return (
-        row.trial_stage == "final"
-        and row.split == "test"
-        and bool(row.metric)
-        and row.status == "done"
-    )
-
-
 def gain_over_scratch(
     predictions: Callable[[str, int], stats.RunPredictions | None],
     row: ResultRow,
@@ -112,7 +98,7 @@ def gain_over_scratch(
 ) -> dict[str, float]:
     """Return the columns of the gain of a test row over scratch with the same seed.
 
-    They are {} where scratch has no such row.
+    There are none where scratch has no row of this metric.
     """
     scratch_value = next(
         (
@@ -146,12 +132,12 @@ def _gain_over(
     if "/" in row.metric or "@" in row.metric:
         # of one label or subgroup: the report has its interval over all seeds
         return gain, None, None
-    of = metric(row.metric)
-    ours, theirs = (predictions(each.folder, each.seed) for each in (row, other))
-    can_resample = of.units is not None or of.resampled is not None
-    if not can_resample or ours is None or theirs is None:
+    scorer = metric(row.metric)
+    own_run, other_run = (predictions(each.folder, each.seed) for each in (row, other))
+    can_resample = scorer.units is not None or scorer.resampled is not None
+    if not can_resample or own_run is None or other_run is None:
         return gain, None, None
-    comparison = stats.compare(of, [ours], [theirs])
+    comparison = stats.compare(scorer, [own_run], [other_run])
     return comparison.value, comparison.low, comparison.high
 
 

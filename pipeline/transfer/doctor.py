@@ -25,21 +25,26 @@ from pipeline.transfer import dry_run, fanout, stages
 
 
 class Line(NamedTuple):
+    """A line of the table that ``doctor`` prints."""
+
     mark: str
+    """ok, warn or FAIL"""
     what: str
+    """What was checked."""
     found: str
     advice: str = ""
+    """What to do where it is not ok."""
 
 
 def run_checks(job: Job | None, address: str | None) -> list[Line]:
     """Return one line for each check: ok, warn or FAIL, the finding, and what to do."""
     lines = _machine()
-    found, on = _ray(address)
-    lines += found
+    ray_lines, cluster = _ray(address)
+    lines += ray_lines
     if job is not None:
         lines += _job(job)
-        if on is not None:
-            lines += _resources(job, on)
+        if cluster is not None:
+            lines += _resources(job, cluster)
     return lines
 
 
@@ -48,7 +53,7 @@ def _judged(good: bool, what: str, found: str, advice: str) -> Line:
     return Line("ok" if good else "warn", what, found, "" if good else advice)
 
 
-LEAST_DRIVER = {"11": "450.80.02", "12": "525.60.13", "13": "580.65.06"}
+OLDEST_DRIVER = {"11": "450.80.02", "12": "525.60.13", "13": "580.65.06"}
 """The oldest NVIDIA driver on Linux that runs builds for a major version of CUDA (table 2 of the
 CUDA release notes).
 """
@@ -94,7 +99,7 @@ def driver_line(driver: str | None, cuda: str | None) -> Line:
             "install a build of torch with CUDA to use the GPUs",
         )
     found = f"{driver}; torch is built for CUDA {cuda}"
-    least = LEAST_DRIVER.get(cuda.partition(".")[0])
+    least = OLDEST_DRIVER.get(cuda.partition(".")[0])
     if least is None or _numbers(driver) >= _numbers(least):
         return Line("ok", "NVIDIA driver", found)
     return Line(
@@ -135,13 +140,13 @@ def _machine() -> list[Line]:
             memory.available > 4 << 30,
             "memory",
             f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free",
-            "the quickstart wants 4 GiB free",
+            "the quickstart needs 4 GiB free",
         ),
         _judged(
             disk.free > 5 << 30,
             "disk here",
             f"{disk.free / 2**30:.1f} GiB free",
-            "runs and Ray's spill want some GiB",
+            "runs and objects that Ray spills to disk need a few GiB",
         ),
     ]
     if shm is not None:
@@ -186,45 +191,38 @@ def _ray(address: str | None) -> tuple[list[Line], launch.Cluster | None]:
             f"{have['nodes']:g} nodes, {have['CPU']:g} CPU, {have['GPU']:g} GPU, "
             f"{have['object_store_memory'] / 2**30:.1f} GiB object store"
         )
-        on = launch.cluster()
+        cluster = launch.cluster()
         lines = [Line("ok", what, text)]
-        if on.grows:
-            lines.append(Line("ok", "autoscaler", f"can start {launch.describe_nodes(on.nodes)}"))
-        return lines, on
+        if cluster.grows:
+            nodes = launch.describe_nodes(cluster.nodes)
+            lines.append(Line("ok", "autoscaler", f"can start {nodes}"))
+        return lines, cluster
     except launch.ClusterError as error:
-        return [Line("FAIL", what, str(error)[:300], "see there")], None
+        return [Line("FAIL", what, str(error)[:300], "see the message on the left")], None
     finally:
         launch.stop()
 
 
-def _resources(job: Job, on: launch.Cluster) -> list[Line]:
+def _resources(job: Job, cluster: launch.Cluster) -> list[Line]:
     """Check whether the cluster can ever provide the resources of the sources and trials."""
     lines = []
     for name, spec in job.sources.items():
-        mine = launch.plan_on_cluster(spec, on)
+        what = f"source {name}"
+        if spec.data is None:  # nothing is trained
+            continue
+        rank = launch.plan_on_cluster(spec, cluster)
+        nodes = launch.nodes_for(spec, cluster)
         try:
-            found = (
-                launch.check_fits(
-                    spec, mine, launch.nodes_for(spec, on), f"sources.{name}", on.grows
-                )
-                if spec.data is not None
-                else []
-            )
-            lines += [
-                Line("warn", f"source {name}", text.removeprefix("warning: ")) for text in found
-            ]
-            if spec.data is not None and not found:
-                lines.append(
-                    Line(
-                        "ok",
-                        f"source {name}",
-                        f"{spec.workers} ranks of {mine.cpus:g} CPU and {mine.gpus:g} GPU",
-                    )
-                )
+            warnings = launch.check_fits(spec, rank, nodes, f"sources.{name}", cluster.grows)
         except launch.ClusterError as error:
-            lines.append(Line("FAIL", f"source {name}", str(error)))
+            lines.append(Line("FAIL", what, str(error)))
+            continue
+        lines += [Line("warn", what, text.removeprefix("warning: ")) for text in warnings]
+        if not warnings:
+            ranks = f"{spec.workers} ranks of {rank.cpus:g} CPU and {rank.gpus:g} GPU"
+            lines.append(Line("ok", what, ranks))
     try:
-        fanout.check_fits(job, on.nodes, on.grows)
+        fanout.check_fits(job, cluster.nodes, cluster.grows)
     except launch.ClusterError as error:
         lines.append(Line("FAIL", "fan-out", str(error)))
     return lines

@@ -38,7 +38,7 @@ def describe(state: JobState) -> list[str]:
         f"in all: {total} trials, {steps} steps{unknown}{kept}; results in {state.job.root}"
     )
     if allowed is not None:
-        spent = float(sum(one.cost for _, one in planned.values()))
+        spent = float(sum(allocation.cost for _, allocation in planned.values()))
         lines.append(
             f"budget: at most {spent:.4g} of {allowed} trials are spent; a trial with all its "
             "steps counts as one, a shorter one by its share"
@@ -50,9 +50,9 @@ def _describe_source(name: str, stage: source.SourceStage) -> list[str]:
     spec, changed = stage.spec, ", ".join(stage.changes())
     done = "done" if stage.done else "to run"
     if changed and stage.remake:
-        done = f"{done} anew, as it was {OTHER}: {changed}"
+        done = f"{done} again, as it was {OTHER}: {changed}"
     elif changed:
-        done = f"{done}, {OTHER}: {changed}; it is used as it is"
+        done = f"{done}, {OTHER}: {changed}; it is used unchanged"
     if stage.splits is None:
         return [f"source {name}: {spec.init or spec.backbone} [{done}]"]
     steps = steps_of_source(stage)
@@ -165,7 +165,11 @@ def describe_target(state: JobState, name: str, planned: Planned) -> TargetCost:
     trained = _planned_techniques(state, name, names)
     cost = TargetCost([])
     for fraction in stage.spec.label_fractions:
-        usable = [one for one in trained if fraction or adapts_without_labels(one.technique)]
+        usable = [
+            planned_technique
+            for planned_technique in trained
+            if fraction or adapts_without_labels(planned_technique.technique)
+        ]
         _add_fraction(cost, state, stage, fraction, usable, planned)
     cost.lines += _evidence(stage)
     fractions = len([fraction for fraction in stage.spec.label_fractions if fraction])
@@ -225,22 +229,22 @@ def _add_fraction(
     stage: TargetStage,
     fraction: grid.Fraction,
     techniques: Sequence[_PlannedTechnique],
-    planned: Planned,
+    spending: Planned,
 ) -> None:
     """Add the trials of a target at a label fraction to its cost."""
     seeds = state.job.fanout.seeds
     share = grid.fraction_text(fraction, stage.spec.objective.name)
     place = f"target {stage.name} at {share} labels"
-    size, allocation = planned.get((stage.name, share), (None, None))
-    rows = stage.labelled(fraction) if fraction else stage.rows_without_labels
+    size, allocation = spending.get((stage.name, share), (None, None))
+    rows = stage.num_labelled_rows(fraction) if fraction else stage.num_unlabelled_rows
     batch = min(stage.spec.train.global_batch, rows)
     train = stage.spec.train.model_copy(update={"global_batch": batch})
     steps = planned_steps(train, rows, stage.packed)
 
-    entries = sum(one.entries for one in techniques)
+    entries = sum(planned.entries for planned in techniques)
     final = entries * seeds
-    repeated = sum(one.entries * one.repeats for one in techniques)
-    searched = repeated + sum(one.entries * one.draws for one in techniques)
+    repeated = sum(planned.entries * planned.repeats for planned in techniques)
+    searched = repeated + sum(planned.entries * planned.draws for planned in techniques)
     repeated_text = f" ({repeated} of them try the best draws again)" if repeated else ""
     if size is not None and allocation is not None:
         searched, repeated_text = sum(allocation.rungs), ""
@@ -249,7 +253,7 @@ def _add_fraction(
 
     longest, length = steps, f"{train.epochs or 1:g} epochs"
     if isinstance(steps, int):
-        steps_of_techniques = {one.technique.steps(steps) for one in techniques}
+        steps_of_techniques = {planned.technique.steps(steps) for planned in techniques}
         longest = max(steps_of_techniques, default=steps)
         length = f"{steps} steps"
         if own_steps := sorted(steps_of_techniques - {steps}):
@@ -257,17 +261,17 @@ def _add_fraction(
     else:
         cost.unknown = f" and those to be known {steps}"
     if allocation is not None:
-        # trials of the budget count as so many whole ones
-        whole_trials, steps_or_none = allocation.cost, steps if isinstance(steps, int) else None
-        cost.steps += math.floor(whole_trials * (steps_or_none or 0))
-        cost.groups.append(TrialGroup(math.ceil(whole_trials), steps_or_none, rows, False, 0))
+        # the cost of a budget is in trials with all their steps
+        num_trials, steps_or_none = allocation.cost, steps if isinstance(steps, int) else None
+        cost.steps += math.floor(num_trials * (steps_or_none or 0))
+        cost.groups.append(TrialGroup(math.ceil(num_trials), steps_or_none, rows, False, 0))
     else:
-        for one in techniques:
-            of_trial = one.technique.steps(steps) if isinstance(steps, int) else None
-            trials = one.trials(seeds)
+        for planned in techniques:
+            of_trial = planned.technique.steps(steps) if isinstance(steps, int) else None
+            trials = planned.trials(seeds)
             cost.steps += trials * (of_trial or 0)
             cost.groups.append(
-                TrialGroup(trials, of_trial, rows, one.technique.frozen, one.entries)
+                TrialGroup(trials, of_trial, rows, planned.technique.frozen, planned.entries)
             )
 
     is_drawn = {"steps", "epochs", "global_batch"} & set(state.job.fanout.stated_search)
@@ -292,39 +296,39 @@ def _listed(numbers: Sequence[int]) -> str:
 
 
 def _describe_reuse(state: JobState) -> list[str]:
-    """Return which results of other code or versions are used as they are or made again."""
+    """Return which results of other code or versions are used unchanged or made again."""
     _, made_by = existing_trials.reusable_results(state)
     lines = describe_changes(made_by)
     if "trials" not in state.remake:
         return lines
     if lines:
         lines[0] = lines[0].partition(" and are used")[0] + " and are made anew"
-    anew = [name for name, stage in state.sources.items() if stage.remake and stage.changes()]
-    if anew:
+    remade = [name for name, stage in state.sources.items() if stage.remake and stage.changes()]
+    if remade:
         lines.append(
-            f"the trials of {', '.join(anew)} are made anew too, unless the weights of the source "
-            "come out as they were"
+            f"the trials of {', '.join(remade)} are made anew too, unless the weights of the "
+            "source come out as they were"
         )
     return lines
 
 
 def _evidence(stage: TargetStage) -> list[str]:
-    """Return the number of units in each split that count for a verdict.
+    """Return a sentence on the units of each split that count for a verdict.
 
-    The sentence also says whether the test split has enough of them.
+    It also says whether the test split has enough of them.
     """
-    found = stage.evidence()
-    if not found:
+    by_split = stage.evidence()
+    if not by_split:
         return []
-    test = found["test"]
-    counts = ", ".join(f"{name} {one.count}" for name, one in found.items())
+    test = by_split["test"]
+    counts = ", ".join(f"{name} {evidence.count}" for name, evidence in by_split.items())
     if stage.spec.folds:
-        test = replace(test, count=sum(one.count for one in found.values()))
+        test = replace(test, count=sum(evidence.count for evidence in by_split.values()))
         counts += f", tested in all folds {test.count}"
     enough = (
-        f"a verdict needs {test.least} in test"
+        f"a verdict needs {test.needed} in test"
         if test.enough
-        else f"too few for a verdict, which needs {test.least} in test"
+        else f"too few for a verdict, which needs {test.needed} in test"
     )
     return [f"target {stage.name}, {test.what}: {counts}; {enough}"]
 

@@ -61,11 +61,11 @@ def trial_status(state: JobState) -> list[tuple[Trial, bool]]:
     statuses = _trial_status(state, draws, groups)
     if not all(is_done for _, is_done in statuses):
         return []
-    again = finalist_trials(state, groups, chosen, ranked_draws(draws, _records(state, draws)))
-    statuses += _trial_status(state, again, groups)
+    finalists = finalist_trials(state, groups, chosen, ranked_draws(draws, _records(state, draws)))
+    statuses += _trial_status(state, finalists, groups)
     if not all(is_done for _, is_done in statuses):
         return []
-    search = [*draws, *again]
+    search = [*draws, *finalists]
     return statuses + _trial_status(
         state,
         final_trials(state, groups, chosen, winning_draws(search, _records(state, search))),
@@ -73,27 +73,28 @@ def trial_status(state: JobState) -> list[tuple[Trial, bool]]:
     )
 
 
-def _records(state: JobState, found: list[Trial]) -> list[TrialRecord | None]:
+def _records(state: JobState, trials: list[Trial]) -> list[TrialRecord | None]:
     """Return the record of each trial, None for trials that have none."""
-    records = trial.read_records(state.job.root, grid.folders(found))
-    return [records.get(one.id) for one in found]
+    records = trial.read_records(state.job.root, grid.folders(trials))
+    return [records.get(one.id) for one in trials]
 
 
 def _trial_status(
-    state: JobState, found: list[Trial], groups: list[BackboneGroup]
+    state: JobState, trials: list[Trial], groups: list[BackboneGroup]
 ) -> list[tuple[Trial, bool]]:
-    anew = trials_to_remake(state, found, groups)
-    as_they_are = [one for one in found if one.id not in anew]
-    unfinished = fanout.unfinished_of(state.job.root, as_they_are, state.job.fanout)
-    return [(one, one.id not in anew and one.id not in unfinished) for one in found]
+    """Return each of these trials and whether it is finished and need not be made again."""
+    rerun_ids = trials_to_remake(state, trials, groups)
+    others = [one for one in trials if one.id not in rerun_ids]
+    unfinished = fanout.unfinished_of(state.job.root, others, state.job.fanout)
+    return [(one, one.id not in rerun_ids and one.id not in unfinished) for one in trials]
 
 
 def provenance_of_trials(
-    state: JobState, found: list[Trial], groups: list[BackboneGroup]
+    state: JobState, trials: list[Trial], groups: list[BackboneGroup]
 ) -> dict[str, TrialProvenance]:
     """Return a dict from the id of each trial that has ended to the code and versions that made it.
 
-    A trial that combines others also lists what changed in those, so ``found`` must hold them too.
+    A trial that combines others also lists what changed in those, so ``trials`` must hold them too.
     """
     by_key = {group.key: group for group in groups}
     weights = {
@@ -101,16 +102,16 @@ def provenance_of_trials(
         for name, stage in state.sources.items()
         if stage.has_bundle
     }
-    out, records = {}, _records(state, found)
+    out, records = {}, _records(state, trials)
     began = {record.trial_id: _began(record) for record in records if record is not None}
-    for one, record in zip(found, records, strict=True):
+    for one, record in zip(trials, records, strict=True):
         if record is not None:
             target, group = state.job.targets[one.target], by_key[one.backbone_key]
             now = grid.trial_made_by(one, target, group)
             out[one.id] = origins.provenance_of_record(
                 record, now, one.source, weights.get(one.source)
             )
-    for one in found:
+    for one in trials:
         members = [member.id for member in one.members if member.id in out]
         if one.id not in out or not members:
             continue
@@ -128,13 +129,12 @@ def _began(record: TrialRecord) -> float:
     return min(moments, default=0.0)
 
 
-def trials_to_remake(state: JobState, found: list[Trial], groups: list[BackboneGroup]) -> set[str]:
+def trials_to_remake(state: JobState, trials: list[Trial], groups: list[BackboneGroup]) -> set[str]:
     """Return the ids of the trials that have ended and are to be made again."""
     if "trials" not in state.remake:
         return set()
-    return {
-        one for one, origin in provenance_of_trials(state, found, groups).items() if origin.changes
-    }
+    all_provenance = provenance_of_trials(state, trials, groups)
+    return {trial_id for trial_id, made in all_provenance.items() if made.changes}
 
 
 def reusable_results(
@@ -167,8 +167,8 @@ def search_and_final_trials(
         return list(decision.tried), final_trials(state, groups, chosen, {}, decision.cut)
     search = _search(state, groups, chosen)
     records = _records(state, search)
-    there = [one for one, record in zip(search, records, strict=True) if record is not None]
-    return there, final_trials(state, groups, chosen, winning_draws(search, records))
+    ended = [one for one, record in zip(search, records, strict=True) if record is not None]
+    return ended, final_trials(state, groups, chosen, winning_draws(search, records))
 
 
 def _search(

@@ -1,8 +1,8 @@
 """Fan-out: many trials at once on Ray Tune. The one place that runs Ray Tune.
 
-Trials are grouped into units: one trial, or all trials of one frozen backbone on one target, whose
-heads train together. A unit writes each trial's record when it ends, so an interrupted fan-out
-continues with the trials that have none.
+Trials are grouped into work items: one trial, or all trials of one frozen backbone on one target,
+whose heads train together. A work item writes each trial's record when it ends, so an interrupted
+fan-out continues with the trials that have none.
 """
 
 from __future__ import annotations
@@ -43,48 +43,50 @@ from pipeline.train.progress import Progress, duration
 from pipeline.train.ranks import Ranks
 from pipeline.transfer import baseline_trials, cached_heads, trial
 from pipeline.transfer.grid import SCRATCH, Trial, folders
-from pipeline.transfer.pulses import Pulses
-from pipeline.transfer.scoring import Pair, score_pair, shift_of_test
+from pipeline.transfer.heartbeat_board import HeartbeatBoard
+from pipeline.transfer.scoring import SourceTargetPair, score_pair, shift_of_test
 from pipeline.transfer.trial import Shared
 
 RUNGS = {"grace_period": 20, "reduction_factor": 2, "max_t": 100}
 """ASHA halves the trials of an entry at 20, 40 and 80 percent of their steps, however often they
 validate.
 """
-UNIT_TRIALS = 64
-"""Heads trained together at most: more units keep more workers busy."""
+MAX_STACKED_TRIALS = 64
+"""Most heads that train together: with more work items, more workers are busy."""
 
 
 @dataclass(frozen=True)
-class Pulse:
-    """Sends heartbeats of the process of a unit."""
+class HeartbeatSender:
+    """Sends the heartbeats of the process that runs a work item."""
 
-    pulses: Any
+    board: Any
     actor_id: str
-    unit: int
+    item: int
     every_seconds: float
 
     def listener(self) -> Callable[[], None]:
-        """For `heartbeat.listening`: send some of the beats on, without waiting."""
-        last_beat = float("-inf")
+        """Return a function for `heartbeat.listening`, which sends a beat every few seconds."""
+        last_sent = float("-inf")
 
-        def heard() -> None:
-            nonlocal last_beat
-            if time.monotonic() - last_beat > self.every_seconds:
-                last_beat = time.monotonic()
-                self.pulses.beat.remote(self.actor_id, self.unit)
+        def send() -> None:
+            nonlocal last_sent
+            if time.monotonic() - last_sent > self.every_seconds:
+                last_sent = time.monotonic()
+                self.board.beat.remote(self.actor_id, self.item)
 
-        return heard
+        return send
 
 
-def _begin(pulses: Any, unit: int, every_seconds: float, waits_for_ranks: bool) -> Pulse:
-    """Register this process as the one that runs a unit."""
+def _register_process(
+    board: Any, item: int, every_seconds: float, waits_for_ranks: bool
+) -> HeartbeatSender:
+    """Register this process as the one that runs a work item."""
     context = ray.get_runtime_context()
-    pulse = Pulse(pulses, str(context.get_actor_id()), unit, every_seconds)
-    # pickled: a handle would make the actor of `Pulses` import Ray Tune, and torch with it
+    sender = HeartbeatSender(board, str(context.get_actor_id()), item, every_seconds)
+    # pickled: a handle would make the actor of `HeartbeatBoard` import Ray Tune, and torch with it
     actor = cloudpickle.dumps(context.current_actor)
-    pulses.begin.remote(pulse.actor_id, actor, unit, waits_for_ranks)
-    return pulse
+    board.begin.remote(sender.actor_id, actor, item, waits_for_ranks)
+    return sender
 
 
 class Watchdog:
@@ -93,24 +95,27 @@ class Watchdog:
     It runs outside of them, since a process that hangs in C code does not react to anything.
     """
 
-    def __init__(self, work: list[Unit], spec: Fanout, progress: Progress):
+    def __init__(self, work: list[WorkItem], spec: Fanout, progress: Progress):
         minutes = spec.silence_timeout_minutes
-        self.silence = None if minutes is None else 60 * minutes
+        self.max_silence_seconds = None if minutes is None else 60 * minutes
         limit = spec.trial_timeout_minutes
         # heads that train together share the time that each of them alone would have
         self.limits: dict[int, float] = {}
         if limit is not None:
-            self.limits = {i: 60 * limit * len(unit.trials) for i, unit in enumerate(work)}
+            self.limits = {i: 60 * limit * len(item.trials) for i, item in enumerate(work)}
         self.work, self.spec, self.progress = work, spec, progress
         self.reasons: dict[int, str] = {}
-        waits = [*self.limits.values(), *([self.silence] if self.silence is not None else [])]
+        waits = [
+            *self.limits.values(),
+            *([self.max_silence_seconds] if self.max_silence_seconds is not None else []),
+        ]
         self.look_every_seconds = min([5.0, *(seconds / 5 for seconds in waits)])
-        self.pulses = launch.start_actor(Pulses)
+        self.board = launch.start_actor(HeartbeatBoard)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        if self.silence is not None or self.limits:
+        if self.max_silence_seconds is not None or self.limits:
             self._thread.start()
         return self
 
@@ -119,33 +124,32 @@ class Watchdog:
         if self._thread.is_alive():
             self._thread.join(timeout=10)
         with suppress(RayError):
-            ray.kill(self.pulses)  # pyright: ignore[reportArgumentType] - Ray's stub of actors
+            ray.kill(self.board)  # pyright: ignore[reportArgumentType] - Ray's stub of actors
 
-    def ended(self, unit: int) -> None:
-        self.pulses.end.remote(unit)
+    def ended(self, index: int) -> None:
+        self.board.end.remote(index)
 
     def _watch(self) -> None:
         while not self._ended.wait(self.look_every_seconds):
             try:
-                found = ray.get(self.pulses.overdue.remote(self.silence, self.limits), timeout=30)
+                overdue = ray.get(
+                    self.board.overdue.remote(self.max_silence_seconds, self.limits), timeout=30
+                )
             except (RayError, GetTimeoutError):
                 continue
-            for unit, actor, why in found:
-                reason = self._reason(unit, why)
-                self.reasons[unit] = reason
-                self.progress.note(f"warning: {self._name(unit)}: {reason}")
+            for index, actor, why in overdue:
+                reason = self._reason(index, why)
+                self.reasons[index] = reason
+                self.progress.note(f"warning: {self._name(index)}: {reason}")
                 with suppress(RayError, ValueError):
                     ray.kill(cloudpickle.loads(actor), no_restart=True)
 
-    def _reason(self, unit: int, why: str) -> str:
+    def _reason(self, index: int, why: str) -> str:
         if why == "time":
-            together = (
-                f" for each of {len(self.work[unit].trials)} heads"
-                if self.work[unit].together
-                else ""
-            )
+            item = self.work[index]
+            for_each = f" for each of {len(item.trials)} heads" if item.is_stack else ""
             return (
-                f"ran longer than {self.spec.trial_timeout_minutes:g} minutes{together} "
+                f"ran longer than {self.spec.trial_timeout_minutes:g} minutes{for_each} "
                 "(fanout.trial_timeout_minutes), and its process was ended"
             )
         return (
@@ -153,107 +157,108 @@ class Watchdog:
             "(fanout.silence_timeout_minutes), and its process was ended"
         )
 
-    def _name(self, unit: int) -> str:
-        first = self.work[unit].first
-        others = (
-            f" and {len(self.work[unit].trials) - 1} more"
-            if len(self.work[unit].trials) > 1
-            else ""
-        )
-        return f"trial {first.name}{others}"
+    def _name(self, index: int) -> str:
+        item = self.work[index]
+        others = f" and {len(item.trials) - 1} more" if len(item.trials) > 1 else ""
+        return f"trial {item.first.name}{others}"
 
 
 @dataclass(frozen=True)
-class Unit:
-    """What one Tune trial runs."""
+class WorkItem:
+    """What one Tune trial runs: one of our trials, or several whose heads train together."""
 
     trials: tuple[Trial, ...]
-    together: bool
+    is_stack: bool
+    """Whether the heads of the trials train together."""
 
     @property
     def first(self) -> Trial:
         return self.trials[0]
 
 
-def units(trials: list[Trial], shared: Shared) -> list[Unit]:
-    """Group trials into units: heads on one frozen backbone together, all other trials alone.
+def group_into_work_items(trials: list[Trial], shared: Shared) -> list[WorkItem]:
+    """Group heads on one frozen backbone; every other trial is a work item of its own.
 
     Random backbones differ by seed, so their heads are grouped by seed. Single trials come first,
     since they take longest.
     """
     frozen: dict[tuple, list[Trial]] = defaultdict(list)
-    single: list[Unit] = []
+    single: list[WorkItem] = []
     for one in trials:
         if one.is_baseline:
-            single.append(Unit((one,), False))
+            single.append(WorkItem((one,), False))
         elif one.technique_object.frozen and shared.targets[one.target, one.backbone_key].in_memory:
             weights = one.seed if one.source == SCRATCH else None
             technique = (str(one.technique), str(one.technique_object.options))
             key = (one.source, weights, one.backbone_key, one.target, technique, one.stage)
             frozen[key].append(one)
         else:
-            single.append(Unit((one,), False))
-    groups = [
-        Unit(tuple(g[i : i + UNIT_TRIALS]), cached_heads.can_stack(g, shared))
-        for g in frozen.values()
-        for i in range(0, len(g), UNIT_TRIALS)
-    ]
-    split = [Unit((one,), False) for unit in groups if not unit.together for one in unit.trials]
-    return single + [unit for unit in groups if unit.together] + split
+            single.append(WorkItem((one,), False))
+    stacks: list[WorkItem] = []
+    unstacked: list[WorkItem] = []
+    for group in frozen.values():
+        for start in range(0, len(group), MAX_STACKED_TRIALS):
+            members = group[start : start + MAX_STACKED_TRIALS]
+            if cached_heads.can_stack(members, shared):
+                stacks.append(WorkItem(tuple(members), True))
+            else:
+                unstacked += [WorkItem((one,), False) for one in members]
+    return [*single, *stacks, *unstacked]
 
 
-class _UnitConfig(TypedDict):
-    """Config of one Ray Tune trial, which runs one unit.
+class _TuneConfig(TypedDict):
+    """Config of one Ray Tune trial, which runs one work item."""
 
-    The unit's number, and the resources of each of our trials in it.
-    """
-
-    unit: int
+    item: int
+    """Index of the work item."""
     threads: int
     workers: int
-    """Ranks of a trial; 0: it runs in the process of the unit."""
+    """Ranks of each trial; 0: it runs in the process of the work item."""
     cpus: float
     """CPUs of each rank."""
     gpus: float
     """GPUs of each rank."""
 
 
-def _run_unit(
-    config: _UnitConfig,
-    held: list[Any],
-    work: list[Unit],
+def _run_work_item(
+    config: _TuneConfig,
+    shared_reference: list[Any],
+    work: list[WorkItem],
     asha: bool,
-    pulses: Any = None,
-    pulse_seconds: float = 60.0,
+    board: Any = None,
+    heartbeat_seconds: float = 60.0,
 ) -> None:
-    """Run a unit as one Tune trial. An error goes into the trials' records and stops nothing else.
+    """Run a work item as one Tune trial.
+
+    An error goes into the records of its trials and stops no other trial.
 
     Args:
-        held: A list with the reference of what all trials share.
-        work: All units, by number.
+        shared_reference: Ray's reference to what all trials share. It is in a list, because Ray
+            Tune puts its parameters into the object store, which takes no bare reference.
+        work: All work items.
         asha: Whether validations are reported to the scheduler.
-        pulses: The `Pulses` that gets heartbeats; None: no watchdog.
+        board: The `HeartbeatBoard` that gets heartbeats; None: no watchdog.
     """
-    pulse = None
-    if pulses is not None:
-        pulse = _begin(pulses, config["unit"], pulse_seconds, config["workers"] > 0)
-    shared: Shared = launch.get_shared(held[0])
+    sender = None
+    if board is not None:
+        sender = _register_process(board, config["item"], heartbeat_seconds, config["workers"] > 0)
+    shared: Shared = launch.get_shared(shared_reference[0])
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     gc.collect()  # a trial stopped by ASHA left its network in a traceback, which is free only now
     # Keep what exists before the first network (modules, shared data) out of all later collections,
     # which are faster then. Once only: what is frozen is never freed, so no network may be in it.
     if not gc.get_freeze_count():
         gc.freeze()
-    unit = work[config["unit"]]
+    item = work[config["item"]]
     torch.set_num_threads(config["threads"])
     started = time.time()
 
     def report(step: int, steps: int, metrics: dict[str, float]) -> None:
-        name = shared.targets[unit.first.target, unit.first.backbone_key].metrics[0]
+        name = shared.targets[item.first.target, item.first.backbone_key].metrics[0]
         sign = 1.0 if metric(name).higher_is_better else -1.0
         tune.report(
             {
-                "goodness": sign * metrics[name],
+                "objective_value": sign * metrics[name],
                 "percent": 100 * step / steps,
                 "step": step,
                 "validation": metrics,
@@ -266,23 +271,23 @@ def _run_unit(
         with (
             write_fence.guarded_by(shared.fences),
             checksums.notifications_to(notes.append),
-            heartbeat.listening(pulse.listener() if pulse else lambda: None),
+            heartbeat.listening(sender.listener() if sender else lambda: None),
         ):
             records = _records(
-                unit,
+                item,
                 shared,
-                held[0],
+                shared_reference[0],
                 config,
                 report if asha else lambda step, steps, metrics: None,
-                pulse,
+                sender,
             )
     finally:
         release_memory()
     failed = sum(record.failed for record in records)
     tune.report(
         {
-            "goodness": 0.0,
-            "done_trials": len(unit.trials),
+            "objective_value": 0.0,
+            "done_trials": len(item.trials),
             "failed_trials": failed,
             "finished": True,
             **({"notes": notes} if notes else {}),
@@ -292,34 +297,34 @@ def _run_unit(
 
 def _rank_of_trial(config: dict[str, Any], ranks: Ranks) -> TrialRecord:
     """One rank of a trial under Ray Train."""
-    pulse: Pulse | None = config["pulse"]
-    with heartbeat.listening(pulse.listener() if pulse else lambda: None):
+    sender: HeartbeatSender | None = config["sender"]
+    with heartbeat.listening(sender.listener() if sender else lambda: None):
         heartbeat.beat()  # the rank is placed; from here on silence counts
         return trial.run(config["trial"], config["shared"], ranks)
 
 
 def _records(
-    unit: Unit,
+    item: WorkItem,
     shared: Shared,
     reference: Any,
-    config: _UnitConfig,
+    config: _TuneConfig,
     report: trial.Report,
-    pulse: Pulse | None,
+    sender: HeartbeatSender | None,
 ) -> list[TrialRecord]:
-    """Run a unit's trials and return their records.
+    """Run the trials of a work item and return their records.
 
     Raises:
         LostLeaseError: the run has lost the lock of its folder.
     """
     write_fence.check(shared.root)  # before hours of training, not after them
     try:
-        if unit.first.is_baseline:
-            return [baseline_trials.run(unit.first, shared)]
-        if unit.together:
-            return cached_heads.run(list(unit.trials), shared)
+        if item.first.is_baseline:
+            return [baseline_trials.run(item.first, shared)]
+        if item.is_stack:
+            return cached_heads.run(list(item.trials), shared)
         if config["workers"]:
-            where = storage.join(trial.folder(shared, unit.first), "ray")
-            job = {"trial": unit.first, "shared": reference, "pulse": pulse}
+            where = storage.join(trial.folder_uri(shared, item.first), "ray")
+            job = {"trial": item.first, "shared": reference, "sender": sender}
             return [
                 launch.run_ranks(
                     _rank_of_trial,
@@ -328,15 +333,15 @@ def _records(
                     config["cpus"],
                     config["gpus"],
                     where,
-                    f"trial-{unit.first.id}",
+                    f"trial-{item.first.id}",
                 )
             ]
-        return [trial.run(unit.first, shared, report=report)]
+        return [trial.run(item.first, shared, report=report)]
     except Exception as error:  # it is in the rows of these trials, the others go on
         write_fence.check(shared.root)
         return [
             trial.failed_record(one, shared, error)
-            for one in unit.trials
+            for one in item.trials
             if record_of_this_run(shared, one) is None
         ]
 
@@ -364,17 +369,21 @@ class GroupedASHA(TrialScheduler):
         super().__init__()
         self.entries = entries
         self.groups: dict[str, TrialScheduler] = {}
-        self._metric, self._mode = "goodness", "max"
+        self._metric, self._mode = "objective_value", "max"
         self._order = FIFOScheduler()
 
     def set_search_properties(self, metric, mode, **spec):
         return True
 
     def _of(self, trial) -> TrialScheduler:
-        entry = self.entries[trial.config["unit"]]
+        entry = self.entries[trial.config["item"]]
         if entry not in self.groups:
             self.groups[entry] = ASHAScheduler(
-                time_attr="percent", metric="goodness", mode="max", stop_last_trials=False, **RUNGS
+                time_attr="percent",
+                metric="objective_value",
+                mode="max",
+                stop_last_trials=False,
+                **RUNGS,
             )
         return self.groups[entry]
 
@@ -409,23 +418,23 @@ class ProgressCallback(tune.Callback):
     def __init__(
         self,
         name: str,
-        work: list[Unit],
+        work: list[WorkItem],
         shared: Shared,
         progress: Progress,
         keep: str,
-        on_end: Callable[[int], None] = lambda unit: None,
-        before: int = 0,
+        on_end: Callable[[int], None] = lambda item: None,
+        num_done_before: int = 0,
     ):
-        self.before = before
+        self.num_done_before = num_done_before
         """Trials of the same fan-out that are done already, and are not part of the work."""
         self.name, self.work, self.shared = name, work, shared
         self.progress, self.keep, self.on_end = progress, keep, on_end
-        self.total = sum(len(unit.trials) for unit in work)
+        self.total = sum(len(item.trials) for item in work)
         self.done = self.failed = self.pruned = 0
         self.began = self.last_end = time.time()
         self.best: dict[str, TrialRecord] = {}
-        self.ended_units: set[int] = set()
-        """Units that have ended: Tune calls back before it changes their status from RUNNING."""
+        self.ended_items: set[int] = set()
+        """Work items that have ended: Tune calls back before it changes their status."""
 
     def __getstate__(self):
         """Tune pickles its callbacks; this one is never restored, and a terminal has no pickle."""
@@ -434,9 +443,9 @@ class ProgressCallback(tune.Callback):
     def _line(self, trials: list[Any], final: bool = False) -> None:
         ended = self.done + self.failed + self.pruned
         running = sum(
-            len(self.work[one.config["unit"]].trials)
+            len(self.work[one.config["item"]].trials)
             for one in trials
-            if one.status == "RUNNING" and one.config["unit"] not in self.ended_units
+            if one.status == "RUNNING" and one.config["item"] not in self.ended_items
         )
         rest = ""
         if 0 < ended < self.total:
@@ -444,11 +453,11 @@ class ProgressCallback(tune.Callback):
             eta = seconds_each * (self.total - ended) - (time.time() - self.last_end)
             rest = f"  ETA {duration(eta)}" if eta > 0 else ""  # after that, no estimate
         pruned = f", {self.pruned} pruned" if self.pruned else ""
-        before = f", {self.before} done before" if self.before else ""
+        num_before = self.num_done_before
+        before = f", {num_before} done before" if num_before else ""
         self.progress.update(
-            f"{self.name}: trials {self.before + ended}/{self.before + self.total}{before}  "
-            f"{running} running, {self.failed} "
-            f"failed{pruned}{rest}",
+            f"{self.name}: trials {num_before + ended}/{num_before + self.total}{before}  "
+            f"{running} running, {self.failed} failed{pruned}{rest}",
             final,
         )
 
@@ -459,21 +468,21 @@ class ProgressCallback(tune.Callback):
         self._line(trials)
 
     def _ended(self, trials: list[Any], one: Any) -> None:
-        unit = self.work[one.config["unit"]]
-        self.ended_units.add(one.config["unit"])
-        self.on_end(one.config["unit"])
+        item = self.work[one.config["item"]]
+        self.ended_items.add(one.config["item"])
+        self.on_end(one.config["item"])
         last, self.last_end = one.last_result or {}, time.time()
         if last.get("finished"):
             for line in last.get("notes", ()):
                 self.progress.note(line)
             self.failed += last["failed_trials"]
             self.done += last["done_trials"] - last["failed_trials"]
-            prune_bundles(self.shared.root, list(unit.trials), self.keep, self.best)
+            prune_bundles(self.shared.root, list(item.trials), self.keep, self.best)
         elif one.status == "ERROR":
-            self.failed += len(unit.trials)
+            self.failed += len(item.trials)
         else:
-            self.pruned += len(unit.trials)
-        self.progress.on_end(unit.trials)
+            self.pruned += len(item.trials)
+        self.progress.on_end(item.trials)
         self._line(trials, self.done + self.failed + self.pruned == self.total)
 
     def on_trial_complete(self, iteration, trials, trial, **info):
@@ -525,13 +534,13 @@ def run(
     shared: Shared,
     spec: Fanout,
     progress: Progress,
-    anew: Collection[str] = (),
+    rerun_ids: Collection[str] = (),
     wait: bool | None = None,
 ) -> list[TrialRecord]:
     """Run the trials that have no record yet.
 
     Args:
-        anew: Ids of trials that are run again although they have a record.
+        rerun_ids: Ids of trials that are run again although they have a record.
         wait: Whether to wait for nodes that are not there yet (`launch.cluster`).
 
     Returns:
@@ -540,17 +549,17 @@ def run(
     Raises:
         KeyboardInterrupt: the run was stopped; finished trials keep their records.
     """
-    old = trial.read_records(shared.root, folders(one for one in trials if one.id in anew))
+    old = trial.read_records(shared.root, folders(one for one in trials if one.id in rerun_ids))
     progress.add_trials(trials, {name: record.run for name, record in old.items()})
-    lacking = unfinished_of(shared.root, [one for one in trials if one.id not in anew], spec)
-    todo = [one for one in trials if one.id in anew or one.id in lacking]
-    work = units(todo, shared)
-    before = len(trials) - len(todo)
-    running = {one.id for one in todo}
+    lacking = unfinished_of(shared.root, [one for one in trials if one.id not in rerun_ids], spec)
+    to_run = [one for one in trials if one.id in rerun_ids or one.id in lacking]
+    work = group_into_work_items(to_run, shared)
+    num_done_before = len(trials) - len(to_run)
+    running = {one.id for one in to_run}
     progress.on_end([one for one in trials if one.id not in running])
-    for workers, part in units_by_workers(work, shared).items():
-        _tune(name, part, shared, spec, workers, progress, wait, before)
-        before += sum(len(unit.trials) for unit in part)
+    for workers, part in by_num_workers(work, shared).items():
+        _tune(name, part, shared, spec, workers, progress, wait, num_done_before)
+        num_done_before += sum(len(item.trials) for item in part)
     records = trial.read_records(shared.root, folders(trials))
     for one in trials:
         assert one.id in records, f"trial {one.id} ended without a record"
@@ -558,14 +567,16 @@ def run(
 
 
 def unfinished_of(root: str, trials: list[Trial], spec: Fanout) -> set[str]:
-    """Ids of the trials that must run (`unfinished`), read in parallel."""
-    found = list(threaded_map(lambda one: unfinished(root, one, spec), trials))
-    return {one.id for one, is_unfinished in zip(trials, found, strict=True) if is_unfinished}
+    """Return the ids of the trials that must run (`unfinished`), read in parallel."""
+    unfinished_flags = threaded_map(lambda one: unfinished(root, one, spec), trials)
+    return {one.id for one, must_run in zip(trials, unfinished_flags, strict=True) if must_run}
 
 
 def unfinished(root: str, one: Trial, spec: Fanout) -> bool:
-    """Whether a trial must run: it has no record, failed, is damaged, or was stopped early by a
-    scheduler that the job no longer has.
+    """Return whether a trial must run.
+
+    It has no record, failed, is damaged, or was stopped early by a scheduler that the job no longer
+    has.
     """
     record = trial.read_record(root, one.folder)
     if record is None or record.failed or (record.status == "pruned" and spec.scheduler != "asha"):
@@ -573,46 +584,49 @@ def unfinished(root: str, one: Trial, spec: Fanout) -> bool:
     return not trial.is_complete(root, one.folder, record)
 
 
-def units_by_workers(work: list[Unit], shared: Shared) -> dict[int, list[Unit]]:
-    out: dict[int, list[Unit]] = defaultdict(list)
-    for unit in work:
-        target = shared.targets[unit.first.target, unit.first.backbone_key]
-        out[0 if unit.first.is_baseline else target.spec.workers].append(unit)
+def by_num_workers(work: list[WorkItem], shared: Shared) -> dict[int, list[WorkItem]]:
+    """Return the work items by the number of ranks of their trials; 0: they start no ranks."""
+    out: dict[int, list[WorkItem]] = defaultdict(list)
+    for item in work:
+        target = shared.targets[item.first.target, item.first.backbone_key]
+        out[0 if item.first.is_baseline else target.spec.workers].append(item)
     return dict(sorted(out.items()))
 
 
-def per_trial(spec: Fanout, have: launch.Nodes) -> tuple[float, float]:
-    """CPUs and GPUs of one trial, or of one rank of a trial."""
-    gpus = sum(node[1] for node in have)
-    cpus, share = spec.cpus_per_trial, spec.gpus_per_trial
-    if share is None:
-        share = 0.25 if gpus else 0.0
+def per_trial(spec: Fanout, nodes: launch.Nodes) -> tuple[float, float]:
+    """Return the CPUs and GPUs of one trial, or of one rank of a trial."""
+    cpus, gpus = spec.cpus_per_trial, spec.gpus_per_trial
+    if gpus is None:
+        gpus = 0.25 if any(node[1] for node in nodes) else 0.0
     if "cpus_per_trial" not in spec.model_fields_set:
         # a head node without CPUs runs no trial
-        cpus = min(cpus, max((node[0] for node in have if node[0] > 0), default=1.0))
-    return cpus, share
+        cpus = min(cpus, max((node[0] for node in nodes if node[0] > 0), default=1.0))
+    return cpus, gpus
 
 
 def score_pairs(
-    pairs: list[Pair], shared: Shared, spec: Fanout, wait: bool | None = None
+    pairs: list[SourceTargetPair], shared: Shared, spec: Fanout, wait: bool | None = None
 ) -> Iterator[PairScores]:
     """Yield the scores of each pair, in order."""
     yield from _of_pairs(partial(score_pair, shared=shared), pairs, spec, wait)
 
 
 def shifts_of_test(
-    pairs: list[Pair], shared: Shared, spec: Fanout, wait: bool | None = None
+    pairs: list[SourceTargetPair], shared: Shared, spec: Fanout, wait: bool | None = None
 ) -> Iterator[Shift]:
     """Yield for each pair the shift of the target's test rows, in order."""
     yield from _of_pairs(partial(shift_of_test, shared=shared), pairs, spec, wait)
 
 
 def _of_pairs(
-    function: Callable[[Pair], Any], pairs: list[Pair], spec: Fanout, wait: bool | None
+    function: Callable[[SourceTargetPair], Any],
+    pairs: list[SourceTargetPair],
+    spec: Fanout,
+    wait: bool | None,
 ) -> Iterator[Any]:
-    """Yield what a function returns for each pair, as Ray tasks that each have what a trial has.
+    """Yield what a function returns for each pair, in order.
 
-    Without Ray it runs in this process.
+    Each call is a Ray task with the CPUs and GPUs of a trial. Without Ray it runs in this process.
     """
     cpus, gpus = 1.0, 0.0
     if pairs and ray.is_initialized():
@@ -620,17 +634,17 @@ def _of_pairs(
     yield from map_items(function, pairs, cpus=cpus, gpus=gpus)
 
 
-def check_fits(job: Job, have: launch.Nodes, grows: bool = False) -> None:
+def check_fits(job: Job, nodes: launch.Nodes, grows: bool = False) -> None:
     """Check that a trial of the job can run on these nodes.
 
     Args:
-        have: The nodes; all that the cluster can have where it ``grows``.
+        nodes: The nodes; all that the cluster can have where it ``grows``.
 
     Raises:
         ClusterError: it never can.
     """
-    cpus, gpus = per_trial(job.fanout, have)
-    room = launch.capacity(have, cpus, gpus)
+    cpus, gpus = per_trial(job.fanout, nodes)
+    room = launch.capacity(nodes, cpus, gpus)
     for name, target in job.targets.items():
         needed = max(1, target.workers)
         if room < needed:
@@ -638,7 +652,7 @@ def check_fits(job: Job, have: launch.Nodes, grows: bool = False) -> None:
             ranks = f" for each of {target.workers} ranks" if target.workers else ""
             raise launch.ClusterError(
                 f"targets.{name}: a trial asks for {cpus:g} CPU and {gpus:g} GPU{ranks}, the "
-                f"cluster {verb} {launch.describe_nodes(have)}; it can "
+                f"cluster {verb} {launch.describe_nodes(nodes)}; it can "
                 "never be met. Lower fanout.cpus_per_trial, fanout.gpus_per_trial or the "
                 "target's workers, or join a larger cluster"
             )
@@ -658,14 +672,22 @@ def keep_keys_out_of_runtime_environments() -> None:
 
 def _tune(
     name: str,
-    work: list[Unit],
+    work: list[WorkItem],
     shared: Shared,
     spec: Fanout,
     workers: int,
     progress: Progress,
     wait: bool | None = None,
-    before: int = 0,
+    num_done_before: int = 0,
 ) -> None:
+    """Run work items as the trials of one Ray Tune run.
+
+    Args:
+        name: What the trials are for, for the progress line.
+        workers: Ranks of each trial; 0: it starts no ranks.
+        wait: Whether to wait for nodes that are not there yet (`launch.cluster`).
+        num_done_before: Trials of the same fan-out that are done already.
+    """
     keep_keys_out_of_runtime_environments()
     shared = replace(shared, run=uuid.uuid4().hex)
     on = launch.cluster(wait)
@@ -688,30 +710,28 @@ def _tune(
         at_once = min(at_once or most, most)
     asha = (
         spec.scheduler == "asha"
-        and any(unit.first.stage == "search" for unit in work)
+        and any(item.first.stage == "search" for item in work)
         and not workers
     )
-    scheduler = GroupedASHA({i: unit.first.entry for i, unit in enumerate(work)}) if asha else None
+    scheduler = GroupedASHA({i: item.first.entry for i, item in enumerate(work)}) if asha else None
     scratch = tempfile.mkdtemp(prefix="onetomany-tune-")
     watchdog = Watchdog(work, spec, progress)
     try:
-        show = ProgressCallback(
-            name, work, shared, progress, spec.keep_bundles, watchdog.ended, before
+        callback = ProgressCallback(
+            name, work, shared, progress, spec.keep_bundles, watchdog.ended, num_done_before
+        )
+        trainable = tune.with_parameters(
+            _run_work_item,
+            shared_reference=[launch.put_shared(shared)],
+            work=work,
+            asha=asha,
+            board=watchdog.board,
+            heartbeat_seconds=watchdog.look_every_seconds,
         )
         tuner = tune.Tuner(
-            tune.with_resources(
-                tune.with_parameters(
-                    _run_unit,
-                    held=[launch.put_shared(shared)],
-                    work=work,
-                    asha=asha,
-                    pulses=watchdog.pulses,
-                    pulse_seconds=watchdog.look_every_seconds,
-                ),
-                tune_resources,
-            ),
+            tune.with_resources(trainable, tune_resources),
             param_space={
-                "unit": tune.grid_search(list(range(len(work)))),
+                "item": tune.grid_search(list(range(len(work)))),
                 "threads": max(1, int(cpus)),
                 "workers": workers,
                 "cpus": cpus,
@@ -721,26 +741,26 @@ def _tune(
                 reuse_actors=True,
                 max_concurrent_trials=at_once,
                 scheduler=scheduler,
-                trial_name_creator=lambda one: _tune_name(work, one.config["unit"]),
+                trial_name_creator=lambda one: _tune_name(work, one.config["item"]),
             ),
             run_config=tune.RunConfig(
-                name="fanout", storage_path=scratch, verbose=0, callbacks=[show]
+                name="fanout", storage_path=scratch, verbose=0, callbacks=[callback]
             ),
         )
         with watchdog:
             grid = tuner.fit()
         for result in grid:
-            number = result.config["unit"]  # type: ignore[index]
+            number = result.config["item"]  # type: ignore[index]
             _record_lost_trials(work[number], result, shared, watchdog.reasons.get(number))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _tune_name(work: list[Unit], number: int) -> str:
-    """Return the name of a unit in Ray's logs and dashboard."""
-    unit = work[number]
-    others = f"+{len(unit.trials) - 1}" if len(unit.trials) > 1 else ""
-    return f"{number}-{unit.first.name}{others}"
+def _tune_name(work: list[WorkItem], number: int) -> str:
+    """Return the name of a work item in Ray's logs and dashboard."""
+    item = work[number]
+    others = f"+{len(item.trials) - 1}" if len(item.trials) > 1 else ""
+    return f"{number}-{item.first.name}{others}"
 
 
 def record_of_this_run(shared: Shared, one: Trial) -> TrialRecord | None:
@@ -750,26 +770,22 @@ def record_of_this_run(shared: Shared, one: Trial) -> TrialRecord | None:
 
 
 def _record_lost_trials(
-    unit: Unit, result: Any, shared: Shared, ended_because: str | None = None
+    item: WorkItem, result: Any, shared: Shared, ended_because: str | None = None
 ) -> None:
     """Write records of trials that could not write their own.
 
     The process died, was killed by the watchdog, or was stopped by the scheduler.
     """
-    for one in unit.trials:
+    for one in item.trials:
         if record_of_this_run(shared, one) is not None:
             continue
         if result.error is not None and ended_because:
             trial.failed_record(one, shared, ended_because)
         elif result.error is not None:
             lines = [line for line in str(result.error).splitlines() if line.strip()]
-            trial.failed_record(
-                one,
-                shared,
-                f"the trial's process died: {lines[-1] if lines else type(result.error).__name__}"[
-                    :2000
-                ],
-            )
+            reason = lines[-1] if lines else type(result.error).__name__
+            message = f"the trial's process died: {reason}"[: trial.MAX_ERROR_CHARACTERS]
+            trial.failed_record(one, shared, message)
         else:
             last = result.metrics or {}
             trial.failed_record(

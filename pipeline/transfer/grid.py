@@ -45,9 +45,9 @@ record of a trial has the code that made it (`pipeline.config.provenance`).
 """
 SCRATCH = "none"
 SEARCH_SEED = 1000
-"""The seed of the draws of a search; the best of them are tried again with those that follow. The
-final trials, which read the test rows, have none of these seeds: a setting that was chosen for a
-lucky network would have this network's luck in its validation and test values.
+"""The seed of the draws of a search. The best of them are tried again with the next seeds. Final
+trials, which read the test rows, have none of these seeds: if a setting was chosen because of a
+lucky network, that luck must not be in its final values.
 """
 OPTION = "technique."
 """Prefix of a drawn option of a technique among the hyper-parameters: ``technique.layer_decay``."""
@@ -106,9 +106,9 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """What a person calls the trial: target, source, technique, label fraction and seed.
+        """The trial's name for people: target, source, technique, label fraction and seed.
 
-        Where there is no source it is the backbone, and a search trial also says what was drawn:
+        Scratch has its backbone in place of a source. A search trial also has what was drawn:
         ``clothing/garments/full/0.05/seed1000/search/lr=0.003``.
         """
         source = self.backbone.replace("/", "-") if self.source == SCRATCH else self.source
@@ -214,17 +214,17 @@ def backbone_groups(stages: dict[str, tuple[Architecture, ModalitySpec]]) -> lis
     Args:
         stages: Source name to (architecture, modality).
     """
-    found: dict[str, list[str]] = {}
-    parts: dict[str, tuple[Architecture, ModalitySpec]] = {}
+    sources: dict[str, list[str]] = {}
+    kinds: dict[str, tuple[Architecture, ModalitySpec]] = {}
     for name, (arch, modality) in stages.items():
         key = spec_hash(arch.to_json(), modality.to_json())
-        parts.setdefault(key, (arch, modality))
-        found.setdefault(key, []).append(name)
-    labels = [arch.name for arch, _ in parts.values()]
+        kinds.setdefault(key, (arch, modality))
+        sources.setdefault(key, []).append(name)
+    names = [arch.name for arch, _ in kinds.values()]
     out = []
-    for key, (arch, modality) in parts.items():
-        label = arch.name if labels.count(arch.name) == 1 else f"{arch.name}@{found[key][0]}"
-        out.append(BackboneGroup(arch, modality, label, tuple(found[key])))
+    for key, (arch, modality) in kinds.items():
+        label = arch.name if names.count(arch.name) == 1 else f"{arch.name}@{sources[key][0]}"
+        out.append(BackboneGroup(arch, modality, label, tuple(sources[key])))
     return out
 
 
@@ -233,10 +233,10 @@ def draws(
 ) -> list[HyperParameters]:
     """Draw hyper-parameters for the entries of a technique on a target.
 
-    A pair [low, high] is drawn log-uniformly, and one value is chosen from a longer list. Ranges
-    that the job states are drawn from once, the same for every entry and for scratch. With
-    ``search: auto`` each technique has as many draws, of the ranges that it declares for this
-    target; the first of them is the job's own settings.
+    A value is drawn log-uniformly from a pair [low, high], and chosen from a longer list. Where the
+    job states the ranges, the draws are the same for every entry and for scratch. With ``search:
+    auto`` each technique has as many draws, from the ranges that it declares for this target; the
+    first of them is the job's own settings.
 
     Args:
         in_memory: Whether the rows of the target are held in memory.
@@ -265,7 +265,8 @@ class SearchSpace:
     values: Mapping[str, Sequence[Any]]
     """For each name the ends of a range, or choices; {}: nothing is searched."""
     is_stated: bool
-    """Whether the job states them, for fields of ``train``. Else the technique declares them."""
+    """Whether the job states them, for fields of ``train``. Otherwise the technique declares them.
+    """
     lr: float
     """The target's learning rate."""
     options: Options
@@ -292,8 +293,8 @@ class SearchSpace:
     def from_hyper_parameters(self, hyper: Mapping[str, Any]) -> dict[str, float]:
         """Undo `to_hyper_parameters`: return each searched value (for choices: its index).
 
-        A name that is not given takes the job's value, or is left out if the search could not draw
-        that.
+        A name that is not given has the job's value. It is left out if the search could not have
+        drawn that.
         """
         own = {} if self.is_stated else {**dict(self.options), "lr": 1.0}
         out: dict[str, float] = {}
@@ -308,7 +309,8 @@ class SearchSpace:
             low, high = values
             if key in hyper:
                 scale = self.lr if name == "lr" and not self.is_stated else 1.0
-                out[name] = min(max(hyper[key] / scale, low), high)  # rounded, it may lie outside
+                # a rounded value may lie just outside of the range
+                out[name] = min(max(hyper[key] / scale, low), high)
             elif isinstance(value := own.get(name), int | float) and low <= value <= high:
                 out[name] = float(value)
         return out
@@ -318,17 +320,17 @@ def search_space(
     job: Job, target: Target, technique: ComponentConfig, in_memory: bool = True
 ) -> SearchSpace:
     """Return what is searched of a technique on a target (`draws`)."""
-    fan, made = job.fanout, technique_of(technique)
-    if fan.search != "auto":
-        values, seed = fan.search if fan.trials > 1 else {}, mix(job.seed, SEARCH)
-        return SearchSpace(values, True, target.train.lr, made.options, seed)
+    spec, options = job.fanout, technique_of(technique).options
+    if spec.search != "auto":
+        values, seed = spec.search if spec.trials > 1 else {}, mix(job.seed, SEARCH)
+        return SearchSpace(values, True, target.train.lr, options, seed)
     declared = _declared_space(technique)
-    if in_memory and is_solved(target, made):
+    if in_memory and is_solved(target, technique_of(technique)):
         declared.pop("lr", None)  # a solver has none
-    elif selects_features(made):
+    elif selects_features(technique_of(technique)):
         declared = {name: values for name, values in declared.items() if name == "lr"}
     seed = mix(job.seed, SEARCH, int(spec_hash(technique), 16))
-    return SearchSpace(declared, False, target.train.lr, made.options, seed)
+    return SearchSpace(declared, False, target.train.lr, options, seed)
 
 
 def _declared_space(technique: ComponentConfig) -> dict[str, Sequence[Any]]:
@@ -341,7 +343,7 @@ def _declared_space(technique: ComponentConfig) -> dict[str, Sequence[Any]]:
 
 
 def search_problem(technique: ComponentConfig) -> str:
-    """Describe a range or choice that a technique declares and does not take; "" for none."""
+    """Describe a declared range or choice that is invalid for its technique; "" for none."""
     for name, values in _declared_space(technique).items():
         if _is_range(values) and not 0 < values[0] < values[1]:
             return f"{name}: {tuple(values)} must be (low, high) with 0 < low < high"
@@ -506,17 +508,21 @@ class PlannedEntry(NamedTuple):
 
 
 def planned_entries(
-    job: Job, target_name: str, found: list[BackboneGroup], chosen: set[str]
+    job: Job, target_name: str, groups: list[BackboneGroup], chosen: set[str]
 ) -> list[PlannedEntry]:
     """Return the entries of a target.
 
-    A technique without training has a label fraction of 0 rows; of the others only those have it
-    that need no label. ``chosen`` are the sources that may be used.
+    A technique that trains nothing has an entry at label fraction 0 only. Of the others, those that
+    need labels have none there.
+
+    Args:
+        groups: The backbone groups with a source of the target.
+        chosen: The sources that may be used.
     """
     target = job.targets[target_name]
     out: list[PlannedEntry] = []
-    for group in found:
-        sources = [s for s in group.sources if s in chosen]
+    for group in groups:
+        sources = [source for source in group.sources if source in chosen]
         if not sources:
             continue
         for fraction in target.label_fractions:
@@ -637,12 +643,12 @@ def trial_made_by(trial: Trial, target: Target, group: BackboneGroup) -> Provena
     components = provenance.components_of(
         target.data.modality.name, NO_BACKBONE, {}, target.objective.name
     )
-    found = provenance.made_by(
+    made = provenance.made_by(
         (*provenance.BASELINE_CODE, *overlap),
         (*components, ("baseline", trial.technique.name)),
     )
     library = {"scikit-learn": metadata.version("scikit-learn")}
-    return Provenance({**found.code, **library}, found.versions)
+    return Provenance({**made.code, **library}, made.versions)
 
 
 def label_subset(
@@ -660,7 +666,8 @@ def label_subset(
     n = len(rows)
     if isinstance(fraction, float) and not 0 < fraction <= 1:
         raise ValueError(
-            f"label fraction {fraction} must be above 0 and at most 1.0; integers are rows a class"
+            f"label fraction {fraction} must be above 0 and at most 1.0; integers are rows per "
+            "class"
         )
     if isinstance(fraction, float) and fraction == 1:
         return np.arange(n)

@@ -50,18 +50,18 @@ from pipeline.transfer import prediction_files
 from pipeline.transfer.prediction_files import DRAWN, PROBABILITIES
 
 ROWS_PER_FILE, ROWS_PER_FILE_IF_LARGE = 1024, 128
-"""Rows of a file of predictions. There are fewer for recordings and drawn pictures: a row of half a
-minute, or a picture, takes a megabyte of memory.
+"""Rows of a file of predictions. There are fewer for recordings and drawn pictures: a recording of
+half a minute, or a picture, takes a megabyte of memory.
 """
 LAYOUT = 2
-"""Version of the output columns. Parts of another version are not completed in their folder."""
+"""Version of the output columns. An output folder of another version is refused."""
 IDS = ("id", "image_id", "entity", "episode")
 """Columns with the id of a row, as importers write them. Predictions have them too."""
 INPUT = "input_"
 """Prefix of a column of the rows that has the same name as a column of the predictions."""
 PICTURE = "drawn"
 """Column with the picture of a row on which its prediction is drawn, by its name in the folder."""
-MOST_NAMED, MOST_CHARACTERS = 20, 120
+MAX_NAMED, MAX_TYPE_CHARACTERS = 20, 120
 """How many classes are printed by name, and how many characters of a type."""
 
 
@@ -105,8 +105,8 @@ class BundleWorker(ABC):
     def __call__(self, item: Item) -> Arrays:
         device = default_device()
         if self._opened is None:
-            found = bundle.load(self.uri)
-            self._opened, self._modality = self.open(found).to(device), found.modality()
+            loaded = bundle.load(self.uri)
+            self._opened, self._modality = self.open(loaded).to(device), loaded.modality()
         ids = self.selection.ids(np.arange(item.start, item.stop))
         rows = Rows(
             Selection(self.selection.manifest, ids), Decoder(self._modality, None, {}, self.columns)
@@ -115,8 +115,8 @@ class BundleWorker(ABC):
         return {**_with_errors(ids, columns, dict(rows.bad)), **self._recording_columns(ids)}
 
     @abstractmethod
-    def open(self, found: bundle.Bundle) -> torch.nn.Module:
-        """Return what the bundle holds of a network."""
+    def open(self, loaded: bundle.Bundle) -> torch.nn.Module:
+        """Return the network, or the part of it that is needed."""
 
     @abstractmethod
     def compute(self, opened: Any, rows: Rows, ids: np.ndarray, device: torch.device) -> Arrays:
@@ -130,20 +130,18 @@ class BundleWorker(ABC):
         """
         if not self.carried:
             return {}
-        table = manifests.Reader(
-            self.selection.manifest, list(dict.fromkeys(self.carried.values()))
-        ).take(ids)
-        held = {name: table[column].to_pylist() for name, column in self.carried.items()}
-        return {
-            name: np.array(
-                [str(value) if value is not None else "" for value in values], dtype=object
-            )
-            if name == "recording"
-            else np.array(
-                [np.nan if value is None else value for value in values], dtype=np.float64
-            )
-            for name, values in held.items()
-        }
+        names = list(dict.fromkeys(self.carried.values()))
+        table = manifests.Reader(self.selection.manifest, names).take(ids)
+        out: Arrays = {}
+        for name, column in self.carried.items():
+            values = table[column].to_pylist()
+            if name == "recording":
+                texts_of_rows = ["" if value is None else str(value) for value in values]
+                out[name] = np.array(texts_of_rows, dtype=object)
+            else:
+                numbers = [np.nan if value is None else value for value in values]
+                out[name] = np.array(numbers, dtype=np.float64)
+        return out
 
 
 class Predictor(BundleWorker):
@@ -160,23 +158,23 @@ class Predictor(BundleWorker):
         super().__init__(uri, selection, columns, carried)
         self.draw = draw
 
-    def open(self, found: bundle.Bundle) -> torch.nn.Module:
-        return found.task()
+    def open(self, loaded: bundle.Bundle) -> torch.nn.Module:
+        return loaded.task()
 
     def compute(self, opened: Any, rows: Rows, ids: np.ndarray, device: torch.device) -> Arrays:
-        found = evaluate.predictions(
+        predictions = evaluate.predictions(
             opened,
             eval_batches(rows, 128),
             evaluate.device_preprocessing(rows),
             Ranks(device=device),
             torch.no_grad(),
         )
-        found.pop("row")
+        predictions.pop("row")
         objective = opened.objective
         if not writes_columns(objective):
-            return found
+            return predictions
         raw_rows = evaluate.Postprocessor(rows).raw_rows(objective, ids)
-        columns = objective.output_columns(found, raw_rows)
+        columns = objective.output_columns(predictions, raw_rows)
         if self.draw:
             columns[PICTURE] = self._drawn(objective, columns, ids)
         return columns
@@ -199,30 +197,28 @@ class Embedder(BundleWorker):
 
     output_types = {"features": pa.list_(pa.float32())}
 
-    def open(self, found: bundle.Bundle) -> torch.nn.Module:
-        return found.backbone()
+    def open(self, loaded: bundle.Bundle) -> torch.nn.Module:
+        return loaded.backbone()
 
     def compute(self, opened: Any, rows: Rows, ids: np.ndarray, device: torch.device) -> Arrays:
         return {"features": features(opened, rows, device)[0].cpu().numpy()}
 
 
-def _with_errors(ids: np.ndarray, found: Arrays, reasons: dict[int, str]) -> Arrays:
-    """Return one line for each row, in order.
+def _with_errors(ids: np.ndarray, columns: Arrays, reasons: dict[int, str]) -> Arrays:
+    """Return the columns with the ids of rows and, for rows that cannot be decoded, the reason.
 
-    A row that cannot be decoded was predicted from zeros: its line has the reason and no
-    prediction.
+    Such a row was predicted from zeros: its values are replaced by empty ones.
     """
     bad = np.array([int(i) in reasons for i in ids], dtype=bool)
     out: Arrays = {
         "row": ids,
         "error": np.array([reasons.get(int(i), "") for i in ids], dtype=object),
     }
-    for name, array in found.items():
+    for name, array in columns.items():
         if array.dtype == object:
-            for place in np.flatnonzero(bad):
-                array[place] = type(
-                    array[place]
-                )()  # an empty one of its kind, so that all parts have one schema
+            for index in np.flatnonzero(bad):
+                # of the same type, so that all files have one schema
+                array[index] = type(array[index])()
         else:
             array[bad] = np.nan if array.dtype.kind == "f" else -1
         out[name] = array
@@ -237,8 +233,8 @@ def check(uri: str, options: OutputOptions | None = None) -> bundle.Manifest:
         StorageError: A file is missing or damaged.
     """
     options = options or OutputOptions()
-    found = bundle.load(uri)
-    name = found.manifest.objective.name
+    loaded = bundle.load(uri)
+    name = loaded.manifest.objective.name
     if name == "none":
         raise BundleError(f"{uri}: this bundle is a backbone without a head; fine-tune it first")
     objective = registry.get("objective", name)
@@ -251,17 +247,17 @@ def check(uri: str, options: OutputOptions | None = None) -> bundle.Manifest:
             f"{uri}: --srt writes what was said and when, and this bundle's {name} transcribes "
             "nothing; leave --srt out"
         )
-    if options.draw and not (draws(objective) and shows_pictures(found.modality())):
+    if options.draw and not (draws(objective) and shows_pictures(loaded.modality())):
         raise BundleError(
             f"{uri}: --draw draws boxes or masks on images, and this bundle's {name} finds none; "
             "leave --draw out"
         )
-    return found.manifest
+    return loaded.manifest
 
 
 @dataclass(frozen=True)
 class NewRows:
-    """New rows, and what of them is read."""
+    """New rows, and the columns of them that are read."""
 
     manifest: Manifest
     selection: Selection
@@ -272,7 +268,7 @@ class NewRows:
     modality: Modality
     objective: type[Objective]
     files_read: list[file_identity.FileIdentity]
-    """The files of the rows and those that they name, to see that none changes meanwhile."""
+    """The files of the rows and those that they name, to check that none changes meanwhile."""
 
 
 def _read_input(
@@ -295,7 +291,7 @@ def _read_input(
         form: The format of the files, as in a job.
         progress: Where the reading of files is shown.
         keep: Further columns to copy.
-        reads_labels: Take labels that the network reads too, where the rows have them.
+        reads_labels: Also read labels that are an input of the network, where the rows have them.
 
     Raises:
         ValueError: A column is missing or has another type than the bundle reads.
@@ -403,7 +399,10 @@ def _write(
     progress: Progress,
     classes: list[str] | None = None,
 ) -> tuple[str, list[str]]:
-    """Write what a worker computes of new rows; return what was written, in words, and the parts.
+    """Write the columns that a worker computes for new rows.
+
+    Returns:
+        A description of what was written, and the URIs of the files.
 
     Raises:
         ValueError: The output folder belongs to something else.
@@ -566,10 +565,10 @@ def _named_classes(classes: list[str] | None, parts: list[str]) -> str:
         names = pq.read_schema(handle).names
     if PROBABILITIES not in names:
         return ""
-    first = ", ".join(classes[:MOST_NAMED])
+    first = ", ".join(classes[:MAX_NAMED])
     rest = (
-        f" and {len(classes) - MOST_NAMED} more (all in the files' metadata, key classes)"
-        if len(classes) > MOST_NAMED
+        f" and {len(classes) - MAX_NAMED} more (all in the files' metadata, key classes)"
+        if len(classes) > MAX_NAMED
         else ""
     )
     return f"; probabilities are of the classes, in this order: {first}{rest}"
@@ -578,7 +577,7 @@ def _named_classes(classes: list[str] | None, parts: list[str]) -> str:
 def kept_columns(
     modality: Modality,
     columns: dict[str, str],
-    found: manifests.Manifest,
+    manifest: manifests.Manifest,
     keep: tuple[str, ...],
     where: str,
 ) -> dict[str, str]:
@@ -587,11 +586,11 @@ def kept_columns(
     Raises:
         ValueError: There is no such column.
     """
-    names, out = found.schema.names, {}
+    names, out = manifest.schema.names, {}
     files = file_columns(modality, columns)
-    if files and _has_path(found.schema.field(files[0]).type):
+    if files and _has_path(manifest.schema.field(files[0]).type):
         out["file"] = files[0]
-    out |= {name: name for name in (*IDS, *_prepared_id(found)) if name in names}
+    out |= {name: name for name in (*IDS, *_prepared_id(manifest)) if name in names}
     out |= {name: name for name in readable_columns(modality, columns)}
     for name in keep:
         if name not in names:
@@ -602,11 +601,11 @@ def kept_columns(
     return out
 
 
-def _prepared_id(found: manifests.Manifest) -> tuple[str, ...]:
+def _prepared_id(manifest: manifests.Manifest) -> tuple[str, ...]:
     """Return the column that names the rows, as `onetomany prepare table --set id=` keeps it."""
-    if not found.files:
+    if not manifest.files:
         return ()
-    with storage.open_read(found.files[0]) as handle:
+    with storage.open_read(manifest.files[0]) as handle:
         metadata = pq.read_schema(handle).metadata or {}
     name = json.loads(metadata.get(ABOUT.encode(), b"{}")).get("id")
     return (name,) if name else ()
@@ -620,7 +619,7 @@ def _has_path(kind: pa.DataType) -> bool:
 
 
 def with_kept_columns(
-    found: pa.Table,
+    predictions: pa.Table,
     rows: pa.Table | None,
     kept: dict[str, str],
     readable: Collection[str] = (),
@@ -631,8 +630,8 @@ def with_kept_columns(
     transcribed recording is the transcript, ``input_text`` is the text of the rows. Columns that
     are ``readable`` are written as texts or lists of texts, whatever the rows have them in.
     """
-    place, written_as = 1, _names_of_kept(list(kept), found.column_names)
-    for name, column in kept.items():
+    out, written_as = predictions, _names_of_kept(list(kept), predictions.column_names)
+    for position, (name, column) in enumerate(kept.items(), 1):
         assert rows is not None
         values = rows[column]
         if name == "file" and pa.types.is_struct(values.type):
@@ -640,9 +639,8 @@ def with_kept_columns(
         elif column in readable:
             is_words = arrow_lists.is_list(values.type)
             values = pa.array(texts(values), pa.list_(pa.string()) if is_words else pa.string())
-        found = found.add_column(place, pa.field(written_as[name], values.type), values)
-        place += 1
-    return found
+        out = out.add_column(position, pa.field(written_as[name], values.type), values)
+    return out
 
 
 def _names_of_kept(kept: list[str], of_predictions: list[str]) -> dict[str, str]:
@@ -661,34 +659,35 @@ def _names_of_kept(kept: list[str], of_predictions: list[str]) -> dict[str, str]
 
 
 def _check_types(
-    modality: Modality, columns: dict[str, str], found: manifests.Manifest, where: str
+    modality: Modality, columns: dict[str, str], manifest: manifests.Manifest, where: str
 ) -> None:
     """Raise ValueError for a column of another type than the bundle reads, before rows are read.
 
     The message has the file, the column and both types.
     """
     for role, name in columns.items():
-        kind = found.schema.field(name).type if name in found.schema.names else None
-        needed = modality.required_type(role, kind) if kind is not None else ""
-        if kind is not None and needed:
-            raise ValueError(
-                f"{where}: column {name} holds {_short(kind)}, and this bundle's {role} needs "
-                f"{needed}"
-                + (
-                    _prepared(where)
-                    if modality.registered_name == "table" and not pa.types.is_struct(kind)
-                    else ""
-                )
-            )
+        if name not in manifest.schema.names:
+            continue
+        kind = manifest.schema.field(name).type
+        needed = modality.required_type(role, kind)
+        if not needed:
+            continue
+        is_plain_table = modality.registered_name == "table" and not pa.types.is_struct(kind)
+        advice = _prepared(where) if is_plain_table else ""
+        raise ValueError(
+            f"{where}: column {name} holds {_short(kind)}, and this bundle's {role} needs "
+            f"{needed}{advice}"
+        )
 
 
 def _short(kind: Any) -> str:
     """Return the text of a type, shortened where it is long (structs of many fields)."""
     text = str(kind)
-    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
+    return text if len(text) <= MAX_TYPE_CHARACTERS else f"{text[:MAX_TYPE_CHARACTERS]}..."
 
 
 def _prepared(where: str) -> str:
+    """Return a sentence on how a plain table is converted."""
     return (
         f". Plain tables are brought into this form by: onetomany prepare table {where} -o FOLDER "
         "(with the options of the training rows)"
@@ -700,22 +699,22 @@ def columns_of_roles(
     objective: type[Objective],
     known: dict[str, str],
     given: dict[str, str],
-    found: manifests.Manifest,
+    manifest: manifests.Manifest,
     where: str = "",
     reads_labels: bool = False,
 ) -> dict[str, str]:
     """Return the column of each role that rows to predict need.
 
     It is the one in ``given``, or the one of training, or one with the name of the role (as in an
-    imported folder). The roles of a piece of a recording are taken where training had them, and
-    from a folder of files, which was cut into pieces. Labels that the network reads too (a policy's
-    actions before each step) are taken where they are given, and with ``reads_labels`` where
-    training had them and the rows have them.
+    imported folder). The roles of a segment of a recording are taken where training had them, and
+    for a folder of files, which may have been cut into segments. Labels that are an input of the
+    network (a policy's actions before each step) are taken where they are given, and with
+    ``reads_labels`` where training and the rows have them.
 
     Raises:
         ValueError: There is no such column, or a label is named, which rows to predict do not need.
     """
-    out, where = dict(given), where or found.files[0]
+    out, where = dict(given), where or manifest.files[0]
     labels = (*objective.roles, *objective.optional_roles)
     inputs = (*modality.roles, *(modality.fit_roles if extends_state(modality) else ()))
     named_labels = [role for role in given if role in labels and role not in inputs]
@@ -723,7 +722,7 @@ def columns_of_roles(
         raise ValueError(
             f"--column {named_labels[0]}: rows to predict need no {named_labels[0]}; leave it out"
         )
-    names = found.schema.names
+    names = manifest.schema.names
     for role in (*modality.roles, *modality.optional_roles):
         is_label = role in labels and role not in modality.roles
         takes_label = role in given or (reads_labels and role in known and role in inputs)
@@ -739,8 +738,10 @@ def columns_of_roles(
             if is_needed:
                 raise _missing_column(modality, role, candidates[0], names, where)
             continue
-        is_piece = is_segment and (was_in_training or _names_files(found, out[modality.roles[0]]))
-        if is_needed or is_label or is_piece:
+        may_be_segment = is_segment and (
+            was_in_training or _names_files(manifest, out[modality.roles[0]])
+        )
+        if is_needed or is_label or may_be_segment:
             out[role] = column
     return out
 
@@ -760,29 +761,31 @@ def _missing_column(
     )
 
 
-def _names_files(found: manifests.Manifest, name: str) -> bool:
+def _names_files(manifest: manifests.Manifest, name: str) -> bool:
     """Return whether the column has paths of files, not their bytes."""
-    return arrow_lists.is_text(found.schema.field(name).type)
+    return arrow_lists.is_text(manifest.schema.field(name).type)
 
 
 def recording_columns(
-    modality: Modality, columns: dict[str, str], found: manifests.Manifest
+    modality: Modality, columns: dict[str, str], manifest: manifests.Manifest
 ) -> dict[str, str]:
     """Return the columns that identify the recording of a row.
 
-    A column of file names identifies recordings too. Raises ValueError for a column that is not
-    there.
+    A column of file names identifies recordings too.
+
+    Raises:
+        ValueError: There is no such column.
     """
     if not set(SEGMENT_ROLES) & set(modality.optional_roles):
         return {}
     out = {role: columns[role] for role in SEGMENT_ROLES if role in columns}
     recording = columns.get("recording", "recording")
-    if recording not in found.schema.names and "recording" in columns:
+    if recording not in manifest.schema.names and "recording" in columns:
         raise ValueError(
-            f"{found.files[0]} has no column {recording!r} for recording; columns are "
-            f"{', '.join(found.schema.names)}"
+            f"{manifest.files[0]} has no column {recording!r} for recording; columns are "
+            f"{', '.join(manifest.schema.names)}"
         )
-    if (name := manifests.recording_column(modality, columns, found)) is not None:
+    if (name := manifests.recording_column(modality, columns, manifest)) is not None:
         out["recording"] = name
     return out
 

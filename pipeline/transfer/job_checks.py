@@ -121,7 +121,7 @@ def budget_problems(job: Job, target: TargetStage) -> list[str]:
     if job.fanout.budget is None:
         return []
     place, train = f"targets.{target.name}", target.spec.train
-    rows = min(map(target.labelled, target.spec.label_fractions))
+    rows = min(map(target.num_labelled_rows, target.spec.label_fractions))
     steps = targets.planned_steps(
         train.model_copy(update={"global_batch": min(train.global_batch, rows)}),
         rows,
@@ -129,7 +129,7 @@ def budget_problems(job: Job, target: TargetStage) -> list[str]:
     )
     out = [
         f"{place}: techniques: {component.name} combines final trials, of which "
-        "fanout.select.budget cuts some: leave the technique out, or the budget"
+        "fanout.select.budget drops some: leave the technique out, or the budget"
         for component in grid.techniques(job, target.spec)
         if grid.combines_trials(component)
     ]
@@ -138,13 +138,13 @@ def budget_problems(job: Job, target: TargetStage) -> list[str]:
             f"{place}: fanout.select.budget chooses by validation rows, and there are none: give "
             "data.validation_fraction, or leave the budget out"
         )
-    if isinstance(steps, int) and steps < budget.LEAST_STEPS:
+    if isinstance(steps, int) and steps < budget.MIN_STEPS:
         length = f"steps: {steps}"
         if train.steps is None:
             length = f"epochs: {train.epochs or 1:g} of {rows} rows, so {steps} steps,"
         out.append(
             f"{place}.train.{length} cannot be cut to {budget.RUNGS[0]}, which "
-            f"fanout.select.budget tries first: at least {budget.LEAST_STEPS} steps, or no budget"
+            f"fanout.select.budget tries first: at least {budget.MIN_STEPS} steps, or no budget"
         )
     return out
 
@@ -159,18 +159,20 @@ def search_problems(job: Job, target: TargetStage) -> list[str]:
     if job.fanout.search != "auto":
         return []
     return [
-        f"fanout.search: technique {one.name} declares what it does not take: {problem}"
-        for one in target.techniques
-        if (problem := grid.search_problem(one))
+        f"fanout.search: technique {component.name} declares what it does not take: {problem}"
+        for component in target.techniques
+        if (problem := grid.search_problem(component))
     ]
 
 
 def library_problems(state: JobState) -> list[str]:
     """Return a problem for each technique that needs a library which is not installed."""
-    found = [one for target in state.targets.values() for one in target.techniques]
-    found += [spec.technique for spec in state.job.sources.values()]
+    components = [
+        *(component for target in state.targets.values() for component in target.techniques),
+        *(spec.technique for spec in state.job.sources.values()),
+    ]
     problems: list[str] = []
-    for component in found:
+    for component in components:
         technique = technique_of(component)
         if isinstance(technique, NeedsLibrary):
             try:
@@ -185,9 +187,10 @@ def baseline_problems(job: Job) -> list[str]:
     if job.baselines == "auto" or not job.targets:
         return []
     return [
-        f"baselines: {one.name} can read the rows or predict the labels of no target: leave it out"
-        for one in job.baselines
-        if not any(grid.is_suitable(one, target) for target in job.targets.values())
+        f"baselines: {component.name} can read the rows or predict the labels of no target: leave "
+        "it out"
+        for component in job.baselines
+        if not any(grid.is_suitable(component, target) for target in job.targets.values())
     ]
 
 
@@ -198,7 +201,8 @@ def comparison_notes(job: Job) -> list[str]:
     return [
         f"targets.{name}: scratch is its only technique, so no source is transferred to it"
         for name, spec in job.targets.items()
-        if job.sources and {one.name for one in grid.techniques(job, spec)} == {"scratch"}
+        if job.sources
+        and all(component.name == "scratch" for component in grid.techniques(job, spec))
     ]
 
 

@@ -1,4 +1,4 @@
-"""What the stages of one command know of a job, and what a run leaves for later ones."""
+"""The state that the stages of one command share, and the metadata that a run stores."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class JobState:
     cut_by_budget: dict[str, str] = field(default_factory=dict)
     """Why the budget cut a pair, by the id of the pair's last search trial."""
     failed_in_budget: list[str] = field(default_factory=list)
-    """Ids of the search trials that failed, where a budget cut their pairs for it."""
+    """Ids of the search trials that failed, and because of which a budget cut their pairs."""
     trial_provenance: dict[str, TrialProvenance] = field(default_factory=dict)
     """Code and versions that made each trial in the table, by trial id."""
 
@@ -72,9 +72,9 @@ def matching_sources(state: JobState, target: str) -> list[str]:
     spec = state.job.targets[target]
     named = spec.sources if spec.sources is not None else list(state.sources)
     return [
-        n
-        for n in named
-        if n in state.sources and _modality_name(state.sources[n]) == spec.data.modality.name
+        name
+        for name in named
+        if name in state.sources and _modality_name(state.sources[name]) == spec.data.modality.name
     ]
 
 

@@ -67,8 +67,8 @@ def _some(names: tuple[str, ...]) -> str:
 
 def compare(source: Mapping[str, Any], target: Mapping[str, Any]) -> LabelMatch:
     """Compare the labels of two fitted objectives, given their states."""
-    theirs, ours = (tuple(map(str, state["labels"])) for state in (source, target))
-    return LabelMatch(theirs, ours)
+    source_labels, target_labels = (tuple(map(str, state["labels"])) for state in (source, target))
+    return LabelMatch(source_labels, target_labels)
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ class Relabel:
             numbers = np.array([known.get(name, -1) for name in self.match.source], dtype=np.int64)
             out["label"] = numbers[labels["label"]]
         if "labels" in labels:
-            places = [self.match.source.index(name) for name in self.match.target]
-            out["labels"] = np.ascontiguousarray(labels["labels"][:, places])
+            columns = [self.match.source.index(name) for name in self.match.target]
+            out["labels"] = np.ascontiguousarray(labels["labels"][:, columns])
         return out
 
 
@@ -117,9 +117,9 @@ def problem(
         source: Its name, for the message.
         theirs: The objective of the source, fitted.
         ours: That of the target.
-        needs_all: Whether the source must have every label of the target, since no label of the
-            target is used. It must, too, where a row has a set of labels: one that is not listed
-            counts as absent.
+        needs_all: Whether the source must have every label of the target, because no label of the
+            target is used. Where a row has a set of labels it always must: a label that is not
+            listed counts as absent.
     """
     if theirs.name != ours.name:
         return (

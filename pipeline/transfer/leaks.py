@@ -35,9 +35,9 @@ MAX_ROWS = 4096
 NUM_BINS = 64
 """Bins of a number."""
 MIN_CLASS_ROWS = 10
-"""Fewest rows that a class, or each side of a label, must have to be looked at."""
+"""Fewest rows that a class, or each side of a label, must have to be checked."""
 MAX_LABELS = 50
-"""Labels of a set that are looked at, the first ones."""
+"""Where rows have label sets, only this number of labels is checked, the first ones."""
 SHOWN = 5
 """Features that a warning names."""
 
@@ -57,7 +57,9 @@ def find_leaks(modality: Modality, spec: Target, rows: Selection, state: State) 
         return []
     columns = spec.data.columns
     label_columns = [
-        columns[one] for one in (*objective.roles, *objective.optional_roles) if one in columns
+        columns[label_role]
+        for label_role in (*objective.roles, *objective.optional_roles)
+        if label_role in columns
     ]
     indices = _sample(rows, label_columns, objective, columns, state, role)
     inputs = fit_components.fitted_columns(type(modality), objective, columns)
@@ -69,17 +71,19 @@ def find_leaks(modality: Modality, spec: Target, rows: Selection, state: State) 
     if role == "labels":
         names = state["labels"][:MAX_LABELS]
         tasks = {f"label {label}": truth[:, k] for k, label in enumerate(names)}
-    common = {name: _common_classes(np.asarray(one, dtype=np.int64)) for name, one in tasks.items()}
+    common = {
+        name: _common_classes(np.asarray(labels, dtype=np.int64)) for name, labels in tasks.items()
+    }
     usable = {name: classes for name, classes in common.items() if classes.max() >= 1}
     if not usable:  # no task has two classes with enough rows
         return []
-    found: dict[str, list[tuple[float, str]]] = {}
+    leaks: dict[str, list[tuple[float, str]]] = {}
     for feature, values in modality.single_features(table, columns):
         scores = balanced_accuracies(values, list(usable.values()))
         for name, score in zip(usable, scores, strict=True):
             if score >= DECIDES:
-                found.setdefault(name, []).append((score, feature))
-    return [_finding(name, scores, len(table)) for name, scores in found.items()]
+                leaks.setdefault(name, []).append((score, feature))
+    return [_finding(name, scores, len(table)) for name, scores in leaks.items()]
 
 
 def _finding(label: str, scores: list[tuple[float, str]], rows: int) -> Finding:

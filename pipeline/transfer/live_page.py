@@ -1,8 +1,8 @@
 """A page that shows a job while it runs: trials done of all, values so far, curves.
 
-A thread of the run serves it on this machine alone, to all of its users, and it ends with the run.
-What it shows is read from the records and logs of the trials when the page is asked for, so that it
-costs a run nothing while nobody looks.
+A thread of the run serves it until the run ends, to all users of this machine and to no other. Its
+content is read from the records and logs of the trials when a browser asks for the page, so that it
+costs nothing while nobody looks.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ HOST = "127.0.0.1"
 REPORT = "/report.html"
 RENEW_SECONDS = 5
 MAX_LINES = 8
-"""Lines of a chart: the page has this number of colours."""
+"""Most lines of a chart: the page has this number of colours."""
 MAX_POINTS = 200
 MAX_RUNNING = 20
 
@@ -206,7 +206,8 @@ class LivePage:
         missing = folders(one for name, one in planned.items() if name not in self._records)
         read = self._of_now(trial.read_records(self.root, missing))
         # one that failed or was stopped in an earlier run may run again
-        self._records.update({name: one for name, one in read.items() if one.status == "done"})
+        done = {name: record for name, record in read.items() if record.status == "done"}
+        self._records.update(done)
         known = self._records | read
         records = {name: known[name] for name in planned if name in known}
         running = self._running([planned[name] for name in planned if name not in records])
@@ -248,9 +249,9 @@ class LivePage:
         """Return the records without those that the run is to replace (``--remake changed``)."""
         outdated = self.progress.outdated
         return {
-            name: one
-            for name, one in records.items()
-            if name not in outdated or one.run != outdated[name]
+            name: record
+            for name, record in records.items()
+            if name not in outdated or record.run != outdated[name]
         }
 
     def _running(self, pending: Sequence[Trial]) -> list[list[str | Value]]:
@@ -299,9 +300,16 @@ def _standing_blocks(records: Sequence[TrialRecord]) -> list[Block]:
             name = f"{source} · {technique}" + (f" · {backbone}" if has_others else "")
             standings.append(_Standing.of(fraction, name, trials))
         num_rows: dict[str, int] = defaultdict(int)
-        for one in standings:
-            num_rows[one.fraction] = max(num_rows[one.fraction], one.num_rows)
-        standings.sort(key=lambda one: (-num_rows[one.fraction], one.fraction, *one.order()))
+        for standing in standings:
+            fraction = standing.fraction
+            num_rows[fraction] = max(num_rows[fraction], standing.num_rows)
+        standings.sort(
+            key=lambda standing: (
+                -num_rows[standing.fraction],
+                standing.fraction,
+                *standing.order(),
+            )
+        )
         out += [Heading(f"{target}: values so far"), _standing_table(standings)]
         curves = _curves(standings)
         if curves:
@@ -314,7 +322,7 @@ def _standing_blocks(records: Sequence[TrialRecord]) -> list[Block]:
 
 @dataclass(frozen=True)
 class _Standing:
-    """How a source and technique stand on a target: final trials, or the search before them."""
+    """The values so far of a source and technique on a target: final trials, or the search."""
 
     fraction: str
     name: str
@@ -368,18 +376,19 @@ class _Standing:
 
 def _standing_table(standings: Sequence[_Standing]) -> Table:
     body: list[list[str | Value]] = []
-    final = Counter(one.fraction for one in standings if one.records)
-    leading = ""
-    for one in standings:
-        # the first one of several
-        leads = one.fraction != leading and bool(one.records) and final[one.fraction] > 1
-        leading = one.fraction
+    num_final = Counter(standing.fraction for standing in standings if standing.records)
+    fraction_before = ""
+    for standing in standings:
+        fraction = standing.fraction
+        is_first = fraction != fraction_before
+        leads = is_first and bool(standing.records) and num_final[fraction] > 1
+        fraction_before = fraction
         body.append(
             [
-                Value((one.name, "▲ leads"), WINS) if leads else Value((one.name,)),
-                plots.fraction_label(one.fraction),
-                f"{one.value:.4g}",
-                one.what,
+                Value((standing.name, "▲ leads"), WINS) if leads else Value((standing.name,)),
+                plots.fraction_label(fraction),
+                f"{standing.value:.4g}",
+                standing.what,
             ]
         )
     arrow = "↑" if standings[0].higher_is_better else "↓"
@@ -395,14 +404,15 @@ def _standing_table(standings: Sequence[_Standing]) -> Table:
 def _curves(standings: Sequence[_Standing]) -> dict[str, Points]:
     """Return the learning curves of the best entries at the most labels, means over seeds."""
     out: dict[str, Points] = {}
-    for one in standings:
-        if one.fraction != standings[0].fraction or len(out) == MAX_LINES:
+    for standing in standings:
+        if standing.fraction != standings[0].fraction or len(out) == MAX_LINES:
             break
+        curves = [_points(record, standing) for record in standing.records]
         # a head that was solved has one point, whose step counts the solver's iterations
-        of_seeds = [points for record in one.records if len(points := _points(record, one)) > 1]
-        points = plots.mean_curve(of_seeds) if of_seeds else []
+        curves = [points for points in curves if len(points) > 1]
+        points = plots.mean_curve(curves) if curves else []
         if len(points) > 1:
-            out[one.name] = points
+            out[standing.name] = points
     return out
 
 

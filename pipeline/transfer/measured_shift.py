@@ -1,8 +1,9 @@
-"""Measures the shift of a target against one source, and of its test rows against its training
-rows, in the features of the source's network. `pipeline.transfer.shift` has the comparisons.
+"""Measures the shift of a target against a source, and of its test rows against its training rows.
 
-The first is measured with the scores, before any trial, and reads no test row. The second reads
-labels of test rows and is measured when the trials have ended.
+Both are measured in the features of the source's network, by the comparisons of
+`pipeline.transfer.shift`. The shift against a source is measured with the scores, before any trial,
+and reads no test row. That of the test rows reads their labels, so it is measured when the trials
+have ended.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from pipeline.train.online_probe import features_of_ids
 from pipeline.transfer import shift
 from pipeline.transfer.trial import TargetData
 
-MOST_ROWS = 1000
-"""Rows of each side that are compared, evenly spread."""
+MAX_ROWS = 1000
+"""Most rows of each side that are compared; they are evenly spread."""
 CheckedRows = tuple[Selection, dict[str, str]]
 NO_LABELS = "label_fractions: 0 allows no label of the target"
 NOTE_GROUPS = "each group is one observation"
@@ -59,12 +60,12 @@ class SourceSide:
     label_names: tuple[str, ...] = ()
     """Classes of its head."""
     probabilities: np.ndarray | None = None
-    """(n, Z) what its head says of the target's labelled rows."""
+    """(n, Z) probabilities that its head predicts for the target's labelled rows."""
 
 
 @dataclass(frozen=True)
 class LabelledRows:
-    """Rows of a target of which the labels may be read."""
+    """Rows of a target whose labels may be read."""
 
     features: np.ndarray
     """(n, D), in the source's network."""
@@ -75,7 +76,7 @@ class LabelledRows:
     groups: np.ndarray | None = None
     """(n,) groups, where the target names any."""
     missing: str = ""
-    """Why there are no labels, or nothing that the source's head says of them."""
+    """Why there are no labels, or no predictions of the source's head."""
     ids: np.ndarray | None = None
     """(n,) ids of the rows, where features are those of rows."""
 
@@ -117,8 +118,8 @@ def groups_of(
 
 def group_count(selection: Selection, column: str | None) -> int | None:
     """Return the number of groups of a selection; None where no column names them."""
-    found = groups_of(selection, column)
-    return None if found is None else len(np.unique(found))
+    groups = groups_of(selection, column)
+    return None if groups is None else len(np.unique(groups))
 
 
 def shift_from_source(
@@ -130,25 +131,27 @@ def shift_from_source(
 ) -> Shift:
     """Return the shift of a target's training rows against a source.
 
-    All labels of the training rows are counted for the shares of classes, also where trials may use
-    a few of them, but none where they may use none.
+    The shares of classes are counted on all training rows, also where trials may use the labels of
+    only some of them. Where trials may use no labels, none are counted.
     """
-    found = Shift(f"source {source.name}", "training rows")
+    measured = Shift(f"source {source.name}", "training rows")
     group = group_column(data)
     if group or source.group:
-        found = replace(found, counted=NOTE_GROUPS if source.group else NOTE_UNGROUPED_SOURCE)
-    own = group_count(data.train.selection, group) if source.label_counts else None
-    found = _with_labels(found, data, source.label_counts, own, source.group_count)
-    found = _with_concept(found, source, labelled)
+        note = NOTE_GROUPS if source.group else NOTE_UNGROUPED_SOURCE
+        measured = replace(measured, counted=note)
+    num_groups = group_count(data.train.selection, group) if source.label_counts else None
+    measured = _with_labels(measured, data, source.label_counts, num_groups, source.group_count)
+    measured = _with_concept(measured, source, labelled)
     if source.features is None or source.rows is None:
-        return _with_missing(found, "covariate", "the source's rows are not there")
+        return _with_missing(measured, "covariate", "the source's rows are not there")
     train = _spread(data.train)
     known = None if labelled.ids is None else (labelled.ids, labelled.features)
     ids, of_train = _features(backbone, train, device, known)
     groups = groups_of(train.selection, group, ids)
-    found = _with_covariate(found, (of_train, groups), (source.features, source.groups))
+    measured = _with_covariate(measured, (of_train, groups), (source.features, source.groups))
     own_rows = (train.selection, data.spec.data.columns)
-    return replace(found, drift=drift(train.modality, own_rows, source.rows, (group, source.group)))
+    drifts = drift(train.modality, own_rows, source.rows, (group, source.group))
+    return replace(measured, drift=drifts)
 
 
 def train_test_shift(
@@ -159,36 +162,36 @@ def train_test_shift(
     Labels of test rows are read, so nothing may be chosen after it.
 
     Args:
-        source: Whose network the backbone is.
+        source: Name of the source whose network the backbone is.
     """
     train, test = (_spread(rows) for rows in (data.train, data.test))
     group = group_column(data)
-    found = Shift("its own training rows", "test rows", features_of=source, within_target=True)
+    measured = Shift("its own training rows", "test rows", features_of=source, within_target=True)
     if group:
-        found = replace(found, counted=NOTE_GROUPS)
+        measured = replace(measured, counted=NOTE_GROUPS)
     sides = []
     for rows in (train, test):
         ids, features = _features(backbone, rows, device)
         sides.append((features, groups_of(rows.selection, group, ids), ids))
     (of_train, train_groups, train_ids), (of_test, test_groups, test_ids) = sides
-    found = _with_covariate(found, (of_test, test_groups), (of_train, train_groups))
+    measured = _with_covariate(measured, (of_test, test_groups), (of_train, train_groups))
     columns = data.spec.data.columns
     rows, others = (test.selection, columns), (train.selection, columns)
-    found = replace(found, drift=drift(train.modality, rows, others, (group, group)))
+    measured = replace(measured, drift=drift(train.modality, rows, others, (group, group)))
     if data.labels is None or data.labels.ndim != 1 or not data.label_names:
         why = "rows have no single class"
-        return _with_missing(_with_missing(found, "labels", why), "concept", why)
+        return _with_missing(_with_missing(measured, "labels", why), "concept", why)
     if not any(data.spec.label_fractions):
         why = NO_LABELS
-        return _with_missing(_with_missing(found, "labels", why), "concept", why)
-    of_all = _class_labels(data, data.test.selection)
+        return _with_missing(_with_missing(measured, "labels", why), "concept", why)
+    all_test_labels = _class_labels(data, data.test.selection)
     changes = shift.label_shift(
-        class_counts(of_all, data.label_names),
+        class_counts(all_test_labels, data.label_names),
         class_counts(data.labels, data.label_names),
         group_count(data.test.selection, group),
         group_count(data.train.selection, group),
     )
-    found = replace(found, labels=changes)
+    measured = replace(measured, labels=changes)
     train_labels = _class_labels(data, train.selection, train_ids)
     test_labels = _class_labels(data, test.selection, test_ids)
     try:
@@ -196,8 +199,8 @@ def train_test_shift(
             (of_train, train_labels), (of_test, test_labels, test_groups), len(data.label_names)
         )
     except ValueError as error:
-        return _with_missing(found, "concept", str(error))
-    return replace(found, concept=concept)
+        return _with_missing(measured, "concept", str(error))
+    return replace(measured, concept=concept)
 
 
 def group_column(data: TargetData) -> str | None:
@@ -213,9 +216,8 @@ def _class_labels(
     """Return the (n,) class numbers of rows."""
     kind = registry.get("objective", data.objective.name)
     columns = data.spec.data.columns
-    names = [
-        *dict.fromkeys(columns[r] for r in (*kind.roles, *kind.optional_roles) if r in columns)
-    ]
+    roles = (*kind.roles, *kind.optional_roles)
+    names = [*dict.fromkeys(columns[role] for role in roles if role in columns)]
     ids = selection.all_ids if ids is None else ids
     table = manifests.Reader(selection.manifest, names).take(ids)
     return kind.encode(table, columns, data.objective.state)["label"]
@@ -226,13 +228,16 @@ def _concept_within(
     test: tuple[np.ndarray, np.ndarray, np.ndarray | None],
     classes: int,
 ) -> Estimate:
-    """Return the accuracy on test rows of a head fitted to them minus that of one of training rows.
+    """Compare a head fitted to test rows with one fitted to training rows, on the test rows.
 
     Both are fitted to the same number of rows: more rows alone make a better head.
 
+    Returns:
+        The accuracy of the first head minus that of the second.
+
     Args:
         train: (n, D) features and (n,) class numbers of training rows.
-        test: The same of test rows, and their groups.
+        test: (m, D) features, (m,) class numbers and (m,) groups of test rows.
     """
     x, y = train
     features, labels, groups = test
@@ -247,9 +252,9 @@ def _concept_within(
 
 
 def _spread(rows: Rows) -> Rows:
-    """Return at most MOST_ROWS rows, evenly spread."""
+    """Return at most MAX_ROWS rows, evenly spread."""
     n = len(rows)
-    return rows if n <= MOST_ROWS else rows.subset(evenly_spread(n, MOST_ROWS))
+    return rows if n <= MAX_ROWS else rows.subset(evenly_spread(n, MAX_ROWS))
 
 
 def _features(
@@ -261,7 +266,7 @@ def _features(
     """Return the ids of rows and their features, in the order of ids. Labels are not read.
 
     Args:
-        known: Ids and features that need not be computed again; of other rows too.
+        known: Ids and features that are computed already, also of other rows.
     """
     decoder = replace(rows.decoder, objective=None, objective_state={}, relabel=None)
     rows = replace(rows, decoder=decoder)
@@ -272,10 +277,10 @@ def _features(
         ids, parts = [known[0][is_wanted]], [known[1][is_wanted]]
         rows = rows.subset(np.flatnonzero(~np.isin(wanted, known[0])))
     if len(rows):
-        new, found, _ = features_of_ids(backbone, rows, device)
-        fine = torch.isfinite(found).all(1).cpu().numpy()
-        ids.append(new[fine])
-        parts.append(found.cpu().numpy()[fine])
+        new_ids, features, _ = features_of_ids(backbone, rows, device)
+        is_finite = torch.isfinite(features).all(1).cpu().numpy()
+        ids.append(new_ids[is_finite])
+        parts.append(features.cpu().numpy()[is_finite])
     all_ids = np.concatenate(ids)
     order = np.argsort(all_ids, kind="stable")
     return all_ids[order], np.concatenate(parts)[order]
@@ -289,55 +294,64 @@ _Side = tuple[np.ndarray, np.ndarray | None]
 """(n, D) features, and (n,) groups where there are any."""
 
 
-def _with_covariate(found: Shift, rows: _Side, others: _Side) -> Shift:
+def _with_covariate(measured: Shift, rows: _Side, others: _Side) -> Shift:
+    """Add how well a classifier distinguishes two samples, or why it is not known."""
     try:
-        return replace(
-            found,
-            covariate=shift.domain_classifier_accuracy(rows[0], others[0], rows[1], others[1]),
-        )
+        accuracy = shift.domain_classifier_accuracy(rows[0], others[0], rows[1], others[1])
     except ValueError as error:
-        return _with_missing(found, "covariate", str(error))
+        return _with_missing(measured, "covariate", str(error))
+    return replace(measured, covariate=accuracy)
 
 
 def _with_labels(
-    found: Shift,
+    measured: Shift,
     data: TargetData,
     others: Mapping[str, int],
     groups: int | None,
     other_groups: int | None,
 ) -> Shift:
+    """Add the change of each class's share against other rows, or why it is not known.
+
+    Args:
+        others: Class to number of the other rows.
+        groups: Number of groups of the target's training rows.
+        other_groups: Number of groups of the other rows.
+    """
     if not any(data.spec.label_fractions):
-        return _with_missing(found, "labels", NO_LABELS)
-    own = class_counts(data.labels, data.label_names)
-    changes = shift.label_shift(own, others, groups, other_groups)
+        return _with_missing(measured, "labels", NO_LABELS)
+    own_counts = class_counts(data.labels, data.label_names)
+    changes = shift.label_shift(own_counts, others, groups, other_groups)
     if changes:
-        return replace(found, labels=changes)
+        return replace(measured, labels=changes)
     return _with_missing(
-        found, "labels", "rows have no single class on both sides with the same names"
+        measured, "labels", "rows have no single class on both sides with the same names"
     )
 
 
-def _with_concept(found: Shift, source: SourceSide, labelled: LabelledRows) -> Shift:
-    """Compare both heads on the labelled rows of the classes that both sides have."""
+def _with_concept(measured: Shift, source: SourceSide, labelled: LabelledRows) -> Shift:
+    """Add how much better a head fitted to the labelled rows is than the source's head.
+
+    Only rows of classes that both sides have are used.
+    """
     shared = [name for name in labelled.names if name in source.label_names]
     if source.probabilities is None or labelled.labels is None or len(shared) < 2:
         why = labelled.missing or "the source's head does not predict the same classes"
-        return _with_missing(found, "concept", why)
-    theirs = [source.label_names.index(name) for name in shared]
-    ours = np.full(len(labelled.names), -1)
-    ours[[labelled.names.index(name) for name in shared]] = np.arange(len(shared))
-    labels = ours[labelled.labels]
-    kept = labels >= 0
+        return _with_missing(measured, "concept", why)
+    source_columns = [source.label_names.index(name) for name in shared]
+    shared_number = np.full(len(labelled.names), -1)
+    shared_number[[labelled.names.index(name) for name in shared]] = np.arange(len(shared))
+    labels = shared_number[labelled.labels]
+    is_shared = labels >= 0
     try:
         estimate = shift.concept_shift(
-            labelled.features[kept],
-            labels[kept],
-            source.probabilities[kept][:, theirs],
-            None if labelled.groups is None else labelled.groups[kept],
+            labelled.features[is_shared],
+            labels[is_shared],
+            source.probabilities[is_shared][:, source_columns],
+            None if labelled.groups is None else labelled.groups[is_shared],
         )
     except ValueError as error:
-        return _with_missing(found, "concept", str(error))
-    return replace(found, concept=estimate)
+        return _with_missing(measured, "concept", str(error))
+    return replace(measured, concept=estimate)
 
 
 def drift(
@@ -359,8 +373,8 @@ def drift(
         if role in fit_components.fitted_roles(type(modality)) and role in others[1]
     }
     tables = [
-        _read(selection, {name: theirs[role] for role, name in columns.items()})
-        for selection, theirs in (rows, others)
+        _read(selection, {name: of_side[role] for role, name in columns.items()})
+        for selection, of_side in (rows, others)
     ]
     both = pa.concat_tables(tables, promote_options="permissive")
     counts = None
@@ -370,19 +384,22 @@ def drift(
 
 
 def _observations(selection: Selection, group: str | None) -> int:
-    """Return the number of groups among the rows of a side that are compared, or of these rows."""
-    ids = selection.ids(evenly_spread(len(selection), MOST_ROWS))
-    found = groups_of(selection, group, ids)
-    return len(ids) if found is None else len(np.unique(found))
+    """Return the number of independent observations among the compared rows of a side.
+
+    These are groups, or rows where no column names groups.
+    """
+    ids = selection.ids(evenly_spread(len(selection), MAX_ROWS))
+    groups = groups_of(selection, group, ids)
+    return len(ids) if groups is None else len(np.unique(groups))
 
 
 def _read(selection: Selection, columns: Mapping[str, str]) -> pa.Table:
-    """Return columns of at most MOST_ROWS rows, under other names.
+    """Return columns of at most MAX_ROWS rows, under other names.
 
     Args:
         columns: The column's own name by its new name.
     """
-    at = evenly_spread(len(selection), MOST_ROWS)
+    ids = selection.ids(evenly_spread(len(selection), MAX_ROWS))
     names = [*dict.fromkeys(columns.values())]
-    table = manifests.Reader(selection.manifest, names).take(selection.ids(at))
+    table = manifests.Reader(selection.manifest, names).take(ids)
     return pa.table({new: table[name] for new, name in columns.items()})

@@ -23,9 +23,9 @@ from pipeline.train.fit_components import sample
 from pipeline.train.source import SourceStage, data_key
 from pipeline.transfer.targets import TargetStage
 
-MOST_ROWS = 200_000
+MAX_ROWS = 200_000
 """Most rows that are read only to count overlap. ``drop_overlap`` reads all that it needs."""
-MOST_BYTES = 4 << 30
+MAX_BYTES = 4 << 30
 """Most bytes that are read only to count overlap."""
 
 
@@ -155,24 +155,24 @@ def find_overlap(target: TargetStage, sources: dict[str, SourceStage], folder: s
                 f"{name}: source {source_name} continues from a checkpoint, and what that was "
                 "trained on is not known here: none of those rows can be left out"
             )
-        shared, found = _shared_groups(target, source_name, stage)
-        notes += found
+        shared, new_notes = _shared_groups(target, source_name, stage)
+        notes += new_notes
         if mode == "group":
             is_left_out |= shared
-    for where, rows, theirs in _rows_of_sources(target, sources):
-        duplicated, found = _duplicates(
-            target, rows, theirs, where, folder, mode == "none", is_source=True
+    for where, rows, other_columns in _rows_of_sources(target, sources):
+        duplicated, new_notes = _duplicates(
+            target, rows, other_columns, where, folder, mode == "none", is_source=True
         )
-        notes += found
+        notes += new_notes
         if mode != "none":
             is_left_out |= duplicated
     own = "its own training rows"
     notes += _duplicates(target, target.splits.train, columns, own, folder, True)[1]
     if target.unlabelled is not None and target.spec.unlabelled is not None:
         rows = target.unlabelled.train
-        theirs = target.spec.unlabelled.columns or columns
+        given = target.spec.unlabelled.columns or columns
         present = {
-            role: column for role, column in theirs.items() if column in rows.manifest.schema.names
+            role: column for role, column in given.items() if column in rows.manifest.schema.names
         }
         notes += _duplicates(target, rows, present, "its rows without labels", folder, True)[1]
     if mode == "none":
@@ -198,7 +198,11 @@ def _validates_on_sources(target: TargetStage) -> bool:
 def _rows_of_sources(
     target: TargetStage, sources: dict[str, SourceStage]
 ) -> list[tuple[str, Selection, dict[str, str]]]:
-    """Return what test rows are compared with: in words, the rows, and their columns."""
+    """Return the rows of sources that test rows are compared with.
+
+    Returns:
+        Tuples of a description, the rows, and the column of each role.
+    """
     out: list[tuple[str, Selection, dict[str, str]]] = []
     for name, stage in sources.items():
         if stage.splits is None or stage.spec.data is None:
@@ -224,11 +228,11 @@ def _shared_groups(
     pairs = zip(stage.splits.train_by_corpus, corpora, strict=True)
     grouped = [(rows, data.group) for rows, data in pairs if data.group]
     if group:
-        for rows, theirs in grouped:
-            shared |= in_groups(test, group, rows, theirs)
+        for rows, other_group in grouped:
+            shared |= in_groups(test, group, rows, other_group)
     if shared.any():
-        theirs = " or ".join(dict.fromkeys(theirs for _, theirs in grouped))
-        named = group if group == theirs else f"{group} here, {theirs} there"
+        other_groups = " or ".join(dict.fromkeys(other_group for _, other_group in grouped))
+        named = group if group == other_groups else f"{group} here, {other_groups} there"
         notes.append(
             f"{name}: {shared.sum()} of {len(test)} test rows are of a group that is also in "
             f"the training rows of source {source_name} (group: {named})"
@@ -307,6 +311,6 @@ def _duplicates(
 
 def _is_large(test: Selection, rows: Selection, modality: str, columns: dict[str, str]) -> bool:
     """Return whether rows are too many, or take too many bytes, to be read only for counting."""
-    if max(len(rows), len(test)) > MOST_ROWS:
+    if max(len(rows), len(test)) > MAX_ROWS:
         return True
-    return bytes_to_read(rows, modality, columns) > MOST_BYTES
+    return bytes_to_read(rows, modality, columns) > MAX_BYTES

@@ -37,7 +37,7 @@ def _entries(
         for entry in grid.planned_entries(
             state.job,
             name,
-            [b for b in groups if set(b.sources) & set(matching_sources(state, name))],
+            [group for group in groups if set(group.sources) & set(matching_sources(state, name))],
             chosen[name],
         )
     ]
@@ -80,15 +80,16 @@ def search_trials(
     """
     if state.job.fanout.trials == 1:
         return []
-    found = _search_trials_after(state, groups, chosen, records or {})
+    known = _search_trials_after(state, groups, chosen, records or {})
     if records is not None or state.job.fanout.searcher == "random":
-        return found
-    there: dict[str, TrialRecord] = {}
+        return known
+    # each generation that has ended makes the next one known
+    existing: dict[str, TrialRecord] = {}
     for _ in range(proposals.GENERATIONS - 1):
-        unread = [one for one in found if one.id not in there]
-        there |= trial.read_records(state.job.root, grid.folders(unread))
-        found = _search_trials_after(state, groups, chosen, there)
-    return found
+        unread = [one for one in known if one.id not in existing]
+        existing |= trial.read_records(state.job.root, grid.folders(unread))
+        known = _search_trials_after(state, groups, chosen, existing)
+    return known
 
 
 def _search_trials_after(
@@ -101,7 +102,7 @@ def _search_trials_after(
     streamed = state.streamed
     if streamed is None:
         streamed = read_metadata(state).get("streamed", [])
-    values = {one: validation_value(record) for one, record in records.items()}
+    values = {trial_id: validation_value(record) for trial_id, record in records.items()}
     out: list[Trial] = []
     for name, entry in _entries(state, groups, chosen):
         if grid.needs_training(entry.technique):
@@ -174,7 +175,7 @@ def final_trials(
             for one in out
             if (one.source, one.backbone_key, one.target) == (entry.source, entry.group.key, name)
             and grid.takes(entry.technique, one.technique)
-            # 1 and 1.0 are equal numbers, but one row a class and all rows
+            # 1 and 1.0 are equal numbers, but mean one row per class and all rows
             and grid.fraction_text(one.label_fraction) == grid.fraction_text(entry.label_fraction)
         )
         out.append(_trial(state, name, entry, {}, 0, "final", members))
@@ -188,7 +189,7 @@ def _baseline_trials(state: JobState, groups: list[BackboneGroup]) -> list[Trial
         if not grid.baselines(state.job, target.spec):
             continue
         names = set(matching_sources(state, name))
-        group = next(one for one in groups if set(one.sources) & names)
+        group = next(group for group in groups if set(group.sources) & names)
         out += grid.baseline_trials(state.job, name, group, target.key, state.ids_in_old_layout)
     return out
 
@@ -280,15 +281,23 @@ def planned_allocations(
     for name, stage in state.targets.items():
         names = matching_sources(state, name)[: by_score.top if by_score else None]
         networks = num_scratch_networks(state, names)
-        trained = [one for one in grid.techniques(job, stage.spec) if grid.needs_training(one)]
+        trained = [
+            component
+            for component in grid.techniques(job, stage.spec)
+            if grid.needs_training(component)
+        ]
         for fraction in stage.spec.label_fractions:
             sizes[name, grid.fraction_text(fraction, stage.spec.objective.name)] = _size(
-                [one for one in trained if grid.starts_random(one)] * networks,
-                [one for one in trained if not grid.starts_random(one)] * len(names),
+                [component for component in trained if grid.starts_random(component)] * networks,
+                [component for component in trained if not grid.starts_random(component)]
+                * len(names),
                 job.fanout.seeds,
             )
-    spent = budget.allocate(job.fanout.budget, list(sizes.values()), job.fanout.seeds)
-    return {key: (size, one) for (key, size), one in zip(sizes.items(), spent, strict=True)}
+    allocations = budget.allocate(job.fanout.budget, list(sizes.values()), job.fanout.seeds)
+    return {
+        key: (size, allocation)
+        for (key, size), allocation in zip(sizes.items(), allocations, strict=True)
+    }
 
 
 def _size(
@@ -322,11 +331,11 @@ def brackets_of(
             objective = state.targets[name].spec.objective.name
             entries[name, grid.fraction_text(entry.label_fraction, objective)].append(entry)
     out: list[budget.Bracket] = []
-    for (name, fraction), found in entries.items():
+    for (name, fraction), of_bracket in entries.items():
         train = state.targets[name].spec.train
-        competing = [entry for entry in found if not grid.starts_random(entry.technique)]
+        competing = [entry for entry in of_bracket if not grid.starts_random(entry.technique)]
         pairs = [
-            budget.Pair(
+            budget.Contender(
                 tuple(
                     _trial(state, name, entry, budget.shortened(train, rung), seed, "search")
                     for rung in range(len(budget.RUNGS))
@@ -335,7 +344,7 @@ def brackets_of(
             for entry in competing
         ]
         size = _size(
-            [entry.technique for entry in found if grid.starts_random(entry.technique)],
+            [entry.technique for entry in of_bracket if grid.starts_random(entry.technique)],
             [entry.technique for entry in competing],
             state.job.fanout.seeds,
         )
@@ -349,22 +358,21 @@ def decide_budget(
     chosen: dict[str, set[str]],
     records: Mapping[str, TrialRecord] | None = None,
 ) -> budget.Decision:
-    """Decide which pairs go on, and keep why the others were cut.
+    """Decide which pairs are kept, and note in the state why the others were cut.
 
     Args:
         records: Record of each trial, by its id; None: all that exist.
     """
-    brackets, fan = brackets_of(state, groups, chosen), state.job.fanout
-    assert fan.budget is not None
-    allocation = budget.allocate(fan.budget, [bracket.size for bracket in brackets], fan.seeds)
+    brackets, spec = brackets_of(state, groups, chosen), state.job.fanout
+    assert spec.budget is not None
+    allocations = budget.allocate(spec.budget, [bracket.size for bracket in brackets], spec.seeds)
     if records is None:
-        every = [one for bracket in brackets for pair in bracket.pairs for one in pair.rungs]
-        records = trial.read_records(state.job.root, grid.folders(every))
-    found = budget.decide(
-        brackets, allocation, {one: validation_value(record) for one, record in records.items()}
-    )
-    state.cut_by_budget = found.reasons
-    return found
+        trials = [one for bracket in brackets for pair in bracket.pairs for one in pair.rungs]
+        records = trial.read_records(state.job.root, grid.folders(trials))
+    values = {trial_id: validation_value(record) for trial_id, record in records.items()}
+    decision = budget.decide(brackets, allocations, values)
+    state.cut_by_budget = decision.reasons
+    return decision
 
 
 def failed_before(
@@ -376,5 +384,5 @@ def failed_before(
         return {}
     pairs = [pair for bracket in brackets_of(state, groups, chosen) for pair in bracket.pairs]
     trials = [one for pair in pairs for one in pair.rungs if one.id in ids]
-    found = trial.read_records(state.job.root, grid.folders(trials))
-    return {one: record for one, record in found.items() if record.failed}
+    records = trial.read_records(state.job.root, grid.folders(trials))
+    return {trial_id: record for trial_id, record in records.items() if record.failed}

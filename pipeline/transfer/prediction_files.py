@@ -1,7 +1,7 @@
 """Files of predictions and features: Parquet, CSV or JSON Lines, and subtitles beside them.
 
-Folders and files beside the parts begin with ``_``, which pyarrow, pandas and Spark pass over: the
-folder opens as one data set.
+Names of other files and folders beside them begin with ``_``, which pyarrow, pandas and Spark skip,
+so that the folder opens as one data set.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def encode(table: pa.Table, format: OutputFormat, classes: list[str] | None = No
         for name, column in zip(table.column_names, table.columns, strict=True)
     }
     if classes and PROBABILITIES in columns:
-        columns[PROBABILITIES] = [_named(one, classes) for one in columns[PROBABILITIES]]
+        columns[PROBABILITIES] = [_named(values, classes) for values in columns[PROBABILITIES]]
     rows = zip(*columns.values(), strict=True)
     with io.TextIOWrapper(sink, encoding="utf-8", newline="", write_through=True) as text:
         if format == "jsonl":
@@ -68,24 +68,23 @@ def _values(column: pa.ChunkedArray) -> list[Any]:
 
 
 def json_value(value: Any, kind: Any) -> Any:
-    """Return a value of an Arrow column of a type as JSON has it."""
+    """Return a value of an Arrow column of type ``kind`` as JSON has it."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
         if not math.isfinite(value):
             return None
-        # the shortest number that is the same one in single precision: 0.1, not 0.10000000149
+        # the shortest number with the same value in single precision: 0.1, not 0.10000000149
         return float(str(np.float32(value))) if pa.types.is_float32(kind) else value
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
     if pa.types.is_struct(kind):
         return {field.name: json_value(value[field.name], field.type) for field in kind}
     if is_list(kind):
-        found = [json_value(one, kind.value_type) for one in value]
-        is_unknown = pa.types.is_floating(kind.value_type) and not any(
-            one is not None for one in found
-        )
-        return None if found and is_unknown else found
+        items = [json_value(item, kind.value_type) for item in value]
+        are_unknown = all(item is None for item in items)
+        is_of_floats = pa.types.is_floating(kind.value_type)
+        return None if items and is_of_floats and are_unknown else items
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
@@ -120,8 +119,8 @@ def read(uri: str, columns: tuple[str, ...]) -> list[Row]:
     if uri.endswith(".parquet"):
         with storage.open_read(uri) as handle:
             file = pq.ParquetFile(handle)
-            there = [name for name in columns if name in file.schema_arrow.names]
-            return file.read(there).to_pylist()
+            present = [name for name in columns if name in file.schema_arrow.names]
+            return file.read(present).to_pylist()
     text = storage.read_bytes(uri).decode()
     if uri.endswith(".jsonl"):
         rows = [json.loads(line) for line in text.split("\n") if line]
@@ -145,22 +144,22 @@ def write_subtitles(output: str, parts: list[str]) -> int:
         return 0.0 if math.isnan(seconds) else seconds
 
     def words(row: Row) -> list[Row]:
-        found = row["words"] or []
-        return json.loads(found) if isinstance(found, str) else found
+        stored = row["words"] or []
+        return json.loads(stored) if isinstance(stored, str) else stored
 
-    ends = {
+    last_part = {
         name(row): number
         for number, part in enumerate(parts)
         for row in read(part, ("row", "recording"))
     }
-    files = transcripts.file_names(ends, ".srt")
-    held: dict[str, list[Row]] = {}
+    files = transcripts.file_names(last_part, ".srt")
+    rows_of: dict[str, list[Row]] = {}
     for number, part in enumerate(parts):
         for row in read(part, ("row", "recording", "start", "words")):
-            held.setdefault(name(row), []).append(row)
-        for recording in [one for one in held if ends[one] == number]:
-            rows = sorted(held.pop(recording), key=begin)
-            said = transcripts.cues(word for row in rows for word in words(row))
-            place = storage.join(output, SUBTITLES, *files[recording].split("/"))
-            storage.write_bytes(place, transcripts.srt(said).encode())
+            rows_of.setdefault(name(row), []).append(row)
+        for recording in [one for one in rows_of if last_part[one] == number]:
+            rows = sorted(rows_of.pop(recording), key=begin)
+            cues = transcripts.cues(word for row in rows for word in words(row))
+            uri = storage.join(output, SUBTITLES, *files[recording].split("/"))
+            storage.write_bytes(uri, transcripts.srt(cues).encode())
     return len(files)

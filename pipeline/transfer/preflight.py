@@ -89,7 +89,7 @@ def _target(
         if not matching & set(group.sources):
             continue
         _check_backbone(target, group)
-        read = targets.reading_of(target, group)
+        read = targets.plan_reading(target, group)
         decoder = Decoder(
             read.modality, target.spec.objective.name, read.state, target.spec.data.columns
         )

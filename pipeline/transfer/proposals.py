@@ -2,8 +2,8 @@
 
 With ``fanout.searcher: optuna`` those of a generation are proposed from the validation values of
 the earlier ones (tree-structured Parzen estimator, Bergstra et al. 2011). They are a pure function
-of these values and of the job's seed, so that a job that was killed goes on with the settings that
-it had.
+of these values and of the job's seed, so that a job that was killed continues with the settings
+that it had.
 
 Population-based training (Jaderberg et al. 2017) is not offered. It copies weights between trials
 and changes settings in the middle of one, while a trial here is a function of its settings: that is
@@ -29,7 +29,7 @@ from pipeline.transfer.grid import HyperParameters, SearchSpace, Trial
 GENERATIONS = 4
 """Parts of a search with Optuna, as equal as they can be. The trials of each run side by side."""
 Drawn = tuple[tuple[str, Any], ...]
-"""For each name a value of its range, or the place of a choice."""
+"""For each name a value of its range, or the index of a choice."""
 
 
 def library() -> Any:
@@ -58,9 +58,10 @@ def search_trials(
 ) -> list[Trial]:
     """Return the search trials of an entry, as far as they are known.
 
-    Random draws are all known at once (`grid.draws`). With Optuna the first generation is the first
-    of them, and each further one is known when all trials of the earlier ones have ended. A setting
-    that is proposed twice is tried once. There are no trials where there is only one setting.
+    Random draws are all known at once (`grid.draws`). With Optuna the first generation consists of
+    the first random draws, and each further one is known when all trials of the earlier ones have
+    ended. A setting that is proposed twice is tried once. There are no trials where there is only
+    one setting.
 
     Args:
         in_memory: Whether the rows of the target are held in memory.
@@ -80,8 +81,8 @@ def search_trials(
     for generation, size in enumerate(further, 1):
         if any(one.id not in values for one in out):
             break
-        reached = [values[one.id] for one in out]
-        proposed = propose(space, settings, reached, size, generation)
+        values_so_far = [values[one.id] for one in out]
+        proposed = propose(space, settings, values_so_far, size, generation)
         settings = _without_repeats([*settings, *proposed])
         out = [make(setting) for setting in settings]
     return out
@@ -93,8 +94,8 @@ def _sizes(trials: int) -> list[int]:
     return [len(part) for part in parts if len(part)]
 
 
-def _without_repeats(found: Sequence[HyperParameters]) -> list[HyperParameters]:
-    return [one for i, one in enumerate(found) if one not in found[:i]]
+def _without_repeats(settings: Sequence[HyperParameters]) -> list[HyperParameters]:
+    return [setting for i, setting in enumerate(settings) if setting not in settings[:i]]
 
 
 def propose(
@@ -113,22 +114,22 @@ def propose(
         generation: Its number, which enters the seed.
     """
     ranges = tuple(
-        (name, tuple(map(float, of)) if space.is_range(name) else len(of))
-        for name, of in sorted(space.values.items())
+        (name, tuple(map(float, choices)) if space.is_range(name) else len(choices))
+        for name, choices in sorted(space.values.items())
     )
     known = tuple(
         (tuple(sorted(space.from_hyper_parameters(hyper).items())), value)
         for hyper, value in zip(tried, values, strict=True)
     )
-    found = _ask(ranges, known, count, mix(space.seed, generation) % 2**32)
+    proposed = _ask(ranges, known, count, mix(space.seed, generation) % 2**32)
     return [
         space.to_hyper_parameters(
             {
                 name: value if space.is_range(name) else space.values[name][value]
-                for name, value in one
+                for name, value in drawn
             }
         )
-        for one in found
+        for drawn in proposed
     ]
 
 
@@ -144,7 +145,7 @@ def _ask(
     Args:
         ranges: For each name the ends of a range, which is searched on a logarithmic scale, or a
             number of choices.
-        known: The values of earlier trials, of choices the places, with what each trial reached.
+        known: What earlier trials drew (of choices the indices), each with its validation value.
     """
     optuna = library()
     distributions = {
@@ -153,7 +154,7 @@ def _ask(
         else optuna.distributions.FloatDistribution(*values, log=True)
         for name, values in ranges
     }
-    # what was asked for and has no value yet counts as bad, so that a generation lies apart
+    # settings without a value yet count as bad, so that those of a generation differ
     sampler = optuna.samplers.TPESampler(
         seed=seed, n_startup_trials=1, multivariate=True, constant_liar=True
     )
@@ -170,4 +171,4 @@ def _ask(
             )
         )
     asked = [study.ask(distributions) for _ in range(count)]
-    return [tuple(one.params.items()) for one in asked]
+    return [tuple(trial.params.items()) for trial in asked]

@@ -26,7 +26,7 @@ other job prunes them.
 """
 STACKS = "stacks"
 """Folder in a job's folder with the resume points of heads that train together."""
-MOST_ENTRIES = 6
+MAX_ENTRIES = 6
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,11 @@ def describe_stale(rows: Sequence[ResultRow]) -> list[str]:
     if not stale:
         return []
     found = _entries(stale)
-    more = f" and {len(found) - MOST_ENTRIES} more" if len(found) > MOST_ENTRIES else ""
+    more = f" and {len(found) - MAX_ENTRIES} more" if len(found) > MAX_ENTRIES else ""
     return [
         f"{len(stale)} of the {len(rows)} rows of {results.FILE} are stale: their trials are "
         "not in the job any more, and they are in no table here "
-        f"(the column current is false): {'; '.join(found[:MOST_ENTRIES])}{more}. `onetomany "
+        f"(the column current is false): {'; '.join(found[:MAX_ENTRIES])}{more}. `onetomany "
         "report JOB --prune-stale` removes them"
     ]
 

@@ -1,5 +1,7 @@
-"""How transferability scores are computed: one pass of features for a source and a target, from
-which every registered score is made. This module does not use Ray.
+"""Computes the transferability scores of a source for a target.
+
+The features are computed once, and every registered score is made from them. This module does not
+use Ray.
 """
 
 from __future__ import annotations
@@ -47,26 +49,33 @@ from pipeline.transfer.trial import Shared, TargetData
 SCORES_FORMAT = 4
 SCORING_CODE = ("pipeline.transfer.scoring", "pipeline.transfer.measured_shift")
 DEFAULT_SCORE = "logme"
-"""What sources are sorted by where no score chooses them."""
+"""The score by which sources are sorted where none chooses them."""
 SCORE_ROWS = 2000
 SOURCE_ROWS = 500
-"""Training rows of a source that distances and shift read, evenly spread as the target's are: runs
-of consecutive rows of sorted files would differ from them though nothing else does."""
-FEWEST_ROWS = 10
+"""Training rows of a source that distances and shift read. They are evenly spread, as those of the
+target are: consecutive rows of a sorted file would differ from the target's for that reason alone.
+"""
+MIN_UNITS = 10
 """Rows, or groups of rows, that an interval needs: it is made from halves of them."""
 
 
 def scores() -> dict[str, Score]:
-    """Return every registered score by its name; a plain function is one of classes and sets."""
-    found = {name: registry.get("score", name) for name in registry.entries("score")}
-    return {name: one if isinstance(one, Score) else Score(one) for name, one in found.items()}
+    """Return every registered score by its name.
+
+    A plain function is a score for classes and label sets.
+    """
+    registered = {name: registry.get("score", name) for name in registry.entries("score")}
+    return {
+        name: score if isinstance(score, Score) else Score(score)
+        for name, score in registered.items()
+    }
 
 
 def label_kinds(objective: type[Objective], state: State | None = None) -> tuple[ScoreTask, ...]:
-    """Return what the labels of rows, or of their positions, can be.
+    """Return the kinds of labels that scores can read: of rows, or of positions of rows.
 
-    () where neither has features of its own (boxes, transcripts, answers): only scores without
-    labels are defined there.
+    It is () where the labels belong to neither (boxes, transcripts, answers). Only scores that read
+    no labels are defined then.
 
     Args:
         objective: That of the target.
@@ -97,11 +106,11 @@ def kind_of(labels: np.ndarray) -> ScoreTask:
     return "classes" if labels.ndim == 1 else "label sets"
 
 
-# ---------------------------------------------------------------- what is asked, what is found
+# ---------------------------------------------------------------- pairs and their rows
 
 
 @dataclass(frozen=True)
-class Pair:
+class SourceTargetPair:
     """A source to be scored for a target."""
 
     source: str
@@ -144,35 +153,35 @@ def rows_of_every_fraction(shared: Shared, data: TargetData) -> np.ndarray:
     return reduce(partial(np.intersect1d, assume_unique=True), subsets)
 
 
-def score_pair(pair: Pair, shared: Shared) -> PairScores:
-    """Return the scores of a source for a target. A failure is part of the answer.
+def score_pair(pair: SourceTargetPair, shared: Shared) -> PairScores:
+    """Return the scores of a source for a target; after an error, with the error.
 
     All scores of the same weights, rows, code and versions are computed once and kept in a file.
     """
     uri = _cache_uri(pair, shared)
-    kept = checksums.document_or_none(uri, "scores are computed again") if uri else None
-    if kept is not None:
-        return PairScores.from_json(kept)
+    stored = checksums.document_or_none(uri, "scores are computed again") if uri else None
+    if stored is not None:
+        return PairScores.from_json(stored)
     wanted = scores() if pair.wants_scores else {}
     try:
-        found, failed = _score_pair(pair, shared, wanted)
+        computed, has_temporary_error = _score_pair(pair, shared, wanted)
     except (ValueError, ArithmeticError, RuntimeError) as error:  # the other sources go on
         reason = f"{type(error).__name__}: {error}"
-        none = {
-            name: ScoreValue(None, higher_is_better=one.higher_is_better, reason=reason)
-            for name, one in wanted.items()
+        undefined = {
+            name: ScoreValue(None, higher_is_better=score.higher_is_better, reason=reason)
+            for name, score in wanted.items()
         }
-        return PairScores(pair.source, pair.target, none, error=reason)
-    if uri and not failed:  # what broke once may work the next time
-        checksums.write_document(uri, found.to_json())
-    return found
+        return PairScores(pair.source, pair.target, undefined, error=reason)
+    if uri and not has_temporary_error:
+        checksums.write_document(uri, computed.to_json())
+    return computed
 
 
-def _cache_uri(pair: Pair, shared: Shared, kind: str = "") -> str:
+def _cache_uri(pair: SourceTargetPair, shared: Shared, kind: str = "") -> str:
     """Return the file of a pair's scores; "" where what they depend on has no key.
 
     Args:
-        kind: What else is kept there than scores.
+        kind: What the file holds if not scores.
     """
     data = shared.targets[pair.target, pair.backbone_key]
     if pair.source not in shared.source_keys or not data.key:
@@ -199,12 +208,12 @@ def _cache_uri(pair: Pair, shared: Shared, kind: str = "") -> str:
 
 @dataclass
 class _Inputs:
-    """What scores read, and why something is missing."""
+    """The arrays that scores read, and why some are missing."""
 
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     has_temporary_error: bool = False
-    """Whether something is missing because of an error that need not come again."""
+    """Whether something is missing because of an error that may not come again."""
     position_features: np.ndarray | None = None
     """(m, D) features of labelled positions, where labels belong to positions of rows."""
     position_groups: np.ndarray | None = None
@@ -218,11 +227,11 @@ class _Inputs:
 
     def arrays_for(self, score: Score) -> dict[str, np.ndarray]:
         """Return the arrays that a score reads."""
-        found = {name: self.arrays[name] for name in score.inputs}
+        arrays = {name: self.arrays[name] for name in score.inputs}
         if self._is_of_positions(score):
             assert self.position_features is not None
-            found["features"] = self.position_features
-        return found
+            arrays["features"] = self.position_features
+        return arrays
 
     def groups_of(self, score: Score) -> dict[str, np.ndarray | None]:
         """Return the groups of the rows or positions that a score reads, where they have any."""
@@ -234,54 +243,56 @@ class _Inputs:
         return self.position_features is not None and {"features", "labels"} <= set(score.inputs)
 
 
-def _score_pair(pair: Pair, shared: Shared, wanted: Mapping[str, Score]) -> tuple[PairScores, bool]:
+def _score_pair(
+    pair: SourceTargetPair, shared: Shared, wanted: Mapping[str, Score]
+) -> tuple[PairScores, bool]:
     """Score on at most SCORE_ROWS training rows of the target, evenly spread.
 
     Only rows are read whose labels every trial may use (`rows_of_every_fraction`). A
     choice of sources by all labels would help trials that may use only 5 % of them.
 
     Returns:
-        The scores, and whether one is missing because of an error that need not come again.
+        The scores, and whether one is missing because of an error that may not come again.
 
     Raises:
         ValueError: A feature is not finite.
     """
     began = time.perf_counter()
     data = shared.targets[pair.target, pair.backbone_key]
-    given = _Inputs()
+    inputs = _Inputs()
     if not label_kinds(registry.get("objective", data.objective.name)):
-        given.missing["labels"] = (
+        inputs.missing["labels"] = (
             f"{data.objective.name} gives neither rows nor their positions labels that scores read"
         )
     if pair.source_rows is None:
-        given.missing["source_features"] = "the source is a checkpoint, whose rows are not there"
-    if wanted and all(set(one.inputs) & set(given.missing) for one in wanted.values()):
-        undefined = {name: _value(one, given) for name, one in wanted.items()}
+        inputs.missing["source_features"] = "the source is a checkpoint, whose rows are not there"
+    if wanted and all(set(score.inputs) & set(inputs.missing) for score in wanted.values()):
+        undefined = {name: _value(score, inputs) for name, score in wanted.items()}
         return PairScores(pair.source, pair.target, undefined), False
     device = default_device()
     backbone = _backbone(pair, shared, data)
-    _add_target(given, pair, shared, data, backbone, device)
-    if not wanted or any("source_features" in one.inputs for one in wanted.values()):
-        _add_source(given, pair, data, backbone, device)
+    _add_target(inputs, pair, shared, data, backbone, device)
+    if not wanted or any("source_features" in score.inputs for score in wanted.values()):
+        _add_source(inputs, pair, data, backbone, device)
     seconds = time.perf_counter() - began
-    found = PairScores(
+    computed = PairScores(
         pair.source,
         pair.target,
-        {name: _value(one, given) for name, one in wanted.items()},
-        len(given.arrays["features"]),
-        len(given.arrays.get("source_features", ())),
+        {name: _value(score, inputs) for name, score in wanted.items()},
+        len(inputs.arrays["features"]),
+        len(inputs.arrays.get("source_features", ())),
         seconds,
         device_name(device),
-        shifts=_shifts(pair, shared, data, given, backbone, device),
+        shifts=_shifts(pair, shared, data, inputs, backbone, device),
     )
-    return found, given.has_temporary_error
+    return computed, inputs.has_temporary_error
 
 
 def _shifts(
-    pair: Pair,
+    pair: SourceTargetPair,
     shared: Shared,
     data: TargetData,
-    given: _Inputs,
+    inputs: _Inputs,
     backbone: Backbone,
     device: torch.device,
 ) -> tuple[Shift, ...]:
@@ -292,60 +303,60 @@ def _shifts(
         pair.source,
         pair.source_rows,
         pair.source_group,
-        given.arrays.get("source_features"),
-        given.source_groups,
+        inputs.arrays.get("source_features"),
+        inputs.source_groups,
         dict(pair.source_labels),
         pair.source_group_count,
         tuple(map(str, names)),
-        given.arrays.get("probabilities"),
+        inputs.arrays.get("probabilities"),
     )
-    labels = given.arrays.get("labels")
+    labels = inputs.arrays.get("labels")
     has_one_class = (
-        labels is not None and kind_of(labels) == "classes" and given.position_features is None
+        labels is not None and kind_of(labels) == "classes" and inputs.position_features is None
     )
     labelled = LabelledRows(
-        given.arrays["features"],
+        inputs.arrays["features"],
         labels if has_one_class else None,
         data.label_names,
-        given.groups if has_one_class else None,
-        given.missing.get("labels") or given.missing.get("probabilities", ""),
-        given.ids,
+        inputs.groups if has_one_class else None,
+        inputs.missing.get("labels") or inputs.missing.get("probabilities", ""),
+        inputs.ids,
     )
     try:
         return (measured_shift.shift_from_source(data, source, labelled, backbone, device),)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # scores go on
-        given.has_temporary_error |= isinstance(error, RuntimeError)
+        inputs.has_temporary_error |= isinstance(error, RuntimeError)
         why = f"{type(error).__name__}: {error}"
         return (Shift(f"source {pair.source}", "training rows", missing={"shift": why}),)
 
 
-def shift_of_test(pair: Pair, shared: Shared) -> Shift:
+def shift_of_test(pair: SourceTargetPair, shared: Shared) -> Shift:
     """Return the shift of a target's test rows against its training rows, in a source's features.
 
-    Labels of test rows are read: it is for when all trials have ended. It is computed once for the
-    same weights, rows, code and versions and kept in a file.
+    Labels of test rows are read, so call it only when all trials have ended. It is computed once
+    for the same weights, rows, code and versions and kept in a file.
     """
     uri = _cache_uri(pair, shared, "test")
-    kept = checksums.document_or_none(uri, "shift is measured again") if uri else None
-    if kept is not None:
-        return Shift.from_json(kept)
+    stored = checksums.document_or_none(uri, "shift is measured again") if uri else None
+    if stored is not None:
+        return Shift.from_json(stored)
     data = shared.targets[pair.target, pair.backbone_key]
     device = default_device()
     backbone = _backbone(pair, shared, data)
     try:
-        found = measured_shift.train_test_shift(data, pair.source, backbone, device)
+        shift = measured_shift.train_test_shift(data, pair.source, backbone, device)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # the report goes on
         why = f"{type(error).__name__}: {error}"
         return Shift(
             "its own training rows", "test rows", missing={"shift": why}, within_target=True
         )
     if uri:
-        checksums.write_document(uri, found.to_json())
-    return found
+        checksums.write_document(uri, shift.to_json())
+    return shift
 
 
-def _backbone(pair: Pair, shared: Shared, data: TargetData) -> Backbone:
-    """Return the source's network."""
+def _backbone(pair: SourceTargetPair, shared: Shared, data: TargetData) -> Backbone:
+    """Return the source's backbone with its weights, for the input of the target."""
     backbone = bundle.build_backbone(data.arch)
     weights = {name: torch.from_numpy(a) for name, a in shared.weights[pair.source].items()}
     bundle.transfer(backbone, weights, pair.source)
@@ -353,8 +364,8 @@ def _backbone(pair: Pair, shared: Shared, data: TargetData) -> Backbone:
 
 
 def _add_target(
-    given: _Inputs,
-    pair: Pair,
+    inputs: _Inputs,
+    pair: SourceTargetPair,
     shared: Shared,
     data: TargetData,
     backbone: Backbone,
@@ -364,44 +375,47 @@ def _add_target(
     objective = registry.get("objective", data.objective.name)
     allowed = rows_of_every_fraction(shared, data)
     if not len(allowed):  # with label fraction 0 alone, rows may be read without their labels
-        given.missing["labels"] = "label_fractions: 0 allows no label"
+        inputs.missing["labels"] = "label_fractions: 0 allows no label"
         allowed = np.arange(len(data.train))
     rows = data.train.subset(allowed[evenly_spread(len(allowed), SCORE_ROWS)])
-    labels, labelled, row = None, None, np.zeros(0, dtype=np.int64)
+    of_positions: torch.Tensor | None = None
+    row_of_position = np.zeros(0, dtype=np.int64)
     if labels_positions(objective):
         options = objective.options_class(**data.objective.options)  # type: ignore[attr-defined]
         task = objective(backbone, options, data.objective.state)  # type: ignore[operator]
-        given.ids, found, labelled, labels, row = _position_features(task, backbone, rows, device)
+        inputs.ids, features, of_positions, labels, row_of_position = _position_features(
+            task, backbone, rows, device
+        )
     else:
-        given.ids, found, rest = features_of_ids(backbone, rows, device)
-        labels = rest.get(_label_tensor(objective))  # of the rows that could be decoded
-    for one in (found, labelled):
-        wrong = 0 if one is None else int((~torch.isfinite(one).all(1)).sum())
-        if one is not None and wrong:
+        inputs.ids, features, others = features_of_ids(backbone, rows, device)
+        labels = others.get(_label_tensor(objective))  # of the rows that could be decoded
+    for tensor in (features, of_positions):
+        num_bad = 0 if tensor is None else int((~torch.isfinite(tensor).all(1)).sum())
+        if tensor is not None and num_bad:
             raise ValueError(
                 f"targets.{pair.target}: the features of source {pair.source} are not finite for "
-                f"{wrong} of {len(one)} rows; its weights are damaged, or it was trained until "
-                "they overflowed"
+                f"{num_bad} of {len(tensor)} rows; its weights are damaged, or it was trained "
+                "until they overflowed"
             )
-    given.arrays["features"] = found.cpu().numpy()
+    inputs.arrays["features"] = features.cpu().numpy()
     groups = measured_shift.groups_of(
-        data.train.selection, measured_shift.group_column(data), given.ids
+        data.train.selection, measured_shift.group_column(data), inputs.ids
     )
-    given.groups = groups
-    if labels is not None and "labels" not in given.missing:
-        given.arrays["labels"] = labels.cpu().numpy()
+    inputs.groups = groups
+    if labels is not None and "labels" not in inputs.missing:
+        inputs.arrays["labels"] = labels.cpu().numpy()
     else:
-        given.missing.setdefault("labels", "the target's rows have none")
-    if labelled is not None:
-        given.position_features = labelled.cpu().numpy()
-        given.position_groups = row if groups is None else groups[row]
-    probabilities = _source_probabilities(shared, pair, backbone, found)
-    if labelled is not None:
+        inputs.missing.setdefault("labels", "the target's rows have none")
+    if of_positions is not None:
+        inputs.position_features = of_positions.cpu().numpy()
+        inputs.position_groups = row_of_position if groups is None else groups[row_of_position]
+    probabilities = _source_probabilities(shared, pair, backbone, features)
+    if of_positions is not None:
         probabilities = "the source's classes are those of rows, the labels those of positions"
     if isinstance(probabilities, str):
-        given.missing["probabilities"] = probabilities
+        inputs.missing["probabilities"] = probabilities
     else:
-        given.arrays["probabilities"] = probabilities
+        inputs.arrays["probabilities"] = probabilities
 
 
 @torch.no_grad()
@@ -414,34 +428,33 @@ def _position_features(
         objective: One whose labels belong to positions (`LabelsPositions`).
 
     Returns:
-        (n,) ids of the rows and (n, D) pooled features, (m, D) features of positions and their
-        labels, and the (m,) places of their rows among the n.
+        (n,) ids of the rows, (n, D) pooled features, (m, D) features of positions, their labels,
+        and (m,) the index of each position's row among the n.
     """
     backbone.to(device).eval()
     objective.to(device).eval()
     preprocess = evaluate.device_preprocessing(rows)
-    ids, pooled, labelled, labels, row = [], [], [], [], []
-    before = 0
+    ids, pooled, of_positions, labels, rows_of_positions = [], [], [], [], []
+    num_rows_before = 0
     for batch, _, _ in eval_batches(rows, FEATURE_ROWS):
         batch = preprocess(batch.to(device), False)
-        found = backbone(batch, want=objective.position_features)
+        features = backbone(batch, want=objective.position_features)
         ids.append(batch.rows)
-        pooled.append(found.pooled.float())
-        of_batch, theirs, place = objective.labelled_positions(found, batch)
+        pooled.append(features.pooled.float())
+        of_batch, labels_of_batch, row_in_batch = objective.labelled_positions(features, batch)
         # a batch of long rows has very many positions
-        some = evenly_spread(len(theirs), SCORE_ROWS)
-        labelled.append(of_batch[torch.from_numpy(some)])
-        labels.append(theirs[torch.from_numpy(some)])
-        row.append(before + place.cpu().numpy()[some])
-        before += len(batch)
-    places = evenly_spread(sum(map(len, labels)), SCORE_ROWS)
-    kept = torch.from_numpy(places)
+        kept = evenly_spread(len(labels_of_batch), SCORE_ROWS)
+        of_positions.append(of_batch[torch.from_numpy(kept)])
+        labels.append(labels_of_batch[torch.from_numpy(kept)])
+        rows_of_positions.append(num_rows_before + row_in_batch.cpu().numpy()[kept])
+        num_rows_before += len(batch)
+    kept = evenly_spread(sum(map(len, labels)), SCORE_ROWS)
     return (
         np.concatenate(ids),
         torch.cat(pooled),
-        torch.cat(labelled)[kept],
-        torch.cat(labels)[kept],
-        np.concatenate(row)[places],
+        torch.cat(of_positions)[torch.from_numpy(kept)],
+        torch.cat(labels)[torch.from_numpy(kept)],
+        np.concatenate(rows_of_positions)[kept],
     )
 
 
@@ -452,9 +465,13 @@ def _predicts_one_class(objective: Any) -> bool:
 
 
 def _source_probabilities(
-    shared: Shared, pair: Pair, backbone: Backbone, found: torch.Tensor
+    shared: Shared, pair: SourceTargetPair, backbone: Backbone, features: torch.Tensor
 ) -> np.ndarray | str:
-    """Return (n, Z) probabilities of the source's own classes, or why there are none."""
+    """Return (n, Z) probabilities of the source's own classes, or why there are none.
+
+    Args:
+        features: (n, D) pooled features.
+    """
     spec, tensors = shared.heads.get(pair.source, (None, {}))
     if spec is None or spec.name == NO_OBJECTIVE.name:
         return "the source is a checkpoint without classes of its own"
@@ -463,16 +480,16 @@ def _source_probabilities(
         return f"the source predicts no single class of a row (it is of {spec.name})"
     head = kind(backbone, kind.options_class(**spec.options), spec.state)
     head.load_state_dict({name: torch.from_numpy(a.copy()) for name, a in tensors.items()})
-    head.to(found.device).eval()
+    head.to(features.device).eval()
     with torch.no_grad():
-        none = Batch(np.arange(len(found)), torch.zeros(0), {})
-        logits = head.head_predict(found, none)["scores"]
+        without_tensors = Batch(np.arange(len(features)), torch.zeros(0), {})
+        logits = head.head_predict(features, without_tensors)["scores"]
     return softmax(logits.double().cpu().numpy())
 
 
 def _add_source(
-    given: _Inputs,
-    pair: Pair,
+    inputs: _Inputs,
+    pair: SourceTargetPair,
     data: TargetData,
     backbone: Backbone,
     device: torch.device,
@@ -483,18 +500,18 @@ def _add_source(
     selection, columns = pair.source_rows
     rows = Rows(selection, Decoder(data.train.modality, None, {}, columns))
     try:
-        ids, found, _ = features_of_ids(backbone, rows, device)
+        ids, features, _ = features_of_ids(backbone, rows, device)
     except (ValueError, RuntimeError, OSError) as error:  # scores that do not read them go on
-        given.has_temporary_error = not isinstance(error, ValueError)
-        given.missing["source_features"] = f"{type(error).__name__}: {error}"
+        inputs.has_temporary_error = not isinstance(error, ValueError)
+        inputs.missing["source_features"] = f"{type(error).__name__}: {error}"
         return
-    is_finite = torch.isfinite(found).all(1)
-    fine = found[is_finite]
-    if len(fine) < 2:
-        given.missing["source_features"] = "fewer than two rows of the source can be used"
+    is_finite = torch.isfinite(features).all(1)
+    usable = features[is_finite]
+    if len(usable) < 2:
+        inputs.missing["source_features"] = "fewer than two rows of the source can be used"
         return
-    given.arrays["source_features"] = fine.cpu().numpy()
-    given.source_groups = measured_shift.groups_of(
+    inputs.arrays["source_features"] = usable.cpu().numpy()
+    inputs.source_groups = measured_shift.groups_of(
         selection, pair.source_group, ids[is_finite.cpu().numpy()]
     )
 
@@ -502,42 +519,43 @@ def _add_source(
 # ---------------------------------------------------------------- one score
 
 
-def _value(score: Score, given: _Inputs) -> ScoreValue:
+def _value(score: Score, inputs: _Inputs) -> ScoreValue:
     """Return a score with its interval, or why it is not defined."""
     undefined = partial(ScoreValue, None, None, None, score.higher_is_better, None)
     for name in score.inputs:
-        if name in given.missing:
-            return undefined(given.missing[name])
-    kind = kind_of(given.arrays["labels"]) if "labels" in score.inputs else None
+        if name in inputs.missing:
+            return undefined(inputs.missing[name])
+    kind = kind_of(inputs.arrays["labels"]) if "labels" in score.inputs else None
     if kind is not None and kind not in score.tasks:
         return undefined(
             f"it is defined for {' and '.join(score.tasks)}, and the labels are {kind}"
         )
-    if kind == "numbers" and not np.isfinite(given.arrays["labels"]).all():
+    if kind == "numbers" and not np.isfinite(inputs.arrays["labels"]).all():
         return undefined("the labels are not finite")
-    began, read, groups = time.perf_counter(), given.arrays_for(score), given.groups_of(score)
+    began = time.perf_counter()
+    arrays, groups = inputs.arrays_for(score), inputs.groups_of(score)
     try:
-        found = score.of({**read, **groups})
+        result = score.of({**arrays, **groups})
     except Exception as error:  # scores of plugins may raise anything; the others continue
-        given.has_temporary_error |= not _is_deterministic(error)
+        inputs.has_temporary_error |= not _is_deterministic(error)
         return undefined(f"{type(error).__name__}: {error}")
-    value = found[0] if isinstance(found, tuple) else found
+    value = result[0] if isinstance(result, tuple) else result
     if not np.isfinite(value):
         return undefined("too few rows, or rows that the score cannot distinguish")
     interval, reason = (np.nan, np.nan), ""
-    least, unit = _fewest_units(read, groups)
-    if least < FEWEST_ROWS:  # an interval that the score made itself is left out too
-        reason = f"{least} groups; an interval needs {FEWEST_ROWS}" if unit == "groups" else ""
-    elif isinstance(found, tuple):
-        interval = found[1:]
+    num_units, unit = _fewest_units(arrays, groups)
+    if num_units < MIN_UNITS:  # an interval that the score made itself is left out too
+        reason = f"{num_units} groups; an interval needs {MIN_UNITS}" if unit == "groups" else ""
+    elif isinstance(result, tuple):
+        interval = result[1:]
     else:
         try:
-            interval = _interval(score, read, groups, value)
-        except Exception as error:  # the score of halves of the rows: that of all rows stays
-            given.has_temporary_error |= not _is_deterministic(error)
+            interval = _interval(score, arrays, groups, value)
+        except Exception as error:  # of the score of half of the rows: that of all rows is kept
+            inputs.has_temporary_error |= not _is_deterministic(error)
             reason = f"{type(error).__name__}: {error}"
     seconds = time.perf_counter() - began
-    value, low, high = (float(np.clip(part, *score.bounds)) for part in (value, *interval))
+    value, low, high = (float(np.clip(number, *score.bounds)) for number in (value, *interval))
     if not np.isfinite([low, high]).all():
         return ScoreValue(value, None, None, score.higher_is_better, seconds, reason)
     return ScoreValue(value, low, high, score.higher_is_better, seconds)
@@ -553,34 +571,37 @@ def _is_deterministic(error: Exception) -> bool:
 
 def _interval(
     score: Score,
-    read: Mapping[str, np.ndarray],
+    arrays: Mapping[str, np.ndarray],
     groups: Mapping[str, np.ndarray | None],
     value: float,
 ) -> tuple[float, float]:
     """Return the 95 % interval over rows or groups."""
-    n = len(read["features" if "features" in read else "labels"])
-    m = len(read.get("source_features", ()))
+    n = len(arrays["features" if "features" in arrays else "labels"])
+    m = len(arrays.get("source_features", ()))
 
     def score_random_half(rng: np.random.Generator) -> float:
         of_target = random_half(n, rng, groups["groups"])
         of_source = random_half(m, rng, groups["source_groups"])
-        found = score.of(
+        result = score.of(
             {
                 name: rows[of_source if name.startswith("source_") else of_target]
-                for name, rows in {**read, **groups}.items()
+                for name, rows in {**arrays, **groups}.items()
                 if rows is not None
             }
         )
-        return found[0] if isinstance(found, tuple) else found
+        return result[0] if isinstance(result, tuple) else result
 
     return interval_of_halves(value, score_random_half)
 
 
 def _fewest_units(
-    read: Mapping[str, np.ndarray], groups: Mapping[str, np.ndarray | None]
+    arrays: Mapping[str, np.ndarray], groups: Mapping[str, np.ndarray | None]
 ) -> tuple[int, str]:
     """Return the smaller side's number of units, and whether they are "rows" or "groups"."""
-    sides = [(len(read["features" if "features" in read else "labels"]), groups["groups"])]
-    if "source_features" in read:
-        sides.append((len(read["source_features"]), groups["source_groups"]))
-    return min((num_units(n, of), "rows" if of is None else "groups") for n, of in sides)
+    sides = [(len(arrays["features" if "features" in arrays else "labels"]), groups["groups"])]
+    if "source_features" in arrays:
+        sides.append((len(arrays["source_features"]), groups["source_groups"]))
+    return min(
+        (num_units(count, of_side), "rows" if of_side is None else "groups")
+        for count, of_side in sides
+    )

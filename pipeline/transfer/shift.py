@@ -6,11 +6,11 @@ classes; concept shift by comparing a head that was fitted elsewhere with one th
 rows themselves; and, where rows are made of single features, the drift of each.
 
 Rows of one group (a patient, a speaker, an episode) are alike, and splits never divide a group.
-Where groups are known they are never divided between fitting and trying either, and every interval
-and p value counts groups instead of rows: each is one observation. This is exact where the rows of
-a group are all equal, and cautious where they are not.
+Where groups are known, a classifier is never tested on rows of a group that it was fitted to, and
+every interval and p value counts groups instead of rows: each is one observation. This is exact
+where the rows of a group are all equal, and cautious where they are not.
 
-Nothing here chooses anything: what is measured goes into the report alone.
+The results are for the report only; nothing is chosen by them.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from pipeline.report.shift import Drift, Estimate
 from pipeline.report.stats import t_interval
 
 RIDGE = 0.01
-"""Of linear classifiers, in shares of the mean variance of a feature."""
+"""L2 penalty of linear classifiers, as a share of the mean variance of a feature."""
 FOLDS = 5
-FEWEST, FEWEST_GROUPS = 20, 4
+MIN_ROWS, MIN_GROUPS = 20, 4
 """Rows and groups of each side that a comparison needs."""
 
 
@@ -45,8 +45,9 @@ def domain_classifier_accuracy(
 ) -> Estimate:
     """Return the accuracy of a classifier of two samples, with Wilson's 95 % interval.
 
-    A linear classifier is fitted to a random half of the groups and tried on the other half. Both
-    sides weigh the same in each, so that chance is 0.5, and groups weigh the same on their side.
+    A linear classifier is fitted to a random half of the groups and tested on the other half. Both
+    samples have the same weight in each half, so that chance is 0.5, and so have all groups of a
+    sample.
 
     Args:
         rows: (n, D) features.
@@ -56,35 +57,35 @@ def domain_classifier_accuracy(
         seed: Of the halves.
 
     Raises:
-        ValueError: A side has fewer than FEWEST rows or FEWEST_GROUPS groups.
+        ValueError: A side has fewer than MIN_ROWS rows or MIN_GROUPS groups.
     """
-    if min(len(rows), len(others)) < FEWEST:
-        raise ValueError(f"fewer than {FEWEST} rows on one side")
+    if min(len(rows), len(others)) < MIN_ROWS:
+        raise ValueError(f"fewer than {MIN_ROWS} rows on one side")
     rng = np.random.default_rng(seed)
-    fitted, tried = [], []
+    fitted, tested = [], []
     for features, group_of_row in ((rows, groups), (others, other_groups)):
         unit = unit_numbers(group_of_row, len(features))
         count = int(unit.max()) + 1
-        if count < FEWEST_GROUPS:
-            raise ValueError(f"fewer than {FEWEST_GROUPS} groups on one side")
-        place = rng.permutation(count)[unit]  # the rows of a group stay together
-        order = np.argsort(place, kind="stable")
+        if count < MIN_GROUPS:
+            raise ValueError(f"fewer than {MIN_GROUPS} groups on one side")
+        rank = rng.permutation(count)[unit]  # the same for all rows of a group
+        order = np.argsort(rank, kind="stable")
         order = rng.permutation(order) if group_of_row is not None else order
-        is_fitted = place[order] < count // 2
+        is_fitted = rank[order] < count // 2
         fitted.append(features[order[is_fitted]])
-        tried.append((features[order[~is_fitted]], place[order[~is_fitted]]))
+        tested.append((features[order[~is_fitted]], rank[order[~is_fitted]]))
     rows_per_side = min(map(len, fitted))
     x = np.concatenate([features[:rows_per_side] for features in fitted]).astype(np.float64)
     y = np.repeat([[1.0], [-1.0]], rows_per_side, axis=0)
     accuracies, num_units = [], []
-    for sign, (features, unit) in zip((1, -1), tried, strict=True):
+    for sign, (features, unit) in zip((1, -1), tested, strict=True):
         margin = sign * ridge_predictions(x, y, features.astype(np.float64))[:, 0]
         is_right = (margin > 0) + 0.5 * (margin == 0)
         number = unit_numbers(unit, len(unit))
         rows_per_unit = np.bincount(number)
         accuracies.append(float((np.bincount(number, is_right) / rows_per_unit).mean()))
         num_units.append(len(rows_per_unit))
-    # the mean of two shares is as certain as one share of so many observations
+    # the mean of two shares has the variance of one share of this many observations
     count = 4 / (1 / num_units[0] + 1 / num_units[1])
     accuracy = sum(accuracies) / 2
     low, high = wilson(accuracy * count, count)
@@ -132,14 +133,14 @@ def label_shift(
         other_groups: The same for what it is compared with.
     """
     shared = [name for name in counts if name in others]
-    n, m = (sum(one[name] for name in shared) for one in (counts, others))
+    n, m = (sum(of_side[name] for name in shared) for of_side in (counts, others))
     if not n or not m:
         return {}
     level = 1 - 0.05 / len(shared)
     # rows of one group are one observation together: each row counts groups / rows
     scale, other_scale = (
-        1.0 if of is None else min(of / sum(one.values()), 1.0)
-        for of, one in ((groups, counts), (other_groups, others))
+        1.0 if num_groups is None else min(num_groups / sum(of_side.values()), 1.0)
+        for num_groups, of_side in ((groups, counts), (other_groups, others))
     )
     return {
         name: share_change(
@@ -171,9 +172,9 @@ def concept_shift(
 ) -> Estimate:
     """Return the accuracy of a head fitted to these rows minus that of an existing head.
 
-    The fitted one is linear, and tried by cross-validation on the same rows. It has their labels
-    and the other has not: with few rows, or where the inputs are new to the other as well, the
-    difference is not that of the concept alone.
+    The fitted head is linear, and its accuracy is by cross-validation on the same rows. It has seen
+    labels of these rows and the existing head has not. Where rows are few, or their inputs are new
+    to the existing head, the difference is not due to the concept alone.
 
     Args:
         features: (n, D) features.
@@ -182,22 +183,22 @@ def concept_shift(
         groups: (n,) group of each row; None: each row is independent.
 
     Raises:
-        ValueError: There are fewer than FEWEST rows, rows of one class alone, or fewer than
-            FEWEST_GROUPS groups.
+        ValueError: There are fewer than MIN_ROWS rows, rows of one class only, or fewer than
+            MIN_GROUPS groups.
     """
-    if len(labels) < FEWEST or len(np.unique(labels)) < 2:
-        raise ValueError(f"fewer than {FEWEST} rows of two classes that both sides have")
+    if len(labels) < MIN_ROWS or len(np.unique(labels)) < 2:
+        raise ValueError(f"fewer than {MIN_ROWS} rows of two classes that both sides have")
     unit = unit_numbers(groups, len(labels))
     count = int(unit.max()) + 1
-    if count < FEWEST_GROUPS:
-        raise ValueError(f"fewer than {FEWEST_GROUPS} groups")
+    if count < MIN_GROUPS:
+        raise ValueError(f"fewer than {MIN_GROUPS} groups")
     fold = (np.random.default_rng(0).permutation(count) % FOLDS)[unit]
     x, y = features.astype(np.float64), np.eye(existing_scores.shape[1])[labels]
     fitted = np.empty(len(labels), dtype=np.int64)
     for k in np.unique(fold):
-        is_tried = fold == k
-        scores = ridge_predictions(x[~is_tried], y[~is_tried], x[is_tried])
-        fitted[is_tried] = scores.argmax(1)
+        is_tested = fold == k
+        scores = ridge_predictions(x[~is_tested], y[~is_tested], x[is_tested])
+        fitted[is_tested] = scores.argmax(1)
     difference = (fitted == labels).astype(float) - (existing_scores.argmax(1) == labels)
     of_groups = np.bincount(unit, difference) / np.bincount(unit)
     return Estimate(*t_interval(of_groups.tolist()))
@@ -208,10 +209,10 @@ def feature_drift(
 ) -> tuple[Drift, ...]:
     """Compare the single features of two samples, the largest drift first.
 
-    Numbers by the test of Kolmogorov and Smirnov, on the rows that have one, and the share of rows
-    that have none by the chi-square test; categories by the Jensen-Shannon divergence in bits, with
-    the p value of the chi-square test. The p values are corrected together by the procedure of
-    Benjamini and Hochberg (1995).
+    Numbers are compared by the test of Kolmogorov and Smirnov, on the rows that have one, and the
+    shares of rows without a number by the chi-square test. Categories are compared by the
+    Jensen-Shannon divergence in bits, with the p value of the chi-square test. All p values are
+    corrected together by the procedure of Benjamini and Hochberg (1995).
 
     Args:
         features: Name and values of each feature (`HasSingleFeatures`) of the rows of both samples
@@ -219,23 +220,24 @@ def feature_drift(
         count: How many of the rows, from the first on, are of the first sample.
         groups: Number of groups of both samples; None: each row is independent.
     """
-    found: list[tuple[str, float, float, str]] = []
+    comparisons: list[tuple[str, float, float, str]] = []
     for name, values in features:
         sides = values[:count], values[count:]
         shares = (1.0, 1.0)
         if groups is not None:
             shares = tuple(
-                min(of / max(len(one), 1), 1.0) for of, one in zip(groups, sides, strict=True)
+                min(num_groups / max(len(side), 1), 1.0)
+                for num_groups, side in zip(groups, sides, strict=True)
             )
-        found += [(name, *one) for one in _drifts(*sides, shares)]
-    if not found:
+        comparisons += [(name, *comparison) for comparison in _drifts(*sides, shares)]
+    if not comparisons:
         return ()
-    corrected = stats.false_discovery_control([p for _, _, p, _ in found])
+    corrected = stats.false_discovery_control([p for _, _, p, _ in comparisons])
     drifts = [
         Drift(name, size, float(p), kind)
-        for (name, size, _, kind), p in zip(found, corrected, strict=True)
+        for (name, size, _, kind), p in zip(comparisons, corrected, strict=True)
     ]
-    return tuple(sorted(drifts, key=lambda one: (-one.size, one.feature)))
+    return tuple(sorted(drifts, key=lambda drift: (-drift.size, drift.feature)))
 
 
 def _drifts(
@@ -246,25 +248,24 @@ def _drifts(
     Args:
         shares: Of both sides, groups in relation to rows; 1 where rows are independent.
     """
-    if min(len(values), len(others)) < FEWEST:
+    if min(len(values), len(others)) < MIN_ROWS:
         return []
-    sides = values, others
     if not np.issubdtype(values.dtype, np.floating):
-        return [_drift_of_categories(*sides, shares)]
-    known = [np.isfinite(one) for one in sides]
-    found: list[tuple[float, float, str]] = []
-    if not all(one.all() for one in known):
-        _, p, _ = _drift_of_categories(known[0], known[1], shares)
-        found.append((abs(float(known[0].mean() - known[1].mean())), p, "missing"))
-    values, others = (one[here] for one, here in zip(sides, known, strict=True))
-    if min(len(values), len(others)) < FEWEST:
-        return found
+        return [_drift_of_categories(values, others, shares)]
+    is_known, other_is_known = np.isfinite(values), np.isfinite(others)
+    out: list[tuple[float, float, str]] = []
+    if not (is_known.all() and other_is_known.all()):
+        _, p, _ = _drift_of_categories(is_known, other_is_known, shares)
+        out.append((abs(float(is_known.mean() - other_is_known.mean())), p, "missing"))
+    values, others = values[is_known], others[other_is_known]
+    if min(len(values), len(others)) < MIN_ROWS:
+        return out
     test: Any = stats.ks_2samp(values, others)
     p = float(test.pvalue)
     if shares != (1.0, 1.0):
-        n, m = (max(len(o) * s, 1.0) for o, s in zip((values, others), shares, strict=True))
+        n, m = max(len(values) * shares[0], 1.0), max(len(others) * shares[1], 1.0)
         p = float(stats.kstwo.sf(test.statistic, max(round(n * m / (n + m)), 1)))
-    return [*found, (float(test.statistic), p, "numbers")]
+    return [*out, (float(test.statistic), p, "numbers")]
 
 
 def _drift_of_categories(
@@ -274,7 +275,7 @@ def _drift_of_categories(
     kinds = np.union1d(values, others)
     if len(kinds) < 2:
         return 0.0, 1.0, "categories"
-    counts = np.array([(one[:, None] == kinds).sum(0) for one in (values, others)])
+    counts = np.array([(side[:, None] == kinds).sum(0) for side in (values, others)])
     size = float(jensenshannon(*counts, base=2)) ** 2
-    found: Any = stats.chi2_contingency(counts * np.array(shares)[:, None])
-    return size, float(found.pvalue), "categories"
+    test: Any = stats.chi2_contingency(counts * np.array(shares)[:, None])
+    return size, float(test.pvalue), "categories"

@@ -1,10 +1,10 @@
-"""Heads on frozen features as the convex problem that they are: solved, not trained by steps.
+"""Heads on frozen features, solved as convex problems instead of trained by steps.
 
 The mean loss of all rows plus an L2 penalty on the weights is minimised by L-BFGS, for a list of
 penalties from the strongest to the weakest. Where the loss is quadratic in the weights (squared
-error, so ridge regression) a linear system gives the minimum. No learning rate, batch or order
-enters. Labels of a set are problems of their own: a penalty is what each of them has alone, however
-many there are.
+error, so ridge regression) a linear system gives the minimum. There is no learning rate, batch or
+order of rows. Where rows have sets of labels, each label is a problem of its own: its penalty does
+not depend on how many labels there are.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ DOUBLE_VALUES = 2**27
 MAX_ITERATIONS = 500
 TOLERANCE = 1e-7
 """Of the gradient's largest value, in float64: weights are then right to four digits and more."""
-SMOOTHED = 1e-4
-"""Lengths of weights below it count less in a group lasso: without it there is no gradient at 0."""
-MOST_WEIGHTS = 4096
-"""Heads of up to so many weights are tried for a closed form; their matrix takes 128 MiB."""
+SMOOTHING = 1e-4
+"""Its square is added to the squared lengths of a group lasso, which then have gradients at 0."""
+MAX_WEIGHTS = 4096
+"""Most weights of a head for which a closed form is tried; its matrix then takes 128 MiB."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Solution:
     share: float | None = None
     """Share of the features that were kept; None: all, and none was chosen."""
     solver: str = "lbfgs"
-    """lbfgs, or ridge: the closed form of a squared error."""
+    """lbfgs, or ridge (the closed form of a squared error)."""
 
 
 def solve(
@@ -74,11 +74,14 @@ def solve(
         on_step: Called at every evaluation of the loss.
         kept: (D,) bool, which features may have weights; None: all.
 
+    Returns:
+        A solution for each penalty, the strongest first.
+
     Raises:
         FloatingPointError: A loss is not finite.
     """
     solver_head, inputs, rows = _copy_to_solve(head, features, tensors)
-    found: list[Solution] = []
+    solutions: list[Solution] = []
     quadratic = None
     if kept is None:
         quadratic = _quadratic(solver_head, inputs, rows, on_step)
@@ -97,8 +100,8 @@ def solve(
             solver = "lbfgs"
         solved = copy.deepcopy(head).to(features.device)
         solved.load_state_dict({name: t.float() for name, t in solver_head.state_dict().items()})
-        found.append(Solution(penalty, solved, iterations, validate(solved), solver=solver))
-    return found
+        solutions.append(Solution(penalty, solved, iterations, validate(solved), solver=solver))
+    return solutions
 
 
 def solve_selected(
@@ -118,13 +121,13 @@ def solve_selected(
     lasso, shares = selection
     lengths = feature_lengths(head, features, tensors, lasso, on_step)
     order = lengths.argsort(descending=True, stable=True)
-    found: list[Solution] = []
+    solutions: list[Solution] = []
     for share in shares:
         kept = torch.zeros(len(order), dtype=torch.bool, device=order.device)
         kept[order[: max(1, round(share * len(order)))]] = True
         solved = solve(head, features, tensors, penalties, validate, on_step, kept)
-        found += [replace(one, share=share) for one in solved]
-    return found
+        solutions += [replace(solution, share=share) for solution in solved]
+    return solutions
 
 
 def feature_lengths(
@@ -134,9 +137,9 @@ def feature_lengths(
     lasso: float,
     on_step: Callable[[], None],
 ) -> Tensor:
-    """Return the lengths (D,) of each feature's weights in a head solved with a group lasso.
+    """Return the (D,) lengths of the weights of each feature, in a head with a group lasso.
 
-    The lasso is the sum of the lengths, each smoothed within 1e-4 of 0 so that it has a gradient.
+    The lasso is ``lasso`` times the sum of the lengths.
     """
     solver_head, inputs, rows = _copy_to_solve(head, features, tensors)
     _zero_weights(solver_head, torch.ones(inputs.shape[1], dtype=torch.bool))
@@ -144,7 +147,7 @@ def feature_lengths(
     def lengths() -> Tensor:
         weights = _weights_of_features(solver_head, inputs.shape[1])
         squares = [w.square().flatten(0, -2).sum(0) for w in weights]
-        return (torch.stack(squares).sum(0) + SMOOTHED**2).sqrt()
+        return (torch.stack(squares).sum(0) + SMOOTHING**2).sqrt()
 
     def group_lasso(parameters: Sequence[Tensor]) -> Tensor:
         return lasso * lengths().sum()
@@ -157,14 +160,14 @@ def _copy_to_solve(
     head: Objective, features: Tensor, tensors: dict[str, Tensor]
 ) -> tuple[Any, Tensor, Batch]:
     """Return a copy of the head to solve, the features in its precision, and the rows."""
-    kind = torch.float64 if features.numel() <= DOUBLE_VALUES else torch.float32
-    solver_head = copy.deepcopy(head).to(features.device, kind).train()
+    dtype = torch.float64 if features.numel() <= DOUBLE_VALUES else torch.float32
+    solver_head = copy.deepcopy(head).to(features.device, dtype).train()
     rows = Batch(np.zeros(len(features), dtype=np.int64), torch.zeros(0), tensors)
-    return solver_head, features.to(kind), rows
+    return solver_head, features.to(dtype), rows
 
 
 def _weights_of_features(head: Objective, width: int) -> list[Tensor]:
-    """Return the weights (..., D) of which a column belongs to a feature."""
+    """Return the weights (..., D) whose last dimension is that of the features."""
     return [p for p in head.parameters() if p.dim() > 1 and p.shape[-1] == width]
 
 
@@ -181,51 +184,51 @@ def _zero_weights(head: Objective, is_trainable: Tensor) -> None:
 
 
 def _half_squares(penalty: float, parameters: Sequence[Tensor]) -> Tensor:
-    """Return the L2 penalty, which biases are free of."""
+    """Return half the squared length of the weights, times the penalty. Biases are left out."""
     squares = [p.square().sum() for p in parameters if p.dim() > 1]
     return penalty / 2 * torch.stack(squares).sum()
 
 
 @dataclass(frozen=True)
 class _Quadratic:
-    """A mean loss that looks quadratic in the P weights of a head: its gradient is H w + g."""
+    """A mean loss that is quadratic in the P weights of a head: its gradient is H w + g."""
 
     matrix: Tensor
     """H (P, P)."""
     offset: Tensor
     """g (P,)."""
     is_penalised: Tensor
-    """(P,) 1 for weights and 0 for biases, which are free of the penalty."""
+    """(P,) 1 for weights, and 0 for biases, which are not penalised."""
     gradient: Callable[[Tensor], Tensor]
-    """The gradient (P,) itself, of weights (P,)."""
+    """Computes the true gradient (P,) at weights (P,)."""
 
     def minimum(self, penalty: float) -> Tensor | None:
         """Return the weights (P,) at the minimum with an L2 penalty.
 
-        None: the matrix has no single minimum, or the gradient is not 0 there. A robust loss is
-        linear or quadratic in parts, and these need not be the part of its minimum.
+        Returns None where there is no single minimum, or the true gradient is not 0 there: a robust
+        loss is quadratic in parts only, and its minimum may lie in another part.
         """
         matrix = self.matrix + penalty * torch.diag(self.is_penalised)
         factor, failed = torch.linalg.cholesky_ex(matrix)
         if failed:
             return None
-        found = torch.cholesky_solve(-self.offset[:, None], factor)[:, 0]
-        residual = self.gradient(found) + penalty * self.is_penalised * found
+        weights = torch.cholesky_solve(-self.offset[:, None], factor)[:, 0]
+        residual = self.gradient(weights) + penalty * self.is_penalised * weights
         tolerance = TOLERANCE * self.offset.abs().max().clamp(min=1.0)
-        return found if residual.abs().max() <= tolerance else None
+        return weights if residual.abs().max() <= tolerance else None
 
 
 def _quadratic(
     head: Any, inputs: Tensor, rows: Batch, on_step: Callable[[], None]
 ) -> _Quadratic | None:
-    """Return the mean loss as a quadratic function of the weights; None where it is not one.
+    """Return the mean loss as a quadratic function of the weights; None where it is not quadratic.
 
-    It is one where the gradient is linear, which is checked at three points of a line: their second
-    difference is zero. The head's weights are the same afterwards.
+    It is quadratic where the gradient is linear. This is checked at three points of a line: the
+    second difference of their gradients must be zero. The head's weights do not change.
     """
     start = parameters_to_vector(head.parameters()).detach()
     count = len(start)
-    if count > MOST_WEIGHTS or inputs.dtype != torch.float64:
+    if count > MAX_WEIGHTS or inputs.dtype != torch.float64:
         return None
 
     def gradient(weights: Tensor) -> Tensor:
@@ -234,9 +237,9 @@ def _quadratic(
         vector_to_parameters(weights, parameters)
         total, number, _ = head.head_loss(inputs, rows)
         # a parameter that the loss does not read has a gradient of zeros
-        found = torch.autograd.grad(total / number, parameters, materialize_grads=True)
+        gradients = torch.autograd.grad(total / number, parameters, materialize_grads=True)
         vector_to_parameters(start, parameters)
-        return parameters_to_vector(found).detach()
+        return parameters_to_vector(gradients).detach()
 
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(count, generator=generator, dtype=start.dtype).to(start.device)
@@ -244,7 +247,7 @@ def _quadratic(
     second_difference = (at_two - 2 * at_one + offset).abs().max()
     if second_difference > 1e-9 * at_one.abs().max():
         return None
-    columns = [gradient(one) - offset for one in torch.eye(count).to(start)]
+    columns = [gradient(unit_vector) - offset for unit_vector in torch.eye(count).to(start)]
     is_weight = [torch.full_like(p, float(p.dim() > 1)) for p in head.parameters()]
     return _Quadratic(
         torch.stack(columns, 1), offset, parameters_to_vector(is_weight).detach(), gradient
@@ -259,11 +262,12 @@ def _minimise(
     on_step: Callable[[], None],
     setting: str,
 ) -> int:
-    """Minimise in place; returns the number of iterations.
+    """Minimise the mean loss of a head plus a regulariser, and return the number of iterations.
 
     Args:
-        regulariser: Gives what is added to the mean loss, of the head's parameters.
-        setting: In words, for errors.
+        head: Its parameters are changed.
+        regulariser: Computes what is added to the mean loss from the head's parameters.
+        setting: Name of the penalty, for errors.
     """
     parameters, labels = list(head.parameters()), _labels_per_row(head, rows)
     optimizer = torch.optim.LBFGS(
@@ -298,8 +302,9 @@ def _labels_per_row(head: Any, rows: Batch) -> int:
 
 
 def best(solutions: Sequence[Solution], primary: str) -> Solution:
-    """Return the solution with the best primary metric; of equals, that with the lowest loss, then
-    the strongest penalty.
+    """Return the solution with the best primary metric.
+
+    Of equal ones it is that with the lowest loss, and then that with the strongest penalty.
     """
     sign = -1.0 if metric(primary).higher_is_better else 1.0
 

@@ -83,7 +83,7 @@ from pipeline.transfer.planned_trials import (
     search_trials,
     winning_draws,
 )
-from pipeline.transfer.scoring import Pair
+from pipeline.transfer.scoring import SourceTargetPair
 from pipeline.transfer.targets import TargetStage
 from pipeline.transfer.trial import Shared
 
@@ -98,8 +98,8 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
         storage.check_writable(job.root)
     except storage.StorageError as error:
         raise ValueError(f"storage: {error}") from error
-    whole_job = job
-    job = whole_job.selected()
+    # the job as it is written, and the part of it that runs (`only`)
+    whole_job, job = job, job.selected()
     whole_targets = {name for name in job.targets if whole_job.taken_by(name) <= job.sources.keys()}
     job = grid.expand_folds(job)
     state = JobState(job, progress, **options, whole_targets=frozenset(whole_targets))
@@ -111,16 +111,9 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
             state.job = job = without_other_modalities(state)
             state.sources = {name: state.sources[name] for name in job.sources}
         problems += _stage_targets(state)
-    can_compare_labels = not problems
+    are_all_planned = not problems
     for target in state.targets.values():
-        if can_compare_labels:
-            problems += source_problems(state, target)
-            label_problems, notes = compare_labels(state, target)
-            problems += label_problems
-            _add_notes(state, notes)
-        problems += score_problems(job, target)
-        problems += budget_problems(job, target)
-        problems += search_problems(job, target)
+        problems += _target_problems(state, target, are_all_planned)
     problems += library_problems(state)
     problems += baseline_problems(whole_job)
     if problems:
@@ -131,7 +124,7 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
         sources = {
             source_name: state.sources[source_name] for source_name in matching_sources(state, name)
         }
-        state.targets[name] = replace(target, against=overlap.key(target, sources))
+        state.targets[name] = replace(target, overlap_key=overlap.key(target, sources))
     for line in comparison_notes(whole_job):
         progress.note(line)
     _add_notes(state, identity_notes(job))
@@ -142,6 +135,27 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
     )
     planned_allocations(state)  # a budget that is too small is an error
     return state
+
+
+def _target_problems(state: JobState, target: TargetStage, are_all_planned: bool) -> list[str]:
+    """Return what is wrong with a target beside its own rows.
+
+    Args:
+        are_all_planned: Whether all sources and targets are in the state. Otherwise a target is not
+            compared with its sources.
+    """
+    problems: list[str] = []
+    if are_all_planned:
+        problems += source_problems(state, target)
+        label_problems, notes = compare_labels(state, target)
+        problems += label_problems
+        _add_notes(state, notes)
+    return [
+        *problems,
+        *score_problems(state.job, target),
+        *budget_problems(state.job, target),
+        *search_problems(state.job, target),
+    ]
 
 
 def _stage_sources(state: JobState) -> list[str]:
@@ -160,7 +174,7 @@ def _stage_targets(state: JobState) -> list[str]:
     problems = []
     for name, spec in state.job.targets.items():
         try:
-            state.targets[name] = targets.stage(state.job, name)
+            state.targets[name] = targets.plan_target(state.job, name)
         except (ValueError, storage.StorageError) as error:
             name_in_file = name.removesuffix(grid.fold_suffix(spec.fold))
             problems.append(at_place(f"targets.{name_in_file}", error))
@@ -176,7 +190,7 @@ def _add_notes(state: JobState, notes: Iterable[str]) -> None:
 
 
 def at_place(place: str, error: Exception) -> str:
-    """Return an error's message with its place in the job file, unless it begins with a place."""
+    """Return an error's message after its place in the job file, unless it begins with a place."""
     text = str(error)
     return text if text.startswith(("sources.", "targets.")) else f"{place}: {text}"
 
@@ -221,7 +235,7 @@ def report_done(state: JobState, name: str) -> None:
         )
 
 
-def share(state: JobState) -> Shared:
+def prepare_shared(state: JobState) -> Shared:
     """Prepare the data that the trials read: weights and decoded targets.
 
     Raises:
@@ -235,7 +249,7 @@ def share(state: JobState) -> Shared:
         )
     pruning.record_uses(job.root, used_places(state), of_part=bool(job.only))
     uris = {name: stage.bundle_uri for name, stage in state.sources.items()}
-    loaded = {name: targets.weights(uri) for name, uri in uris.items()}
+    loaded = {name: targets.load_weights(uri) for name, uri in uris.items()}
     manifests = {name: manifest for name, (_, _, manifest) in loaded.items()}
     groups = grid.backbone_groups(
         {name: (manifest.arch, manifest.modality) for name, manifest in manifests.items()}
@@ -278,10 +292,13 @@ def share(state: JobState) -> Shared:
 def _prepare_targets(
     state: JobState, groups: list[BackboneGroup]
 ) -> dict[tuple[str, str], trial.TargetData]:
-    """Prepare all targets, by (target, backbone group).
+    """Prepare all targets.
 
     A target that cannot be prepared is left out with a warning, and the others continue. Its other
     folds are left out too: a mean over them would pass for one over all rows.
+
+    Returns:
+        The data by (target, key of a backbone group).
     """
     data: dict[tuple[str, str], trial.TargetData] = {}
     for name, stage in list(state.targets.items()):
@@ -301,7 +318,7 @@ def _prepare_targets(
 
 
 def _leave_out(state: JobState, name_in_job: str, reason: str) -> None:
-    """Take all folds of a target out of the state, and say why."""
+    """Remove all folds of a target from the state, and note why."""
     for name, stage in list(state.targets.items()):
         if stage.name_in_job == name_in_job:
             state.unusable_targets[name] = reason
@@ -315,15 +332,18 @@ def _prepare_target(
 ) -> dict[str, trial.TargetData]:
     """Prepare a target as each backbone group reads it, and add findings to the notes.
 
-    The result is by the key of the backbone group.
+    Returns:
+        The data by the key of a backbone group.
 
     Raises:
         ValueError: The target cannot be used.
     """
     job, target = state.job, state.targets[name]
-    sources = {one: state.sources[one] for one in matching_sources(state, name)}
-    seen = overlap.find_overlap(target, sources, storage.join(job.root, "signs"))
-    target = replace(target, splits=replace(target.splits, test=seen.test))
+    sources = {
+        source_name: state.sources[source_name] for source_name in matching_sources(state, name)
+    }
+    found_overlap = overlap.find_overlap(target, sources, storage.join(job.root, "signs"))
+    target = replace(target, splits=replace(target.splits, test=found_overlap.test))
     data: dict[str, trial.TargetData] = {}
     by_reading: dict[str, trial.TargetData] = {}
     for group in groups:
@@ -331,7 +351,7 @@ def _prepare_target(
             continue
         key = targets.reading_key(target, group)
         if key in by_reading:
-            data[group.key] = targets.for_group(by_reading[key], group)
+            data[group.key] = targets.data_for_group(by_reading[key], group)
         else:
             data[group.key] = targets.prepare(target, group)
         by_reading[key] = data[group.key]
@@ -340,26 +360,32 @@ def _prepare_target(
         state.notes.append(text)
     state.progress.note(text)
     batches = job.fanout.stated_search.get("global_batch", ())
-    found = [finding for one in by_reading.values() for finding in one.findings]
-    found += [*targets.unmet_requests(target, batches), *targets.missing_classes(target)]
-    for finding in dict.fromkeys(found):
+    findings = [
+        *(finding for prepared in by_reading.values() for finding in prepared.findings),
+        *targets.unmet_requests(target, batches),
+        *targets.missing_classes(target),
+    ]
+    for finding in dict.fromkeys(findings):
         state.notes.append(finding.line(name))
         if finding.in_terminal:
             state.progress.note(finding.line(name))
-    state.num_dropped_test_rows[name] = len(state.targets[name].splits.test) - len(seen.test)
-    for note in seen.notes:
+    num_test_rows = len(state.targets[name].splits.test)
+    state.num_dropped_test_rows[name] = num_test_rows - len(found_overlap.test)
+    for note in found_overlap.notes:
         state.notes.append(note)
         state.progress.note(note)
     return data
 
 
 def rows_of_sources(state: JobState) -> dict[str, tuple[Selection, dict[str, str]]]:
-    """Return the training rows of each source that has data, where a technique reads them, or where
-    its validation rows serve in place of a target's (label fraction 0).
+    """Return the training rows, with their columns, of each source that has data.
+
+    It is empty unless a technique reads them, or a target has label fraction 0: trials are then
+    chosen on validation rows of the source.
     """
     are_read = any(
         0 in target.spec.label_fractions
-        or any(targets.reads_source(technique_of(one)) for one in target.techniques)
+        or any(targets.reads_source(technique_of(component)) for component in target.techniques)
         for target in state.targets.values()
     )
     if not are_read:
@@ -393,9 +419,10 @@ def score(state: JobState, shared: Shared) -> list[dict[str, Any]]:
     """Score every source for every target.
 
     Returns:
-        A row for each pair, best first by the score that chooses sources (LogME where none does):
-        ``target``, ``source``, ``backbone``, each score's value, None where it is not defined;
-        ``intervals`` and ``undefined``, score to (low, high) and to the reason.
+        A row for each pair, sorted by target, the best source first by the score that chooses
+        sources (LogME where none does). It has ``target``, ``source``, ``backbone``, the value of
+        each score (None where it is not defined), ``intervals`` (score to low and high) and
+        ``undefined`` (score to the reason).
     """
     _compute_scores(state, shared, list(state.targets))
     select = state.job.fanout.by_score
@@ -403,24 +430,26 @@ def score(state: JobState, shared: Shared) -> list[dict[str, Any]]:
     out = []
     for (name, group), sources in _pairs(state, shared, list(state.targets)).items():
         for source_name in sources:
-            found = state.source_scores[f"{source_name}|{name}"].scores
+            scores = state.source_scores[f"{source_name}|{name}"].scores
             out.append(
                 {
                     "target": name,
                     "source": source_name,
                     "backbone": shared.backbone_groups[group].label,
-                    **{score: value.value for score, value in found.items()},
+                    **{score: value.value for score, value in scores.items()},
                     "intervals": {
                         score: (value.low, value.high)
-                        for score, value in found.items()
+                        for score, value in scores.items()
                         if value.low is not None
                     },
                     "undefined": {
-                        score: value.reason for score, value in found.items() if value.value is None
+                        score: value.reason
+                        for score, value in scores.items()
+                        if value.value is None
                     },
                 }
             )
-    ranks = {pair: _rank(found.scores[by]) for pair, found in state.source_scores.items()}
+    ranks = {pair: _rank(scored.scores[by]) for pair, scored in state.source_scores.items()}
     return sorted(out, key=lambda row: (row["target"], *ranks[f"{row['source']}|{row['target']}"]))
 
 
@@ -429,7 +458,11 @@ def _pairs(
 ) -> dict[tuple[str, str], list[str]]:
     """Return a dict from (target, key of a backbone group) to the group's sources to be scored."""
     return {
-        (name, group.key): [one for one in group.sources if one in matching_sources(state, name)]
+        (name, group.key): [
+            source_name
+            for source_name in group.sources
+            if source_name in matching_sources(state, name)
+        ]
         for name in names
         for group in shared.backbone_groups.values()
         if (name, group.key) in shared.targets
@@ -463,7 +496,7 @@ def _compute_scores(
         if labels.get(name) and stage.splits is not None  # only the shift of classes needs them
     }
     pairs = [
-        Pair(
+        SourceTargetPair(
             source_name,
             group,
             name,
@@ -476,13 +509,13 @@ def _compute_scores(
         for (name, group), sources in _pairs(state, shared, names).items()
         for source_name in sources
     ]
-    found = fanout.score_pairs(pairs, shared, state.job.fanout, state.wait)
-    for number, one in enumerate(found):
-        state.progress.update(f"scores: {number + 1}/{len(pairs)}")
-        state.source_scores[f"{one.source}|{one.target}"] = one
-        if one.error:
-            what = "score" if scored is None or one.target in scored else "measured shift"
-            line = f"{one.target}: source {one.source} has no {what} ({one.error})"
+    all_scores = fanout.score_pairs(pairs, shared, state.job.fanout, state.wait)
+    for number, pair in enumerate(all_scores, 1):
+        state.progress.update(f"scores: {number}/{len(pairs)}")
+        state.source_scores[f"{pair.source}|{pair.target}"] = pair
+        if pair.error:
+            what = "score" if scored is None or pair.target in scored else "measured shift"
+            line = f"{pair.target}: source {pair.source} has no {what} ({pair.error})"
             state.notes.append(line)
             state.progress.note(f"warning: {line}")
 
@@ -512,7 +545,7 @@ def _rank(score: ScoreValue) -> tuple[bool, float]:
     return False, -score.value if score.higher_is_better else score.value
 
 
-def _select(state: JobState, shared: Shared) -> dict[str, set[str]]:
+def _select_sources(state: JobState, shared: Shared) -> dict[str, set[str]]:
     """Select the sources of each target: all, or those with the best scores.
 
     Targets with a choice of sources are scored also where all of them are fanned out: the report
@@ -528,9 +561,9 @@ def _select(state: JobState, shared: Shared) -> dict[str, set[str]]:
         ranks: dict[str, tuple[bool, float]] = {}
         for source_name in matching_sources(state, name):
             pair = f"{source_name}|{name}"
-            found = state.source_scores[pair].scores[select.score]
-            ranks[source_name] = _rank(found)
-            state.scores[pair] = SelectionScore(score_name=select.score, score_value=found.value)
+            score = state.source_scores[pair].scores[select.score]
+            ranks[source_name] = _rank(score)
+            state.scores[pair] = SelectionScore(score_name=select.score, score_value=score.value)
         if all(is_undefined for is_undefined, _ in ranks.values()):
             state.notes.append(
                 f"{name}: no source has a {select.score} score, so none is left out by it"
@@ -551,24 +584,24 @@ def _select(state: JobState, shared: Shared) -> dict[str, set[str]]:
 # ---------------------------------------------------------------- trials
 
 
-def _spend(
+def _run_budget(
     state: JobState, shared: Shared, groups: list[BackboneGroup], chosen: dict[str, set[str]]
 ) -> budget.Decision:
-    """Run the rungs of every target one after the other, and decide which pairs go on.
+    """Run the rungs of every target one after the other, and decide which pairs are kept.
 
     A search trial that failed is not run again once pairs were kept without it: its result would
     change which pairs are kept, for this and every later target.
     """
     records = failed_before(state, groups, chosen)
     while True:
-        found = decide_budget(state, groups, chosen, records)
-        if not found.waiting:
+        decision = decide_budget(state, groups, chosen, records)
+        if not decision.waiting:
             break
-        waiting = list(found.waiting)
+        waiting = list(decision.waiting)
         records |= zip(
             (one.id for one in waiting),
             fanout.run(
-                f"budget, {found.rung}",
+                f"budget, {decision.rung}",
                 waiting,
                 shared,
                 state.job.fanout,
@@ -578,19 +611,19 @@ def _spend(
             ),
             strict=True,
         )
-    for note in found.notes:
+    for note in decision.notes:
         state.notes.append(note)
         state.progress.note(note)
-    _note_failed(state, found.tried, records)
-    return found
+    _note_failed(state, decision.tried, records)
+    return decision
 
 
 def _note_failed(
     state: JobState, tried: Sequence[Trial], records: Mapping[str, TrialRecord]
 ) -> None:
-    """Keep which search trials of a budget failed, and add a note on those of each target.
+    """Store which search trials of a budget failed, and add a note on those of each target.
 
-    Where every trial of a target and label fraction failed, no pair was chosen by them, so they run
+    Where all trials of a target and label fraction failed, no pair was chosen by them, so they run
     again with the job.
     """
     by_target_and_fraction: dict[tuple[str, str], list[Trial]] = defaultdict(list)
@@ -614,13 +647,14 @@ def _note_failed(
 def finetune(state: JobState, shared: Shared) -> list[Trial]:
     """Search or spend the budget, and then run every entry that is left with every seed.
 
-    Returns all trials of the job.
+    Returns:
+        All trials of the job.
     """
     groups = list(shared.backbone_groups.values())
-    chosen = _select(state, shared)
+    chosen = _select_sources(state, shared)
     if state.job.fanout.budget is not None:
-        found = _spend(state, shared, groups, chosen)
-        search, final = found.tried, final_trials(state, groups, chosen, {}, found.cut)
+        decision = _run_budget(state, shared, groups, chosen)
+        search, final = decision.tried, final_trials(state, groups, chosen, {}, decision.cut)
     else:
         search, winners = _run_search(state, shared, groups, chosen)
         final = final_trials(state, groups, chosen, winners)
@@ -634,27 +668,27 @@ def finetune(state: JobState, shared: Shared) -> list[Trial]:
 def _run_search(
     state: JobState, shared: Shared, groups: list[BackboneGroup], chosen: dict[str, set[str]]
 ) -> tuple[list[Trial], dict[str, dict[str, float]]]:
-    """Run the search and the best draws again, where there are several draws.
+    """Run the search, and then its best draws again with further seeds.
 
-    Returns its trials, and a dict from each entry to its winning draw.
+    Returns:
+        Its trials, and a dict from each entry to its winning draw.
     """
     job = state.job
     search, records = _run_draws(state, shared, groups, chosen)
-    again = finalist_trials(state, groups, chosen, ranked_draws(search, records))
-    if again:
-        unpruned = job.fanout.model_copy(
-            update={"scheduler": "fifo"}
-        )  # a mean over seeds needs all of them
+    finalists = finalist_trials(state, groups, chosen, ranked_draws(search, records))
+    if finalists:
+        # none is stopped early: a mean over seeds needs all of them
+        unpruned = job.fanout.model_copy(update={"scheduler": "fifo"})
         records += fanout.run(
             "search, best again",
-            again,
+            finalists,
             shared,
             unpruned,
             state.progress,
-            trials_to_remake(state, again, groups),
+            trials_to_remake(state, finalists, groups),
             state.wait,
         )
-        search = [*search, *again]
+        search = [*search, *finalists]
     winners = winning_draws(search, records)
     for entry in sorted({one.entry for one in search} - set(winners)):
         state.notes.append(
@@ -668,9 +702,10 @@ def _run_search(
 def _run_draws(
     state: JobState, shared: Shared, groups: list[BackboneGroup], chosen: dict[str, set[str]]
 ) -> tuple[list[Trial], list[TrialRecord]]:
-    """Run every draw once, in generations where later ones follow from earlier trials.
+    """Run every draw once; draws that follow from earlier trials come in later generations.
 
-    Returns the trials and their records.
+    Returns:
+        The trials and their records.
     """
     records: dict[str, TrialRecord] = {}
     while True:
@@ -696,21 +731,21 @@ def _run_draws(
 def _measure_shift_of_test(state: JobState, shared: Shared) -> None:
     """Measure how the test rows of each target differ from its training rows, on the workers.
 
-    It reads their labels, so it comes after all trials. One source's features serve: the one with
-    the best score, where there are scores.
+    It reads their labels, so it comes after all trials. The features are those of one source: of
+    the first backbone group that has any, the source with the best score, if there are scores.
     """
-    first: dict[str, Pair] = {}
+    pairs: dict[str, SourceTargetPair] = {}
     for (name, group), sources in _pairs(state, shared, list(state.targets)).items():
-        known = [state.source_scores.get(f"{source}|{name}") for source in sources]
-        able = [one for one in known if one is not None and not one.error]
-        if able and name not in first:
-            best = min(able, key=_order_by_default_score)
-            first[name] = Pair(best.source, group, name)
-    found = fanout.shifts_of_test(list(first.values()), shared, state.job.fanout, state.wait)
-    for pair, one in zip(first.values(), found, strict=True):
+        scored = [state.source_scores.get(f"{source_name}|{name}") for source_name in sources]
+        usable = [pair for pair in scored if pair is not None and not pair.error]
+        if usable and name not in pairs:
+            best = min(usable, key=_order_by_default_score)
+            pairs[name] = SourceTargetPair(best.source, group, name)
+    shifts = fanout.shifts_of_test(list(pairs.values()), shared, state.job.fanout, state.wait)
+    for pair, shift in zip(pairs.values(), shifts, strict=True):
         place = f"{pair.source}|{pair.target}"
         scores = state.source_scores[place]
-        state.source_scores[place] = replace(scores, shifts=(*scores.shifts, one))
+        state.source_scores[place] = replace(scores, shifts=(*scores.shifts, shift))
 
 
 def _order_by_default_score(pair: PairScores) -> tuple[bool, float]:
@@ -722,7 +757,8 @@ def _run_final(
     state: JobState, shared: Shared, groups: list[BackboneGroup], final: list[Trial]
 ) -> None:
     """Run the final trials: first those that are trained, then those that combine them."""
-    anew = trials_to_remake(state, final, groups)  # of both groups, before a member is made again
+    # of both, before any of them is made again
+    rerun_ids = trials_to_remake(state, final, groups)
     combined = [one for one in final if one.combines_trials]
     trained = [one for one in final if not one.combines_trials]
     for name, group in (("fine-tune", trained), ("combine", combined)):
@@ -733,7 +769,7 @@ def _run_final(
                 shared,
                 state.job.fanout,
                 state.progress,
-                anew,
+                rerun_ids,
                 state.wait,
             )
 
@@ -741,7 +777,7 @@ def _run_final(
 # ---------------------------------------------------------------- results and report
 
 
-def current(state: JobState) -> list[ResultRow]:
+def collect_existing_rows(state: JobState) -> list[ResultRow]:
     """Return the results rows of the job as it is now, from the records of trials that have ended.
 
     Notes, scores and targets that were left out, as the newest run stored them, are put into
@@ -755,8 +791,8 @@ def current(state: JobState) -> list[ResultRow]:
     state.scores = metadata.get("scores", {})
     state.num_dropped_test_rows = metadata.get("left_out", {})
     state.source_scores = {
-        pair: PairScores.from_json(found)
-        for pair, found in metadata.get("source_scores", {}).items()
+        pair: PairScores.from_json(stored)
+        for pair, stored in metadata.get("source_scores", {}).items()
     }
     state.targets = {
         name: stage for name, stage in state.targets.items() if name not in state.unusable_targets
@@ -769,45 +805,48 @@ def current(state: JobState) -> list[ResultRow]:
     return collect(state, [*search, *final])
 
 
-def collect(state: JobState, found: list[Trial]) -> list[ResultRow]:
+def collect(state: JobState, trials: list[Trial]) -> list[ResultRow]:
     """Make results rows from the records of trials, with the gain over scratch with the same seed.
 
     Names are those of the job as it is now, because a record may be older than a name.
     """
     root = state.job.root
-    records = trial.read_records(root, grid.folders(found))
-    state.trial_provenance = provenance_of_trials(state, found, backbone_groups(state))
-    with_bundle = _trials_with_bundle(state, found, records)
+    records = trial.read_records(root, grid.folders(trials))
+    state.trial_provenance = provenance_of_trials(state, trials, backbone_groups(state))
+    with_bundle = _trials_with_bundle(state, trials, records)
     scratch = {
         _scratch_key(one): one
-        for one in found
+        for one in trials
         if one.source == SCRATCH and str(one.technique) == "scratch" and one.stage == "final"
     }
-    # of a trial's several metrics, and of its scratch
+    # a trial and its scratch are read once for all their metrics
     predictions = lru_cache(maxsize=8)(partial(trial.read_predictions, root))
-    targets_of = {one.id: one.target for one in found}
     rows: list[ResultRow] = []
-    for one in found:
+    for one in trials:
         if one.id not in records:
             continue
         columns = _current_columns(state, one, records[one.id])
         if one.id not in with_bundle:
             columns["bundle_uri"] = None
-        against = scratch.get(_scratch_key(one)) if one.source != SCRATCH else None
+        scratch_trial = scratch.get(_scratch_key(one)) if one.source != SCRATCH else None
+        if scratch_trial is not None and scratch_trial.id not in records:
+            scratch_trial = None
+        rows_of_trial: list[ResultRow] = []
         for row in records[one.id].rows:
             row = replace(row, **columns)
-            if row.split == "test" and against is not None and against.id in records:
-                row = replace(row, **gain_over_scratch(predictions, row, against, records))
-                row = _with_note_on_mixed_code(state, row, one, against)
-            rows.append(row)
-        rows += _by_subgroup(state, predictions, rows, one)
+            if row.split == "test" and scratch_trial is not None:
+                row = replace(row, **gain_over_scratch(predictions, row, scratch_trial, records))
+                row = _with_note_on_mixed_code(state, row, one, scratch_trial)
+            rows_of_trial.append(row)
+        rows += [*rows_of_trial, *_by_subgroup(state, predictions, rows_of_trial, one)]
+    targets_of = {one.id: one.target for one in trials}
     entries = matrix.matrix_entries(rows, _tested_runs(state, rows, targets_of))
     rows = fill_best_baseline(fill_comparison(rows, entries), entries, predictions)
     results.append(
         root,
         rows,
-        current={one.id for one in found},
-        is_of_part=_part_of_table(state, found) if state.job.only else None,
+        current={one.id for one in trials},
+        is_of_part=_part_of_table(state, trials) if state.job.only else None,
     )
     return rows
 
@@ -818,22 +857,22 @@ def _scratch_key(one: Trial) -> tuple[str, str, str, int]:
 
 
 def _trials_with_bundle(
-    state: JobState, found: list[Trial], records: Mapping[str, TrialRecord]
+    state: JobState, trials: list[Trial], records: Mapping[str, TrialRecord]
 ) -> set[str]:
     """Remove bundles that the job does not keep, and return the ids of trials that have one."""
     kept = set(records)
     if state.job.fanout.keep_bundles == "best":
         best: dict[str, TrialRecord] = {}
-        final = [one for one in found if one.stage == "final"]
+        final = [one for one in trials if one.stage == "final"]
         fanout.prune_bundles(state.job.root, final, "best", best)
         kept = {record.trial_id for record in best.values()}
-    uris = {one: uri for one in kept if (uri := records[one].rows[0].bundle_uri)}
-    exist = list(threaded_map(bundle.exists, uris.values()))  # another run may have kept fewer
-    return {one for one, exists in zip(uris, exist, strict=True) if exists}
+    uris = {trial_id: uri for trial_id in kept if (uri := records[trial_id].rows[0].bundle_uri)}
+    exist = threaded_map(bundle.exists, uris.values())  # another run may have kept fewer
+    return {trial_id for trial_id, exists in zip(uris, exist, strict=True) if exists}
 
 
 def _current_columns(state: JobState, one: Trial, record: TrialRecord) -> dict[str, Any]:
-    """Return the columns of a trial's rows that the job as it is now says."""
+    """Return the columns of a trial's rows that depend on the job as it is now."""
     stage = state.targets[one.target]
     # the length of a trial within a budget is no draw of a search
     drawn = one.hyper_parameters if state.job.fanout.budget is None else {}
@@ -856,11 +895,11 @@ def _current_columns(state: JobState, one: Trial, record: TrialRecord) -> dict[s
 
 
 def _with_note_on_mixed_code(
-    state: JobState, row: ResultRow, one: Trial, against: Trial
+    state: JobState, row: ResultRow, one: Trial, scratch_trial: Trial
 ) -> ResultRow:
     """Return a row with a note where other code or versions made the scratch trial."""
     mixed = provenance.differences(
-        state.trial_provenance[one.id].made, state.trial_provenance[against.id].made
+        state.trial_provenance[one.id].made, state.trial_provenance[scratch_trial.id].made
     )
     if not mixed:
         return row
@@ -868,11 +907,11 @@ def _with_note_on_mixed_code(
     return replace(row, interval=f"{row.interval}; {note}" if row.interval else note)
 
 
-def _part_of_table(state: JobState, found: list[Trial]) -> Callable[[ResultRow], bool]:
-    """Return whether a row of the table is of the part of the job that ran (``only``).
+def _part_of_table(state: JobState, trials: list[Trial]) -> Callable[[ResultRow], bool]:
+    """Return a test whether a row of the table is of the part of the job that ran (``only``).
 
-    Targets with all their sources are wholly part of it. Of others these are: the pairs with the
-    sources that ran, and scratch of the same backbones and baselines, which have no source.
+    All rows of a target are, where all of its sources ran. Of other targets these are: rows of the
+    sources that ran, and those without a source: scratch of the same backbones, and baselines.
     """
     pairs = {
         (stage.name_in_job, source)
@@ -881,7 +920,7 @@ def _part_of_table(state: JobState, found: list[Trial]) -> Callable[[ResultRow],
     }
     without_source = {
         (state.targets[one.target].name_in_job, one.backbone)
-        for one in found
+        for one in trials
         if one.source == SCRATCH
     }
 
@@ -895,53 +934,42 @@ def _part_of_table(state: JobState, found: list[Trial]) -> Callable[[ResultRow],
 
 def _score_column(state: JobState, one: Trial) -> str | None:
     """Return the scores of a trial's source for its target, as the results table has them."""
-    found = state.source_scores.get(f"{one.source}|{one.target}")
-    if found is None or not found.scores:
+    pair = state.source_scores.get(f"{one.source}|{one.target}")
+    if pair is None or not pair.scores:
         return None
-    shown = {
+    values = {
         name: {"value": score.value, "low": score.low, "high": score.high}
-        for name, score in found.scores.items()
+        for name, score in pair.scores.items()
     }
-    return json.dumps(shown, sort_keys=True)
+    return json.dumps(values, sort_keys=True)
 
 
 def _tested_runs(
     state: JobState, rows: list[ResultRow], targets_of: dict[str, str]
 ) -> dict[str, stats.RunPredictions]:
-    """Return the test predictions of the finished final trials of these rows, by trial id."""
-    tested = {
-        row.trial_id: row
-        for row in rows
-        if row.trial_stage == "final" and row.status == "done" and row.split == "test"
-    }
-    found = {
-        one: trial.read_predictions(state.job.root, row.folder, row.seed)
-        for one, row in tested.items()
-    }
-    return {
-        one: _with_subgroups(state, targets_of[one], run)
-        for one, run in found.items()
-        if run is not None
-    }
+    """Return the test predictions of these rows with their subgroups, by trial id.
+
+    Args:
+        targets_of: The target of each trial, by its id.
+    """
+    runs = trial.read_test_predictions(state.job.root, rows)
+    return {name: _with_subgroups(state, targets_of[name], run) for name, run in runs.items()}
 
 
 def _by_subgroup(
     state: JobState,
     predictions: Callable[[str, int], stats.RunPredictions | None],
-    rows: list[ResultRow],
+    rows_of_trial: list[ResultRow],
     one: Trial,
 ) -> list[ResultRow]:
     """Return rows of a final trial's primary metric, one for each subgroup of the test rows."""
-    spec, primary = (
-        state.targets[one.target].spec,
-        next((row for row in rows if row.trial_id == one.id and row.split == "test"), None),
-    )
-    run = predictions(one.folder, one.seed) if spec.subgroups and primary is not None else None
-    return (
-        subgroups.result_rows(_with_subgroups(state, one.target, run), primary)
-        if run is not None and primary is not None
-        else []
-    )
+    primary = next((row for row in rows_of_trial if row.split == "test"), None)
+    if primary is None or not state.targets[one.target].spec.subgroups:
+        return []
+    run = predictions(one.folder, one.seed)
+    if run is None:
+        return []
+    return subgroups.result_rows(_with_subgroups(state, one.target, run), primary)
 
 
 def _with_subgroups(
@@ -958,22 +986,17 @@ def _with_subgroups(
     return subgroups.with_subgroups(run, stage.splits.test, state.subgroups[target])
 
 
-def show(
+def write_report(
     state: JobState, rows: list[ResultRow]
 ) -> tuple[list[matrix.MatrixEntry], tuple[str, str]]:
     """Write the report, and return the entries of the table and the report's two URIs."""
     root = state.job.root
-    named = {row.trial_id: f"{row.target}{grid.fold_suffix(row.fold)}" for row in rows}
+    targets_of = {row.trial_id: f"{row.target}{grid.fold_suffix(row.fold)}" for row in rows}
     rows = results.disambiguate_targets(rows)
-    final = [row for row in rows if row.trial_stage == "final"]
-    runs = _tested_runs(state, rows, named)
+    runs = _tested_runs(state, rows, targets_of)
     entries = origins.mark_entries(matrix.matrix_entries(rows, runs), rows, state.trial_provenance)
-    curves = {
-        name: record.curve
-        for name, record in trial.read_records(
-            root, {row.trial_id: row.folder for row in final}
-        ).items()
-    }
+    folders = {row.trial_id: row.folder for row in rows if row.trial_stage == "final"}
+    curves = {name: record.curve for name, record in trial.read_records(root, folders).items()}
     if not state.pretraining:
         state.pretraining = [
             SourceSummary.from_metadata(launch.source_metadata(stage))
@@ -983,24 +1006,27 @@ def show(
     notes = [*state.notes, *pruning.describe_stale(results.read(root))]
     where = report.write(
         root,
-        job_name=state.job.name,
-        entries=entries,
-        rows=rows,
-        curves=curves,
-        pretraining=state.pretraining,
-        splits=_splits_of_targets(state),
-        notes=notes,
-        versions={"job": spec_hash(state.job)},
-        runs=runs,
-        code_notes=origins.describe_changes(state.trial_provenance),
-        scores=state.scores,
-        source_scores=folds.pool_scores(
-            state.source_scores, {name: one.name_in_job for name, one in state.targets.items()}
+        report.ReportInputs(
+            job_name=state.job.name,
+            entries=entries,
+            rows=rows,
+            curves=curves,
+            pretraining=state.pretraining,
+            splits=_splits_of_targets(state),
+            notes=notes,
+            versions={"job": spec_hash(state.job)},
+            runs=runs,
+            code_notes=origins.describe_changes(state.trial_provenance),
+            scores=state.scores,
+            source_scores=folds.pool_scores(
+                state.source_scores,
+                {name: stage.name_in_job for name, stage in state.targets.items()},
+            ),
+            modalities={
+                stage.name_in_job: stage.spec.data.modality.name for stage in state.targets.values()
+            },
+            left_out=[*_left_out(state), *_test_rows_left_out(state)],
         ),
-        modalities={
-            stage.name_in_job: stage.spec.data.modality.name for stage in state.targets.values()
-        },
-        left_out=[*_left_out(state), *_test_rows_left_out(state)],
     )
     return entries, where
 
@@ -1010,18 +1036,20 @@ def _splits_of_targets(state: JobState) -> dict[str, str]:
     out: dict[str, str] = {}
     for stage in state.targets.values():
         count, fold = stage.spec.folds, stage.spec.fold
-        where = f"{count} folds, whose test rows are pooled; fold {fold}: " if count else ""
-        out.setdefault(stage.name_in_job, where + _describe_splits(state, stage))
+        folds_text = f"{count} folds, whose test rows are pooled; fold {fold}: " if count else ""
+        out.setdefault(stage.name_in_job, folds_text + _describe_splits(state, stage))
     return out
 
 
 def _describe_splits(state: JobState, stage: TargetStage) -> str:
-    gone = state.num_dropped_test_rows.get(stage.name)
-    description = (
-        f"; {gone} of the test rows are also in a source and were left out (drop_overlap: "
-        f"{stage.spec.drop_overlap})"
+    sizes = stage.splits.sizes()
+    num_dropped = state.num_dropped_test_rows.get(stage.name)
+    if not num_dropped:
+        return sizes
+    return (
+        f"{sizes}; {num_dropped} of the test rows are also in a source and were left out "
+        f"(drop_overlap: {stage.spec.drop_overlap})"
     )
-    return stage.splits.sizes() + (description if gone else "")
 
 
 def failures(state: JobState, rows: list[ResultRow]) -> list[str]:

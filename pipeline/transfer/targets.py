@@ -100,8 +100,8 @@ class TargetStage:
     splits: Splits
     state: State = field(default_factory=dict)
     """The state that the objective fitted on the training rows, such as label names."""
-    against: str = ""
-    """What the left-out test rows depend on (`overlap.key`)."""
+    overlap_key: str = ""
+    """Hash of all that decides which test rows are left out (`overlap.key`); "": none are."""
     root: str = ""
     """The folder of the job, where packed rows are kept."""
     techniques: tuple[ComponentConfig, ...] = ()
@@ -110,7 +110,10 @@ class TargetStage:
 
     @property
     def unlabelled_key(self) -> str:
-        """What techniques depend on that read the target's rows without labels, beside `key`."""
+        """Hash of the rows in ``targets.x.unlabelled``; "": there are none.
+
+        Techniques that read them depend on it beside `key`.
+        """
         data = self.spec.unlabelled
         if data is None or self.unlabelled is None:
             return ""
@@ -118,16 +121,20 @@ class TargetStage:
 
     @property
     def key(self) -> str:
+        """Hash of the rows of the splits and of how they are read."""
         return spec_hash(
             data_key(self.spec.data),
             self.splits.fingerprint,
-            *([self.against] if self.against else []),
+            *([self.overlap_key] if self.overlap_key else []),
             *([self._fold_key] if self.spec.folds else []),
         )
 
     @property
     def _fold_key(self) -> list[Any]:
-        """What identifies the fold: its rows too, since folds have nearly equal numbers of them."""
+        """What identifies the fold.
+
+        The ids of its test rows are part of it, since folds have nearly equal numbers of rows.
+        """
         test = self.splits.test
         rows = test.all_ids.astype("<i8").tobytes()
         return [self.spec.folds, self.spec.fold, hashlib.sha256(rows).hexdigest()]
@@ -146,13 +153,18 @@ class TargetStage:
         )
 
     @property
-    def scored(self) -> bool:
-        """Whether each row has one class or a set of labels, whose rarer side verdicts count."""
+    def has_class_labels(self) -> bool:
+        """Whether rows have classes or label sets.
+
+        A verdict then needs enough rows outside of the most frequent class, or with and without
+        the labels.
+        """
         objective = registry.get("objective", self.spec.objective.name)
         return has_classes(objective)
 
     @property
     def packed(self) -> bool:
+        """Whether documents are packed into rows of equal length."""
         return registry.get("objective", self.spec.objective.name).packed
 
     def evidence(self) -> dict[str, stats.Evidence]:
@@ -164,14 +176,16 @@ class TargetStage:
             return {}
         objective, group = registry.get("objective", self.spec.objective.name), self.spec.data.group
         columns = [*fit_components.label_columns(self.spec), *([group] if group else [])]
-        by_class = self.scored or "label_values" in objective.roles  # of rows, or of hours
-        unit, out = "groups" if group else "rows", {}
+        # classes of rows, or of hours
+        by_class = self.has_class_labels or "label_values" in objective.roles
+        unit = "groups" if group else "rows"
+        out: dict[str, stats.Evidence] = {}
         for name, selection in self.splits.by_name().items():
             table = manifests.read_columns(selection, list(dict.fromkeys(columns)))
             groups = manifests.group_numbers(table[group]) if group else None
-            encoded = (
-                objective.encode(table, self.spec.data.columns, self.state) if by_class else {}
-            )
+            encoded = {}
+            if by_class:
+                encoded = objective.encode(table, self.spec.data.columns, self.state)
             if "label" in encoded:
                 out[name] = stats.class_evidence(encoded["label"], groups, unit)
             elif "label_values" in encoded:
@@ -185,34 +199,31 @@ class TargetStage:
         return out
 
     @property
-    def rows_without_labels(self) -> int:
+    def num_unlabelled_rows(self) -> int:
         """The number of rows that techniques read without labels."""
         return len((self.unlabelled or self.splits).train)
 
-    def labelled(self, fraction: float | int) -> int:
+    def num_labelled_rows(self, fraction: float | int) -> int:
         """Return the number of training rows of a label fraction.
 
         Where documents will be packed into rows it is the number of documents.
         """
-        n = len(self.splits.train)
+        num_rows = len(self.splits.train)
         if fraction == 1 and isinstance(fraction, float):
-            return n
+            return num_rows
         labels = _classes(self.spec, self.splits.train, self.state)
-        counts = np.array([n]) if labels is None else np.bincount(labels)
-        return int(
-            sum(
-                min(c, fraction) if isinstance(fraction, int) else max(1, round(fraction * c))
-                for c in counts
-                if c
-            )
-        )
+        counts = [num_rows] if labels is None else np.bincount(labels).tolist()
+        counts = [count for count in counts if count]
+        if isinstance(fraction, int):
+            return sum(min(count, fraction) for count in counts)
+        return sum(max(1, round(fraction * count)) for count in counts)
 
 
 def planned_steps(train: Train, rows: int, packed: bool) -> int | str:
     """Return the steps of a run, or a text where they are not known yet.
 
-    Only the run finds out into how many rows documents are packed, and how many batches by cost
-    there are.
+    Into how many rows documents are packed, and how many batches by cost there are, is known only
+    during the run.
     """
     if train.steps is not None:
         return train.steps
@@ -223,7 +234,7 @@ def planned_steps(train: Train, rows: int, packed: bool) -> int | str:
     return Plan(rows, 0, train.global_batch).steps(train.epochs or 1.0)
 
 
-def stage(job: Job, name: str) -> TargetStage:
+def plan_target(job: Job, name: str) -> TargetStage:
     """Read a target's splits and make all checks that need no trained source.
 
     Raises:
@@ -233,8 +244,8 @@ def stage(job: Job, name: str) -> TargetStage:
     place = f"targets.{name.removesuffix(fold_suffix(spec.fold))}"
     modality = registry.get("modality", spec.data.modality.name)
     objective = registry.get("objective", spec.objective.name)
-    chosen = tuple(techniques(job, spec))
-    _check_spec(place, spec, chosen, modality, objective)
+    components = tuple(techniques(job, spec))
+    _check_spec(place, spec, components, modality, objective)
     roles = (*modality.roles, *objective.roles)
     imports = storage.join(job.root, "imports")
     by_class = has_classes(objective)
@@ -260,14 +271,14 @@ def stage(job: Job, name: str) -> TargetStage:
             _check_labels(split, selection, spec, state)
         except ValueError as error:
             raise ValueError(f"{place}.data, {split} split: {error}") from None
-    combining = [one.name for one in chosen if combines_trials(one)]
+    combining = [component.name for component in components if combines_trials(component)]
     if combining and job.fanout.keep_bundles != "all":
         raise ValueError(
             f"{place}: techniques: {combining[0]} is made of the weights of finished trials, which "
             "must be kept: set fanout.keep_bundles: all"
         )
     return TargetStage(
-        name, spec, splits, state, root=job.root, techniques=chosen, unlabelled=unlabelled
+        name, spec, splits, state, root=job.root, techniques=components, unlabelled=unlabelled
     )
 
 
@@ -279,29 +290,33 @@ def _unlabelled(spec: Target, modality: type[Modality], place: str, imports: str
     """
     if spec.unlabelled is None:
         return None
-    at, roles = f"{place}.unlabelled", (*modality.roles, *modality.optional_roles)
+    place = f"{place}.unlabelled"
+    roles = (*modality.roles, *modality.optional_roles)
     columns = {role: name for role, name in spec.data.columns.items() if role in roles}
     data = spec.unlabelled.model_copy(
         update={"validation_fraction": 0.0, "columns": spec.unlabelled.columns or columns}
     )
     try:
-        return manifests.splits(data, modality.roles, at, imports, need_test=False)
+        return manifests.splits(data, modality.roles, place, imports, need_test=False)
     except ValueError as error:
-        raise ValueError(str(error).replace(f"{at}.data", at)) from None
+        raise ValueError(str(error).replace(f"{place}.data", place)) from None
 
 
 def _check_spec(
     place: str,
     spec: Target,
-    chosen: tuple[ComponentConfig, ...],
+    components: tuple[ComponentConfig, ...],
     modality: type[Modality],
     objective: type[Objective],
 ) -> None:
     """Raise ValueError for settings that contradict each other, before any row is read."""
     name = spec.objective.name
     if not _for_targets(objective):
-        names = registry.names("objective")
-        usable = [one for one in names if _for_targets(registry.get("objective", one))]
+        usable = [
+            other
+            for other in registry.names("objective")
+            if _for_targets(registry.get("objective", other))
+        ]
         raise ValueError(
             f"{place}.objective: {name} is for sources; a target's rows have labels, or are texts "
             f"to model: {', '.join(usable)}"
@@ -319,12 +334,11 @@ def _check_spec(
             "embeddings that cannot be compared: leave it out, and hold out test_fraction of the "
             "rows"
         )
-    if any(one.name == "ensemble" for one in chosen):
+    if any(one.name == "ensemble" for one in components):
         _check_ensemble(place, name)
     config_checks.check_costs(place, spec.data, spec.train, objective)
-    _check_unlabelled(place, spec, chosen, modality, objective)
-    whole = [fraction for fraction in spec.label_fractions if isinstance(fraction, int)]
-    counts = [fraction for fraction in whole if fraction]
+    _check_unlabelled(place, spec, components, modality, objective)
+    counts = [count for count in spec.label_fractions if isinstance(count, int) and count]
     if counts and not draws_by_class(objective) and not counts_rows(objective):
         raise ValueError(
             f"{place}.label_fractions: {counts[0]} means {counts[0]} rows a class, and a row of "
@@ -332,9 +346,9 @@ def _check_spec(
         )
     if spec.drop_overlap == "near" and not finds_near_rows(modality):
         able = [
-            one
-            for one in registry.names("modality")
-            if finds_near_rows(registry.get("modality", one))
+            other
+            for other in registry.names("modality")
+            if finds_near_rows(registry.get("modality", other))
         ]
         raise ValueError(
             f"{place}.drop_overlap: near duplicates are found among rows of {', '.join(able)}, "
@@ -369,13 +383,13 @@ def _check_ensemble(place: str, objective: str) -> None:
 def _check_unlabelled(
     place: str,
     spec: Target,
-    chosen: tuple[ComponentConfig, ...],
+    components: tuple[ComponentConfig, ...],
     modality: type[Modality],
     objective: type[Objective],
 ) -> None:
     """Raise ValueError for techniques that do not suit the target, or rows that none would read."""
-    found = [(component.name, technique_of(component)) for component in chosen]
-    for name, technique in found:
+    named = [(component.name, technique_of(component)) for component in components]
+    for name, technique in named:
         if adapts_without_labels(technique):
             try:
                 technique.check_target(objective, modality)
@@ -400,7 +414,11 @@ def _check_unlabelled(
             )
         if 0 in spec.label_fractions and adapts_without_labels(technique) and trains(technique):
             _check_trained_without_labels(place, spec, name, technique, options)
-    without_labels = [name for name, one in found if adapts_without_labels(one) or not trains(one)]
+    without_labels = [
+        name
+        for name, technique in named
+        if adapts_without_labels(technique) or not trains(technique)
+    ]
     if 0 in spec.label_fractions and not without_labels:
         able = [
             name
@@ -412,20 +430,26 @@ def _check_unlabelled(
             f"can do without: leave 0 out, or add one of {', '.join(able)}"
         )
     if 0 in spec.label_fractions and not names_labels(objective):
-        trained = [n for n, one in found if adapts_without_labels(one) and trains(one)]
+        trained = [
+            name
+            for name, technique in named
+            if adapts_without_labels(technique) and trains(technique)
+        ]
         if trained:
             raise ValueError(
                 f"{place}.label_fractions: 0 means no label of the target, and {trained[0]} would "
                 f"have none of the source either: those of {spec.objective.name} cannot be "
                 "compared by name"
             )
-    readers = [name for name, one in found if reads_target(one) or reads_source(one)]
+    readers = [
+        name for name, technique in named if reads_target(technique) or reads_source(technique)
+    ]
     if objective.packed and (spec.unlabelled or readers):
         raise ValueError(
             f"{place}: rows without labels are not read for {spec.objective.name}, whose rows are "
             f"packed from several: leave {', '.join([*readers, 'unlabelled'])} out"
         )
-    if spec.unlabelled and not any(reads_target(one) for _, one in found):
+    if spec.unlabelled and not any(reads_target(technique) for _, technique in named):
         raise ValueError(
             f"{place}.unlabelled: none of the techniques reads rows without labels: leave it out"
         )
@@ -434,8 +458,10 @@ def _check_unlabelled(
 def _check_trained_without_labels(
     place: str, spec: Target, name: str, technique: Technique, options: Any
 ) -> None:
-    """Raise ValueError where nothing keeps the classes apart at label fraction 0, or counted labels
-    of the target would weigh rows of the source.
+    """Raise ValueError for a technique that cannot train at label fraction 0.
+
+    Either it reads no labelled rows of the source, so that nothing keeps the classes apart, or rows
+    of the source would be weighted by how frequent the labels of the target are.
     """
     streams = technique.streams()
     if not streams or "source" in streams:
@@ -471,14 +497,14 @@ def _check_metric(place: str, spec: Target, objective: type[Objective], state: S
         *target_metrics(objective, options, state),
         *rollout_metrics(objective, options, state),
     )
-    further = [one for role in objective.roles for one in catalog.for_role(role)]
+    further = [name for role in objective.roles for name in catalog.for_role(role)]
     if spec.metric not in (*known, *further):
         raise ValueError(
             f"{place}.metric: {spec.metric} is not a metric of {spec.objective.name} "
             f"({', '.join(known)})"
         )
-    found, classes = catalog.find(spec.metric), state.get("values", [])
-    is_scale = found is not None and found.reads_order and len(classes) > 2
+    metric, classes = catalog.find(spec.metric), state.get("values", [])
+    is_scale = metric is not None and metric.reads_order and len(classes) > 2
     if is_scale and isinstance(classes[0], str):
         raise ValueError(
             f"{place}.metric: {spec.metric} reads the order of the classes, and column "
@@ -513,12 +539,12 @@ def _for_targets(objective: type[Objective]) -> bool:
 
 
 def _compares_rows(objective: type[Objective]) -> bool:
-    found = (catalog.find(name) for name in objective.metrics)
-    return any(metric is not None and metric.compares_rows for metric in found)
+    metrics = (catalog.find(name) for name in objective.metrics)
+    return any(metric is not None and metric.compares_rows for metric in metrics)
 
 
 def _try_rows(selection: manifests.Selection, spec: Target, state: State) -> None:
-    """Encode a few rows with all their columns, which an objective may compare with its labels.
+    """Encode a few rows with all the columns that an objective may compare with its labels.
 
     Raises:
         ValueError: A column does not hold what its role needs.
@@ -553,21 +579,24 @@ def _classes(spec: Target, rows: Selection, state: State) -> np.ndarray | None:
     return objective.encode(table, spec.data.columns, state)["label"]
 
 
-def _modality(target: TargetStage, group: BackboneGroup) -> tuple[ModalitySpec, str]:
+def _target_modality(target: TargetStage, group: BackboneGroup) -> tuple[ModalitySpec, str]:
     """Return the source's modality with the target's own options.
 
     It is extended by the rows of the target (`fit_components.extend_modality`).
+
+    Returns:
+        The modality, and a description of what the source knows of these rows.
 
     Raises:
         ValueError: Its options contradict the source, or the source knows nothing of its rows.
     """
     component = target.spec.data.modality
-    own = registry.get("modality", component.name).target_options
-    named = fit_components.options_by_content("modality", component)
     kind = registry.get("modality", component.name)
+    own = kind.target_options
+    named = fit_components.options_by_content("modality", component)
     if problem := ineffective_options(kind, named, group.modality.options):
         raise ValueError(f"targets.{target.name_in_job}.data.modality: {problem}")
-    _refuse(
+    _check_same_options(
         target,
         {
             k: component.options[k]
@@ -587,23 +616,25 @@ def _modality(target: TargetStage, group: BackboneGroup) -> tuple[ModalitySpec, 
         raise ValueError(f"targets.{target.name_in_job}.data: {error}") from None
 
 
-def _refuse(target: TargetStage, differ: dict[str, Any], theirs: dict[str, Any]) -> None:
+def _check_same_options(
+    target: TargetStage, differ: dict[str, Any], theirs: dict[str, Any]
+) -> None:
     """Raise ValueError where the target's modality has other options than its source's."""
     if differ:
         own = registry.get("modality", target.spec.data.modality.name).target_options
+        of_source = {name: theirs.get(name) for name in differ}
+        may_differ = f" ({', '.join(own)} may differ)" if own else ""
         raise ValueError(
             f"targets.{target.name_in_job}.data.modality: {differ} contradicts the source, whose "
-            "rows are read with "
-            f"{ {k: theirs.get(k) for k in differ} }; a target is read as its "
-            "backbone was: leave the options out"
-            + (f" ({', '.join(own)} may differ)" if own else "")
+            f"rows are read with {of_source}; a target is read as its backbone was: leave the "
+            f"options out{may_differ}"
         )
 
 
 class TargetReading(NamedTuple):
     """How the rows of a target are read for one backbone group, before any is decoded."""
 
-    spec_of_modality: ModalitySpec
+    modality_spec: ModalitySpec
     modality: Modality
     coverage: str
     """A description of what the source knows of these rows (`ReportsCoverage.coverage`)."""
@@ -617,15 +648,15 @@ class TargetReading(NamedTuple):
         return self.objective.state
 
 
-def reading_of(target: TargetStage, group: BackboneGroup) -> TargetReading:
+def plan_reading(target: TargetStage, group: BackboneGroup) -> TargetReading:
     """Return how a target is read for one backbone group.
 
     Raises:
         ValueError: Rows, objective, techniques and backbone are not compatible.
     """
-    spec_of_modality, known = _modality(target, group)
-    spec_of_modality, limit_note = bundle.limit_modality(spec_of_modality, group.arch)
-    modality = bundle.build_modality(spec_of_modality)
+    modality_spec, coverage = _target_modality(target, group)
+    modality_spec, limit_note = bundle.limit_modality(modality_spec, group.arch)
+    modality = bundle.build_modality(modality_spec)
     objective = registry.get("objective", target.spec.objective.name)
     try:
         # the options of a source that is a checkpoint are known only now
@@ -639,14 +670,14 @@ def reading_of(target: TargetStage, group: BackboneGroup) -> TargetReading:
     )
     fitted = ObjectiveSpec(target.spec.objective.name, options.model_dump(), state)
     _check_group(target, group, arch, fitted)
-    return TargetReading(spec_of_modality, modality, known, arch, fitted, limit_note)
+    return TargetReading(modality_spec, modality, coverage, arch, fitted, limit_note)
 
 
 def findings(target: TargetStage, reading: TargetReading) -> list[Finding]:
     """Return warnings from a sample of the rows.
 
-    They are about lowered options, texts that are cut or unknown, a feature that decides the label,
-    names that only one side has, and null labels.
+    They are about lowered options, texts that are truncated or unknown, a feature that decides the
+    label, names that only the source or the target has, and null labels.
     """
     spec, objective = target.spec, registry.get("objective", target.spec.objective.name)
     splits, columns = target.splits.by_name(), target.spec.data.columns
@@ -655,7 +686,7 @@ def findings(target: TargetStage, reading: TargetReading) -> list[Finding]:
         *row_checks.text_findings(reading.modality, splits, columns, objective.packed),
         *leaks.find_leaks(reading.modality, spec, splits["train"], reading.state),
         *row_checks.null_labels(objective, splits, columns),
-        *row_checks.unshared_names(reading.spec_of_modality, objective, splits["train"], columns),
+        *row_checks.unshared_names(reading.modality_spec, objective, splits["train"], columns),
         *(_pair_problems(target, reading.state) if _compares_rows(objective) else []),
     ]
 
@@ -677,51 +708,62 @@ def _pair_problems(target: TargetStage, state: State) -> list[Finding]:
 def unmet_requests(target: TargetStage, searched: Sequence[float] = ()) -> list[Finding]:
     """Return the batch sizes and label counts of the job that the training rows cannot provide.
 
-    ``searched`` are batch sizes that the search may draw.
+    Args:
+        searched: Batch sizes that the search may draw.
     """
-    train, out = target.spec.train, []
-    fractions = [fraction for fraction in target.spec.label_fractions if fraction]
-    rows = {fraction: target.labelled(fraction) for fraction in fractions}
+    return [*_unmet_batch(target, searched), *_unmet_label_counts(target)]
+
+
+def _unmet_batch(target: TargetStage, searched: Sequence[float]) -> list[Finding]:
+    """Return a finding where a batch is larger than the labelled training rows."""
+    train = target.spec.train
+    if train.batch_cost is not None or target.packed:
+        return []
     batch = int(max(train.global_batch, *searched)) if searched else train.global_batch
-    short = {fraction: count for fraction, count in rows.items() if count < batch}
-    if short and train.batch_cost is None and not target.packed:
-        description = ", ".join(
-            f"{count:,} at {fraction_text(fraction, target.spec.objective.name)}"
-            for fraction, count in short.items()
+    objective = target.spec.objective.name
+    too_few = [
+        f"{count:,} at {fraction_text(fraction, objective)}"
+        for fraction in filter(None, target.spec.label_fractions)
+        if (count := target.num_labelled_rows(fraction)) < batch
+    ]
+    if not too_few:
+        return []
+    return [
+        Finding(
+            f"a batch of {batch} rows is more than the labelled training rows "
+            f"({', '.join(too_few)}): each step then takes all of them"
         )
-        out.append(
-            Finding(
-                f"a batch of {batch} rows is more than the labelled training rows ({description}): "
-                "there a step takes all of them"
-            )
-        )
+    ]
+
+
+def _unmet_label_counts(target: TargetStage) -> list[Finding]:
+    """Return a finding for each number of rows per class that some classes do not have."""
+    fractions = [fraction for fraction in target.spec.label_fractions if fraction]
     classes = _classes(target.spec, target.splits.train, target.state)
     counts = np.array([len(target.splits.train)]) if classes is None else np.bincount(classes)
     names = [str(name) for name in target.state.get("labels", ())] if classes is not None else []
+    out: list[Finding] = []
     for wanted in (fraction for fraction in fractions if isinstance(fraction, int)):
-        lacking = np.flatnonzero((counts < wanted) & (counts > 0))
-        if len(lacking) and names:
-            description = ", ".join(f"{names[k]} has {counts[k]}" for k in lacking)
-            out.append(
-                Finding(
-                    f"{wanted} rows of each class were asked for (label_fractions), and "
-                    f"{description}: all of these are taken"
-                )
+        too_few = np.flatnonzero((counts < wanted) & (counts > 0))
+        if not len(too_few):
+            continue
+        if names:
+            description = ", ".join(f"{names[k]} has {counts[k]}" for k in too_few)
+            text = (
+                f"{wanted} rows of each class were asked for (label_fractions), and {description}: "
+                "all their rows are used"
             )
-        elif len(lacking) and classes is not None:
-            out.append(
-                Finding(
-                    f"label_fractions: {wanted}: {len(lacking)} identities have fewer than "
-                    f"{wanted} rows; all rows of these are used"
-                )
+        elif classes is not None:
+            text = (
+                f"label_fractions: {wanted}: {len(too_few)} identities have fewer than {wanted} "
+                "rows; all rows of these are used"
             )
-        elif len(lacking):
-            out.append(
-                Finding(
-                    f"{wanted} rows were asked for (label_fractions), and {counts[0]} are "
-                    "there: all of them are taken"
-                )
+        else:
+            text = (
+                f"{wanted} rows were asked for (label_fractions), and there are {counts[0]}: all "
+                "are used"
             )
+        out.append(Finding(text))
     return out
 
 
@@ -732,8 +774,8 @@ def missing_classes(target: TargetStage) -> list[Finding]:
     classes = _classes(target.spec, target.splits.test, target.state)
     if classes is None:
         return []
-    there = set(classes.tolist())
-    names = [str(name) for k, name in enumerate(target.state.get("labels", ())) if k not in there]
+    present = set(classes.tolist())
+    names = [str(name) for k, name in enumerate(target.state.get("labels", ())) if k not in present]
     if not names:
         return []
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
@@ -753,14 +795,15 @@ def prepare(target: TargetStage, group: BackboneGroup) -> TargetData:
         ChangedFileError: A file has changed since the run was planned.
     """
     spec, splits = target.spec, target.splits
-    reading = reading_of(target, group)
-    selections, columns, bad, notes = _selections(target, reading)
-    decoder = Decoder(reading.modality, spec.objective.name, reading.state, columns)
+    reading = plan_reading(target, group)
+    selected = _select_rows(target, reading)
+    bad, notes = list(selected.left_out), list(selected.notes)
+    decoder = Decoder(reading.modality, spec.objective.name, reading.state, selected.columns)
     parts = {
         name: Rows(selection, replace(decoder, training=name == "train"))
-        for name, selection in selections.items()
+        for name, selection in selected.selections.items()
     }
-    size = sum(decoder.estimate_bytes(selection) for selection in selections.values())
+    size = sum(decoder.estimate_bytes(selection) for selection in selected.selections.values())
     in_memory = spec.data.decode == "auto" and size <= MEMORY_BYTES
     if in_memory or spec.data.decode == "memory":
         num_left_out = Counter(row.split for row in splits.left_out)
@@ -779,8 +822,10 @@ def prepare(target: TargetStage, group: BackboneGroup) -> TargetData:
         first = "; ".join(f"{split} {place}: {reason}" for split, place, reason in bad[:3])
         notes.append(f"{len(bad)} rows left out: {first}")
     file_identity.check_unchanged(splits.reads)
-    is_held = all(rows.arrays is not None for rows in parts.values())
-    is_read_again = any(_reads_rows_again(technique_of(one)) for one in target.techniques)
+    are_in_memory = all(rows.arrays is not None for rows in parts.values())
+    is_read_again = any(
+        _reads_rows_again(technique_of(component)) for component in target.techniques
+    )
     further_reads = target.unlabelled.reads if target.unlabelled else ()
     return TargetData(
         spec=spec,
@@ -793,9 +838,9 @@ def prepare(target: TargetStage, group: BackboneGroup) -> TargetData:
         groups=None if target.packed else _groups(spec, parts["test"]),
         split_text="; ".join([splits.sizes(), *notes]),
         arch=reading.arch,
-        modality=reading.spec_of_modality,
-        key=spec_hash(target.key, reading.spec_of_modality.to_json()),
-        reads=() if is_held and not is_read_again else (*splits.reads, *further_reads),
+        modality=reading.modality_spec,
+        key=spec_hash(target.key, reading.modality_spec.to_json()),
+        reads=() if are_in_memory and not is_read_again else (*splits.reads, *further_reads),
         findings=tuple(findings(target, reading)),
     )
 
@@ -803,20 +848,20 @@ def prepare(target: TargetStage, group: BackboneGroup) -> TargetData:
 def _unlabelled_rows(
     target: TargetStage, reading: TargetReading
 ) -> tuple[Rows | None, list[BadRow]]:
-    """Return the target's own rows without labels, where it names some, and those left out."""
-    spec, found = target.spec, target.unlabelled
-    if found is None or spec.unlabelled is None:
+    """Return the rows of ``targets.x.unlabelled``, if any, and those of them that are left out."""
+    spec, splits = target.spec, target.unlabelled
+    if splits is None or spec.unlabelled is None:
         return None, []
     roles = (*reading.modality.roles, *reading.modality.optional_roles)
     own = {role: name for role, name in spec.data.columns.items() if role in roles}
     decoder = Decoder(reading.modality, None, {}, spec.unlabelled.columns or own)
-    rows = Rows(found.train, decoder)
-    in_memory = spec.data.decode == "auto" and decoder.estimate_bytes(found.train) <= MEMORY_BYTES
+    rows = Rows(splits.train, decoder)
+    in_memory = spec.data.decode == "auto" and decoder.estimate_bytes(splits.train) <= MEMORY_BYTES
     if in_memory or spec.data.decode == "memory":
         rows = rows.in_memory(spec.data.max_bad_rows)
     if spec.train.batch_cost is not None:
         rows = rows.with_costs()
-    place = found.train.manifest.location
+    place = splits.train.manifest.location
     return rows, [("unlabelled", place(row), reason) for row, reason in rows.bad]
 
 
@@ -824,25 +869,38 @@ BadRow = tuple[str, str, str]
 """Split, position and reason of a row that is left out."""
 
 
-def _selections(
-    target: TargetStage, reading: TargetReading
-) -> tuple[dict[str, manifests.Selection], dict[str, str], list[BadRow], list[str]]:
-    """Return the rows of each split, the column of each role, the rows left out, and notes."""
+class _SelectedRows(NamedTuple):
+    """The rows of a target before any is decoded."""
+
+    selections: dict[str, manifests.Selection]
+    """The rows of each split."""
+    columns: dict[str, str]
+    """The column of each role."""
+    left_out: list[BadRow]
+    notes: list[str]
+
+
+def _select_rows(target: TargetStage, reading: TargetReading) -> _SelectedRows:
+    """Return the rows of each split; where documents are packed, the packed rows."""
     splits = target.splits.by_name()
     if not target.packed:
         notes = [reading.coverage] if reading.coverage else []
         bad = [(row.split, row.place, row.reason) for row in target.splits.left_out]
-        return splits, target.spec.data.columns, bad, notes
-    made = {
-        name: _packed(target, name, selection, reading.spec_of_modality)
+        return _SelectedRows(splits, target.spec.data.columns, bad, notes)
+    packed = {
+        name: _packed(target, name, selection, reading.modality_spec)
         for name, selection in splits.items()
     }
-    counts = ", ".join(str(len(one.rows)) for one in made.values())
+    counts = ", ".join(str(len(of_split.rows)) for of_split in packed.values())
     length = reading.modality.inputs()["length"]
     note = f"packed into {counts} rows of {length} tokens, which are the units"
-    bad = [(row.split, row.place, row.reason) for one in made.values() for row in one.left_out]
-    rows = {name: one.rows for name, one in made.items()}
-    return rows, dict(token_rows.PACKED), bad, [note]
+    bad = [
+        (row.split, row.place, row.reason)
+        for of_split in packed.values()
+        for row in of_split.left_out
+    ]
+    selections = {name: of_split.rows for name, of_split in packed.items()}
+    return _SelectedRows(selections, dict(token_rows.PACKED), bad, [note])
 
 
 def _trainable(target: TargetStage, rows: Rows) -> tuple[Rows, list[BadRow]]:
@@ -893,26 +951,25 @@ def _packed(
         ValueError: No row is left.
     """
     work = token_rows.TextWork(modality, target.spec.data.columns, "packed", ())
-    made = provenance.made_by(
-        ("pipeline.train.token_rows",), (("modality", modality.name),)
-    )  # texts that other code has packed are not used again
-    key = spec_hash(STAGE_FORMAT, target.key, modality.to_json(), made.hash, made.versions)
+    # texts that other code has packed are not used again
+    code = provenance.made_by(("pipeline.train.token_rows",), (("modality", modality.name),))
+    key = spec_hash(STAGE_FORMAT, target.key, modality.to_json(), code.hash, code.versions)
     folder = storage.join(target.root, "packed", f"{target.name}-{split}-{key}")
-    made = token_rows.make_token_rows(
+    packed = token_rows.make_token_rows(
         folder, split, selection, work, target.spec.data.max_bad_rows, (len(selection),)
     )
-    if not len(made.rows):
+    if not len(packed.rows):
         raise ValueError(
             f"data: the {split} split holds no text to pack ({len(selection)} rows, all of "
             "them left out)"
         )
-    return made
+    return packed
 
 
 def reading_key(target: TargetStage, group: BackboneGroup) -> str:
-    """Return what the decoded rows of a target depend on; groups with the same key share them."""
+    """Return a hash of how a group reads rows; groups with the same one share decoded rows."""
     objective = registry.get("objective", target.spec.objective.name)
-    # which rows can be used may follow from the backbone too
+    # which rows can be used may depend on the backbone too
     is_bound, largest = binds_to_backbone(objective), bundle.largest_options(group.arch)
     return spec_hash(
         group.modality.to_json(),
@@ -921,7 +978,7 @@ def reading_key(target: TargetStage, group: BackboneGroup) -> str:
     )
 
 
-def for_group(data: TargetData, group: BackboneGroup) -> TargetData:
+def data_for_group(data: TargetData, group: BackboneGroup) -> TargetData:
     """Return the same rows for another backbone group that reads them in the same way.
 
     Raises:
@@ -935,7 +992,7 @@ def for_group(data: TargetData, group: BackboneGroup) -> TargetData:
 
 
 def _build(group: BackboneGroup, arch: Architecture, objective: ObjectiveSpec) -> Task:
-    """Build the task with random weights, into which the source's weights would be loaded.
+    """Build the task of a trial with random weights.
 
     Raises:
         ValueError: Objective or rows are not compatible with the backbone: there are more tokens
@@ -1005,11 +1062,15 @@ def _unused_hooks(technique: Technique) -> list[str]:
         "streams": bool(technique.streams()),
         "at_test": adapts_at_test(technique),
     }
-    return [hook for hook, is_there in has.items() if is_there]
+    return [hook for hook, is_defined in has.items() if is_defined]
 
 
 def _reads_rows_again(technique: Technique) -> bool:
-    """Return whether a technique reads rows as they come, from their files (`train.streams`)."""
+    """Return whether a technique reads rows from their files also where they are in memory.
+
+    Rows of streams and of techniques that adapt before or after training are read so
+    (`train.streams`).
+    """
     is_read_once = prepares_on_target(technique) or adapts_at_test(technique)
     return bool(technique.streams()) or is_read_once
 
@@ -1024,9 +1085,9 @@ def _trains_something(technique: Technique, layers: dict[str, list[str]]) -> boo
 
 
 def check_modality(target: TargetStage, source: Source) -> None:
-    """Raise ValueError where the target's objective does not work with how its rows would be read.
+    """Raise ValueError where the objective does not suit the options by which rows would be read.
 
-    They are read with the options of the source, and with those that the target may set itself.
+    They are the options of the source, and those that the target may set itself.
     """
     component, place = target.spec.data.modality, f"targets.{target.name_in_job}"
     if source.data is None:
@@ -1035,7 +1096,9 @@ def check_modality(target: TargetStage, source: Source) -> None:
     theirs = source.data.modality.options
     continues = source.init or source.backbone.name.startswith(CHECKPOINT_PREFIXES)
     problem = ineffective_options(kind, given, theirs)
-    if problem and not continues:  # else it is judged with the checkpoint's options, by `_modality`
+    if (
+        problem and not continues
+    ):  # else it is judged with the checkpoint's options, by `_target_modality`
         raise ValueError(f"{place}.data.modality: {problem}")
     name = target.spec.objective.name
     config_checks.check_modality(place, component.name, {**theirs, **given}, name)
@@ -1046,7 +1109,7 @@ def check_modality(target: TargetStage, source: Source) -> None:
         free = (*kind.target_options, *registry.path_options("modality", component.name))
         fixed = [option for option in given if option not in free]
         differ = {k: given[k] for k in fixed if getattr(own, k) != getattr(inherited, k)}
-        _refuse(target, differ, inherited.model_dump())
+        _check_same_options(target, differ, inherited.model_dump())
     _check_length(place, source, given.get("length"), getattr(inherited, "length", None))
 
 
@@ -1063,13 +1126,13 @@ def _check_length(place: str, source: Source, wanted: int | None, length: int | 
         )
 
 
-def weights(uri: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], bundle.Manifest]:
+def load_weights(uri: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], bundle.Manifest]:
     """Return a bundle's backbone and head as arrays (for the object store), and its manifest."""
-    found = bundle.load(uri)
+    loaded = bundle.load(uri)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         backbone, head = (
-            {name: tensor.numpy() for name, tensor in part.items()}
-            for part in (found.backbone_tensors(), found.head_tensors())
+            {name: tensor.numpy() for name, tensor in tensors.items()}
+            for tensors in (loaded.backbone_tensors(), loaded.head_tensors())
         )
-        return backbone, head, found.manifest
+        return backbone, head, loaded.manifest

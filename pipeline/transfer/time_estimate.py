@@ -1,8 +1,8 @@
-"""How long a job would take on this machine, from a few measured steps: for ``--dry-run``.
+"""Estimates for ``--dry-run`` how long a job would take on this machine, from a few measured steps.
 
-The steps are real ones, of the networks with random weights on rows of the job, in this process.
-On a CPU a step counts with the processor time of its thread: what other programs take meanwhile is
-left out of the estimate, and said beside it.
+The steps are real ones, of the job's networks with random weights on rows of the job, in this
+process. On a CPU the time of a step is the processor time of its thread: time that other programs
+take is not part of the estimate, and a second sentence says so.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -34,36 +35,37 @@ from pipeline.transfer import existing_trials, planned_trials
 from pipeline.transfer.dry_run import TargetCost, describe_target, steps_of_source, validations
 from pipeline.transfer.job_state import JobState
 
-FEWEST_ROWS, MOST_ROWS = 4, 64
+MIN_ROWS, MAX_ROWS = 4, 64
 """A measured batch grows from the first number of rows to the second, as long as it is quick."""
 ENOUGH_SECONDS = 0.3
-"""A step that takes so long is measured well enough."""
-MOST_PARAMETERS = 500_000_000
+"""A step that takes this long is measured well enough."""
+MAX_PARAMETERS = 500_000_000
 """Larger networks are not built for an estimate."""
 FORWARD_SHARE = 1 / 3
 """Share of the forward pass in a training step: the backward pass takes about twice as long."""
 BUSY = 1.5
-"""The machine is busy where measured steps took so many times their processor time."""
+"""The machine is busy where measured steps took this many times their processor time."""
 SECONDS_PER_TRIAL = 1.0
-"""What a trial takes beside its steps: it is started, its weights are read and written."""
+"""Time of a trial beside its steps: it is started, its weights are read and written."""
 
 
 class Unmeasured(Exception):  # noqa: N818 - no error of the job
-    """The time of something cannot be told; the message says why."""
+    """The time cannot be estimated; the message says why."""
 
 
 @dataclass
 class _Speeds:
     """Measured seconds of a step, once for each network and place of the job.
 
-    Networks are alike where only their rows are not: recordings of a second, and of a minute.
+    The place counts, because equal networks may read other rows: recordings of a second, or of a
+    minute.
     """
 
     steps: int = 0
     waited: float = 0.0
     """Seconds that the measured steps took."""
     worked: float = 0.0
-    """Seconds of those in which they ran (on a GPU: all)."""
+    """Of these, the processor time of the thread (on a GPU: all)."""
     known: dict[tuple[str, str, int, int], float] = field(default_factory=dict)
 
     def seconds(self, place: str, load: Workload, rows: int, threads: int, train: Train) -> float:
@@ -76,10 +78,10 @@ class _Speeds:
 
     def _measure(self, load: Workload, rows: int, train: Train) -> float:
         empty = dry_checks.build_task(load.arch, load.objective)
-        if sum(one.numel() for one in empty.parameters()) > MOST_PARAMETERS:
+        if sum(parameter.numel() for parameter in empty.parameters()) > MAX_PARAMETERS:
             raise Unmeasured("the network is too large to be tried here")
-        batch = _batch(load, min(rows, MOST_ROWS))
-        task, count = bundle.build_task(load.arch, load.objective, seed=0), FEWEST_ROWS
+        batch = _batch(load, min(rows, MAX_ROWS))
+        task, count = bundle.build_task(load.arch, load.objective, seed=0), MIN_ROWS
         while True:
             part = batch.split(count)[0]
             seconds, waited = _step_seconds(load, task, part, train)
@@ -104,8 +106,7 @@ def _threads(count: int) -> Iterator[None]:
 def _batch(load: Workload, rows: int) -> Batch:
     """Return a batch of rows of the workload. Raises Unmeasured where none of them can be used."""
     decoder, selection = load.decoder, load.rows
-    places = evenly_spread(len(selection), rows)
-    ids = selection.ids(places)
+    ids = selection.ids(evenly_spread(len(selection), rows))
     table = manifests.Reader(selection.manifest, decoder.column_names()).take(ids)
     if load.is_packed:
         assert can_pack(decoder.modality)
@@ -114,7 +115,7 @@ def _batch(load: Workload, rows: int) -> Batch:
     arrays, bad = decoder(table)
     good = np.flatnonzero([not reason for reason in bad])
     if not len(good):
-        raise Unmeasured("none of the rows that were looked at can be used")
+        raise Unmeasured("none of the sampled rows can be used")
     repeated = np.resize(good, rows)
     keys = row_keys(0, np.zeros(rows, dtype=np.int64), np.arange(rows, dtype=np.int64))
     tensors = decoder.modality.collate({name: array[repeated] for name, array in arrays.items()})
@@ -122,9 +123,7 @@ def _batch(load: Workload, rows: int) -> Batch:
 
 
 def _step_seconds(load: Workload, task: Task, batch: Batch, train: Train) -> tuple[float, float]:
-    """Return the seconds of the second one of two training steps on a batch: in which it ran, and
-    those that it took.
-    """
+    """Return the processor time and the time of the second of two training steps on a batch."""
     technique = technique_of(FULL)
     device = default_device()
     ended: list[tuple[float, float]] = []
@@ -133,7 +132,7 @@ def _step_seconds(load: Workload, task: Task, batch: Batch, train: Train) -> tup
         if device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
-        # this thread has a part in all of a step: forward, backward and optimiser run in it
+        # forward, backward and optimiser all run in this thread
         ended.append((now if device.type == "cuda" else time.thread_time(), now))
 
     changes = {"compile": False, "ema": None, "patience": None, "trace_rows": False}
@@ -194,16 +193,16 @@ def describe(state: JobState, workloads: Mapping[str, Sequence[Workload]]) -> li
     if not parts:
         return []
     left_out = f"; without {', '.join(unknown)}" if unknown else ""
-    found = [
+    lines = [
         f"estimate for this machine, from {speeds.steps} measured steps: {', '.join(parts)}, "
         f"about {duration(total)} in total, not counting Ray's start and decoding{left_out}"
     ]
     if speeds.waited > BUSY * speeds.worked > 0:
-        found.append(
+        lines.append(
             "the estimate is for a machine without other work: this one is busy, and the measured "
             f"steps took {speeds.waited / speeds.worked:.1f} times as long"
         )
-    return found
+    return lines
 
 
 def _reason(error: Exception) -> str:
@@ -246,17 +245,18 @@ def _target_seconds(
         if group.steps is None:
             raise Unmeasured("its steps are known when its rows have been packed or sorted")
         rows = min(_rows_per_step(loads[0], train), group.rows)
-        each = [speeds.seconds(f"targets.{name}", load, rows, threads, train) for load in loads]
-        step = sum(each) / len(each)
+        step = fmean(
+            speeds.seconds(f"targets.{name}", load, rows, threads, train) for load in loads
+        )
         forward = FORWARD_SHARE * step / rows
         total += group.trials * SECONDS_PER_TRIAL
         if group.is_frozen:
-            all_rows = sum(len(one) for one in splits.by_name().values())
+            all_rows = sum(map(len, splits.by_name().values()))
             features = max(features, group.networks * forward * all_rows)
             continue
         validated = validations(train, group.steps) * len(splits.validation)
         total += group.trials * (step * group.steps + forward * (validated + len(splits.test)))
-    return total + features  # which all trials with a frozen backbone share
+    return total + features  # all trials with a frozen backbone share the features
 
 
 def _rows_per_step(load: Workload, train: Train) -> int:
@@ -264,7 +264,7 @@ def _rows_per_step(load: Workload, train: Train) -> int:
     modality = load.decoder.modality
     if train.batch_cost is None or not is_costed(modality):
         return train.global_batch
-    ids = load.rows.ids(np.arange(min(MOST_ROWS, len(load.rows))))
+    ids = load.rows.ids(np.arange(min(MAX_ROWS, len(load.rows))))
     table = manifests.Reader(load.rows.manifest, load.decoder.column_names()).take(ids)
     mean = float(modality.costs(table, load.decoder.columns).mean())
     return max(1, round(train.batch_cost / max(mean, 1e-9)))

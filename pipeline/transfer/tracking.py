@@ -1,9 +1,9 @@
 """Send what a job does to a tracker: a run for the job, nested runs for its sources and trials.
 
-One thread of the process that drives the job reads what a source or trial has left when it ends
-(bundle, record, metrics log), and passes it on. Workers know nothing of it and need no credentials.
-Where the tracker fails there is one warning, and the job goes on without it. The next run of the
-same job logs what is missing then: ``tracking.json`` in the job's folder has what was logged.
+When a source or trial ends, a thread of the process that drives the job reads its files (bundle,
+record, metrics log) and logs them. Workers are not involved and need no credentials. Where the
+tracker fails there is one warning, and the job continues without it. The next run of the same job
+logs what is then missing: ``tracking.json`` in the job's folder says what was logged.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ FILE = "tracking.json"
 JOB = "job"
 """Key of the job's own run."""
 PATIENCE_SECONDS = 120.0
-"""How long the end of a job waits for a tracker that takes nothing."""
-SLOWEST_LINE = 1e6
-"""Bytes a second: an upload may take so much longer."""
+"""How long the end of a job waits for a tracker that accepts nothing."""
+SLOWEST_UPLOAD = 1e6
+"""Bytes per second. The wait for an upload is longer by its size divided by this."""
 STATUSES: Mapping[str, RunStatus] = {"done": "done", "failed": "failed", "pruned": "pruned"}
 
 
@@ -55,29 +55,25 @@ def tracker_of(job: Job) -> Tracker[Any] | None:
     Raises:
         ValueError: Its library is not installed.
     """
-    named = job.tracking
-    if named is None:
+    component = job.tracking
+    if component is None:
         return None
-    kind = registry.get("tracker", named.name)
-    made: Tracker[Any] = kind(kind.options_class(**named.options), job.name)
+    kind = registry.get("tracker", component.name)
+    tracker: Tracker[Any] = kind(kind.options_class(**component.options), job.name)
     try:
-        made.check_library()
+        tracker.check_library()
     except ValueError as error:
         raise ValueError(f"tracking: {error}, or leave tracking out") from None
-    return made
+    return tracker
 
 
 class UnreadableError(Exception):
-    """A file of the job that cannot be read: what it holds is left out, and all else is logged."""
+    """A file of the job cannot be read: its content is left out, and all else is logged."""
 
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Name what is read in the block.
-
-    Raises:
-        UnreadableError: It cannot be read, whatever the reason.
-    """
+    """Raise any error of the block as an `UnreadableError` that names what was read."""
     try:
         yield
     except Exception as error:  # of storage, of JSON, of a record that another version wrote
@@ -86,7 +82,7 @@ def reading(what: str) -> Iterator[None]:
 
 
 class JobOutcome(Protocol):
-    """What is logged of `pipeline.api.Outcome`."""
+    """The fields of `pipeline.api.Outcome` that are logged."""
 
     bundles: dict[str, str]
     rows: list[ResultRow]
@@ -99,10 +95,10 @@ class JobOutcome(Protocol):
 def follow(
     state: JobState, patience: float = PATIENCE_SECONDS
 ) -> Iterator[Callable[[JobOutcome], None]]:
-    """Log what a job does until the block ends.
+    """Log the sources and trials of a job until the block ends.
 
     Yields:
-        A function that logs what the job has left, given its `Outcome`.
+        A function that logs the results of the job, given its `Outcome`.
     """
     tracker = tracker_of(state.job)
     if tracker is None:
@@ -127,13 +123,13 @@ class Tracking:
         self.root, self.began = state.job.root, time.time()
         self.is_given_up = False
         self._logged: dict[str, dict[str, str]] = {}
-        """Key of a run to its id in the tracker, and to what of it has been logged."""
+        """For each key of a run its id in the tracker, and the versions of what was logged."""
         self._places: dict[str, dict[str, dict[str, str]]] = {}
         """Place (see `_identity`) to the runs that are logged there."""
         self._parent = ""
         self._taken = 0
         self._upload_bytes = 0
-        """Size of what is uploaded just now."""
+        """Size of the current upload."""
         self._is_stopped = False
         self._left_out: list[str] = []
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -144,26 +140,24 @@ class Tracking:
 
     def ended(self, ended: Sequence[SourceStage | Trial]) -> None:
         """Log sources and trials that have ended; those that are logged are not logged again."""
-        sources = [one for one in ended if isinstance(one, SourceStage)]
-        trials = [one for one in ended if isinstance(one, Trial)]
-        for one in sources:
-            self._tasks.put(partial(self._log_source, one))
+        trials = [item for item in ended if isinstance(item, Trial)]
+        for item in ended:
+            if isinstance(item, SourceStage):
+                self._tasks.put(partial(self._log_source, item))
         if trials:
             self._tasks.put(partial(self._log_trials, trials))
 
     def report(self, outcome: JobOutcome) -> None:
-        """Log what the job has left: gains, the report, the table, and bundles if they are asked
-        for.
-        """
+        """Log the results of the job: gains, the report, the table, and bundles if wanted."""
         self._tasks.put(partial(self._log_outcome, outcome))
 
     def close(self, status: RunStatus, patience: float) -> None:
-        """End the job's run, and wait for the tracker as long as it takes something.
+        """End the job's run, and wait for the tracker as long as it accepts something.
 
-        A job that was stopped leaves to the next run what is not logged yet.
+        Where the job was stopped, the next run logs what is not logged yet.
 
         Args:
-            patience: Seconds without anything taken after which the rest is left to the next run.
+            patience: Seconds without progress after which the rest is left to the next run.
         """
         self._is_stopped = status == "stopped"
         with suppress(queue.Empty):
@@ -174,7 +168,9 @@ class Tracking:
         taken, waited = -1, patience
         while self._thread.is_alive() and self._taken != taken:
             taken = self._taken
-            waited = patience if self._is_stopped else patience + self._upload_bytes / SLOWEST_LINE
+            waited = (
+                patience if self._is_stopped else patience + self._upload_bytes / SLOWEST_UPLOAD
+            )
             self._thread.join(waited)
         if self._thread.is_alive():
             self._give_up(TimeoutError(f"it took nothing for {waited:g} seconds"))
@@ -199,7 +195,7 @@ class Tracking:
 
     @contextmanager
     def _one(self) -> Iterator[None]:
-        """Leave out what the block would log where it cannot be read."""
+        """Note what cannot be read in the block, instead of raising the error."""
         try:
             yield
         except UnreadableError as error:
@@ -252,10 +248,11 @@ class Tracking:
         points: Sequence[Point],
         status: RunStatus,
     ) -> None:
-        """Log a nested run, unless it is there.
+        """Log a nested run, unless this version of it is logged.
 
         Args:
-            version: Tells what is logged from an earlier source or trial with the same key.
+            version: Hash by which a source or trial is distinguished from an earlier one with the
+                same key.
         """
         old = self._logged.get(key, {})
         if self._is_stopped or old.get("version") == version:
@@ -268,7 +265,7 @@ class Tracking:
         self._logged[key] = {"id": run_id}
         self._save()
         self.tracker.log(run_id, points)
-        self.tracker.end(run_id, status, max([began, *(one.time for one in points)]))
+        self.tracker.end(run_id, status, max([began, *(point.time for point in points)]))
         self._logged[key] = {"id": run_id, "version": version}
         self._save()
 
@@ -286,7 +283,7 @@ class Tracking:
             last.step,
             last.time,
         )
-        began = min((one.time for one in points), default=self.began)
+        began = min((point.time for point in points), default=self.began)
         parameters = flatten(stage.spec.model_dump(mode="json", exclude_defaults=True))
         self._log_run(key, version, stage.name, began, parameters, points, "done")
 
@@ -337,12 +334,12 @@ class Tracking:
         self._log_run(key, version, one.name, began, parameters, points, status)
 
     def _log_outcome(self, outcome: JobOutcome) -> None:
-        """Log the gains of trials, the means of the matrix, and the files that the job has left."""
+        """Log the gains of trials, the means of the matrix, and the files of the report."""
         by_trial: dict[str, dict[str, float | None]] = {}
         for row in outcome.rows:
             if row.split == "test" and row.metric and row.gain is not None:
-                found = by_trial.setdefault(f"trial/{row.trial_id}", {})
-                found |= _interval(f"gain/{row.metric}", row.gain, row.gain_low, row.gain_high)
+                gains = by_trial.setdefault(f"trial/{row.trial_id}", {})
+                gains |= _interval(f"gain/{row.metric}", row.gain, row.gain_low, row.gain_high)
         now = time.time()
         for key, values in by_trial.items():
             self._once(key, "gains", spec_hash(values), partial(self._log_values, values, now))
@@ -398,8 +395,8 @@ class Tracking:
             self._upload(run_id, folder, "bundle")
 
     def _upload(self, run_id: str, path: Path, folder: str = "") -> None:
-        files = [one for one in (path, *path.rglob("*")) if one.is_file()]
-        self._upload_bytes = sum(one.stat().st_size for one in files)
+        files = [file for file in (path, *path.rglob("*")) if file.is_file()]
+        self._upload_bytes = sum(file.stat().st_size for file in files)
         self._taken += 1  # what comes now has a patience of its own
         try:
             self.tracker.upload(run_id, path, folder)
@@ -418,7 +415,7 @@ class Tracking:
         except Exception:  # each tracker has its own error for a run that is gone
             if self.tracker.exists(run["id"]):
                 raise
-            del self._logged[key]  # its user has deleted it: the next run logs it anew
+            del self._logged[key]  # somebody has deleted it: the next run logs it again
         else:
             run[what] = version
         self._save()
@@ -433,9 +430,9 @@ def curve_points(uri: str) -> list[Point]:
     out: list[Point] = []
     for line in storage.read_bytes(uri).splitlines() if storage.exists(uri) else ():
         with suppress(ValueError):  # a last line that is cut off
-            found = json.loads(line)
-            values = {k: v for k, v in found.items() if k not in (*NO_CURVES, "time")}
-            out += _points(values, int(found["step"]), float(found["time"]))
+            record = json.loads(line)
+            values = {k: v for k, v in record.items() if k not in (*NO_CURVES, "time")}
+            out += _points(values, int(record["step"]), float(record["time"]))
     return out
 
 
@@ -454,7 +451,9 @@ def _names_of(entries: Sequence[MatrixEntry]) -> list[str]:
     The backbone follows the source where entries of several backbones are otherwise the same, as
     those of scratch are.
     """
-    keys = [(one.target, one.source, one.technique, one.label_fraction) for one in entries]
+    keys = [
+        (entry.target, entry.source, entry.technique, entry.label_fraction) for entry in entries
+    ]
     num_backbones = Counter(keys)
     names: list[str] = []
     for key, entry in zip(keys, entries, strict=True):
@@ -511,7 +510,7 @@ def _text(value: Any) -> str:
 
 
 def _identity(tracking: ComponentConfig | None) -> str:
-    """Return a hash that tells one place of runs from another, and holds no password."""
+    """Return a hash of the place of runs. Passwords are no part of it."""
     assert tracking is not None
     plain = {
         name: value for name, value in tracking.options.items() if name not in ("bundles", "uri")

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -97,7 +98,7 @@ AT_THRESHOLD = (
 )
 """Metrics of test rows only, because their threshold is chosen on the validation rows."""
 RECORD, PREDICTIONS = "record.json", "predictions.npz"
-AGAIN = "the trial counts as not done, and the next run makes it again"
+WHEN_DAMAGED = "the trial counts as not done, and the next run makes it again"
 """What happens to a trial with a damaged file."""
 
 
@@ -243,18 +244,18 @@ def is_without_labels(trial: Trial) -> bool:
 
 
 def data_of(trial: Trial, shared: Shared) -> TargetData:
-    """Return the target of a trial, with the rows on which everything is chosen.
+    """Return the target of a trial, with the validation rows by which the trial is chosen.
 
-    They are the target's validation rows, or where no label of the target may be read those of the
-    source, as far as it has any.
+    They are those of the target. Where no label of the target may be read they are those of the
+    source, or none if it has none.
     """
     data = shared.targets[trial.target, trial.backbone_key]
     if not is_without_labels(trial):
         return data
-    found = shared.source_validation.get(trial.source)
-    if found is None:
+    selection = shared.source_validation.get(trial.source)
+    if selection is None:
         return replace(data, validation=data.validation.subset(np.zeros(0, dtype=np.int64)))
-    return replace(data, validation=_labelled_source(trial, shared, found, training=False))
+    return replace(data, validation=_labelled_source(trial, shared, selection, training=False))
 
 
 def _labelled_source(
@@ -266,26 +267,27 @@ def _labelled_source(
     """
     data = shared.targets[trial.target, trial.backbone_key]
     _, columns = shared.source_rows[trial.source]
-    theirs, _ = shared.heads[trial.source]
-    match = label_sets.compare(theirs.state, data.objective.state)
+    objective, _ = shared.heads[trial.source]
+    match = label_sets.compare(objective.state, data.objective.state)
     decoder = Decoder(
         data.train.modality,
-        theirs.name,
-        theirs.state,
+        objective.name,
+        objective.state,
         columns,
         training=training,
         relabel=label_sets.Relabel(match),
     )
-    return Rows(label_sets.shared_rows(selection, columns, theirs, match), decoder)
+    return Rows(label_sets.shared_rows(selection, columns, objective, match), decoder)
 
 
-def folder(shared: Shared, trial: Trial) -> str:
+def folder_uri(shared: Shared, trial: Trial) -> str:
+    """Return the URI of a trial's folder."""
     return storage.join(shared.root, trial.folder)
 
 
-def checkpoints(shared: Shared, trial: Trial) -> str:
-    """Return the folder of a trial's resume points, of the same kind as those of a source."""
-    return experiment.checkpoint_folder(folder(shared, trial))
+def checkpoint_folder(shared: Shared, trial: Trial) -> str:
+    """Return the folder of a trial's resume points."""
+    return experiment.checkpoint_folder(folder_uri(shared, trial))
 
 
 def read_record(root: str, folder: str) -> TrialRecord | None:
@@ -296,13 +298,13 @@ def read_record(root: str, folder: str) -> TrialRecord | None:
         folder: That of the trial, relative to it.
     """
     uri = storage.join(root, folder, RECORD)
-    found = checksums.document_or_none(uri, AGAIN)
-    if found is None:
+    stored = checksums.document_or_none(uri, WHEN_DAMAGED)
+    if stored is None:
         return None
     try:
-        record = TrialRecord.from_json(found)
+        record = TrialRecord.from_json(stored)
     except ValueError as error:
-        checksums.notify(f"{uri} is damaged: {error}: {AGAIN}")
+        checksums.notify(f"{uri} is damaged: {error}: {WHEN_DAMAGED}")
         return None
     rows = tuple(row.as_read_in(root, folder) for row in record.rows)
     return replace(record, rows=rows)
@@ -317,8 +319,12 @@ def read_records(root: str, folders: Mapping[str, str]) -> dict[str, TrialRecord
         root: The folder of the job.
         folders: Folder of each trial, relative to that of the job, by trial id.
     """
-    found = threaded_map(lambda folder: read_record(root, folder), folders.values())
-    return {one: record for one, record in zip(folders, found, strict=True) if record is not None}
+    records = zip(
+        folders,
+        threaded_map(lambda folder: read_record(root, folder), folders.values()),
+        strict=True,
+    )
+    return {trial_id: record for trial_id, record in records if record is not None}
 
 
 def is_complete(root: str, folder: str, record: TrialRecord) -> bool:
@@ -343,21 +349,22 @@ def _predictions(root: str, folder: str, record: TrialRecord | None) -> bytes | 
             checksums.check_bytes(uri, data, entry)
     except storage.NotFoundError:
         if entry is not None:
-            checksums.notify(f"{uri} is gone: {AGAIN}")
+            checksums.notify(f"{uri} is gone: {WHEN_DAMAGED}")
         return None
     except storage.DamagedError as error:
-        checksums.notify(f"{error}: {AGAIN}")
+        checksums.notify(f"{error}: {WHEN_DAMAGED}")
         return None
     return data
 
 
-def build(
+def build_task(
     trial: Trial, shared: Shared, technique: Technique | None = None
 ) -> tuple[Task, str, str]:
     """Build the task that a trial starts with.
 
     Args:
-        technique: The trial's own, where it is to keep what it reads of finished trials.
+        technique: The trial's technique, which may keep what it reads of finished trials; None: a
+            new one.
 
     Returns:
         The task, a description of the tensors that came from the source, and a hash of its weights.
@@ -382,24 +389,26 @@ def build(
     if trial.source == SCRATCH:
         return task, "new backbone and head (scratch)", weights_hash(task)
     weights = _tensors(shared.weights[trial.source])
-    backbone = bundle.transfer(task.backbone, weights, trial.source).text()
-    kept, head = 0, "new head"
+    backbone_note = bundle.transfer(task.backbone, weights, trial.source).text()
+    num_kept, head_note = 0, "new head"
     technique = trial.technique_object
     is_untrained = not trains(technique)
-    is_untaught = is_untrained or is_without_labels(trial)
+    uses_no_labels = is_untrained or is_without_labels(trial)
     if transfers_head(task.objective):
         source_objective, arrays = shared.heads[trial.source]
-        kept, head = bundle.carry_tensors(task.objective, source_objective, _tensors(arrays))
+        num_kept, head_note = bundle.carry_tensors(
+            task.objective, source_objective, _tensors(arrays)
+        )
     elif is_untrained or adapts_without_labels(technique):
-        kept, head = _start_head(trial, shared, task.objective, technique)
-        if is_untaught and 0 < kept < len(data.label_names):
-            kept, head = 0, f"it lacks some of the target's labels; {head}"
-    if is_untaught and not kept:
+        num_kept, head_note = _start_head(trial, shared, task.objective, technique)
+        if uses_no_labels and 0 < num_kept < len(data.label_names):
+            num_kept, head_note = 0, f"it lacks some of the target's labels; {head_note}"
+    if uses_no_labels and not num_kept:
         raise ValueError(
             f"{trial.technique.name}: nothing of the head of source {trial.source} fits this "
-            f"target ({head}): it can only be fine-tuned"
+            f"target ({head_note}): it can only be fine-tuned"
         )
-    return task, f"{backbone}; {head}", weights_hash(task)
+    return task, f"{backbone_note}; {head_note}", weights_hash(task)
 
 
 def _start_head(
@@ -407,17 +416,18 @@ def _start_head(
 ) -> tuple[int, str]:
     """Load the head that a source gives without training.
 
-    It is its own weights of labels with the same names, or weights made of texts about the classes.
+    It has the source's weights of labels with the same names, or weights that are computed from
+    texts about the classes.
 
     Returns:
-        How many labels have weights, and what was done in words.
+        How many labels have weights, and a description of what was done.
     """
-    theirs, arrays = shared.heads[trial.source]
-    if describes_classes(technique) and _reads_texts(theirs):
+    source_objective, arrays = shared.heads[trial.source]
+    if describes_classes(technique) and _reads_texts(source_objective):
         source = source_task(trial, shared)
         assert source is not None
         return label_sets.head_of_texts(objective, source.objective, technique.class_texts)
-    return label_sets.carry_head(objective, theirs, _tensors(arrays))
+    return label_sets.carry_head(objective, source_objective, _tensors(arrays))
 
 
 def _reads_texts(objective: ObjectiveSpec) -> bool:
@@ -432,7 +442,7 @@ def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
 def source_task(trial: Trial, shared: Shared) -> Task | None:
     """Return the source's network with its own head; None where it has no head (a checkpoint).
 
-    The backbone is built for the input of the target, as the trial's own is.
+    Its backbone is built for the input of the target.
     """
     objective, head = shared.heads.get(trial.source, (NO_OBJECTIVE, {}))
     if objective.name == NO_OBJECTIVE.name:
@@ -448,12 +458,12 @@ def source_task(trial: Trial, shared: Shared) -> Task | None:
 def _record_of_member(shared: Shared, member: Trial) -> TrialRecord:
     record = read_record(shared.root, member.folder)
     if record is None:
-        raise ValueError(f"trial {member.name}, which is to be combined, has no record")
+        raise ValueError(f"trial {member.name} has no record, so it cannot be combined")
     return record
 
 
 def _finished(record: TrialRecord) -> FinishedTrial:
-    """Return a trial that has ended. Its weights are read when they are asked for."""
+    """Return a finished trial for `Technique.after_fanout`. Its weights are read when needed."""
     row = record.rows[0]
 
     def weights() -> dict[str, torch.Tensor]:
@@ -474,6 +484,7 @@ def _finished(record: TrialRecord) -> FinishedTrial:
 
 
 def weights_hash(task: torch.nn.Module) -> str:
+    """Return a hash of a network's parameters and buffers, of 12 hex digits."""
     digest = hashlib.sha256()
     for name, tensor in sorted(task.state_dict().items()):
         digest.update(name.encode())
@@ -517,13 +528,13 @@ def labelled_rows(trial: Trial, shared: Shared) -> np.ndarray:
 
 
 def resolve_training(trial: Trial, shared: Shared) -> tuple[Train, Rows, int]:
-    """Resolve the training settings, the labelled rows of this trial, and its number of steps.
+    """Return the training settings of a trial, its labelled rows and its number of steps.
 
-    The batch is never larger than the rows. A frozen backbone reads rows without augmentation.
-    Where its features are computed once, all features have the same length, so a batch by
-    ``batch_cost`` has as many rows as that cost means on average.
+    The batch is never larger than the rows. With a frozen backbone rows are not augmented; where
+    its features are cached, all rows cost the same, so a ``batch_cost`` becomes a number of rows.
     """
-    data, technique = shared.targets[trial.target, trial.backbone_key], trial.technique_object
+    data = shared.targets[trial.target, trial.backbone_key]
+    technique = trial.technique_object
     train, rows = data.spec.train, data.train
     if not trains(technique):
         batch = min(train.global_batch, len(rows))
@@ -533,13 +544,15 @@ def resolve_training(trial: Trial, shared: Shared) -> tuple[Train, Rows, int]:
     else:
         rows = rows.subset(labelled_rows(trial, shared))
     train = with_hyper_parameters(train, trial.train_settings)
-    batch, changes = train.global_batch, {}
+    batch = train.global_batch
+    changes: dict[str, Any] = {}
     if technique.frozen:
         changes["augment"] = False
         if train.batch_cost is not None and _caches_features(data):
             assert data.train.costs is not None
             mean_cost = max(float(data.train.costs.mean()), 1e-9)
-            batch, changes["batch_cost"] = max(1, round(train.batch_cost / mean_cost)), None
+            batch = max(1, round(train.batch_cost / mean_cost))
+            changes["batch_cost"] = None
     train = train.model_copy(update={**changes, "global_batch": min(batch, len(rows))})
     steps = steps_of(train, order_of(trial, shared, train, rows))
     return train, rows, technique.steps(steps)
@@ -554,7 +567,8 @@ def _caches_features(data: TargetData) -> bool:
 def order_of(trial: Trial, shared: Shared, train: Train, rows: Rows) -> Plan:
     """Return the order in which a trial reads its training rows.
 
-    It is that of a source, but rows in memory are fully permuted unless the job sets another order.
+    It is made as that of a source is, but rows in memory are fully permuted unless the job states
+    another order.
     """
     data = shared.targets[trial.target, trial.backbone_key]
     objective = registry.get("objective", data.objective.name)
@@ -586,7 +600,7 @@ def run(
     report: Report = lambda step, steps, metrics: None,
     on_step: Callable[[], None] = heartbeat.beat,
 ) -> TrialRecord:
-    """Train, validate and, in a final trial, test once; write record, predictions and bundle.
+    """Train and validate, and write the record. A final trial is also tested, once.
 
     A trial that was killed continues from its newest resume point. The resume points are removed
     when the record is written.
@@ -607,13 +621,13 @@ def run(
     ranks = ranks or Ranks(device=default_device())
     began = time.time()
     trial, failed_members = _without_failed_members(trial, shared)
-    data, where = data_of(trial, shared), folder(shared, trial)
-    technique = trial.technique_object  # one for the whole trial: it may keep what it saw
+    data, folder = data_of(trial, shared), folder_uri(shared, trial)
+    technique = trial.technique_object  # one for the whole trial: it may have a state
     train, rows, steps = resolve_training(trial, shared)
     if reads_source(technique):
         technique.read_source(source_task(trial, shared))
-    task, moved, start_hash = build(trial, shared, technique)
-    history = history_of(where, [trial], shared)
+    task, transfer_note, start_hash = build_task(trial, shared, technique)
+    history = history_of(folder, [trial], shared)
     if ranks.is_first:
         history.drop_incompatible(shared.remake)
     finished = experiment.run(
@@ -630,8 +644,8 @@ def run(
             metrics=data.metrics,
             eval_batch=EVAL_ROWS,
             max_bad_rows=data.spec.data.max_bad_rows,
-            folder=where,
-            log_folder=where,
+            folder=folder,
+            log_folder=folder,
             stream_rows=_stream_rows(trial, shared),
             # few labels make a small batch, and alignment needs a large one
             stream_batch=with_hyper_parameters(data.spec.train, trial.train_settings).global_batch,
@@ -647,9 +661,9 @@ def run(
     if trial.stage == "final":
         may_calibrate = trial.label_fraction != 0 or is_without_labels(trial)
         task, test, frames = predict_test(task, technique, data, train, ranks, may_calibrate)
-    unread = {row: why for (split, row), why in finished.bad_rows.items() if split == "train"}
-    rows_left_out = _rows_left_out(data, test, rows, unread)
-    moved = "; ".join([moved, *failed_members, *rows_left_out, *finished.damaged])
+    bad_rows = {row: why for (split, row), why in finished.bad_rows.items() if split == "train"}
+    rows_left_out = _rows_left_out(data, test, rows, bad_rows)
+    notes = [transfer_note, *failed_members, *rows_left_out, *finished.damaged]
     num_labelled = len(labelled_rows(trial, shared))
     ran = finished.metadata
     summary = TrialSummary(
@@ -657,7 +671,7 @@ def run(
         stopped_at=ran.get("stopped_at"),
         seconds=finished.outcome.seconds_before + time.time() - began,
         device=device_name(ranks.device),
-        n_train=num_labelled - len(unread) if num_labelled else 0,
+        n_train=num_labelled - len(bad_rows) if num_labelled else 0,
         params_trained=ran["params_trained"],
         layers_trained=ran["layers_trained"],
         padding_share=ran.get("padding_share"),
@@ -667,16 +681,17 @@ def run(
         kept_step=ran["kept_step"],
         skipped_steps=ran["skipped_steps"],
         resumed_from=ran["resumed_from"],
-        transfer=moved,
+        transfer="; ".join(notes),
         begun_by=history.others,
     )
     record = make_record(trial, shared, train, began, summary, finished.metrics, test)
     if ranks.is_first:
-        source_streams = {"source", LABELLED_SOURCE} & {*technique.streams()}
-        further = shared.source_reads if source_streams else {}
-        file_identity.check_unchanged([*data.reads, *further.get(trial.source, ())])
+        reads = [*data.reads]
+        if {"source", LABELLED_SOURCE} & {*technique.streams()}:
+            reads += shared.source_reads.get(trial.source, ())
+        file_identity.check_unchanged(reads)
         is_kept = shared.keep_bundles and trial.stage == "final" and not isinstance(task, Ensemble)
-        return write(trial, shared, record, test, task if is_kept else None, frames)
+        return write_results(trial, shared, record, test, task if is_kept else None, frames)
     return record
 
 
@@ -684,9 +699,9 @@ def history_of(folder: str, trials: list[Trial], shared: Shared) -> resume_histo
     """Return the history of the resume points of trials that differ only in seeds and settings."""
     first = trials[0]
     spec = shared.targets[first.target, first.backbone_key].spec
-    made = made_by(spec, shared.backbone_groups[first.backbone_key], first.technique)
+    now = made_by(spec, shared.backbone_groups[first.backbone_key], first.technique)
     weights = shared.parent_weights.get(first.source)
-    return resume_history.ResumeHistory(folder, made, weights, [trial.id for trial in trials])
+    return resume_history.ResumeHistory(folder, now, weights, [trial.id for trial in trials])
 
 
 def _stream_rows(trial: Trial, shared: Shared) -> dict[str, Rows]:
@@ -712,10 +727,10 @@ def predict_test(
     """Adapt to the test rows, calibrate on the validation rows, then predict each test row once.
 
     Args:
-        task: As its technique left it.
-        technique: Adapts to the test rows, where it does.
-        data: The rows.
-        train: Settings of the run.
+        task: The network after training.
+        technique: Its technique, which may adapt it to the test rows.
+        data: The target.
+        train: Training settings of the trial.
         ranks: Ranks of the run.
         may_calibrate: False where the labels of the validation rows may not be used.
 
@@ -731,31 +746,35 @@ def predict_test(
     objective: Any = task.objective
     if may_calibrate and is_calibrated(objective) and len(data.validation):
         batches = _batches(data.validation, ranks)
-        mine = evaluate.predictions(task, batches, preprocess, ranks, autocast())
-        mine = evaluate.Postprocessor(data.validation)(task.objective, mine)
-        objective.calibrate(evaluate.gather_predictions(mine, ranks))
+        validation = evaluate.predictions(task, batches, preprocess, ranks, autocast())
+        validation = evaluate.Postprocessor(data.validation)(task.objective, validation)
+        objective.calibrate(evaluate.gather_predictions(validation, ranks))
     bad: list[tuple[int, str]] = []
     batches = _batches(data.test, ranks)
-    mine = evaluate.predictions(task, batches, preprocess, ranks, autocast(), bad.extend)
+    test = evaluate.predictions(task, batches, preprocess, ranks, autocast(), bad.extend)
     # each rank has read a part of the rows, and the budget is of all of them
-    bad = [one for part in evaluate.gather_objects(bad, ranks) for one in part]
+    bad = list(itertools.chain.from_iterable(evaluate.gather_objects(bad, ranks)))
     check_bad_row_budget(bad, len(data.test), data.spec.data.max_bad_rows, data.test.selection)
-    mine, frames = evaluate.Postprocessor(data.test).rollout_evaluation(task, mine)
-    return task, evaluate.gather_predictions(mine, ranks), frames
+    test, frames = evaluate.Postprocessor(data.test).rollout_evaluation(task, test)
+    return task, evaluate.gather_predictions(test, ranks), frames
 
 
 def _rows_left_out(
-    data: TargetData, test: Predictions | None, rows: Rows, unread: dict[int, str]
+    data: TargetData, test: Predictions | None, rows: Rows, bad_rows: Mapping[int, str]
 ) -> list[str]:
-    """Return sentences on the number of test and training rows that could not be read."""
+    """Return sentences on the test and training rows that could not be read.
+
+    Args:
+        bad_rows: Id of each such training row, with the reason.
+    """
     notes = []
     if test is not None and len(test["row"]) < len(data.test):
         notes.append(f"{len(data.test) - len(test['row'])} test rows could not be read")
-    if unread:
-        row, reason = min(unread.items())
+    if bad_rows:
+        row, reason = min(bad_rows.items())
         first = f"{rows.selection.manifest.location(row)}: {reason}"
-        more = ", ..." if len(unread) > 1 else ""
-        notes.append(f"{len(unread)} training rows left out ({first}{more})")
+        more = ", ..." if len(bad_rows) > 1 else ""
+        notes.append(f"{len(bad_rows)} training rows left out ({first}{more})")
     return notes
 
 
@@ -777,27 +796,30 @@ def make_record(
 ) -> TrialRecord:
     """Make the record of a trial: its results rows, its curve and the settings that were used.
 
-    The rows have no gains yet, which need the other trials. A baseline has no ``train``.
+    The rows have no gains yet: these are computed when all trials have ended.
+
+    Args:
+        trial: The trial.
+        shared: The data that all trials read.
+        train: Its training settings; None for a baseline.
+        began: When it began, in seconds since 1970.
+        summary: What it reports of its training.
+        validation: Metrics of the validation rows.
+        test: Predictions of the test rows; None: they were not read.
+        status: "done", "failed" or "pruned".
+        error: Why it failed or was stopped.
     """
     data = data_of(trial, shared)
     error = None if error is None else storage.without_secrets(error)
     parent = shared.parents.get(trial.source)
-    ran = {
-        **trial.hyper_parameters,
-        **(_training_settings(train, data, summary) if train else {}),
-        **summary.settings,
-        **({"stopped_at": summary.stopped_at} if summary.stopped_at else {}),
-        **({"technique": trial.technique.options} if trial.technique.options else {}),
-    }
-    groups = groups_of(data, test)
-    common = ResultRow(
+    template = ResultRow(
         job=shared.job,
         source=trial.source,
         backbone=trial.backbone,
         target=trial.target,
         objective=data.objective.name,
         technique=trial.technique.name,
-        hyper_parameters=json.dumps(ran, sort_keys=True),
+        hyper_parameters=json.dumps(_all_settings(trial, train, data, summary), sort_keys=True),
         seed=trial.seed,
         label_fraction=fraction_text(trial.label_fraction, data.spec.objective.name),
         trial_id=trial.id,
@@ -818,40 +840,18 @@ def make_record(
         fold=data.spec.fold,
         trial_folder=trial.folder,
     )
-    rows: list[ResultRow] = []
-    chosen_on = SOURCE_VALIDATION if is_without_labels(trial) else VALIDATION
-    tested = compute_test_metrics(data, test) if test else {}
-    validated = {name: validation[name] for name in data.metrics} if validation else {}
-    for split, values in (("test", tested), (chosen_on, validated)):
-        for name, value in values.items():
-            scorer = metric(name, data.label_names)
-            row = replace(
-                common,
-                metric=name,
-                value=value,
-                higher_is_better=scorer.higher_is_better,
-                split=split,
-                n_eval=len(data.validation),
-            )
-            if split == "test" and test is not None:
-                low, high = stats.interval(scorer, test, groups=groups)
-                units = len(test["row"]) if groups is None else len(np.unique(groups))
-                row = replace(
-                    row,
-                    n_eval=len(test["row"]),
-                    value_low=low,
-                    value_high=high,
-                    n_units=units,
-                    interval="95% bootstrap over test " + ("rows" if groups is None else "groups"),
-                )
-            rows.append(row)
+    validation_split = SOURCE_VALIDATION if is_without_labels(trial) else VALIDATION
+    rows = [
+        *(_test_rows(data, template, test) if test else ()),
+        *(_validation_rows(data, template, validation, validation_split) if validation else ()),
+    ]
     made = trial_made_by(trial, data.spec, shared.backbone_groups[trial.backbone_key])
     return TrialRecord(
         trial_id=trial.id,
         cell=trial.entry,
         status=status,
         error=error,
-        rows=tuple(rows or [common]),
+        rows=tuple(rows or [template]),
         validation=validation,
         curve=curve_of(summary.curve),
         transfer=summary.transfer,
@@ -866,27 +866,81 @@ def make_record(
     )
 
 
+def _all_settings(
+    trial: Trial, train: Train | None, data: TargetData, summary: TrialSummary
+) -> JsonObject:
+    """Return the settings of a trial as the results table has them."""
+    settings: JsonObject = dict(trial.hyper_parameters)
+    if train is not None:
+        settings |= _training_settings(train, data, summary)
+    settings |= summary.settings
+    if summary.stopped_at:
+        settings["stopped_at"] = summary.stopped_at
+    if trial.technique.options:
+        settings["technique"] = trial.technique.options
+    return settings
+
+
 def _training_settings(train: Train, data: TargetData, summary: TrialSummary) -> JsonObject:
     """Return the settings of the training loop that a record lists."""
-    return {
-        **{k: getattr(train, k) for k in ("lr", "global_batch", "weight_decay", "optimizer")},
+    settings: JsonObject = {
+        "lr": train.lr,
+        "global_batch": train.global_batch,
+        "weight_decay": train.weight_decay,
+        "optimizer": train.optimizer,
         "steps": summary.steps,
-        **(
-            {
-                "batch_cost": train.batch_cost,
-                "global_batch": None,
-                "padding_share": summary.padding_share,
-            }
-            if train.batch_cost
-            else {}
-        ),
-        **(
-            {"normalization": data.objective.state["normalization"]}
-            if "normalization" in data.objective.state
-            else {}
-        ),
         "start_weights": summary.start_weights,
     }
+    if train.batch_cost:
+        settings |= {
+            "batch_cost": train.batch_cost,
+            "global_batch": None,
+            "padding_share": summary.padding_share,
+        }
+    if "normalization" in data.objective.state:
+        settings["normalization"] = data.objective.state["normalization"]
+    return settings
+
+
+def _test_rows(data: TargetData, template: ResultRow, test: Predictions) -> list[ResultRow]:
+    """Return a results row for each metric of the test rows, with its interval."""
+    groups = groups_of(data, test)
+    num_rows = len(test["row"])
+    rows: list[ResultRow] = []
+    for name, value in compute_test_metrics(data, test).items():
+        scorer = metric(name, data.label_names)
+        low, high = stats.interval(scorer, test, groups=groups)
+        row = replace(
+            template,
+            metric=name,
+            value=value,
+            value_low=low,
+            value_high=high,
+            higher_is_better=scorer.higher_is_better,
+            split="test",
+            n_eval=num_rows,
+            n_units=num_rows if groups is None else len(np.unique(groups)),
+            interval="95% bootstrap over test " + ("rows" if groups is None else "groups"),
+        )
+        rows.append(row)
+    return rows
+
+
+def _validation_rows(
+    data: TargetData, template: ResultRow, validation: Mapping[str, float], split: str
+) -> list[ResultRow]:
+    """Return a results row for each metric of the validation rows, the primary one first."""
+    return [
+        replace(
+            template,
+            metric=name,
+            value=validation[name],
+            higher_is_better=metric(name, data.label_names).higher_is_better,
+            split=split,
+            n_eval=len(data.validation),
+        )
+        for name in data.metrics
+    ]
 
 
 def compute_test_metrics(data: TargetData, test: Predictions) -> dict[str, float]:
@@ -903,16 +957,18 @@ def compute_test_metrics(data: TargetData, test: Predictions) -> dict[str, float
     names = (*data.test_metrics, *data.metrics)
     if data.spec.metric in data.metrics:
         names = (*data.metrics, *data.test_metrics)
-    found = evaluate.compute_metrics(test, (*names, *(AT_THRESHOLD if "threshold" in test else ())))
-    for each in (metric(name).per_label for name in data.metrics):
-        if each is not None:
-            values = each.values(test, data.label_names)
-            found |= {f"{each.name}/{label}": value for label, value in values.items()}
-    return found
+    if "threshold" in test:
+        names = (*names, *AT_THRESHOLD)
+    values = evaluate.compute_metrics(test, names)
+    for per_label in (metric(name).per_label for name in data.metrics):
+        if per_label is not None:
+            of_labels = per_label.values(test, data.label_names)
+            values |= {f"{per_label.name}/{label}": value for label, value in of_labels.items()}
+    return values
 
 
 def calibration_of(objective: Objective) -> dict[str, float]:
-    """Return what was fitted on the validation rows after training."""
+    """Return the temperature and threshold that were fitted on the validation rows."""
     return {
         name: objective.state[name]
         for name in ("temperature", "threshold")
@@ -921,10 +977,11 @@ def calibration_of(objective: Objective) -> dict[str, float]:
 
 
 def groups_of(data: TargetData, test: Predictions | None) -> np.ndarray | None:
-    """Return the groups of the test rows that were predicted."""
+    """Return the (n,) groups of the test rows that were predicted; None: they have none."""
     if data.groups is None or test is None:
         return None
-    return data.groups[np.searchsorted(data.test.selection.all_ids, test["row"])]
+    test_ids = data.test.selection.all_ids
+    return data.groups[np.searchsorted(test_ids, test["row"])]
 
 
 def failed_record(
@@ -952,10 +1009,10 @@ def failed_record(
         status,
         error,
     )
-    return write(trial, shared, record, None, None)
+    return write_results(trial, shared, record, None, None)
 
 
-def write(
+def write_results(
     trial: Trial,
     shared: Shared,
     record: TrialRecord,
@@ -968,17 +1025,21 @@ def write(
     A trial with a record is therefore complete. Its resume points are then removed; those of a
     failed trial are kept, since the next run tries it again. Returns the record as it is written.
     """
-    data, where = shared.targets[trial.target, trial.backbone_key], folder(shared, trial)
+    data = shared.targets[trial.target, trial.backbone_key]
+    folder = folder_uri(shared, trial)
     if test is not None:
-        extra = {} if data.groups is None else {"group": groups_of(data, test)}
-        extra |= {"label_names": np.array(data.label_names)} if data.label_names else {}
-        extra |= {} if rollout_frames is None else {"film": rollout_frames}
+        arrays: dict[str, Any] = dict(test)
+        if data.groups is not None:
+            arrays["group"] = groups_of(data, test)
+        if data.label_names:
+            arrays["label_names"] = np.array(data.label_names)
+        if rollout_frames is not None:
+            arrays["film"] = rollout_frames
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **test, **extra)  # type: ignore[arg-type]
-        storage.write_bytes(storage.join(where, PREDICTIONS), buffer.getvalue())
-        record = replace(
-            record, files={PREDICTIONS: atomic_folder.entry_of_bytes(buffer.getvalue())}
-        )
+        np.savez_compressed(buffer, **arrays)
+        content = buffer.getvalue()
+        storage.write_bytes(storage.join(folder, PREDICTIONS), content)
+        record = replace(record, files={PREDICTIONS: atomic_folder.entry_of_bytes(content)})
     if task is not None:
         uri = uri_of_bundle(shared.root, trial.folder)
         bundle.save(
@@ -997,16 +1058,17 @@ def write(
             training={"trial": trial.entry, "seed": trial.seed},
         )
         record = replace(record, rows=tuple(replace(row, bundle_uri=uri) for row in record.rows))
-    checksums.write_document(storage.join(where, RECORD), record.to_json())
+    checksums.write_document(storage.join(folder, RECORD), record.to_json())
     if not record.failed:
-        resume_history.clear(where)
+        resume_history.clear(folder)
     return record
 
 
 def _base_of(trial: Trial, shared: Shared) -> bundle.Base | None:
-    """Return the bundle that a trial's is written as the difference to; None: it is whole.
+    """Return the bundle to which a trial's bundle holds the difference; None: it holds all weights.
 
-    Where a technique's modules stay in the network, its tensors have other names than the source's.
+    It holds all where a technique's modules stay in the network: the tensors then have other names
+    than those of the source.
     """
     source = trial.source
     if keeps_modules(trial.technique_object):
@@ -1015,6 +1077,22 @@ def _base_of(trial: Trial, shared: Shared) -> bundle.Base | None:
         return None
     weights = _tensors(shared.weights[source])
     return bundle.Base(shared.parents[source], shared.parent_weights[source], weights)
+
+
+def read_test_predictions(root: str, rows: Iterable[ResultRow]) -> dict[str, stats.RunPredictions]:
+    """Return the test predictions of the finished final trials of these rows, by trial id.
+
+    Trials whose predictions are missing or damaged are left out.
+
+    Args:
+        root: The folder of the job.
+    """
+    runs: dict[str, stats.RunPredictions] = {}
+    for trial_id, row in {row.trial_id: row for row in rows if row.is_tested}.items():
+        run = read_predictions(root, row.folder, row.seed)
+        if run is not None:
+            runs[trial_id] = run
+    return runs
 
 
 def read_predictions(root: str, folder: str, seed: int) -> stats.RunPredictions | None:
@@ -1030,13 +1108,12 @@ def read_predictions(root: str, folder: str, seed: int) -> stats.RunPredictions 
     data = _predictions(root, folder, read_record(root, folder))
     if data is None:
         return None
-    with np.load(io.BytesIO(data), allow_pickle=False) as found:
-        arrays = {name: found[name] for name in found.files}
-    groups, labels, rollout_frames = (
+    with np.load(io.BytesIO(data), allow_pickle=False) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    rows, groups, rollout_frames = (
+        arrays.pop("row"),
         arrays.pop("group", None),
-        tuple(arrays.pop("label_names", np.zeros(0, str)).tolist()),
         arrays.pop("film", None),
     )
-    return stats.RunPredictions(
-        arrays.pop("row"), arrays, seed, groups, labels, rollout_frames=rollout_frames
-    )
+    labels = tuple(arrays.pop("label_names", np.zeros(0, str)).tolist())
+    return stats.RunPredictions(rows, arrays, seed, groups, labels, rollout_frames=rollout_frames)

@@ -121,8 +121,8 @@ def run_here(
 ) -> list[Any]:
     """Trials one after the other in this process, as Ray would run them."""
     todo = [one for one in wanted if one.id in anew or fanout.unfinished(shared.root, one, spec)]
-    for unit in fanout.units(todo, shared):
-        if unit.together:
+    for unit in fanout.group_into_work_items(todo, shared):
+        if unit.is_stack:
             cached_heads.run(list(unit.trials), shared)
         else:
             trial.run(unit.first, shared, Ranks())
@@ -137,13 +137,13 @@ def run_job(job: Job) -> Any:
         fitted = source.prepare_source(stage)
         work = pretrain.rank_job(stage, fitted, DataWorkers(), 1)
         pretrain.train_rank(work, Ranks(), decoded_rows=pretrain.decode_once(work))
-    shared = stages.share(state)
+    shared = stages.prepare_shared(state)
     real, fanout.run = fanout.run, run_here
     try:
         rows = stages.collect(state, stages.finetune(state, shared))
     finally:
         fanout.run = real
-    stages.show(state, rows)
+    stages.write_report(state, rows)
     return shared
 
 
@@ -226,7 +226,7 @@ def read_job(job: Job) -> Any:
     """What the table and the report are made of, and which trials need no run."""
     state = stages.check(job, Silent())
     done = {one.id: ended for one, ended in existing_trials.trial_status(state)}
-    rows = stages.current(state)
+    rows = stages.collect_existing_rows(state)
     runs = {
         row.trial_id: trial.read_predictions(job.root, row.folder, 0)
         for row in rows
@@ -280,7 +280,7 @@ def read_signs(job: Job) -> Any:
 
     duplicates.row_signatures = remember
     try:
-        stages.share(stages.check(job, Silent()))
+        stages.prepare_shared(stages.check(job, Silent()))
     finally:
         duplicates.row_signatures = real
     assert read, "rows are compared"
@@ -290,7 +290,7 @@ def read_signs(job: Job) -> Any:
 def read_scores(job: Job) -> Any:
     """As a job whose trials are all done reads them; the seconds that they took do not count."""
     state = stages.check(job, Silent())
-    shared = stages.share(state)
+    shared = stages.prepare_shared(state)
     real, fanout.run = fanout.run, run_here
     try:
         stages.finetune(state, shared)

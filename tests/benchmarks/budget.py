@@ -96,7 +96,7 @@ class Played:
 
         self.job = api.load_job(path)
         self.state = stages.check(self.job, Progress())
-        self.shared = stages.share(self.state)
+        self.shared = stages.prepare_shared(self.state)
         groups = list(self.shared.backbone_groups.values())
         chosen = {
             name: set(job_state.matching_sources(self.state, name)) for name in self.state.targets

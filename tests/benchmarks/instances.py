@@ -146,7 +146,7 @@ def read_rows(job: Path, storage: Path, split: str) -> list[dict[str, Any]]:
     from pipeline.data.manifests import read_columns
     from pipeline.transfer import targets
 
-    stage = targets.stage(yaml_loader.load(str(job), [f"storage={storage}"]), "people")
+    stage = targets.plan_target(yaml_loader.load(str(job), [f"storage={storage}"]), "people")
     table = read_columns(stage.splits.by_name()[split], ["image", "boxes", "masks", "crowd"])
     out = []
     for row in table.to_pylist():

@@ -69,7 +69,7 @@ def shared_of(root: str, quick: bool) -> tuple[Any, list[Any]]:
         name: tensor.numpy()
         for name, tensor in bundle.build_backbone(arch, seed=0).state_dict().items()
     }
-    stage = targets.stage(job, "clothing")
+    stage = targets.plan_target(job, "clothing")
     held = {("clothing", base.key): targets.prepare(stage, base)}
     shared = Shared(
         job.name,
@@ -165,7 +165,7 @@ def cached_features(first: Any, shared: Any) -> dict[str, Any]:
 
     data, backbone = (
         shared.targets[first.target, first.backbone_key],
-        trial.build(first, shared)[0].backbone,
+        trial.build_task(first, shared)[0].backbone,
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
@@ -189,7 +189,7 @@ def heads(shared: Any, data: Any, cached: dict[str, Any], stacks: list[list[Any]
         members = [
             cached_heads.StackedTrial(one, *trial.resolve_training(one, shared)) for one in stack
         ]
-        backbone = trial.build(stack[0], shared)[0].backbone
+        backbone = trial.build_task(stack[0], shared)[0].backbone
         device = cached["train"][0].device
         features = cached_heads.SharedFeatures(data, backbone, cached, "", 0.0, device)
         cached_heads._run_stack(members, shared, features, heartbeat.beat)

@@ -56,7 +56,7 @@ def theirs(job: Path, storage: str) -> dict[str, dict[str, float]]:
     from pipeline.data.manifests import read_columns
     from pipeline.transfer import targets
 
-    stage = targets.stage(yaml_loader.load(str(job), [f"storage={storage}"]), "progression")
+    stage = targets.plan_target(yaml_loader.load(str(job), [f"storage={storage}"]), "progression")
     parts = {}
     for name, rows in stage.splits.by_name().items():
         table = read_columns(rows, ["features", "progression"])

@@ -44,7 +44,7 @@ def pair_of(shared: Any) -> Any:
     head = bundle.build_task(data.arch, spec, seed=0).objective.state_dict()
     shared.heads["photos"] = (spec, {name: tensor.numpy() for name, tensor in head.items()})
     rows = scoring.sample(data.train.selection), dict(data.spec.data.columns)
-    return scoring.Pair("photos", key, target, rows)
+    return scoring.SourceTargetPair("photos", key, target, rows)
 
 
 def cpu_seconds(work: Callable[[], Any]) -> float:

@@ -34,7 +34,7 @@ def subsets() -> dict[str, list[np.ndarray]]:
     from pipeline.transfer import grid, targets
 
     job = yaml_loader.load(str(JOB), [])
-    stage = targets.stage(job, TARGET)
+    stage = targets.plan_target(job, TARGET)
     spec, splits = stage.spec, stage.splits
     train, held = (
         read_columns(rows, ["entity", spec.data.columns["label"]])

@@ -94,17 +94,17 @@ def test_a_document_of_an_earlier_version_is_read_as_it_is(root):
 
 def test_kept_bytes_come_back_or_are_missing(tmp_path, message):
     uri = str(tmp_path / "features")
-    assert checksums.kept_bytes(uri, "it is made again") is None and not message
-    checksums.keep_bytes(uri, b"numbers" * 100)
-    assert checksums.kept_bytes(uri, "") == b"numbers" * 100
+    assert checksums.read_checked_or_none(uri, "it is made again") is None and not message
+    checksums.write_checked(uri, b"numbers" * 100)
+    assert checksums.read_checked_or_none(uri, "") == b"numbers" * 100
     for name in ("content", "manifest.json"):
-        checksums.keep_bytes(uri, b"numbers" * 100)
+        checksums.write_checked(uri, b"numbers" * 100)
         flip(tmp_path / "features" / name, 40)
-        assert checksums.kept_bytes(uri, "it is made again") is None and message.pop().endswith(
-            ": it is made again"
-        )
+        assert checksums.read_checked_or_none(
+            uri, "it is made again"
+        ) is None and message.pop().endswith(": it is made again")
         with pytest.raises(DamagedError):
-            checksums.read_kept(uri)
+            checksums.read_checked(uri)
 
 
 def test_a_folder_is_read_once_and_damage_is_found_by_what_it_holds(tmp_path, monkeypatch):

@@ -537,7 +537,7 @@ def test_a_trial_on_a_recurrent_backbone_of_events(tmp_path, classes):
         }
     )
     base = grid.backbone_groups({"src": (bundle.build_backbone(arch).arch, modality)})[0]
-    stage = targets.stage(job, "task")
+    stage = targets.plan_target(job, "task")
     ready = targets.prepare(stage, base)
     shared = one_trial.Shared(
         "toy",

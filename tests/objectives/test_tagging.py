@@ -545,7 +545,7 @@ def test_the_report_tells_types_one_by_one():
             for r in made["src", "full"]
         ]
         assert float(line[2].lines[0]) == pytest.approx(np.mean(each), abs=0.006)
-    assert per_label.blocks("t", [], [], {}) == []
+    assert per_label.label_blocks("t", [], [], {}) == []
 
 
 # ---------------------------------------------------------------- learning

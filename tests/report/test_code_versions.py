@@ -111,7 +111,7 @@ def shown(
     state: job_state.JobState, rows: list[dict[str, Any]]
 ) -> tuple[list[matrix.MatrixEntry], str, str]:
     """The entries, report.md and the terminal's table."""
-    found, (markdown, _) = stages.show(state, rows)
+    found, (markdown, _) = stages.write_report(state, rows)
     text = io.StringIO()
     Console(width=100, file=text).print(terminal.table(found))
     return found, storage.read_bytes(markdown).decode(), text.getvalue()
@@ -128,7 +128,7 @@ def assert_trained_from_the_start(job: Job, state: job_state.JobState, one: str)
 
 def test_every_trial_and_bundle_records_what_made_it(finished_job):
     job = finished_job
-    rows = stages.current(prepared(job))
+    rows = stages.collect_existing_rows(prepared(job))
     folders = trial_folder.find_all(job.root)
     assert len(folders) == 4
     for folder in folders.values():
@@ -308,7 +308,7 @@ def test_trials_of_a_source_that_was_made_anew_are_marked(finished_job, bundles)
         ).changes
         == ()
     )
-    rows = stages.current(prepared(finished_job))
+    rows = stages.collect_existing_rows(prepared(finished_job))
     weights = bundle.weights_sha256(bundles["a"].partition(":")[2])
     started = {
         row.source: trial.read_record(finished_job.root, row.folder).parent_weights for row in rows
@@ -389,7 +389,7 @@ def test_a_trial_of_which_nothing_is_used_was_begun_by_nobody_else(
 def full_trial(job: Job) -> tuple[trial.Shared, grid.Trial]:
     """What the trials of a job read, and its trial of full fine-tuning."""
     state = prepared(job)
-    shared = stages.share(state)
+    shared = stages.prepare_shared(state)
     found = planned_trials.final_trials(
         state, list(shared.backbone_groups.values()), {"task": {"a"}}, {}
     )
@@ -402,7 +402,7 @@ def test_resume_points_of_other_weights_are_not_gone_on_with(tmp_path, bundles, 
     """
     shared, one = full_trial(with_resume_points(toy(tmp_path, bundles, paths), "full"))
     killed_in_training(monkeypatch, lambda: trial.run(one, shared, Ranks()))
-    points = trial.checkpoints(shared, one)
+    points = trial.checkpoint_folder(shared, one)
     assert storage.list_files(points)
     anew = dataclasses.replace(shared, parent_weights={"a": "other"})
     message: list[str] = []
@@ -431,7 +431,7 @@ def test_resume_points_of_before_they_had_a_record_count_as_not_recorded(
 ):
     shared, one = full_trial(with_resume_points(toy(tmp_path, bundles, paths), "full"))
     killed_in_training(monkeypatch, lambda: trial.run(one, shared, Ranks()))
-    storage.remove_tree(storage.join(trial.folder(shared, one), resume_history.FILE))
+    storage.remove_tree(storage.join(trial.folder_uri(shared, one), resume_history.FILE))
     record = trial.run(one, shared, Ranks())
     assert record.resumed_from > 0
     origin = code_versions.provenance_of_record(
@@ -445,7 +445,7 @@ def test_a_trial_whose_resume_points_are_all_damaged_starts_again(
 ):
     shared, one = full_trial(with_resume_points(toy(tmp_path, bundles, paths), "full"))
     killed_in_training(monkeypatch, lambda: trial.run(one, shared, Ranks()))
-    for path in Path(trial.checkpoints(shared, one)).glob("*/state.pt"):
+    for path in Path(trial.checkpoint_folder(shared, one)).glob("*/state.pt"):
         path.write_bytes(path.read_bytes()[:-1] + b"?")
     record = trial.run(one, shared, Ranks())
     assert record.status == "done" and record.resumed_from == 0
@@ -458,7 +458,7 @@ def test_features_of_other_code_are_computed_again(tmp_path, paths, here, edit):
     job = changed(pretraining(tmp_path, paths), techniques=["scratch", "linear_probe"])
     run_source(prepared(job).sources["src"])
     state = prepared(job)
-    shared = stages.share(state)
+    shared = stages.prepare_shared(state)
     (base,) = shared.backbone_groups.values()
     task = bundle.load(state.sources["src"].bundle_uri).task()
 
@@ -529,7 +529,7 @@ def test_a_source_of_other_code_is_used_marked_and_made_anew_on_request(
     assert not anew.done and prepared(job, "trials").sources["src"].done
     message = dry_run.describe(prepared(job, "sources", "trials"))
     assert any(
-        "[to run anew, as it was made by other code or versions: pipeline.train.optim changed"
+        "[to run again, as it was made by other code or versions: pipeline.train.optim changed"
         in line
         for line in message
     )

@@ -154,7 +154,9 @@ def test_the_technique_of_a_heat_map_is_chosen_on_validation_rows(entries):
 
 
 def test_the_most_labels_are_those_of_the_most_rows(entries):
-    """50 rows a class of ten classes are more than 1 % of 10,000 rows."""
+    """50 rows a class of ten classes are more than 1 % of 10,000 rows; where all trials failed, the
+    rows are in proportion to those of another fraction of the same kind.
+    """
     labels = {"1.0": ("50/class", 500), "0.05": ("0.01", 100)}
     entries = [
         replace(entry, label_fraction=name, n_train=num_rows)
@@ -162,6 +164,18 @@ def test_the_most_labels_are_those_of_the_most_rows(entries):
         for name, num_rows in [labels[entry.label_fraction]]
     ]
     assert matrix.most_labels_first(entries) == ["50/class", "0.01"]
+    failed = [
+        replace(entries[0], label_fraction=name, n_train=None, n_seeds=0)
+        for name in ("20/class", "0.5", "0/class")
+    ]
+    assert matrix.most_labels_first([*failed, *entries]) == [
+        "0.5",
+        "50/class",
+        "20/class",
+        "0.01",
+        "0/class",
+    ]
+    assert matrix.most_labels_first(failed) == ["0.5", "20/class", "0/class"]
     _, _, first, *_ = gains.heat_maps(entries, DECIMALS)
     assert isinstance(first, blocks.Table) and first.header[0] == "50/class labels"
     figure, _ = gains.cost_figures({"clothing": by_target(entries)["clothing"]}, DECIMALS)
@@ -275,7 +289,7 @@ def test_a_distance_is_listed_nearest_first_and_has_one_name(entries):
     assert [line[1] for line in figure.numbers.rows] == ["digits", "garments"]
     pair = PairScores("digits", "clothing", {"mmd": ScoreValue(0.1, higher_is_better=False)})
     rows = [replace(row, score_name="mmd", score_value=0.1) for row in simulate()[0][:1]]
-    known = report._known_scores(rows, None)
+    known = report._known_scores(rows, {})
     assert {key[2] for key in known} == {key[2] for key in gains.all_scores({"": pair})} == {name}
 
 

@@ -24,11 +24,11 @@ def test_a_grey_target_of_a_source_of_colours(tmp_path, bundles, here):
     job, features = test_stages.job_of(tmp_path, {"a": bundles["a"]}, paths), []
     for one in (job, test_stages.with_data(job, "task", modality={"image": {"channels": 1}})):
         state = test_stages.prepared(one)
-        shared = stages.share(state)
+        shared = stages.prepare_shared(state)
         (data,), (base,) = shared.targets.values(), shared.backbone_groups.values()
         last = planned_trials.final_trials(state, [base], {"task": {"a"}}, {})[-1]
         assert last.source == "a"
-        task, moved, _ = trial.build(last, shared)
+        task, moved, _ = trial.build_task(last, shared)
         modality, batch = bundle.build_modality(data.modality), toys.take(data.train, range(6))
         features.append(task.backbone.eval()(batch).pooled)
     assert (

@@ -67,7 +67,9 @@ def table(
 
 def said(rows, runs) -> list[blocks.Block]:
     entries = matrix.matrix_entries(rows, runs)
-    return per_label.blocks("t", [entry for entry in entries if entry.mean is not None], rows, runs)
+    return per_label.label_blocks(
+        "t", [entry for entry in entries if entry.mean is not None], rows, runs
+    )
 
 
 # ---------------------------------------------------------------- the report's blocks
@@ -129,7 +131,7 @@ def test_the_best_entry_is_chosen_on_validation_rows():
         replace(entry, validation=0.9 if entry.technique == "linear_probe" else 0.8)
         for entry in matrix.matrix_entries(rows, runs)
     ]
-    _, heat, *_ = per_label.blocks("t", entries, rows, runs)
+    _, heat, *_ = per_label.label_blocks("t", entries, rows, runs)
     assert "src · linear_probe" in heat.caption
 
 
@@ -314,7 +316,7 @@ def test_nothing_is_said_without_predictions_or_names():
         labels=("a", "b"),
     )
     assert (
-        per_label.blocks(
+        per_label.label_blocks(
             "t",
             [c for c in matrix.matrix_entries(rows, runs) if c.mean is not None],
             rows,
@@ -334,15 +336,17 @@ def test_both_are_written_for_readers(tmp_path):
     )
     uris = report.write(
         str(tmp_path),
-        job_name="j",
-        entries=matrix.matrix_entries(rows, runs),
-        rows=rows,
-        curves={},
-        pretraining=[],
-        splits={},
-        notes=[],
-        versions={},
-        runs=runs,
+        report.ReportInputs(
+            job_name="j",
+            entries=matrix.matrix_entries(rows, runs),
+            rows=rows,
+            curves={},
+            pretraining=[],
+            splits={},
+            notes=[],
+            versions={},
+            runs=runs,
+        ),
     )
     markdown, html = (storage.read_bytes(uri).decode() for uri in uris)
     share = (runs["src-full-0"].predictions["scores"].argmax(1) == 0)[
@@ -464,7 +468,7 @@ def test_rows_of_single_labels_go_into_the_table_and_not_into_the_matrix(world, 
     assert [entry.metric for entry in entries] == ["macro_auroc"] * 2 and all(
         entry.n_seeds == 2 and entry.low is not None for entry in entries
     )
-    out = per_label.blocks("task", entries, read, runs)
+    out = per_label.label_blocks("task", entries, read, runs)
     assert [line[0] for line in out[-1].rows] == ["a", "b"]
 
 
@@ -523,14 +527,14 @@ def test_test_rows_must_have_the_positives_that_were_asked_for(world, tmp_path):
 def test_too_few_positives_and_rows_a_class_of_no_class_are_told_before_anything_is_trained(world):
     _, _, job_with = world
     job = job_with(multilabel={"min_positives": 20})
-    targets.stage(job, "task")
+    targets.plan_target(job, "task")
     job = job_with(multilabel={"min_positives": 21})
     with pytest.raises(
         ValueError,
         match=r"targets\.task\.data, test split: none of 3 labels has 21 positive rows .* these "
         r"30 \(at most 20 positive\)",
     ):
-        targets.stage(job, "task")
+        targets.plan_target(job, "task")
     spec = job_with(multilabel={}).model_dump(mode="json")
     spec["targets"]["task"]["label_fractions"] = [5]
     with pytest.raises(
@@ -538,7 +542,7 @@ def test_too_few_positives_and_rows_a_class_of_no_class_are_told_before_anything
         match=r"targets\.task\.label_fractions: 5 means 5 rows a class, and a row of multilabel "
         r"has no single class",
     ):
-        targets.stage(Job.model_validate(spec), "task")
+        targets.plan_target(Job.model_validate(spec), "task")
 
 
 # ---------------------------------------------------------------- boxes

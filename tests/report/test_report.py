@@ -164,7 +164,14 @@ def write(root, rows, runs, curves, **more):
     }
     entries = report.matrix_entries(rows, runs)
     uris = report.write(
-        str(root), job_name="vision", entries=entries, rows=rows, curves=curves, **given
+        str(root),
+        report.ReportInputs(
+            job_name="vision",
+            entries=entries,
+            rows=rows,
+            curves=curves,
+            **given,
+        ),
     )
     return entries, *(storage.read_bytes(uri).decode() for uri in uris)
 

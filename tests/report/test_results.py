@@ -97,6 +97,22 @@ def test_trials_are_listed_for_people(tmp_path):
     assert ",trials/c," in (tmp_path / "old" / "trials.csv").read_text()
 
 
+@pytest.mark.parametrize(
+    ("recorded", "read"),
+    [
+        ("/old/runs/j/sources/photos-1a/bundle", "{root}/sources/photos-1a/bundle"),
+        ("s3://b/runs/j/sources/photos-1a/bundle", "{root}/sources/photos-1a/bundle"),
+        ("/old/runs/k/sources/photos-1a/bundle", "/old/runs/k/sources/photos-1a/bundle"),
+        ("/models/j/bundle", "/models/j/bundle"),
+    ],
+)
+def test_the_bundle_of_a_source_is_read_where_the_jobs_folder_is(tmp_path, recorded, read):
+    """Those of other jobs and places stay where they are."""
+    root = str(tmp_path)
+    results.append(root, [row(parent_uri=recorded)])
+    assert results.read(root)[0].parent_uri == read.format(root=root)
+
+
 def test_rows_of_a_trial_replace_all_its_earlier_ones(tmp_path):
     """It was made again, or the job no longer names a subgroup."""
     uri = str(tmp_path)

@@ -400,7 +400,7 @@ def test_evidence_counts_units_outside_of_the_most_frequent_class(groups):
     many = stats.evidence(run({**p, "label": np.minimum(np.arange(40), 30)}))
     assert many.count == 10
     plain = stats.evidence(run(losses(np.zeros(40)), groups=groups))
-    assert (plain.count, plain.least, plain.what) == (
+    assert (plain.count, plain.needed, plain.what) == (
         (40, 20, "rows") if groups is None else (10, 20, "groups")
     )
     positions = {
@@ -410,7 +410,7 @@ def test_evidence_counts_units_outside_of_the_most_frequent_class(groups):
     }
     assert stats.evidence(run(positions)).count == 1
     of_episodes = stats.evidence(run(positions), "success")
-    assert (of_episodes.count, of_episodes.least, of_episodes.what) == (3, 20, "rows")
+    assert (of_episodes.count, of_episodes.needed, of_episodes.what) == (3, 20, "rows")
     sets = {
         "labels": np.array([[1, 0], [0, 0], [0, 1], [0, 1]]),
         "scores": np.zeros((4, 2)),

@@ -294,7 +294,7 @@ def test_the_report_has_a_line_for_each_part_and_hides_small_ones():
     assert {entry.metric for entry in entries} == {
         "auroc"
     }  # rows of parts are not taken for the primary one
-    heading, text, listed = subgroups.blocks("t", entries, rows, runs)
+    heading, text, listed = subgroups.subgroup_blocks("t", entries, rows, runs)
     assert (
         heading.text == "Subgroups"
         and "src · full" in text.text
@@ -333,12 +333,12 @@ def test_the_report_has_a_line_for_each_part_and_hides_small_ones():
             == pytest.approx(float(mine.lines[0]) - float(scratch.lines[0]), abs=0.02)
             and "[" in gain.lines[1]
         )
-    assert subgroups.blocks("t", entries, rows, {}) == []
+    assert subgroups.subgroup_blocks("t", entries, rows, {}) == []
     bare = {
         key: RunPredictions(run.rows, run.predictions, run.seed, labels=run.labels)
         for key, run in runs.items()
     }
-    assert subgroups.blocks("t", entries, rows, bare) == []
+    assert subgroups.subgroup_blocks("t", entries, rows, bare) == []
 
 
 def test_few_positives_are_hidden_too():
@@ -355,7 +355,7 @@ def test_few_positives_are_hidden_too():
 def test_two_classes_have_all_metrics_and_a_calibration_curve_in_the_report(tmp_path):
     rows, runs = table(MADE)
     entries = matrix.matrix_entries(rows, runs)
-    out = per_label.blocks("t", entries, rows, runs)
+    out = per_label.label_blocks("t", entries, rows, runs)
     assert [block.text for block in out if isinstance(block, blocks.Heading)] == [
         "All metrics",
         "Calibration",
@@ -389,15 +389,17 @@ def test_two_classes_have_all_metrics_and_a_calibration_curve_in_the_report(tmp_
     )
     uris = report.write(
         str(tmp_path),
-        job_name="j",
-        entries=entries,
-        rows=rows,
-        curves={},
-        pretraining=[],
-        splits={},
-        notes=[],
-        versions={},
-        runs=runs,
+        report.ReportInputs(
+            job_name="j",
+            entries=entries,
+            rows=rows,
+            curves={},
+            pretraining=[],
+            splits={},
+            notes=[],
+            versions={},
+            runs=runs,
+        ),
     )
     markdown, html = (storage.read_bytes(uri).decode() for uri in uris)
     assert (
@@ -417,10 +419,10 @@ def test_predictions_at_positions_have_them_without_a_confusion_matrix():
     entries = matrix.matrix_entries(rows, runs)
     assert [
         block.text
-        for block in per_label.blocks("t", entries, rows, runs)
+        for block in per_label.label_blocks("t", entries, rows, runs)
         if isinstance(block, blocks.Heading)
     ] == ["All metrics", "Calibration"]
-    listed = subgroups.blocks("t", entries, rows, runs)[2]
+    listed = subgroups.subgroup_blocks("t", entries, rows, runs)[2]
     assert listed.rows[0][:3] == [
         "all test rows",
         "400",
@@ -438,7 +440,7 @@ def test_a_curve_of_few_rows_is_not_drawn():
     rows, runs = table({("src", "full"): [few]})
     assert "Calibration" not in [
         block.text
-        for block in per_label.blocks("t", matrix.matrix_entries(rows, runs), rows, runs)
+        for block in per_label.label_blocks("t", matrix.matrix_entries(rows, runs), rows, runs)
         if isinstance(block, blocks.Heading)
     ]
 
@@ -460,7 +462,7 @@ def test_a_job_names_columns_of_its_test_rows(tmp_path):
         table.append_column("sex", pa.array(["female", "male", "male"] * 20)), paths["test"]
     )
     job = job_of(tmp_path, paths, subgroups=["sex"], metric="auroc")
-    stage = targets.stage(job, "task")
+    stage = targets.plan_target(job, "task")
     shared = shared_of(tmp_path, job, paths)
     plain = trial_of(job_of(tmp_path, paths, metric="auroc"), shared, "full")
     one = trial_of(job, shared, "full")
@@ -483,4 +485,4 @@ def test_a_job_names_columns_of_its_test_rows(tmp_path):
     with pytest.raises(
         ValueError, match=r"targets\.task\.subgroups: the test rows have no column 'ward'"
     ):
-        targets.stage(job_of(tmp_path, paths, subgroups=["ward"]), "task")
+        targets.plan_target(job_of(tmp_path, paths, subgroups=["ward"]), "task")

@@ -61,7 +61,7 @@ def test_long_names_are_cut_and_the_id_tells_them_apart():
         named(*[one] * 3, trial_id=i) for one, i in zip(long, (ONE, OTHER), strict=True)
     )
     assert first != second and len(first) < 240
-    assert max(map(len, first.split("/"))) <= max(trial_folder.MOST_CHARACTERS, len(f"seed0-{ONE}"))
+    assert max(map(len, first.split("/"))) <= max(trial_folder.MAX_CHARACTERS, len(f"seed0-{ONE}"))
 
 
 def test_names_that_differ_in_case_alone_are_told_apart_by_the_id():

@@ -188,16 +188,18 @@ def full_report(folder) -> str:
     pretraining = [replace(PRETRAINING[0], bundle=uri, transfer="kept " + "x" * 200)]
     _, page = report.write(
         str(folder),
-        job_name="vision",
-        entries=report.matrix_entries(rows, runs),
-        rows=rows,
-        curves=curves,
-        pretraining=pretraining,
-        splits={},
-        notes=["A note."],
-        versions={"torch": "2.11.0"},
-        runs=runs,
-        scores=scores,
+        report.ReportInputs(
+            job_name="vision",
+            entries=report.matrix_entries(rows, runs),
+            rows=rows,
+            curves=curves,
+            pretraining=pretraining,
+            splits={},
+            notes=["A note."],
+            versions={"torch": "2.11.0"},
+            runs=runs,
+            scores=scores,
+        ),
     )
     return storage.read_bytes(page).decode()
 

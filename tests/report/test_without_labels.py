@@ -60,15 +60,17 @@ def test_a_seed_of_all_folds_is_compared_with_zero_shot_on_all_folds(tmp_path):
     known = store(*parts)
     _, page = report.write(
         str(tmp_path),
-        job_name="j",
-        entries=matrix.matrix_entries(known.rows, known.runs),
-        rows=known.rows,
-        curves={},
-        pretraining=[],
-        splits={},
-        notes=[],
-        versions={},
-        runs=known.runs,
+        report.ReportInputs(
+            job_name="j",
+            entries=matrix.matrix_entries(known.rows, known.runs),
+            rows=known.rows,
+            curves={},
+            pretraining=[],
+            splits={},
+            notes=[],
+            versions={},
+            runs=known.runs,
+        ),
     )
     text = Path(page).with_suffix(".md").read_text()
     shown = text[text.index("## Without labels of the target") :]

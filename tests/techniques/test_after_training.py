@@ -439,7 +439,7 @@ def test_a_technique_that_is_not_there_is_no_source_to_test(tmp_path, paths, nam
     job = job_of(tmp_path, paths)
     shared = shared_of(tmp_path, job, paths)
     with pytest.raises(ValueError, match=r"there are 0: raise fanout\.seeds"):
-        trial.build(trial_of(job, shared, name), shared)
+        trial.build_task(trial_of(job, shared, name), shared)
 
 
 @pytest.mark.parametrize("name", ["uniform_soup", "greedy_soup", "ensemble"])
@@ -465,11 +465,11 @@ def test_a_soup_has_learned_from_the_labels_of_all_its_trials(tmp_path, paths, m
     def record(shared, one):
         return SimpleNamespace(rows=[result_row("src", "full", one.seed)], failed=one.seed == 1)
 
-    start = weights(trial.build(members[0], shared)[0])
+    start = weights(trial.build_task(members[0], shared)[0])
     monkeypatch.setattr(trial, "_record_of_member", record)
     monkeypatch.setattr(trial, "_finished", lambda one: finished("full", one.rows[0].seed, start))
     most = max(map(len, rows_of_each))
-    assert trial.build(soup, shared)[1].endswith(
+    assert trial.build_task(soup, shared)[1].endswith(
         f"(3 of full; {len(together)} labelled rows in all, at most {most} of one trial)"
     )
     records = {one.id: record(shared, one) for one in members}

@@ -287,13 +287,13 @@ def test_features_that_would_take_too_much_memory_are_refused(paths, tmp_path, m
     job = job_of(tmp_path, paths)
     shared = shared_of(tmp_path, job, paths)
     one = trial_of(job, shared, {"head_to_toe": {"share": 1.0, "penalty": 10.0}}, stage="search")
-    task = one.technique_object.wrap(cached_heads.trials.build(one, shared)[0])
+    task = one.technique_object.wrap(cached_heads.trials.build_task(one, shared)[0])
     # training rows twice, as a trial copies its own, and validation rows; 4 bytes a number
     size = 4 * task.backbone.pooled_dim * (48 + 48 + 24)
-    monkeypatch.setattr(cached_heads, "MOST_BYTES", size)
+    monkeypatch.setattr(cached_heads, "MAX_FEATURE_BYTES", size)
     (record,) = cached_heads.run([one], shared)
     assert record.status == "done", record.error
-    monkeypatch.setattr(cached_heads, "MOST_BYTES", size - 1)
+    monkeypatch.setattr(cached_heads, "MAX_FEATURE_BYTES", size - 1)
     with pytest.raises(ValueError, match=f"would hold {task.backbone.pooled_dim} features"):
         cached_heads.run([one], shared)
 

@@ -114,7 +114,7 @@ def test_unreadable_rows_of_a_stream_are_listed_and_held_against_the_budget(tmp_
         return
     record = trial.run(one, shared)
     assert record.rows[0].n_train == 30, "all rows of the target are there"
-    text = Path(trial.folder(shared, one), "quarantine.jsonl").read_text()
+    text = Path(trial.folder_uri(shared, one), "quarantine.jsonl").read_text()
     listed = [json.loads(line) for line in text.splitlines()]
     assert sorted((row["split"], row["row"]) for row in listed) == [("source", 3), ("source", 7)]
 
@@ -293,7 +293,7 @@ def test_unreadable_test_rows_of_all_ranks_are_held_against_the_budget(
     job = job.model_copy(update={"targets": {"task": target}})
     shared = shared_of(tmp_path, job, paths)
     one = trial_of(job, shared, "full")
-    task, held = trial.build(one, shared)[0], trial.data_of(one, shared)
+    task, held = trial.build_task(one, shared)[0], trial.data_of(one, shared)
 
     def all_gather_object(everyone, mine):
         everyone[:] = [mine, others if isinstance(mine, list) else {}]

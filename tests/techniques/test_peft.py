@@ -771,7 +771,7 @@ def text_world(folder: Path):
         backbone_groups={base.key: base},
         weights={"src": held},
         parents={"src": "bundle:src"},
-        targets={("task", base.key): targets.prepare(targets.stage(job, "task"), base)},
+        targets={("task", base.key): targets.prepare(targets.plan_target(job, "task"), base)},
         keep_bundles=True,
     )
 
@@ -808,13 +808,15 @@ def test_a_trial_s_bundle_is_the_plain_task_and_predicts_what_was_recorded(world
     record = trial.run(one, shared)
     assert record.status == "done", record.error
     test = next(row for row in record.rows if row.split == "test")
-    plain, _, _ = trial.build(one, shared)
+    plain, _, _ = trial.build_task(one, shared)
     kept = bundle.load(test.bundle_uri)
     assert list(kept.task().state_dict()) == list(plain.state_dict())
     data = shared.targets["task", one.backbone_key]
     found = scores(kept.task(), take(data.test, range(len(data.test))))
     with np.load(
-        io.BytesIO(storage.read_bytes(storage.join(trial.folder(shared, one), "predictions.npz")))
+        io.BytesIO(
+            storage.read_bytes(storage.join(trial.folder_uri(shared, one), "predictions.npz"))
+        )
     ) as held:
         assert np.abs(held["scores"] - found.numpy()).max() < 1e-5
     moved = {
@@ -845,5 +847,7 @@ def test_a_trial_s_seed_makes_its_adapters(world, monkeypatch):
 def test_lora_trials_run_one_by_one(world):
     """Only a frozen backbone's heads train together."""
     job, shared = world
-    units = fanout.units([trial_of(job, shared, PLUG, seed=seed) for seed in (0, 1)], shared)
-    assert [(len(unit.trials), unit.together) for unit in units] == [(1, False), (1, False)]
+    units = fanout.group_into_work_items(
+        [trial_of(job, shared, PLUG, seed=seed) for seed in (0, 1)], shared
+    )
+    assert [(len(unit.trials), unit.is_stack) for unit in units] == [(1, False), (1, False)]

@@ -100,7 +100,7 @@ def first(tmp_path_factory) -> tuple[Job, str]:
 def test_a_target_says_what_its_source_knows_of_its_rows(first):
     job, _ = first
     state = stages.check(job, Silent())
-    (data,) = stages.share(state).targets.values()
+    (data,) = stages.prepare_shared(state).targets.values()
     assert isinstance(data, TargetData)
     assert "0 of 1 spaces are known; new: o7a3 (12 rows)" in data.split_text, (
         "the source's state is asked, not the one that has grown"
@@ -111,9 +111,9 @@ def test_a_target_says_what_its_source_knows_of_its_rows(first):
     )
     task = job.targets["task"].model_copy(update={"label_fractions": [5, 200]})
     state = stages.check(job.model_copy(update={"targets": {"task": task}}), Silent())
-    stages.share(state)
+    stages.prepare_shared(state)
     assert any(
-        note.startswith("task: 200 rows ") and "12 are there" in note for note in state.notes
+        note.startswith("task: 200 rows ") and "there are 12: all" in note for note in state.notes
     )
 
 
@@ -153,7 +153,7 @@ def test_a_policy_is_not_tried_as_it_is_on_a_robot_that_it_does_not_know(first, 
         match=f"{technique} takes the source's network as it is, and its rows are of space o7a3, "
         "which no row of the source is of",
     ):
-        stages.share(stages.check(job, Silent()))
+        stages.prepare_shared(stages.check(job, Silent()))
 
 
 def test_every_task_stands_in_the_sample(tmp_path):

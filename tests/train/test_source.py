@@ -543,7 +543,7 @@ def test_a_tokenizer_counts_by_what_it_holds_and_not_by_its_place(tmp_path, text
     assert key(tokenizer_job(tmp_path, texts, moved)) == stage.key
     (base,) = grid.backbone_groups({"src": (fitted.arch, fitted.modality)})
     same = tokenizer_job(tmp_path, texts, moved, tokenizer=str(moved))
-    assert targets.prepare(targets.stage(same, "task"), base).modality == fitted.modality, (
+    assert targets.prepare(targets.plan_target(same, "task"), base).modality == fitted.modality, (
         "the same tokenizer named once more"
     )
     Path(moved, "special_tokens_map.json").write_text('{"mask_token": "[MASK]"}')
@@ -551,7 +551,7 @@ def test_a_tokenizer_counts_by_what_it_holds_and_not_by_its_place(tmp_path, text
         "which tokens are special is part of it"
     )
     with pytest.raises(ValueError, match=r"contradicts the source"):
-        targets.prepare(targets.stage(same, "task"), base)
+        targets.prepare(targets.plan_target(same, "task"), base)
     Path(moved, "tokenizer.json").unlink()
     with pytest.raises(storage.StorageError, match=r"tokenizer\.json"):
         key(tokenizer_job(tmp_path, texts, moved))

@@ -76,7 +76,7 @@ def test_lora_moves_nothing_but_the_weights_that_it_is_merged_into(tmp_path, ima
     assert changed(kept.head_tensors(), start.head_tensors()), "the head trains"
     assert facts["params_trained"] < sum(tensor.numel() for tensor in before.values()) / 2
     kept.task()
-    assert set(targets.weights(stage.bundle_uri)[0]) == set(before), "as fine-tunes read it"
+    assert set(targets.load_weights(stage.bundle_uri)[0]) == set(before), "as fine-tunes read it"
 
 
 def test_full_moves_what_lora_leaves(tmp_path, images, checkpoint):

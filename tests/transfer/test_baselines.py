@@ -48,7 +48,7 @@ from pipeline.io import storage
 from pipeline.media import spectrogram
 from pipeline.report import matrix, report, stats, terminal
 from pipeline.transfer import baseline_trials, fanout, grid, trial
-from pipeline.transfer.baseline_trials import Part
+from pipeline.transfer.baseline_trials import ReadRows
 
 SPECTRA = Path(__file__).parents[1] / "plugin" / "spectra"
 
@@ -73,8 +73,8 @@ def head(objective: str = "classification", state=None, **options):
     return kind(backbone, kind.options_class(**options), state or label_state())
 
 
-def part(inputs, labels, first: int = 0) -> Part:
-    return Part(np.arange(first, first + len(labels)), inputs, np.asarray(labels), ())
+def part(inputs, labels, first: int = 0) -> ReadRows:
+    return ReadRows(np.arange(first, first + len(labels)), inputs, np.asarray(labels), ())
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,9 @@ def test_a_class_without_a_labelled_row_has_the_least_probability():
     np.testing.assert_allclose(
         np.exp(scores(inputs))[:, [0, 2]], model.predict_proba(inputs), rtol=1e-6
     )
-    np.testing.assert_allclose(np.exp(scores(inputs))[:, 1], baseline_trials.FLOOR, rtol=1e-5)
+    np.testing.assert_allclose(
+        np.exp(scores(inputs))[:, 1], baseline_trials.MIN_PROBABILITY, rtol=1e-5
+    )
 
 
 def test_bag_of_words_is_tf_idf_and_logistic_regression():
@@ -349,7 +351,7 @@ def test_majority_of_positions_is_the_share_of_each_class(objective):
     found = baseline_trials.choose(baseline("majority"), known, train, train, ("loss",), 0)
     labels = train.labels[train.labels >= 0]
     shares = np.bincount(labels, minlength=len(known.state["labels"])) / len(labels)
-    shares = shares.clip(baseline_trials.FLOOR, 1)
+    shares = shares.clip(baseline_trials.MIN_PROBABILITY, 1)
     assert found.metrics["loss"] == pytest.approx(-np.log(shares)[labels].mean(), rel=1e-4)
 
 
@@ -394,7 +396,7 @@ def test_a_word_has_the_tags_that_it_had():
     expected = [[2 / 3, 0, 1 / 3], [0, 1, 0], [0, 1, 0]]
     np.testing.assert_allclose(np.exp(scores(["a", "b", "new"])), expected, atol=2e-6)
     assert scores([]).shape == (0, 3), "a part of the rows may have no labelled word"
-    train = Part(np.arange(len(tags)), words, tags, ())
+    train = ReadRows(np.arange(len(tags)), words, tags, ())
     chosen = baseline_trials.choose(one, known, train, train, ("word_accuracy",), 0)
     by_word: dict[str, list[int]] = {}
     for word, tag in zip(words, tags[tags >= 0].tolist(), strict=True):
@@ -614,7 +616,7 @@ def test_units_of_baselines_are_single_and_need_no_ranks(image_job):
     key, data = next(iter(shared.targets.items()))
     shared = dataclasses.replace(shared, targets={key: dataclasses.replace(data, spec=target)})
     found = [baseline_trial(job, shared, "majority"), trial_of(job, shared, "full")]
-    work = fanout.units_by_workers(fanout.units(found, shared), shared)
+    work = fanout.by_num_workers(fanout.group_into_work_items(found, shared), shared)
     assert [unit.first.technique.name for unit in work[0]] == ["majority"]
     assert [unit.first.technique.name for unit in work[2]] == ["full"]
 
@@ -699,7 +701,15 @@ def test_one_seed_is_not_counted_as_better_than_a_baseline(tmp_path):
     assert full.over_best_baseline.verdict == matrix.SINGLE_SEED
     texts = {"pretraining": (), "splits": {}, "notes": (), "versions": {}}
     uris = report.write(
-        str(tmp_path), job_name="j", entries=entries, rows=rows, curves={}, runs=runs, **texts
+        str(tmp_path),
+        report.ReportInputs(
+            job_name="j",
+            entries=entries,
+            rows=rows,
+            curves={},
+            runs=runs,
+            **texts,
+        ),
     )
     text = storage.read_bytes(uris[0]).decode()
     assert "0 of 2 networks are better than it, 0 are worse, 2 with one seed" in text
@@ -715,7 +725,15 @@ def test_baselines_of_which_none_has_a_validation_value_are_named(tmp_path):
     texts = {"pretraining": (), "splits": {}, "notes": (), "versions": {}}
     found = matrix.matrix_entries(rows, runs)
     uris = report.write(
-        str(tmp_path), job_name="j", entries=found, rows=rows, curves={}, runs=runs, **texts
+        str(tmp_path),
+        report.ReportInputs(
+            job_name="j",
+            entries=found,
+            rows=rows,
+            curves={},
+            runs=runs,
+            **texts,
+        ),
     )
     text = storage.read_bytes(uris[0]).decode()
     assert "best of the baselines (bag_of_words, majority) is not known" in text
@@ -726,7 +744,15 @@ def test_the_report_of_one_network_has_no_table_of_several(tmp_path):
     entries = matrix.matrix_entries(rows, runs)
     texts = {"pretraining": (), "splits": {}, "notes": (), "versions": {}}
     uris = report.write(
-        str(tmp_path), job_name="j", entries=entries, rows=rows, curves={}, runs=runs, **texts
+        str(tmp_path),
+        report.ReportInputs(
+            job_name="j",
+            entries=entries,
+            rows=rows,
+            curves={},
+            runs=runs,
+            **texts,
+        ),
     )
     for uri in uris:
         text = storage.read_bytes(uri).decode()

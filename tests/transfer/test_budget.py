@@ -12,14 +12,14 @@ import pytest
 
 from pipeline.config.schema import ComponentConfig, Train
 from pipeline.transfer import budget
-from pipeline.transfer.budget import Bracket, BracketSize, History, Pair
+from pipeline.transfer.budget import Bracket, BracketSize, Contender, History
 
 SOURCES, TECHNIQUES = ("a", "b", "c"), ("full", "lora", "linear_probe", "bitfit", "lp_ft")
 
 
-def pair(target: str, source: str, technique: str) -> Pair:
+def pair(target: str, source: str, technique: str) -> Contender:
     entry = f"{source}|{target}|{technique}"
-    return Pair(
+    return Contender(
         tuple(
             SimpleNamespace(id=f"{entry}|{rung}", source=source, technique=technique, entry=entry)
             for rung in range(len(budget.RUNGS))

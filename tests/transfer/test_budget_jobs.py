@@ -104,7 +104,7 @@ def test_a_budget_trains_less_and_what_it_cut_stays_in_sight(tmp_path, bundles, 
         "test rows are compared with training rows in the features of one source"
     )
 
-    _, (markdown, _) = stages.show(state, rows)
+    _, (markdown, _) = stages.write_report(state, rows)
     text = storage.read_bytes(markdown).decode()
     assert "## Cut by the budget" in text
     for row in cut.values():
@@ -113,7 +113,7 @@ def test_a_budget_trains_less_and_what_it_cut_stays_in_sight(tmp_path, bundles, 
     assert "Where hyper-parameters were searched" not in text, "nothing was"
 
     again = prepared(job)
-    assert sorted(stages.current(again), key=str) == sorted(rows, key=str)
+    assert sorted(stages.collect_existing_rows(again), key=str) == sorted(rows, key=str)
     ended = existing_trials.trial_status(prepared(job))
     assert len(ended) == 16 and all(done for _, done in ended)
     assert existing_trials.all_ids(prepared(job)) == {row.trial_id for row in rows}
@@ -249,7 +249,7 @@ def test_a_budget_on_ray_trains_fewer_steps_than_the_matrix(tmp_path, bundles, p
     ]
     assert all(row.status == "done" for row in primary(rows)) and len(primary(rows)) == 4
     again = prepared(job)
-    assert sorted(stages.current(again), key=str) == sorted(rows, key=str)
+    assert sorted(stages.collect_existing_rows(again), key=str) == sorted(rows, key=str)
     assert again.notes == state.notes
 
 
@@ -311,7 +311,7 @@ def test_what_combines_final_trials_is_refused(tmp_path, bundles, paths):
     with pytest.raises(
         ValueError,
         match=r"targets\.task: techniques: uniform_soup combines final trials, of which "
-        r"fanout\.select\.budget cuts some: leave the technique out, or the budget",
+        r"fanout\.select\.budget drops some: leave the technique out, or the budget",
     ):
         prepared(job)
 

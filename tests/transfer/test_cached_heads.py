@@ -172,8 +172,8 @@ def test_probes_of_random_weights_share_the_features_of_their_seed(paths, tmp_pa
         {"lr": 0.05},
         seed=2,
     )
-    units = fanout.units([*group, other], worlds[0])
-    assert [(len(unit.trials), unit.together) for unit in units] == [
+    units = fanout.group_into_work_items([*group, other], worlds[0])
+    assert [(len(unit.trials), unit.is_stack) for unit in units] == [
         (2, True),
         (1, True),
     ]  # another seed, other weights
@@ -244,7 +244,8 @@ def test_a_stack_refuses_random_numbers(paths, tmp_path):
     job = job_of(tmp_path, paths, objective={"classification": {"dropout": 0.5}})
     shared = shared_of(tmp_path, job, paths)
     heads = [
-        one_trial.build(trial_of(job, shared, seed=seed), shared)[0].objective for seed in (0, 1)
+        one_trial.build_task(trial_of(job, shared, seed=seed), shared)[0].objective
+        for seed in (0, 1)
     ]
     stack = cached_heads.HeadStack(heads, [])
     rows = (
@@ -285,7 +286,7 @@ def test_heads_that_were_killed_go_on_bit_for_bit(paths, tmp_path, objective):
     for one in group:
         lines = [
             json.loads(line)
-            for line in Path(one_trial.folder(parts, one), "rows-rank0.jsonl")
+            for line in Path(one_trial.folder_uri(parts, one), "rows-rank0.jsonl")
             .read_text()
             .splitlines()
         ]

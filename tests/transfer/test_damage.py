@@ -140,7 +140,7 @@ def test_damaged_features_are_computed_again(tmp_path, bundles, paths, caplog):
     from pipeline.transfer import cached_heads
 
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("linear_probe",), seeds=1)
-    shared = stages.share(test_stages.prepared(job))
+    shared = stages.prepare_shared(test_stages.prepared(job))
     backbone_key = next(iter(shared.backbone_groups))
     backbone = bundle.build_backbone(shared.targets["task", backbone_key].arch, seed=3).eval()
     words = (backbone, shared, "a", backbone_key, "task", "test", torch.device("cpu"))

@@ -10,7 +10,7 @@ import pytest
 from packaging.specifiers import SpecifierSet
 
 from pipeline.transfer import doctor
-from pipeline.transfer.doctor import LEAST_DRIVER, driver_line
+from pipeline.transfer.doctor import OLDEST_DRIVER, driver_line
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +38,7 @@ def test_a_driver_that_cannot_run_the_build_of_torch_is_a_failure(driver, cuda, 
     assert (driver or "none") in line.found and (cuda or "") in line.found
     if mark == "FAIL":
         assert (
-            LEAST_DRIVER[cuda.partition(".")[0]] in line.advice
+            OLDEST_DRIVER[cuda.partition(".")[0]] in line.advice
             and "update the driver" in line.advice
         )
 
@@ -89,4 +89,4 @@ def test_the_clouds_that_ship_here_say_the_least_driver_of_the_locked_build():
     major = re.search(r"^nvidia-cuda-runtime==(\d+)\.", lock, re.MULTILINE)
     assert major is not None
     for name in ("aws.yaml", "gcp.yaml", "Dockerfile", "README.md"):
-        assert LEAST_DRIVER[major.group(1)] in (ROOT / "cluster" / name).read_text(), name
+        assert OLDEST_DRIVER[major.group(1)] in (ROOT / "cluster" / name).read_text(), name

@@ -33,8 +33,8 @@ from pipeline.transfer import fanout
 from pipeline.transfer import trial as one_trial
 from pipeline.transfer.fanout import GroupedASHA
 from pipeline.transfer.grid import Trial
-from pipeline.transfer.pulses import Pulses
-from pipeline.transfer.scoring import Pair, score_pair
+from pipeline.transfer.heartbeat_board import HeartbeatBoard
+from pipeline.transfer.scoring import SourceTargetPair, score_pair
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +52,8 @@ def world(paths, tmp_path_factory):
 # ---------------------------------------------------------------- ASHA within each entry
 
 
-def play(entries: dict[int, str], goodness: dict[int, list[float]]) -> dict[int, float]:
-    """Trials that validate in turns, as often as they have numbers, in the order of ``goodness``;
+def play(entries: dict[int, str], objective_value: dict[int, list[float]]) -> dict[int, float]:
+    """Trials that validate in turns, as often as they have numbers, in the order of ``objective_value``;
     the percent at which each was stopped.
 
     What Tune does with a trial: added, told of, completed; its last report says that it is
@@ -61,19 +61,19 @@ def play(entries: dict[int, str], goodness: dict[int, list[float]]) -> dict[int,
     """
     scheduler = GroupedASHA(entries)
     running = {
-        unit: SimpleNamespace(trial_id=f"trial-{unit}", config={"unit": unit}, last_result=None)
-        for unit in goodness
+        unit: SimpleNamespace(trial_id=f"trial-{unit}", config={"item": unit}, last_result=None)
+        for unit in objective_value
     }
     for one in running.values():
         scheduler.on_trial_add(None, one)
     stopped = {}
-    for k in range(max(map(len, goodness.values()))):
-        for unit, values in goodness.items():
+    for k in range(max(map(len, objective_value.values()))):
+        for unit, values in objective_value.items():
             if unit not in running or k >= len(values):
                 continue
             one, percent = running[unit], 100 * (k + 1) / len(values)
             one.last_result = {
-                "goodness": values[k],
+                "objective_value": values[k],
                 "percent": percent,
                 "training_iteration": k + 1,
             }
@@ -82,7 +82,7 @@ def play(entries: dict[int, str], goodness: dict[int, list[float]]) -> dict[int,
                 scheduler.on_trial_complete(None, running.pop(unit), one.last_result)
             elif k + 1 == len(values):
                 last = {
-                    "goodness": 0.0,
+                    "objective_value": 0.0,
                     "percent": 100.0,
                     "done_trials": 1,
                     "failed_trials": 0,
@@ -153,58 +153,58 @@ def test_a_trial_that_falls_behind_is_stopped_at_a_later_rung(falls, at):
 def test_entries_do_not_compete():
     """However bad a technique is on a target, its trials are held against each other alone."""
     entries = {**dict.fromkeys(range(4), "good"), 4: "bad", 5: "worse"}
-    goodness = {unit: [0.9] * 5 for unit in range(4)} | {4: [0.1] * 5, 5: [0.0] * 5}
-    assert play(entries, goodness) == {}
-    assert play(dict.fromkeys(entries, "one"), goodness) == {4: 20.0, 5: 20.0}
+    objective_value = {unit: [0.9] * 5 for unit in range(4)} | {4: [0.1] * 5, 5: [0.0] * 5}
+    assert play(entries, objective_value) == {}
+    assert play(dict.fromkeys(entries, "one"), objective_value) == {4: 20.0, 5: 20.0}
 
 
 def test_trials_of_an_entry_may_come_when_others_are_through():
     scheduler = GroupedASHA({0: "a", 1: "a"})
     first, second = (
-        SimpleNamespace(trial_id=f"trial-{unit}", config={"unit": unit}, last_result=None)
+        SimpleNamespace(trial_id=f"trial-{unit}", config={"item": unit}, last_result=None)
         for unit in range(2)
     )
-    finished = {"goodness": 0.0, "percent": 100.0, "finished": True}
+    finished = {"objective_value": 0.0, "percent": 100.0, "finished": True}
     scheduler.on_trial_add(None, first)
     for percent in (20, 40, 60, 80, 100):
         assert (
-            scheduler.on_trial_result(None, first, {"goodness": 0.5, "percent": percent})
+            scheduler.on_trial_result(None, first, {"objective_value": 0.5, "percent": percent})
             == TrialScheduler.CONTINUE
         )
     assert scheduler.on_trial_result(None, first, finished) == TrialScheduler.CONTINUE
     scheduler.on_trial_complete(None, first, finished)
     scheduler.on_trial_add(None, second)
     assert (
-        scheduler.on_trial_result(None, second, {"goodness": 0.4, "percent": 20})
+        scheduler.on_trial_result(None, second, {"objective_value": 0.4, "percent": 20})
         == TrialScheduler.STOP
     )
     assert "1 entries" in scheduler.debug_string()
 
 
 def test_a_trial_that_says_it_is_finished_is_not_stopped_and_its_last_report_is_no_result():
-    """It carries no goodness: a trial that failed must not lower the bar for the others."""
+    """It carries no objective_value: a trial that failed must not lower the bar for the others."""
     scheduler = GroupedASHA(dict.fromkeys(range(3), "a"))
     good, failed, third = (
-        SimpleNamespace(trial_id=f"trial-{unit}", config={"unit": unit}, last_result=None)
+        SimpleNamespace(trial_id=f"trial-{unit}", config={"item": unit}, last_result=None)
         for unit in range(3)
     )
     for one in (good, failed, third):
         scheduler.on_trial_add(None, one)
     finished = {
-        "goodness": 0.0,
+        "objective_value": 0.0,
         "percent": 100.0,
         "done_trials": 1,
         "failed_trials": 1,
         "finished": True,
     }
     assert (
-        scheduler.on_trial_result(None, good, {"goodness": 0.5, "percent": 80})
+        scheduler.on_trial_result(None, good, {"objective_value": 0.5, "percent": 80})
         == TrialScheduler.CONTINUE
     )
     assert scheduler.on_trial_result(None, failed, finished) == TrialScheduler.CONTINUE
     scheduler.on_trial_complete(None, failed, finished)
     assert (
-        scheduler.on_trial_result(None, third, {"goodness": 0.3, "percent": 80})
+        scheduler.on_trial_result(None, third, {"objective_value": 0.3, "percent": 80})
         == TrialScheduler.STOP
     ), "below 0.5, and not above the half of 0.5 and 0"
 
@@ -213,13 +213,13 @@ def test_a_trial_that_says_it_is_finished_is_not_stopped_and_its_last_report_is_
 
 
 def run_unit(monkeypatch, shared, unit, run, asha=True, **config):
-    """What ``_run_unit`` reports, with ``trial.run`` replaced."""
+    """What ``_run_work_item`` reports, with ``trial.run`` replaced."""
     reports = []
     monkeypatch.setattr(fanout.tune, "report", reports.append)
     monkeypatch.setattr(launch, "get_shared", lambda reference: reference)
     monkeypatch.setattr(one_trial, "run", run)
-    fanout._run_unit(
-        {"unit": 0, "threads": 1, "workers": 0, "cpus": 1.0, "gpus": 0.0, **config},
+    fanout._run_work_item(
+        {"item": 0, "threads": 1, "workers": 0, "cpus": 1.0, "gpus": 0.0, **config},
         [shared],
         [unit],
         asha,
@@ -227,9 +227,9 @@ def run_unit(monkeypatch, shared, unit, run, asha=True, **config):
     return reports
 
 
-@pytest.mark.parametrize(("metric", "goodness"), [("accuracy", 0.25), ("loss", -0.25)])
-def test_goodness_is_higher_for_the_better_whatever_the_metric(
-    paths, tmp_path, monkeypatch, metric, goodness
+@pytest.mark.parametrize(("metric", "objective_value"), [("accuracy", 0.25), ("loss", -0.25)])
+def test_the_objective_value_is_higher_for_the_better_whatever_the_metric(
+    paths, tmp_path, monkeypatch, metric, objective_value
 ):
     job = job_of(tmp_path, paths, metric=metric)
     shared = shared_of(tmp_path, job, paths)
@@ -238,15 +238,15 @@ def test_goodness_is_higher_for_the_better_whatever_the_metric(
         report(3, 12, {metric: 0.25})
         return TrialRecord(one.id)
 
-    unit = fanout.Unit((trial_of(job, shared, "full", stage="search"),), False)
+    unit = fanout.WorkItem((trial_of(job, shared, "full", stage="search"),), False)
     first, last = run_unit(monkeypatch, shared, unit, run)
-    assert (first["goodness"], first["percent"], first["step"], first["validation"]) == (
-        goodness,
+    assert (first["objective_value"], first["percent"], first["step"], first["validation"]) == (
+        objective_value,
         25.0,
         3,
         {metric: 0.25},
     )
-    assert last == {"goodness": 0.0, "done_trials": 1, "failed_trials": 0, "finished": True}
+    assert last == {"objective_value": 0.0, "done_trials": 1, "failed_trials": 0, "finished": True}
     assert len(run_unit(monkeypatch, shared, unit, run, asha=False)) == 1, (
         "validations are told to a scheduler alone"
     )
@@ -260,7 +260,7 @@ def test_whatever_a_trial_raises_becomes_its_record(paths, tmp_path, monkeypatch
         raise MemoryError("no more\nof it" + "x" * 5000)
 
     one = trial_of(job, shared, "full")
-    (last,) = run_unit(monkeypatch, shared, fanout.Unit((one,), False), run)
+    (last,) = run_unit(monkeypatch, shared, fanout.WorkItem((one,), False), run)
     assert last["failed_trials"] == 1
     record = one_trial.read_record(shared.root, one.folder)
     assert (
@@ -282,7 +282,7 @@ def made(
     entry: str = "full",
     status: str = "done",
 ) -> Trial:
-    """A trial as `trial.write` leaves it: its bundle, then its record."""
+    """A trial as `trial.write_results` leaves it: its bundle, then its record."""
     one = Trial(
         "src",
         "base",
@@ -548,7 +548,7 @@ def test_only_what_is_to_run_is_run(world, monkeypatch, tmp_path):
 # ---------------------------------------------------------------- units
 
 
-def ids(unit: fanout.Unit) -> list[str]:
+def ids(unit: fanout.WorkItem) -> list[str]:
     return [one.id for one in unit.trials]
 
 
@@ -574,9 +574,9 @@ def test_frozen_trials_of_one_backbone_and_target_run_together_and_others_alone(
         for trial in pair
         if trial is not None
     ]
-    found = fanout.units(mixed, shared)
-    alone = [unit for unit in found if not unit.together]
-    together = [unit for unit in found if unit.together]
+    found = fanout.group_into_work_items(mixed, shared)
+    alone = [unit for unit in found if not unit.is_stack]
+    together = [unit for unit in found if unit.is_stack]
     assert found == [*alone, *together], "the long ones first"
     assert sorted(ids(unit) for unit in alone) == sorted([one.id] for one in others)
     assert sorted(sorted(ids(unit)) for unit in together) == sorted(
@@ -586,11 +586,11 @@ def test_frozen_trials_of_one_backbone_and_target_run_together_and_others_alone(
 
 def test_a_group_has_a_bounded_size(world, monkeypatch):
     job, shared = world
-    monkeypatch.setattr(fanout, "UNIT_TRIALS", 3)
+    monkeypatch.setattr(fanout, "MAX_STACKED_TRIALS", 3)
     probes = [trial_of(job, shared, "linear_probe", seed=seed) for seed in range(7)]
-    found = fanout.units(probes, shared)
+    found = fanout.group_into_work_items(probes, shared)
     assert [len(unit.trials) for unit in found] == [3, 3, 1] and all(
-        unit.together for unit in found
+        unit.is_stack for unit in found
     )
     assert [i for unit in found for i in ids(unit)] == [one.id for one in probes]
 
@@ -604,16 +604,16 @@ def test_frozen_trials_of_rows_that_do_not_lie_in_memory_or_of_several_ranks_run
     job_ranks = job_of(tmp_path, paths, workers=2)
     for one_job, held in ((job, shared), (job_ranks, shared_of(tmp_path, job_ranks, paths))):
         probes = [trial_of(one_job, held, "linear_probe", seed=seed) for seed in range(3)]
-        assert [(ids(unit), unit.together) for unit in fanout.units(probes, held)] == [
-            ([one.id], False) for one in probes
-        ]
+        assert [
+            (ids(unit), unit.is_stack) for unit in fanout.group_into_work_items(probes, held)
+        ] == [([one.id], False) for one in probes]
 
 
 def test_units_are_told_apart_by_the_ranks_that_their_target_asks_for(world):
     job, shared = world
     data = next(iter(shared.targets.values()))
-    work = fanout.units([trial_of(job, shared, "full")], shared)
-    assert fanout.units_by_workers(work, shared) == {0: work} and data.spec.workers == 0
+    work = fanout.group_into_work_items([trial_of(job, shared, "full")], shared)
+    assert fanout.by_num_workers(work, shared) == {0: work} and data.spec.workers == 0
 
 
 def test_the_line_tells_trials_that_have_begun_since():
@@ -634,9 +634,9 @@ def test_the_line_tells_trials_that_have_begun_since():
         SimpleNamespace(root=""),
         Progress(console, clock=lambda: next(times)),
         "none",
-        before=20,
+        num_done_before=20,
     )
-    trials = [SimpleNamespace(config={"unit": unit}, status="PENDING") for unit in range(2)]
+    trials = [SimpleNamespace(config={"item": unit}, status="PENDING") for unit in range(2)]
     show.on_trial_start(0, trials, trials[0])
     trials[1].status = "RUNNING"
     show.on_step_end(0, trials)
@@ -664,7 +664,7 @@ def test_the_time_left_falls_while_trials_run(monkeypatch):
     )
     trials = [
         SimpleNamespace(
-            config={"unit": unit},
+            config={"item": unit},
             status="RUNNING",
             last_result={"finished": True, "failed_trials": 0, "done_trials": 1},
         )
@@ -829,28 +829,27 @@ def test_silence_and_time_count_from_the_first_beat_where_ranks_must_find_their_
     """Their nodes may come minutes later."""
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    pulses = Pulses()
-    pulses.begin("a", b"process a", 0)
-    pulses.begin("b", b"process b", 1, True)
-    pulses.begin("c", b"process c", 2)
+    board = HeartbeatBoard()
+    board.begin("a", b"process a", 0)
+    board.begin("b", b"process b", 1, True)
+    board.begin("c", b"process c", 2)
     now[0] = 50.0
-    pulses.beat("a", 0)
-    pulses.beat("c", 7)  # a beat of a unit that has ended there
-    pulses.end(2)
+    board.beat("a", 0)
+    board.beat("c", 7)  # a beat of a unit that has ended there
+    board.end(2)
     now[0] = 100.0
     assert (
-        pulses.overdue(40.0, {}) == [(0, b"process a", "silence")]
-        and pulses.overdue(40.0, {}) == []
+        board.overdue(40.0, {}) == [(0, b"process a", "silence")] and board.overdue(40.0, {}) == []
     )
-    pulses.beat("b", 1)
+    board.beat("b", 1)
     now[0] = 145.0
-    pulses.beat("b", 1)
-    assert pulses.overdue(60.0, {1: 120.0}) == [], (
+    board.beat("b", 1)
+    assert board.overdue(60.0, {1: 120.0}) == [], (
         "the time that it waited for its place is not its own"
     )
     now[0] = 225.0
-    pulses.beat("b", 1)
-    assert pulses.overdue(60.0, {1: 120.0}) == [(1, b"process b", "time")]
+    board.beat("b", 1)
+    assert board.overdue(60.0, {1: 120.0}) == [(1, b"process b", "time")]
 
 
 def test_a_rank_is_heard_of_before_it_does_anything(monkeypatch):
@@ -861,9 +860,9 @@ def test_a_rank_is_heard_of_before_it_does_anything(monkeypatch):
         assert heard, "nobody would know that this rank has begun"
         heard.append("ran")
 
-    pulse = SimpleNamespace(listener=lambda: lambda: heard.append("beat"))
+    sender = SimpleNamespace(listener=lambda: lambda: heard.append("beat"))
     monkeypatch.setattr(fanout.trial, "run", hangs)
-    fanout._rank_of_trial({"pulse": pulse, "trial": None, "shared": None}, Ranks())
+    fanout._rank_of_trial({"sender": sender, "trial": None, "shared": None}, Ranks())
     assert heard == ["beat", "ran"]
 
 
@@ -871,13 +870,13 @@ def test_heads_that_train_together_share_the_time_that_each_has(world, monkeypat
     job, shared = world
     monkeypatch.setattr(launch, "start_actor", lambda kind: None)
     trials = tuple(trial_of(job, shared, "linear_probe", seed=seed) for seed in range(3))
-    work = [fanout.Unit(trials, True), fanout.Unit(trials[:1], False)]
+    work = [fanout.WorkItem(trials, True), fanout.WorkItem(trials[:1], False)]
     watchdog = fanout.Watchdog(work, Fanout.model_validate({"trial_timeout_minutes": 2.0}), Notes())
-    assert watchdog.limits == {0: 360.0, 1: 120.0} and watchdog.silence == 30 * 60
+    assert watchdog.limits == {0: 360.0, 1: 120.0} and watchdog.max_silence_seconds == 30 * 60
     assert (
         fanout.Watchdog(
             work, Fanout.model_validate({"silence_timeout_minutes": None}), Notes()
-        ).silence
+        ).max_silence_seconds
         is None
     )
 
@@ -889,7 +888,7 @@ def test_scores_are_computed_on_the_workers(paths, tmp_path, ray_here):
     key = next(iter(shared.backbone_groups))
     data = shared.targets["task", key]
     rows = (data.test.selection, dict(data.spec.data.columns))
-    pairs = [Pair("src", key, "task", rows), Pair("src", key, "task")]
+    pairs = [SourceTargetPair("src", key, "task", rows), SourceTargetPair("src", key, "task")]
     found = list(fanout.score_pairs(pairs, shared, Fanout(cpus_per_trial=0.5)))
     for pair, theirs in zip(pairs, found, strict=True):
         ours = score_pair(pair, shared)

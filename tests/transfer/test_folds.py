@@ -97,7 +97,7 @@ def test_a_gain_is_over_the_scratch_network_of_the_same_seed_and_fold(ended):
 
 def test_entries_and_report_are_of_all_rows(ended):
     state, rows, _ = ended
-    entries, (_, page) = stages.show(state, rows)
+    entries, (_, page) = stages.write_report(state, rows)
     entry = next(entry for entry in entries if entry.technique == "linear_probe")
     assert (entry.target, entry.n_seeds, entry.paired_seeds, entry.n_test) == ("task", 2, 2, ROWS)
     each = [row.value for row in accuracies(rows) if row.technique == "linear_probe"]
@@ -218,12 +218,12 @@ def test_a_fold_that_cannot_be_prepared_leaves_out_the_whole_target(toy, monkeyp
         mode="json"
     )["targets"]["task"]
     state = stages.check(Job.model_validate(dumped), Silent())
-    shared = stages.share(state)
+    shared = stages.prepare_shared(state)
     assert list(state.targets) == ["other"] and {name for name, _ in shared.targets} == {"other"}
     assert stages.failures(state, []) == ["targets.task: fold 2: 9 of 16 rows cannot be used"]
     state = stages.check(job_of(toy, storage=str(tmp_path)), Silent())
     with pytest.raises(ValueError, match=r"^targets.task: fold 2: 9 of 16 rows cannot be used$"):
-        stages.share(state)
+        stages.prepare_shared(state)
 
 
 def test_a_problem_of_all_folds_is_told_once_with_the_name_in_the_job(toy):
@@ -378,7 +378,7 @@ def test_a_type_that_a_fold_lacks_is_valued_on_the_rows_of_all_folds():
     }
     assert {row.n_eval for row in pooled_rows} == {90}
     entries = matrix.matrix_entries(cut_rows, cut_runs)
-    assert per_label.blocks("t", entries, pooled_rows, pooled_runs) == per_label.blocks(
+    assert per_label.label_blocks("t", entries, pooled_rows, pooled_runs) == per_label.label_blocks(
         "t", matrix.matrix_entries(whole_rows, whole_runs), whole_rows, whole_runs
     )
 

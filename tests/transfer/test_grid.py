@@ -70,7 +70,7 @@ def test_a_name_says_what_the_trial_is(world):
     drawn = trial_of(job, shared, "full", {"weight_decay": 0.1, "lr": 0.003}, stage="search")
     assert drawn.name == "task/src/full/1.0/seed0/search/lr=0.003,weight_decay=0.1"
     assert trial_of(job, shared, "full", stage="search").name == "task/src/full/1.0/seed0/search"
-    together = [fanout.Unit((first, scratch), True)]
+    together = [fanout.WorkItem((first, scratch), True)]
     assert fanout._tune_name(together, 0) == f"0-{first.name}+1", "what Ray shows"
 
 
@@ -258,7 +258,7 @@ def test_without_labels_a_share_is_of_all_rows():
 def test_a_share_outside_its_range_is_refused(share):
     rows, labels = labelled()
     with pytest.raises(
-        ValueError, match=r"must be above 0 and at most 1\.0; integers are rows a class"
+        ValueError, match=r"must be above 0 and at most 1\.0; integers are rows per class"
     ):
         label_subset(rows, labels, share, 0)
 
@@ -356,8 +356,8 @@ def probe_that_is(world, tmp_path, options: dict, paths) -> tuple[bool, Any]:
     job = changed(world[0], "targets.task.objective", {"classification": options})
     shared = shared_of(tmp_path, job, paths)
     one = trial_of(job, shared, {"linear_probe": {"penalty": 0.1}}, stage="search")
-    (unit,) = fanout.units([one], shared)
-    if not unit.together:
+    (unit,) = fanout.group_into_work_items([one], shared)
+    if not unit.is_stack:
         return False, job
     (record,) = cached_heads.run([one], shared)
     return record.rows[0].settings.get("solver") == "lbfgs", job
@@ -526,10 +526,12 @@ def test_scratch_is_always_there_and_first(world):
 def test_a_probe_of_random_weights_starts_where_scratch_does_and_moves_the_head_alone(world):
     job, shared = world
     found = {name: trial_of(job, shared, name) for name in ("scratch", "random_probe")}
-    start, kept = (one_trial.build(one, shared)[0].backbone.state_dict() for one in found.values())
+    start, kept = (
+        one_trial.build_task(one, shared)[0].backbone.state_dict() for one in found.values()
+    )
     assert all(torch.equal(start[name], kept[name]) for name in start)
     record = one_trial.run(found["random_probe"], shared)
-    task = one_trial.build(found["random_probe"], shared)[0]
+    task = one_trial.build_task(found["random_probe"], shared)[0]
     assert record.rows[0].params_trained == sum(p.numel() for p in task.objective.parameters())
     assert cached_heads.can_stack([found["random_probe"]], shared) and not cached_heads.can_stack(
         [found["scratch"]], shared
@@ -544,7 +546,7 @@ def test_a_seed_changes_initialisation_order_and_subset(world):
     seen = []
     for seed in range(3):
         one = trial_of(job, shared, "full", fraction=0.5, seed=seed)
-        task, moved, start = one_trial.build(one, shared)
+        task, moved, start = one_trial.build_task(one, shared)
         train, rows, _ = one_trial.resolve_training(one, shared)
         plan = one_trial.order_of(one, shared, train, rows)
         ids = rows.selection.ids(np.arange(len(rows)))
@@ -570,13 +572,14 @@ def test_the_same_trial_starts_the_same(world):
     job, shared = world
     for technique in ("full", "scratch"):
         one = trial_of(job, shared, technique)
-        assert one_trial.build(one, shared)[2] == one_trial.build(one, shared)[2]
+        assert one_trial.build_task(one, shared)[2] == one_trial.build_task(one, shared)[2]
 
 
 def test_scratch_starts_from_nothing_of_the_source(world):
     job, shared = world
     starts = [
-        one_trial.build(trial_of(job, shared, "scratch", seed=seed), shared) for seed in range(2)
+        one_trial.build_task(trial_of(job, shared, "scratch", seed=seed), shared)
+        for seed in range(2)
     ]
     assert starts[0][1] == "new backbone and head (scratch)" and starts[0][2] != starts[1][2]
     matrices = [name for name, p in starts[0][0].backbone.named_parameters() if p.dim() > 1]
@@ -593,7 +596,9 @@ def test_the_head_of_a_seed_is_the_same_for_every_technique(world):
     """Paired by seed: scratch and full differ by their backbone alone."""
     job, shared = world
     heads = [
-        one_trial.build(trial_of(job, shared, technique, seed=4), shared)[0].objective.head.weight
+        one_trial.build_task(trial_of(job, shared, technique, seed=4), shared)[
+            0
+        ].objective.head.weight
         for technique in ("scratch", "full", "linear_probe")
     ]
     assert all(torch.equal(heads[0], head) for head in heads)
@@ -639,7 +644,7 @@ def test_a_trial_writes_what_truly_ran(world, paths, tmp_path):
         first.n_units,
     ) == ("test", "accuracy", "done", 12, 30, 24, 24)
     assert first.settings["lr"] == 0.004 and first.settings["global_batch"] == 16
-    task, _, start = one_trial.build(one, shared)
+    task, _, start = one_trial.build_task(one, shared)
     assert first.settings["start_weights"] == start and first.params_trained == sum(
         p.numel() for p in task.parameters()
     )
@@ -697,7 +702,7 @@ def test_a_trial_that_was_killed_goes_on_bit_for_bit(paths, tmp_path, technique)
     want = one_trial.run(one, whole)
     with pytest.raises(Killed):
         one_trial.run(one, parts, on_step=killed_after(7))
-    points = Path(one_trial.checkpoints(parts, one))
+    points = Path(one_trial.checkpoint_folder(parts, one))
     assert sorted(p.name for p in points.iterdir()) == ["step-0000000004"]
     torch.manual_seed(12345)  # the process that goes on has a random state of its own
     taken = []
@@ -709,7 +714,9 @@ def test_a_trial_that_was_killed_goes_on_bit_for_bit(paths, tmp_path, technique)
     logs = [
         [
             json.loads(line)
-            for line in Path(one_trial.folder(world, one), "metrics.jsonl").read_text().splitlines()
+            for line in Path(one_trial.folder_uri(world, one), "metrics.jsonl")
+            .read_text()
+            .splitlines()
         ]
         for world in (parts, whole)
     ]
@@ -721,7 +728,7 @@ def test_a_trial_that_was_killed_goes_on_bit_for_bit(paths, tmp_path, technique)
             line["step"]: line["rows"]
             for line in map(
                 json.loads,
-                Path(one_trial.folder(world, one), "rows-rank0.jsonl").read_text().splitlines(),
+                Path(one_trial.folder_uri(world, one), "rows-rank0.jsonl").read_text().splitlines(),
             )
         }
         for world in (parts, whole)
@@ -738,9 +745,9 @@ def test_a_trial_that_failed_keeps_its_resume_points_for_the_next_run(paths, tmp
     with pytest.raises(Killed):
         one_trial.run(one, shared, on_step=killed_after(7))
     one_trial.failed_record(one, shared, "the trial's process died")
-    assert Path(one_trial.checkpoints(shared, one), "step-0000000004").exists()
+    assert Path(one_trial.checkpoint_folder(shared, one), "step-0000000004").exists()
     one_trial.failed_record(one, shared, "stopped early by asha", "pruned")
-    assert not Path(one_trial.checkpoints(shared, one)).exists()
+    assert not Path(one_trial.checkpoint_folder(shared, one)).exists()
 
 
 def streamed(job: Job, shared, paths) -> None:
@@ -848,7 +855,7 @@ def test_boxes_of_a_checkpoint_that_reads_cropped_images_are_refused(tmp_path, p
         },
         objective="detection",
     )
-    stage, options = targets.stage(job, "task"), {"size": 32, "channels": 3}
+    stage, options = targets.plan_target(job, "task"), {"size": 32, "channels": 3}
     crops, pads = (
         grid.backbone_groups(
             {
@@ -879,7 +886,7 @@ def test_a_crop_share_of_a_target_is_for_rows_that_are_cropped(tmp_path, paths):
             "modality": {"image": options},
             "columns": {"image": "picture", "label": "class"},
         }
-        return targets.stage(job_of(tmp_path, paths, data=data), "task")
+        return targets.plan_target(job_of(tmp_path, paths, data=data), "task")
 
     def group(**options):
         modality = ModalitySpec(
@@ -893,8 +900,10 @@ def test_a_crop_share_of_a_target_is_for_rows_that_are_cropped(tmp_path, paths):
         ValueError,
         match=r"targets\.task\.data\.modality: crop_share 0\.5 has no effect with fit: squash",
     ):
-        targets.reading_of(stage(crop_share=0.5), group(fit="squash"))
-    assert targets.reading_of(stage(fit="pad"), group(crop_share=0.9)).modality.options.fit == "pad"
+        targets.plan_reading(stage(crop_share=0.5), group(fit="squash"))
+    assert (
+        targets.plan_reading(stage(fit="pad"), group(crop_share=0.9)).modality.options.fit == "pad"
+    )
 
 
 @pytest.mark.parametrize(

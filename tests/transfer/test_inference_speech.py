@@ -494,7 +494,7 @@ def test_rows_are_no_longer_than_the_network_reads(tmp_path, monkeypatch):
     without_ray(monkeypatch)
     state = stages.check(job_of_long_rows(tmp_path), Silent())
     stages.pretrain(state)
-    rows = stages.collect(state, stages.finetune(state, stages.share(state)))
+    rows = stages.collect(state, stages.finetune(state, stages.prepare_shared(state)))
     assert {row.status for row in rows} == {"done"}
     assert {row.n_eval for row in rows if row.split == "test"} == {11}, "1.4 s is left out"
     assert lowered(state.progress.lines) == ["src", "task"]

@@ -186,7 +186,7 @@ def test_a_head_that_lacks_a_label_is_not_tested(tmp_path, paths):
     state = {name: [*values[:2], "class 9"] for name, values in STATE.items()}
     shared.heads["src"] = (ObjectiveSpec("classification", theirs.options, state), head)
     with pytest.raises(ValueError, match="it lacks some of the target's labels; head: 2 labels"):
-        trial.build(trial_of(job, shared, "zero_shot", fraction=0), shared)
+        trial.build_task(trial_of(job, shared, "zero_shot", fraction=0), shared)
 
 
 def wrong_labels(paths, folder):
@@ -274,9 +274,9 @@ def test_a_trained_head_of_which_nothing_is_kept_is_refused_without_labels(tmp_p
     free = {"pseudo_labels": {"source_weight": 0.0}}
     job, shared = world(tmp_path, paths, free)
     shared.heads["src"] = (ObjectiveSpec("mlm", {}, {}), {})
-    assert trial.build(trial_of(job, shared, free, fraction=1.0), shared)
+    assert trial.build_task(trial_of(job, shared, free, fraction=1.0), shared)
     with pytest.raises(ValueError, match="pseudo_labels: nothing of the head of source src fits"):
-        trial.build(trial_of(job, shared, free, fraction=0), shared)
+        trial.build_task(trial_of(job, shared, free, fraction=0), shared)
 
 
 def test_a_label_that_nothing_teaches_is_refused_without_labels(tmp_path, paths):
@@ -285,9 +285,9 @@ def test_a_label_that_nothing_teaches_is_refused_without_labels(tmp_path, paths)
     theirs, head = shared.heads["src"]
     state = {name: [*values[:2], "class 9"] for name, values in STATE.items()}
     shared.heads["src"] = (ObjectiveSpec("classification", theirs.options, state), head)
-    assert trial.build(trial_of(job, shared, "dann", fraction=1.0), shared)
+    assert trial.build_task(trial_of(job, shared, "dann", fraction=1.0), shared)
     with pytest.raises(ValueError, match=r"dann: nothing .*\(it lacks some of the target's labels"):
-        trial.build(trial_of(job, shared, "dann", fraction=0), shared)
+        trial.build_task(trial_of(job, shared, "dann", fraction=0), shared)
 
 
 @pytest.mark.parametrize("technique", ["dann", "pseudo_labels"])

@@ -150,7 +150,7 @@ def notes_of(
         }
     )
     state = stages.check(job, Silent())  # type: ignore[arg-type]
-    stages.share(state)
+    stages.prepare_shared(state)
     return state.notes
 
 

@@ -183,7 +183,7 @@ def test_a_trial_that_is_made_again_counts_when_its_new_record_is_there(running,
     uri = storage.join(root, one.folder, "record.json")
     old = storage.read_json(uri)
     storage.write_json(uri, old | {"run": "old"})
-    monkeypatch.setattr(fanout, "units", lambda todo, shared: [])  # trains nothing
+    monkeypatch.setattr(fanout, "group_into_work_items", lambda todo, shared: [])  # trains nothing
     with served(running) as port:
         assert "5 of 6 trials ended" in ask(port)[1]
         fanout.run("toy", [one], SimpleNamespace(root=root), None, running.progress, {one.id})

@@ -215,7 +215,7 @@ def test_null_texts_of_a_target_are_refused_as_its_run_refuses_them(tmp_path, mo
     )
     state = checked(job)
     with pytest.raises(ValueError) as run:
-        stages.share(state)
+        stages.prepare_shared(state)
     message = refused(job)
     assert message.startswith("targets.task: train split: ") and "the text is null" in message
     assert "data.max_bad_rows=0.05 " in message and "data.max_bad_rows=0.05 " in str(run.value)

@@ -103,7 +103,7 @@ LABELS = [f"kind {i % 2}" for i in range(ROWS)]
 
 def message(job: Job) -> str:
     with pytest.raises(ValueError) as caught:
-        targets.stage(job, "task")
+        targets.plan_target(job, "task")
     parts, error = [], caught.value
     while error is not None:
         parts, error = [*parts, str(error)], error.__cause__

@@ -259,7 +259,9 @@ def test_a_job_that_was_killed_goes_on_with_the_settings_that_it_had(tmp_path, t
     assert all(done for _, done in existing_trials.trial_status(stage_runs.prepared(whole)))
     found = {row.drawn for row in rows if row.trial_stage == "search" and row.source == "a"}
     assert len(found) == 4 and all(LOW <= json.loads(one)["lr"] <= HIGH for one in found)
-    assert sorted(map(str, stages.current(stage_runs.prepared(whole)))) == sorted(map(str, rows))
+    assert sorted(map(str, stages.collect_existing_rows(stage_runs.prepared(whole)))) == sorted(
+        map(str, rows)
+    )
 
     for one in expected[5:]:  # it was killed when the second of its third generation had begun
         storage.remove_tree(storage.join(whole.root, trial_folder.find_all(whole.root)[one]))

@@ -74,7 +74,7 @@ def test_stale_rows_stand_in_no_table_and_go_with_their_trials_and_nothing_else_
     """Named first, then removed."""
     job, old, new = both
     state = prepared(job)
-    rows = stages.current(state)
+    rows = stages.collect_existing_rows(state)
     (message,) = pruning.describe_stale(results.read(job.root))
     total = len(results.read(job.root))
     assert message.startswith(f"{total // 2} of the {total} rows of results.parquet are stale")
@@ -82,7 +82,7 @@ def test_stale_rows_stand_in_no_table_and_go_with_their_trials_and_nothing_else_
         "task: a, full, 1.0 labels (2 trials); task: scratch of timm/test_vit, scratch, 1.0 labels (2 trials)"
         in message
     )
-    entries, (markdown, _) = stages.show(state, rows)
+    entries, (markdown, _) = stages.write_report(state, rows)
     assert [entry.n_seeds for entry in entries] == [2, 2], "two seeds of now, not four"
     assert "rows of results.parquet are stale" in storage.read_bytes(markdown).decode()
     assert state.notes == [], "told anew each time, not kept"
@@ -132,7 +132,7 @@ def test_a_trial_that_another_job_starts_from_stays(both, tmp_path, vit, paths):
         row.bundle_uri for row in results.read(job.root) if row.bundle_uri and row.trial_id in old
     )
     other = changed(job_of(tmp_path, {"b": {"backbone": f"bundle:{used}"}}, paths), name="other")
-    stages.share(prepared(other))
+    stages.prepare_shared(prepared(other))
     found = existing_trials.stale(prepared(job))
     assert found.kept == {Path(used).parent.name.partition("-")[2]: "job other"}
     copy = changed(job, storage=str(tmp_path / "copies"))

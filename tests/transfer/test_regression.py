@@ -149,7 +149,7 @@ def test_a_whole_fraction_counts_rows_and_every_technique_of_the_loop_learns(wor
 def test_scores_of_numbers_are_defined(world):
     _, shared = world
     key = next(iter(shared.backbone_groups))
-    found = scoring.score_pair(scoring.Pair("src", key, "task"), shared).scores
+    found = scoring.score_pair(scoring.SourceTargetPair("src", key, "task"), shared).scores
     defined = {name for name, one in found.items() if one.value is not None}
     assert {"logme", "cka"} <= defined
     assert found["leep"].value is None and "regression" in found["leep"].reason

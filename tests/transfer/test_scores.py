@@ -26,7 +26,7 @@ from pipeline.transfer import measured_shift, scoring, trial
 from pipeline.transfer.scores.knn import knn
 from pipeline.transfer.scores.leep import leep, nce
 from pipeline.transfer.scores.logme import logme
-from pipeline.transfer.scoring import Pair, score_pair
+from pipeline.transfer.scoring import SourceTargetPair, score_pair
 
 
 def data(n: int, d: int, classes: int = 3, signal: float = 1.0, seed: int = 0):
@@ -166,7 +166,9 @@ def test_a_source_is_scored_on_a_target(tmp_path, monkeypatch):
     shared = shared_of(tmp_path, job, paths)
     key = next(iter(shared.backbone_groups))
     data_ = shared.targets["task", key]
-    pair = Pair("src", key, "task", (data_.validation.selection, data_.spec.data.columns))
+    pair = SourceTargetPair(
+        "src", key, "task", (data_.validation.selection, data_.spec.data.columns)
+    )
     found = score_pair(pair, shared)
     assert not found.error and values(score_pair(pair, shared)) == values(found)
     assert PairScores.from_json(json.loads(json.dumps(found.to_json()))) == found
@@ -188,7 +190,7 @@ def test_scores_that_are_defined_have_an_interval_and_others_a_reason(tmp_path):
     paths = image_files(tmp_path, {"train": 60, "validation": 24, "test": 24})
     shared = shared_of(tmp_path, job_of(tmp_path, paths), paths)
     key = next(iter(shared.backbone_groups))
-    found = score_pair(Pair("src", key, "task"), shared)
+    found = score_pair(SourceTargetPair("src", key, "task"), shared)
     for name, score in found.scores.items():
         if score.value is None:
             assert score.reason and score.low is None
@@ -202,7 +204,7 @@ def test_scores_that_are_defined_have_an_interval_and_others_a_reason(tmp_path):
     data_ = shared.targets["task", key]
     of_group = data_.spec.data.model_copy(update={"group": data_.spec.data.columns["label"]})
     data_.spec = data_.spec.model_copy(update={"data": of_group})
-    found = score_pair(Pair("src", key, "task"), shared)
+    found = score_pair(SourceTargetPair("src", key, "task"), shared)
     assert found.scores["knn"].value == 0.0, "no neighbour of another group has a row's class"
     groups = len(np.unique(data_.labels))
     assert found.scores["logme"].value is not None and found.scores["logme"].low is None
@@ -226,17 +228,17 @@ def test_the_classes_of_the_source_are_those_of_its_head(tmp_path):
     pooled = online_probe.features(backbone, data_.train, torch.device("cpu"))[0].numpy()
     logits = pooled.astype(np.float64) @ head["head.weight"].T + head["head.bias"]
     theta = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    found = values(score_pair(Pair("src", key, "task"), shared))
+    found = values(score_pair(SourceTargetPair("src", key, "task"), shared))
     assert found["leep"] == pytest.approx(leep(theta, data_.labels), abs=1e-6)
     assert found["nce"] == pytest.approx(nce(theta, data_.labels), abs=1e-6)
     shared.heads["src"] = (ObjectiveSpec("simclr", {}, {}), {})
-    without = score_pair(Pair("src", key, "task"), shared).scores["leep"]
+    without = score_pair(SourceTargetPair("src", key, "task"), shared).scores["leep"]
     assert (without.value, without.reason) == (
         None,
         "the source predicts no single class of a row (it is of simclr)",
     )
     shared.heads["src"] = (NO_OBJECTIVE, {})  # as those of a checkpoint from a hub
-    without = score_pair(Pair("src", key, "task"), shared)
+    without = score_pair(SourceTargetPair("src", key, "task"), shared)
     assert without.scores["logme"].value is not None, without.error
     reason = "the source is a checkpoint without classes of its own"
     assert without.scores["leep"].reason == reason
@@ -249,7 +251,7 @@ def test_where_no_label_may_be_used_only_distances_are_defined(tmp_path):
     data_ = shared.targets["task", key]
     data_.spec = data_.spec.model_copy(update={"label_fractions": [0]})
     rows = (data_.test.selection, data_.spec.data.columns)
-    found = score_pair(Pair("src", key, "task", rows), shared)
+    found = score_pair(SourceTargetPair("src", key, "task", rows), shared)
     defined = {name for name, score in found.scores.items() if score.value is not None}
     assert defined == {"frechet", "mmd", "proxy_a"} and found.rows == 60
     assert found.scores["logme"].reason == "label_fractions: 0 allows no label"
@@ -261,7 +263,7 @@ def test_scores_are_computed_once_for_the_same_weights_rows_and_labels(tmp_path,
     key = next(iter(shared.backbone_groups))
     data_ = shared.targets["task", key]
     data_.key, shared.source_keys["src"] = "rows", "source"
-    pair, passes = Pair("src", key, "task"), []
+    pair, passes = SourceTargetPair("src", key, "task"), []
     compute = scoring.features_of_ids
 
     def counted(*args):
@@ -297,7 +299,7 @@ def test_a_target_without_classes_has_distances_alone(tmp_path, name):
     data_ = shared.targets["task", key]
     data_.objective = dataclasses.replace(data_.objective, name=name)
     rows = (data_.test.selection, data_.spec.data.columns)
-    found = score_pair(Pair("src", key, "task", rows), shared)
+    found = score_pair(SourceTargetPair("src", key, "task", rows), shared)
     defined = {name for name, score in found.scores.items() if score.value is not None}
     assert defined == {"frechet", "mmd", "proxy_a"}
     assert f"{name} gives neither rows nor their positions" in found.scores["logme"].reason
@@ -323,12 +325,12 @@ def test_scores_read_no_label_that_the_poorest_trials_may_not(tmp_path, fraction
         assert set(data_.train.subset(allowed).selection.ids(np.arange(rows))) <= set(
             trial_rows.selection.ids(np.arange(len(trial_rows)))
         )
-    want = values(score_pair(Pair("src", key, name), shared))
+    want = values(score_pair(SourceTargetPair("src", key, name), shared))
     data_.labels = data_.labels.copy()  # what the fractions are drawn by
     data_.train.arrays["label"][np.setdiff1d(np.arange(60), allowed)] = (
         2  # labels of rows that may not be read
     )
-    assert values(score_pair(Pair("src", key, name), shared)) == want
+    assert values(score_pair(SourceTargetPair("src", key, name), shared)) == want
 
 
 def test_shares_and_rows_per_class_have_only_the_rows_that_both_have():
@@ -356,7 +358,7 @@ def test_one_bad_score_is_a_reason_beside_the_others(tmp_path, monkeypatch, of_a
 
     worse = {**known, "knn": dataclasses.replace(known["knn"], function=broken)}
     monkeypatch.setattr(scoring, "scores", lambda: worse)
-    pair = Pair("src", key, "task")
+    pair = SourceTargetPair("src", key, "task")
     found = score_pair(pair, shared)
     assert not found.error and found.scores["logme"].value is not None
     bad = found.scores["knn"]
@@ -373,7 +375,7 @@ def test_weights_that_are_not_finite_have_no_score(tmp_path):
     paths = image_files(tmp_path, {"train": 60, "validation": 24, "test": 24})
     shared = shared_of(tmp_path, job_of(tmp_path, paths), paths)
     next(iter(shared.weights["src"].values()))[...] = np.nan
-    found = score_pair(Pair("src", next(iter(shared.backbone_groups)), "task"), shared)
+    found = score_pair(SourceTargetPair("src", next(iter(shared.backbone_groups)), "task"), shared)
     assert "the features of source src are not finite for 60 of 60 rows" in found.error
     assert set(values(found).values()) == {None}
 
@@ -393,7 +395,7 @@ def test_a_row_that_cannot_be_decoded_as_it_is_read_shifts_no_label(tmp_path):
         job = job_of(tmp_path, paths).model_dump(mode="json")
         job["targets"]["task"]["data"]["decode"] = decode
         shared = shared_of(tmp_path, Job.model_validate(job), paths)
-        pair = Pair("src", next(iter(shared.backbone_groups)), "task")
+        pair = SourceTargetPair("src", next(iter(shared.backbone_groups)), "task")
         found.append(values(score_pair(pair, shared)))
     assert found[0] == pytest.approx(found[1])
 
@@ -464,7 +466,7 @@ def test_every_kind_of_target_has_the_scores_that_are_defined_for_it(name, monke
         weights={"src": weights},
         source_keys={},
     )
-    found = score_pair(Pair("src", "key", "task"), shared)  # type: ignore[arg-type]
+    found = score_pair(SourceTargetPair("src", "key", "task"), shared)  # type: ignore[arg-type]
     assert not found.error
     defined = {name for name, score in found.scores.items() if score.value is not None}
     assert defined == DEFINED.get(name, set())

@@ -109,7 +109,7 @@ def test_ridge_regression_on_many_rows():
 
 
 def test_a_large_head_of_a_squared_error_is_solved_by_steps(monkeypatch):
-    monkeypatch.setattr(solved_heads, "MOST_WEIGHTS", D)
+    monkeypatch.setattr(solved_heads, "MAX_WEIGHTS", D)
     value = labels(features(), 1)[:, 0]
     head = Regression(net_task().backbone, PLAIN, {"mean": 0.0, "std": 1.0})
     found = solve(head, {"value": value}, [1e-2])[0]
@@ -242,7 +242,7 @@ def test_the_trial_s_head_is_scikit_learn_s(paths, tmp_path):
     one = trial_of(job, shared, {"linear_probe": {"penalty": 0.01}}, fraction=0.5)
     (record,) = cached_heads.run([one], shared)
     data = shared.targets["task", one.backbone_key]
-    task = one_trial.build(one, shared)[0]
+    task = one_trial.build_task(one, shared)[0]
     _, rows, _ = one_trial.resolve_training(one, shared)
     pooled, rest = cached_heads.features(task.backbone, rows, torch.device("cpu"))
     assert len(pooled) == record.rows[0].n_train < 40

@@ -110,7 +110,7 @@ def finished_job(finished, tmp_path, bundles, paths):
 def reported(job: Job) -> tuple[job_state.JobState, list[dict[str, Any]]]:
     """What `report` finds, in a command of its own."""
     state = prepared(job)
-    return state, stages.current(state)
+    return state, stages.collect_existing_rows(state)
 
 
 def alike(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
@@ -185,7 +185,9 @@ def test_the_table_tells_on_how_much_a_comparison_rests(tmp_path, bundles, paths
         seeds=2,
     )
     state, rows = run_through(job)
-    entries = {(entry.source, entry.backbone): entry for entry in stages.show(state, rows)[0]}
+    entries = {
+        (entry.source, entry.backbone): entry for entry in stages.write_report(state, rows)[0]
+    }
     for row in rows:
         compared = row.split == "test" and row.source != "none"
         entry = entries[row.source, row.backbone]
@@ -413,7 +415,7 @@ def test_the_best_draws_are_tried_again_with_further_seeds_before_one_is_chosen(
     assert alike(reported(job)[1], rows)
     ended = existing_trials.trial_status(prepared(job))
     assert len(ended) == 2 * (4 + 2 * 2 + 2) and all(done for _, done in ended)
-    entry = next(entry for entry in stages.show(*reported(job))[0] if entry.source == "a")
+    entry = next(entry for entry in stages.write_report(*reported(job))[0] if entry.source == "a")
     assert entry.interval.endswith(("paired seeds", "and the choice of hyper-parameters")), (
         "it varies, or by chance every draw was as good"
     )
@@ -431,7 +433,9 @@ def test_the_best_draws_are_tried_again_with_further_seeds_before_one_is_chosen(
     state, again_rows = reported(
         changed(job, fanout={**job.fanout.model_dump(mode="json"), "search_finalists": {"top": 1}})
     )
-    entry = next(entry for entry in stages.show(state, again_rows)[0] if entry.source == "a")
+    entry = next(
+        entry for entry in stages.write_report(state, again_rows)[0] if entry.source == "a"
+    )
     assert entry.interval.endswith(
         "without the noise of the search, whose settings were tried with one seed"
     )
@@ -528,9 +532,9 @@ def test_ended_is_empty_while_a_source_has_no_bundle(tmp_path, bundles, paths):
     }
     job = job_of(tmp_path, {"a": bundles["a"], "new": pretrained}, paths)
     state = prepared(job)
-    assert existing_trials.trial_status(state) == [] and stages.current(state) == []
+    assert existing_trials.trial_status(state) == [] and stages.collect_existing_rows(state) == []
     with pytest.raises(ValueError, match="sources new have no bundle yet: run `pretrain`"):
-        stages.share(state)
+        stages.prepare_shared(state)
 
 
 # ---------------------------------------------------------------- names and contents
@@ -626,7 +630,7 @@ def test_the_best_scored_source_alone_is_fanned_out_and_report_agrees(
         "which sources are fanned out must be found out first"
     )
     state, rows = run_through(job)
-    scored = stages.score(state, stages.share(prepared(job)))
+    scored = stages.score(state, stages.prepare_shared(prepared(job)))
     best = max(scored, key=lambda row: row["logme"])["source"]
     other = "b" if best == "a" else "a"
     assert {row.source for row in rows} == {best, "none"}
@@ -639,7 +643,7 @@ def test_the_best_scored_source_alone_is_fanned_out_and_report_agrees(
     )
     again, same = reported(job)
     assert alike(same, rows) and again.notes == state.notes
-    text = storage.read_bytes(stages.show(again, same)[1][0]).decode()
+    text = storage.read_bytes(stages.write_report(again, same)[1][0]).decode()
     assert (
         f"| task | {best} | LogME | fine-tuned |" in text
         and f"| task | {other} | LogME | left out |" in text
@@ -671,7 +675,7 @@ def test_a_source_without_a_score_is_ranked_last_and_named_and_the_others_go_on(
     assert {row.source for row in rows} == {"a", "b", "none"}
     named = [note for note in state.notes if "source broken has no score (" in note]
     assert len(named) == 1 and "not finite" in named[0]
-    assert [row["source"] for row in stages.score(state, stages.share(prepared(job)))][
+    assert [row["source"] for row in stages.score(state, stages.prepare_shared(prepared(job)))][
         -1
     ] == "broken"
 
@@ -724,7 +728,7 @@ def test_every_score_is_recorded_and_audited_where_there_is_a_choice(
     assert {row.score_name for row in rows} == {None}, "no score chose the sources"
     again, same = reported(job)
     assert again.source_scores == state.source_scores and alike(same, rows)
-    text = storage.read_bytes(stages.show(again, same)[1][0]).decode()
+    text = storage.read_bytes(stages.write_report(again, same)[1][0]).decode()
     assert "## What the scores were worth" in text and "| image | LogME |" in text
     assert "undefined" in text and "the source is a checkpoint" in text
 
@@ -742,7 +746,7 @@ def test_shift_alone_is_measured_where_there_is_no_choice(tmp_path, bundles, her
     assert own.covariate.low <= 0.5 <= own.covariate.high and own.concept is not None
     again, same = reported(job)
     assert again.source_scores == state.source_scores
-    text = storage.read_bytes(stages.show(again, same)[1][0]).decode()
+    text = storage.read_bytes(stages.write_report(again, same)[1][0]).decode()
     assert "## Shift" in text and "What the scores were worth" not in text
     assert run_through(job)[0].source_scores == state.source_scores
 
@@ -1033,7 +1037,7 @@ def test_a_target_whose_file_changes_is_an_error(tmp_path, bundles, paths, here)
     with pytest.raises(
         file_identity.ChangedFileError, match=r"test\.parquet was changed while it was in use"
     ):
-        stages.share(state)
+        stages.prepare_shared(state)
 
 
 def test_a_trial_whose_streamed_files_change_leaves_no_record(tmp_path, bundles, paths, here):
@@ -1051,7 +1055,7 @@ def test_a_trial_whose_streamed_files_change_leaves_no_record(tmp_path, bundles,
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch",), seeds=1)
     job = with_data(job, "task", train=str(tmp_path / "train.parquet"), decode="train")
     state = prepared(job)
-    shared = stages.share(state)
+    shared = stages.prepare_shared(state)
     (one,) = planned_trials.final_trials(
         state, list(shared.backbone_groups.values()), {"task": {"a"}}, {}
     )
@@ -1062,7 +1066,7 @@ def test_a_trial_whose_streamed_files_change_leaves_no_record(tmp_path, bundles,
         trial.run(one, shared, Ranks())
     assert trial.read_record(job.root, one.folder) is None
     state = prepared(job)
-    shared = stages.share(state)
+    shared = stages.prepare_shared(state)
     (again,) = planned_trials.final_trials(
         state, list(shared.backbone_groups.values()), {"task": {"a"}}, {}
     )
@@ -1142,7 +1146,7 @@ def test_test_rows_that_stand_in_a_source_are_counted_and_left_out_where_the_job
         and again.num_dropped_test_rows == state.num_dropped_test_rows == {"task": len(left_out)}
         and alike(same, rows)
     )
-    text = storage.read_bytes(stages.show(again, same)[1][0]).decode()
+    text = storage.read_bytes(stages.write_report(again, same)[1][0]).decode()
     assert (
         f"test 18 rows (validation files; test files); {len(left_out)} of the test rows are "
         "also in a source and were left out" in text
@@ -1166,9 +1170,9 @@ def test_another_way_to_leave_rows_out_is_other_trials(leaking, tmp_path, here, 
 
 
 def test_rows_are_read_once_to_be_compared(leaking, here, monkeypatch):
-    stages.share(prepared(leaking))
+    stages.prepare_shared(prepared(leaking))
     monkeypatch.setattr(duplicates, "SignatureMaker", None)
-    stages.share(prepared(leaking))
+    stages.prepare_shared(prepared(leaking))
 
 
 def test_repeats_of_a_targets_own_training_rows_are_told(tmp_path, bundles, paths, here):
@@ -1190,7 +1194,7 @@ def test_repeats_of_a_targets_own_training_rows_are_told(tmp_path, bundles, path
         )
     )
     state = prepared(job)
-    shared = stages.share(state)
+    shared = stages.prepare_shared(state)
     assert state.notes == [
         "task: 2 of 21 test rows are also in its own training rows, 1 more nearly so "
         "(perceptual hash)"
@@ -1214,7 +1218,7 @@ def test_a_target_without_a_row_to_test_on_is_left_out_with_its_reason(
         match=r"targets\.task\.drop_overlap: all 18 test rows are also in a source and none is "
         r"left",
     ):
-        stages.share(state)
+        stages.prepare_shared(state)
 
 
 @pytest.mark.parametrize(
@@ -1264,16 +1268,16 @@ def test_near_duplicates_of_other_rows_than_images_are_refused(tmp_path, bundles
 def test_sources_too_large_to_scan_are_said_to_be_and_are_read_to_leave_rows_out(
     leaking, here, monkeypatch
 ):
-    monkeypatch.setattr(overlap, "MOST_ROWS", 25)
+    monkeypatch.setattr(overlap, "MAX_ROWS", 25)
     state = prepared(leaking)
-    stages.share(state)
+    stages.prepare_shared(state)
     assert state.notes == [
         "task: too many rows to look for its test rows in source corpus; drop_overlap: exact "
         "or near reads them all",
         "task: too many rows to look for its test rows in its own training rows",
     ]
     state = prepared(with_target(leaking, drop_overlap="near"))
-    stages.share(state)
+    stages.prepare_shared(state)
     assert any("8 of 18 test rows left out" in note for note in state.notes)
 
 
@@ -1285,7 +1289,7 @@ def test_bases_that_read_alike_keep_their_own_architectures(tmp_path, bundles, p
         "timm/test_resnet", {"channels": 3, "size": 32}, "classification", label_state(), seed=5
     )
     bundle.save(str(tmp_path / "resnet"), task, MODALITY, training={"transfer": ""}, metrics={})
-    shared = stages.share(
+    shared = stages.prepare_shared(
         prepared(job_of(tmp_path, {"a": bundles["a"], "b": f"bundle:{tmp_path / 'resnet'}"}, paths))
     )
     assert {
@@ -1314,7 +1318,7 @@ def test_a_target_read_in_another_size_is_other_trials(tmp_path, bundles, paths,
     sizes = {}
     for one in (job, larger):
         state = prepared(one)
-        (data,) = stages.share(state).targets.values()
+        (data,) = stages.prepare_shared(state).targets.values()
         sizes[data.key] = (
             data.train.arrays["image"].shape[-1],
             data.arch.inputs["size"],
@@ -1346,14 +1350,14 @@ def test_every_row_says_where_its_splits_come_from_and_two_ways_never_share_a_ta
     assert {row.split_origin for row in both} == {
         row.split_origin for row in [*files, *drawn]
     } and len(both) == len(files) + len(drawn)
-    entries, where = stages.show(state, both)
+    entries, where = stages.write_report(state, both)
     names = {f"task [{row.split_origin}]" for row in both}
     assert {entry.target for entry in entries} == names and all(
         entry.n_seeds == 1 for entry in entries
     )
     text = storage.read_bytes(where[0]).decode()
     assert all(name.split(" [")[1].rstrip("]") in text for name in names)
-    entries, where = stages.show(state, drawn)
+    entries, where = stages.write_report(state, drawn)
     assert {entry.target for entry in entries} == {"task"}
     assert "test: random 0.3 of train by hash of the row" in storage.read_bytes(where[0]).decode()
 
@@ -1381,7 +1385,7 @@ def test_which_targets_are_scored(tmp_path, paths, objective, scored):
     assert (
         targets.TargetStage(
             "task", spec.model_copy(update={"objective": ComponentConfig(name=objective)}), None
-        ).scored
+        ).has_class_labels
         == scored
     )  # type: ignore[arg-type]
 
@@ -1391,7 +1395,7 @@ def test_which_targets_are_scored(tmp_path, paths, objective, scored):
 
 def test_show_writes_the_report_of_the_rows(finished_job):
     state, rows = reported(finished_job)
-    entries, where = stages.show(state, rows)
+    entries, where = stages.write_report(state, rows)
     assert {(entry.source, entry.technique, entry.n_seeds) for entry in entries} == {
         ("none", "scratch", 1),
         ("a", "full", 1),
@@ -1399,7 +1403,7 @@ def test_show_writes_the_report_of_the_rows(finished_job):
     text = storage.read_bytes(where[0]).decode()
     assert "task" in text and "full" in text and all(storage.exists(uri) for uri in where)
     again, same = reported(finished_job)
-    assert stages.show(again, same)[0] == entries
+    assert stages.write_report(again, same)[0] == entries
 
 
 def test_subgroups_of_test_rows_stand_in_the_table_and_the_report_and_train_nothing(
@@ -1440,7 +1444,7 @@ def test_subgroups_of_test_rows_stand_in_the_table_and_the_report_and_train_noth
     for trial_id, value in whole_rows.items():
         mine = [row for row in parts if row.trial_id == trial_id]
         assert value == pytest.approx(sum(row.value * row.n_eval for row in mine) / 66)
-    _, (markdown, _) = stages.show(state, rows)
+    _, (markdown, _) = stages.write_report(state, rows)
     text = storage.read_bytes(markdown).decode()
     assert "### Subgroups" in text and "| sex=female | 26 |" in text and "### Calibration" in text
     assert alike(reported(Job.model_validate(dumped))[1], rows)

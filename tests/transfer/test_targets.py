@@ -133,7 +133,7 @@ def job_of(
 
 def shared_of(job: Job) -> tuple[job_state.JobState, Shared]:
     state = stages.check(job, Silent())  # type: ignore[arg-type]
-    return state, stages.share(state)
+    return state, stages.prepare_shared(state)
 
 
 def data_of(shared: Shared) -> trial.TargetData:
@@ -227,8 +227,8 @@ def test_a_probe_of_a_masked_model_trains_the_head_alone(tmp_path, models, texts
         )
         if t.technique.name == "linear_probe"
     )
-    (unit,) = fanout.units([one], shared)
-    assert not unit.together, "its head reads tokens: no features are cached"
+    (unit,) = fanout.group_into_work_items([one], shared)
+    assert not unit.is_stack, "its head reads tokens: no features are cached"
     record = trial.run(one, shared, Ranks())
     after, start = (
         bundle.load(record.rows[0].bundle_uri),
@@ -253,7 +253,7 @@ def test_a_technique_that_would_train_nothing_is_refused(tmp_path, models, texts
         match=rf"targets\.task: techniques: {technique} trains the head alone, and clm has none "
         r".* \[scratch, full, lora\]",
     ):
-        stages.share(state)
+        stages.prepare_shared(state)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_texts_beyond_the_budget_and_splits_without_a_text_leave_the_target_out(
     tmp_path, models, texts
 ):
     job = job_of(tmp_path, models["gpt2"], texts, data={"max_bad_rows": 0.0})
-    stage = targets.stage(job, "task")
+    stage = targets.plan_target(job, "task")
     (group,) = grid.backbone_groups(
         {
             "src": (
@@ -320,7 +320,9 @@ def test_texts_beyond_the_budget_and_splits_without_a_text_leave_the_target_out(
         ValueError, match=r"the test split holds no text to pack \(2 rows, all of them left out\)"
     ):
         targets.prepare(
-            targets.stage(job_of(tmp_path, models["gpt2"], str(tmp_path / "few.parquet")), "task"),
+            targets.plan_target(
+                job_of(tmp_path, models["gpt2"], str(tmp_path / "few.parquet")), "task"
+            ),
             group,
         )
 
@@ -341,7 +343,7 @@ def test_an_objective_for_another_kind_of_backbone_leaves_the_target_out(tmp_pat
         match=r"targets\.task: the backbone transformers/bert does not suit clm on these rows "
         r".*bert sees the future",
     ):
-        stages.share(state)
+        stages.prepare_shared(state)
 
 
 @pytest.mark.parametrize(
@@ -362,7 +364,7 @@ def test_rows_longer_than_the_backbone_are_refused_before_training(
         match=r"targets\.task: the backbone transformers/bert does not suit classification on "
         r"these rows .*64",
     ) as caught:
-        stages.share(stages.check(job, Silent()))  # type: ignore[arg-type]
+        stages.prepare_shared(stages.check(job, Silent()))  # type: ignore[arg-type]
     assert all(number in str(caught.value) for number in numbers)
     fits = job_of(
         tmp_path, source, texts, "classification", columns, {"modality": {"text": {"length": 16}}}
@@ -627,7 +629,7 @@ def test_hours_count_for_a_verdict_as_in_the_report(monkeypatch):
     stage = targets.TargetStage("task", spec, splits, {"labels": ["0", "1"]})  # type: ignore[arg-type]
     predictions = {"label": np.array([[0, 1], [0, -1], [0, 0]]), "scores": np.zeros((3, 2, 2))}
     found = stats.evidence(stats.RunPredictions(np.arange(3), predictions, 0))
-    assert stage.evidence() == {"test": found} and (found.count, found.least) == (1, 10)
+    assert stage.evidence() == {"test": found} and (found.count, found.needed) == (1, 10)
 
 
 def test_the_objectives_that_may_be_targets():
@@ -707,7 +709,7 @@ def test_transcripts_that_no_recording_holds_are_listed_however_rows_are_read(
         }
     )
     state = stages.check(job, Silent())
-    shared = stages.share(state)
+    shared = stages.prepare_shared(state)
     (data,) = shared.targets.values()
     assert (
         len(data.train) == (17 if decode == "memory" else 18)
@@ -781,10 +783,10 @@ def test_batches_and_label_counts_beyond_the_data_are_told(tmp_path, models, tex
         train={"steps": 3, "global_batch": 64},
     )
     state, _ = shared_of(job)
-    rows = state.targets["task"].labelled(0.1)
+    rows = state.targets["task"].num_labelled_rows(0.1)
     expected = (
-        f"a batch of 64 rows is more than the labelled training rows ({rows} at 0.1): there a step "
-        "takes all of them"
+        f"a batch of 64 rows is more than the labelled training rows ({rows} at 0.1): each "
+        "step then takes all of them"
     )
     assert f"task: {expected}" in state.notes
     job = job_of(
@@ -804,8 +806,8 @@ def test_batches_and_label_counts_beyond_the_data_are_told(tmp_path, models, tex
     )
     message = ", ".join(f"kind {k} has {count}" for k, count in enumerate(counts) if count < 60)
     assert (
-        f"task: 60 rows of each class were asked for (label_fractions), and {message}: all of "
-        "these are taken" in state.notes
+        f"task: 60 rows of each class were asked for (label_fractions), and {message}: all "
+        "their rows are used" in state.notes
     )
     job = job_of(
         tmp_path / "c",

@@ -107,7 +107,7 @@ def test_a_step_on_a_cpu_has_the_processor_time_of_its_thread(tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_a_network_that_is_too_large_to_try_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(time_estimate, "MOST_PARAMETERS", 10)
+    monkeypatch.setattr(time_estimate, "MAX_PARAMETERS", 10)
     job = with_source(tmp_path, written(tmp_path / "rows.parquet"))
     assert estimate(job) == [
         "no estimate of the time: source src (the network is too large to be tried here)"

@@ -364,7 +364,7 @@ def test_a_long_upload_has_a_longer_patience(ended, recorder, monkeypatch):
         return join(self, timeout)
 
     recorder.upload = upload
-    monkeypatch.setattr(tracking, "SLOWEST_LINE", 0.01)
+    monkeypatch.setattr(tracking, "SLOWEST_UPLOAD", 0.01)
     monkeypatch.setattr(threading.Thread, "join", waited)
     with tracking.follow(ended.state, patience=20) as track:
         track(ended.outcome)

@@ -63,7 +63,7 @@ def without_folders(root: str) -> None:
 def test_trials_lie_under_names_and_all_that_read_them_find_them(root, tmp_path, vit, paths, ran):
     job = job_at(root, tmp_path, vit, paths)
     state, rows = run_through(job)
-    stages.show(state, rows)
+    stages.write_report(state, rows)
     found = trial_folder.find_all(job.root)
     assert sorted(folder.rpartition("-")[0] for folder in found.values()) == [
         "trials/task/Garments/full/labels-1.0/seed0",

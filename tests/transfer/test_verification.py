@@ -57,7 +57,7 @@ def test_the_embedding_of_a_source_is_tried_as_it_is(world):
     """Its identities are left behind: the target has others, or others in the same places."""
     job, shared = world
     found = trial.run(trial_of(job, shared, "zero_shot"), shared)
-    task, text, _ = trial.build(trial_of(job, shared, "zero_shot"), shared)
+    task, text, _ = trial.build_task(trial_of(job, shared, "zero_shot"), shared)
     theirs = shared.heads["src"][1]
     own = task.objective.state_dict()
     assert np.array_equal(own["projection.weight"], theirs["projection.weight"])
@@ -69,7 +69,7 @@ def test_folds_are_refused(world):
     """Pairs of two folds' embeddings would be compared, which two networks made."""
     job, _ = world
     with pytest.raises(ValueError, match=r"^targets.task.folds: verification is tested on pairs"):
-        targets.stage(
+        targets.plan_target(
             job.model_copy(
                 update={"targets": {"task": job.targets["task"].model_copy(update={"folds": 3})}}
             ),
@@ -91,7 +91,7 @@ def test_a_technique_works_or_says_why_not(world, name):
     target = job.targets["task"].model_copy(update={"techniques": [component]})
     alone = job.model_copy(update={"techniques": [component], "targets": {"task": target}})
     try:
-        targets.stage(alone, "task")
+        targets.plan_target(alone, "task")
         found = values(trial.run(trial_of(job, shared, name), shared))
     except ValueError as error:
         assert name not in WORKS, error

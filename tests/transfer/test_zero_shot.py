@@ -107,11 +107,11 @@ def test_zero_shot_is_tried_once_whatever_the_labels_and_seeds(tmp_path, paths, 
 def test_a_head_is_carried_by_name_and_shape_alone(tmp_path, paths, carried):
     job, shared = world(tmp_path, paths)
     theirs, head = shared.heads["src"]
-    start, moved, _ = trial.build(trial_of(job, shared, "full"), shared)
+    start, moved, _ = trial.build_task(trial_of(job, shared, "full"), shared)
     assert "head: 2 tensors kept" in moved and torch.equal(
         start.objective.state_dict()["head.weight"], torch.from_numpy(head["head.weight"])
     )
-    fresh = trial.build(trial_of(job, shared, "scratch"), shared)[0].objective.state_dict()[
+    fresh = trial.build_task(trial_of(job, shared, "scratch"), shared)[0].objective.state_dict()[
         "head.bias"
     ]
     shared.heads["src"] = (
@@ -122,25 +122,25 @@ def test_a_head_is_carried_by_name_and_shape_alone(tmp_path, paths, carried):
             "old": np.zeros(1, np.float32),
         },
     )
-    start, moved, _ = trial.build(trial_of(job, shared, "full"), shared)
+    start, moved, _ = trial.build_task(trial_of(job, shared, "full"), shared)
     assert "head: 1 tensors kept, 1 new (head.bias), 2 dropped (head.bias, old)" in moved
     assert torch.equal(start.objective.state_dict()["head.bias"], fresh)
     shared.heads["src"] = (ObjectiveSpec("multilabel"), head)
     assert (
         "new head: the source's objective was multilabel"
-        in trial.build(trial_of(job, shared, "full"), shared)[1]
+        in trial.build_task(trial_of(job, shared, "full"), shared)[1]
     )
     with pytest.raises(
         ValueError,
         match=r"zero_shot: nothing of the head of source src fits this target \(new head: the "
         r"source's objective was multilabel\)",
     ):
-        trial.build(trial_of(job, shared, "zero_shot", fraction=0), shared)
+        trial.build_task(trial_of(job, shared, "zero_shot", fraction=0), shared)
 
 
 def test_heads_are_new_where_the_objective_carries_none(tmp_path, paths):
     job, shared = world(tmp_path, paths)
-    start, moved, _ = trial.build(trial_of(job, shared, "full"), shared)
+    start, moved, _ = trial.build_task(trial_of(job, shared, "full"), shared)
     theirs = torch.from_numpy(shared.heads["src"][1]["head.weight"])
     assert moved.endswith("; new head") and not torch.equal(
         start.objective.state_dict()["head.weight"], theirs
@@ -174,13 +174,13 @@ def test_texts_about_the_classes_are_the_head_of_a_source_with_captions(tmp_path
         ({"zero_shot": {"prompt": "{}, in grey"}}, "{}, in grey"),
     ):
         one = trial_of(job, shared, technique, fraction=0)
-        start, moved, _ = trial.build(one, shared)
+        start, moved, _ = trial.build_task(one, shared)
         texts = [prompt.replace("{}", f"class {number}") for number in range(3)]
         assert moved.endswith(f"; head: 3 classes by texts such as {texts[0]!r}")
         head = start.objective.state_dict()
         torch.testing.assert_close(head["head.weight"], theirs.head_of_texts(texts))
         assert not head["head.bias"].any()
-    assert trial.build(trial_of(job, shared, "full"), shared)[1].endswith("; new head")
+    assert trial.build_task(trial_of(job, shared, "full"), shared)[1].endswith("; new head")
 
 
 def test_a_prompt_has_one_place_for_the_name():
@@ -239,7 +239,7 @@ def test_texts_name_pictures_of_which_only_captions_were_seen(tmp_path, monkeypa
     without_ray(monkeypatch)
     state = prepared(job)
     stages.pretrain(state)
-    found = stages.finetune(state, stages.share(state))
+    found = stages.finetune(state, stages.prepare_shared(state))
     (row,) = primary(stages.collect(state, found), technique="zero_shot")
     print(f"accuracy {row.value:.3f} on {row.n_eval} pictures")
     assert row.value > 0.6
@@ -332,7 +332,7 @@ def test_weights_of_a_bundle_come_with_its_head(tmp_path, paths):
     data = next(iter(shared.targets.values()))
     task = bundle.build_task(data.arch, data.objective, seed=3)
     bundle.save(str(tmp_path / "b"), task, data.modality)
-    backbone, head, manifest = targets.weights(str(tmp_path / "b"))
+    backbone, head, manifest = targets.load_weights(str(tmp_path / "b"))
     assert set(backbone) == set(task.backbone.state_dict()) and set(head) == set(
         task.objective.state_dict()
     )

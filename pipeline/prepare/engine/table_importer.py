@@ -177,7 +177,7 @@ class TableShardTask(ShardTask):
         jobs = [
             (uri, self.input_splits[shard.start : shard.stop])
             for uri, shard in zip(uris, self.shards, strict=True)
-            if checksums.kept_bytes(uri, "this part is scanned again") is None
+            if checksums.read_checked_or_none(uri, "this part is scanned again") is None
         ]
         for number, _ in enumerate(run_tasks(partial(scan_shard, self.importer), jobs, cpus), 1):
             report_progress(
@@ -267,12 +267,12 @@ def scan_shard(importer: TableImporter, uri: str, input_splits: list[InputSplit]
     sink = io.BytesIO()
     arrays[PLAIN] = np.frombuffer(json.dumps(plain).encode(), np.uint8)
     np.savez(sink, allow_pickle=False, **arrays)
-    checksums.keep_bytes(uri, sink.getvalue())
+    checksums.write_checked(uri, sink.getvalue())
 
 
 def _load(uri: str) -> list[Scan]:
     """Read the results that `scan_shard` kept, one for each input split."""
-    with np.load(io.BytesIO(checksums.read_kept(uri)), allow_pickle=False) as stored:
+    with np.load(io.BytesIO(checksums.read_checked(uri)), allow_pickle=False) as stored:
         out: list[Scan] = json.loads(stored[PLAIN].tobytes())
         for name in stored.files:
             if name != PLAIN:

@@ -15,10 +15,10 @@ from pipeline.config.registry import register
 from pipeline.core.contracts.score import Estimate, score
 from pipeline.core.groups import unit_numbers
 from pipeline.core.sampling import evenly_spread
-from pipeline.transfer.shift import FEWEST_GROUPS, ridge_predictions, wilson
+from pipeline.transfer.shift import MIN_GROUPS, ridge_predictions, wilson
 
 FOLDS = 5
-MOST_ROWS = 500
+MAX_ROWS = 500
 """Rows of each side that MMD compares pair by pair, evenly spread."""
 
 
@@ -109,7 +109,7 @@ def mmd(
 
 
 def _some(rows: np.ndarray) -> np.ndarray:
-    return rows[evenly_spread(len(rows), MOST_ROWS)]
+    return rows[evenly_spread(len(rows), MAX_ROWS)]
 
 
 @register("score", "proxy_a", title="Proxy A-distance")
@@ -145,7 +145,7 @@ def proxy_a(
         sides.append(one[drawn].astype(np.float64))
         units.append(_in_order_drawn(unit_numbers(of, len(one))[drawn]))
     fewest = min(len(np.unique(unit)) for unit in units)
-    if count < 2 * FOLDS or fewest < FEWEST_GROUPS:
+    if count < 2 * FOLDS or fewest < MIN_GROUPS:
         return float("nan")
     folds = [unit % min(FOLDS, fewest) for unit in units]
     wrong = [np.zeros(count), np.zeros(count)]

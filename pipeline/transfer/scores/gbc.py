@@ -11,7 +11,7 @@ from pipeline.config.registry import register
 from pipeline.core.contracts.score import score
 
 COMPONENTS = 64
-LEAST_VARIANCE = 1e-4
+MIN_VARIANCE = 1e-4
 """Of a class in one direction, in shares of the mean variance: one row of a class has none."""
 
 
@@ -36,7 +36,7 @@ def gbc(features: np.ndarray, labels: np.ndarray) -> float:
         return float("nan")
     parts = [x[labels == value] for value in np.unique(labels)]
     means = np.stack([part.mean(0) for part in parts])
-    variances = np.stack([part.var(0) for part in parts]) + LEAST_VARIANCE * spread
+    variances = np.stack([part.var(0) for part in parts]) + MIN_VARIANCE * spread
     total = 0.0
     for k in range(len(parts) - 1):
         middle = (variances[k] + variances[k + 1 :]) / 2

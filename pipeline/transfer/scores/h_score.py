@@ -8,7 +8,7 @@ from scipy.linalg import solve
 from pipeline.config.registry import register
 from pipeline.core.contracts.score import score
 
-LEAST_VARIANCE = 1e-12
+MIN_VARIANCE = 1e-12
 """A direction with less variance, in shares of the largest, counts as one without any."""
 
 
@@ -54,9 +54,9 @@ def _solve(total: np.ndarray, right: np.ndarray, least: float) -> np.ndarray:
         right: (r, C) right-hand sides.
         least: Share of its largest variance that its smallest has at least.
     """
-    if least > LEAST_VARIANCE:
+    if least > MIN_VARIANCE:
         return solve(total, right, assume_a="pos")
-    return np.linalg.pinv(total, rcond=LEAST_VARIANCE, hermitian=True) @ right
+    return np.linalg.pinv(total, rcond=MIN_VARIANCE, hermitian=True) @ right
 
 
 def _shrinkage(f: np.ndarray, gram: np.ndarray, mean_variance: float) -> float:

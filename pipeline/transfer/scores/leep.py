@@ -20,7 +20,7 @@ ENERGY = 0.8
 """Share of the variance that the principal components of N-LEEP keep (Li et al. 2021)."""
 CLUSTERS_A_CLASS, ROWS_A_CLUSTER = 5, 10
 """Clusters of N-LEEP, at most so many rows fewer."""
-ROUNDS, TOLERANCE, LEAST_VARIANCE = 100, 1e-3, 1e-6
+ROUNDS, TOLERANCE, MIN_VARIANCE = 100, 1e-3, 1e-6
 
 
 @register("score", "leep", title="LEEP")
@@ -154,7 +154,7 @@ def _maximise(x: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarray,
     count = found.sum(0) + 10 * np.finfo(float).eps
     mean = found.T @ x / count[:, None]
     variance = found.T @ x**2 / count[:, None] - mean**2
-    return count / len(x), mean, np.maximum(variance, 0.0) + LEAST_VARIANCE
+    return count / len(x), mean, np.maximum(variance, 0.0) + MIN_VARIANCE
 
 
 def _expect(

@@ -9,7 +9,7 @@ from pipeline.core.contracts.score import score
 
 BLOCK = 4096
 """Rows that are converted to float64 at a time."""
-LEAST_RIDGE = 1e-6
+MIN_RIDGE = 1e-6
 """The squared singular values from a Gram matrix are exact to 1e-15 of the largest. Where the best
 t lies below this share of the largest, they are computed from the features themselves."""
 Spectrum = tuple[np.ndarray, np.ndarray]
@@ -39,7 +39,7 @@ def logme(features: np.ndarray, labels: np.ndarray) -> float:
     if not y.shape[1]:
         return float("nan")
     value, ridge = _evidence(_spectrum_of_gram(features, y), y)
-    if ridge < LEAST_RIDGE:
+    if ridge < MIN_RIDGE:
         value, _ = _evidence(_spectrum(features, y), y)
     return value
 

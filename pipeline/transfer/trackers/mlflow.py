@@ -25,9 +25,9 @@ ENVIRONMENT = {
 }
 """Settings of MLflow's client, where the user has made none."""
 STATUSES = {"done": "FINISHED", "failed": "FAILED", "pruned": "KILLED", "stopped": "KILLED"}
-MOST_METRICS, MOST_PARAMETERS = 1000, 100
+MAX_METRICS, MAX_PARAMETERS = 1000, 100
 """Most values of one request to MLflow."""
-LONGEST_PARAMETER = 6000
+MAX_PARAMETER_CHARACTERS = 6000
 """Most characters of a parameter that MLflow stores."""
 KEY = "onetomany.key"
 """Tag of a nested run with its key, by which one that was cut off is found."""
@@ -85,10 +85,11 @@ class MLflow(Tracker[MLflowOptions]):
         made = client.create_run(self._experiment, round(1000 * run.began), tags, run.name)
         run_id = made.info.run_id
         parameters = [
-            Param(_name(name), value[:LONGEST_PARAMETER]) for name, value in run.parameters.items()
+            Param(_name(name), value[:MAX_PARAMETER_CHARACTERS])
+            for name, value in run.parameters.items()
         ]
-        for i in range(0, len(parameters), MOST_PARAMETERS):
-            client.log_batch(run_id, params=parameters[i : i + MOST_PARAMETERS])
+        for i in range(0, len(parameters), MAX_PARAMETERS):
+            client.log_batch(run_id, params=parameters[i : i + MAX_PARAMETERS])
         return run_id
 
     def _cut_off(self, run: RunDescription) -> list[str]:
@@ -124,8 +125,8 @@ class MLflow(Tracker[MLflowOptions]):
     def log(self, run_id: str, points: Sequence[Point]) -> None:
         from mlflow.entities import Metric
 
-        for i in range(0, len(points), MOST_METRICS):
-            part = points[i : i + MOST_METRICS]
+        for i in range(0, len(points), MAX_METRICS):
+            part = points[i : i + MAX_METRICS]
             metrics = [
                 Metric(_name(one.name), one.value, round(1000 * one.time), one.step) for one in part
             ]

@@ -196,10 +196,10 @@ def test_without_the_options_nothing_is_fitted(paths, tmp_path):
 
 def test_metrics_of_classes_may_be_the_first_of_any_target_with_classes(paths, tmp_path):
     for name in ("kappa", "ece", "min_precision_sensitivity"):
-        assert targets.stage(job_of(tmp_path, paths, metric=name), "task").spec.metric == name
+        assert targets.plan_target(job_of(tmp_path, paths, metric=name), "task").spec.metric == name
     with pytest.raises(
         ValueError,
         match=r"targets\.task\.metric: precision_at_threshold is not a metric of classification "
         r"\(accuracy, .*, ece\)",
     ):
-        targets.stage(job_of(tmp_path, paths, metric="precision_at_threshold"), "task")
+        targets.plan_target(job_of(tmp_path, paths, metric="precision_at_threshold"), "task")

@@ -1,6 +1,7 @@
-"""When each process that runs trials was last heard of.
+"""The heartbeats of the processes that run trials.
 
-It is an actor of Ray, whose process imports this module: nothing here may import torch.
+`HeartbeatBoard` is an actor of Ray. Its process imports this module, so nothing here may import
+torch.
 """
 
 from __future__ import annotations
@@ -11,45 +12,46 @@ from dataclasses import dataclass
 
 @dataclass
 class _Process:
-    """A process that runs a unit."""
+    """A process that runs a work item."""
 
     actor: bytes
     """Its handle as an actor of Ray, pickled."""
-    unit: int
+    item: int
+    """Index of the work item."""
     began: float
     """When it began, in seconds of `time.monotonic`."""
-    heard: float
+    last_beat: float
     """When it last sent a heartbeat, in seconds of `time.monotonic`."""
 
 
-class Pulses:
+class HeartbeatBoard:
     """When each process that runs trials last sent a heartbeat, by the clock of this process."""
 
     def __init__(self):
         self.running: dict[str, _Process] = {}
 
-    def begin(self, actor_id: str, actor: bytes, unit: int, waits_for_ranks: bool = False) -> None:
-        """Note that a process begins a unit.
+    def begin(self, actor_id: str, actor: bytes, item: int, waits_for_ranks: bool = False) -> None:
+        """Note that a process begins a work item.
 
         Args:
             actor_id: Id of the process's actor, which its heartbeats carry.
             actor: The handle of that actor, pickled.
-            unit: Index of the unit.
+            item: Index of the work item.
             waits_for_ranks: Count silence and time from the first heartbeat, which each rank sends
                 before anything else: a growing cluster may take long to place the ranks.
         """
         now = float("inf") if waits_for_ranks else time.monotonic()
-        self.running[actor_id] = _Process(actor, unit, now, now)
+        self.running[actor_id] = _Process(actor, item, now, now)
 
-    def beat(self, actor_id: str, unit: int) -> None:
+    def beat(self, actor_id: str, item: int) -> None:
         process = self.running.get(actor_id)
-        if process is not None and process.unit == unit:
-            process.heard = time.monotonic()
-            process.began = min(process.began, process.heard)
+        if process is not None and process.item == item:
+            process.last_beat = time.monotonic()
+            process.began = min(process.began, process.last_beat)
 
-    def end(self, unit: int) -> None:
+    def end(self, item: int) -> None:
         self.running = {
-            actor: process for actor, process in self.running.items() if process.unit != unit
+            actor: process for actor, process in self.running.items() if process.item != item
         }
 
     def overdue(
@@ -59,16 +61,16 @@ class Pulses:
 
         Args:
             silence: Seconds without a heartbeat; None: any number.
-            limits: Seconds that a unit may take, where it has a limit.
+            limits: Seconds that a work item may take, by its index, where it has a limit.
 
         Returns:
-            Unit, pickled actor, and "silence" or "time".
+            Index of the work item, pickled actor, and "silence" or "time".
         """
         now, out = time.monotonic(), []
         for actor_id, process in list(self.running.items()):
-            late = now - process.began > limits.get(process.unit, float("inf"))
-            silent = silence is not None and now - process.heard > silence
+            late = now - process.began > limits.get(process.item, float("inf"))
+            silent = silence is not None and now - process.last_beat > silence
             if late or silent:
-                out.append((process.unit, process.actor, "time" if late else "silence"))
+                out.append((process.item, process.actor, "time" if late else "silence"))
                 del self.running[actor_id]
         return out
