@@ -533,7 +533,7 @@ def most_labels_first(entries: Iterable[MatrixEntry]) -> list[str]:
         n_train = 0 if entry.combines_trials else entry.n_train or 0
         num_rows[entry.label_fraction] = max(num_rows[entry.label_fraction], n_train)
 
-    rows_per_unit: dict[int, float] = {}  # of a share of 1, or of one row per class
+    rows_per_unit: dict[int, float] = {}  # 0: of one row per class; 1: of a share of 1
     for fraction, count in num_rows.items():
         kind, number, _ = fraction_order(fraction)
         if count and number:
@@ -545,7 +545,8 @@ def most_labels_first(entries: Iterable[MatrixEntry]) -> list[str]:
         if num_rows[fraction] or not number:
             return num_rows[fraction], order
         default = math.inf if kind else 0.0
-        return number * rows_per_unit.get(kind, default), order
+        all_rows = rows_per_unit.get(1, math.inf)
+        return min(number * rows_per_unit.get(kind, default), all_rows), order
 
     return sorted(num_rows, key=most_last, reverse=True)
 

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from pipeline.config.registry import nearest
 from pipeline.io import checksums, csv_rows, storage
 from pipeline.io.json_values import JsonObject, as_object
-from pipeline.report.trial_folder import old_layout_folder, uri_in_job, uri_of_bundle
+from pipeline.report.trial_folder import old_layout_folder, uri_of_bundle, uri_of_parent
 
 FILE, INDEX = "results.parquet", "trials.csv"
 """The table, and a list of its trials for people, with the folder and bundle of each."""
@@ -86,7 +86,7 @@ class ResultRow:
     bundle_uri: str | None = None
     """The URI of the bundle. `read` replaces the recorded one by that in the folder it reads."""
     parent_uri: str | None = None
-    """The URI of the bundle of its source. `read` replaces one of the job itself as it does that of
+    """The URI of the bundle of its source. `read` replaces one in the job's own folder as it does
     ``bundle_uri``.
     """
     scratch_value: float | None = None
@@ -163,18 +163,17 @@ class ResultRow:
     def as_read_in(self, root: str, folder: str) -> Self:
         """Return the row with its bundles' places in the folder of the job that is read.
 
-        They are the trial's own bundle, and that of its source where the job trained it.
+        They are the trial's own bundle, and that of its source where the job trained it. A trial
+        whose own bundle was not kept has its source's as it was recorded.
 
         Args:
             root: The folder of the job.
             folder: That of the trial, relative to it.
         """
-        row = self
-        if self.bundle_uri is not None:
-            row = replace(row, bundle_uri=uri_of_bundle(root, folder))
-        if self.parent_uri is not None:
-            row = replace(row, parent_uri=uri_in_job(root, self.job, self.parent_uri))
-        return row
+        if self.bundle_uri is None:
+            return self
+        parent_uri = self.parent_uri and uri_of_parent(root, self.bundle_uri, self.parent_uri)
+        return replace(self, bundle_uri=uri_of_bundle(root, folder), parent_uri=parent_uri)
 
     @property
     def is_cut_by_budget(self) -> bool:

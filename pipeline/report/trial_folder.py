@@ -104,18 +104,21 @@ def uri_of_bundle(root: str, folder: str) -> str:
     return storage.join(root, folder, BUNDLE)
 
 
-def uri_in_job(root: str, job: str, uri: str) -> str:
-    """Return the place of the bundle of a job's source, in the folder of the job that is read.
+def uri_of_parent(root: str, bundle_uri: str, parent_uri: str) -> str:
+    """Return the place of the bundle of a trial's source, in the folder of the job that is read.
 
-    Another bundle, such as that of another job, stays where it is.
+    A source's bundle that lies outside of the folder in which the trial was written, such as that
+    of another job, stays where it is.
 
     Args:
         root: The folder of the job.
-        job: The job's name, which is the last part of the place of its folder.
-        uri: The bundle's place as it was recorded.
+        bundle_uri: The trial's bundle, at its place when it was written.
+        parent_uri: That of its source, likewise.
     """
-    match = re.fullmatch(rf".+/{re.escape(job)}/({SOURCES}/[^/]+/{BUNDLE})", uri)
-    return uri if match is None else storage.join(root, match[1])
+    written = split_bundle(bundle_uri)
+    if written is None or not parent_uri.startswith(storage.join(written[0], SOURCES, "")):
+        return parent_uri
+    return storage.join(root, parent_uri[len(written[0]) :].lstrip("/"))
 
 
 def split_bundle(uri: str) -> tuple[str, str] | None:

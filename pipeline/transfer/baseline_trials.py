@@ -50,7 +50,7 @@ vectors.
 
 
 @dataclass(frozen=True)
-class ReadRows:
+class SplitRows:
     """The rows of a split that can be read."""
 
     ids: np.ndarray
@@ -90,7 +90,7 @@ def run(trial: Trial, shared: Shared) -> TrialRecord:
     train = read(rows, baseline, objective, max_bad)
     validation = read(data.validation, baseline, objective, max_bad)
     chosen = choose(baseline, objective, train, validation, data.metrics, mix(seed, 5) % (1 << 32))
-    calibrated = objective  # another name, since the test narrows its type
+    calibrated = objective  # another name, since `is_calibrated` narrows its type
     if is_calibrated(calibrated):
         calibrated.calibrate(chosen.predictions)
     test = read(data.test, baseline, objective, max_bad)
@@ -114,7 +114,7 @@ def run(trial: Trial, shared: Shared) -> TrialRecord:
 # ---------------------------------------------------------------- rows
 
 
-def read(rows: Rows, baseline: Baseline, objective: Any, max_bad_rows: float) -> ReadRows:
+def read(rows: Rows, baseline: Baseline, objective: Any, max_bad_rows: float) -> SplitRows:
     """Read a split as the baseline does, some rows at a time."""
     ids, inputs, labels, bad = [], [], [], []
     tensors: dict[str, list[np.ndarray]] = {}
@@ -143,7 +143,7 @@ def read(rows: Rows, baseline: Baseline, objective: Any, max_bad_rows: float) ->
         inputs.append(baseline.inputs(block))
     check_bad_row_budget(bad, len(rows), max_bad_rows, rows.selection)
     all_tensors = {name: np.concatenate(parts) for name, parts in tensors.items()}
-    return ReadRows(
+    return SplitRows(
         np.concatenate(ids), _joined(inputs), concatenate_padded(labels), tuple(bad), all_tensors
     )
 
@@ -215,8 +215,8 @@ def _is_labelled(labels: np.ndarray) -> np.ndarray:
 def choose(
     baseline: Baseline,
     objective: PredictsFromScores,
-    train: ReadRows,
-    validation: ReadRows,
+    train: SplitRows,
+    validation: SplitRows,
     metrics: tuple[str, ...],
     seed: int,
 ) -> Chosen:
@@ -307,7 +307,7 @@ def _probabilities(
 
 
 @torch.no_grad()
-def predict(objective: PredictsFromScores, scores: np.ndarray, rows: ReadRows) -> Predictions:
+def predict(objective: PredictsFromScores, scores: np.ndarray, rows: SplitRows) -> Predictions:
     """Return the objective's predictions of rows, in the order of their ids."""
     order = np.argsort(rows.ids, kind="stable")
     if _has_positions(objective):

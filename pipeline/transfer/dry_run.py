@@ -236,7 +236,7 @@ def _add_fraction(
     share = grid.fraction_text(fraction, stage.spec.objective.name)
     place = f"target {stage.name} at {share} labels"
     size, allocation = spending.get((stage.name, share), (None, None))
-    rows = stage.num_labelled_rows(fraction) if fraction else stage.num_unlabelled_rows
+    rows = stage.num_labelled_rows(fraction) if fraction else stage.num_rows_without_labels
     batch = min(stage.spec.train.global_batch, rows)
     train = stage.spec.train.model_copy(update={"global_batch": batch})
     steps = planned_steps(train, rows, stage.packed)

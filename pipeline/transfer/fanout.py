@@ -61,7 +61,7 @@ class HeartbeatSender:
 
     board: Any
     actor_id: str
-    item: int
+    item_index: int
     every_seconds: float
 
     def listener(self) -> Callable[[], None]:
@@ -72,20 +72,20 @@ class HeartbeatSender:
             nonlocal last_sent
             if time.monotonic() - last_sent > self.every_seconds:
                 last_sent = time.monotonic()
-                self.board.beat.remote(self.actor_id, self.item)
+                self.board.beat.remote(self.actor_id, self.item_index)
 
         return send
 
 
 def _register_process(
-    board: Any, item: int, every_seconds: float, waits_for_ranks: bool
+    board: Any, item_index: int, every_seconds: float, waits_for_ranks: bool
 ) -> HeartbeatSender:
     """Register this process as the one that runs a work item."""
     context = ray.get_runtime_context()
-    sender = HeartbeatSender(board, str(context.get_actor_id()), item, every_seconds)
+    sender = HeartbeatSender(board, str(context.get_actor_id()), item_index, every_seconds)
     # pickled: a handle would make the actor of `HeartbeatBoard` import Ray Tune, and torch with it
     actor = cloudpickle.dumps(context.current_actor)
-    board.begin.remote(sender.actor_id, actor, item, waits_for_ranks)
+    board.begin.remote(sender.actor_id, actor, item_index, waits_for_ranks)
     return sender
 
 
@@ -209,7 +209,7 @@ def group_into_work_items(trials: list[Trial], shared: Shared) -> list[WorkItem]
 class _TuneConfig(TypedDict):
     """Config of one Ray Tune trial, which runs one work item."""
 
-    item: int
+    item_index: int
     """Index of the work item."""
     threads: int
     workers: int
@@ -241,7 +241,9 @@ def _run_work_item(
     """
     sender = None
     if board is not None:
-        sender = _register_process(board, config["item"], heartbeat_seconds, config["workers"] > 0)
+        sender = _register_process(
+            board, config["item_index"], heartbeat_seconds, config["workers"] > 0
+        )
     shared: Shared = launch.get_shared(shared_reference[0])
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     gc.collect()  # a trial stopped by ASHA left its network in a traceback, which is free only now
@@ -249,7 +251,7 @@ def _run_work_item(
     # which are faster then. Once only: what is frozen is never freed, so no network may be in it.
     if not gc.get_freeze_count():
         gc.freeze()
-    item = work[config["item"]]
+    item = work[config["item_index"]]
     torch.set_num_threads(config["threads"])
     started = time.time()
 
@@ -258,7 +260,7 @@ def _run_work_item(
         sign = 1.0 if metric(name).higher_is_better else -1.0
         tune.report(
             {
-                "objective_value": sign * metrics[name],
+                "signed_metric": sign * metrics[name],
                 "percent": 100 * step / steps,
                 "step": step,
                 "validation": metrics,
@@ -286,7 +288,7 @@ def _run_work_item(
     failed = sum(record.failed for record in records)
     tune.report(
         {
-            "objective_value": 0.0,
+            "signed_metric": 0.0,
             "done_trials": len(item.trials),
             "failed_trials": failed,
             "finished": True,
@@ -369,18 +371,18 @@ class GroupedASHA(TrialScheduler):
         super().__init__()
         self.entries = entries
         self.groups: dict[str, TrialScheduler] = {}
-        self._metric, self._mode = "objective_value", "max"
+        self._metric, self._mode = "signed_metric", "max"
         self._order = FIFOScheduler()
 
     def set_search_properties(self, metric, mode, **spec):
         return True
 
     def _of(self, trial) -> TrialScheduler:
-        entry = self.entries[trial.config["item"]]
+        entry = self.entries[trial.config["item_index"]]
         if entry not in self.groups:
             self.groups[entry] = ASHAScheduler(
                 time_attr="percent",
-                metric="objective_value",
+                metric="signed_metric",
                 mode="max",
                 stop_last_trials=False,
                 **RUNGS,
@@ -422,7 +424,7 @@ class ProgressCallback(tune.Callback):
         shared: Shared,
         progress: Progress,
         keep: str,
-        on_end: Callable[[int], None] = lambda item: None,
+        on_end: Callable[[int], None] = lambda item_index: None,
         num_done_before: int = 0,
     ):
         self.num_done_before = num_done_before
@@ -443,9 +445,9 @@ class ProgressCallback(tune.Callback):
     def _line(self, trials: list[Any], final: bool = False) -> None:
         ended = self.done + self.failed + self.pruned
         running = sum(
-            len(self.work[one.config["item"]].trials)
+            len(self.work[one.config["item_index"]].trials)
             for one in trials
-            if one.status == "RUNNING" and one.config["item"] not in self.ended_items
+            if one.status == "RUNNING" and one.config["item_index"] not in self.ended_items
         )
         rest = ""
         if 0 < ended < self.total:
@@ -468,9 +470,9 @@ class ProgressCallback(tune.Callback):
         self._line(trials)
 
     def _ended(self, trials: list[Any], one: Any) -> None:
-        item = self.work[one.config["item"]]
-        self.ended_items.add(one.config["item"])
-        self.on_end(one.config["item"])
+        item = self.work[one.config["item_index"]]
+        self.ended_items.add(one.config["item_index"])
+        self.on_end(one.config["item_index"])
         last, self.last_end = one.last_result or {}, time.time()
         if last.get("finished"):
             for line in last.get("notes", ()):
@@ -731,7 +733,7 @@ def _tune(
         tuner = tune.Tuner(
             tune.with_resources(trainable, tune_resources),
             param_space={
-                "item": tune.grid_search(list(range(len(work)))),
+                "item_index": tune.grid_search(list(range(len(work)))),
                 "threads": max(1, int(cpus)),
                 "workers": workers,
                 "cpus": cpus,
@@ -741,7 +743,7 @@ def _tune(
                 reuse_actors=True,
                 max_concurrent_trials=at_once,
                 scheduler=scheduler,
-                trial_name_creator=lambda one: _tune_name(work, one.config["item"]),
+                trial_name_creator=lambda one: _tune_name(work, one.config["item_index"]),
             ),
             run_config=tune.RunConfig(
                 name="fanout", storage_path=scratch, verbose=0, callbacks=[callback]
@@ -750,17 +752,17 @@ def _tune(
         with watchdog:
             grid = tuner.fit()
         for result in grid:
-            number = result.config["item"]  # type: ignore[index]
-            _record_lost_trials(work[number], result, shared, watchdog.reasons.get(number))
+            index = result.config["item_index"]  # type: ignore[index]
+            _record_lost_trials(work[index], result, shared, watchdog.reasons.get(index))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _tune_name(work: list[WorkItem], number: int) -> str:
+def _tune_name(work: list[WorkItem], index: int) -> str:
     """Return the name of a work item in Ray's logs and dashboard."""
-    item = work[number]
+    item = work[index]
     others = f"+{len(item.trials) - 1}" if len(item.trials) > 1 else ""
-    return f"{number}-{item.first.name}{others}"
+    return f"{index}-{item.first.name}{others}"
 
 
 def record_of_this_run(shared: Shared, one: Trial) -> TrialRecord | None:

@@ -199,7 +199,7 @@ class TargetStage:
         return out
 
     @property
-    def num_unlabelled_rows(self) -> int:
+    def num_rows_without_labels(self) -> int:
         """The number of rows that techniques read without labels."""
         return len((self.unlabelled or self.splits).train)
 
@@ -1096,9 +1096,8 @@ def check_modality(target: TargetStage, source: Source) -> None:
     theirs = source.data.modality.options
     continues = source.init or source.backbone.name.startswith(CHECKPOINT_PREFIXES)
     problem = ineffective_options(kind, given, theirs)
-    if (
-        problem and not continues
-    ):  # else it is judged with the checkpoint's options, by `_target_modality`
+    # where a checkpoint is continued, `_target_modality` judges it with the checkpoint's options
+    if problem and not continues:
         raise ValueError(f"{place}.data.modality: {problem}")
     name = target.spec.objective.name
     config_checks.check_modality(place, component.name, {**theirs, **given}, name)

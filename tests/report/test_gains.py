@@ -176,6 +176,10 @@ def test_the_most_labels_are_those_of_the_most_rows(entries):
         "0/class",
     ]
     assert matrix.most_labels_first(failed) == ["0.5", "20/class", "0/class"]
+    all_labels = replace(entries[0], label_fraction="1.0", n_train=600)
+    more = replace(failed[0], label_fraction="200/class")
+    of_50 = [entry for entry in entries if entry.label_fraction == "50/class"]
+    assert matrix.most_labels_first([more, all_labels, *of_50]) == ["1.0", "200/class", "50/class"]
     _, _, first, *_ = gains.heat_maps(entries, DECIMALS)
     assert isinstance(first, blocks.Table) and first.header[0] == "50/class labels"
     figure, _ = gains.cost_figures({"clothing": by_target(entries)["clothing"]}, DECIMALS)

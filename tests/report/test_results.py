@@ -98,19 +98,25 @@ def test_trials_are_listed_for_people(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("recorded", "read"),
+    ("old_root", "recorded", "read"),
     [
-        ("/old/runs/j/sources/photos-1a/bundle", "{root}/sources/photos-1a/bundle"),
-        ("s3://b/runs/j/sources/photos-1a/bundle", "{root}/sources/photos-1a/bundle"),
-        ("/old/runs/k/sources/photos-1a/bundle", "/old/runs/k/sources/photos-1a/bundle"),
-        ("/models/j/bundle", "/models/j/bundle"),
+        ("/old/j", "/old/j/sources/photos-1a/bundle", "{root}/sources/photos-1a/bundle"),
+        ("s3://b/j", "s3://b/j/sources/photos-1a/bundle", "{root}/sources/photos-1a/bundle"),
+        ("/old/j", "/other/j/sources/photos-1a/bundle", "/other/j/sources/photos-1a/bundle"),
+        ("/old/j", "/old/k/sources/photos-1a/bundle", "/old/k/sources/photos-1a/bundle"),
+        ("/old/j", "/models/j/bundle", "/models/j/bundle"),
     ],
 )
-def test_the_bundle_of_a_source_is_read_where_the_jobs_folder_is(tmp_path, recorded, read):
-    """Those of other jobs and places stay where they are."""
-    root = str(tmp_path)
-    results.append(root, [row(parent_uri=recorded)])
-    assert results.read(root)[0].parent_uri == read.format(root=root)
+def test_the_bundle_of_a_source_is_read_where_the_jobs_folder_is(
+    tmp_path, old_root, recorded, read
+):
+    """Those of other jobs, also of one with the same name, and places stay where they are."""
+    root, trial_id = str(tmp_path), "0123456789ab"
+    own = f"{old_root}/trials/{trial_id}/bundle"
+    results.append(root, [row(trial_id, bundle_uri=own, parent_uri=recorded)])
+    found = results.read(root)[0]
+    assert found.parent_uri == read.format(root=root)
+    assert found.bundle_uri == f"{root}/trials/{trial_id}/bundle"
 
 
 def test_rows_of_a_trial_replace_all_its_earlier_ones(tmp_path):

@@ -48,7 +48,7 @@ from pipeline.io import storage
 from pipeline.media import spectrogram
 from pipeline.report import matrix, report, stats, terminal
 from pipeline.transfer import baseline_trials, fanout, grid, trial
-from pipeline.transfer.baseline_trials import ReadRows
+from pipeline.transfer.baseline_trials import SplitRows
 
 SPECTRA = Path(__file__).parents[1] / "plugin" / "spectra"
 
@@ -73,8 +73,8 @@ def head(objective: str = "classification", state=None, **options):
     return kind(backbone, kind.options_class(**options), state or label_state())
 
 
-def part(inputs, labels, first: int = 0) -> ReadRows:
-    return ReadRows(np.arange(first, first + len(labels)), inputs, np.asarray(labels), ())
+def part(inputs, labels, first: int = 0) -> SplitRows:
+    return SplitRows(np.arange(first, first + len(labels)), inputs, np.asarray(labels), ())
 
 
 @pytest.fixture(scope="module")
@@ -396,7 +396,7 @@ def test_a_word_has_the_tags_that_it_had():
     expected = [[2 / 3, 0, 1 / 3], [0, 1, 0], [0, 1, 0]]
     np.testing.assert_allclose(np.exp(scores(["a", "b", "new"])), expected, atol=2e-6)
     assert scores([]).shape == (0, 3), "a part of the rows may have no labelled word"
-    train = ReadRows(np.arange(len(tags)), words, tags, ())
+    train = SplitRows(np.arange(len(tags)), words, tags, ())
     chosen = baseline_trials.choose(one, known, train, train, ("word_accuracy",), 0)
     by_word: dict[str, list[int]] = {}
     for word, tag in zip(words, tags[tags >= 0].tolist(), strict=True):

@@ -52,28 +52,31 @@ def world(paths, tmp_path_factory):
 # ---------------------------------------------------------------- ASHA within each entry
 
 
-def play(entries: dict[int, str], objective_value: dict[int, list[float]]) -> dict[int, float]:
-    """Trials that validate in turns, as often as they have numbers, in the order of ``objective_value``;
-    the percent at which each was stopped.
+def play(entries: dict[int, str], signed_metric: dict[int, list[float]]) -> dict[int, float]:
+    """Return the percent at which each trial was stopped.
+
+    They validate in turns, in the order of ``signed_metric``, as often as they have numbers.
 
     What Tune does with a trial: added, told of, completed; its last report says that it is
     finished.
     """
     scheduler = GroupedASHA(entries)
     running = {
-        unit: SimpleNamespace(trial_id=f"trial-{unit}", config={"item": unit}, last_result=None)
-        for unit in objective_value
+        unit: SimpleNamespace(
+            trial_id=f"trial-{unit}", config={"item_index": unit}, last_result=None
+        )
+        for unit in signed_metric
     }
     for one in running.values():
         scheduler.on_trial_add(None, one)
     stopped = {}
-    for k in range(max(map(len, objective_value.values()))):
-        for unit, values in objective_value.items():
+    for k in range(max(map(len, signed_metric.values()))):
+        for unit, values in signed_metric.items():
             if unit not in running or k >= len(values):
                 continue
             one, percent = running[unit], 100 * (k + 1) / len(values)
             one.last_result = {
-                "objective_value": values[k],
+                "signed_metric": values[k],
                 "percent": percent,
                 "training_iteration": k + 1,
             }
@@ -82,7 +85,7 @@ def play(entries: dict[int, str], objective_value: dict[int, list[float]]) -> di
                 scheduler.on_trial_complete(None, running.pop(unit), one.last_result)
             elif k + 1 == len(values):
                 last = {
-                    "objective_value": 0.0,
+                    "signed_metric": 0.0,
                     "percent": 100.0,
                     "done_trials": 1,
                     "failed_trials": 0,
@@ -153,58 +156,58 @@ def test_a_trial_that_falls_behind_is_stopped_at_a_later_rung(falls, at):
 def test_entries_do_not_compete():
     """However bad a technique is on a target, its trials are held against each other alone."""
     entries = {**dict.fromkeys(range(4), "good"), 4: "bad", 5: "worse"}
-    objective_value = {unit: [0.9] * 5 for unit in range(4)} | {4: [0.1] * 5, 5: [0.0] * 5}
-    assert play(entries, objective_value) == {}
-    assert play(dict.fromkeys(entries, "one"), objective_value) == {4: 20.0, 5: 20.0}
+    signed_metric = {unit: [0.9] * 5 for unit in range(4)} | {4: [0.1] * 5, 5: [0.0] * 5}
+    assert play(entries, signed_metric) == {}
+    assert play(dict.fromkeys(entries, "one"), signed_metric) == {4: 20.0, 5: 20.0}
 
 
 def test_trials_of_an_entry_may_come_when_others_are_through():
     scheduler = GroupedASHA({0: "a", 1: "a"})
     first, second = (
-        SimpleNamespace(trial_id=f"trial-{unit}", config={"item": unit}, last_result=None)
+        SimpleNamespace(trial_id=f"trial-{unit}", config={"item_index": unit}, last_result=None)
         for unit in range(2)
     )
-    finished = {"objective_value": 0.0, "percent": 100.0, "finished": True}
+    finished = {"signed_metric": 0.0, "percent": 100.0, "finished": True}
     scheduler.on_trial_add(None, first)
     for percent in (20, 40, 60, 80, 100):
         assert (
-            scheduler.on_trial_result(None, first, {"objective_value": 0.5, "percent": percent})
+            scheduler.on_trial_result(None, first, {"signed_metric": 0.5, "percent": percent})
             == TrialScheduler.CONTINUE
         )
     assert scheduler.on_trial_result(None, first, finished) == TrialScheduler.CONTINUE
     scheduler.on_trial_complete(None, first, finished)
     scheduler.on_trial_add(None, second)
     assert (
-        scheduler.on_trial_result(None, second, {"objective_value": 0.4, "percent": 20})
+        scheduler.on_trial_result(None, second, {"signed_metric": 0.4, "percent": 20})
         == TrialScheduler.STOP
     )
     assert "1 entries" in scheduler.debug_string()
 
 
 def test_a_trial_that_says_it_is_finished_is_not_stopped_and_its_last_report_is_no_result():
-    """It carries no objective_value: a trial that failed must not lower the bar for the others."""
+    """It carries no metric: a trial that failed must not lower the bar for the others."""
     scheduler = GroupedASHA(dict.fromkeys(range(3), "a"))
     good, failed, third = (
-        SimpleNamespace(trial_id=f"trial-{unit}", config={"item": unit}, last_result=None)
+        SimpleNamespace(trial_id=f"trial-{unit}", config={"item_index": unit}, last_result=None)
         for unit in range(3)
     )
     for one in (good, failed, third):
         scheduler.on_trial_add(None, one)
     finished = {
-        "objective_value": 0.0,
+        "signed_metric": 0.0,
         "percent": 100.0,
         "done_trials": 1,
         "failed_trials": 1,
         "finished": True,
     }
     assert (
-        scheduler.on_trial_result(None, good, {"objective_value": 0.5, "percent": 80})
+        scheduler.on_trial_result(None, good, {"signed_metric": 0.5, "percent": 80})
         == TrialScheduler.CONTINUE
     )
     assert scheduler.on_trial_result(None, failed, finished) == TrialScheduler.CONTINUE
     scheduler.on_trial_complete(None, failed, finished)
     assert (
-        scheduler.on_trial_result(None, third, {"objective_value": 0.3, "percent": 80})
+        scheduler.on_trial_result(None, third, {"signed_metric": 0.3, "percent": 80})
         == TrialScheduler.STOP
     ), "below 0.5, and not above the half of 0.5 and 0"
 
@@ -219,7 +222,7 @@ def run_unit(monkeypatch, shared, unit, run, asha=True, **config):
     monkeypatch.setattr(launch, "get_shared", lambda reference: reference)
     monkeypatch.setattr(one_trial, "run", run)
     fanout._run_work_item(
-        {"item": 0, "threads": 1, "workers": 0, "cpus": 1.0, "gpus": 0.0, **config},
+        {"item_index": 0, "threads": 1, "workers": 0, "cpus": 1.0, "gpus": 0.0, **config},
         [shared],
         [unit],
         asha,
@@ -227,9 +230,9 @@ def run_unit(monkeypatch, shared, unit, run, asha=True, **config):
     return reports
 
 
-@pytest.mark.parametrize(("metric", "objective_value"), [("accuracy", 0.25), ("loss", -0.25)])
-def test_the_objective_value_is_higher_for_the_better_whatever_the_metric(
-    paths, tmp_path, monkeypatch, metric, objective_value
+@pytest.mark.parametrize(("metric", "signed_metric"), [("accuracy", 0.25), ("loss", -0.25)])
+def test_the_signed_metric_is_higher_for_the_better_whatever_the_metric(
+    paths, tmp_path, monkeypatch, metric, signed_metric
 ):
     job = job_of(tmp_path, paths, metric=metric)
     shared = shared_of(tmp_path, job, paths)
@@ -240,13 +243,13 @@ def test_the_objective_value_is_higher_for_the_better_whatever_the_metric(
 
     unit = fanout.WorkItem((trial_of(job, shared, "full", stage="search"),), False)
     first, last = run_unit(monkeypatch, shared, unit, run)
-    assert (first["objective_value"], first["percent"], first["step"], first["validation"]) == (
-        objective_value,
+    assert (first["signed_metric"], first["percent"], first["step"], first["validation"]) == (
+        signed_metric,
         25.0,
         3,
         {metric: 0.25},
     )
-    assert last == {"objective_value": 0.0, "done_trials": 1, "failed_trials": 0, "finished": True}
+    assert last == {"signed_metric": 0.0, "done_trials": 1, "failed_trials": 0, "finished": True}
     assert len(run_unit(monkeypatch, shared, unit, run, asha=False)) == 1, (
         "validations are told to a scheduler alone"
     )
@@ -636,7 +639,7 @@ def test_the_line_tells_trials_that_have_begun_since():
         "none",
         num_done_before=20,
     )
-    trials = [SimpleNamespace(config={"item": unit}, status="PENDING") for unit in range(2)]
+    trials = [SimpleNamespace(config={"item_index": unit}, status="PENDING") for unit in range(2)]
     show.on_trial_start(0, trials, trials[0])
     trials[1].status = "RUNNING"
     show.on_step_end(0, trials)
@@ -664,7 +667,7 @@ def test_the_time_left_falls_while_trials_run(monkeypatch):
     )
     trials = [
         SimpleNamespace(
-            config={"item": unit},
+            config={"item_index": unit},
             status="RUNNING",
             last_result={"finished": True, "failed_trials": 0, "done_trials": 1},
         )
