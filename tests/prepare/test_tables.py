@@ -114,7 +114,8 @@ def test_all_importers_are_tested():
     images = {"imagefolder", "imagenet", "webdataset", "chestxray14", "coco", "voc", "yolo"}
     images |= {"cvat", "labelstudio"}
     sounds = {"librispeech", "commonvoice", "speech_commands", "manifest", "an4", "kaldi"}
-    records = {"events", "physionet2012", "mimic3", "meds", "omop", "cohort", "table"}
+    records = {"events", "physionet2012", "mimic3", "eicu", "meds", "omop"}
+    records |= {"cohort", "table"}
     robots = {"series", "trajectories", "lerobot", "rollouts"}
     others = {"files", "hf", *SOURCES}
     assert set(registry.names("importer")) == images | sounds | records | robots | others

@@ -23,7 +23,17 @@ from pipeline.prepare.engine.importing import first_reason
 
 EPS = 1e-6
 """Hours; tolerance of comparisons, as in Harutyunyan et al. 2019."""
-KEPT = ("entity", "patient", "times", "variables", "values", "events", "static", "split")
+KEPT = (
+    "entity",
+    "patient",
+    "hospital",
+    "times",
+    "variables",
+    "values",
+    "events",
+    "static",
+    "split",
+)
 LISTS = ("times", "variables", "values")
 UNSEEN = "no events in the window"
 ADULT = 18

@@ -49,16 +49,16 @@ class CohortOptions(Options):
 
 @register("importer", "cohort", options=CohortOptions)
 class Cohort(TableImporter):
-    """Rows of events (written by prepare mimic3, physionet2012, omop or events) to the rows of a
-    cohort: --set task=mortality.
+    """Rows of events (written by prepare mimic3, eicu, physionet2012, omop or events) to the rows
+    of a cohort: --set task=mortality.
 
-    Columns: `entity`, `patient`, `times`, `variables`, `values`, `events`, `static` and `split`,
-    without events after the prediction time; labels: `label` (mortality, readmission),
-    `label_times` and `label_values` (decompensation, length_of_stay), `labels` (phenotyping);
-    subgroups: `sex`, `age_band`, `care_unit`, `dbsource` where known. All other columns are
-    outcomes and are not written. Stays that do not belong to the cohort are counted by reason.
-    Options of a task are given by their names: exclude=benchmark (the default: of MIMIC-III adults,
-    one ICU stay in the admission, no move between ICUs) or none, and those of its file.
+    Columns: `entity`, `patient`, `hospital` (of eICU), `times`, `variables`, `values`, `events`,
+    `static` and `split`, without events after the prediction time; labels: `label` (mortality,
+    readmission), `label_times` and `label_values` (decompensation, length_of_stay), `labels`
+    (phenotyping); subgroups: `sex`, `age_band`, `care_unit`, `dbsource` where known. All other
+    columns are outcomes and are not written. Stays that do not belong to the cohort are counted by
+    reason. Options of a task are given by their names: exclude=benchmark (the default: of MIMIC-III
+    adults, one ICU stay in the admission, no move between ICUs) or none, and those of its file.
     """
 
     amounts = {"events": "times"}

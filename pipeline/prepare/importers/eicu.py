@@ -1,0 +1,555 @@
+"""The eICU Collaborative Research Database 2.0: one row a unit stay, with all events up to its end.
+
+Tables and columns are those of github.com/MIT-LCP/eicu-code (Pollard et al. 2018, The eICU
+Collaborative Research Database, doi 10.1038/sdata.2018.178). This was tried on other real records
+in that layout, not on eICU itself.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.config.registry import register
+from pipeline.core.arrow_compute import pc
+from pipeline.core.arrow_lists import dictionary_codes, filled
+from pipeline.prepare.clinical import plausible
+from pipeline.prepare.engine.grouped import (
+    Entities,
+    EventReader,
+    Events,
+    EventTables,
+    GroupedImporter,
+)
+from pipeline.prepare.engine.importing import first_reason, invalid_row
+from pipeline.prepare.engine.inputs import plain_suffix
+from pipeline.prepare.engine.records import index_in_sorted
+from pipeline.prepare.readers.archives import Entry, Opener, listing
+from pipeline.prepare.readers.csv_blocks import (
+    SUFFIXES,
+    Column,
+    read_table,
+    split_table,
+    table_name,
+)
+
+OFFSETS = {
+    "vitalperiodic": ("observationoffset",),
+    "vitalaperiodic": ("observationoffset",),
+    "lab": ("labresultoffset", "labresultrevisedoffset"),
+    "nursecharting": ("nursingchartoffset", "nursingchartentryoffset"),
+    "intakeoutput": ("intakeoutputoffset", "intakeoutputentryoffset"),
+    "infusiondrug": ("infusionoffset",),
+    "medication": ("drugstartoffset", "drugorderoffset"),
+}
+"""Tables of events and the columns of their times, in minutes since admission to the unit.
+
+The latest of a row counts: a result that was drawn earlier than it was entered was not known.
+"""
+OTHER_DATABASES = {"icustays": "mimic3", "person": "omop"}
+"""Tables that eICU does not have, and the importers of the databases that do."""
+PATIENT = {
+    "patientunitstayid": Column("id"),
+    "patienthealthsystemstayid": Column("id"),
+    "uniquepid": Column("text"),
+    "hospitalid": Column("id"),
+    "gender": Column("text"),
+    "age": Column("number"),
+    "admissionheight": Column("number", False),
+    "admissionweight": Column("number", False),
+    "hospitaladmitoffset": Column("id"),
+    "hospitaldischargeoffset": Column("id"),
+    "hospitaldischargestatus": Column("text"),
+    "unittype": Column("text"),
+    "unitadmitsource": Column("text", False),
+    "unitstaytype": Column("text", False),
+    "unitdischargeoffset": Column("id"),
+    "unitdischargestatus": Column("text"),
+}
+GENDERS = {"female": "female", "male": "male"}
+STATUSES = {"alive": 0, "expired": 1}
+CARE_UNITS = {"Cardiac ICU": "CCU", "CSICU": "CSRU", "CTICU": "CSRU"}
+"""Types of units that MIMIC-III has under another name."""
+OLDEST = 90
+"""The age of patients above 89, whose age eICU does not give."""
+FLUIDS = {"intake (ml)": "input: ", "output (ml)": "output: "}
+"""What fluids are called that `eicu_items.csv` does not name."""
+NO_STAY = "no such stay"
+NO_TIME = "no time"
+OUTSIDE = "outside the stay"
+UNKNOWN = "unknown item"
+
+
+class Stays(NamedTuple):
+    """What finds the stay of an event.
+
+    Attributes:
+        ids: (n,) int64, the sorted patientunitstayid.
+        first: (n,) int64, minutes of the earliest event: the admission to the hospital, where that
+            is known and was before the one to the unit.
+        last: (n,) int64, minutes of the latest event: the end of the stay.
+    """
+
+    ids: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+
+
+@register("importer", "eicu")
+class Eicu(GroupedImporter):
+    """eICU's folder: patient, and as far as they are there vitalPeriodic, vitalAperiodic, lab,
+    nurseCharting, intakeOutput, infusionDrug, medication (.csv, .csv.gz or .parquet; names, headers
+    and columns in any case and order). Tried on other real records in this layout, not on eICU.
+
+    Columns, meant as those of mimic3: entity (patientunitstayid), patient (uniquepid), hospital
+    (hospitalid), times (hours since admission to the unit), variables, values, events, static (Age,
+    90 for those above 89, Gender, CareUnit, AdmissionSource, Height, Weight), and the outcomes
+    hospital_death, icu_death, death_hours (the discharge of those who died), icu_hours,
+    discharge_hours, care_unit, stay_type, stays_in_admission, transfers (0: another unit is another
+    stay). Events from before the hospital admission or after the unit's end are left out.
+
+    Items are named by clinical/eicu_items.csv, values checked by clinical/ranges.csv, and units of
+    lab converted by clinical/units.csv; what they do not know is left out and counted. Drugs are
+    called drug: NAME (orders that were not cancelled), infusions infusion: NAME, with their rate,
+    fluids input: NAME and output: NAME, in mL. A result counts from when it was entered: nothing is
+    known earlier. Other tables (diagnoses, notes, APACHE's scores, respiratory charts, ...) are not
+    read. All rows are train: cut by patient or by hospital.
+    """
+
+    label = "hospital_death"
+
+    def __init__(self, options: Any = None):
+        super().__init__(options)
+        self._ranges = plausible.Ranges()
+        self._units = plausible.Units()
+        self._unit_of = plausible.units()
+        self._items: dict[str, dict[str, str]] = {}
+        for row in plausible.rows_of("eicu_items.csv"):
+            item = row["item"].lower()
+            self._items.setdefault(row["table"], {})[item] = row["variable"]
+
+    def sources(self, source: str, cut_bytes: int) -> EventTables:
+        found = listing(source)
+        self._tables = _find_tables(found.entries, source)
+        pieces = [
+            [part]
+            for name in OFFSETS
+            if name in self._tables
+            for part in split_table(name, self._tables[name], cut_bytes)
+        ]
+        absent = [name for name in OFFSETS if name not in self._tables]
+        return EventTables(
+            pieces,
+            f"{found.fingerprint} {plausible.fingerprint()}",
+            {"tables that are not there": ", ".join(absent)} if absent else {},
+        )
+
+    # ---------------------------------------------------------------- one row a stay
+
+    def entities(self, source: str) -> Entities:
+        entry = self._tables["patient"]
+        with Opener() as opener:
+            table = read_table("patient", entry, PATIENT, opener)
+        reasons = _unusable(table)
+        invalid = [
+            invalid_row(f"{entry.name}:row {i + 1}", "train", str(reasons[i]))
+            for i in np.flatnonzero(reasons != "")
+        ]
+        stays = table.filter(pa.array(reasons == ""))
+        stays = stays.sort_by("patientunitstayid").combine_chunks()
+        age = plausible.numbers(stays["age"])
+        years = np.where(age.censored, OLDEST, age.values)
+        static = {
+            "Age": pa.array(years, mask=np.isnan(years)),
+            "Gender": _mapped(stays["gender"], GENDERS),
+            "CareUnit": _care_units(stays["unittype"]),
+            "AdmissionSource": stays["unitadmitsource"].combine_chunks(),
+            "Height": self._measured("Height", stays["admissionheight"]),
+            "Weight": self._measured("Weight", stays["admissionweight"]),
+        }
+        outcomes = _outcomes(stays)
+        names, columns = list(static), list(static.values())
+        splits = ["train"] * len(stays)
+        rows = pa.table(
+            {
+                "entity": stays["patientunitstayid"],
+                "patient": stays["uniquepid"],
+                "hospital": stays["hospitalid"],
+                "static": pa.StructArray.from_arrays(columns, names),
+                **outcomes,
+                "split": pa.array(splits, pa.string()),
+            }
+        )
+        info = {
+            "time": "hours since admission to the unit",
+            "static": names,
+            "outcomes": list(outcomes),
+            "units": self._unit_of,
+        }
+        notes = {
+            "stays": len(stays),
+            "patients": pc.count_distinct(stays["uniquepid"]).as_py(),
+            "hospitals": pc.count_distinct(stays["hospitalid"]).as_py(),
+            f"ages above 89, taken as {OLDEST}": int(np.count_nonzero(age.censored)),
+        }
+        return Entities(
+            rows,
+            _stays(stays),
+            "patient",
+            invalid,
+            notes,
+            info,
+        )
+
+    def _measured(self, name: str, column: Any) -> pa.Array:
+        """Return static features within their plausible range, null for others."""
+        values = plausible.numbers(column).values
+        codes = np.zeros(len(values), dtype=np.int64)
+        values, good = self._ranges.apply(
+            values,
+            codes,
+            [name],
+            Counter(),
+            "patient",
+        )
+        return pa.array(values, mask=~good)
+
+    # ---------------------------------------------------------------- events
+
+    def events(self, reader: EventReader) -> Iterator[Events]:
+        readers = {
+            "vitalperiodic": self._vital_signs,
+            "vitalaperiodic": self._vital_signs,
+            "lab": self._laboratory_values,
+            "nursecharting": self._charted_values,
+            "intakeoutput": self._fluids,
+            "infusiondrug": self._infusions,
+            "medication": self._drugs,
+        }
+        return readers[reader.table](reader)
+
+    def _vital_signs(self, reader: EventReader) -> Iterator[Events]:
+        """Yield the cells of a table that has a column for each variable; most are empty."""
+        items = self._items[reader.table]
+        columns = dict.fromkeys(items, Column("number", False))
+        for batch, rows, hours in _batches(reader, columns):
+            for item, variable in items.items():
+                cells = batch[item].combine_chunks()
+                has_value = cells.is_valid()
+                here = np.asarray(has_value)
+                values = cells.filter(has_value)
+                yield self._valid(
+                    reader,
+                    rows[here],
+                    hours[here],
+                    np.zeros(len(values), dtype=np.int64),
+                    [variable],
+                    values,
+                )
+
+    def _laboratory_values(self, reader: EventReader) -> Iterator[Events]:
+        columns = {
+            "labname": Column("text"),
+            "labresult": Column("number"),
+            "labmeasurenamesystem": Column("text", False),
+        }
+        known = self._items[reader.table]
+        for batch, rows, hours in _batches(reader, columns):
+            written_units = pc.fill_null(batch["labmeasurenamesystem"], "")
+            item = pc.binary_join_element_wise(batch["labname"], written_units, "|")
+            codes, texts = _distinct(item)
+            names, factors = [], []
+            for text in texts:
+                lab, _, written = text.rpartition("|")
+                name = known.get(lab.strip().lower(), "")
+                unit = self._unit_of.get(name, "")
+                names.append(name)
+                factors.append(self._units.factor(written, name, unit, ""))
+            values = batch["labresult"]
+            yield self._valid(
+                reader,
+                rows,
+                hours,
+                codes,
+                names,
+                values,
+                factors,
+            )
+
+    def _charted_values(self, reader: EventReader) -> Iterator[Events]:
+        columns = {
+            "nursingchartcelltypevallabel": Column("text"),
+            "nursingchartcelltypevalname": Column("text"),
+            "nursingchartvalue": Column("text"),
+        }
+        known = self._items[reader.table]
+        for batch, rows, hours in _batches(reader, columns):
+            label = batch["nursingchartcelltypevallabel"]
+            name = batch["nursingchartcelltypevalname"]
+            values = batch["nursingchartvalue"]
+            codes, texts = _distinct(pc.binary_join_element_wise(label, name, "|"))
+            names = [known.get(text.lower(), "") for text in texts]
+            yield self._valid(reader, rows, hours, codes, names, values)
+
+    def _fluids(self, reader: EventReader) -> Iterator[Events]:
+        columns = {"cellpath": Column("text"), "cellvaluenumeric": Column("number")}
+        known = self._items[reader.table]
+        for batch, rows, hours in _batches(reader, columns):
+            item = pc.replace_substring_regex(batch["cellpath"], r"^.*\|I&O\|", "")
+            codes, texts = _distinct(item)
+            names = [known.get(text.lower()) or _fluid(text) for text in texts]
+            values = batch["cellvaluenumeric"]
+            yield self._valid(reader, rows, hours, codes, names, values)
+
+    def _infusions(self, reader: EventReader) -> Iterator[Events]:
+        columns = {"drugname": Column("text"), "drugrate": Column("number")}
+        for batch, rows, hours in _batches(reader, columns):
+            codes, texts = _distinct(batch["drugname"])
+            names = [f"infusion: {text}" for text in texts]
+            values = batch["drugrate"]
+            yield self._valid(reader, rows, hours, codes, names, values)
+
+    def _drugs(self, reader: EventReader) -> Iterator[Events]:
+        """Yield orders that were not cancelled, from when they were written and the drug started.
+
+        A start of 0 is an unknown one (MIT-LCP/eicu-code, pivoted-med.sql).
+        """
+        columns = {
+            "drugname": Column("text"),
+            "drughiclseqno": Column("id", False),
+            "drugordercancelled": Column("text"),
+        }
+        for batch, rows, hours in _batches(reader, columns):
+            number = batch["drughiclseqno"].cast(pa.string())
+            other_name = pc.binary_join_element_wise("HICL", number, " ")
+            codes, texts = _distinct(pc.coalesce(batch["drugname"], other_name))
+            names = [f"drug: {text}" for text in texts]
+            is_cancelled = filled(_mapped(batch["drugordercancelled"], {"yes": 1}), 0) == 1
+            has_no_start = filled(batch["drugstartoffset"], 0) == 0
+            reader.begin(len(batch))
+            reader.drop("cancelled", is_cancelled)
+            reader.drop(NO_TIME, has_no_start)
+            reader.drop("no drug", codes < 0)
+            good = reader.good
+            yield Events(
+                rows[good],
+                hours[good],
+                codes[good],
+                names,
+                np.ones(np.count_nonzero(good)),
+            )
+
+    def _valid(
+        self,
+        reader: EventReader,
+        rows: np.ndarray,
+        hours: np.ndarray,
+        codes: np.ndarray,
+        names: list[str],
+        numbers: Any,
+        unit_factors: list[float] | None = None,
+    ) -> Events:
+        """Return the events of known items with plausible numbers; the others are counted.
+
+        Args:
+            reader: takes the counts.
+            rows, hours: (n,) stays and times of the events.
+            codes: (n,) their variables as positions in `names`, -1 for none.
+            names: of the variables; "" for an unknown item.
+            numbers: (n,) numbers or texts.
+            unit_factors: of each name what its numbers are multiplied by; NaN for an unknown unit.
+        """
+        found = plausible.numbers(numbers)
+        values = found.values
+        of_names = unit_factors or [1.0] * len(names)
+        factors = np.array([*of_names, 1.0])[codes]  # code -1 is the last one
+        is_amount = np.array([*(": " in name for name in names), False])[codes]
+        is_known = np.array([*map(bool, names), False])[codes]
+        has_other_unit = np.isnan(factors)
+        reader.begin(len(rows))
+        reader.drop(UNKNOWN, ~is_known)
+        reader.drop_by_code(plausible.REASONS, found.reasons)
+        # Each variable's own count: that is where to look
+        for code in np.unique(codes[has_other_unit & reader.good]):
+            reason = f"{names[code]} {plausible.OTHER_UNIT}"
+            reader.drop(reason, has_other_unit & (codes == code))
+        reader.drop(plausible.OUT_OF_RANGE, is_amount & (values < 0))
+        good = reader.good
+        censored = good & found.censored
+        converted = good & (factors != 1)
+        reader.dropped[plausible.CENSORED] += int(np.count_nonzero(censored))
+        reader.dropped[plausible.CONVERTED] += int(np.count_nonzero(converted))
+        values, inside = plausible.canonical(
+            (values * factors)[good],
+            codes[good],
+            names,
+            self._ranges,
+            reader.dropped,
+            reader.table,
+        )
+        return Events(
+            rows[good][inside],
+            hours[good][inside],
+            codes[good][inside],
+            names,
+            values[inside],
+        )
+
+
+# ---------------------------------------------------------------- tables
+
+
+def _find_tables(entries: list[Entry], source: str) -> dict[str, Entry]:
+    """Find the tables by their lower-case names.
+
+    Raises ValueError where a table stands there twice, or table patient or all events are missing.
+    """
+    tables: dict[str, Entry] = {}
+    others = ""
+    for entry in entries:
+        name = table_name(entry)
+        if plain_suffix(entry.name) not in SUFFIXES:
+            continue
+        others = others or OTHER_DATABASES.get(name, "")
+        if name != "patient" and name not in OFFSETS:
+            continue
+        if name in tables:
+            raise ValueError(
+                f"{source}: table {name} stands there twice ({tables[name].name}, {entry.name}); "
+                "keep one"
+            )
+        tables[name] = entry
+    if "patient" in tables and len(tables) > 1:
+        return tables
+    if others:
+        raise ValueError(
+            f"{source}: these are not eICU's tables; give them to onetomany prepare {others}"
+        )
+    missing = "of events" if "patient" in tables else "patient"
+    raise ValueError(
+        f"{source}: no table {missing} (.csv, .csv.gz or .parquet); tables of eICU are patient, "
+        f"{', '.join(OFFSETS)}, and there are {', '.join(sorted(tables)) or 'none'}"
+    )
+
+
+def _unusable(table: pa.Table) -> np.ndarray:
+    """Return (n,) texts: why a row of table patient cannot be used, or ""."""
+    stay = filled(table["patientunitstayid"], -1)
+    again = np.ones(len(table), dtype=bool)
+    again[np.unique(stay, return_index=True)[1]] = False
+    end = table["unitdischargeoffset"]
+    return first_reason(
+        (table["patientunitstayid"].is_null().to_numpy(), "no patientunitstayid"),
+        (again, "the same patientunitstayid again"),
+        (table["uniquepid"].is_null().to_numpy(), "no uniquepid"),
+        (end.is_null().to_numpy(), "no unitdischargeoffset"),
+        (filled(end, 0) < 0, "its end is before its start"),
+    )
+
+
+def _outcomes(stays: pa.Table) -> dict[str, pa.Array]:
+    """Return the outcomes of stays, null where they are not known."""
+    hospital_death = _mapped(stays["hospitaldischargestatus"], STATUSES)
+    icu_death = _mapped(stays["unitdischargestatus"], STATUSES)
+    icu_hours = _hours(stays["unitdischargeoffset"])
+    discharge_hours = _hours(stays["hospitaldischargeoffset"])
+    died_in_unit = pc.equal(icu_death, 1).fill_null(False)
+    died_later = pc.equal(hospital_death, 1).fill_null(False)
+    hours_to_later_death = pc.if_else(died_later, discharge_hours, None)
+    admission = stays["patienthealthsystemstayid"].combine_chunks()
+    _, which, counts = np.unique(
+        filled(admission, -1),
+        return_inverse=True,
+        return_counts=True,
+    )
+    is_unknown = np.asarray(admission.is_null())
+    none = np.zeros(len(stays), dtype=np.int64)
+    return {
+        "hospital_death": hospital_death,
+        "icu_death": icu_death,
+        "death_hours": pc.if_else(died_in_unit, icu_hours, hours_to_later_death),
+        "icu_hours": icu_hours,
+        "discharge_hours": discharge_hours,
+        "care_unit": _care_units(stays["unittype"]),
+        "stay_type": stays["unitstaytype"].combine_chunks(),
+        "stays_in_admission": pa.array(counts[which], mask=is_unknown),
+        "transfers": pa.array(none),
+    }
+
+
+def _stays(stays: pa.Table) -> Stays:
+    """Return what finds the stay of an event, of rows that are sorted by patientunitstayid."""
+    admitted = filled(stays["hospitaladmitoffset"], 0)
+    return Stays(
+        filled(stays["patientunitstayid"], -1),
+        np.minimum(admitted, 0),
+        filled(stays["unitdischargeoffset"], 0),
+    )
+
+
+def _batches(
+    reader: EventReader,
+    columns: dict[str, Column],
+) -> Iterator[tuple[pa.Table, np.ndarray, np.ndarray]]:
+    """Yield (rows of a table that belong to a stay, their stays, their hours) in batches."""
+    stays = reader.keys
+    offsets = OFFSETS[reader.table]
+    needed = dict.fromkeys(("patientunitstayid", *offsets), Column("id"))
+    for batch in reader.batches({**needed, **columns}):
+        latest = pc.max_element_wise(*(batch[name] for name in offsets))
+        minutes = filled(latest, 0)
+        row = index_in_sorted(stays.ids, filled(batch["patientunitstayid"], -1))
+        is_before = minutes < stays.first[row]
+        is_after = minutes > stays.last[row]
+        reader.begin(len(batch))
+        reader.drop(NO_STAY, row < 0)
+        reader.drop(NO_TIME, latest.is_null().to_numpy())
+        reader.drop(OUTSIDE, is_before | is_after)
+        good = reader.good
+        rows = batch.filter(pa.array(good))
+        yield rows, row[good], minutes[good] / 60
+
+
+# ---------------------------------------------------------------- columns
+
+
+def _spaced(texts: Any) -> Any:
+    """Return texts as one array, with single spaces."""
+    array = texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts
+    return pc.utf8_trim_whitespace(pc.replace_substring_regex(array, r"\s+", " "))
+
+
+def _distinct(texts: Any) -> tuple[np.ndarray, list[str]]:
+    """Return ((n,) positions among the distinct texts, -1 for null; those, with single spaces)."""
+    codes, distinct = dictionary_codes(_spaced(texts))
+    return codes, distinct.to_pylist()
+
+
+def _mapped(texts: Any, meanings: dict[str, Any]) -> pa.Array:
+    """Return what texts mean, in any case; null for those that have no meaning."""
+    lower = pc.utf8_lower(_spaced(texts)).to_pylist()
+    known = [meanings.get(text) for text in lower]
+    kind = pa.scalar(next(iter(meanings.values()))).type
+    return pa.array(known, kind)
+
+
+def _care_units(unit_types: Any) -> pa.Array:
+    names = _spaced(unit_types).to_pylist()
+    own = [CARE_UNITS.get(name, name) for name in names]
+    return pa.array(own, pa.string())
+
+
+def _hours(minutes: Any) -> pa.Array:
+    exact = minutes.combine_chunks().cast(pa.float64())
+    return pc.divide(exact, 60.0)
+
+
+def _fluid(item: str) -> str:
+    """Return the name of a fluid, such as Intake (ml)|Crystalloids (ml)|NS; "" for other items."""
+    kind, _, rest = item.partition("|")
+    prefix = FLUIDS.get(kind.lower(), "")
+    return f"{prefix}{rest.rpartition('|')[2].strip()}" if prefix and rest else ""
