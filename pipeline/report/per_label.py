@@ -128,7 +128,7 @@ def label_blocks(
     best, ours = compared[:2] if compared is not None else _best(shown)
     if all(_has_two_classes(run) for run in ours):
         return [
-            *two_classes(target, done, rows, runs),
+            *_two_class_blocks(target, done, rows, runs),
             *(_confusion(target, best, ours) if all(_has_classes(run) for run in ours) else []),
         ]
     if all(_has_classes(run) for run in ours):
@@ -405,7 +405,7 @@ def _class_table(
 # ---------------------------------------------------------------- two classes
 
 
-def two_classes(
+def _two_class_blocks(
     target: str,
     done: Sequence[MatrixEntry],
     rows: Sequence[ResultRow],

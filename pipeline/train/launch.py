@@ -570,7 +570,7 @@ def _is_of_last_step(record: LogRecord) -> bool:
     return record["step"] == record["steps"] or "stopped" in record
 
 
-def resources() -> dict[str, float]:
+def cluster_resources() -> dict[str, float]:
     """Logical ``CPU`` and ``GPU`` of the cluster, bytes of ``object_store_memory``, number of
     living ``nodes``.
     """

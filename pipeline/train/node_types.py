@@ -21,7 +21,7 @@ import psutil
 import yaml
 
 VARIABLE = "ONETOMANY_NODE_TYPES"
-MOST_NODES = 1024
+MAX_NODES = 1024
 """Most nodes of a declaration that are counted; a file may allow any number."""
 
 
@@ -80,7 +80,7 @@ def from_config(config: dict[str, Any]) -> list[NodeType]:
         NodeTypesError: The file does not follow Ray's schema.
     """
     head = config.get("head_node_type")
-    remaining = config.get("max_workers", MOST_NODES)
+    remaining = config.get("max_workers", MAX_NODES)
     types = []
     try:
         for name, spec in config["available_node_types"].items():

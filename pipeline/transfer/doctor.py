@@ -186,7 +186,7 @@ def _ray(address: str | None) -> tuple[list[Line], launch.Cluster | None]:
     what = f"Ray ({address or os.environ.get('RAY_ADDRESS') or 'started here'})"
     try:
         launch.start(address, verbose=False)
-        have = launch.resources()
+        have = launch.cluster_resources()
         text = (
             f"{have['nodes']:g} nodes, {have['CPU']:g} CPU, {have['GPU']:g} GPU, "
             f"{have['object_store_memory'] / 2**30:.1f} GiB object store"

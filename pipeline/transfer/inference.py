@@ -501,7 +501,7 @@ def _unread_texts(rows: NewRows) -> str:
 
 def _data_workers(items: int) -> DataWorkers:
     """Return how many processes work on so many items: one for each GPU, or each core."""
-    have = launch.resources()
+    have = launch.cluster_resources()
     gpus = have.get("GPU", 0.0)
     actors = int(max(1, gpus if gpus else have.get("CPU", 1) // 1))
     return DataWorkers(

@@ -22,7 +22,7 @@ import numpy as np
 from pipeline.config.registry import register
 from pipeline.core.metrics.metric import SHARE, Predictions, resampled
 
-MOST_ROWS = 30_000
+MAX_ROWS = 30_000
 """Most rows that are compared; of more, this many, evenly spread. COCO's usual 5,000 test images
 have 25,010 captions.
 """
@@ -67,8 +67,8 @@ def _recall(p: Predictions, counts: np.ndarray, query: str, candidate: str, k: i
     which a right one always is. A query with several rows has weight 1 in all.
     """
     n = len(p["image_number"])
-    if n > MOST_ROWS:
-        some = np.linspace(0, n - 1, MOST_ROWS).astype(np.int64)
+    if n > MAX_ROWS:
+        some = np.linspace(0, n - 1, MAX_ROWS).astype(np.int64)
         p, counts = {name: array[some] for name, array in p.items()}, counts[:, some]
     vectors = (p[f"{query}_embedding"], p[f"{candidate}_embedding"])
     if not n or not all(np.isfinite(one).all() for one in vectors):

@@ -21,7 +21,7 @@ from pipeline.config.registry import register
 from pipeline.core.metrics import ranking
 from pipeline.core.metrics.metric import SHARE, Predictions, counts_by_row, resampled
 
-MOST_PAIRS = 500_000
+MAX_PAIRS = 500_000
 """Most pairs of each kind (genuine, impostor) that are compared.
 
 Of more, this many are drawn, the same for all networks. 1,000 rows have fewer.
@@ -86,7 +86,7 @@ def _over_pairs(ranking_metric: ranking.Ranking, p: Predictions, counts: np.ndar
 
 
 def ranked_pairs(embedding: np.ndarray, identity: np.ndarray) -> Pairs:
-    """Return all pairs of n rows with their scores, or `MOST_PAIRS` of a kind, drawn once.
+    """Return all pairs of n rows with their scores, or `MAX_PAIRS` of a kind, drawn once.
 
     Args:
         embedding: (n, E).
@@ -113,7 +113,7 @@ def ranked_pairs(embedding: np.ndarray, identity: np.ndarray) -> Pairs:
 def _earlier_partners(start: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Pair row r with each of rows ``start[r]`` to ``start[r] + count[r] - 1``.
 
-    Of more than `MOST_PAIRS` pairs this many are drawn, the same for equal arguments.
+    Of more than `MAX_PAIRS` pairs this many are drawn, the same for equal arguments.
 
     Args:
         start: (n,) int64 first partner of each row.
@@ -124,9 +124,9 @@ def _earlier_partners(start: np.ndarray, count: np.ndarray) -> tuple[np.ndarray,
     """
     ends = np.cumsum(count)
     total = int(ends[-1]) if len(ends) else 0
-    if total <= MOST_PAIRS:
+    if total <= MAX_PAIRS:
         number = np.arange(total)
     else:  # with replacement; few come twice
-        number = np.random.default_rng(0).integers(0, total, MOST_PAIRS)
+        number = np.random.default_rng(0).integers(0, total, MAX_PAIRS)
     row = np.searchsorted(ends, number, side="right")
     return row, start[row] + number - (ends[row] - count[row])

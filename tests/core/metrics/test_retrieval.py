@@ -99,7 +99,7 @@ def test_alike_rows_find_nothing_and_broken_ones_have_no_value(monkeypatch):
     whole = {name: metric(name).value(p) for name in NAMES}
     monkeypatch.setattr(retrieval, "_SCORES_AT_ONCE", 100)
     assert {name: metric(name).value(p) for name in NAMES} == whole
-    monkeypatch.setattr(retrieval, "MOST_ROWS", 20)
+    monkeypatch.setattr(retrieval, "MAX_ROWS", 20)
     some = {name: array[np.linspace(0, 59, 20).astype(int)] for name, array in p.items()}
     found = {name: metric(name).value(p) for name in NAMES}
     assert found == {name: metric(name).value(some) for name in NAMES} != whole
