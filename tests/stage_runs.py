@@ -101,7 +101,7 @@ def without_ray(monkeypatch) -> None:
     resources = {"CPU": 2.0, "GPU": 0.0, "object_store_memory": 1 << 30, "nodes": 1.0}
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr(launch, "start", lambda address, verbose: None)
-    monkeypatch.setattr(launch, "resources", lambda: resources)
+    monkeypatch.setattr(launch, "cluster_resources", lambda: resources)
     monkeypatch.setattr(launch, "cluster", lambda wait=None: launch.Cluster([(2.0, 0.0)], 1 << 30))
     monkeypatch.setattr(inference, "map_blocks", lambda work, items, workers: map(work, items))
     sources_in_this_process(monkeypatch)
