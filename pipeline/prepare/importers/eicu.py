@@ -42,6 +42,7 @@ OFFSETS = {
     "vitalaperiodic": ("observationoffset",),
     "lab": ("labresultoffset", "labresultrevisedoffset"),
     "nursecharting": ("nursingchartoffset", "nursingchartentryoffset"),
+    "respiratorycharting": ("respchartoffset", "respchartentryoffset"),
     "intakeoutput": ("intakeoutputoffset", "intakeoutputentryoffset"),
     "infusiondrug": ("infusionoffset",),
     "medication": ("drugstartoffset", "drugorderoffset"),
@@ -50,6 +51,15 @@ OFFSETS = {
 
 The latest of a row counts: a result that was drawn earlier than it was entered was not known.
 """
+CHARTS = {
+    "nursecharting": (
+        "nursingchartcelltypevallabel",
+        "nursingchartcelltypevalname",
+        "nursingchartvalue",
+    ),
+    "respiratorycharting": ("respchartvaluelabel", "respchartvalue"),
+}
+"""Tables of charted texts: the columns that together name an item, then that of its value."""
 OTHER_DATABASES = {"icustays": "mimic3", "person": "omop"}
 """Tables that eICU does not have, and the importers of the databases that do."""
 PATIENT = {
@@ -102,8 +112,9 @@ class Stays(NamedTuple):
 @register("importer", "eicu")
 class Eicu(GroupedImporter):
     """eICU's folder: patient, and as far as they are there vitalPeriodic, vitalAperiodic, lab,
-    nurseCharting, intakeOutput, infusionDrug, medication (.csv, .csv.gz or .parquet; names, headers
-    and columns in any case and order). Tried on other real records in this layout, not on eICU.
+    nurseCharting, respiratoryCharting, intakeOutput, infusionDrug, medication (.csv, .csv.gz or
+    .parquet; names, headers and columns in any case and order). Tried on other real records in this
+    layout, not on eICU itself.
 
     Columns, meant as those of mimic3: entity (patientunitstayid), patient (uniquepid), hospital
     (hospitalid), times (hours since admission to the unit), variables, values, events, static (Age,
@@ -116,8 +127,8 @@ class Eicu(GroupedImporter):
     lab converted by clinical/units.csv; what they do not know is left out and counted. Drugs are
     called drug: NAME (orders that were not cancelled), infusions infusion: NAME, with their rate,
     fluids input: NAME and output: NAME, in mL. A result counts from when it was entered: nothing is
-    known earlier. Other tables (diagnoses, notes, APACHE's scores, respiratory charts, ...) are not
-    read. All rows are train: cut by patient or by hospital.
+    known earlier. Other tables (diagnoses, notes, APACHE's scores, ...) are not read. All rows are
+    train: cut by patient or by hospital.
     """
 
     label = "hospital_death"
@@ -226,6 +237,7 @@ class Eicu(GroupedImporter):
             "vitalaperiodic": self._vital_signs,
             "lab": self._laboratory_values,
             "nursecharting": self._charted_values,
+            "respiratorycharting": self._charted_values,
             "intakeoutput": self._fluids,
             "infusiondrug": self._infusions,
             "medication": self._drugs,
@@ -255,6 +267,7 @@ class Eicu(GroupedImporter):
         columns = {
             "labname": Column("text"),
             "labresult": Column("number"),
+            "labresulttext": Column("text", False),
             "labmeasurenamesystem": Column("text", False),
         }
         known = self._items[reader.table]
@@ -269,7 +282,8 @@ class Eicu(GroupedImporter):
                 unit = self._unit_of.get(name, "")
                 names.append(name)
                 factors.append(self._units.factor(written, name, unit, ""))
-            values = batch["labresult"]
+            number = batch["labresult"].cast(pa.string())
+            values = pc.coalesce(number, batch["labresulttext"])  # such as >600
             yield self._valid(
                 reader,
                 rows,
@@ -281,17 +295,13 @@ class Eicu(GroupedImporter):
             )
 
     def _charted_values(self, reader: EventReader) -> Iterator[Events]:
-        columns = {
-            "nursingchartcelltypevallabel": Column("text"),
-            "nursingchartcelltypevalname": Column("text"),
-            "nursingchartvalue": Column("text"),
-        }
+        *labels, value = CHARTS[reader.table]
+        columns = dict.fromkeys(CHARTS[reader.table], Column("text"))
         known = self._items[reader.table]
         for batch, rows, hours in _batches(reader, columns):
-            label = batch["nursingchartcelltypevallabel"]
-            name = batch["nursingchartcelltypevalname"]
-            values = batch["nursingchartvalue"]
-            codes, texts = _distinct(pc.binary_join_element_wise(label, name, "|"))
+            item = pc.binary_join_element_wise(*(batch[label] for label in labels), "|")
+            values = pc.replace_substring_regex(batch[value], r"\s*%\s*$", "")
+            codes, texts = _distinct(item)
             names = [known.get(text.lower(), "") for text in texts]
             yield self._valid(reader, rows, hours, codes, names, values)
 
