@@ -503,14 +503,6 @@ def test_a_missing_table_is_named(mimic, tmp_path, name):
         prepare(mimic, tmp_path / "out")
 
 
-def test_a_folder_of_mimic4_is_named(mimic, tmp_path):
-    (mimic / "procedureevents.csv.gz").write_bytes(b"")
-    with pytest.raises(
-        ValueError, match=r"this is MIMIC-IV \(only it has a table procedureevents\)"
-    ):
-        prepare(mimic, tmp_path / "out")
-
-
 def test_tables_that_may_be_missing(mimic, tmp_path):
     for name in (
         "OUTPUTEVENTS",

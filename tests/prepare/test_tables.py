@@ -114,7 +114,7 @@ def test_all_importers_are_tested():
     images = {"imagefolder", "imagenet", "webdataset", "chestxray14", "coco", "voc", "yolo"}
     images |= {"cvat", "labelstudio"}
     sounds = {"librispeech", "commonvoice", "speech_commands", "manifest", "an4", "kaldi"}
-    records = {"events", "physionet2012", "mimic3", "eicu", "meds", "omop"}
+    records = {"events", "physionet2012", "mimic3", "mimic4", "eicu", "meds", "omop"}
     records |= {"cohort", "table"}
     robots = {"series", "trajectories", "lerobot", "rollouts"}
     others = {"files", "hf", *SOURCES}

@@ -1,1 +1,1 @@
-"""Clinical variables: plausible ranges, units and their conversion, the stays of MIMIC-III."""
+"""Clinical variables: plausible ranges, units and their conversion, MIMIC-III and MIMIC-IV."""
