@@ -237,7 +237,10 @@ def test_labels_and_hospitals_of_a_cohort(prepared, tmp_path):
 @pytest.mark.parametrize(
     ("tables", "message"),
     [
-        (["ICUSTAYS", "PATIENTS", "CHARTEVENTS"], "give them to onetomany prepare mimic3"),
+        (
+            ["ICUSTAYS", "PATIENTS", "CHARTEVENTS"],
+            "give them to onetomany prepare mimic3 or mimic4",
+        ),
         (["person", "measurement"], "give them to onetomany prepare omop"),
         (["lab", "hospital"], r"no table patient .*and there are lab$"),
         (["patient", "diagnosis"], r"no table of events .*and there are patient$"),

@@ -60,8 +60,8 @@ CHARTS = {
     "respiratorycharting": ("respchartvaluelabel", "respchartvalue"),
 }
 """Tables of charted texts: the columns that together name an item, then that of its value."""
-OTHER_DATABASES = {"icustays": "mimic3", "person": "omop"}
-"""Tables that eICU does not have, and the importers of the databases that do."""
+OTHER_DATABASES = {"icustays": "mimic3 or mimic4", "person": "omop"}
+"""Tables that eICU does not have, and what reads the databases that do."""
 PATIENT = {
     "patientunitstayid": Column("id"),
     "patienthealthsystemstayid": Column("id"),
