@@ -64,6 +64,8 @@ from pipeline.core.contracts.technique_capabilities import (
 )
 from pipeline.core.groups import num_units
 from pipeline.core.metrics import catalog
+from pipeline.core.metrics.policies import OF_EPISODES
+from pipeline.core.nn import action_heads
 from pipeline.core.ragged import pad
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec, State
 from pipeline.data import manifests
@@ -167,6 +169,13 @@ class TargetStage:
         """Whether documents are packed into rows of equal length."""
         return registry.get("objective", self.spec.objective.name).packed
 
+    @property
+    def _judges_classes_of_actions(self) -> bool:
+        """Whether actions are classes, and steps are judged rather than episodes."""
+        objective = registry.get("objective", self.spec.objective.name)
+        has_classes_of_actions = "actions" in objective.roles and "labels" in self.state
+        return has_classes_of_actions and self.spec.metric not in OF_EPISODES
+
     def evidence(self) -> dict[str, stats.Evidence]:
         """Return for each split the number of units that count for a verdict.
 
@@ -186,6 +195,10 @@ class TargetStage:
             encoded = {}
             if by_class:
                 encoded = objective.encode(table, self.spec.data.columns, self.state)
+            elif self._judges_classes_of_actions:
+                actions = table[self.spec.data.columns["actions"]]
+                numbers = action_heads.class_numbers(actions, self.state["labels"])
+                encoded = {"label": numbers}
             if "label" in encoded:
                 out[name] = stats.class_evidence(encoded["label"], groups, unit)
             elif "label_values" in encoded:
@@ -686,6 +699,7 @@ def findings(target: TargetStage, reading: TargetReading) -> list[Finding]:
         *row_checks.text_findings(reading.modality, splits, columns, objective.packed),
         *leaks.find_leaks(reading.modality, spec, splits["train"], reading.state),
         *row_checks.null_labels(objective, splits, columns),
+        *row_checks.class_numbers(spec.objective, splits["train"], columns),
         *row_checks.unshared_names(reading.modality_spec, objective, splits["train"], columns),
         *(_pair_problems(target, reading.state) if _compares_rows(objective) else []),
     ]

@@ -853,7 +853,7 @@ def test_boxes_of_a_checkpoint_that_reads_cropped_images_are_refused(tmp_path, p
             "modality": "image",
             "columns": {"image": "picture", "boxes": "boxes", "labels": "kinds"},
         },
-        objective="detection",
+        objective={"detection": {"names": ["ant", "cat", "bird"]}},
     )
     stage, options = targets.plan_target(job, "task"), {"size": 32, "channels": 3}
     crops, pads = (
@@ -871,7 +871,9 @@ def test_boxes_of_a_checkpoint_that_reads_cropped_images_are_refused(tmp_path, p
     )
     with pytest.raises(ValueError, match=r"data\.modality: fit: crop cuts away .* set fit: pad"):
         targets.prepare(stage, crops)
-    assert len(targets.prepare(stage, pads).train) == 60
+    data = targets.prepare(stage, pads)
+    assert len(data.train) == 60
+    assert [one.text for one in data.findings if "{1: ant, ...}" in one.text], "names from 1"
 
 
 def test_a_crop_share_of_a_target_is_for_rows_that_are_cropped(tmp_path, paths):

@@ -606,30 +606,43 @@ def test_weights_of_corpora_are_for_sources(tmp_path, models, texts):
         job_of(tmp_path, models["gpt2"], texts, data={"weight": 2.0, "more": more})
 
 
-def test_hours_count_for_a_verdict_as_in_the_report(monkeypatch):
-    """Rows with an hour of the less frequent class, not all rows."""
+HOURS = {"label_times": "hours", "label_values": "died"}
+ACTIONS = {"observations": "seen", "actions": "done"}
+
+
+@pytest.mark.parametrize(
+    ("objective", "metric", "columns", "count", "needed"),
+    [
+        ("hourly", None, HOURS, 1, 10),
+        ("behaviour_cloning", None, ACTIONS, 1, 10),
+        ("behaviour_cloning", "macro_f1", ACTIONS, 1, 10),
+        ("behaviour_cloning", "return", ACTIONS, 3, 20),
+    ],
+)
+def test_hours_and_actions_count_for_a_verdict_as_in_the_report(
+    monkeypatch, objective, metric, columns, count, needed
+):
+    """Rows with an hour or action of a less frequent class, not all rows; of episodes all count."""
     table = pa.table(
         {
             "hours": [[1.0, 2.0], [1.0], [1.0, 2.0]],
             "died": [[0, 1], [0], [0, 0]],
+            "done": [["go", "stop"], ["go"], ["go", "go"]],
         }
     )
     monkeypatch.setattr(targets.manifests, "read_columns", lambda *_: table)
-    spec = Target.model_validate(
-        {
-            "data": {
-                "uri": "rows.parquet",
-                "modality": "events",
-                "columns": {"label_times": "hours", "label_values": "died"},
-            },
-            "objective": "hourly",
-        }
-    )
+    modality = "events" if objective == "hourly" else "trajectory"
+    data = {"uri": "rows.parquet", "modality": modality, "columns": columns}
+    spec = Target.model_validate({"data": data, "objective": objective, "metric": metric})
     splits = SimpleNamespace(by_name=lambda: {"test": table})
-    stage = targets.TargetStage("task", spec, splits, {"labels": ["0", "1"]})  # type: ignore[arg-type]
+    state = {"labels": ["0", "1"]}
+    if objective == "behaviour_cloning":
+        kind = registry.get("objective", objective)
+        state = kind.fit(kind.options_class(), table, columns)
+    stage = targets.TargetStage("task", spec, splits, state)  # type: ignore[arg-type]
     predictions = {"label": np.array([[0, 1], [0, -1], [0, 0]]), "scores": np.zeros((3, 2, 2))}
-    found = stats.evidence(stats.RunPredictions(np.arange(3), predictions, 0))
-    assert stage.evidence() == {"test": found} and (found.count, found.needed) == (1, 10)
+    found = stats.evidence(stats.RunPredictions(np.arange(3), predictions, 0), metric or "")
+    assert stage.evidence() == {"test": found} and (found.count, found.needed) == (count, needed)
 
 
 def test_the_objectives_that_may_be_targets():
