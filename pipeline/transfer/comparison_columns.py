@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from statistics import fmean
+from typing import Any
 
 from pipeline.core.metrics.catalog import metric
 from pipeline.report import matrix, results, stats
@@ -11,20 +14,23 @@ from pipeline.report.results import ResultRow
 from pipeline.report.trial_record import TrialRecord
 from pipeline.transfer.grid import SCRATCH, Trial
 
+RowsBySeed = dict[tuple[Any, ...], dict[int, ResultRow]]
+"""Test rows of one metric by what they have in common, and by seed."""
+
 
 def fill_comparison(rows: list[ResultRow], entries: list[matrix.MatrixEntry]) -> list[ResultRow]:
     """Fill in the columns that come from the comparison of an entry with scratch.
 
     They are the number of paired seeds, the corrected p value (primary metric only) and the gain
-    over the target's best scratch network with the same seed. Only test rows of trials with a
-    source have them.
+    over the target's best scratch network, paired by seed (`_paired_rows`). Only test rows of
+    trials with a source have them.
     """
     by_key = {entry.key: entry for entry in entries}
-    scratch_values = {
-        (row.backbone, row.target, row.label_fraction, row.metric, row.seed, row.fold): row.value
-        for row in rows
-        if row.is_tested and row.source == SCRATCH and results.technique(row) == "scratch"
-    }
+    scratch_rows: RowsBySeed = defaultdict(dict)
+    for row in rows:
+        if row.is_tested and row.source == SCRATCH and results.technique(row) == "scratch":
+            key = (row.backbone, row.target, row.label_fraction, row.metric, row.fold)
+            scratch_rows[key][row.seed] = row
     out: list[ResultRow] = []
     for row in rows:
         entry = by_key.get(matrix.entry_key(row))
@@ -32,13 +38,14 @@ def fill_comparison(rows: list[ResultRow], entries: list[matrix.MatrixEntry]) ->
         if entry is None or not row.is_tested or row.source == SCRATCH or is_subgroup:
             out.append(row)
             continue
-        key = (entry.best_scratch, row.target, row.label_fraction, row.metric, row.seed, row.fold)
+        key = (entry.best_scratch, row.target, row.label_fraction, row.metric, row.fold)
+        compared = _paired_rows(row, entry, scratch_rows.get(key, {}))
         out.append(
             replace(
                 row,
                 paired_seeds=entry.paired_seeds,
                 gain_p_holm=entry.gain_p_holm if row.metric == entry.metric else None,
-                baseline_gain=_signed_gain(row, scratch_values.get(key)),
+                baseline_gain=_signed_gain(row, compared),
             )
         )
     return out
@@ -49,35 +56,26 @@ def fill_best_baseline(
     entries: list[matrix.MatrixEntry],
     predictions: Callable[[str, int], stats.RunPredictions | None],
 ) -> list[ResultRow]:
-    """Fill in the gain over the target's best baseline, with the same label fraction and seed."""
+    """Fill in the gain over the target's best baseline with the same label fraction.
+
+    It is paired by seed (`_paired_rows`).
+    """
     by_key = {entry.key: entry for entry in entries if entry.best_baseline}
-    baseline_rows = {
-        (
-            row.target,
-            row.label_fraction,
-            results.technique(row),
-            row.seed,
-            row.fold,
-            row.metric,
-        ): row
-        for row in rows
-        if row.is_tested and row.backbone == results.NO_BACKBONE
-    }
+    baseline_rows: RowsBySeed = defaultdict(dict)
+    for row in rows:
+        if row.is_tested and row.backbone == results.NO_BACKBONE:
+            technique = results.technique(row)
+            key = (row.target, row.label_fraction, technique, row.fold, row.metric)
+            baseline_rows[key][row.seed] = row
     out: list[ResultRow] = []
     for row in rows:
         entry = by_key.get(matrix.entry_key(row))
         if entry is None or not row.is_tested:
             out.append(row)
             continue
-        key = (
-            row.target,
-            row.label_fraction,
-            entry.best_baseline,
-            row.seed,
-            row.fold,
-            row.metric,
-        )
-        gain, low, high = _gain_over(predictions, row, baseline_rows.get(key))
+        key = (row.target, row.label_fraction, entry.best_baseline, row.fold, row.metric)
+        compared = _paired_rows(row, entry, baseline_rows.get(key, {}))
+        gain, low, high = _gain_over(predictions, row, compared)
         out.append(
             replace(
                 row,
@@ -93,56 +91,82 @@ def fill_best_baseline(
 def gain_over_scratch(
     predictions: Callable[[str, int], stats.RunPredictions | None],
     row: ResultRow,
-    scratch: Trial,
+    scratch: Sequence[Trial],
     records: dict[str, TrialRecord],
 ) -> dict[str, float]:
-    """Return the columns of the gain of a test row over scratch with the same seed.
+    """Return the columns of the gain of a test row over scratch.
 
     There are none where scratch has no row of this metric.
+
+    Args:
+        scratch: The scratch trial with the same seed. Of a row that has no seed (a soup), those
+            with each seed.
     """
-    scratch_value = next(
-        (
-            other.value
-            for other in records[scratch.id].rows
-            if other.split == "test" and other.metric == row.metric
-        ),
-        None,
-    )
+    scratch_rows = [
+        replace(other, trial_folder=one.folder, seed=one.seed)
+        for one in scratch
+        for other in records[one.id].rows
+        if other.split == "test" and other.metric == row.metric
+    ]
+    scratch_value = _mean_value(scratch_rows)
     if scratch_value is None or row.value is None or row.metric is None:
         return {}
-    scratch_row = replace(row, trial_folder=scratch.folder, value=scratch_value)
     names = ("gain", "gain_low", "gain_high")
-    estimate = zip(names, _gain_over(predictions, row, scratch_row), strict=True)
+    estimate = zip(names, _gain_over(predictions, row, scratch_rows), strict=True)
     known = {name: value for name, value in estimate if value is not None}
     return {"scratch_value": scratch_value, **known}
+
+
+def _paired_rows(
+    row: ResultRow, entry: matrix.MatrixEntry, by_seed: Mapping[int, ResultRow]
+) -> list[ResultRow]:
+    """Return the rows that a row is compared with.
+
+    It is the one with the same seed. A single trial that trains nothing (a source's network, a
+    soup, an ensemble) is compared with every seed, as in the report.
+    """
+    has_no_seed = entry.n_seeds == 1 and row.params_trained == 0
+    if has_no_seed and len(by_seed) >= matrix.MIN_SEEDS:
+        return list(by_seed.values())
+    return [by_seed[row.seed]] if row.seed in by_seed else []
 
 
 def _gain_over(
     predictions: Callable[[str, int], stats.RunPredictions | None],
     row: ResultRow,
-    other: ResultRow | None,
+    others: Sequence[ResultRow],
 ) -> matrix.Estimate:
-    """Return (gain, low, high) of a trial's row over that of another trial with the same seed.
+    """Return (gain, low, high) of a trial's row over the mean of other trials, each with its seed.
 
     What cannot be computed is None.
     """
-    gain = None if other is None else _signed_gain(row, other.value)
-    if other is None or gain is None or row.metric is None:
+    gain = _signed_gain(row, others)
+    if gain is None or row.metric is None:
         return None, None, None
     if "/" in row.metric or "@" in row.metric:
         # of one label or subgroup: the report has its interval over all seeds
         return gain, None, None
     scorer = metric(row.metric)
-    own_run, other_run = (predictions(each.folder, each.seed) for each in (row, other))
+    own_run = predictions(row.folder, row.seed)
+    other_runs = [predictions(other.folder, other.seed) for other in others]
+    known_runs = [run for run in other_runs if run is not None]
     can_resample = scorer.units is not None or scorer.resampled is not None
-    if not can_resample or own_run is None or other_run is None:
+    if not can_resample or own_run is None or len(known_runs) < len(others):
         return gain, None, None
-    comparison = stats.compare(scorer, [own_run], [other_run])
+    own_runs = [replace(own_run, seed=run.seed) for run in known_runs]
+    comparison = stats.compare(scorer, own_runs, known_runs)
     return comparison.value, comparison.low, comparison.high
 
 
-def _signed_gain(row: ResultRow, other_value: float | None) -> float | None:
-    """Return by how much a row is better than another value; None where one of them is missing."""
-    if row.value is None or other_value is None:
+def _signed_gain(row: ResultRow, others: Sequence[ResultRow]) -> float | None:
+    """Return by how much a row is better than the mean of others; None where a value is missing."""
+    mean = _mean_value(others)
+    if row.value is None or mean is None:
         return None
-    return (row.value - other_value) * (1 if row.higher_is_better else -1)
+    return (row.value - mean) * (1 if row.higher_is_better else -1)
+
+
+def _mean_value(rows: Sequence[ResultRow]) -> float | None:
+    """Return the mean of the rows' values; None where there are none, or one is missing."""
+    values = [row.value for row in rows if row.value is not None]
+    return fmean(values) if values and len(values) == len(rows) else None

@@ -806,7 +806,7 @@ def collect_existing_rows(state: JobState) -> list[ResultRow]:
 
 
 def collect(state: JobState, trials: list[Trial]) -> list[ResultRow]:
-    """Make results rows from the records of trials, with the gain over scratch with the same seed.
+    """Make results rows from the records of trials, with the gain over scratch, paired by seed.
 
     Names are those of the job as it is now, because a record may be older than a name.
     """
@@ -814,11 +814,13 @@ def collect(state: JobState, trials: list[Trial]) -> list[ResultRow]:
     records = trial.read_records(root, grid.folders(trials))
     state.trial_provenance = provenance_of_trials(state, trials, backbone_groups(state))
     with_bundle = _trials_with_bundle(state, trials, records)
-    scratch = {
-        _scratch_key(one): one
-        for one in trials
-        if one.source == SCRATCH and str(one.technique) == "scratch" and one.stage == "final"
-    }
+    scratch: dict[tuple[str, str, str], list[Trial]] = defaultdict(list)
+    for one in trials:
+        is_scratch = one.source == SCRATCH and str(one.technique) == "scratch"
+        if not is_scratch or one.stage != "final" or one.id not in records:
+            continue
+        if any(row.split == "test" for row in records[one.id].rows):  # else it has failed
+            scratch[_scratch_key(one)].append(one)
     # a trial and its scratch are read once for all their metrics
     predictions = lru_cache(maxsize=8)(partial(trial.read_predictions, root))
     rows: list[ResultRow] = []
@@ -828,15 +830,16 @@ def collect(state: JobState, trials: list[Trial]) -> list[ResultRow]:
         columns = _current_columns(state, one, records[one.id])
         if one.id not in with_bundle:
             columns["bundle_uri"] = None
-        scratch_trial = scratch.get(_scratch_key(one)) if one.source != SCRATCH else None
-        if scratch_trial is not None and scratch_trial.id not in records:
-            scratch_trial = None
+        scratch_trials = scratch.get(_scratch_key(one), []) if one.source != SCRATCH else []
+        # a soup or a source's network has no seed: it is compared with every one, as in the report
+        if len(scratch_trials) < matrix.MIN_SEEDS or grid.needs_training(one.technique):
+            scratch_trials = [other for other in scratch_trials if other.seed == one.seed]
         rows_of_trial: list[ResultRow] = []
         for row in records[one.id].rows:
             row = replace(row, **columns)
-            if row.split == "test" and scratch_trial is not None:
-                row = replace(row, **gain_over_scratch(predictions, row, scratch_trial, records))
-                row = _with_note_on_mixed_code(state, row, one, scratch_trial)
+            if row.split == "test" and scratch_trials:
+                row = replace(row, **gain_over_scratch(predictions, row, scratch_trials, records))
+                row = _with_note_on_mixed_code(state, row, one, scratch_trials)
             rows_of_trial.append(row)
         rows += [*rows_of_trial, *_by_subgroup(state, predictions, rows_of_trial, one)]
     targets_of = {one.id: one.target for one in trials}
@@ -851,9 +854,9 @@ def collect(state: JobState, trials: list[Trial]) -> list[ResultRow]:
     return rows
 
 
-def _scratch_key(one: Trial) -> tuple[str, str, str, int]:
-    """Return a key that a trial and the scratch trial that it is compared with share."""
-    return one.backbone_key, one.target, grid.fraction_text(one.label_fraction), one.seed
+def _scratch_key(one: Trial) -> tuple[str, str, str]:
+    """Return a key that a trial and the scratch trials that it is compared with share."""
+    return one.backbone_key, one.target, grid.fraction_text(one.label_fraction)
 
 
 def _trials_with_bundle(
@@ -895,12 +898,14 @@ def _current_columns(state: JobState, one: Trial, record: TrialRecord) -> dict[s
 
 
 def _with_note_on_mixed_code(
-    state: JobState, row: ResultRow, one: Trial, scratch_trial: Trial
+    state: JobState, row: ResultRow, one: Trial, scratch_trials: Sequence[Trial]
 ) -> ResultRow:
-    """Return a row with a note where other code or versions made the scratch trial."""
-    mixed = provenance.differences(
-        state.trial_provenance[one.id].made, state.trial_provenance[scratch_trial.id].made
-    )
+    """Return a row with a note where other code or versions made a scratch trial."""
+    made = state.trial_provenance[one.id].made
+    mixed: list[str] = []
+    for other in scratch_trials:
+        mixed += provenance.differences(made, state.trial_provenance[other.id].made)
+    mixed = list(dict.fromkeys(mixed))
     if not mixed:
         return row
     note = f"the gain {origins.MIXED} ({', '.join(mixed)})"

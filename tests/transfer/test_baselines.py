@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -47,7 +48,7 @@ from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.io import storage
 from pipeline.media import spectrogram
 from pipeline.report import matrix, report, stats, terminal
-from pipeline.transfer import baseline_trials, fanout, grid, trial
+from pipeline.transfer import baseline_trials, comparison_columns, fanout, grid, trial
 from pipeline.transfer.baseline_trials import SplitRows
 
 SPECTRA = Path(__file__).parents[1] / "plugin" / "spectra"
@@ -683,6 +684,43 @@ def test_the_gain_over_the_best_baseline_is_paired_as_the_gain_over_scratch():
     console.print(terminal.table(list(found.values())))
     gain = re.escape(f"{full.over_best_baseline.value:+.2f}")
     assert re.search(rf" over +bag_of_words +{gain}", console.export_text())
+
+
+def test_a_soup_is_compared_with_every_seed_in_the_results_as_in_the_report():
+    rows, runs = rows_and_runs({**ENTRIES, ("src", "uniform_soup", "net"): (0.95, 0.9)})
+    rows = [row for row in rows if row.technique != "uniform_soup" or row.seed == 0]
+    rows = [
+        dataclasses.replace(row, params_trained=0 if row.technique == "uniform_soup" else 9)
+        for row in rows
+    ]
+    entries = matrix.matrix_entries(rows, runs)
+    run_of_folder = {row.folder: runs[row.trial_id] for row in rows}
+
+    def predictions(folder: str, seed: int) -> stats.RunPredictions:
+        assert run_of_folder[folder].seed == seed
+        return run_of_folder[folder]
+
+    filled = comparison_columns.fill_comparison(rows, entries)
+    filled = comparison_columns.fill_best_baseline(filled, entries, predictions)
+    tested = [row for row in filled if row.is_tested]
+    (soup,) = (row for row in tested if row.technique == "uniform_soup")
+    entry = next(one for one in entries if one.technique == "uniform_soup")
+    over = entry.over_best_baseline
+    found = soup.best_baseline_gain, soup.best_baseline_low, soup.best_baseline_high
+    assert found == (over.value, over.low, over.high)
+    assert soup.baseline_gain == pytest.approx(entry.over_best_scratch.value)
+    scratch = [row for row in tested if row.technique == "scratch"]
+    trials = [SimpleNamespace(id=row.trial_id, folder=row.folder, seed=row.seed) for row in scratch]
+    records = {row.trial_id: SimpleNamespace(rows=[row]) for row in scratch}
+    assert comparison_columns.gain_over_scratch(predictions, soup, trials, records) == {
+        "scratch_value": pytest.approx(np.mean([row.value for row in scratch])),
+        "gain": entry.gain,
+        "gain_low": entry.gain_low,
+        "gain_high": entry.gain_high,
+    }
+    second = next(row for row in tested if row.technique == "full" and row.seed == 1)
+    value = next(row.value for row in scratch if row.seed == 1)
+    assert second.baseline_gain == pytest.approx(second.value - value), "by its own seed"
 
 
 def test_a_baseline_without_a_validation_value_is_never_the_best():
