@@ -90,8 +90,8 @@ def test_events_by_hand(by_hand):
             (4, "Creatinine", 1.6),
             (5, "Creatinine", 1.7),
             (7, "drug: Heparin", 1),
+            (23, "drug: Aspirin", 1),
             (30, "Creatinine", 1.8),
-            (47, "drug: Aspirin", 1),
         ),
         2000: f((3, "Urine", 150), (12, "input: NaCl 0.9%", 250)),
     }
@@ -184,8 +184,7 @@ LAYOUT = {
         SELECT row_number() OVER () AS labevent_id, subject_id, hadm_id, 1 AS specimen_id, itemid,
             charttime, charttime + to_minutes(itemid % 180 - 20) AS storetime, value, valuenum,
             valueuom, flag FROM labevents""",
-    "hosp/prescriptions": "SELECT * RENAME (startdate AS starttime, enddate AS stoptime) FROM "
-    "prescriptions",
+    "hosp/prescriptions": "SELECT *, startdate + INTERVAL 1 DAY AS starttime FROM prescriptions",
     "hosp/diagnoses_icd": """
         SELECT subject_id, hadm_id, seq_num, icd9_code AS icd_code, 9 + hadm_id % 2 AS icd_version
         FROM diagnoses_icd""",
@@ -200,7 +199,7 @@ LAYOUT = {
         FROM chartevents_vitals""",
 }
 """Tables of MIMIC-IV made of those of MIMIC-III. Results are there up to 160 minutes after their
-charttime; half of the admissions count as coded in ICD-10.
+charttime; half of the admissions count as coded in ICD-10. Drugs start at the end of their day.
 """
 BACK = {
     "icustays": "SELECT * RENAME (stay_id AS icustay_id) FROM '{0}/icu/icustays.csv.gz'",
@@ -208,7 +207,7 @@ BACK = {
     "chartevents_vitals": "FROM '{0}/icu/chartevents.csv.gz'",
     "labevents": "SELECT * REPLACE (greatest(charttime, storetime) AS charttime, value::VARCHAR AS "
     "value) FROM '{0}/hosp/labevents.csv.gz'",
-    "prescriptions": "SELECT * RENAME (starttime AS startdate) FROM "
+    "prescriptions": "SELECT * REPLACE (starttime - INTERVAL 1 DAY AS startdate) FROM "
     "'{0}/hosp/prescriptions.csv.gz'",
 }
 """What STREAMS reads, from the tables of MIMIC-IV."""

@@ -258,7 +258,8 @@ class MimicImporter(GroupedImporter):
             reader.begin(len(batch))
             reader.drop("no drug", codes < 0)
             batch, codes = reader.keep(batch), codes[reader.good]
-            rows, hours = reader.assign_stays(batch, batch[start], whole_days=True)
+            whole_days = self.data_set.has_drug_days
+            rows, hours = reader.assign_stays(batch, batch[start], whole_days)
             yield Events(rows, hours, codes[reader.good], names, np.ones(len(rows)))
 
     def _inputs(self, reader: _StayReader) -> Iterator[Events]:

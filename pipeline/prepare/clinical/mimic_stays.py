@@ -113,6 +113,8 @@ class DataSet:
         version: SQL of the code's version of the ICD.
         without: names of FACTS and OUTCOMES that it does not have.
         drug_time: the column of PRESCRIPTIONS with a drug's start.
+        has_drug_days: whether that is a day, which counts from its end. Of the starts in MIMIC-IV's
+            demo 2.6 % are at 00:00, so that this is a time there.
         result_time: the column of LABEVENTS with the time at which a result was known, or "".
     """
 
@@ -126,6 +128,7 @@ class DataSet:
     version: str
     without: tuple[str, ...]
     drug_time: str
+    has_drug_days: bool
     result_time: str
 
     @property
@@ -173,6 +176,7 @@ MIMIC3 = DataSet(
     version="9",
     without=("death_days", "icd10", "next_icd10", "previous_icd10"),
     drug_time="startdate",
+    has_drug_days=True,
     result_time="",
 )
 MIMIC4 = DataSet(
@@ -196,6 +200,7 @@ MIMIC4 = DataSet(
     version="icd_version",
     without=("Source", "dbsource"),
     drug_time="starttime",
+    has_drug_days=False,
     result_time="storetime",
 )
 

@@ -20,7 +20,8 @@ class Mimic4(MimicImporter):
     prescriptions, diagnoses_icd; icu/ with icustays, chartevents, and if present outputevents,
     inputevents, d_items (.csv, .csv.gz or .parquet). Other tables are not read.
 
-    It was tried on the demo of MIMIC-III, written as MIMIC-IV is published, not on MIMIC-IV itself.
+    It was tried on the demo of MIMIC-III, written as MIMIC-IV is published, and on the stays,
+    diagnoses, prescriptions and outputs of MIMIC-IV's own demo (2.2), not on MIMIC-IV itself.
 
     Columns and rules are those of `mimic3`, with these differences:
 
@@ -34,6 +35,7 @@ class Mimic4(MimicImporter):
       admission has no codes of that version.
     - death_hours is that of deathtime, in hospital alone. death_days counts days from the day of
       discharge to the day of death (dod), which is known up to a year after the last discharge.
+    - A drug counts from its starttime, which is a time of day.
     - A laboratory value counts from its storetime, when its result was there, if that is later than
       its charttime. A value without a storetime is counted.
     - A laboratory value without a hadm_id belongs to the stay of its patient whose interval, from
