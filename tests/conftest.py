@@ -5,13 +5,18 @@ The environment stands here since Ray, tokenizers and others read it when they a
 """
 
 import functools
+import gc
 import json
+import logging
 import os
 import sys
 import tempfile
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+
+import typer.testing
 
 from pipeline.io.ray_environment import KEEP_MEMORY
 
@@ -47,6 +52,9 @@ cache = os.path.join(tempfile.gettempdir(), f"onetomany-tests-{os.getuid()}")  #
 os.environ["ONETOMANY_CACHE"] = os.path.join(os.environ.get("ONETOMANY_CACHE", cache), WORKER)
 
 import pytest  # noqa: E402
+
+# what CliRunner calls: the command of an app is built once, and not for each call
+typer.testing._get_command = functools.cache(typer.testing._get_command)
 
 MOST_PROCESSES = 4
 """More gain little: the tests of Ray stay together in one process."""
@@ -91,6 +99,8 @@ def pytest_collection_modifyitems(items):
             if mark is not None
         }
         Path(os.environ["ONETOMANY_TEST_GROUPS"]).write_text(json.dumps(groups))
+    _seed_quickly()
+    gc.freeze()  # no later collection goes through what the imports made
 
 
 def pytest_xdist_make_scheduler(config, log):
@@ -114,8 +124,50 @@ def pytest_xdist_make_scheduler(config, log):
 # ---------------------------------------------------------------- each test
 
 
+class Log(logging.Handler):
+    """What a test logs: warnings and worse, unless it sets the root logger's level."""
+
+    def __init__(self):
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        self.lines: list[str] = []
+
+    def emit(self, record):
+        self.lines.append(self.format(record))
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines)
+
+    def clear(self) -> None:
+        self.lines.clear()
+
+
+LOG = Log()
+
+
+@pytest.fixture
+def caplog():
+    """What the test has logged, as ``text``.
+
+    Pytest's own fixture of that name, and its plugin, go through all loggers before each test.
+    """
+    return LOG
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """Show what a test has logged where it fails."""
+    report = yield
+    if report.failed and LOG.lines:
+        report.sections.append((f"Captured log {report.when}", LOG.text))
+    return report
+
+
 def pytest_runtest_setup(item):
     """A test without the mark sees no Ray: trials that can then run in this process do."""
+    LOG.clear()
+    logging.getLogger().addHandler(LOG)  # a library may have removed it
     _seed()  # for its fixtures
     if item.get_closest_marker("ray") is None:
         _stop_ray()
@@ -130,6 +182,16 @@ def _seed():
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.default_generator.manual_seed(0)
+
+
+def _seed_quickly():
+    """Keep no traceback of each ``torch.manual_seed`` for devices that are not there: that is most
+    of its time.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        for device in (torch.cuda, torch.xpu, torch.mtia):
+            device.traceback = SimpleNamespace(format_stack=list)
 
 
 # ---------------------------------------------------------------- Ray

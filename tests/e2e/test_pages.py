@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -61,11 +62,15 @@ def header(job: Path) -> str:
     return re.sub(r"^# ?", "    ", comments[0], flags=re.MULTILINE)
 
 
+@cache
+def subcommands() -> dict[str, typer.core.TyperCommand]:
+    return typer.main.get_command(cli.app).commands
+
+
 def parse(words: list[str]) -> dict[str, object]:
     """The arguments of a command; nothing is run. Raises where the command would refuse them."""
     verb, *rest = words
-    group = typer.main.get_command(cli.app)
-    return group.commands[verb].make_context(verb, rest).params
+    return subcommands()[verb].make_context(verb, rest).params
 
 
 @pytest.fixture
@@ -84,7 +89,7 @@ def test_every_command_parses_and_its_job_loads(page, variables):
         if words[0].startswith("-"):
             continue
         if len(words) == 1:  # the name of a command in a sentence
-            assert words[0] in typer.main.get_command(cli.app).commands
+            assert words[0] in subcommands()
             continue
         given = parse(words)
         job = given.get("job")
