@@ -40,12 +40,19 @@ METHODS: dict[str, dict] = {
 }
 """Techniques of `pipeline.techniques.peft` with options that change how they compute."""
 LIKE_OTHERS = (
+    "events/gru",
+    "events/strats",
     "hf/electra",
     "hf/hubert",
+    "hf/patchtst",
+    "policy/mlp",
+    "policy/transformer",
+    "table/ft_transformer",
     "timm/convnext_atto",
     "timm/resnet10t",
     "timm/vit_tiny_patch16_224",
     "torchaudio/deepspeech",
+    "transformers/bert",
     "transformers/distilbert",
     "transformers/roberta",
     "wavenet/wavenet",
