@@ -11,7 +11,7 @@ ends every Ray process of the user.
 
 Whoever can reach a Ray port can run code as this user. On Linux Ray listens on every interface,
 even when told to use 127.0.0.1 (seen: the GCS, raylets and agents on 0.0.0.0). Ray's switch for
-macOS and Windows keeps it on loopback, and is used here; `tests/cluster/test_local.py` checks the
+macOS and Windows keeps it on loopback, and is used here; `tests/e2e/test_submitted.py` checks the
 sockets. Any other address needs a token; on loopback too there is one unless `--no-token` is given.
 """
 

@@ -458,7 +458,7 @@ def test_workers_of_a_ray_that_runs_already_must_know_the_plugins(tmp_path, monk
 
 
 @pytest.mark.slow
-@pytest.mark.ray
+@pytest.mark.ray(own=True)
 @pytest.mark.timeout(600)
 def test_a_job_of_plugins_runs_from_files_to_predictions(tmp_path, ray_with_spectra):
     """Prepare, pretrain, score, fine-tune, report and predict, in Ray's workers."""

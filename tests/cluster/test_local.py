@@ -1,5 +1,5 @@
-"""The local cluster: what it refuses, what it listens on, and that it stops its own processes and
-no others.
+"""The local cluster: what it refuses, and the command. `e2e/test_submitted.py` runs one of two
+nodes.
 """
 
 from __future__ import annotations
@@ -73,32 +73,6 @@ def test_a_head_that_cannot_start_leaves_nothing(monkeypatch):
 @pytest.mark.ray(own=True)
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_two_nodes_on_loopback_die_one_by_one_and_leave_nothing():
-    bystander = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    try:
-        with local.local_cluster(2) as cluster:
-            processes = cluster.processes()
-            assert local.alive_nodes(cluster) == 2
-            assert {"gcs_server", "raylet"} <= {process.name() for process in processes}
-            assert _listening(processes) and all(
-                address in ("127.0.0.1", "::1") for address in _listening(processes)
-            )
-            cluster.kill_node(1)
-            assert cluster.nodes[0].poll() is None and cluster.nodes[1].poll() is not None
-            assert {process.name() for process in cluster.processes()} >= {"gcs_server", "raylet"}
-        assert not any(
-            process.is_running() and process.status() != "zombie" for process in processes
-        )
-        assert not cluster.temp_dir.exists()
-        assert bystander.poll() is None
-    finally:
-        bystander.kill()
-        bystander.wait()
-
-
-@pytest.mark.ray(own=True)
-@pytest.mark.slow
-@pytest.mark.timeout(240)
 def test_the_command_asks_for_a_token_and_stops_on_sigterm(monkeypatch, tmp_path):
     (tmp_path / "job.yaml").write_text(f"name: tiny\nstorage: {tmp_path}\n")
     (tmp_path / "entry.py").write_text("print('let in')\n")
@@ -147,17 +121,3 @@ def test_the_command_asks_for_a_token_and_stops_on_sigterm(monkeypatch, tmp_path
     finally:
         process.terminate()
         process.wait(timeout=60)
-
-
-def _listening(processes: list[psutil.Process]) -> set[str]:
-    """Addresses that these processes accept connections on, IPv4 ones in IPv6 form too."""
-    found = set()
-    for process in processes:
-        try:
-            sockets = process.net_connections("tcp")
-        except psutil.NoSuchProcess:
-            continue
-        found |= {
-            c.laddr.ip.removeprefix("::ffff:") for c in sockets if c.status == psutil.CONN_LISTEN
-        }
-    return found

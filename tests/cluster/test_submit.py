@@ -1,5 +1,5 @@
-"""Submitting: what is shipped, what is said, what the exit code is, and one real cluster of two
-nodes.
+"""Submitting: what is shipped, what is said, and what the exit code is. `e2e/test_submitted.py`
+submits to a real cluster.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ import os
 import random
 import re
 import shlex
-import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 import zipfile
@@ -24,7 +22,6 @@ from typer.testing import CliRunner
 
 from cluster import package
 from cluster import submit as submit_module
-from cluster.local import local_cluster
 from cluster.package import collect, write_zip
 from cluster.submit import SubmitError, entrypoint, parse_env, submit
 from pipeline.cli import app
@@ -623,117 +620,3 @@ def test_contact_lost_for_long(job, dashboard, monkeypatch):
         SubmitError, match=r"lost contact .*mine may still be running: ray job logs"
     ):
         submit(job, dashboard.address, submission_id="mine", echo=lambda _: None)
-
-
-ENTRY = """
-import os, sys, time
-import ray
-import cluster
-
-print("greeting", os.environ["GREETING"], "with", *sys.argv[1:], flush=True)
-for line in range(4):
-    print("line", line, flush=True)
-    time.sleep(1)
-
-@ray.remote(scheduling_strategy="SPREAD")
-def where():
-    import cluster  # shipped to the workers too
-    time.sleep(1)
-    return ray.get_runtime_context().get_node_id(), cluster.__file__
-
-ray.init(address="auto")
-places = ray.get([where.remote() for _ in range(4)])
-print("nodes", len({node for node, _ in places}))
-code = {os.path.dirname(os.path.dirname(file)) for _, file in places}
-print("copies of the code", len(code), os.getcwd() in code, os.path.exists("job.yaml"))
-sys.exit(7)
-"""
-
-SLEEPER = """
-import time
-for second in range(600):
-    print("tick", second, flush=True)
-    time.sleep(1)
-"""
-
-
-@pytest.fixture(scope="module")
-def real_cluster():
-    with local_cluster(2) as cluster:
-        yield cluster
-
-
-@pytest.mark.ray(own=True)
-@pytest.mark.slow
-@pytest.mark.timeout(240)
-def test_a_job_on_two_nodes_is_followed_to_its_exit_code(real_cluster, tmp_path):
-    (tmp_path / "job.yaml").write_text(f"name: tiny\nstorage: {tmp_path}\n")
-    (tmp_path / "entry.py").write_text(ENTRY)
-    said: list[tuple[float, str]] = []
-    code = submit(
-        tmp_path / "job.yaml",
-        real_cluster.job_address,
-        overrides=["seed=1"],
-        env={"GREETING": "hello"},
-        python_module="entry",
-        include=["entry.py"],
-        echo=lambda line: said.append((time.monotonic(), line)),
-    )
-    lines = [line for _, line in said]
-    assert code == 7, "\n".join(lines)
-    assert "greeting hello with run job.yaml --address auto --set seed=1" in lines
-    times = {line: when for when, line in said}
-    assert times["line 3"] - times["line 0"] > 1, "the log came in one piece"
-    assert [line for line in lines if line.startswith("line ")] == [f"line {i}" for i in range(4)]
-    assert "nodes 2" in lines
-    assert "copies of the code 2 True True" in lines
-    assert any("must be one disk that all 2 nodes share" in line for line in lines)
-
-
-@pytest.mark.ray(own=True)
-@pytest.mark.slow
-@pytest.mark.timeout(240)
-def test_ctrl_c_leaves_the_job_running(real_cluster, tmp_path):
-    (tmp_path / "job.yaml").write_text("name: sleeper\nstorage: s3://nowhere/runs\n")
-    (tmp_path / "entry.py").write_text(SLEEPER)
-    program = (
-        "import sys; from functools import partial; from pathlib import Path; from "
-        "cluster.submit import submit\n"
-        f"sys.exit(submit(Path('job.yaml'), {real_cluster.job_address!r}, submission_id='sleeper',"
-        " python_module='entry', include=['entry.py'], echo=partial(print, flush=True)))"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    client = submit_module._connect(real_cluster.job_address)
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("tick"):
-                break
-        process.send_signal(signal.SIGINT)
-        rest = process.stdout.read()
-        assert process.wait(timeout=30) == 130
-        assert "no longer following; sleeper goes on" in rest and "ray job stop --address" in rest
-        assert client.get_job_info("sleeper").status == "RUNNING"
-        with pytest.raises(SubmitError, match="already exists"):
-            submit(
-                tmp_path / "job.yaml",
-                real_cluster.job_address,
-                submission_id="sleeper",
-                python_module="entry",
-                echo=lambda _: None,
-            )
-    finally:
-        process.kill()
-        process.wait()
-        client.stop_job("sleeper")
-    deadline = time.monotonic() + 30
-    while not client.get_job_info("sleeper").status.is_terminal() and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert client.get_job_info("sleeper").status == "STOPPED"

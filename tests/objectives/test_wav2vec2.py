@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import transformers as hf
 from toys import task_of
 
@@ -403,43 +402,28 @@ def test_what_does_not_fit_is_refused(name, inputs, options, message):
         )
 
 
-def _rank(rank: int, count: int, port: int, out: str) -> None:
-    """One rank's loss and gradients of its rows of the same global batch; the last of three ranks
-    has none.
-    """
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count
-    )
+def loss_and_gradient(ranks, rows_of_ranks: list[list[int]]) -> dict:
+    """One rank's part of the same global batch; it may be empty."""
     made = scattered(task({"feature_penalty": 0.5}))
     made.train()
-    own = [0, 1, 2] if rank == 0 else [3] if rank == 1 else []
-    whole = batch_of()
+    own, whole = rows_of_ranks[ranks.rank], batch_of()
     part = Batch(
         whole.rows[own], whole.keys[own], {name: tensor[own] for name, tensor in whole.data.items()}
     )
     total, n, logs = made(part)
     total.backward()
-    torch.save(
-        {
-            "total": total.detach(),
-            "count": n,
-            "logs": logs,
-            "grads": {name: p.grad for name, p in made.named_parameters()},
-        },
-        f"{out}/{rank}.pt",
-    )
-    dist.destroy_process_group()
+    return {
+        "total": total.detach(),
+        "count": n,
+        "logs": {name: torch.as_tensor(value).detach() for name, value in logs.items()},
+        "grads": {name: p.grad for name, p in made.named_parameters()},
+    }
 
 
 @pytest.mark.slow
-def test_ranks_together_have_the_loss_and_the_gradient_of_the_global_batch(tmp_path):
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (3, port, str(tmp_path)), nprocs=3)
-    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
+@pytest.mark.parametrize("rows_of_ranks", [[[0, 1, 2], [3]], [[0, 1, 2, 3], []]])
+def test_ranks_together_have_the_loss_and_the_gradient_of_the_global_batch(team, rows_of_ranks):
+    parts = team(loss_and_gradient, rows_of_ranks)
     made = scattered(task({"feature_penalty": 0.5}))
     made.train()
     total, count, logs = made(batch_of())

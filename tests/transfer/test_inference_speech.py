@@ -366,12 +366,12 @@ def test_subtitles_of_what_transcribes_nothing_are_refused(untrained, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.ray  # though it uses none: so it runs where the next test does, with the same network
 def test_words_stand_where_they_sound(trained, tmp_path):
     said = texts(24, 2)
     heard = [sound(text, 500 + i) for i, text in enumerate(said)]
-    rows = pa.concat_tables(
-        found(trained, pa.table({"sound": [encoded(samples) for samples, _ in heard]}), tmp_path)
-    ).to_pylist()
+    table = pa.table({"sound": [encoded(samples) for samples, _ in heard]})
+    rows = pa.concat_tables(found(trained, table, tmp_path)).to_pylist()
     right = [
         (row, words)
         for row, text, (_, words) in zip(rows, said, heard, strict=True)
