@@ -304,7 +304,7 @@ def _remedy(pairs: list[tuple[str, str]]) -> str:
         return "write it as Parquet, for example with pandas: DataFrame.to_parquet"
     if suffix in (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"):
         return "unpack it, or let onetomany prepare read it (see prepare --list)"
-    return "set data.format"
+    return "say what they are by data.format (predict and embed: --input-format)"
 
 
 def _several_kinds(uris: list[str], pairs: list[tuple[str, str]]) -> str:
@@ -317,7 +317,10 @@ def _several_kinds(uris: list[str], pairs: list[tuple[str, str]]) -> str:
     others = f" and {number - 1} more" if number > 1 else ""
     advice = "name one kind by a glob"
     if common and any(root for _, root in pairs):
-        advice += f", or set format: {common}, which leaves the other files of a folder out"
+        advice += (
+            f", or set format: {common}, which leaves the other files of a folder out "
+            f"(predict and embed: --input-format {common})"
+        )
     return (
         f"{', '.join(uris)}: files of several kinds "
         f"({', '.join(sorted(kind or 'unknown' for kind in counts))}); {stray}{others} "
@@ -580,9 +583,11 @@ DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bar
 
 
 def _check_delimiter(file: str, delimiter: str) -> None:
-    """Raise ValueError where another delimiter separates the fields of the first two lines."""
+    """Raise ValueError where the first two lines are no text, or have another delimiter."""
     with open_decompressed(file) as handle:
         first, second = handle.readline(LINE_BYTES), handle.readline(LINE_BYTES)
+    if b"\0" in first + second:
+        raise ValueError(f"{file}: its content is binary, not text; write it as CSV in UTF-8")
     if delimiter.encode() in first or b'"' in first:
         return
     for other, plural in DELIMITERS.items():

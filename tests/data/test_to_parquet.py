@@ -382,6 +382,13 @@ def test_tables_may_have_the_mark_of_utf8_and_not_that_of_utf16(tmp_path, import
         m.build(str(tmp_path / name), "auto", imports)
 
 
+def test_a_binary_file_is_no_csv(tmp_path, imports):
+    """Its bytes were taken for tabs, and the advice was to say so."""
+    (tmp_path / "a.csv").write_bytes(b"\x93\0a\tb\n\0\xe2\tc\n")
+    with pytest.raises(ValueError, match=r"a\.csv: its content is binary, not text"):
+        m.build(str(tmp_path / "a.csv"), "auto", imports)
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
 def test_a_file_in_utf16_is_refused_whole(tmp_path, imports, encoding):
     data = "one\ntwo\n".encode(encoding)

@@ -780,7 +780,7 @@ def _split(draft: Draft, splits: Column | None, scratch: str) -> None:
         draft.fields["test_fraction"] = test
         draft.reasons["test_fraction"] = "share of the rows that is only tested on"
         if few:
-            draft.reasons["test_fraction"] += ": large, as a verdict needs 20 test rows or more"
+            draft.reasons["test_fraction"] += ": large, as a verdict needs enough test rows"
     if group:
         draft.fields["group"] = group
         draft.reasons["group"] = f"all rows of one {group} stay in one split"

@@ -163,7 +163,7 @@ def job_text(draft: Draft, path: Path, places: list[str], checkpoints: list[str]
     name = path.stem if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", path.stem) else "first"
     target = _key(draft.label)
     _header(out, draft, path, name, target, places)
-    out.add(0, f"name: {scalar(name)}", f"the results stand in runs/{name}")
+    out.add(0, f"name: {scalar(name)}", f"the results will be in runs/{name}")
     out.add(0, "storage: runs", "a folder below the current one, or s3://bucket/prefix")
     if checkpoints:
         _given_sources(out, draft, checkpoints)
