@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -19,6 +19,23 @@ from pipeline.report import results, trial_folder
 from pipeline.report.results import ResultRow
 
 FILE = "README.md"
+BUNDLE_MANIFEST, GRAPH = "manifest.json", "graph.json"
+OPENED_BY = (
+    (BUNDLE_MANIFEST, "", "onetomany predict FOLDER new_rows.parquet -o predictions"),
+    (
+        "classifier.py",
+        "python",
+        "from classifier import load  # in this folder\n\n"
+        'model = load(".")  # its inputs and outputs: see the first lines of classifier.py',
+    ),
+    (
+        "modules.json",
+        "python",
+        "from sentence_transformers import SentenceTransformer\n\n"
+        'vectors = SentenceTransformer("FOLDER").encode(["A text."])',
+    ),
+)
+"""A file of a folder, the language of the code that opens the folder, and this code."""
 MIN_ROWS = 20
 """Subgroups with fewer test rows are left out: one of few rows tells of single persons."""
 LIBRARIES = {"timm": "timm", "transformers": "transformers", "hf": "transformers"}
@@ -50,13 +67,19 @@ TAGS = {"series": "time-series"}
 """Modalities to what hubs call them, where that is another word."""
 
 
-def model_card(uri: str, licence: str = "unknown", title: str = "") -> str:
+def model_card(
+    uri: str,
+    licence: str = "unknown",
+    title: str = "",
+    files: Collection[str] = (BUNDLE_MANIFEST,),
+) -> str:
     """Return the card of a bundle.
 
     Args:
         uri: The bundle; one of a trial lies in its job's folder, whose results the card takes.
         licence: Of the weights, as hubs name it: apache-2.0, cc-by-4.0, ...
         title: Heading; "" for one made of the target or backbone.
+        files: Names of the files beside the card, which tell how the network is opened.
     """
     manifest = bundle.read_manifest(uri)
     rows = rows_of_bundle(uri, manifest)
@@ -71,7 +94,7 @@ def model_card(uri: str, licence: str = "unknown", title: str = "") -> str:
         *_making(manifest, final),
         *_data(manifest, rows, licence),
         *_limits(manifest, rows),
-        *_use(manifest),
+        *_use(manifest, files),
     ]
     return f"---\n{header}\n---\n\n" + "\n\n".join(sections) + "\n"
 
@@ -305,11 +328,14 @@ def _limits(manifest: Manifest, rows: Sequence[ResultRow]) -> list[str]:
     return ["## Limits", "\n".join(f"- {line}" for line in lines)]
 
 
-def _use(manifest: Manifest) -> list[str]:
-    if not manifest.has_head:
-        return []
-    text = "```\nonetomany predict FOLDER new_rows.parquet -o predictions\n```"
-    return ["## Use", f"Of a bundle (`manifest.json` is in the folder):\n\n{text}"]
+def _use(manifest: Manifest, files: Collection[str]) -> list[str]:
+    """Return how the network is opened, by the files beside the card."""
+    for name, language, code in OPENED_BY:
+        if name in files and (name != BUNDLE_MANIFEST or manifest.has_head):
+            return ["## Use", f"```{language}\n{code}\n```"]
+    if GRAPH in files:
+        return ["## Use", "`README.md` beside this card has code that prepares rows and runs it."]
+    return []
 
 
 def without_places(text: str) -> str:

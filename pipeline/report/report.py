@@ -492,7 +492,7 @@ def _describe_values(metric: str, done: Sequence[MatrixEntry]) -> str:
         f"Test {metric} ({better} is better), mean over {seeds} on {rows_read} test "
         "rows, with 95 % intervals, the best value first. A gain is positive where it is "
         "better. ▲ wins, ▼ loses: its interval excludes zero, * also after Holm's "
-        "correction. ○ not shown: it holds zero."
+        "correction. ○ not shown: it contains zero."
     )
 
 

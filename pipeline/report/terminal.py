@@ -184,7 +184,7 @@ def _caption(entries: Sequence[MatrixEntry], has_others: bool) -> str:
         "gain: the gain over scratch, which is training with the same backbone, labels and seeds",
         "but without a source. Positive is better.",
         "wins, loses: the 95 % interval of the gain excludes zero; * also after Holm's correction",
-        "for all comparisons. not shown: it holds zero.",
+        "for all comparisons. not shown: it contains zero.",
     ]
     verdicts = {entry.verdict for entry in entries}
     if SINGLE_SEED in verdicts:

@@ -218,10 +218,10 @@ def blocks_of(
         return []
     head = ["Target", "Use", "On test rows", "Gain over scratch", "Training time"]
     text = (
-        "For each target the network that is best on its validation rows, among those with the "
-        "most labels that no comparison has shown to be worse (after Holm's correction; unless all "
-        "are). With few validation rows the choice is uncertain: onetomany advise weighs all "
-        "comparisons. Values and gains are means over seeds, with 95 % intervals. trials.csv "
+        "For each target the network with the most labels that is best on the validation rows. "
+        "Networks that are shown to be worse than scratch (after Holm's correction) are left out, "
+        "unless all are. With few validation rows the choice is uncertain: onetomany advise weighs "
+        "all comparisons. Values and gains are means over seeds, with 95 % intervals. trials.csv "
         "beside this page lists every trial with its bundle."
     )
     if in_folds & groups.keys():

@@ -19,6 +19,7 @@ from pipeline.checkpoints.bundle import versions
 from pipeline.config import extras
 from pipeline.config.schema import Job
 from pipeline.io import storage
+from pipeline.report.blocks import plural
 from pipeline.train import launch
 from pipeline.train.progress import Progress
 from pipeline.transfer import dry_run, fanout, stages
@@ -188,7 +189,7 @@ def _ray(address: str | None) -> tuple[list[Line], launch.Cluster | None]:
         launch.start(address, verbose=False)
         have = launch.cluster_resources()
         text = (
-            f"{have['nodes']:g} nodes, {have['CPU']:g} CPU, {have['GPU']:g} GPU, "
+            f"{plural(int(have['nodes']), 'node')}, {have['CPU']:g} CPU, {have['GPU']:g} GPU, "
             f"{have['object_store_memory'] / 2**30:.1f} GiB object store"
         )
         cluster = launch.cluster()

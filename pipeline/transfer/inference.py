@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import posixpath
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ from pipeline.data.to_parquet import ABOUT
 from pipeline.io import checksums, file_identity, storage
 from pipeline.media import drawing, transcripts
 from pipeline.media.tagging_schemes import texts
+from pipeline.report.blocks import plural
 from pipeline.train import evaluate, fit_components, launch, row_checks
 from pipeline.train.online_probe import features
 from pipeline.train.progress import Progress
@@ -57,6 +59,8 @@ LAYOUT = 2
 """Version of the output columns. An output folder of another version is refused."""
 IDS = ("id", "image_id", "entity", "episode")
 """Columns with the id of a row, as importers write them. Predictions have them too."""
+IMPORTS = ".imports"
+"""Folder of the output in which files that are not Parquet are converted, until all is written."""
 INPUT = "input_"
 """Prefix of a column of the rows that has the same name as a column of the predictions."""
 PICTURE = "drawn"
@@ -259,6 +263,8 @@ def check(uri: str, options: OutputOptions | None = None) -> bundle.Manifest:
 class NewRows:
     """New rows, and the columns of them that are read."""
 
+    places: list[str]
+    """Files, folders or globs, as they were given."""
     manifest: Manifest
     selection: Selection
     columns: dict[str, str]
@@ -297,7 +303,7 @@ def _read_input(
         ValueError: A column is missing or has another type than the bundle reads.
     """
     storage.refuse_read_only(output)
-    imports = storage.join(output, ".imports")
+    imports = storage.join(output, IMPORTS)
     modality = trained.build_modality()
     empty_texts = readable_columns(modality, {**trained.columns, **columns})
     with file_identity.progress_to(progress.update):
@@ -307,6 +313,8 @@ def _read_input(
         where = rows.files[0] if rows.files else data[0]
         if where.startswith(imports):
             where = data[0]
+        if rows.num_rows == 0:
+            raise ValueError(f"{where}: there are no rows in it")
         columns = columns_of_roles(
             modality, objective, trained.columns, columns, rows, where, reads_labels
         )
@@ -318,7 +326,7 @@ def _read_input(
             of_files = file_columns(modality, columns)
             (selection,), named_files = manifests.with_named_files([selection], of_files, "content")
             rows, files_read = selection.manifest, [*files_read, *named_files]
-    return NewRows(rows, selection, columns, copied, modality, objective, files_read)
+    return NewRows(data, rows, selection, columns, copied, modality, objective, files_read)
 
 
 def predict(
@@ -426,7 +434,7 @@ def _write(
     document = {
         "key": key,
         "bundle": uri,
-        "files": list(rows.manifest.files),
+        "files": rows.places,
         "rows": count,
         "labels": classes,
     }
@@ -465,10 +473,15 @@ def _write(
             item.stop == count,
         )
     file_identity.check_unchanged(rows.files_read)
-    text = f"{output}: {count} rows in {len(items)} parts"
-    text += f", {len(done)} of them from before" if done else ""
-    text += f"; {bad} rows could not be read, see column error" if bad else ""
-    return text + _coverage(rows) + _unread_texts(rows), list(parts.values())
+    names = [posixpath.basename(part) for part in parts.values()]
+    where = names[0] if len(names) == 1 else f"{len(names)} files, {names[0]} to {names[-1]}"
+    text = f"{output}: {plural(count, 'row')} in {where}"
+    text += f" ({plural(len(done), 'file')} from an earlier run)" if done else ""
+    text += f"; {plural(bad, 'row')} could not be read, see column error" if bad else ""
+    text += _coverage(rows) + _unread_texts(rows)
+    # the converted rows have all columns, also those that nobody asked to keep
+    storage.remove_tree(storage.join(output, IMPORTS))
+    return text, list(parts.values())
 
 
 def _coverage(rows: NewRows) -> str:
@@ -716,14 +729,21 @@ def columns_of_roles(
     """
     out, where = dict(given), where or manifest.files[0]
     labels = (*objective.roles, *objective.optional_roles)
+    all_roles = (*modality.roles, *modality.optional_roles)
     inputs = (*modality.roles, *(modality.fit_roles if extends_state(modality) else ()))
     named_labels = [role for role in given if role in labels and role not in inputs]
+    unknown = [role for role in given if role not in (*all_roles, *inputs, *labels)]
+    if unknown:
+        raise ValueError(
+            f"--column {unknown[0]}: no such role; {modality.registered_name} reads "
+            f"{', '.join(all_roles)}"
+        )
     if named_labels:
         raise ValueError(
             f"--column {named_labels[0]}: rows to predict need no {named_labels[0]}; leave it out"
         )
     names = manifest.schema.names
-    for role in (*modality.roles, *modality.optional_roles):
+    for role in all_roles:
         is_label = role in labels and role not in modality.roles
         takes_label = role in given or (reads_labels and role in known and role in inputs)
         if is_label and not takes_label:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import posixpath
 import re
 import shutil
 from collections.abc import Mapping
@@ -31,7 +32,9 @@ def write_card(uri: str, folder: str) -> None:
     if storage.is_dir(folder):
         is_taken = storage.exists(storage.join(folder, model_card.FILE))
         name = BESIDE_README if is_taken else model_card.FILE
-        storage.write_bytes(storage.join(folder, name), model_card.model_card(uri).encode())
+        files = [posixpath.basename(file) for file in storage.list_files(folder)]
+        card = model_card.model_card(uri, files=files)
+        storage.write_bytes(storage.join(folder, name), card.encode())
 
 
 def push(place: str, to: str, licence: str = "unknown", private: bool = False) -> str:
@@ -61,7 +64,9 @@ def push(place: str, to: str, licence: str = "unknown", private: bool = False) -
             _copy_export(place, folder, licence)
         else:
             raise ValueError(
-                f"{place}: no bundle (manifest.json) and no folder that export wrote ({EXPORTED})"
+                f"{place}: no bundle (manifest.json) and no folder that export wrote ({EXPORTED}); "
+                "of a job, export the network of a target first: onetomany export JOB FOLDER "
+                "--target NAME"
             )
         count = sum(path.is_file() for path in folder.rglob("*"))
         if repository is not None:
@@ -124,7 +129,7 @@ def _copy_export(uri: str, folder: Path, licence: str) -> None:
     if bundle.exists(origin):
         is_taken = model_card.FILE in described.get("files", {})
         name = BESIDE_README if is_taken else model_card.FILE
-        card = model_card.model_card(origin, licence)
+        card = model_card.model_card(origin, licence, files=described.get("files", {}))
         Path(folder, name).write_text(card, encoding="utf-8")
 
 

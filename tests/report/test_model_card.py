@@ -142,7 +142,8 @@ def test_a_pushed_export_has_the_card_of_its_bundle(job, tmp_path):
     exported, to = tmp_path / "exported", tmp_path / "pushed"
     api.export(uri, str(exported), kind="hugging-face")
     card = (exported / "README.md").read_text()
-    assert card == model_card.model_card(uri)
+    assert card == model_card.model_card(uri, files=["classifier.py"])
+    assert "from classifier import load" in card and "onetomany predict" not in card
     written = files(exported)
     (exported / "notes.txt").write_text("mine")
     publishing.push(str(exported), str(to), "apache-2.0")

@@ -220,6 +220,7 @@ LISTS = {"times": pa.array([[1.0]]), "variables": pa.array([["v0"]]), "values": 
             {"observations": pa.array([[1.0]])},
             "column observations holds list<.*double>, and this bundle's observations needs lists",
         ),
+        ("text", {"text": pa.array([], pa.string())}, r"rows\.parquet: there are no rows in it"),
     ],
 )
 def test_a_column_of_another_type_is_one_line_before_anything_starts(name, columns, said, tmp_path):
@@ -324,6 +325,8 @@ def test_actions_are_read_where_they_are_given_and_by_embed_as_in_training(tmp_p
     assert columns("behaviour_cloning", {}, reads_labels=True) == known
     with pytest.raises(ValueError, match="--column label: rows to predict need no label"):
         columns("classification", {"label": "label"}, reads_labels=True)
+    with pytest.raises(ValueError, match="--column image: no such role; trajectory reads observ"):
+        columns("classification", {"image": "pixels"})
 
 
 def test_a_kept_column_that_is_called_as_a_prediction_is_stands_as_an_input():

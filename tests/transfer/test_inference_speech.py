@@ -414,7 +414,7 @@ def test_a_folder_of_recordings_is_transcribed_with_subtitles(trained, ray_here,
     ]
     message = CliRunner().invoke(cli.app, line)
     assert message.exit_code == 0, message.output
-    assert "3 recordings as .srt" in message.output and "1 rows could not be read" in message.output
+    assert "3 recordings as .srt" in message.output and "1 row could not be read" in message.output
     rows = pq.read_table(tmp_path / "out").to_pylist()  # the folder is one data set
     long = [row for row in rows if row["recording"] == "calls/long.wav"]
     assert len(long) > 1 and [row["start"] for row in long] == sorted(row["start"] for row in long)

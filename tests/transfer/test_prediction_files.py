@@ -302,13 +302,14 @@ def test_embed_writes_the_features_of_each_row(tmp_path, monkeypatch):
     without_ray(monkeypatch)
     uri = image_bundle(tmp_path, "classification", {}, label_state())
     said = ran("embed", uri, photos(tmp_path), "-o", tmp_path / "out")
-    assert "3 rows in 1 parts" in said and "1 rows could not be read" in said
+    assert "3 rows in part-00000.parquet" in said and "1 row could not be read" in said
     found = pq.read_table(tmp_path / "out")
     assert found.column_names == ["row", "file", "error", "features"]
     assert found.schema.field("features").type == pa.list_(pa.float32())
     features = np.array(found["features"].to_pylist(), dtype=np.float32)
     again = ran("embed", uri, tmp_path / "photos", "-o", tmp_path / "out")
-    assert "1 of them from before" in again and "1 rows could not be read" in again
+    assert "(1 file from an earlier run)" in again and "1 row could not be read" in again
+    assert not (tmp_path / "out" / ".imports").exists()  # it has all columns of the rows
     expected = pipeline.embed(uri, str(tmp_path / "photos"))
     assert np.isnan(features[1]).all() and np.isfinite(features[[0, 2]]).all()
     assert np.array_equal(features, expected, equal_nan=True)
