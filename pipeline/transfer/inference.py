@@ -732,7 +732,8 @@ def columns_of_roles(
     all_roles = (*modality.roles, *modality.optional_roles)
     inputs = (*modality.roles, *(modality.fit_roles if extends_state(modality) else ()))
     named_labels = [role for role in given if role in labels and role not in inputs]
-    unknown = [role for role in given if role not in (*all_roles, *inputs, *labels)]
+    known_roles = (*all_roles, *inputs, *labels, "recording")
+    unknown = [role for role in given if role not in known_roles]
     if unknown:
         raise ValueError(
             f"--column {unknown[0]}: no such role; {modality.registered_name} reads "
