@@ -24,8 +24,10 @@ cli.app()
 
 
 @pytest.mark.slow
-def test_an_edited_technique(tiny_data, tmp_path):
-    """Each run is a process of its own, since a process keeps the code that it has imported."""
+def test_an_edited_technique(tiny_data, tmp_path, onetomany_here):
+    """Each run after the first is a process of its own, since a process keeps the code that it has
+    imported.
+    """
     code = tmp_path / "code"
     for package in ("pipeline", "cluster"):
         shutil.copytree(
@@ -52,7 +54,7 @@ def test_an_edited_technique(tiny_data, tmp_path):
             zip(table["technique"].to_pylist(), table["started_at"].to_pylist(), strict=True)
         )
 
-    command()
+    assert onetomany_here("run", SMALL, cwd=work).returncode == 0
     first = started()
     technique = code / "pipeline/techniques/scratch.py"
     before = technique.read_text()

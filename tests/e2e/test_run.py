@@ -238,12 +238,13 @@ def test_two_runs_of_one_job_at_once_are_refused(onetomany_here, tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_search_with_asha_picks_on_validation(onetomany_on_ray, tmp_path):
+def test_a_search_with_asha_picks_on_validation(onetomany_here, onetomany_on_ray, tmp_path):
+    assert onetomany_here("pretrain", SMALL, cwd=tmp_path).returncode == 0
     words = (
         "--set",
         "targets.shoes.train={steps: 5, global_batch: 8, eval_every_steps: 1}",
         "--set",
-        "fanout={seeds: 2, trials: 3, search: {lr: [1.0e-4, 1.0e-2]}, scheduler: asha}",
+        "fanout={seeds: 1, trials: 3, search: {lr: [1.0e-4, 1.0e-2]}, scheduler: asha}",
     )
     done = onetomany_on_ray("run", SMALL, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -87,10 +87,10 @@ def kill(process: subprocess.Popen) -> None:
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory, onetomany_on_ray):
+def sources(tmp_path_factory, onetomany_here):
     """A folder whose source is trained. On the shared Ray no run takes a package that lies there."""
     folder = with_packages_of_its_own(tmp_path_factory.mktemp("sources"))
-    assert onetomany_on_ray("pretrain", SMALL, cwd=folder).returncode == 0
+    assert onetomany_here("pretrain", SMALL, cwd=folder).returncode == 0
     return folder
 
 
