@@ -434,7 +434,7 @@ def test_a_folder_of_recordings_is_transcribed_with_subtitles(trained, ray_here,
         and (tmp_path / "out" / "_subtitles" / "broken.srt").read_text() == ""
     )
     again = CliRunner().invoke(cli.app, line)
-    assert again.exit_code == 0 and "1 of them from before" in again.output
+    assert again.exit_code == 0 and "(1 file from an earlier run)" in again.output
 
 
 # ---------------------------------------------------------------- what a network can read
