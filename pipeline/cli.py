@@ -24,7 +24,7 @@ from pipeline.io.ray_environment import prepare_ray
 
 
 class Commands(TyperGroup):
-    """The commands. A name that is another tool's gets an error that says ours."""
+    """The commands. For a name that other tools use (``train``), the error suggests ours."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         meant = familiar_names.COMMANDS.get(args[0])

@@ -174,6 +174,7 @@ def pytest_runtest_setup(item):
 
 
 def pytest_runtest_call():
+    LOG.clear()  # what fixtures have logged does not count, as with pytest's own caplog
     _seed()
 
 

@@ -317,8 +317,9 @@ class _LikeEntries:
         if not parts:
             return ""
         return (
-            f"gains of {len(self.entries)} like entries differ (standard deviations) by "
-            f"{', '.join(parts)}, and {spreads[-1]:.{decimals}f} beyond that"
+            f"the {len(self.entries)} gains that this is estimated from differ by "
+            f"{', '.join(parts)}, and by {spreads[-1]:.{decimals}f} for other reasons "
+            "(standard deviations)"
         )
 
 

@@ -35,7 +35,9 @@ OPENED_BY = (
         'vectors = SentenceTransformer("FOLDER").encode(["A text."])',
     ),
 )
-"""A file of a folder, the language of the code that opens the folder, and this code."""
+"""How to open a folder, by a file that is in it: name of the file, language, code. The first that
+is there counts.
+"""
 MIN_ROWS = 20
 """Subgroups with fewer test rows are left out: one of few rows tells of single persons."""
 LIBRARIES = {"timm": "timm", "transformers": "transformers", "hf": "transformers"}

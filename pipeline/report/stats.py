@@ -341,9 +341,9 @@ def evidence(run: RunPredictions, metric: str = "") -> Evidence:
 def class_evidence(label: np.ndarray, groups: np.ndarray | None, unit: str) -> Evidence:
     """Return the evidence of rows with classes.
 
-    The most frequent class is that of the most rows or positions, also where units are groups. By
-    groups another one may be it, which never counts fewer units: this is the stricter way, and one
-    large group of a class does not pass for many.
+    The most frequent class is found by counting rows or positions, even where units are groups.
+    Counting groups could choose another class, which would give as many units or more: counting
+    rows is stricter.
 
     Args:
         label: (n,) class of each row, or (n, M) class of each position, -1 where there is none.

@@ -218,11 +218,11 @@ def blocks_of(
         return []
     head = ["Target", "Use", "On test rows", "Gain over scratch", "Training time"]
     text = (
-        "For each target the network with the most labels that is best on the validation rows. "
-        "Networks that are shown to be worse than scratch (after Holm's correction) are left out, "
-        "unless all are. With few validation rows the choice is uncertain: onetomany advise weighs "
-        "all comparisons. Values and gains are means over seeds, with 95 % intervals. trials.csv "
-        "beside this page lists every trial with its bundle."
+        "For each target, of the networks that were trained with the most labels, the one that is "
+        "best on the validation rows. Networks that are shown to be worse than scratch (after "
+        "Holm's correction) are left out, unless all are. With few validation rows the choice is "
+        "uncertain: onetomany advise weighs all comparisons. Values and gains are means over "
+        "seeds, with 95 % intervals. trials.csv beside this page lists every trial with its bundle."
     )
     if in_folds & groups.keys():
         text += (
@@ -283,10 +283,10 @@ def _commands(
     root: str, target: str, best: MatrixEntry, usable: MatrixEntry, bundle: str
 ) -> list[str]:
     """Return the commands that predict with a bundle, and export it."""
-    what = f"{root} FILES --target {target}" if usable is best else f"{bundle} FILES"
+    place, option = (root, f" --target {target}") if usable is best else (bundle, "")
     return [
-        f"onetomany predict {what} -o predictions/{target}",
-        f"onetomany export {bundle} exported/{target} --kind {usual_kind(bundle)}",
+        f"onetomany predict {place} FILES{option} -o predictions/{target}",
+        f"onetomany export {place} exported/{target}{option} --kind {usual_kind(bundle)}",
     ]
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -18,6 +19,18 @@ RowsBySeed = dict[tuple[Any, ...], dict[int, ResultRow]]
 """Test rows of one metric by what they have in common, and by seed."""
 
 
+def diverged_trials(rows: Iterable[ResultRow]) -> set[str]:
+    """Return the ids of trials whose primary test value is NaN: their networks diverged.
+
+    As in the report, no gain is over one of them.
+    """
+    primary: dict[str, ResultRow] = {}
+    for row in rows:
+        if row.split == "test" and row.metric:
+            primary.setdefault(row.trial_id, row)
+    return {name for name, row in primary.items() if math.isnan(row.value or 0.0)}
+
+
 def fill_comparison(rows: list[ResultRow], entries: list[matrix.MatrixEntry]) -> list[ResultRow]:
     """Fill in the columns that come from the comparison of an entry with scratch.
 
@@ -26,9 +39,11 @@ def fill_comparison(rows: list[ResultRow], entries: list[matrix.MatrixEntry]) ->
     trials with a source have them.
     """
     by_key = {entry.key: entry for entry in entries}
+    diverged = diverged_trials(rows)
     scratch_rows: RowsBySeed = defaultdict(dict)
     for row in rows:
-        if row.is_tested and row.source == SCRATCH and results.technique(row) == "scratch":
+        is_scratch = row.source == SCRATCH and results.technique(row) == "scratch"
+        if row.is_tested and is_scratch and row.trial_id not in diverged:
             key = (row.backbone, row.target, row.label_fraction, row.metric, row.fold)
             scratch_rows[key][row.seed] = row
     out: list[ResultRow] = []
@@ -61,9 +76,11 @@ def fill_best_baseline(
     It is paired by seed (`_paired_rows`).
     """
     by_key = {entry.key: entry for entry in entries if entry.best_baseline}
+    diverged = diverged_trials(rows)
     baseline_rows: RowsBySeed = defaultdict(dict)
     for row in rows:
-        if row.is_tested and row.backbone == results.NO_BACKBONE:
+        is_baseline = row.backbone == results.NO_BACKBONE
+        if row.is_tested and is_baseline and row.trial_id not in diverged:
             technique = results.technique(row)
             key = (row.target, row.label_fraction, technique, row.fold, row.metric)
             baseline_rows[key][row.seed] = row

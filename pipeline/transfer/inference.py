@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import posixpath
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -313,13 +314,14 @@ def _read_input(
         where = rows.files[0] if rows.files else data[0]
         if where.startswith(imports):
             where = data[0]
-        if rows.num_rows == 0:
-            raise ValueError(f"{where}: there are no rows in it")
-        columns = columns_of_roles(
-            modality, objective, trained.columns, columns, rows, where, reads_labels
-        )
-        _check_types(modality, columns, rows, where)
-        copied = kept_columns(modality, columns, rows, keep, where)
+        with _removed_where_refused(rows, imports):
+            if rows.num_rows == 0:
+                raise ValueError(f"{where}: there are no rows in it")
+            columns = columns_of_roles(
+                modality, objective, trained.columns, columns, rows, where, reads_labels
+            )
+            _check_types(modality, columns, rows, where)
+            copied = kept_columns(modality, columns, rows, keep, where)
         files_read = [*(file for file in rows.identities if file is not None), *named_files]
         selection = Selection(rows)
         if not named_files:
@@ -327,6 +329,19 @@ def _read_input(
             (selection,), named_files = manifests.with_named_files([selection], of_files, "content")
             rows, files_read = selection.manifest, [*files_read, *named_files]
     return NewRows(data, rows, selection, columns, copied, modality, objective, files_read)
+
+
+@contextmanager
+def _removed_where_refused(rows: manifests.Manifest, imports: str) -> Iterator[None]:
+    """Remove converted rows where the command is refused: they have all columns."""
+    try:
+        yield
+    except ValueError:
+        for file in rows.files:
+            if file.startswith(imports):
+                storage.remove_tree(posixpath.dirname(file))
+        storage.remove_empty_folder(imports)
+        raise
 
 
 def predict(
@@ -426,11 +441,13 @@ def _write(
         choices,
     )
     begun = storage.join(output, "_predictions.json")
-    if storage.exists(begun) and checksums.read_document(begun).get("key") != key:
-        raise ValueError(
-            f"{output} holds the output of another bundle, of other files, or with other options "
-            "(--keep, --format, --draw); give an empty folder"
-        )
+    imports = storage.join(output, IMPORTS)
+    with _removed_where_refused(rows.manifest, imports):
+        if storage.exists(begun) and checksums.read_document(begun).get("key") != key:
+            raise ValueError(
+                f"{output} holds the output of another bundle, of other files, or with other "
+                "options (--keep, --format, --draw); give an empty folder"
+            )
     document = {
         "key": key,
         "bundle": uri,
@@ -480,7 +497,7 @@ def _write(
     text += f"; {plural(bad, 'row')} could not be read, see column error" if bad else ""
     text += _coverage(rows) + _unread_texts(rows)
     # the converted rows have all columns, also those that nobody asked to keep
-    storage.remove_tree(storage.join(output, IMPORTS))
+    storage.remove_tree(imports)
     return text, list(parts.values())
 
 
@@ -732,12 +749,13 @@ def columns_of_roles(
     all_roles = (*modality.roles, *modality.optional_roles)
     inputs = (*modality.roles, *(modality.fit_roles if extends_state(modality) else ()))
     named_labels = [role for role in given if role in labels and role not in inputs]
-    known_roles = (*all_roles, *inputs, *labels, "recording")
-    unknown = [role for role in given if role not in known_roles]
+    has_segments = set(SEGMENT_ROLES) & set(modality.optional_roles)
+    of_rows = (*all_roles, *(("recording",) if has_segments else ()))
+    unknown = [role for role in given if role not in (*of_rows, *inputs, *labels)]
     if unknown:
         raise ValueError(
             f"--column {unknown[0]}: no such role; {modality.registered_name} reads "
-            f"{', '.join(all_roles)}"
+            f"{', '.join(of_rows)}"
         )
     if named_labels:
         raise ValueError(

@@ -42,6 +42,7 @@ from pipeline.transfer import (
     trial,
 )
 from pipeline.transfer.comparison_columns import (
+    diverged_trials,
     fill_best_baseline,
     fill_comparison,
     gain_over_scratch,
@@ -814,15 +815,19 @@ def collect(state: JobState, trials: list[Trial]) -> list[ResultRow]:
     records = trial.read_records(root, grid.folders(trials))
     state.trial_provenance = provenance_of_trials(state, trials, backbone_groups(state))
     with_bundle = _trials_with_bundle(state, trials, records)
+    finished = {
+        trial_id
+        for trial_id, record in records.items()
+        if any(row.split == "test" for row in record.rows) and not diverged_trials(record.rows)
+    }
     scratch: dict[tuple[str, str, str], list[Trial]] = defaultdict(list)
     for one in trials:
         is_scratch = one.source == SCRATCH and str(one.technique) == "scratch"
-        if not is_scratch or one.stage != "final" or one.id not in records:
-            continue
-        if any(row.split == "test" for row in records[one.id].rows):  # else it has failed
+        if is_scratch and one.stage == "final" and one.id in finished:
             scratch[_scratch_key(one)].append(one)
-    # a trial and its scratch are read once for all their metrics
-    predictions = lru_cache(maxsize=8)(partial(trial.read_predictions, root))
+    # a trial and its scratch trials are read once for all their metrics
+    num_cached = max(8, 2 + state.job.fanout.seeds)
+    predictions = lru_cache(maxsize=num_cached)(partial(trial.read_predictions, root))
     rows: list[ResultRow] = []
     for one in trials:
         if one.id not in records:

@@ -262,7 +262,7 @@ def test_the_report_says_what_to_use_and_the_commands(tmp_path):
     assert md.index("## What to use") < md.index("A comparison is one source")
     assert "garments with lp_ft" in md and "chosen on 321 validation rows" in md
     assert f"onetomany predict {tmp_path} FILES --target clothing -o predictions/clothing" in md
-    exported = "onetomany export bundles/cl-ga-lp_ft-1.0-2 exported/clothing --kind bundle"
+    exported = f"onetomany export {tmp_path} exported/clothing --target clothing --kind bundle"
     assert exported in html, "nothing is known of this bundle: a copy always works"
     _, md, _ = write(tmp_path, validated(rows, bundles=False), runs, curves)
     assert "## What to use" in md and "onetomany predict" not in md

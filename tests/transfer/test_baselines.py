@@ -5,6 +5,7 @@ Each equals scikit-learn called on the same arrays; their results stand beside t
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -721,6 +722,20 @@ def test_a_soup_is_compared_with_every_seed_in_the_results_as_in_the_report():
     second = next(row for row in tested if row.technique == "full" and row.seed == 1)
     value = next(row.value for row in scratch if row.seed == 1)
     assert second.baseline_gain == pytest.approx(second.value - value), "by its own seed"
+    diverged = [
+        dataclasses.replace(row, value=math.nan)
+        if row.split == "test" and row.technique == "scratch" and row.seed == 1
+        else row
+        for row in rows
+    ]
+    filled = comparison_columns.fill_comparison(diverged, matrix.matrix_entries(diverged, runs))
+    soup, second = (
+        next(row for row in filled if row.is_tested and (row.technique, row.seed) == wanted)
+        for wanted in (("uniform_soup", 0), ("full", 1))
+    )
+    values = [row.value for row in scratch if row.seed != 1]
+    assert soup.baseline_gain == pytest.approx(soup.value - np.mean(values))
+    assert second.baseline_gain is None, "a diverged network is no reference"
 
 
 def test_a_baseline_without_a_validation_value_is_never_the_best():

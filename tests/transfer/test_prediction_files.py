@@ -184,6 +184,11 @@ def test_predictions_as_csv_name_file_class_and_probability(tmp_path, monkeypatc
     words = ["predict", uri, tmp_path / "photos", "-o", tmp_path / "out"]
     other = CliRunner().invoke(cli.app, list(map(str, words)))
     assert other.exit_code == 2 and "with other options (--keep, --format" in other.output
+    assert not (tmp_path / "out" / ".imports").exists()
+    unknown = ["predict", uri, str(tmp_path / "photos"), "-o", str(tmp_path / "no")]
+    refused = CliRunner().invoke(cli.app, [*unknown, "--column", "recording=name"])
+    assert refused.exit_code == 2 and "--column recording: no such role" in refused.output
+    assert not list(tmp_path.glob("no/.imports")), "no copy of the rows stays"
     wrong = CliRunner().invoke(cli.app, [*map(str, words), "--format", "xlsx"])
     assert wrong.exit_code == 2 and "parquet" in wrong.output and "jsonl" in wrong.output
 
