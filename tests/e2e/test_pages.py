@@ -32,7 +32,7 @@ PAGES = [
 ]
 JOBS = sorted((ROOT / "jobs").rglob("*.yaml"))
 NOTEBOOKS = sorted((ROOT / "jobs").rglob("*.ipynb"))
-PLACEHOLDERS = {"JOB", "job.yaml", "reviews.yaml"}
+PLACEHOLDERS = {"JOB", "job.yaml", "reviews.yaml", "stays.yaml"}
 """Job files that a page names and that are the reader's own."""
 
 
