@@ -19,13 +19,13 @@ from pipeline.prepare.clinical import plausible
 prepare = partial(conftest.prepare, "eicu")
 TABLES = {
     "patient": """patientunitstayid,patienthealthsystemstayid,gender,age,ethnicity,hospitalid,admissionheight,admissionweight,hospitaladmitoffset,hospitaldischargeoffset,hospitaldischargestatus,unittype,unitadmitsource,unitvisitnumber,unitstaytype,unitdischargeoffset,unitdischargestatus,uniquepid
-70002,7001,Female,> 89,Caucasian,59,162.6,0.00,-600,6000,Expired,Cardiac ICU,Emergency Department,2,readmit,3000,Expired,002-1
-70001,7001,Female,> 89,Caucasian,59,162.6,61.2,-600,6000,Expired,MICU,Emergency Department,1,admit,600,Alive,002-1
-80001,8001,Male,64,,73,17.5,80,-5,2880,Alive,Med-Surg ICU,,1,admit,1440,Alive,010-9
-80002,8002,Unknown,,,73,,,0,,,SICU,Floor,1,stepdown/other,60,,010-10
+70002,7001,Female,> 89,Caucasian,59,61.2,162.6,-600,6000,Expired,Cardiac ICU,Emergency Department,2,readmit,3000,Expired,002-1
+70001,7001,Female,> 89,Caucasian,59,17.5,0.00,-600,6000,Expired,MICU,Emergency Department,1,admit,600,Alive,002-1
+80001,8001,Male,64,,73,1.75,80,-5,2880,Alive,Med-Surg ICU,,1,admit,1440,Alive,010-9
+80002,8002,Unknown,,,73,72,72,0,,,SICU,Floor,1,stepdown/other,60,,010-10
 80002,8002,Unknown,,,73,,,0,,,SICU,Floor,1,stepdown/other,60,,010-10
 80003,8003,Male,50,,73,,,0,10,Alive,SICU,Floor,1,admit,-1,Alive,010-11
-80004,8004,Male,50,,73,,,0,10,Alive,SICU,Floor,1,admit,,Alive,010-11
+80004,8001,Male,64,,73,,,0,10,Alive,SICU,Floor,1,admit,,Alive,010-9
 80005,8005,Male,50,,73,,,0,10,Alive,SICU,Floor,1,admit,60,Alive,
 """,
     "vitalPeriodic": """vitalperiodicid,patientunitstayid,observationoffset,temperature,sao2,heartrate,respiration,cvp,etco2,systemicsystolic,systemicdiastolic,systemicmean,pasystolic,st1
@@ -73,6 +73,11 @@ TABLES = {
 4,80001,120,0,0,0,0,120,flowsheet|Flowsheet Cell Labels|I&O|Intake (ml)|Crystalloids (ml)|NS,NS,-250,-250
 5,80001,120,0,0,0,0,120,flowsheet|Flowsheet Cell Labels|I&O|Weight|Bodyweight (kg),Bodyweight (kg),81.5,81.5
 6,80001,120,0,0,0,0,120,flowsheet|Flowsheet Cell Labels|I&O|Weight|Bodyweight (lb),Bodyweight (lb),179.7,179.7
+7,80001,240,0,0,0,0,240,flowsheet|Flowsheet Cell Labels|I&O|Output (ml)|Foley catheter,Foley catheter,300,300
+8,80001,300,0,0,0,0,300,flowsheet|Flowsheet Cell Labels|I&O|Output (ml)|Output (mL)-Urethral Catheter,Output (mL)-Urethral Catheter,50,50
+9,80001,360,0,0,0,0,360,flowsheet|Flowsheet Cell Labels|I&O|Output (ml)|Straight  cath UOP,Straight  cath UOP,60,60
+10,80001,420,0,0,0,0,420,flowsheet|Flowsheet Cell Labels|I&O|Output (ml)|Foley PACU,Foley PACU,70,70
+11,80001,480,0,0,0,0,480,"flowsheet|Flowsheet Cell Labels|I&O|Output (ml)|Urine, L neph:","Urine, L neph:",80,80
 """,
     "infusionDrug": """infusiondrugid,patientunitstayid,infusionoffset,drugname,drugrate,infusionrate,drugamount,volumeoffluid,patientweight
 1,70002,90,Norepinephrine (mcg/min),7.5,,,,
@@ -155,6 +160,11 @@ def test_events_by_hand(prepared):
         (2, "input: NS", 250),
         (2, "output: Chest Tube", 40),
         (3, "Urine", 125),
+        (4, "Urine", 300),
+        (5, "Urine", 50),
+        (6, "Urine", 60),
+        (7, "output: Foley PACU", 70),
+        (8, "Urine", 80),
     )
     notes = summary(prepared)["notes"]
     assert notes["events dropped by reason"] == {
@@ -181,7 +191,9 @@ def test_events_by_hand(prepared):
 
 
 def test_stays_by_hand(prepared):
-    """Age above 89, outcomes, what is not known, and rows that cannot be used, named by position."""
+    """Age above 89, heights and weights (swapped, metres, a weight twice, of 0 kg), outcomes, what
+    is not known, and rows that cannot be used, named by position.
+    """
     found = entity_rows(prepared)
     assert [found[stay]["static"] for stay in sorted(found)] == [
         {
@@ -193,10 +205,10 @@ def test_stays_by_hand(prepared):
             "Weight": weight,
         }
         for age, gender, unit, source, height, weight in [
-            (90, "female", "MICU", "Emergency Department", 162.6, 61.2),
-            (90, "female", "CCU", "Emergency Department", 162.6, None),
-            (64, "male", "Med-Surg ICU", None, None, 80),
-            (None, None, "SICU", "Floor", None, None),
+            (90, "female", "MICU", "Emergency Department", None, None),
+            (90, "female", "CCU", "Emergency Department", 162.6, 61.2),
+            (64, "male", "Med-Surg ICU", None, 175, 80),
+            (None, None, "SICU", "Floor", None, 72),
         ]
     ]
     columns = (
@@ -206,11 +218,18 @@ def test_stays_by_hand(prepared):
     assert [tuple(found[stay][name] for name in columns) for stay in sorted(found)] == [
         ("002-1", 59, 1, 0, 100, 10, 100, "admit", 2, 0),
         ("002-1", 59, 1, 1, 50, 50, 100, "readmit", 2, 0),
-        ("010-9", 73, 0, 0, None, 24, 48, "admit", 1, 0),
+        ("010-9", 73, 0, 0, None, 24, 48, "admit", 2, 0),
         ("010-10", 73, None, None, None, 1, None, "stepdown/other", 1, 0),
     ]
     about = summary(prepared)
     assert about["notes"]["ages above 89, taken as 90"] == 2 and about["notes"]["hospitals"] == 2
+    mended = {name: count for name, count in about["notes"].items() if "eight" in name}
+    assert mended == {
+        "heights and weights that were swapped": 1,
+        "heights in metres, converted": 1,
+        "heights that are the weight again, left out": 1,
+        "weights of at most 20 kg, left out": 1,
+    }
     assert [(row["path"], row["reason"]) for row in about["broken"]["files"]] == [
         ("patient.csv:row 5", "the same patientunitstayid again"),
         ("patient.csv:row 6", "its end is before its start"),

@@ -50,11 +50,14 @@ HAND = {
     "icu/icustays": """subject_id,hadm_id,stay_id,first_careunit,last_careunit,intime,outtime,los
 1,100,1000,Neuro Stepdown,Surgical Intensive Care Unit (SICU),2101-01-01 10:00:00,2101-01-03 10:00:00,2
 1,101,1010,Medical Intensive Care Unit (MICU),Medical Intensive Care Unit (MICU),2102-03-01 01:00:00,2102-03-04 12:00:00,3
-2,200,2000,Coronary Care Unit (CCU),Coronary Care Unit (CCU),2150-06-02 00:00:00,2150-06-05 00:00:00,3
+2,200,2000,Cardiac Vascular Intensive Care Unit (CVICU),Coronary Care Unit (CCU),2150-06-02 00:00:00,2150-06-05 00:00:00,3
 2,200,,Coronary Care Unit (CCU),Coronary Care Unit (CCU),2150-06-02 00:00:00,2150-06-05 00:00:00,3
 """,
     "icu/chartevents": """subject_id,hadm_id,stay_id,caregiver_id,charttime,storetime,itemid,value,valuenum,valueuom,warning
 1,101,1010,7,2102-03-01 02:00:00,2102-03-01 09:00:00,220045,101,101,bpm,1
+1,101,1010,7,2102-03-01 06:00:00,2102-03-01 08:00:00,220621,300,300,mg/dL,1
+1,101,1010,7,2102-03-01 06:00:00,2102-03-01 08:00:00,225664,200,200,mg/dL,1
+1,101,1010,7,2102-03-01 06:00:00,,220274,7.2,7.2,,0
 """,
     "icu/outputevents": """subject_id,hadm_id,stay_id,caregiver_id,charttime,storetime,itemid,value,valueuom
 2,200,2000,7,2150-06-02 03:00:00,2150-06-02 04:00:00,226559,150,ml
@@ -78,8 +81,8 @@ def by_hand(tmp_path_factory) -> Path:
 
 
 def test_events_by_hand(by_hand):
-    """A laboratory value counts from its result; without a hadm_id it belongs to the admission that
-    holds its time.
+    """A laboratory value counts from its result, in chartevents too; without a hadm_id it belongs to
+    the admission that holds its time.
     """
     found = entity_rows(by_hand)
     assert {stay: entity_events(row) for stay, row in found.items()} == {
@@ -89,23 +92,29 @@ def test_events_by_hand(by_hand):
             (2.5, "Creatinine", 1.5),
             (4, "Creatinine", 1.6),
             (5, "Creatinine", 1.7),
+            (5, "Glucose", 200),
+            (5, "pH", 7.2),
+            (7, "Glucose", 300),
             (7, "drug: Heparin", 1),
             (23, "drug: Aspirin", 1),
             (30, "Creatinine", 1.8),
         ),
         2000: f((3, "Urine", 150), (12, "input: NaCl 0.9%", 250)),
     }
-    assert summary(by_hand)["notes"]["events dropped by reason"] == {
+    notes = summary(by_hand)["notes"]
+    assert notes["laboratory values without a storetime, taken at their charttime"] == 2
+    assert notes["events dropped by reason"] == {
         "inputevents: rewritten": 1,
         "labevents: no number": 1,
         "labevents: outside the stay": 2,
-        "laboratory values without a time of their result, taken at their charttime": 1,
     }
     assert [row["reason"] for row in summary(by_hand)["broken"]["files"]] == ["no stay_id"]
 
 
 def test_facts_and_outcomes_by_hand(by_hand):
-    """Codes stand by their version: V4511 is another condition in ICD-9 than in ICD-10."""
+    """Codes stand by their version: V4511 is another condition in ICD-9 than in ICD-10. Care units
+    and emergencies have their names of MIMIC-III.
+    """
     found = entity_rows(by_hand)
     assert {stay: row["static"] for stay, row in found.items()} == {
         stay: dict(
@@ -123,9 +132,9 @@ def test_facts_and_outcomes_by_hand(by_hand):
             )
         )
         for stay, facts in {
-            1000: (61, "female", "Neuro Stepdown", "EW EMER.", [], []),
+            1000: (61, "female", "Neuro Stepdown", "EMERGENCY", [], []),
             1010: (62, "female", "MICU", "URGENT", ["V4511", "4019"], []),
-            2000: (91, "male", "CCU", "ELECTIVE", [], []),
+            2000: (91, "male", "CSRU", "ELECTIVE", [], []),
         }.items()
     }
     names = ("icd9", "icd10", "next_icd9", "next_icd10")
@@ -138,7 +147,7 @@ def test_facts_and_outcomes_by_hand(by_hand):
     assert {stay: tuple(row[name] for name in names) for stay, row in found.items()} == {
         1000: (0, None, None, 48, 1),
         1010: (1, 84, None, 83, 0),
-        2000: (0, None, 5, 72, 0),
+        2000: (0, None, 5, 72, 1),
     }
 
 

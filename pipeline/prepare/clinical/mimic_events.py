@@ -30,6 +30,10 @@ from pipeline.prepare.readers.csv_blocks import (
 )
 
 MEASURED = ("chartevents", "labevents", "outputevents")
+CHARTED_RESULTS = (220227, 220274, 220621, 223830, 226537)
+"""Items of CHARTEVENTS that are results of the laboratory: their charttime is when the blood was
+drawn (github.com/MIT-LCP/mimic-code, issue 375). Of the others charttime is when they were known.
+"""
 GIVEN = ("inputevents", "inputevents_cv", "inputevents_mv")
 CONVERSIONS = ("", "first", "second", "refill", "present", *plausible.CONVERSIONS)
 PAIRS = (CONVERSIONS.index("first"), CONVERSIONS.index("second"))
@@ -73,7 +77,7 @@ UNKNOWN = "unknown item"
 NO_STAY = "no stay"
 OUTSIDE = "outside the stay"
 NO_TIME = "no time"
-NO_RESULT_TIME = "laboratory values without a time of their result, taken at their charttime"
+NO_RESULT_TIME = "laboratory values without a storetime, taken at their charttime"
 
 
 class MimicImporter(GroupedImporter):
@@ -85,6 +89,7 @@ class MimicImporter(GroupedImporter):
 
     data_set: ClassVar[mimic_stays.DataSet]
     label = "hospital_death"
+    kept_reasons = (NO_RESULT_TIME,)
 
     def sources(self, source: str, cut_bytes: int) -> EventTables:
         found = listing(source)
@@ -206,9 +211,9 @@ class MimicImporter(GroupedImporter):
             "error": Column("id", False),
             "iserror": Column("id", False),
         }
-        known_at = self.data_set.result_time if reader.table == "labevents" else ""
-        if known_at:
-            columns[known_at] = Column("time")
+        known_at = self.data_set.result_time
+        if known_at and reader.table != "outputevents":
+            columns[known_at] = Column("time", reader.table == "labevents")
         items, codes, conversions = reader.keys["items"][reader.table]
         names, ranges = reader.keys["names"], plausible.Ranges()
         units = _Factors(names, codes, conversions, reader.keys["units"][reader.table])
@@ -223,13 +228,10 @@ class MimicImporter(GroupedImporter):
                 (filled(batch["error"], -1) == 1) | (filled(batch["iserror"], -1) == 1),
             )
             batch, at = reader.keep(batch), at[reader.good]  # the most rows of CHARTEVENTS end here
-            time = batch["charttime"]
-            if known_at:
-                time = pc.max_element_wise(time, batch[known_at])
+            time, has_no_result_time = self._times(reader.table, batch, items[at])
             rows, hours = reader.assign_stays(batch, time)
             batch, at = batch.filter(pa.array(reader.good)), at[reader.good]
-            if known_at:
-                reader.dropped[NO_RESULT_TIME] += batch[known_at].null_count
+            has_no_result_time = has_no_result_time[reader.good]
             values, reasons, censored = _values(batch, conversions[at])
             reader.begin(len(batch))
             reader.drop_by_code(plausible.REASONS, reasons)
@@ -239,6 +241,8 @@ class MimicImporter(GroupedImporter):
                 reader.drop(
                     f"{names[code]} {plausible.OTHER_UNIT}", np.isnan(factors) & (codes[at] == code)
                 )
+            at_charttime = reader.good & has_no_result_time
+            reader.dropped[NO_RESULT_TIME] += int(np.count_nonzero(at_charttime))
             reader.dropped[plausible.CENSORED] += int(np.count_nonzero(reader.good & censored))
             reader.dropped[plausible.CONVERTED] += int(
                 np.count_nonzero(reader.good & (factors != 1))
@@ -249,6 +253,20 @@ class MimicImporter(GroupedImporter):
             values = plausible.converted(values, conversions[at], CONVERSIONS)
             values, good = ranges.apply(values, codes[at], names, reader.dropped, reader.table)
             yield Events(rows[good], hours[good], codes[at][good], names, values[good])
+
+    def _times(self, table: str, batch: pa.Table, items: np.ndarray) -> tuple[Any, np.ndarray]:
+        """Return (the times at which values were known; (n,) bool, which of them are laboratory
+        values without a time of their result).
+
+        `items`: (n,) the item ids of the rows.
+        """
+        time, known_at = batch["charttime"], self.data_set.result_time
+        if not known_at or table == "outputevents":
+            return time, np.zeros(len(batch), dtype=bool)
+        is_result = np.isin(items, CHARTED_RESULTS) | (table == "labevents")
+        later = pc.max_element_wise(time, batch[known_at])
+        has_no_time = batch[known_at].is_null().to_numpy()
+        return pc.if_else(pa.array(is_result), later, time), is_result & has_no_time
 
     def _drugs(self, reader: _StayReader) -> Iterator[Events]:
         start = self.data_set.drug_time

@@ -43,7 +43,7 @@ OLDEST, SHIFTED = 150, 91.4
 """Nobody is older; ages above 89 are given as their median (documentation of PATIENTS)."""
 YEAR = 365.2425 * 86400
 COLUMNS_READ = {
-    "patients": {"subject_id": "id", "gender": "text", "dod": "time?"},
+    "patients": {"subject_id": "id", "gender": "text"},
     "admissions": {
         "subject_id": "id",
         "hadm_id": "id",
@@ -111,11 +111,13 @@ class DataSet:
         age: SQL of the years at a stay, of patient p, admission a and stay s.
         code: SQL of a diagnosis.
         version: SQL of the code's version of the ICD.
+        death_days: SQL of the days from the discharge of admission a to the death of patient p.
         without: names of FACTS and OUTCOMES that it does not have.
         drug_time: the column of PRESCRIPTIONS with a drug's start.
         has_drug_days: whether that is a day, which counts from its end. Of the starts in MIMIC-IV's
             demo 2.6 % are at 00:00, so that this is a time there.
-        result_time: the column of LABEVENTS with the time at which a result was known, or "".
+        result_time: the column of LABEVENTS and CHARTEVENTS with the time at which a result was
+            known, or "".
     """
 
     title: str
@@ -126,6 +128,7 @@ class DataSet:
     age: str
     code: str
     version: str
+    death_days: str
     without: tuple[str, ...]
     drug_time: str
     has_drug_days: bool
@@ -174,6 +177,7 @@ MIMIC3 = DataSet(
     age=f"(s.intime - p.dob) / {YEAR}::DOUBLE",
     code="icd9_code",
     version="9",
+    death_days="NULL",
     without=("death_days", "icd10", "next_icd10", "previous_icd10"),
     drug_time="startdate",
     has_drug_days=True,
@@ -190,7 +194,7 @@ MIMIC4 = DataSet(
         "d_items": "names of inputs",
     },
     columns={
-        "patients": {"anchor_age": "id", "anchor_year": "id"},
+        "patients": {"anchor_age": "id", "anchor_year": "id", "dod": "time?"},
         "icustays": {"stay_id": "id"},
         "diagnoses_icd": {"icd_code": "text", "icd_version": "id"},
     },
@@ -198,6 +202,7 @@ MIMIC4 = DataSet(
     age="p.anchor_age + year(make_timestamp(a.admittime * 1000000)) - p.anchor_year",
     code="icd_code",
     version="icd_version",
+    death_days="p.dod // 86400 - a.dischtime // 86400",
     without=("Source", "dbsource"),
     drug_time="starttime",
     has_drug_days=False,
@@ -302,10 +307,11 @@ admission AS (  -- of repeated ids the first row counts, as for stays
 ),
 valid AS (SELECT * FROM admission WHERE wrong = ''),
 checked AS (
-  SELECT s.*, p.sex, p.dod, {age} AS years,
+  SELECT s.*, p.sex, {age} AS years, {death_days} AS death_days,
     -- MIMIC-IV writes Medical Intensive Care Unit (MICU)
     coalesce(nullif(regexp_extract(s.first_careunit, '\(([^()]+)\)$', 1), ''), s.first_careunit)
-      AS care_unit,
+      AS unit_name,
+    CASE unit_name WHEN 'CVICU' THEN 'CSRU' ELSE unit_name END AS care_unit,
     CASE
     WHEN s.{stay_id} IS NULL THEN 'no {stay_id}'
     WHEN s.intime IS NULL OR s.outtime IS NULL THEN 'no intime or outtime'
@@ -371,12 +377,13 @@ SELECT
   s.sex AS "Gender",
   s.care_unit AS "CareUnit",
   s.dbsource AS "Source",
-  a.admission_type AS "AdmissionType",
+  CASE WHEN a.admission_type IN ('EW EMER.', 'DIRECT EMER.') THEN 'EMERGENCY'
+    ELSE a.admission_type END AS "AdmissionType",
   coalesce(e.icd9, []) AS previous_codes,
   coalesce(e.icd10, []) AS previous_icd10,
   a.hospital_expire_flag AS hospital_death,
   (a.deathtime - s.intime) / 3600 AS death_hours,
-  s.dod // 86400 - a.dischtime // 86400 AS death_days,
+  s.death_days,
   (s.outtime - s.intime) / 3600 AS icu_hours,
   (a.dischtime - s.intime) / 3600 AS discharge_hours,
   c.icd9,
@@ -400,7 +407,8 @@ LEFT JOIN codes n ON n.hadm_id = l.next
 ORDER BY patient, s.intime, entity, s.place
 """
 """One row for each row of ICUSTAYS: `wrong` (why it cannot be used, or ""), and the columns of
-FACTS and OUTCOMES. Names in braces are for `str.format`.
+FACTS and OUTCOMES. Names in braces are for `str.format`. Care units and types of admission that
+MIMIC-IV has under another name have that of MIMIC-III.
 
 Times are in seconds. What is static is known at the stay's start: of diagnoses those of admissions
 that had ended. An admission without known codes of a version has null for them, not an empty list.
@@ -426,6 +434,7 @@ def read_stays(data_set: DataSet, tables: dict[str, list[Entry]]) -> Stays:
             age=data_set.age,
             code=data_set.code,
             version=data_set.version,
+            death_days=data_set.death_days,
             year=YEAR,
             oldest=OLDEST,
             shifted=SHIFTED,

@@ -26,7 +26,7 @@ from functools import partial
 from hashlib import blake2b
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -195,6 +195,9 @@ def variable_codes(column: Any, prefix: str = "") -> tuple[list[str], np.ndarray
 class GroupedImporter(Importer):
     """Base class for long tables of events. Examples: `events`, `mimic3`."""
 
+    kept_reasons: ClassVar[tuple[str, ...]] = ()
+    """Names in `EventReader.dropped` of events that are kept: each is a note of its own."""
+
     @abstractmethod
     def sources(self, source: str, cut_bytes: int) -> EventTables:
         """Find the tables below `source`; the result is the same at every call.
@@ -312,6 +315,8 @@ class GroupedShardTask(ShardTask):
         dropped: Counter[str] = Counter()
         for manifest in manifests:
             dropped.update(manifest["dropped"])
+        reasons = self.importer.kept_reasons
+        kept = {name: dropped.pop(name) for name in reasons if dropped[name]}
         if read and not any(manifest["events"] for manifest in manifests):
             why = ", ".join(f"{name} {count}" for name, count in sorted(dropped.items()) if count)
             raise ValueError(
@@ -326,6 +331,7 @@ class GroupedShardTask(ShardTask):
             "events dropped by reason": dict(
                 sorted((name, count) for name, count in dropped.items() if count)
             ),
+            **kept,
             "variables": len(names),
         }
 

@@ -7,6 +7,7 @@ in that layout, not on eICU itself.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from pipeline.prepare.engine.grouped import (
     EventTables,
     GroupedImporter,
 )
-from pipeline.prepare.engine.importing import first_reason, invalid_row
+from pipeline.prepare.engine.importing import Notes, first_reason, invalid_row
 from pipeline.prepare.engine.inputs import plain_suffix
 from pipeline.prepare.engine.records import index_in_sorted
 from pipeline.prepare.readers.archives import Entry, Opener, listing
@@ -88,6 +89,18 @@ OLDEST = 90
 """The age of patients above 89, whose age eICU does not give."""
 FLUIDS = {"intake (ml)": "input: ", "output (ml)": "output: "}
 """What fluids are called that `eicu_items.csv` does not name."""
+URINE = re.compile(
+    r"output \(ml\)\|"
+    r"(foley(?!.*(pacu|or|ir))"
+    r"|output.*(urinary catheter|urethral catheter|external urethral)"
+    r"|urinary catheter output"
+    r"|urine output \(ml\))",
+    re.IGNORECASE,
+)
+"""Beginnings of further names of urine in intakeOutput, as in pivoted-uo.sql of eicu-code.
+
+What a Foley catheter gave in the operating or recovery room is not among them, nor irrigation.
+"""
 NO_STAY = "no such stay"
 NO_TIME = "no time"
 OUTSIDE = "outside the stay"
@@ -116,19 +129,22 @@ class Eicu(GroupedImporter):
     .parquet; names, headers and columns in any case and order). Tried on other real records in this
     layout, not on eICU itself.
 
-    Columns, meant as those of mimic3: entity (patientunitstayid), patient (uniquepid), hospital
-    (hospitalid), times (hours since admission to the unit), variables, values, events, static (Age,
-    90 for those above 89, Gender, CareUnit, AdmissionSource, Height, Weight), and the outcomes
-    hospital_death, icu_death, death_hours (the discharge of those who died), icu_hours,
-    discharge_hours, care_unit, stay_type, stays_in_admission, transfers (0: another unit is another
-    stay). Events from before the hospital admission or after the unit's end are left out.
+    Columns, with the meaning that they have in mimic3: entity (patientunitstayid), patient
+    (uniquepid), hospital (hospitalid), times (hours since admission to the unit), variables,
+    values, events, static (Age, 90 for those above 89, Gender, CareUnit, AdmissionSource, Height,
+    Weight), and the outcomes hospital_death, icu_death, death_hours (the discharge of those who
+    died), icu_hours, discharge_hours, care_unit, stay_type, stays_in_admission, transfers (0:
+    another unit is another stay). Events from before the hospital admission or after the unit's end
+    are left out.
 
-    Items are named by clinical/eicu_items.csv, values checked by clinical/ranges.csv, and units of
-    lab converted by clinical/units.csv; what they do not know is left out and counted. Drugs are
-    called drug: NAME (orders that were not cancelled), infusions infusion: NAME, with their rate,
-    fluids input: NAME and output: NAME, in mL. A result counts from when it was entered: nothing is
-    known earlier. Other tables (diagnoses, notes, APACHE's scores, ...) are not read. All rows are
-    train: cut by patient or by hospital.
+    Items are named by clinical/eicu_items.csv (urine also by the beginnings of its names, as in
+    eicu-code), values checked by clinical/ranges.csv, and units of lab converted by
+    clinical/units.csv; what they do not know is left out and counted. Drugs are called drug: NAME
+    (orders that were not cancelled), infusions infusion: NAME, with their rate, fluids input: NAME
+    and output: NAME, in mL. Height and Weight that were swapped are put right, and heights in
+    metres converted; both are counted. A result counts from when it was entered: nothing is known
+    earlier. Other tables (diagnoses, notes, APACHE's scores, ...) are not read. All rows are train:
+    cut by patient or by hospital.
     """
 
     label = "hospital_death"
@@ -173,16 +189,17 @@ class Eicu(GroupedImporter):
         stays = table.filter(pa.array(reasons == ""))
         stays = stays.sort_by("patientunitstayid").combine_chunks()
         age = plausible.numbers(stays["age"])
+        height, weight, mended = _heights_and_weights(stays)
         years = np.where(age.censored, OLDEST, age.values)
         static = {
             "Age": pa.array(years, mask=np.isnan(years)),
             "Gender": _mapped(stays["gender"], GENDERS),
             "CareUnit": _care_units(stays["unittype"]),
             "AdmissionSource": stays["unitadmitsource"].combine_chunks(),
-            "Height": self._measured("Height", stays["admissionheight"]),
-            "Weight": self._measured("Weight", stays["admissionweight"]),
+            "Height": self._measured("Height", height),
+            "Weight": self._measured("Weight", weight),
         }
-        outcomes = _outcomes(stays)
+        outcomes = _outcomes(stays, _stays_in_admission(table, stays))
         names, columns = list(static), list(static.values())
         splits = ["train"] * len(stays)
         rows = pa.table(
@@ -206,6 +223,7 @@ class Eicu(GroupedImporter):
             "patients": pc.count_distinct(stays["uniquepid"]).as_py(),
             "hospitals": pc.count_distinct(stays["hospitalid"]).as_py(),
             f"ages above 89, taken as {OLDEST}": int(np.count_nonzero(age.censored)),
+            **mended,
         }
         return Entities(
             rows,
@@ -216,9 +234,8 @@ class Eicu(GroupedImporter):
             info,
         )
 
-    def _measured(self, name: str, column: Any) -> pa.Array:
+    def _measured(self, name: str, values: np.ndarray) -> pa.Array:
         """Return static features within their plausible range, null for others."""
-        values = plausible.numbers(column).values
         codes = np.zeros(len(values), dtype=np.int64)
         values, good = self._ranges.apply(
             values,
@@ -254,7 +271,7 @@ class Eicu(GroupedImporter):
                 has_value = cells.is_valid()
                 here = np.asarray(has_value)
                 values = cells.filter(has_value)
-                yield self._valid(
+                yield self._plausible_events(
                     reader,
                     rows[here],
                     hours[here],
@@ -284,7 +301,7 @@ class Eicu(GroupedImporter):
                 factors.append(self._units.factor(written, name, unit, ""))
             number = batch["labresult"].cast(pa.string())
             values = pc.coalesce(number, batch["labresulttext"])  # such as >600
-            yield self._valid(
+            yield self._plausible_events(
                 reader,
                 rows,
                 hours,
@@ -303,7 +320,7 @@ class Eicu(GroupedImporter):
             values = pc.replace_substring_regex(batch[value], r"\s*%\s*$", "")
             codes, texts = _distinct(item)
             names = [known.get(text.lower(), "") for text in texts]
-            yield self._valid(reader, rows, hours, codes, names, values)
+            yield self._plausible_events(reader, rows, hours, codes, names, values)
 
     def _fluids(self, reader: EventReader) -> Iterator[Events]:
         columns = {"cellpath": Column("text"), "cellvaluenumeric": Column("number")}
@@ -311,9 +328,9 @@ class Eicu(GroupedImporter):
         for batch, rows, hours in _batches(reader, columns):
             item = pc.replace_substring_regex(batch["cellpath"], r"^.*\|I&O\|", "")
             codes, texts = _distinct(item)
-            names = [known.get(text.lower()) or _fluid(text) for text in texts]
+            names = [known.get(text.lower()) or _fluid_name(text) for text in texts]
             values = batch["cellvaluenumeric"]
-            yield self._valid(reader, rows, hours, codes, names, values)
+            yield self._plausible_events(reader, rows, hours, codes, names, values)
 
     def _infusions(self, reader: EventReader) -> Iterator[Events]:
         columns = {"drugname": Column("text"), "drugrate": Column("number")}
@@ -321,7 +338,7 @@ class Eicu(GroupedImporter):
             codes, texts = _distinct(batch["drugname"])
             names = [f"infusion: {text}" for text in texts]
             values = batch["drugrate"]
-            yield self._valid(reader, rows, hours, codes, names, values)
+            yield self._plausible_events(reader, rows, hours, codes, names, values)
 
     def _drugs(self, reader: EventReader) -> Iterator[Events]:
         """Yield orders that were not cancelled, from when they were written and the drug started.
@@ -353,7 +370,7 @@ class Eicu(GroupedImporter):
                 np.ones(np.count_nonzero(good)),
             )
 
-    def _valid(
+    def _plausible_events(
         self,
         reader: EventReader,
         rows: np.ndarray,
@@ -375,8 +392,8 @@ class Eicu(GroupedImporter):
         """
         found = plausible.numbers(numbers)
         values = found.values
-        of_names = unit_factors or [1.0] * len(names)
-        factors = np.array([*of_names, 1.0])[codes]  # code -1 is the last one
+        factor_of_name = unit_factors or [1.0] * len(names)
+        factors = np.array([*factor_of_name, 1.0])[codes]  # code -1 is the last one
         is_amount = np.array([*(": " in name for name in names), False])[codes]
         is_known = np.array([*map(bool, names), False])[codes]
         has_other_unit = np.isnan(factors)
@@ -461,7 +478,48 @@ def _unusable(table: pa.Table) -> np.ndarray:
     )
 
 
-def _outcomes(stays: pa.Table) -> dict[str, pa.Array]:
+def _heights_and_weights(stays: pa.Table) -> tuple[np.ndarray, np.ndarray, Notes]:
+    """Return (heights in cm, weights in kg, counts of those that are not as they were entered).
+
+    Some hospitals entered a height in the place of the weight, a weight twice, or metres. The rules
+    are those of eicu-code (pivoted-weight.sql), for adults.
+    """
+    height = plausible.numbers(stays["admissionheight"]).values
+    weight = plausible.numbers(stays["admissionweight"]).values
+    may_be_weight = (height > 25) & (height <= 100)
+    apart = np.abs(height - weight)  # NaN where one is not there: no rule for both is met
+    swapped = may_be_weight & (weight >= 100) & (apart >= 20)
+    weight_twice = may_be_weight & (apart < 20)
+    in_metres = (height > 0.3) & (height <= 2.5)
+    too_light = weight <= 20
+    rules = {
+        "heights and weights that were swapped": swapped,
+        "heights in metres, converted": in_metres,
+        "heights that are the weight again, left out": weight_twice,
+        "weights of at most 20 kg, left out": too_light,
+    }
+    notes = {name: int(np.count_nonzero(here)) for name, here in rules.items() if here.any()}
+    return (
+        np.select([swapped, in_metres, weight_twice], [weight, height * 100, np.nan], height),
+        np.select([swapped, too_light], [height, np.nan], weight),
+        notes,
+    )
+
+
+def _stays_in_admission(table: pa.Table, stays: pa.Table) -> pa.Array:
+    """Return how many stays there are in the admission of each, null where it has none.
+
+    Those of table patient that cannot be used count too, as in mimic3. `stays`: the others.
+    """
+    ids = [filled(table[name], -1) for name in ("patienthealthsystemstayid", "patientunitstayid")]
+    distinct = np.unique(np.stack(ids), axis=1)
+    admissions, counts = np.unique(distinct[0], return_counts=True)
+    own = stays["patienthealthsystemstayid"].combine_chunks()
+    at = np.searchsorted(admissions, filled(own, -1))
+    return pa.array(counts[at], mask=np.asarray(own.is_null()))
+
+
+def _outcomes(stays: pa.Table, stays_in_admission: pa.Array) -> dict[str, pa.Array]:
     """Return the outcomes of stays, null where they are not known."""
     hospital_death = _mapped(stays["hospitaldischargestatus"], STATUSES)
     icu_death = _mapped(stays["unitdischargestatus"], STATUSES)
@@ -470,13 +528,6 @@ def _outcomes(stays: pa.Table) -> dict[str, pa.Array]:
     died_in_unit = pc.equal(icu_death, 1).fill_null(False)
     died_later = pc.equal(hospital_death, 1).fill_null(False)
     hours_to_later_death = pc.if_else(died_later, discharge_hours, None)
-    admission = stays["patienthealthsystemstayid"].combine_chunks()
-    _, which, counts = np.unique(
-        filled(admission, -1),
-        return_inverse=True,
-        return_counts=True,
-    )
-    is_unknown = np.asarray(admission.is_null())
     none = np.zeros(len(stays), dtype=np.int64)
     return {
         "hospital_death": hospital_death,
@@ -486,7 +537,7 @@ def _outcomes(stays: pa.Table) -> dict[str, pa.Array]:
         "discharge_hours": discharge_hours,
         "care_unit": _care_units(stays["unittype"]),
         "stay_type": stays["unitstaytype"].combine_chunks(),
-        "stays_in_admission": pa.array(counts[which], mask=is_unknown),
+        "stays_in_admission": stays_in_admission,
         "transfers": pa.array(none),
     }
 
@@ -558,8 +609,10 @@ def _hours(minutes: Any) -> pa.Array:
     return pc.divide(exact, 60.0)
 
 
-def _fluid(item: str) -> str:
+def _fluid_name(item: str) -> str:
     """Return the name of a fluid, such as Intake (ml)|Crystalloids (ml)|NS; "" for other items."""
+    if URINE.match(item):
+        return "Urine"
     kind, _, rest = item.partition("|")
     prefix = FLUIDS.get(kind.lower(), "")
     return f"{prefix}{rest.rpartition('|')[2].strip()}" if prefix and rest else ""

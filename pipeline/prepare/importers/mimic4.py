@@ -29,7 +29,10 @@ class Mimic4(MimicImporter):
     - Age counts from anchor_age by the year of the admission. Whoever was above 89 in anchor_year
       is 91 then.
     - CareUnit and care_unit are short where a name has a short form: Medical Intensive Care Unit
-      (MICU) is MICU, as in MIMIC-III.
+      (MICU) is MICU, as in MIMIC-III, and Cardiac Vascular Intensive Care Unit (CVICU) is CSRU.
+    - AdmissionType is EMERGENCY for EW EMER. and DIRECT EMER. The other types stay as they are, and
+      MIMIC-III has only ELECTIVE and URGENT of them, not SURGICAL SAME DAY ADMISSION and not those
+      of observation (EU OBSERVATION, OBSERVATION ADMIT, ...).
     - Codes stand in columns by their version: icd9, icd10, next_icd9, next_icd10, and in static
       previous_codes (ICD-9, as in MIMIC-III) and previous_icd10. The outcomes are null where the
       admission has no codes of that version.
@@ -37,7 +40,9 @@ class Mimic4(MimicImporter):
       discharge to the day of death (dod), which is known up to a year after the last discharge.
     - A drug counts from its starttime, which is a time of day.
     - A laboratory value counts from its storetime, when its result was there, if that is later than
-      its charttime. A value without a storetime is counted.
+      its charttime. So do the results of the laboratory in chartevents (glucose of serum and of
+      whole blood, pH, arterial oxygen saturation); other values of chartevents count from their
+      charttime. How many laboratory values have no storetime is in the notes of the summary.
     - A laboratory value without a hadm_id belongs to the stay of its patient whose interval, from
       admission to hospital to the end of intensive care, holds that time; if there is none, it is
       left out and counted.
