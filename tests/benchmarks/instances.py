@@ -11,6 +11,17 @@ have a pyramid of 64 channels, images of 128 pixels, the same training rows, ste
 learning rate of AdamW. torchvision's side is what somebody would write with it: its own head,
 losses, sampling and preprocessing. pycocotools measures its masks, as it measures ours, in the
 pixels of the stored images.
+
+Printed on 2026-12-02 with three seeds (35 training and 44 test images, median [least, most]):
+
+      network                  mask_map                    mask_map50
+      -----------------------  --------------------------  -----------------------
+      job, checkpoint          0.0116 [0.0079, 0.0224]     0.0538 [0.0413, 0.0628]
+      job, scratch             0.0013 [0.0005, 0.0017]     0.0120 [0.0023, 0.0134]
+      torchvision, checkpoint  0.0015 [0.0013, 0.0033]     0.0072 [0.0045, 0.0137]
+      torchvision, scratch     0.0000 [0.0000, 0.0001]     0.0001 [0.0000, 0.0004]
+
+So few images teach no useful detector. The checkpoint helps on both sides.
 """
 
 from __future__ import annotations
