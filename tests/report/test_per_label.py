@@ -12,11 +12,11 @@ import pytest
 import scipy.special
 import sklearn.metrics as theirs
 from toys import image_files, job_of, result_rows, shared_of, trial_of
+from written_reports import report_texts
 
 from pipeline.config.schema import Job
 from pipeline.core.metrics import catalog, coco_ap
-from pipeline.io import storage
-from pipeline.report import blocks, matrix, per_label, report, results
+from pipeline.report import blocks, matrix, per_label, results
 from pipeline.report.stats import RunPredictions
 from pipeline.transfer import cached_heads, targets
 from pipeline.transfer import trial as one_trial
@@ -334,21 +334,7 @@ def test_both_are_written_for_readers(tmp_path):
             ("src", "full"): [classes(90, NAMES, 0, 2.0)],
         },
     )
-    uris = report.write(
-        str(tmp_path),
-        report.ReportInputs(
-            job_name="j",
-            entries=matrix.matrix_entries(rows, runs),
-            rows=rows,
-            curves={},
-            pretraining=[],
-            splits={},
-            notes=[],
-            versions={},
-            runs=runs,
-        ),
-    )
-    markdown, html = (storage.read_bytes(uri).decode() for uri in uris)
+    markdown, html = report_texts(tmp_path, rows, runs)
     share = (runs["src-full-0"].predictions["scores"].argmax(1) == 0)[
         runs["src-full-0"].predictions["label"] == 0
     ].mean()

@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from rich.console import Console
+from written_reports import report_texts
 
 from pipeline.core.metrics import catalog
-from pipeline.io import storage
 from pipeline.report import blocks, plots, report, results, terminal
 from pipeline.report import matrix as entries_module
 from pipeline.report.results import ResultRow
@@ -163,17 +163,8 @@ def write(root, rows, runs, curves, **more):
         **more,
     }
     entries = report.matrix_entries(rows, runs)
-    uris = report.write(
-        str(root),
-        report.ReportInputs(
-            job_name="vision",
-            entries=entries,
-            rows=rows,
-            curves=curves,
-            **given,
-        ),
-    )
-    return entries, *(storage.read_bytes(uri).decode() for uri in uris)
+    given |= {"job_name": "vision", "entries": entries, "curves": curves}
+    return entries, *report_texts(root, rows, runs, **given)
 
 
 def example(root):

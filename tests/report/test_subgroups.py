@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 import sklearn.metrics as theirs
 from toys import image_files, job_of, result_rows, shared_of, trial_of
+from written_reports import report_texts
 
 from pipeline.core.metrics import catalog
 from pipeline.data.manifests import Selection, build
-from pipeline.io import storage
-from pipeline.report import blocks, matrix, per_label, plots, report, results, stats, subgroups
+from pipeline.report import blocks, matrix, per_label, plots, results, stats, subgroups
 from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
 from pipeline.transfer import targets
@@ -387,21 +387,7 @@ def test_two_classes_have_all_metrics_and_a_calibration_curve_in_the_report(tmp_
         == pytest.approx(100 * MADE["src", "full"][0].predictions["label"].mean(), abs=0.1)
         and rates[-1] > rates[0]
     )
-    uris = report.write(
-        str(tmp_path),
-        report.ReportInputs(
-            job_name="j",
-            entries=entries,
-            rows=rows,
-            curves={},
-            pretraining=[],
-            splits={},
-            notes=[],
-            versions={},
-            runs=runs,
-        ),
-    )
-    markdown, html = (storage.read_bytes(uri).decode() for uri in uris)
+    markdown, html = report_texts(tmp_path, rows, runs)
     assert (
         "### Subgroups" in markdown
         and "| unit: others | 15 |" in markdown

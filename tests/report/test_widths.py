@@ -11,9 +11,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from written_reports import report_texts
 
-from pipeline.io import storage
-from pipeline.report import report
 from tests.report.test_report import PRETRAINING, TRACEBACK, failure, simulate
 
 CHROMIUM = next(
@@ -186,22 +185,11 @@ def full_report(folder) -> str:
     }
     uri = "s3://bucket/a_folder_with_a_name_that_has_no_blank_anywhere_in_it/sources/garments"
     pretraining = [replace(PRETRAINING[0], bundle=uri, transfer="kept " + "x" * 200)]
-    _, page = report.write(
-        str(folder),
-        report.ReportInputs(
-            job_name="vision",
-            entries=report.matrix_entries(rows, runs),
-            rows=rows,
-            curves=curves,
-            pretraining=pretraining,
-            splits={},
-            notes=["A note."],
-            versions={"torch": "2.11.0"},
-            runs=runs,
-            scores=scores,
-        ),
+    more = {"notes": ["A note."], "versions": {"torch": "2.11.0"}, "scores": scores}
+    _, page = report_texts(
+        folder, rows, runs, job_name="vision", curves=curves, pretraining=pretraining, **more
     )
-    return storage.read_bytes(page).decode()
+    return page
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="neither chromium nor chrome is installed")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from written_reports import report_texts
 
-from pipeline.report import blocks, matrix, report, without_labels
+from pipeline.report import blocks, matrix, without_labels
 from tests.report.test_advice import UNITS, entry, store
 
 LABELS = {"label_fraction": "0/class"}
@@ -58,21 +58,7 @@ def test_a_seed_of_all_folds_is_compared_with_zero_shot_on_all_folds(tmp_path):
             }
             parts.append((rows, shifted))
     known = store(*parts)
-    _, page = report.write(
-        str(tmp_path),
-        report.ReportInputs(
-            job_name="j",
-            entries=matrix.matrix_entries(known.rows, known.runs),
-            rows=known.rows,
-            curves={},
-            pretraining=[],
-            splits={},
-            notes=[],
-            versions={},
-            runs=known.runs,
-        ),
-    )
-    text = Path(page).with_suffix(".md").read_text()
+    text, _ = report_texts(tmp_path, known.rows, known.runs)
     shown = text[text.index("## Without labels of the target") :]
     adapted = next(line for line in shown.splitlines() if "| dann |" in line)
     assert matrix.UNCOMPARED not in adapted and matrix.WINS in adapted

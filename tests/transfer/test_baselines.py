@@ -40,15 +40,15 @@ from toys import (
     text_modality,
     trial_of,
 )
+from written_reports import report_texts
 
 from pipeline.config import plugins, registry
 from pipeline.config.schema import ComponentConfig, Job, Target, schema
 from pipeline.core.contracts import BaselineRows
 from pipeline.core.metrics import catalog
 from pipeline.core.specs import Architecture, ModalitySpec
-from pipeline.io import storage
 from pipeline.media import spectrogram
-from pipeline.report import matrix, report, stats, terminal
+from pipeline.report import matrix, stats, terminal
 from pipeline.transfer import baseline_trials, comparison_columns, fanout, grid, trial
 from pipeline.transfer.baseline_trials import SplitRows
 
@@ -752,19 +752,7 @@ def test_one_seed_is_not_counted_as_better_than_a_baseline(tmp_path):
     full = next(entry for entry in entries if entry.technique == "full")
     assert full.over_best_baseline.low is not None and full.over_best_baseline.low > 0
     assert full.over_best_baseline.verdict == matrix.SINGLE_SEED
-    texts = {"pretraining": (), "splits": {}, "notes": (), "versions": {}}
-    uris = report.write(
-        str(tmp_path),
-        report.ReportInputs(
-            job_name="j",
-            entries=entries,
-            rows=rows,
-            curves={},
-            runs=runs,
-            **texts,
-        ),
-    )
-    text = storage.read_bytes(uris[0]).decode()
+    text, _ = report_texts(tmp_path, rows, runs)
     assert "0 of 2 networks are better than it, 0 are worse, 2 with one seed" in text
 
 
@@ -775,40 +763,13 @@ def test_baselines_of_which_none_has_a_validation_value_are_named(tmp_path):
         for key, (test, validation) in ENTRIES.items()
     }
     rows, runs = rows_and_runs(entries)
-    texts = {"pretraining": (), "splits": {}, "notes": (), "versions": {}}
-    found = matrix.matrix_entries(rows, runs)
-    uris = report.write(
-        str(tmp_path),
-        report.ReportInputs(
-            job_name="j",
-            entries=found,
-            rows=rows,
-            curves={},
-            runs=runs,
-            **texts,
-        ),
-    )
-    text = storage.read_bytes(uris[0]).decode()
+    text, _ = report_texts(tmp_path, rows, runs)
     assert "best of the baselines (bag_of_words, majority) is not known" in text
 
 
 def test_the_report_of_one_network_has_no_table_of_several(tmp_path):
     rows, runs = rows_and_runs(ENTRIES)
-    entries = matrix.matrix_entries(rows, runs)
-    texts = {"pretraining": (), "splits": {}, "notes": (), "versions": {}}
-    uris = report.write(
-        str(tmp_path),
-        report.ReportInputs(
-            job_name="j",
-            entries=entries,
-            rows=rows,
-            curves={},
-            runs=runs,
-            **texts,
-        ),
-    )
-    for uri in uris:
-        text = storage.read_bytes(uri).decode()
+    for text in report_texts(tmp_path, rows, runs):
         assert "gain over the best baseline" in text and "1 of 2 networks are better" in text
         assert "different scratch networks" not in text, "a baseline is no network"
 
