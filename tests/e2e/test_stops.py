@@ -19,7 +19,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 STOPPED = "stopped; what is finished is kept, the same command goes on from here"
 LONG = (
     "--set",
-    "sources.garments.train={steps: 4000, global_batch: 16, checkpoint_every_steps: 5}",
+    "sources.garments.train={steps: 4000, global_batch: 16, checkpoint_every_steps: 5, "
+    "log_every_steps: 5}",
 )
 WITH_RAY_DATA = ("--set", "sources.garments.data.decode=workers")
 CHECKPOINTS = "runs/small/sources/garments-*/checkpoints/step-*/manifest.json"
@@ -102,7 +103,7 @@ def records(folder: Path) -> dict[Path, int]:
 
 
 def test_stopped_pretraining_goes_on(tmp_path, begin):
-    """By Ctrl-C, which the processes of its own Ray see too, then by SIGTERM on a cluster."""
+    """By Ctrl-C, which its own Ray in another process group does not see, then by SIGTERM."""
     words = ("pretrain", SMALL, *LONG, "--set", "sources.garments.workers=2", *WITH_RAY_DATA)
 
     def newest() -> int:

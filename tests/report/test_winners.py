@@ -318,6 +318,7 @@ def test_a_network_with_a_techniques_own_modules_is_exported_as_a_copy(tmp_path)
     ]
     _, md, _ = write(tmp_path, found, runs, curves)
     assert f"onetomany predict {tmp_path} FILES --target clothing" in md
-    assert "exported/clothing --kind bundle" in md and "exported/handwriting" in md
+    assert f"onetomany export {tmp_path} exported/clothing --target clothing --kind bundle" in md
+    assert f"onetomany export {tmp_path} exported/handwriting --target handwriting" in md
     assert "bottleneck leaves modules of its own in the network" in md
     assert "onnx" not in md, "the bundle is gone: nothing says that it can be a graph"
