@@ -34,6 +34,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from scipy import special  # pyright: ignore[reportMissingTypeStubs]
@@ -213,7 +214,7 @@ def interval(
     Returns:
         The bounds, NaN without rows.
     """
-    values = _resample(metric, [predictions], groups, draws, np.random.default_rng(seed))
+    values = _resample(metric, [predictions], groups, draws, seed)
     return _bounds(values[:, 0])
 
 
@@ -234,7 +235,7 @@ def mean_interval(metric: Metric, runs: list[RunPredictions]) -> tuple[float, fl
         raise ValueError("no runs to average")
     predictions, groups = _align(runs)
     values = np.array([metric.value(p) for p in predictions])
-    resampled = _resample(metric, predictions, groups, DRAWS, np.random.default_rng(0))
+    resampled = _resample(metric, predictions, groups, DRAWS, 0)
     mean, low, high, _ = _estimate(
         values, resampled, _count_sampled_units(predictions, groups), 0.0
     )
@@ -283,7 +284,7 @@ def compare(
     sign, n = (1.0 if metric.higher_is_better else -1.0), len(seeds)
     values = np.array([metric.value(p) for p in predictions])
     gains = sign * (values[:n] - values[n:])
-    resampled = _resample(metric, predictions, groups, draws, np.random.default_rng(seed))
+    resampled = _resample(metric, predictions, groups, draws, seed)
     mean, low, high, p_value = _estimate(
         gains,
         sign * (resampled[:, :n] - resampled[:, n:]),
@@ -495,7 +496,7 @@ def _resample(
     runs: list[Predictions],
     groups: np.ndarray | None,
     draws: int,
-    rng: np.random.Generator,
+    seed: int,
 ) -> np.ndarray:
     """Return (draws, runs) values of the metric, where all runs of a draw have the same units."""
     n = len(next(iter(runs[0].values())))
@@ -507,7 +508,8 @@ def _resample(
             raise ValueError(f"{len(groups)} groups for {n} rows; give one a row")
         member = unit_numbers(groups, n)
     if metric.units is None and metric.resampled is not None:
-        return _resample_counts(metric, runs, member, n, draws, rng)
+        return _resample_counts(metric, runs, member, n, draws, seed)
+    rng = np.random.default_rng(seed)
     if metric.units is None:
         return _resample_rows(metric, runs, member, n, min(draws, RECOMPUTED_DRAWS), rng)
     units = np.concatenate([np.asarray(metric.units(p), dtype=np.float64) for p in runs], axis=1)
@@ -548,6 +550,17 @@ def resampled_totals(units: np.ndarray, draws: int, rng: np.random.Generator) ->
     return np.concatenate(out)
 
 
+@lru_cache(maxsize=1)
+def _counts_of_seed(n: int, draws: int, seed: int) -> np.ndarray:
+    """Return `_counts` of a new generator; the comparisons of a target all draw the same units.
+
+    They lie in memory as `counts_by_row` wants them.
+    """
+    counts = np.asfortranarray(_counts(n, draws, np.random.default_rng(seed)))
+    counts.setflags(write=False)
+    return counts
+
+
 def _counts(n: int, draws: int, rng: np.random.Generator) -> np.ndarray:
     """Return (draws, n) int64 counts of each of n units when n are sampled with replacement."""
     picked = rng.integers(0, n, (draws, n)) + n * np.arange(draws)[:, None]
@@ -560,7 +573,7 @@ def _resample_counts(
     member: np.ndarray | None,
     n: int,
     draws: int,
-    rng: np.random.Generator,
+    seed: int,
 ) -> np.ndarray:
     """Return (draws, runs) values of a metric that can be computed from counts of the units.
 
@@ -580,8 +593,12 @@ def _resample_counts(
     if metric.compares_rows and member is not None:  # rows of one group are drawn together
         runs = [{**p, "unit": member} for p in runs]
     out: list[np.ndarray] = []
+    rng = np.random.default_rng(seed)
     for start in range(0, draws, chunk):
-        counts = _counts(sampled, min(chunk, draws - start), rng)
+        if chunk >= draws:
+            counts = _counts_of_seed(sampled, draws, seed)
+        else:
+            counts = _counts(sampled, min(chunk, draws - start), rng)
         counts = counts if member is None else counts[:, member]
         out.append(
             np.stack(

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from pipeline.core.metrics.metric import sum_draws
 from pipeline.core.metrics.ranking import undefined
 
 BINS = 15
@@ -73,9 +74,7 @@ def weighted_calibration_error(
     if not len(probability) or np.isnan(probability).any():
         return undefined(drawn)
     place = np.minimum((probability * BINS).astype(np.int64), BINS - 1)
-    order = np.argsort(place, kind="stable")
-    starts = np.unique(place[order], return_index=True)[1]
-    apart = np.add.reduceat((drawn * (true - probability)[:, None])[order], starts, axis=0)
+    apart = sum_draws(place, drawn, BINS, weight=true - probability)
     total = drawn.sum(0)
     return np.where(total > 0, np.abs(apart).sum(0) / np.maximum(total, 1e-300), np.nan)
 

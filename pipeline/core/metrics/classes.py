@@ -19,6 +19,7 @@ from pipeline.core.metrics.metric import (
     mean_where,
     ratio,
     resampled,
+    sum_draws,
     sum_known,
 )
 from pipeline.core.metrics.ranking import (
@@ -95,25 +96,15 @@ def _positions(p: Predictions, counts: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return scores[row, place], label[row, place], drawn[row]
 
 
-def _drawn_by_class(classes: np.ndarray, drawn: np.ndarray, count: int) -> np.ndarray:
-    """Sum (K, R) draws by the class (K,) of each: (count, R)."""
-    out = np.zeros((count, drawn.shape[1]))
-    order = np.argsort(classes, kind="stable")
-    if len(order):
-        found, starts = np.unique(classes[order], return_index=True)
-        out[found] = np.add.reduceat(drawn[order], starts, axis=0)
-    return out
-
-
 def _class_counts(p: Predictions, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the drawn rows of each class, (C, R): hits, true ones, and ones called so."""
     scores, label, drawn = _positions(p, counts)
     guess, count = scores.argmax(1), scores.shape[1]
     hit = label == guess
     return (
-        _drawn_by_class(label[hit], drawn[hit], count),
-        _drawn_by_class(label, drawn, count),
-        _drawn_by_class(guess, drawn, count),
+        sum_draws(label, drawn, count, weight=hit),
+        sum_draws(label, drawn, count),
+        sum_draws(guess, drawn, count),
     )
 
 
@@ -152,7 +143,7 @@ def kappa(p: Predictions, counts: np.ndarray) -> np.ndarray:
     scores, label, drawn = _positions(p, counts)
     classes: int = scores.shape[1]
     cell = label * classes + scores.argmax(1)
-    table = _drawn_by_class(cell, drawn, classes * classes).reshape(classes, classes, -1)
+    table = sum_draws(cell, drawn, classes * classes).reshape(classes, classes, -1)
     distance = np.abs(np.arange(classes)[:, None] - np.arange(classes)).astype(np.float64)
     found = np.einsum("cd,cdr->r", distance, table)
     by_chance = np.einsum("cr,cd,dr->r", table.sum(1), distance, table.sum(0))

@@ -303,6 +303,28 @@ def counts_by_row(counts: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(counts.T, dtype=np.float64)
 
 
+def sum_draws(
+    group: np.ndarray, drawn: np.ndarray, count: int, weight: np.ndarray | None = None
+) -> np.ndarray:
+    """Sum how often rows were drawn by group.
+
+    Args:
+        group: (K,) the group of each row, in [0, count).
+        drawn: (K, R) float64, how often each row was drawn in each of R resamples.
+        weight: (K,) what each row counts; None: 1.
+
+    Returns:
+        (count, R) float64, 0 for a group without rows.
+    """
+    from scipy.sparse import csr_array
+
+    rows = np.arange(len(group))
+    weight = np.ones(len(group)) if weight is None else weight.astype(np.float64)
+    counted = weight != 0
+    pairs = group[counted], rows[counted]
+    return csr_array((weight[counted], pairs), shape=(count, len(group))) @ drawn
+
+
 def mean_where(values: np.ndarray, there: np.ndarray) -> np.ndarray:
     """Return (R,) means over the first axis of what is there; NaN where nothing is."""
     count = there.sum(0)

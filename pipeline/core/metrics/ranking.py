@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from pipeline.core.metrics.metric import sum_draws
+
 TARGET_SHARE = 0.01
 """Share of pairs that are of one speaker where the system is used, in NIST's detection cost."""
 Ranking = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -27,12 +29,14 @@ def _ranked(
         (G, R) positives and (G, R) negatives.
     """
     order = np.argsort(-scores, kind="stable")
-    s, y, drawn = scores[order], positive[order], drawn[order]
+    s, y = scores[order], positive[order]
     starts = np.flatnonzero(np.concatenate([[True], s[1:] != s[:-1]]))
     held = np.add.reduceat(y.astype(np.int64), starts) > 0
     starts = starts[held | np.concatenate([[True], held[:-1]])]
-    rows = np.add.reduceat(drawn, starts, axis=0)
-    hits = np.add.reduceat(drawn * y[:, None], starts, axis=0)
+    run = np.empty(len(order), dtype=np.int64)
+    run[order] = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(order)))
+    rows = sum_draws(run, drawn, len(starts))
+    hits = sum_draws(run, drawn, len(starts), weight=positive)
     return hits, rows - hits
 
 
