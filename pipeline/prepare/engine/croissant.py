@@ -19,43 +19,24 @@ from pipeline.io.json_values import Json, JsonObject, as_object
 FILE, CARD = "_croissant.json", "_card.md"
 """Names of the two files; readers of data pass over names that begin with an underscore."""
 CONFORMS_TO = "http://mlcommons.org/croissant/1.0"
+TERMS = (
+    "citeAs", "column", "dataBiases", "dataCollection", "extract", "field", "fileObject",
+    "fileProperty", "fileSet", "format", "includes", "isLiveDataset", "jsonPath", "key", "md5",
+    "parentField", "path", "personalSensitiveInformation", "recordSet", "references", "regex",
+    "repeated", "replace", "separator", "source", "subField", "transform",
+)  # fmt: skip
+"""Terms of Croissant's own vocabulary."""
 CONTEXT: JsonObject = {
     "@language": "en",
     "@vocab": "https://schema.org/",
-    "citeAs": "cr:citeAs",
-    "column": "cr:column",
     "conformsTo": "dct:conformsTo",
     "cr": "http://mlcommons.org/croissant/",
     "data": {"@id": "cr:data", "@type": "@json"},
-    "dataBiases": "cr:dataBiases",
-    "dataCollection": "cr:dataCollection",
     "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
     "dct": "http://purl.org/dc/terms/",
     "examples": {"@id": "cr:examples", "@type": "@json"},
-    "extract": "cr:extract",
-    "field": "cr:field",
-    "fileObject": "cr:fileObject",
-    "fileProperty": "cr:fileProperty",
-    "fileSet": "cr:fileSet",
-    "format": "cr:format",
-    "includes": "cr:includes",
-    "isLiveDataset": "cr:isLiveDataset",
-    "jsonPath": "cr:jsonPath",
-    "key": "cr:key",
-    "md5": "cr:md5",
-    "parentField": "cr:parentField",
-    "path": "cr:path",
-    "personalSensitiveInformation": "cr:personalSensitiveInformation",
-    "recordSet": "cr:recordSet",
-    "references": "cr:references",
-    "regex": "cr:regex",
-    "repeated": "cr:repeated",
-    "replace": "cr:replace",
     "sc": "https://schema.org/",
-    "separator": "cr:separator",
-    "source": "cr:source",
-    "subField": "cr:subField",
-    "transform": "cr:transform",
+    **{term: f"cr:{term}" for term in TERMS},
 }
 """The context that Croissant 1.0 asks for."""
 MEDIA = {"image": "sc:ImageObject", "mask": "sc:ImageObject", "audio": "sc:AudioObject"}
@@ -113,7 +94,7 @@ def describe(
     }
     records: JsonObject = {"@type": "cr:RecordSet", "@id": "rows", "name": "rows"}
     return {
-        "@context": CONTEXT,
+        "@context": dict(sorted(CONTEXT.items())),
         "@type": "sc:Dataset",
         "conformsTo": CONFORMS_TO,
         "name": _identifier(name),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -15,6 +16,7 @@ from pipeline.io import storage
 from pipeline.prepare.engine.importing import InvalidRow
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
+SHARES = [f"{share} %" for share in PERCENTILES]
 EXAMPLES = 20
 """The Markdown names so many of each kind; the JSON has all invalid files."""
 
@@ -193,25 +195,15 @@ def duplicates(rows: pa.Table, label: str) -> dict[str, Any]:
 
 def markdown(title: str, summary: dict[str, Any], noun: str = "files") -> str:
     """Format the summary for people; `noun`: what invalid rows are called."""
-    out = [
-        f"# {title}",
-        "",
-        "| split | rows |",
-        "|---|---|",
-        *(f"| {split} | {n} |" for split, n in summary["rows"].items()),
-    ]
+    out = [f"# {title}", *_table(["split", "rows"], summary["rows"].items())]
     if summary["sizes"]:
-        out += [
-            "",
-            "| size | " + " | ".join(f"{share} %" for share in PERCENTILES) + " |",
-            "|---" * (len(PERCENTILES) + 1) + "|",
-        ]
-        out += [
-            f"| {name.replace('_', ' ')} | "
-            + " | ".join(f"{value:g}" for value in values.values())
-            + " |"
-            for name, values in summary["sizes"].items()
-        ]
+        out += _table(
+            ["size", *SHARES],
+            (
+                [name.replace("_", " "), *(f"{value:g}" for value in values.values())]
+                for name, values in summary["sizes"].items()
+            ),
+        )
     out += _recording_table(summary["recordings"]) if "recordings" in summary else []
     out += ["", *(f"Warning: {line}." for line in lines)] if (lines := warnings(summary)) else []
     out += _class_table(summary["classes"])
@@ -232,26 +224,22 @@ def markdown(title: str, summary: dict[str, Any], noun: str = "files") -> str:
     return "\n".join(out) + "\n"
 
 
+def _table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """Return the lines of a table, after a blank one."""
+    lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in (header, *rows)]
+    return ["", lines[0], "|---" * len(header) + "|", *lines[1:]]
+
+
 def _recording_table(recordings: dict[str, Any]) -> list[str]:
     with_speakers = any("speakers" in of_split for of_split in recordings.values())
-    out = [
-        "",
-        "| split | hours | "
-        + " | ".join(f"{share} %" for share in PERCENTILES)
-        + " | "
-        + ("speakers | rows a speaker |" if with_speakers else ""),
-    ]
-    out += ["|---" * (len(PERCENTILES) + 2 + 2 * with_speakers) + "|"]
+    rows = []
     for split, of_split in recordings.items():
         seconds = [f"{value:g} s" for value in of_split["seconds"].values()]
-        cells = [split, f"{of_split['hours']:g}", *seconds]
-        cells += (
-            [str(of_split["speakers"]), "{} to {}".format(*of_split["rows_a_speaker"])]
-            if with_speakers
-            else []
-        )
-        out.append("| " + " | ".join(cells) + " |")
-    return out
+        rows.append([split, f"{of_split['hours']:g}", *seconds])
+        if with_speakers:
+            rows[-1] += [of_split["speakers"], "{} to {}".format(*of_split["rows_a_speaker"])]
+    speakers = ["speakers", "rows a speaker"] if with_speakers else []
+    return _table(["split", "hours", *SHARES, *speakers], rows)
 
 
 def _duplicate_lines(same: dict[str, Any]) -> list[str]:
@@ -269,28 +257,19 @@ def _class_table(classes: dict[str, Any]) -> list[str]:
     labels = list(dict.fromkeys(label for split in classes.values() for label in split["labels"]))
     if not labels:
         return []
-    counts = {
-        split: [found["labels"].get(label, 0) for label in labels]
-        for split, found in classes.items()
-    }
+    counts = [[found["labels"].get(label, 0) for label in labels] for found in classes.values()]
     if len(labels) > 100:  # a thousand lines are no summary: the JSON has them
         return [
             "",
             *(
                 f"{split}: {len(labels)} labels, {min(n)} to {max(n)} times each (see "
                 "_summary.json)."
-                for split, n in counts.items()
+                for split, n in zip(classes, counts, strict=True)
             ),
         ]
-    out = ["", "| label | " + " | ".join(classes) + " |", "|---" * (len(classes) + 1) + "|"]
-    out += [
-        f"| {label} | " + " | ".join(str(counts[split][i]) for split in classes) + " |"
-        for i, label in enumerate(labels)
-    ]
-    without = {
-        split: found["rows_without"] for split, found in classes.items() if "rows_without" in found
-    }
-    return out + ([f"| (no label) | {' | '.join(map(str, without.values()))} |"] if without else [])
+    rows = list(zip(labels, *counts, strict=True))
+    without = [found["rows_without"] for found in classes.values() if "rows_without" in found]
+    return _table(["label", *classes], [*rows, *([("(no label)", *without)] if without else [])])
 
 
 def _format_counts(counts: dict[str, Any]) -> str:
