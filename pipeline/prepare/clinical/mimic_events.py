@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -37,31 +37,17 @@ drawn (github.com/MIT-LCP/mimic-code, issue 375). Of the others charttime is whe
 GIVEN = ("inputevents", "inputevents_cv", "inputevents_mv")
 CONVERSIONS = ("", "first", "second", "refill", "present", *plausible.CONVERSIONS)
 PAIRS = (CONVERSIONS.index("first"), CONVERSIONS.index("second"))
-AMOUNTS = {
-    "ml": ("volume", 1.0),
-    "cc": ("volume", 1.0),
-    "l": ("volume", 1000.0),
-    "liter": ("volume", 1000.0),
-    "liters": ("volume", 1000.0),
-    "mg": ("mass", 1.0),
-    "mcg": ("mass", 0.001),
-    "ug": ("mass", 0.001),
-    "g": ("mass", 1000.0),
-    "gm": ("mass", 1000.0),
-    "gms": ("mass", 1000.0),
-    "gram": ("mass", 1000.0),
-    "grams": ("mass", 1000.0),
-    "units": ("units", 1.0),
-    "unit": ("units", 1.0),
-    "u": ("units", 1.0),
-    "iu": ("units", 1.0),
-    "meq": ("equivalents", 1.0),
-    "mmol": ("substance", 1.0),
-    "dose": ("doses", 1.0),
-    "doses": ("doses", 1.0),
-    "cal": ("energy", 1.0),
-    "kcal": ("energy", 1.0),
+UNITS = {
+    "volume": {"ml": 1.0, "cc": 1.0, "l": 1000.0, "liter": 1000.0, "liters": 1000.0},
+    "mass": {"mg": 1.0, "mcg": 0.001, "ug": 0.001}
+    | dict.fromkeys(("g", "gm", "gms", "gram", "grams"), 1000.0),
+    "units": dict.fromkeys(("units", "unit", "u", "iu"), 1.0),
+    "equivalents": {"meq": 1.0},
+    "substance": {"mmol": 1.0},
+    "doses": {"dose": 1.0, "doses": 1.0},
+    "energy": {"cal": 1.0, "kcal": 1.0},
 }
+AMOUNTS = {unit: (kind, one[unit]) for kind, one in UNITS.items() for unit in one}
 """Units of an amount (as `plausible.plain_unit` writes them): the kind of quantity, and the factor
 to mL, mg or the kind's one unit. In MIMIC Cal means kilocalories.
 """
@@ -78,6 +64,15 @@ NO_STAY = "no stay"
 OUTSIDE = "outside the stay"
 NO_TIME = "no time"
 NO_RESULT_TIME = "laboratory values without a storetime, taken at their charttime"
+
+
+class Item(NamedTuple):
+    """An item of a table: its id, and what clinical/items.csv says of it."""
+
+    id: int
+    variable: str
+    unit: str
+    conversion: str
 
 
 class MimicImporter(GroupedImporter):
@@ -114,12 +109,9 @@ class MimicImporter(GroupedImporter):
 
     def entities(self, source: str) -> Entities:
         found = mimic_stays.read_stays(self.data_set, self.tables)
-        names, items, units = self._items()
         keys = {
             "by_admission": _Intervals(found.admissions, found.times),
-            "names": names,
-            "items": items,
-            "units": units,
+            "items": self._items(),
             "by_patient": _Intervals(
                 found.rows["patient"].combine_chunks().to_numpy(), found.times
             ),
@@ -135,32 +127,13 @@ class MimicImporter(GroupedImporter):
         }
         return Entities(found.rows, keys, "patient", found.invalid, found.notes, info)
 
-    def _items(
-        self,
-    ) -> tuple[
-        list[str], dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], dict[str, list[str]]
-    ]:
-        """Return the items of clinical/items.csv.
-
-        Returns:
-            (names of variables; for each table its sorted item ids, with the index of each one's
-                name and conversion; for each table the unit of each of those items).
-        """
-        rows = list(plausible.rows_of("items.csv"))
-        names = sorted({row["variable"] for row in rows})
-        place = {name: i for i, name in enumerate(names)}
-        out, units = {}, {}
-        for table in MEASURED:
-            own = sorted(
-                (row for row in rows if row["table"] == table), key=lambda row: int(row["itemid"])
-            )
-            found = [
-                (int(row["itemid"]), place[row["variable"]], CONVERSIONS.index(row["conversion"]))
-                for row in own
-            ]
-            items, codes, conversions = np.array(found, dtype=np.int64).T
-            out[table], units[table] = (items, codes, conversions), [row["unit"] for row in own]
-        return names, out, units
+    def _items(self) -> dict[str, list[Item]]:
+        """Return the items of clinical/items.csv by table, sorted by their ids."""
+        tables: dict[str, list[Item]] = {}
+        for row in plausible.rows_of("items.csv"):
+            item = Item(int(row["itemid"]), row["variable"], row["unit"], row["conversion"])
+            tables.setdefault(row["table"], []).append(item)
+        return {table: sorted(items) for table, items in tables.items()}
 
     def _labels(self) -> tuple[np.ndarray, list[str], np.ndarray, np.ndarray]:
         """Read D_ITEMS: (sorted item ids, their labels, factors and kinds as of `_amount_unit`)."""
@@ -214,9 +187,12 @@ class MimicImporter(GroupedImporter):
         known_at = self.data_set.result_time
         if known_at and reader.table != "outputevents":
             columns[known_at] = Column("time", reader.table == "labevents")
-        items, codes, conversions = reader.keys["items"][reader.table]
-        names, ranges = reader.keys["names"], plausible.Ranges()
-        units = _Factors(names, codes, conversions, reader.keys["units"][reader.table])
+        known = reader.keys["items"][reader.table]
+        items = np.array([item.id for item in known])
+        names = sorted({item.variable for item in known})
+        codes = np.array([names.index(item.variable) for item in known])
+        conversions = np.array([CONVERSIONS.index(item.conversion) for item in known])
+        ranges, units = plausible.Ranges(), plausible.Units()
         for batch in reader.batches(columns):
             reader.begin(len(batch))
             item = filled(batch["itemid"], -1)
@@ -232,27 +208,18 @@ class MimicImporter(GroupedImporter):
             rows, hours = reader.assign_stays(batch, time)
             batch, at = batch.filter(pa.array(reader.good)), at[reader.good]
             has_no_result_time = has_no_result_time[reader.good]
-            values, reasons, censored = _values(batch, conversions[at])
+            numbers = _values(batch, conversions[at])
+            factors = _factors(units, batch["valueuom"], at, known)
             reader.begin(len(batch))
-            reader.drop_by_code(plausible.REASONS, reasons)
-            factors = units.of(batch["valueuom"], at)
-            # Each variable's own count: that is where to look
-            for code in np.unique(codes[at][np.isnan(factors) & reader.good]):
-                reader.drop(
-                    f"{names[code]} {plausible.OTHER_UNIT}", np.isnan(factors) & (codes[at] == code)
-                )
+            plausible.drop_unusable(reader, numbers, factors, codes[at], names)
             at_charttime = reader.good & has_no_result_time
             reader.dropped[NO_RESULT_TIME] += int(np.count_nonzero(at_charttime))
-            reader.dropped[plausible.CENSORED] += int(np.count_nonzero(reader.good & censored))
-            reader.dropped[plausible.CONVERTED] += int(
-                np.count_nonzero(reader.good & (factors != 1))
-            )
             rows, hours, at, values = (
-                column[reader.good] for column in (rows, hours, at, values * factors)
+                column[reader.good] for column in (rows, hours, at, numbers.values * factors)
             )
             values = plausible.converted(values, conversions[at], CONVERSIONS)
             values, good = ranges.apply(values, codes[at], names, reader.dropped, reader.table)
-            yield Events(rows[good], hours[good], codes[at][good], names, values[good])
+            yield Events(rows, hours, codes[at], names, values).filter(good)
 
     def _times(self, table: str, batch: pa.Table, items: np.ndarray) -> tuple[Any, np.ndarray]:
         """Return (the times at which values were known; (n,) bool, which of them are laboratory
@@ -384,47 +351,6 @@ class _Intervals:
         return np.where(inside, stay, -1), is_known
 
 
-class _Factors:
-    """Factors for the values of a table's items, by the unit of each value (VALUEUOM)."""
-
-    def __init__(
-        self,
-        names: list[str],
-        codes: np.ndarray,
-        conversions: np.ndarray,
-        units: list[str],
-    ):
-        self.known, self.variables = plausible.Units(), [names[code] for code in codes]
-        self.conversions, self.units = [CONVERSIONS[number] for number in conversions], units
-        self.found: dict[tuple[str | None, int], float] = {}
-
-    def of(self, written: Any, items: np.ndarray) -> np.ndarray:
-        """Return (n,) float64, NaN for unknown units.
-
-        `written`: (n,) texts; `items`: (n,) indices of the items in their table.
-        """
-        codes, dictionary = dictionary_codes(written)
-        texts = [*dictionary.to_pylist(), None]
-        codes = np.where(codes < 0, len(texts) - 1, codes).astype(np.int64)
-        pairs, which = np.unique(codes * len(self.units) + items, return_inverse=True)
-        factors = [
-            self._factor(texts[pair // len(self.units)], int(pair % len(self.units)))
-            for pair in pairs
-        ]
-        return (
-            np.array(factors, dtype=np.float64)[which.reshape(-1)]
-            if len(pairs)
-            else np.ones(len(items))
-        )
-
-    def _factor(self, text: str | None, item: int) -> float:
-        if (text, item) not in self.found:
-            self.found[text, item] = self.known.factor(
-                text, self.variables[item], self.units[item], self.conversions[item]
-            )
-        return self.found[text, item]
-
-
 class _StayReader(EventReader):
     """Reads a table whose rows are assigned to stays."""
 
@@ -482,6 +408,29 @@ class _StayReader(EventReader):
         self.drop(OUTSIDE, stay < 0)
         stay, seconds = stay[self.good], seconds[self.good]
         return stay, (seconds - self.keys["by_admission"].times[stay, 1]) / 3600
+
+
+def _factors(
+    units: plausible.Units, written: Any, places: np.ndarray, items: list[Item]
+) -> np.ndarray:
+    """Return (n,) factors of values by their units (VALUEUOM), NaN for unknown ones.
+
+    Args:
+        units: those that are known.
+        written: (n,) the units' texts.
+        places: (n,) indices in `items`.
+        items: those of the table.
+    """
+    codes, dictionary = dictionary_codes(written)
+    texts = ["", *dictionary.to_pylist()]  # code -1, no unit, is the first one
+    pairs = (codes.astype(np.int64) + 1) * len(items) + places
+    distinct, which = np.unique(pairs, return_inverse=True)
+    factors: list[float] = []
+    for pair in distinct.tolist():
+        code, place = divmod(pair, len(items))
+        _, variable, unit, conversion = items[place]
+        factors.append(units.factor(texts[code], variable, unit, conversion))
+    return np.array(factors, dtype=np.float64)[which]
 
 
 def _amount_unit(unit: str | None) -> tuple[float, int]:

@@ -11,13 +11,16 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import dictionary_codes, floats, is_text
+
+if TYPE_CHECKING:
+    from pipeline.prepare.engine.grouped import EventReader, Events
 
 NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?"
 """Without nan and inf, which are no measurements."""
@@ -87,6 +90,32 @@ def numbers(column: Any, pair: int | np.ndarray = 0) -> Numbers:
     return Numbers(
         np.where(is_pair & ~taken, np.nan, out), np.where(taken, 0, reason).astype(np.int8), bound
     )
+
+
+def drop_unusable(
+    reader: EventReader,
+    numbers: Numbers,
+    factors: np.ndarray,
+    codes: np.ndarray,
+    names: list[str],
+) -> None:
+    """Drop the rows of a batch without a number or in an unknown unit, and count bounds and
+    conversions of the others.
+
+    Args:
+        reader: of the rows.
+        numbers: (n,) parsed numbers.
+        factors: (n,) what they are multiplied by; NaN for an unknown unit.
+        codes: (n,) index of each number's variable in `names`.
+        names: of the variables.
+    """
+    reader.drop_by_code(REASONS, numbers.reasons)
+    has_other_unit = np.isnan(factors)
+    # Each variable's own count: that is where to look
+    for code in np.unique(codes[has_other_unit & reader.good]):
+        reader.drop(f"{names[code]} {OTHER_UNIT}", has_other_unit & (codes == code))
+    reader.dropped[CENSORED] += int(np.count_nonzero(reader.good & numbers.censored))
+    reader.dropped[CONVERTED] += int(np.count_nonzero(reader.good & (factors != 1)))
 
 
 def _plain(array: Any) -> np.ndarray:
@@ -240,26 +269,24 @@ class Ranges:
         tally[CLAMPED] += int(np.count_nonzero(good & (inside != values)))
         return inside, good
 
+    def fact(self, name: str, values: np.ndarray) -> pa.Array:
+        """Return (n,) numbers of one variable, clipped; null for what is not plausible."""
+        codes = np.zeros(len(values), dtype=np.int64)
+        clipped, good = self.apply(values, codes, [name], Counter(), "")
+        return pa.array(clipped, mask=~good)
 
-def canonical(
-    values: np.ndarray,
-    codes: np.ndarray,
-    names: list[str],
-    ranges: Ranges,
-    tally: Counter[str],
-    table: str,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Convert values under canonical names (`OWN`) and apply their ranges; others are unchanged.
 
-    Returns (values, whether they are plausible), as `Ranges.apply`.
+def canonical(events: Events, ranges: Ranges, reader: EventReader) -> Events:
+    """Convert values under canonical names (`OWN`), and return the events within their ranges.
+
+    Other variables are unchanged. `reader` takes the counts of implausible and of clipped values.
     """
-    kinds = tuple(CONVERSIONS)
-    own = np.array(
-        [kinds.index(OWN[name]) if name in OWN else -1 for name in names], dtype=np.int64
-    )
-    return ranges.apply(
-        converted(values, own[codes], kinds) if len(names) else values, codes, names, tally, table
-    )
+    kinds, names, values = tuple(CONVERSIONS), events.names, events.values
+    if names:
+        own = np.array([kinds.index(OWN[name]) if name in OWN else -1 for name in names])
+        values = converted(values, own[events.codes], kinds)
+    values, good = ranges.apply(values, events.codes, names, reader.dropped, reader.table)
+    return events._replace(values=values).filter(good)
 
 
 def units() -> dict[str, str]:

@@ -130,6 +130,11 @@ class Events(NamedTuple):
     names: list[str]
     values: np.ndarray
 
+    def filter(self, kept: np.ndarray) -> Events:
+        """Return the events where (n,) `kept` is true."""
+        rows, hours, codes = self.rows[kept], self.hours[kept], self.codes[kept]
+        return Events(rows, hours, codes, self.names, self.values[kept])
+
 
 class EventReader:
     """One pass over an input split of a table of events.

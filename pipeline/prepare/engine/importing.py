@@ -72,6 +72,19 @@ def invalid_row(path: str, split: str, reason: str) -> InvalidRow:
     return {"path": path, "split": split, "reason": reason}
 
 
+def invalid_rows(name: str, split: str, reasons: np.ndarray) -> list[InvalidRow]:
+    """List the rows of a table that have a reason, (n,) texts, by their positions from 1."""
+    places = np.flatnonzero(reasons != "")
+    return [invalid_row(f"{name}:row {i + 1}", split, str(reasons[i])) for i in places]
+
+
+def is_repeated(ids: np.ndarray) -> np.ndarray:
+    """Return (n,) bool: ids that a row before has too."""
+    repeated = np.ones(len(ids), dtype=bool)
+    repeated[np.unique(ids, return_index=True)[1]] = False
+    return repeated
+
+
 def first_reason(*reasons: tuple[np.ndarray, str]) -> np.ndarray:
     """Return (n,) texts: of each row the first reason whose mask (n,) is true for it, else ""."""
     return np.select([mask for mask, _ in reasons], [text for _, text in reasons], "")

@@ -8,7 +8,6 @@ in that layout, not on eICU itself.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -26,13 +25,14 @@ from pipeline.prepare.engine.grouped import (
     EventTables,
     GroupedImporter,
 )
-from pipeline.prepare.engine.importing import Notes, first_reason, invalid_row
+from pipeline.prepare.engine.importing import Notes, first_reason, invalid_rows, is_repeated
 from pipeline.prepare.engine.inputs import plain_suffix
 from pipeline.prepare.engine.records import index_in_sorted
 from pipeline.prepare.readers.archives import Entry, Opener, listing
 from pipeline.prepare.readers.csv_blocks import (
     SUFFIXES,
     Column,
+    find_tables,
     read_table,
     split_table,
     table_name,
@@ -182,10 +182,6 @@ class Eicu(GroupedImporter):
         with Opener() as opener:
             table = read_table("patient", entry, PATIENT, opener)
         reasons = _unusable(table)
-        invalid = [
-            invalid_row(f"{entry.name}:row {i + 1}", "train", str(reasons[i]))
-            for i in np.flatnonzero(reasons != "")
-        ]
         stays = table.filter(pa.array(reasons == ""))
         stays = stays.sort_by("patientunitstayid").combine_chunks()
         age = plausible.numbers(stays["age"])
@@ -196,8 +192,8 @@ class Eicu(GroupedImporter):
             "Gender": _mapped(stays["gender"], GENDERS),
             "CareUnit": _care_units(stays["unittype"]),
             "AdmissionSource": stays["unitadmitsource"].combine_chunks(),
-            "Height": self._measured("Height", height),
-            "Weight": self._measured("Weight", weight),
+            "Height": self._ranges.fact("Height", height),
+            "Weight": self._ranges.fact("Weight", weight),
         }
         outcomes = _outcomes(stays, _stays_in_admission(table, stays))
         names, columns = list(static), list(static.values())
@@ -229,22 +225,10 @@ class Eicu(GroupedImporter):
             rows,
             _stays(stays),
             "patient",
-            invalid,
+            invalid_rows(entry.name, "train", reasons),
             notes,
             info,
         )
-
-    def _measured(self, name: str, values: np.ndarray) -> pa.Array:
-        """Return static features within their plausible range, null for others."""
-        codes = np.zeros(len(values), dtype=np.int64)
-        values, good = self._ranges.apply(
-            values,
-            codes,
-            [name],
-            Counter(),
-            "patient",
-        )
-        return pa.array(values, mask=~good)
 
     # ---------------------------------------------------------------- events
 
@@ -361,14 +345,7 @@ class Eicu(GroupedImporter):
             reader.drop("cancelled", is_cancelled)
             reader.drop(NO_TIME, has_no_start)
             reader.drop("no drug", codes < 0)
-            good = reader.good
-            yield Events(
-                rows[good],
-                hours[good],
-                codes[good],
-                names,
-                np.ones(np.count_nonzero(good)),
-            )
+            yield Events(rows, hours, codes, names, np.ones(len(rows))).filter(reader.good)
 
     def _plausible_events(
         self,
@@ -391,40 +368,16 @@ class Eicu(GroupedImporter):
             unit_factors: of each name what its numbers are multiplied by; NaN for an unknown unit.
         """
         found = plausible.numbers(numbers)
-        values = found.values
         factor_of_name = unit_factors or [1.0] * len(names)
         factors = np.array([*factor_of_name, 1.0])[codes]  # code -1 is the last one
         is_amount = np.array([*(": " in name for name in names), False])[codes]
         is_known = np.array([*map(bool, names), False])[codes]
-        has_other_unit = np.isnan(factors)
         reader.begin(len(rows))
         reader.drop(UNKNOWN, ~is_known)
-        reader.drop_by_code(plausible.REASONS, found.reasons)
-        # Each variable's own count: that is where to look
-        for code in np.unique(codes[has_other_unit & reader.good]):
-            reason = f"{names[code]} {plausible.OTHER_UNIT}"
-            reader.drop(reason, has_other_unit & (codes == code))
-        reader.drop(plausible.OUT_OF_RANGE, is_amount & (values < 0))
-        good = reader.good
-        censored = good & found.censored
-        converted = good & (factors != 1)
-        reader.dropped[plausible.CENSORED] += int(np.count_nonzero(censored))
-        reader.dropped[plausible.CONVERTED] += int(np.count_nonzero(converted))
-        values, inside = plausible.canonical(
-            (values * factors)[good],
-            codes[good],
-            names,
-            self._ranges,
-            reader.dropped,
-            reader.table,
-        )
-        return Events(
-            rows[good][inside],
-            hours[good][inside],
-            codes[good][inside],
-            names,
-            values[inside],
-        )
+        reader.drop(plausible.OUT_OF_RANGE, is_amount & (found.values < 0))
+        plausible.drop_unusable(reader, found, factors, codes, names)
+        events = Events(rows, hours, codes, names, found.values * factors).filter(reader.good)
+        return plausible.canonical(events, self._ranges, reader)
 
 
 # ---------------------------------------------------------------- tables
@@ -435,27 +388,15 @@ def _find_tables(entries: list[Entry], source: str) -> dict[str, Entry]:
 
     Raises ValueError where a table stands there twice, or table patient or all events are missing.
     """
-    tables: dict[str, Entry] = {}
-    others = ""
-    for entry in entries:
-        name = table_name(entry)
-        if plain_suffix(entry.name) not in SUFFIXES:
-            continue
-        others = others or OTHER_DATABASES.get(name, "")
-        if name != "patient" and name not in OFFSETS:
-            continue
-        if name in tables:
-            raise ValueError(
-                f"{source}: table {name} stands there twice ({tables[name].name}, {entry.name}); "
-                "keep one"
-            )
-        tables[name] = entry
+    tables = find_tables(entries, ("patient", *OFFSETS), source)
     if "patient" in tables and len(tables) > 1:
         return tables
-    if others:
-        raise ValueError(
-            f"{source}: these are not eICU's tables; give them to onetomany prepare {others}"
-        )
+    present = {table_name(entry) for entry in entries if plain_suffix(entry.name) in SUFFIXES}
+    for name, others in OTHER_DATABASES.items():
+        if name in present:
+            raise ValueError(
+                f"{source}: these are not eICU's tables; give them to onetomany prepare {others}"
+            )
     missing = "of events" if "patient" in tables else "patient"
     raise ValueError(
         f"{source}: no table {missing} (.csv, .csv.gz or .parquet); tables of eICU are patient, "
@@ -466,12 +407,10 @@ def _find_tables(entries: list[Entry], source: str) -> dict[str, Entry]:
 def _unusable(table: pa.Table) -> np.ndarray:
     """Return (n,) texts: why a row of table patient cannot be used, or ""."""
     stay = filled(table["patientunitstayid"], -1)
-    again = np.ones(len(table), dtype=bool)
-    again[np.unique(stay, return_index=True)[1]] = False
     end = table["unitdischargeoffset"]
     return first_reason(
         (table["patientunitstayid"].is_null().to_numpy(), "no patientunitstayid"),
-        (again, "the same patientunitstayid again"),
+        (is_repeated(stay), "the same patientunitstayid again"),
         (table["uniquepid"].is_null().to_numpy(), "no uniquepid"),
         (end.is_null().to_numpy(), "no unitdischargeoffset"),
         (filled(end, 0) < 0, "its end is before its start"),

@@ -16,7 +16,7 @@ from pydantic import Field
 from pipeline.config.registry import Options, register
 from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import dictionary_codes, filled, is_number, joined
-from pipeline.data.csv_tables import csv_tables
+from pipeline.data.csv_tables import CsvFile
 from pipeline.io import file_identity, storage
 from pipeline.prepare.clinical import plausible
 from pipeline.prepare.engine.grouped import (
@@ -33,7 +33,8 @@ from pipeline.prepare.engine.importing import (
     check_columns,
     first_few,
     first_reason,
-    invalid_row,
+    invalid_rows,
+    is_repeated,
     parse_names,
 )
 from pipeline.prepare.engine.inputs import InputSplit, find_inputs
@@ -228,22 +229,17 @@ class LongTable(GroupedImporter):
         """Return (the valid rows by their ids; the others by position, counted from 1)."""
         o = self.options
         ids = table[o.entity].combine_chunks()
-        first = np.zeros(len(table), dtype=bool)
-        first[np.unique(dictionary_codes(ids)[0], return_index=True)[1]] = True
         masks = [
             (~np.asarray(ids.is_valid()), "no entity id"),
-            (~first, "the same entity id again"),
+            (is_repeated(dictionary_codes(ids)[0]), "the same entity id again"),
         ]
         if o.group:
             masks.append((np.asarray(joined(table[o.group]).is_null()), "no group"))
         if o.start:
             masks.append((~epoch_times(table[o.start])[1], "no start"))
         reasons = first_reason(*masks)
-        invalid = [
-            invalid_row(f"{name}:row {i + 1}", o.split, str(reasons[i]))
-            for i in np.flatnonzero(reasons != "")
-        ]
         table = table.filter(pa.array(reasons == ""))
+        invalid = invalid_rows(name, o.split, reasons)
         return table.take(pc.sort_indices(table[o.entity])), invalid
 
     def _info(self, static: list[str], outcomes: list[str]) -> Info:
@@ -307,20 +303,9 @@ class LongTable(GroupedImporter):
             good = reader.good
             if numbers:
                 reader.dropped[plausible.CENSORED] += int(np.count_nonzero(good & numbers.censored))
-            rows, hours, codes, values = (column[good] for column in (rows, hours, codes, values))
-            if o.clean == "clinical":
-                values, good = plausible.canonical(
-                    values,
-                    codes,
-                    names,
-                    ranges,
-                    reader.dropped,
-                    TABLE,
-                )
-                rows, hours, codes, values = (
-                    column[good] for column in (rows, hours, codes, values)
-                )
-            yield Events(rows, hours, codes, names, values)
+            events = Events(rows, hours, codes, names, values).filter(good)
+            is_clinical = o.clean == "clinical"
+            yield plausible.canonical(events, ranges, reader) if is_clinical else events
 
     def _hours(
         self,
@@ -380,9 +365,8 @@ def _table(uri: str, ids: tuple[str, ...]) -> pa.Table:
                     table = pq.read_table(handle)
             else:
                 texts = {name: pa.string() for name in ids if name}
-                table = pa.concat_tables(
-                    csv_tables(partial(opener, entry), entry.name, types=texts, nulls=NULLS)
-                )
+                file = CsvFile(partial(opener, entry), entry.name, types=texts, nulls=NULLS)
+                table = pa.concat_tables(file.tables())
                 if pa.binary() in table.schema.types:
                     raise ValueError("not UTF-8 text")
                 table = pa.table(

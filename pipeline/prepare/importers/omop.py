@@ -21,10 +21,11 @@ from pipeline.prepare.engine.importing import (
     Notes,
     first_few,
     first_reason,
-    invalid_row,
+    invalid_rows,
+    is_repeated,
     parse_names,
 )
-from pipeline.prepare.engine.inputs import InputSplit, plain_suffix
+from pipeline.prepare.engine.inputs import InputSplit
 from pipeline.prepare.engine.records import (
     DAY,
     HOUR,
@@ -34,16 +35,15 @@ from pipeline.prepare.engine.records import (
     index_in_sorted,
     merge_spans,
 )
-from pipeline.prepare.readers.archives import Entry, Opener, listing
+from pipeline.prepare.readers.archives import Opener, listing
 from pipeline.prepare.readers.csv_blocks import (
-    SUFFIXES,
     Column,
     RowCounts,
     batches,
     check_zones,
+    find_tables,
     read_table,
     split_table,
-    table_name,
 )
 
 EVENTS = {
@@ -188,17 +188,7 @@ class Omop(RecordsImporter):
 
     def sources(self, source: str, cut_bytes: int) -> EventTables:
         found = listing(source)
-        self._tables: dict[str, Entry] = {}
-        for entry in found.entries:
-            name = table_name(entry)
-            if plain_suffix(entry.name) not in SUFFIXES or name not in (*EVENTS, *OTHERS):
-                continue
-            if name in self._tables:
-                raise ValueError(
-                    f"{source}: table {name} stands there twice ({self._tables[name].name}, "
-                    f"{entry.name}); keep one"
-                )
-            self._tables[name] = entry
+        self._tables = find_tables(found.entries, (*EVENTS, *OTHERS), source)
         needed = {"person": "age and sex"}
         if not self._of_persons:
             needed["visit_occurrence"] = "one row a visit (--set rows=persons needs none)"
@@ -329,19 +319,14 @@ class Omop(RecordsImporter):
                 f"visits={self.options.visits}; there are "
                 f"{first_few(f'{name} ({count})' for name, count in kinds)}"
             )
-        again = np.ones(len(table), dtype=bool)
-        again[np.unique(visit, return_index=True)[1]] = False
         reasons = first_reason(
             (table["visit_occurrence_id"].is_null().to_numpy(), "no visit_occurrence_id"),
-            (again, "the same visit_occurrence_id again"),
+            (is_repeated(visit), "the same visit_occurrence_id again"),
             (index_in_sorted(persons.ids, person) < 0, "no such person in table person"),
             (~(started & ended), "no start or no end"),
             (end < start, "its end is before its start"),
         )
-        invalid = [
-            invalid_row(f"{entry.name}:row {i + 1}", "train", str(reasons[i]))
-            for i in np.flatnonzero(wanted & (reasons != ""))
-        ]
+        invalid = invalid_rows(entry.name, "train", np.where(wanted, reasons, ""))
         kept = np.flatnonzero(wanted & (reasons == ""))
         kept = kept[np.lexsort((visit[kept], end[kept], person[kept]))]
         visit, person, start, end = visit[kept], person[kept], start[kept], end[kept]

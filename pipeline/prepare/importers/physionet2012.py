@@ -14,6 +14,7 @@ from pydantic import Field
 
 from pipeline.config.registry import Options, register
 from pipeline.core.arrow_compute import pc
+from pipeline.core.arrow_lists import floats
 from pipeline.prepare.clinical import plausible
 from pipeline.prepare.engine.grouped import (
     Entities,
@@ -155,8 +156,8 @@ class Physionet2012(GroupedImporter):
         facts = {
             "Age": known["Age"],
             "Gender": _decoded(known["Gender"], GENDERS),
-            "Height": self._measured("Height", known["Height"]),
-            "Weight": self._measured("Weight", known["Weight"]),
+            "Height": self._ranges.fact("Height", floats(known["Height"], np.float64)),
+            "Weight": self._ranges.fact("Weight", floats(known["Weight"], np.float64)),
             "CareUnit": _decoded(known["ICUType"], UNITS),
         }
         whole_numbers = {"entity": "RecordID", **{new: old for old, new in LABELS.items()}}
@@ -185,13 +186,6 @@ class Physionet2012(GroupedImporter):
             "units": plausible.units(),
         }
         return Entities(table, keys, "entity", invalid, info=info)
-
-    def _measured(self, name: str, values: pa.Array) -> pa.Array:
-        """Return static features within their plausible range, null for others."""
-        low, valid_low, valid_high, high = self._ranges.known[name]
-        is_plausible = pc.and_(pc.greater_equal(values, low), pc.less_equal(values, high))
-        clipped = pc.min_element_wise(pc.max_element_wise(values, valid_low), valid_high)
-        return pc.if_else(is_plausible, clipped, None)
 
     def _of_files(self, name: str, opener: Opener, invalid: list[InvalidRow]) -> Iterator[Row]:
         """Yield the descriptors of each record (at 00:00), with its outcomes."""
@@ -273,18 +267,8 @@ class Physionet2012(GroupedImporter):
         reader.drop("no time", ~np.isfinite(hours))
         reader.drop("unknown (-1)", found.values == -1)
         reader.drop_by_code(plausible.REASONS, found.reasons)
-        rows, hours, codes, values = (
-            column[reader.good] for column in (rows, hours, codes, found.values)
-        )
-        values, inside = plausible.canonical(
-            values,
-            codes,
-            vocabulary,
-            self._ranges,
-            reader.dropped,
-            reader.table,
-        )
-        return Events(rows[inside], hours[inside], codes[inside], vocabulary, values[inside])
+        events = Events(rows, hours, codes, vocabulary, found.values).filter(reader.good)
+        return plausible.canonical(events, self._ranges, reader)
 
 
 def _decoded(codes: pa.Array, names: dict[float, str]) -> pa.Array:

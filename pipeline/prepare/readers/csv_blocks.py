@@ -13,7 +13,7 @@ from __future__ import annotations
 import csv
 import io
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -121,6 +121,22 @@ def split_table(
 def table_name(entry: Entry) -> str:
     """Return the name without folder and suffixes: chartevents of a/CHARTEVENTS.csv.gz."""
     return posixpath.basename(entry.name).lower().split(".")[0]
+
+
+def find_tables(entries: list[Entry], names: Collection[str], source: str) -> dict[str, Entry]:
+    """Return the tables of some names, by name. Raises ValueError for one that is there twice."""
+    tables: dict[str, Entry] = {}
+    for entry in entries:
+        name = table_name(entry)
+        if plain_suffix(entry.name) not in SUFFIXES or name not in names:
+            continue
+        if name in tables:
+            raise ValueError(
+                f"{source}: table {name} stands there twice ({tables[name].name}, {entry.name}); "
+                "keep one"
+            )
+        tables[name] = entry
+    return tables
 
 
 def batches(
