@@ -193,15 +193,3 @@ class CsvFile:
             if len(code_columns) == len(patterns):
                 break
         return frozenset(code_columns)
-
-
-def csv_tables(
-    open_file: Callable[[], AbstractContextManager[BinaryIO]],
-    name: str,
-    *,
-    delimiter: str = ",",
-    types: dict[str, pa.DataType] | None = None,
-    nulls: Sequence[str] | None = None,
-) -> Iterator[pa.Table]:
-    """Read one `CsvFile`, with its arguments and errors."""
-    return CsvFile(open_file, name, delimiter=delimiter, types=types, nulls=nulls).tables()

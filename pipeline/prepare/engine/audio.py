@@ -13,14 +13,14 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
 
+from pipeline.config.registry import RecordingOptions
 from pipeline.io import storage
 from pipeline.io.threads import threaded_map
 from pipeline.media import audio_io
@@ -78,23 +78,6 @@ LEVELS = (
 COUNTED = ("silent", "clipped", "cut out of longer recordings", "written anew as FLAC")
 
 
-@dataclass(frozen=True)
-class SoundOptions:
-    """Options of an importer about the sound itself.
-
-    Attributes:
-        rate: samples a second; 0: the recording's own.
-        longest: seconds; longer recordings are cut.
-        cut: where they are cut.
-        mono: mix channels to one.
-    """
-
-    rate: int = 0
-    longest: float = 30.0
-    cut: Literal["silence", "windows"] = "silence"
-    mono: bool = False
-
-
 class AudioImporter(Importer):
     """Base class for audio data sets. Examples: `librispeech`, `manifest`."""
 
@@ -108,9 +91,10 @@ class AudioImporter(Importer):
             )
 
     @property
-    def sound_options(self) -> SoundOptions:
-        names = {field.name for field in fields(SoundOptions)}
-        return SoundOptions(**self.options.model_dump(include=names))
+    def sound_options(self) -> RecordingOptions:
+        """The options about the sound itself; defaults for those that the importer lacks."""
+        own = self.options.model_dump(include=set(RecordingOptions.model_fields))
+        return RecordingOptions(**own)
 
     @abstractmethod
     def index(self, source: str) -> Index:
@@ -343,7 +327,7 @@ class AudioShardTask(IndexShardTask):
 
 
 def _make(
-    sound_options: SoundOptions,
+    sound_options: RecordingOptions,
     schema: pa.Schema,
     rows: pa.Table,
     scratch: Path,
@@ -367,7 +351,7 @@ def _make(
 
 
 def _rows(
-    sound_options: SoundOptions,
+    sound_options: RecordingOptions,
     reader: Reader,
     listed: list[Row],
     invalid: list[InvalidRow],
@@ -446,7 +430,7 @@ def _spans(
     row: Row,
     data: Sound,
     info: RecordingInfo,
-    sound_options: SoundOptions,
+    sound_options: RecordingOptions,
 ) -> tuple[list[tuple[float, float]], bool]:
     """Return ([(start, stop) in seconds of each row], whether the one row is the whole file)."""
     start = row["_start"] or 0.0
@@ -477,7 +461,7 @@ def _row(
     info: RecordingInfo,
     span: tuple[float, float],
     whole: bool,
-    sound_options: SoundOptions,
+    sound_options: RecordingOptions,
 ) -> tuple[Row, list[str]]:
     """Return (the row, which of COUNTED it is)."""
     start, stop = span

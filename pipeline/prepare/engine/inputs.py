@@ -200,7 +200,6 @@ class SplitReader:
 
     Attributes:
         input_split: what is read.
-        is_scan: this is the first pass, before the schema is known.
         scan_result: what `infer_schema` found for this split; None in a scan.
         before: lines of the file before the split.
         most: how many invalid rows are listed.
@@ -211,7 +210,6 @@ class SplitReader:
 
     input_split: InputSplit
     opener: Opener
-    is_scan: bool = True
     scan_result: Any = None
     before: int = 0
     most: int = MAX_LISTED

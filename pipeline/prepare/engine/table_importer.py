@@ -291,7 +291,7 @@ def _make(
     path, invalid, counts = scratch / "part.parquet", [], Counter()
     with Opener() as opener, RowGroups(path, schema, importer.shuffles_rows) as writer:
         for input_split, before, scan_result in payload:
-            reading = SplitReader(input_split, opener, False, scan_result, before, most=1 << 62)
+            reading = SplitReader(input_split, opener, scan_result, before, most=1 << 62)
             rows = (_with_split(row, input_split.split) for row in importer.rows(reading))
             for block in tables_of(rows, schema):
                 counts.update(_counted(block, importer.amounts))
