@@ -68,15 +68,15 @@ Only = Annotated[
 Address = Annotated[
     str | None,
     typer.Option(
-        help="Join this Ray cluster (auto, or host:port); default: that of RAY_ADDRESS, or start "
-        "Ray here."
+        help="Join this Ray cluster (auto, or host:port); default: the one in RAY_ADDRESS, or else "
+        "start Ray on this machine."
     ),
 ]
 Plugin = Annotated[
     list[str] | None,
     typer.Option(
-        help="A .py file, a package's folder or an installed module that adds components. It is "
-        "code, and is run.",
+        help="A .py file, a package's folder or an installed module that adds components. Its "
+        "code is run.",
         metavar="PATH",
     ),
 ]
@@ -86,8 +86,8 @@ Wait = Annotated[
     typer.Option(
         "--wait-for-resources/--no-wait-for-resources",
         show_default=False,
-        help="Wait for nodes that the cluster does not have yet, or use those that are there; "
-        "default: wait where its autoscaler declares nodes.",
+        help="Wait until the cluster has added the nodes that the job needs, or use the nodes that "
+        "it has now; default: wait if the cluster's autoscaler declares nodes.",
     ),
 ]
 
@@ -96,8 +96,8 @@ RemakeOption = Annotated[
     api.Remake,
     typer.Option(
         "--remake",
-        help="changed: also run again what another version of the code or of a library made "
-        "(--dry-run lists it); none: keep it, marked with †.",
+        help="changed: also run again the results of other versions of the code or of libraries "
+        "(--dry-run lists them); none: keep them, marked with †.",
     ),
 ]
 
@@ -278,7 +278,12 @@ def init(
     ],
     output: Annotated[
         str,
-        typer.Option("-o", "--output", help="Job file; default: NAME.yaml here.", metavar="JOB"),
+        typer.Option(
+            "-o",
+            "--output",
+            help="The job file to write; default: NAME.yaml in the current folder.",
+            metavar="JOB",
+        ),
     ] = "",
     target_column: Annotated[
         str | None,
@@ -287,7 +292,7 @@ def init(
     objective: Annotated[
         str | None,
         typer.Option(
-            help="Learn classes or a number from --target-column; default: as its values look.",
+            help="Learn classes or a number from --target-column; default: decided by its values.",
             metavar="classification|regression",
         ),
     ] = None,
@@ -304,8 +309,8 @@ def init(
     """Look at data and write a first job for them, with a comment on every line.
 
     It says what was found (classes, lengths, splits, patients or speakers that must stay together)
-    and why each choice was made. Files that a job cannot read as they are (plain tables, names of
-    files) come with the `prepare` command that converts them.
+    and why each choice was made. Some files must be converted first (plain tables, tables of file
+    names). For those it prints the `prepare` command.
 
     Example: `onetomany init reviews.csv --target-column stars`
     """
@@ -393,8 +398,9 @@ def pretrain(
     verbose: Verbose = False,
     remake: RemakeOption = "none",
 ) -> None:
-    """Train the sources of a job. Each leaves a bundle: weights with all that is needed to use
-    them.
+    """Train the sources of a job.
+
+    Each writes a bundle: a folder with the weights and all that is needed to use them.
     """
     _run_stages(
         job, _with_only(set_, only), address, verbose, wait_for_resources, ("pretrain",), remake
@@ -439,16 +445,16 @@ def report(
         bool,
         typer.Option(
             "--prune-stale",
-            help="Also remove trials that the job no longer has; what another job in the same "
-            "storage starts from stays.",
+            help="Also remove trials that the job no longer has. Trials from which another job in "
+            "the same storage starts are kept.",
         ),
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="With --prune-stale: list what would go; remove nothing."),
+        typer.Option("--dry-run", help="With --prune-stale: list the trials, remove nothing."),
     ] = False,
 ) -> None:
-    """Print the table of results, and write report.html and report.md again. Runs nothing."""
+    """Print the table of results, and write report.html and report.md again. Nothing is trained."""
     spec = _job(job, set_)
     if dry_run and not prune_stale:
         raise _fail("--dry-run lists what --prune-stale would remove: give both", 2)
@@ -485,11 +491,11 @@ def advise(
 ) -> None:
     """Say which source and technique each target should take, and what to try next.
 
-    It reads the results of one or several jobs and runs nothing. It says "use" where the intervals
-    of the measured and the expected gain over scratch lie above zero, "train from scratch" where
-    those of all techniques lie below, and "not enough evidence" otherwise. Two seeds are needed.
-    Pairs of source and technique that were not tried, and targets of a job that has not run, get a
-    predicted gain.
+    It reads the results of one or several jobs, and trains nothing. The advice is "use" if the
+    intervals of the measured and of the expected gain over scratch lie above zero. It is "train
+    from scratch" if those of all techniques lie below zero, and "not enough evidence" otherwise. A
+    gain needs two seeds. Pairs of source and technique that were not tried get a predicted gain,
+    and so do targets of a job that has not run.
 
     Example: `onetomany advise jobs/quickstart.yaml runs/other --target shoes`
     """
@@ -514,14 +520,14 @@ BundleOrJob = Annotated[
     ),
 ]
 NewData = Annotated[list[str], typer.Argument(help="Files, folders or globs.", metavar="FILES...")]
-OutputFolder = Annotated[str, typer.Option("-o", "--output", help="Folder for what is written.")]
+OutputFolder = Annotated[str, typer.Option("-o", "--output", help="The folder to write to.")]
 TargetName = Annotated[
-    str | None, typer.Option(help="The target whose network is taken, for a job with several.")
+    str | None, typer.Option(help="The target whose network is used, if the job has several.")
 ]
 Columns = Annotated[
     list[str] | None,
     typer.Option(
-        help="The column of a role, when it is named otherwise than in training.",
+        help="The column of a role, if its name is not the one in training.",
         metavar="ROLE=NAME",
     ),
 ]
@@ -529,12 +535,12 @@ ReadAs = Annotated[
     DataFormat,
     typer.Option("--input-format", help="How FILES are read; auto: by their names."),
 ]
-WriteAs = Annotated[OutputFormat, typer.Option("--format", help="What is written.")]
+WriteAs = Annotated[OutputFormat, typer.Option("--format", help="The format to write.")]
 Keep = Annotated[
     str | None,
     typer.Option(
-        help="Columns of the rows that are written too (renamed input_NAME if a prediction column "
-        "has that name).",
+        help="Further columns to copy into the output (as input_NAME if a prediction column has "
+        "that name).",
         metavar="A,B",
     ),
 ]
@@ -567,27 +573,26 @@ def predict(
     keep: Keep = None,
     draw: Annotated[
         bool,
-        typer.Option(
-            "--draw", help="Of boxes and masks: draw them on the images too, in OUTPUT/_drawn."
-        ),
+        typer.Option("--draw", help="Also draw boxes and masks on the images, in OUTPUT/_drawn."),
     ] = False,
     srt: Annotated[
         bool,
         typer.Option(
-            "--srt", help="Of speech: one file of subtitles a recording too, in OUTPUT/_subtitles."
+            "--srt",
+            help="Also write subtitles for each recording of speech, in OUTPUT/_subtitles.",
         ),
     ] = False,
     plugin: Plugin = None,
     address: Address = None,
     verbose: Verbose = False,
 ) -> None:
-    """Predict new files: a row for each row or file, with the class and its probability, boxes,
-    masks, entities, texts with times, and so on.
+    """Predict new files: classes with probabilities, boxes, masks, entities, texts with times, ...
 
-    Each row also has its `file` (of folders), its id, its text, and what `--keep` names. The folder
-    opens as one data set: `pandas.read_parquet(OUTPUT)`. In Parquet `probabilities` are in the
-    order of the classes (printed, and in the files' metadata); in CSV and JSON Lines each has the
-    name of its class.
+    The output has a row for each row or file, in the same order. It also has the row's id, its
+    text, its `file` (if a folder was given), and the columns that `--keep` names. The folder opens
+    as one data set: `pandas.read_parquet(OUTPUT)`. In Parquet, `probabilities` is a list in the
+    order of the classes, which is printed and is in the files' metadata. In CSV and JSON Lines each
+    probability has the name of its class.
 
     Example: `onetomany predict runs/quickstart photos/ --target clothing -o out --format csv`
     """
@@ -623,7 +628,9 @@ def embed(
     verbose: Verbose = False,
 ) -> None:
     """Write a vector of features for each row of new files, for search, clustering or a model of
-    your own. Bundles of sources serve too. Ids and kept columns are as for `predict`.
+    your own.
+
+    Bundles of sources can be used too. Ids and copied columns are as in `predict`.
 
     Example: `onetomany embed runs/quickstart photos/ --target clothing -o features`
     """
@@ -662,26 +669,27 @@ def export(
         ),
     ],
     output: Annotated[
-        str, typer.Argument(help="Folder, or file for a state dict.", metavar="OUTPUT")
+        str, typer.Argument(help="The folder to write, or file of a state dict.", metavar="OUTPUT")
     ],
     target: TargetName = None,
     kind: Annotated[str, typer.Option(help=EXPORT_KINDS)] = "bundle",
     backbone_only: Annotated[
-        bool, typer.Option(help="Leave the head out; names as the model library has them.")
+        bool,
+        typer.Option(help="Leave the head out, and use the model library's parameter names."),
     ] = False,
     fps: Annotated[
         float | None,
-        typer.Option(help="lerobot: steps a second, where the prepared folder does not say."),
+        typer.Option(help="lerobot: steps per second, if the prepared folder does not say it."),
     ] = None,
     plugin: Plugin = None,
 ) -> None:
     """Write a bundle in a form that other programs open.
 
-    `onnx` and `torch-export` hold the whole network as a graph, with how rows are prepared and code
-    that runs it. With `hugging-face` and `state-dict`, a head that transformers or timm has no
-    class for comes with the code that loads it: `from classifier import load` in the folder, or
-    `NAME_classifier.py`. Every export is compared with the bundle on random rows, and refused where
-    it gives other numbers.
+    `onnx` and `torch-export` write the whole network as a graph, a description of how rows are
+    prepared, and code that runs it. If transformers or timm has no class for a head,
+    `hugging-face` and `state-dict` add the code that loads it: `from classifier import load` in the
+    folder, or `NAME_classifier.py`. Every export is compared with the bundle on random rows, and
+    refused if it gives other numbers.
 
     Example: `onetomany export runs/quickstart model --target clothing --kind hugging-face`
     """
@@ -712,17 +720,17 @@ def push(
     ],
     licence: Annotated[
         str,
-        typer.Option("--licence", help="Of the weights, as hubs name it: apache-2.0, cc-by-4.0."),
+        typer.Option("--licence", help="Licence of the weights, by its name on hubs: apache-2.0"),
     ] = "unknown",
     private: Annotated[
-        bool, typer.Option(help="Make a repository that is not there yet a private one.")
+        bool, typer.Option(help="If the repository is new, make it private.")
     ] = False,
 ) -> None:
     """Put a bundle or an export on the Hugging Face hub or into a folder, with a model card.
 
     The card (README.md) has the metrics with their intervals, how the network was made, what is
-    known of data and licence, and limits. Paths of this machine are not pushed. The hub's token is
-    that of `hf auth login`, or HF_TOKEN.
+    known of data and licence, and limits. Paths of this machine are not pushed. The hub's token
+    comes from `hf auth login` or HF_TOKEN.
     """
     with _exit_codes():
         text = api.push(place, to, licence=licence, private=private)
@@ -756,17 +764,17 @@ def prepare(
     resize: Annotated[
         int | None,
         typer.Option(
-            help="Images: make the shorter side this many pixels; smaller ones stay. Changed ones "
-            "become JPEG."
+            help="Images: shrink the shorter side to this many pixels. Smaller images stay as they "
+            "are; the others become JPEG."
         ),
     ] = None,
     quality: Annotated[
         int | None,
-        typer.Option(help="Images: write every one as JPEG of this quality (1 to 100)."),
+        typer.Option(help="Images: write all of them as JPEG with this quality (1 to 100)."),
     ] = None,
     rows_per_part: Annotated[
         int | None,
-        typer.Option(help="Images, recordings: rows of a Parquet file; default: by --part-mb."),
+        typer.Option(help="Images, recordings: rows in a Parquet file; default: by --part-mb."),
     ] = None,
     part_mb: Annotated[
         float | None,
@@ -774,7 +782,10 @@ def prepare(
     ] = None,
     max_bad: Annotated[
         float,
-        typer.Option(help="Share of rows that may be broken; one always may, unless 0."),
+        typer.Option(
+            help="Share of rows that may be broken. One broken row is always allowed, unless this "
+            "is 0."
+        ),
     ] = 0.01,
     list_: Annotated[
         bool,
@@ -845,32 +856,33 @@ def submit(
     env: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME or NAME=VALUE for the job's environment (visible in the dashboard)."
+            help="A variable of the job's environment: NAME (its value here), or NAME=VALUE. It is "
+            "visible in the dashboard."
         ),
     ] = None,
     secrets_in_clear: Annotated[
         bool,
         typer.Option(
             "--secrets-in-clear",
-            help="Let --env name keys and tokens, which everyone who can reach the cluster can "
-            "then read.",
+            help="Let --env pass keys and tokens. Everyone who can reach the cluster can then read "
+            "them.",
         ),
     ] = False,
     include: Annotated[
         list[str] | None,
         typer.Option(
-            help="File, folder or glob in the job file's folder that travels too, beside what the "
-            "job names."
+            help="A further file, folder or glob in the job file's folder to send. What the job "
+            "names is sent anyway."
         ),
     ] = None,
     exclude: Annotated[
         list[str] | None,
         typer.Option(
-            help="Glob of files that do not travel; .onetomanyignore holds such globs too."
+            help="Glob of files not to send. The file .onetomanyignore can list such globs too."
         ),
     ] = None,
     submission_id: Annotated[
-        str | None, typer.Option(help="Name of the submission; default: made up.")
+        str | None, typer.Option(help="Name of the submission; default: a new one.")
     ] = None,
     follow: Annotated[
         bool, typer.Option(help="Follow the log and exit with the job's own code.")
@@ -879,13 +891,14 @@ def submit(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="List the files that would be shipped and their sizes; send nothing."
+            "--dry-run", help="List the files that would be sent and their sizes; send nothing."
         ),
     ] = False,
 ) -> None:
     """Run a job on a Ray cluster, and follow its log.
 
-    The job file, what it names in its folder, and the code are shipped (`--dry-run` lists them).
+    It sends the job file, the files in its folder that it names, and the code (`--dry-run` lists
+    them).
     """
     _job(job, set_, elsewhere=True)
     from cluster.package import SubmitError, collect
@@ -981,7 +994,7 @@ LISTINGS = [_add_listing(command, kind) for command, kind in listing.KINDS.items
 def print_schema(
     plugin: Plugin = None,
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="A page for people instead: every field in words.")
+        bool, typer.Option("--markdown", help="Print a Markdown page for people instead.")
     ] = False,
 ) -> None:
     """Print every field of a job file, its default and meaning, as a JSON Schema for editors."""
@@ -1010,7 +1023,10 @@ def options(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="This program's version."
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Print this program's version.",
         ),
     ] = False,
 ) -> None:
