@@ -174,7 +174,7 @@ class Data(Spec):
         "az://; split by split_column or by the fractions",
     )
     train: Uris | None = Field(
-        None, description="files of the training split, when the data come split"
+        None, description="files of the training split, if the data are already split"
     )
     validation: Uris | None = Field(
         None, description="files of the validation split; left out: validation_fraction of train"
@@ -188,18 +188,18 @@ class Data(Spec):
     )
     format: DataFormat = Field(
         "auto",
-        description="auto: by file name; recordings longer than 30 s are cut at silence (audio); "
-        "plain text is read as a row a line (text), as rows separated by blank lines (paragraphs), "
-        "or as a row a file (documents), whose folder is then its label, in column label",
+        description="auto: by file name. Plain text: each line is a row (text), rows are "
+        "separated by blank lines (paragraphs), or each file is a row (documents), whose folder "
+        "is its label (column label). Recordings longer than 30 s are cut at silence (audio)",
     )
     identity: Literal["content", "stat"] = Field(
         "content",
-        description="how a changed file is found: content: every file is read once and hashed, "
+        description="how a changed file is found. content: every file is read once and hashed, "
         "also those that rows name (on S3: by the ETag); stat: by size and time of change, for "
         "very large corpora",
     )
     where: dict[str, list[str | int | float | bool]] = Field(
-        default_factory=dict, description="keep rows whose column holds one of these values"
+        default_factory=dict, description="keep the rows whose column has one of these values"
     )
     split_column: str | None = Field(
         None, description="a column with each row's split; it is used as it is"
@@ -211,29 +211,28 @@ class Data(Spec):
             "test": ["test"],
         },
         description="which values of split_column mean which split; a split that is not listed "
-        "takes the rows with its own name (test) as value, unless that value is listed for another "
-        "split",
+        "has the rows whose value is its own name, unless that value is listed for another split",
     )
     validation_fraction: float = Field(
         0.1,
         ge=0,
         lt=1,
-        description="share of train held out (by hash of the row or group) when no validation is "
-        "given",
+        description="share of the training rows held out for validation (by hash of the row or "
+        "group), if there is no other validation split",
     )
     test_fraction: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="share held out as test when no test is given. A target needs test rows: from "
-        "this, test, split_column or folds",
+        description="share of the rows held out for the test, if there is no other test split. A "
+        "target needs test rows: from this, test, split_column or folds",
     )
     split_seed: int = Field(
         0,
         ge=0,
         exclude_if=lambda seed: seed == 0,  # splits by seed 0 have the key that they always had
         description="another seed holds out other rows by validation_fraction and test_fraction: "
-        "on a small test split one split decides more than the technique",
+        "with a small test split, which rows are held out may matter more than the technique",
     )
     group: str | None = Field(
         None,
@@ -243,35 +242,36 @@ class Data(Spec):
     )
     more: list[Data] = Field(
         default_factory=list["Data"],
-        description="further corpora, their splits joined to these: columns of the same names and "
-        "types",
+        description="further corpora with columns of the same names and types; their splits are "
+        "joined to these",
     )
     weight: float | None = Field(
         None,
         gt=0,
         allow_inf_nan=False,
-        description="sources with more corpora: share of the training rows that is drawn from "
-        "this one, relative to the others' weights, whatever their sizes; each corpus comes whole "
-        "in every epoch of its own; all have a weight or none; validation is unweighted",
+        description="for sources with several corpora: share of the training rows that is drawn "
+        "from this one, relative to the weights of the others, whatever their sizes. Each corpus "
+        "is read to its end before its next epoch. Give every corpus a weight, or none. "
+        "Validation is unweighted",
     )
     max_bad_rows: float = Field(
         0.01,
         ge=0,
         le=1,
-        description="share of rows that may be undecodable, or not to be learned from, before the "
-        "run stops",
+        description="the run stops if a larger share of the rows cannot be decoded or learned from",
     )
     decode: Literal["auto", "memory", "workers", "train", "device"] = Field(
         "auto",
-        description="where rows are decoded: once into shared memory, in Ray Data workers, in the "
-        "train worker itself, or (images) on its device, a GPU's own JPEG decoder; auto: sources "
-        "in Ray Data workers, targets in memory when they fit; workers and device: sources only",
+        description="where rows are decoded. memory: once, into shared memory; workers: in Ray "
+        "Data workers; train: in the training process; device: images, by the GPU's JPEG decoder; "
+        "auto: sources in Ray Data workers, targets in memory if they fit. workers and device: "
+        "sources only",
     )
     shuffle: Literal["auto", "rows", "blocks"] = Field(
         "auto",
-        description="order of the training rows. rows: a full permutation; blocks: row groups "
-        "permuted, rows permuted inside; auto: rows up to 256 MiB of files and for a target that "
-        "lies in memory, else blocks",
+        description="order of the training rows. rows: a full permutation; blocks: Parquet's row "
+        "groups are permuted, and the rows within each; auto: rows for files of up to 256 MiB and "
+        "for a target in memory, else blocks",
     )
 
     @model_validator(mode="after")
@@ -384,26 +384,27 @@ class Train(Spec):
         description="passes over the training rows; give steps or epochs; left out: one epoch",
     )
     global_batch: int = Field(
-        64, ge=1, description="rows a step over all ranks; the same at any number of ranks"
+        64, ge=1, description="rows in each step, over all ranks together, whatever their number"
     )
     batch_cost: float | None = Field(
         None,
         gt=0,
-        description="instead of global_batch: a step takes rows of similar length, as many as "
-        "have this cost in all when padded to the longest (audio: seconds; events: events; "
-        "trajectory: steps; no other modality)",
+        description="instead of global_batch: each step takes rows of similar length, as many as "
+        "have this total cost when padded to the longest. The cost is in seconds (audio), events "
+        "(events) or steps (trajectory); other modalities have none",
     )
     micro_batch: int | None = Field(
         None,
         ge=1,
-        description="rows a forward pass on one rank; gradients are accumulated; left out: all at "
-        "once",
+        description="rows in each forward pass on one rank; gradients are accumulated; left out: "
+        "all rows at once",
     )
     canonical_shards: int | None = Field(
         None,
         ge=1,
-        description="independent row orders that ranks share out; left out: 8, or the most "
-        "ranks if more; with mixup or cutmix at most half the rows of a forward pass",
+        description="independent row orders that are divided among the ranks; left out: 8, or the "
+        "largest number of ranks if that is more; with mixup or cutmix at most half the rows of a "
+        "forward pass",
     )
     optimizer: Literal["adamw", "sgd"] = Field(
         "adamw", description="adamw (fused) or sgd with momentum (fused)"
@@ -415,10 +416,13 @@ class Train(Spec):
     weight_decay: float = Field(
         0.05,
         ge=0,
-        description="decoupled, with sgd too (SGDW); not on norms, biases and other vectors",
+        description="decoupled, with sgd too (SGDW); not applied to norms, biases and other "
+        "vectors",
     )
     warmup: float = Field(0.1, ge=0, le=1, description="share of the steps with linear warm-up")
-    schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
+    schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="learning rate after the warm-up"
+    )
     clip_norm: float | None = Field(
         1.0, gt=0, description="largest global gradient norm; null: off"
     )
@@ -440,33 +444,36 @@ class Train(Spec):
         True, description="the modality's augmentation, on the device, seeded by row"
     )
     eval_every_steps: int | None = Field(
-        None, ge=1, description="validate every so many steps; left out: five times a run"
+        None, ge=1, description="steps between validations; left out: five validations in a run"
     )
     checkpoint_every_steps: int | None = Field(
-        None, ge=1, description="write a resume point every so many steps; left out: every 1000"
+        None, ge=1, description="steps between resume points; left out: 1000"
     )
     checkpoint_every_minutes: float | None = Field(
         10.0,
         gt=0,
         allow_inf_nan=False,
-        description="write a resume point too when the newest is so many minutes old; null: by "
+        description="also write a resume point when the newest is this many minutes old; null: by "
         "steps alone",
     )
-    log_every_steps: int = Field(10, ge=1, description="write metrics every so many steps")
+    log_every_steps: int = Field(10, ge=1, description="steps between lines of metrics in the log")
     keep: Literal["best", "last"] = Field(
-        "best", description="which weights the bundle holds: best by validation, or last"
+        "best", description="which weights the bundle has: the best on validation, or the last"
     )
     patience: int | None = Field(
         None,
         ge=1,
         exclude_if=lambda patience: patience is None,  # hashes are those from before there was one
-        description="stop after so many validations in a row without a better primary metric. "
-        "Otherwise the run ends at steps or epochs, for which the learning-rate schedule is made "
-        "anyway. Techniques in phases stop in their last one. Ignored at label fraction 0 and by "
+        description="stop after this many validations in a row without a better primary metric; "
+        "left out: never. The learning-rate schedule is made for all steps in any case. "
+        "Techniques in phases stop in their last one. Ignored at label fraction 0 and by "
         "objectives that compare rows: they keep the last weights",
     )
     max_bad_steps: int = Field(
-        5, ge=1, description="non-finite steps in a row (each is skipped) before the run stops"
+        5,
+        ge=1,
+        description="the run stops after this many non-finite steps in a row; each of them is "
+        "skipped",
     )
     trace_rows: bool = Field(
         False,
@@ -601,8 +608,8 @@ class Source(Spec):
     init: str | None = Field(
         None,
         description="weights to start from: bundle:URI, file:PATH (safetensors or state dict), "
-        "hf:FOLDER; file-by-order:PATH pairs tensors by order and shape where the file's names "
-        "differ",
+        "hf:FOLDER; file-by-order:PATH pairs tensors by order and shape, for files with other "
+        "tensor names",
     )
     modality: ComponentConfig | None = Field(
         None,
@@ -616,30 +623,33 @@ class Source(Spec):
         FULL,
         # hashes of jobs and sources are those from before sources had techniques
         exclude_if=lambda technique: technique == FULL,
-        description="how a source that continues a checkpoint is trained: full, lora, ...; modules"
-        " that a technique adds are merged into the weights of the bundle; a source with random"
-        " weights trains every layer",
+        description="how a source that continues a checkpoint is trained: full, lora, ...; "
+        "modules that a technique adds are merged into the bundle's weights. A source with random "
+        "weights always trains every layer",
     )
     probe: Data | None = Field(
         None,
-        description="labelled rows on which the backbone's features are tested at every "
-        "validation: kNN accuracy on the validation split by the nearest training rows; columns: "
-        "the input and label",
+        description="labelled rows for the kNN accuracy of the backbone's features at every "
+        "validation: rows of the validation split are classified by the nearest training rows; "
+        "columns: the input and label",
     )
     train: Train = Field(
         default_factory=lambda: Train.model_validate({}), description="how to pretrain"
     )
     workers: int | tuple[Whole, Whole] = Field(
-        1, description="processes that train it together (ranks of DDP); [2, 8] is elastic"
+        1,
+        description="processes that train it together (ranks of DDP); [2, 8]: elastic, from 2 to 8",
     )
     cpus_per_worker: float | None = Field(
-        None, gt=0, description="logical CPUs a rank; left out: by the machine"
+        None,
+        gt=0,
+        description="logical CPUs for each rank; left out: 1, or less if there are few CPUs",
     )
     gpus_per_worker: float | None = Field(
         None,
         ge=0,
-        description="GPUs a rank; left out: 1 where there are GPUs, or an equal share of them "
-        "where there are fewer than ranks",
+        description="GPUs for each rank; left out: 1 if there are GPUs, or an equal share if "
+        "there are fewer GPUs than ranks",
     )
     max_failures: int = Field(
         3, ge=-1, description="restarts from the newest resume point before giving up; -1: no limit"
@@ -757,9 +767,10 @@ class Target(Spec):
         Annotated[float | int, BeforeValidator(registry.reject_bool), AfterValidator(_fraction)]
     ] = Field(
         default_factory=lambda: [1.0],
-        description="floats: shares (stratified, nested), 1.0 is all; integers: rows a class; 0: "
-        "no label of the target, for the techniques that need none (dann, pseudo_labels, ...): "
-        "what is chosen is then chosen on the validation rows of the source",
+        description="a number with a point: share of the training rows (stratified, nested), 1.0 "
+        "is all; a whole number: rows of each class; 0: no label of the target, for the "
+        "techniques that need none (dann, pseudo_labels, ...). Every choice is then made on the "
+        "validation rows of the source",
     )
     unlabelled: Data | None = Field(
         None,
@@ -772,17 +783,17 @@ class Target(Spec):
         None,
         ge=2,
         exclude_if=lambda folds: folds is None,  # a target without any has the key it always had
-        description="k-fold cross-validation with k = this number, stratified by class; groups "
-        "stay together. Each fold is the test split of trials of its own, which choose by "
-        "validation_fraction of their other rows. Report and comparisons take the test rows of all "
-        "folds. Data then declare no validation or test rows",
+        description="cross-validation with this number of folds, stratified by class; groups stay "
+        "together. Each fold is the test split of trials of its own, whose validation split is "
+        "validation_fraction of the other rows. The results are over the test rows of all folds. "
+        "The data must have no validation or test rows of their own",
     )
     fold: int | None = Field(
         None,
         ge=1,
         exclude_if=lambda fold: fold is None,
-        description="run this one of the folds alone; left out: all. Its trials are those of a job "
-        "that runs all",
+        description="run only this fold, with the same trials as in a job that runs all; left "
+        "out: all folds",
     )
     sources: list[str] | None = Field(
         None, description="which sources to adapt; left out: all of the same modality"
@@ -795,10 +806,11 @@ class Target(Spec):
     )
     drop_overlap: Literal["none", "exact", "near", "group"] = Field(
         "none",
-        description="leave out test rows that are also in a source's training rows: exact: the "
-        "same content, or another cut of the same record; near: also nearly the same images, texts "
-        "and recordings (perceptual hash, MinHash of words, perceptual hash of log-mels); group: "
-        "also rows of the same group (patient, speaker). All are counted in any case",
+        description="leave out test rows that are also in a source's training rows. exact: the "
+        "same content, or another cut of the same record; near: also nearly the same images, "
+        "texts and recordings (perceptual hash, MinHash of words, perceptual hash of log-mels); "
+        "group: also rows of the same group (patient, speaker). The report counts all of these in "
+        "any case",
     )
     subgroups: list[str] = Field(
         default_factory=list,
@@ -808,7 +820,8 @@ class Target(Spec):
     workers: int = Field(
         0,
         ge=0,
-        description="processes that train a trial together (ranks of DDP); 0: its own alone",
+        description="processes that train a trial together (ranks of DDP); 0: the trial's own "
+        "process alone",
     )
 
     @model_validator(mode="after")
@@ -918,17 +931,19 @@ class Select(Spec):
     top: int | None = Field(
         2,
         ge=1,
-        description="how many sources to keep for each target; null: all, as with a budget alone",
+        description="how many sources to keep for each target; null: all, as when only a budget "
+        "is given",
     )
     budget: int | None = Field(
         None,
         ge=1,
         exclude_if=lambda budget: budget is None,  # hashes are those from before there was one
-        description="trials that the whole job may spend, shared out over targets and label "
-        "fractions by successive halving: every source is tried with every technique with a "
-        "ninth of the steps, the better pairs with all, and the best with all seeds. A shorter "
-        "trial counts by its share of the steps; scratch is never cut and counts; what trains "
-        "nothing and baselines do not. With score or top only the best-scored sources are tried",
+        description="trials that the whole job may spend, divided among targets and label "
+        "fractions by successive halving: every source is tried with every technique with a ninth "
+        "of the steps, the better pairs with all steps, and the best with all seeds. A shorter "
+        "trial counts by its share of the steps. Scratch counts and is never left out. Baselines "
+        "and techniques that train nothing do not count. With score or top only the best-scored "
+        "sources are tried",
     )
 
     @model_validator(mode="before")
@@ -953,14 +968,14 @@ class Finalists(Spec):
     top: int = Field(
         3,
         ge=1,
-        description="how many of an entry's best draws are tried again; 1: none, the best with one "
-        "seed is chosen",
+        description="how many of an entry's best draws are tried again; 1: none, the best draw "
+        "with one seed is chosen",
     )
     seeds: int = Field(
         2,
         ge=0,
-        description="further seeds for each of them; the draw with the best mean over all its "
-        "seeds on validation goes on",
+        description="further seeds for each of these draws; the one with the best mean over all "
+        "its seeds on validation rows is chosen",
     )
 
     def further_trials(self, draws: int) -> int:
@@ -986,24 +1001,24 @@ class Fanout(Spec):
     seeds: int = Field(
         3,
         ge=1,
-        description="final runs of every entry; a seed changes initialisation, row order and label "
-        "subset",
+        description="final runs of every entry; a seed decides initialisation, row order and the "
+        "choice of labels",
     )
     trials: int = Field(
         1,
         ge=1,
-        description="hyper-parameter draws of every entry from search, the same for scratch; the "
-        "best on validation goes on (search_finalists)",
+        description="draws of hyper-parameters from search, for every entry and for scratch; the "
+        "best ones on validation rows are tried again (search_finalists)",
     )
     search: Literal["auto"] | dict[Annotated[str, AfterValidator(_searchable)], list[Number]] = (
         Field(
             default_factory=dict,
             json_schema_extra={"propertyNames": {"enum": list(NUMERIC)}},
             description="numeric field of train to [low, high] (log-uniform), or to 3 or more "
-            "values to choose from; needs trials above 1; drawn steps replace a target's epochs, "
-            "and the other way round. auto: as many draws for each technique, from its own ranges "
-            "of lr (relative to the target's) and of its options; options that the job states stay "
-            "as they are, and the first draw is the job's own settings",
+            "values to choose from; needs trials above 1. Drawn steps replace a target's epochs, "
+            "and drawn epochs its steps. auto: each technique draws from its own ranges of lr "
+            "(relative to the target's) and of its options; options that the job states stay as "
+            "they are, and the first draw is the job's own settings",
         )
     )
     searcher: Literal["random", "optuna"] = Field(
@@ -1012,18 +1027,18 @@ class Fanout(Spec):
         exclude_if=lambda value: value == "random",
         description="random: independent draws; optuna (extra optuna): the first quarter is "
         "random, and Optuna's tree-structured Parzen estimator proposes each further quarter from "
-        "what the entry's earlier trials reached on validation rows",
+        "the validation values of the entry's earlier trials",
     )
     search_finalists: Finalists = Field(
         default_factory=lambda: Finalists.model_validate({}),
         description="the best few draws of a search are tried again with further seeds before one "
-        "is chosen, as a choice by one seed is partly luck. top: 1 turns it off",
+        "is chosen, because a choice by one seed is partly luck. top: 1 turns it off",
     )
     scheduler: Literal["fifo", "asha"] = Field(
         "fifo", description="asha stops the worse search trials of an entry early"
     )
     gpus_per_trial: float | None = Field(
-        None, ge=0, description="share of a GPU for one trial; left out: 0.25 when there are GPUs"
+        None, ge=0, description="share of a GPU for one trial; left out: 0.25 if there are GPUs"
     )
     cpus_per_trial: float = Field(1.0, gt=0, description="logical CPUs of one trial")
     max_concurrent_trials: int | None = Field(
@@ -1035,25 +1050,26 @@ class Fanout(Spec):
         None,
         gt=0,
         allow_inf_nan=False,
-        description="a trial that runs longer is ended and fails, the others go on; left out: no "
-        "limit. Of a trial on several ranks the time counts from when the first rank has its place",
+        description="a trial that runs longer is ended and counts as failed, the others go on; "
+        "left out: no limit. For a trial on several ranks the time begins when the first rank "
+        "gets its resources",
     )
     silence_timeout_minutes: float | None = Field(
         30.0,
         gt=0,
         allow_inf_nan=False,
         description="a trial that takes no step and reads no batch for so long is ended and "
-        "fails, the others go on; null: it may hang for ever",
+        "counts as failed, the others go on; null: no limit",
     )
     select: Select | None = Field(
         None,
-        description="keep only the best-scored sources of each target, or spend a budget of trials "
-        "on the pairs of source and technique that promise most; not with folds",
+        description="keep only the best-scored sources of each target, or spend a budget of "
+        "trials on the most promising pairs of source and technique; not with folds",
     )
     keep_bundles: Literal["best", "all", "none"] = Field(
         "best",
-        description="fine-tuned bundles kept: the best seed of each entry on validation, all, or "
-        "none",
+        description="fine-tuned bundles to keep: the best seed of each entry on validation rows, "
+        "all, or none",
     )
     bundle_weights: Literal["whole", "changes"] = Field(
         "whole",
@@ -1152,20 +1168,20 @@ class Job(Spec):
         "runs",
         description="a folder (relative to the current one), file:///folder or s3://bucket/prefix",
     )
-    seed: int = Field(0, ge=0, description="everything random follows from it")
+    seed: int = Field(0, ge=0, description="decides everything random")
     plugins: list[str] = Field(
         default_factory=list,
         exclude_if=lambda listed: not listed,  # a job without any has the hash that it always had
         description="modules that add components (techniques, metrics, ...): a .py file or a "
         "package's folder, relative to the job file (a path has a slash or ends in .py), or the "
-        "name of an installed module. They are code, and are run",
+        "name of an installed module. Their code is run",
     )
     only: list[str] = Field(
         default_factory=list,
         exclude_if=lambda named: not named,  # a job without any has the hash that it always had
         description="run a part of the job (--only NAME): targets, sources, modalities or domains "
         "(vision: image; speech: audio; healthcare: events, table, series; robotics: trajectory, "
-        "series; text). A target brings its sources, a source its targets",
+        "series; text). A target is run with its sources, a source with its targets",
     )
     sources: dict[str, Source] = Field(
         description="what to pretrain on, or existing checkpoints", min_length=1
@@ -1189,7 +1205,7 @@ class Job(Spec):
     tracking: ComponentConfig | None = Field(
         None,
         exclude=True,  # it changes no result, so no hash; its address may have a password
-        description="a program to which runs are sent: mlflow, wandb",
+        description="a program that records runs: mlflow, wandb",
     )
 
     @model_validator(mode="after")
