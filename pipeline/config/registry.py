@@ -96,12 +96,12 @@ class LayerOptions(Options):
     )
     freeze: int | str | None = Field(
         None,
-        description="layers of the backbone that do not train: how many from the input on, or the "
-        "name of the last one of them",
+        description="layers of the backbone that are not trained, from the input on: their "
+        "number, or the name of the last one",
     )
     freeze_norm_stats: bool = Field(
         False,
-        description="whether running statistics of batch norms stay those of the source; for small "
+        description="whether batch norms keep the running statistics of the source; for small "
         "batches and few rows",
     )
 
@@ -113,9 +113,9 @@ class AdaptationOptions(LayerOptions):
     source_weight: float = Field(
         1.0,
         ge=0,
-        description="weight of the mean loss of the source's labelled rows; 0: they are read "
-        "without labels, which any two objectives allow, or not at all where the penalty is of the "
-        "target's rows alone",
+        description="weight of the mean loss of the source's labelled rows; 0: the rows are read "
+        "without labels, so that source and target may have different objectives, or not at all "
+        "if the penalty needs only the target's rows",
     )
 
 

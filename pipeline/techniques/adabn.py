@@ -16,8 +16,8 @@ class AdaBN(Technique):
     Practical Domain Adaptation, ICLR workshops 2017.)
 
     Assumes that the domains differ in the scale of the features (light, microphone, scanner). Costs
-    one pass over the rows. Hurts where the shares of the classes differ much: the statistics then
-    hold the classes, too. Networks without batch norm are refused.
+    one pass over the rows. Hurts where the shares of the classes differ much, because the
+    statistics depend on them too. Networks without batch norm are refused.
     """
 
     def check_target(self, objective, modality):

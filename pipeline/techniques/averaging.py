@@ -20,14 +20,16 @@ class SWAOptions(LayerOptions):
 class SWA(Technique):
     """Fine-tune everything at a constant rate and keep the mean of the last weights.
 
-    Stochastic weight averaging (Izmailov et al. 2018), over every step of the last part. The rate
-    stays at its peak after the warm-up: the mean takes the place of the decay.
+    Stochastic weight averaging (Izmailov et al. 2018), over every step of the last part. After the
+    warm-up the learning rate stays at its peak: the mean replaces the decay.
 
-    It assumes that the last steps lie around one minimum. It helps where single weights are noisy
-    (small batches, few labels) and makes wider minima. It hurts where training has not settled
-    before the last part, as in very short runs. Norm statistics are averaged with the weights; a
-    network with batch norms is not measured anew on the training rows as in the paper. Weights
-    from before the last part are no average, so they are never kept, whatever ``train.keep`` says.
+    It assumes that the last steps lie around one minimum. It helps where weights of single steps
+    are noisy (small batches, few labels), and finds wider minima. It hurts where training has not
+    settled before the last part, as in very short runs.
+
+    Statistics of batch norms are averaged with the weights; the paper computes them again on the
+    training rows. Weights from before the last part are no average, so they are never kept,
+    whatever ``train.keep`` says.
     """
 
     def phases(self, steps):
@@ -49,8 +51,8 @@ class EMAOptions(LayerOptions):
         0.1,
         gt=0,
         le=1,
-        description="share of the steps that the average looks back on: its decay is "
-        "1 - 1 / (span * steps), so that it suits short and long runs",
+        description="length of the average as a share of the steps: the decay is 1 - 1 / (span * "
+        "steps), which suits short and long runs",
     )
 
 
@@ -58,9 +60,9 @@ class EMAOptions(LayerOptions):
 class EMA(Technique):
     """Fine-tune everything and keep an exponential moving average of the weights.
 
-    Polyak and Juditsky 1992; its use for fine-tuning in Wortsman et al. 2022, appendix. The decay
-    follows from the length of the run, where ``train.ema`` (for any technique) is a fixed one. Up
-    to the span the average is the plain mean, so that the start does not weigh too much.
+    See Polyak and Juditsky 1992, and for fine-tuning Wortsman et al. 2022, appendix. The decay
+    depends on the length of the run; ``train.ema``, for any technique, is a fixed decay. During the
+    first ``span`` the average is the plain mean, so that the start does not weigh too much.
 
     It helps where single weights are noisy. It changes little under a schedule that ends at zero,
     and lags behind where the span is long and the weights still move.

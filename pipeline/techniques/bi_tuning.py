@@ -32,7 +32,7 @@ class BiTuningOptions(LayerOptions):
         1.0, ge=0, description="weight of the categorical contrastive loss of the projections"
     )
     temperature: float = Field(
-        0.07, gt=0, description="that cosine similarities of projections are divided by"
+        0.07, gt=0, description="divisor of the cosine similarities of projections"
     )
     width: int = Field(128, ge=1, description="width of the projections")
 
@@ -78,10 +78,10 @@ class BiTuning(Technique):
     """Fine-tune everything with two losses that bring rows of a class together (Zhong et al. 2020).
 
     Both are added to the task's own loss. In the contrastive cross-entropy the scores of a class
-    pick its rows among all rows of the batch. In the categorical contrastive loss a row picks the
-    rows of its class, in a projection that is dropped at the end. Rows are compared with those of
-    the global batch, where the paper keeps a queue of a momentum encoder. The classifier's scores
-    have no temperature, since its weights learn their scale.
+    find its rows among all rows of the batch. In the categorical contrastive loss a row finds the
+    other rows of its class, by a projection that is dropped at the end. Rows are compared with
+    those of the global batch; the paper compares them with a queue of a momentum encoder. The
+    classifier's scores have no temperature, since its weights learn their scale.
 
     For classification. It assumes batches with several rows of a class. It helps with few labels
     and with sources that were trained without labels (contrastive, masked), whose features are not

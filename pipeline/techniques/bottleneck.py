@@ -26,12 +26,14 @@ class BottleneckOptions(LayerOptions):
     )
     modules: Literal["last", "all"] | list[str] = Field(
         "last",
-        description="behind which modules: the last weight matrix, convolution, recurrent or "
-        "attention layer of each layer (Pfeiffer et al. 2021), all of them, or a list of endings "
-        "of module names, as [attention.output.dense, output.dense] of bert (Houlsby et al. 2019)",
+        description="where adapters are added: last: behind the last weight matrix, convolution, "
+        "recurrent or attention layer of each layer (Pfeiffer et al. 2021); all: behind all of "
+        "them; or a list of endings of module names, such as [attention.output.dense, "
+        "output.dense] of bert (Houlsby et al. 2019)",
     )
     norms: bool = Field(
-        False, description="whether scale and shift of the norms train too, as in Houlsby et al."
+        False,
+        description="whether scale and shift of the norms are trained too, as in Houlsby et al.",
     )
     lr_scale: float = Field(
         10.0,
@@ -190,18 +192,19 @@ def _ends(name: str, ending: str) -> bool:
 class BottleneckAdapters(Technique):
     """Train small residual modules behind the layers of a frozen backbone, and the head.
 
-    An adapter adds to a layer's output what a projection to ``width``, an activation and a
-    projection back make of it (Houlsby et al. 2019). The last projection starts as zeros, so that
-    the network starts as the source's. By default one adapter stands behind the last weight matrix
+    An adapter is a projection to ``width``, an activation and a projection back. It reads a layer's
+    output and is added to it (Houlsby et al. 2019). The last projection starts as zeros, so the
+    network starts as the source's. By default there is one adapter behind the last weight matrix
     (convolution, recurrent or attention layer) of each layer, in the order in which the backbone
-    lists them: behind the feed-forward part of a transformer's block (Pfeiffer et al. 2021).
-    Houlsby et al. put a second one behind its attention, and train the norms too.
+    lists them. In a transformer this is behind the feed-forward part of a block (Pfeiffer et al.
+    2021). Houlsby et al. put a second one behind the attention, and train the norms too.
 
     It assumes that the source's layers are good and need a correction that depends on the input. It
     helps on few rows, where it regularises; unlike LoRA's, its updates are not linear. It hurts
-    where inputs differ much and rows are many: full fine-tuning then learns more. It cannot be
-    merged into the weights: it makes the network slower in use, its bundle names the technique, for
-    ``predict``, and cannot be the source of another job.
+    where inputs differ much and rows are many: full fine-tuning then learns more.
+
+    It cannot be merged into the weights, so the network is slower in use. ``predict`` reads its
+    bundle, but the bundle cannot be the source of another job.
     """
 
     keeps_modules = True

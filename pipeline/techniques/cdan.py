@@ -31,7 +31,7 @@ class CDANOptions(AdaptationOptions):
     most_products: int = Field(
         4096,
         ge=1,
-        description="features x classes above this are replaced by so many random products",
+        description="if features x classes is more than this, so many random products replace them",
     )
 
 
@@ -71,8 +71,8 @@ class CDAN(DomainAdaptation):
     """Adversarial alignment of features together with what is predicted of them.
 
     As `dann`, but the domain classifier sees the products of features and class probabilities, so
-    that classes are aligned one by one; certain rows count more. (Long et al., Conditional
-    Adversarial Domain Adaptation, NeurIPS 2018.)
+    that classes are aligned one by one. Rows with a confident prediction count more. (Long et al.,
+    Conditional Adversarial Domain Adaptation, NeurIPS 2018.)
 
     Assumes that predictions on the target are right more often than not. Helps where there are
     several classes. Hurts where the first predictions are wrong: wrong classes are then aligned.

@@ -47,9 +47,9 @@ class DAN(DomainAdaptation):
 class JAN(DAN):
     """Penalise the discrepancy of features and predictions together.
 
-    As `dan`, with the product of the kernels of features and of class probabilities, so that what
-    is aligned is their joint distribution. (Long et al., Deep Transfer Learning with Joint
-    Adaptation Networks, ICML 2017.)
+    As `dan`, with the product of the kernels of features and of class probabilities. So their joint
+    distribution is aligned. (Long et al., Deep Transfer Learning with Joint Adaptation Networks,
+    ICML 2017.)
 
     Assumes that predictions on the target are right more often than not. Helps where classes lie
     apart; hurts where the first predictions are wrong.

@@ -24,9 +24,9 @@ class DANNOptions(AdaptationOptions):
 class DANN(DomainAdaptation):
     """Adversarial alignment: features from which a classifier cannot tell source from target.
 
-    The classifier is trained to tell them; its gradient is reversed before it reaches the backbone,
-    times a factor that rises from 0 to 1 in the course of training. (Ganin et al., Domain-
-    Adversarial Training of Neural Networks, JMLR 2016.)
+    The classifier is trained to tell them apart. Its gradient is reversed before it reaches the
+    backbone, and multiplied by a factor that rises from 0 to 1 in the course of training. (Ganin et
+    al., Domain-Adversarial Training of Neural Networks, JMLR 2016.)
 
     Assumes that the labels depend on the features alike in both domains, and that both have about
     the same share of each class. Helps where the inputs look different and the task is the same.

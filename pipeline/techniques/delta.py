@@ -24,20 +24,25 @@ class DeltaOptions(LayerOptions):
     )
     attention: bool = Field(
         True,
-        description="whether filters weigh by how much the loss grows when each is switched off; "
-        "false: all filters weigh the same, and everything trains from the first step",
+        description="whether a filter's weight depends on how much the loss grows when it is "
+        "switched off; false: all filters have the same weight, and everything trains from the "
+        "first step",
     )
     maps: int = Field(
         4, ge=1, description="how many layers are compared, evenly spread up to the last one"
     )
     rows: int = Field(
-        16, ge=1, description="rows on which filters are weighed: one forward pass a filter, once"
+        16,
+        ge=1,
+        description="rows on which the filters' weights are measured, once, with one forward pass "
+        "for each filter",
     )
     probe_share: float = Field(
         0.3,
         gt=0,
         lt=1,
-        description="share of the steps that train the head alone before filters are weighed",
+        description="share of the steps that train the head alone, before the filters' weights "
+        "are measured",
     )
 
 
@@ -98,15 +103,16 @@ class Delta(Technique):
 
     The penalty is the squared distance of feature maps to those of the source's network on the same
     rows, filter by filter (Li et al. 2019). A filter is an output of a layer's last weight matrix
-    or convolution. It weighs by the softmax of how much the loss grows when it alone is switched
-    off in the source's network, under a head that was trained first and on rows of its last batch.
-    Distances are relative to the size of the source's map, which the paper leaves out.
+    or convolution. Its weight is a softmax of how much the loss grows when this filter alone is
+    switched off in the source's network. This is measured with a head that was trained first, on
+    rows of its last batch. Distances are relative to the size of the source's map; in the paper
+    they are not.
 
-    It assumes that what the source's filters say of a row is worth keeping where the target's loss
-    depends on it. It helps with few labels, as a pull back in function that leaves useless filters
-    free. It hurts where the target needs other features. It costs a forward pass of a second
-    backbone a step and its memory, and once a forward pass of ``rows`` rows (of each rank) for
-    every filter of ``maps`` layers.
+    It assumes that those filters of the source on which the target's loss depends are worth
+    keeping. It helps with few labels: useful filters are kept, the others may change. It hurts
+    where the target needs other features. Each step costs a forward pass of a second backbone, and
+    its memory. Once it costs a forward pass of ``rows`` rows (of each rank) for every filter of
+    ``maps`` layers.
 
     Raises:
         ValueError: filters shall be weighed, and the objective's loss compares the rows of all

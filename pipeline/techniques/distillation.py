@@ -109,13 +109,15 @@ class DistillationOptions(LayerOptions):
 class Distillation(Technique):
     """Fine-tune everything with the source's network as a teacher, on the target's rows.
 
-    The penalty is the distance of the pooled features to those of the source (Romero et al. 2015),
-    each row in units of its deviation, and on request the divergence from the scores of the
-    source's head (Hinton et al. 2015), matched to the target's labels by name.
+    The penalty is the distance of the pooled features to those of the source (Romero et al. 2015);
+    each row's features are first standardised. The option `logits` adds the
+    divergence from the scores of the source's head (Hinton et al. 2015), matched to the target's
+    labels by name.
 
-    It assumes that what the source sees in a row is worth keeping. It helps with few labels, as a
-    pull back in function where l2_sp pulls in weights. It hurts where the target needs other
-    features. It costs a forward pass of a second backbone a step, and its memory.
+    It assumes that the source's features of a row are worth keeping. It helps with few labels. It
+    keeps the network's function near the source's, while l2_sp keeps its weights near. It hurts
+    where the target needs other features. Each step costs a forward pass of a second backbone, and
+    its memory.
 
     Raises:
         ValueError: the scores are wanted, and the source has no head, lacks labels of the target,
@@ -256,15 +258,16 @@ class LwFOptions(LayerOptions):
 class LwF(_KeepsHead):
     """Fine-tune everything so that the source's own task is still solved on the target's rows.
 
-    Learning without forgetting (Li and Hoiem 2016): the source's head stays beside the new one, and
-    what it says about the target's rows may not change much: the divergence from the scores of the
-    source's network is a penalty. The new head is trained alone first. The old head is trained and
-    then dropped; the bundle holds the target's network.
+    Learning without forgetting (Li and Hoiem 2016). The source's head is kept in addition to the
+    new one. Its scores for the target's rows should not change much: their divergence from the
+    scores of the source's network is a penalty. The new head is trained alone first. Then both
+    heads are trained. The source's head is dropped at the end, and the bundle has the target's
+    network.
 
-    It needs the source's head, of classes or labels. It assumes that the source's labels say
-    something about the target's rows. It helps with few labels and related label sets; it hurts,
-    or does nothing, where the source's head is undecided on the target's rows. It costs a forward
-    pass of a second backbone a step, and its memory.
+    It needs a source's head of classes or labels. It assumes that the source's labels say something
+    about the target's rows. It helps with few labels and related label sets. It hurts, or does
+    nothing, where the source's head is undecided on the target's rows. Each step costs a forward
+    pass of a second backbone, and its memory.
 
     Raises:
         ValueError: the source has no head, or none of classes or labels.
@@ -302,8 +305,8 @@ class CoTuningOptions(LayerOptions):
         0.3,
         gt=0,
         lt=1,
-        description="share of the steps that train the new head alone; in them it is counted which "
-        "of the source's labels the rows of each class get",
+        description="share of the steps that train the new head alone; in these steps the "
+        "source's probabilities of each class's rows are averaged",
     )
 
 
@@ -348,17 +351,19 @@ class CoTunedTask(TwoHeadedTask):
 class CoTuning(_KeepsHead):
     """Fine-tune everything, with the source's head trained on each class's mean source labels.
 
-    The source's head stays beside the new one. While the new head is trained alone, the source's
-    probabilities of the rows of each class are averaged (You et al. 2020, the direct approach, on
-    the training rows as they are augmented). Then everything is trained, and the old head has to
-    predict that average: its loss is added. It is dropped at the end. The paper averages over all
-    training rows, here over those that these steps read: where they are less than an epoch, a class
-    of which no row was read teaches the old head nothing.
+    The source's head is kept in addition to the new one. First the new head is trained alone. In
+    these steps the source's probabilities are averaged over the rows of each class (You et al.
+    2020, the direct approach, on augmented training rows). Then everything is trained, and the
+    source's head has to predict the average of the row's class: this loss is added. The source's
+    head is dropped at the end.
+
+    The paper averages over all training rows. Here it is over those that the first steps read. If
+    they are less than an epoch, a class without any of these rows adds no loss.
 
     For classification on a source of classification. It assumes that the classes of both are
-    related. It helps with few labels, where the old labels tell more about a row than its class
-    alone. It does nothing where the source's head says the same of every class. With several ranks
-    the rows of all are counted.
+    related. It helps with few labels, where the source's labels tell more about a row than its
+    class alone. It does nothing where the source's head predicts the same for every class. With
+    several ranks the rows of all are counted.
 
     Raises:
         ValueError: source or target is not classification, or the source has no head.

@@ -22,11 +22,11 @@ class EnsembleOptions(Options):
 class SeedEnsemble(Technique):
     """Average the probabilities of all seeds of a technique (Lakshminarayanan et al. 2017).
 
-    For classification, multilabel and regression, of every modality. It assumes nothing of the
-    members, which may be far apart: so soups are compared with it. It nearly always helps, also the
-    calibration. It costs the memory and the time of all members at each prediction, and it has no
-    bundle of its own, as it is not one network: its members have theirs. Nothing is trained. Below
-    a label fraction of 1 each seed has learned from other rows, and the ensemble from all of them.
+    For classification, multilabel and regression, of every modality. It assumes nothing of its
+    members: unlike in a soup, their weights may be far apart. It nearly always helps, also the
+    calibration. Each prediction costs the memory and the time of all members. It has no bundle of
+    its own, because it is not one network; its members have theirs. Nothing is trained. Below a
+    label fraction of 1 each seed has learned from other rows, and the ensemble from all of them.
     """
 
     starts_from = "trials"

@@ -10,9 +10,10 @@ from pipeline.core.contracts import Technique
 class Full(Technique):
     """Train every layer from the first step on.
 
-    With ``layer_decay`` lower layers learn more slowly (Clark et al. 2020; Bao et al. 2022), with
-    ``freeze`` the lowest ones not at all. Both help where the source's features suit the target and
-    its rows are few; they hurt where the inputs differ, since then the lowest layers must change.
+    With ``layer_decay`` lower layers learn more slowly (Clark et al. 2020; Bao et al. 2022). With
+    ``freeze`` the lowest layers do not learn at all. Both help where the source's features suit the
+    target and its rows are few. They hurt where the inputs differ, because then the lowest layers
+    must change.
     """
 
     def search_space(self):

@@ -12,10 +12,12 @@ from pipeline.core.contracts import Phase, Technique
 
 class GradualUnfreezingOptions(LayerOptions):
     groups: int = Field(
-        4, ge=1, description="groups of neighbouring layers that are thawed together, from the top"
+        4,
+        ge=1,
+        description="groups of neighbouring layers that are unfrozen together, from the top",
     )
     unfreeze_share: float = Field(
-        0.5, gt=0, lt=1, description="share of the steps before all groups are thawed"
+        0.5, gt=0, lt=1, description="share of the steps until all groups are unfrozen"
     )
     discriminative: float = Field(
         2.6, ge=1, description="learning rate of a group relative to the one below it"
@@ -30,13 +32,13 @@ class GradualUnfreezingOptions(LayerOptions):
 class GradualUnfreezing(Technique):
     """Train the head, then thaw the backbone's layers from the top down (Howard and Ruder 2018).
 
-    The rates of all groups rise and fall together over the whole run, which takes the place of
-    ``train.warmup`` and ``train.schedule``. A group learns 1 / ``discriminative`` as fast as the
-    one above it, and the head at ``lr``.
+    The learning rates of all groups rise and fall together over the whole run; ``train.warmup`` and
+    ``train.schedule`` are not used. The head learns at ``lr``, and each group at 1 /
+    ``discriminative`` of the rate of the group above it.
 
     It assumes that lower layers are more general. It helps on few rows and where a new head would
-    spoil the source's features at first. It hurts where the lowest layers must change (other
-    sensors, other spectra), since they learn last and least, and in short runs.
+    spoil the source's features at first. It hurts in short runs, and where the lowest layers must
+    change (other sensors, other spectra): they learn last and least.
     """
 
     def search_space(self):

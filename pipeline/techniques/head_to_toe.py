@@ -24,8 +24,8 @@ class HeadToToeOptions(Options):
     lasso: float = Field(
         1e-3,
         gt=0,
-        description="weight of the sum of the lengths of all features' weights, beside the mean "
-        "loss of the head by which features are ranked",
+        description="weight of the group lasso (the sum of the norms of all features' weights), "
+        "added to the mean loss of the head that ranks the features",
     )
     share: float | None = Field(
         None,
@@ -37,8 +37,8 @@ class HeadToToeOptions(Options):
     penalty: float | None = Field(
         None,
         gt=0,
-        description="factor of half the weights' squared length beside the mean loss, of the head "
-        "on the kept features; none: the best of 1e-6 to 10 on validation rows",
+        description="L2 penalty of the head on the kept features: factor of half the weights' "
+        "squared norm, added to the mean loss; none: the best of 1e-6 to 10 on validation rows",
     )
 
 
@@ -163,19 +163,20 @@ def _row_means(output: FilterMap, rows: int, tokens: Tensor | None) -> Tensor | 
 class HeadToToe(Technique):
     """Train the head alone, on chosen features of all layers, which are computed once.
 
-    Features are ranked by the length of their weights in a head on all of them that was solved with
-    a group lasso; a head on the best of them is solved with an L2 penalty (Evci et al. 2022). How
-    many are kept is chosen on validation rows. Outputs are averaged over the positions of a row,
-    where the paper keeps a few regions of a picture.
+    First a head on all features is solved with a group lasso, and features are ranked by the norm
+    of their weights. Then a head on the best features is solved with an L2 penalty (Evci et al.
+    2022). How many are kept is chosen on validation rows. Outputs are averaged over the positions
+    of a row; the paper keeps a few regions of a picture.
 
-    It assumes that layers below the last one have what the source's own task did not need. It helps
-    where the target is far from the source, at the cost of a linear probe. It hurts on few rows,
-    where many features are noise, and it cannot learn features that no layer has. It costs memory:
-    a row has as many features as all layers have outputs, some ten thousand, and more than 4 GiB of
-    them are refused. The trial's record says which layers have none. Where features are not
-    kept (streamed targets, heads that drop features out) the head trains by steps, on the features
-    of all layers, and the options have no effect. Its bundle names the technique, for ``predict``;
-    it cannot be the source of another job.
+    It assumes that layers below the last one have features that the source's own task did not need.
+    It helps where the target is far from the source, at the cost of a linear probe. It hurts on few
+    rows, where many features are noise, and it cannot learn features that no layer has. It costs
+    memory: a row has as many features as all layers have outputs, some ten thousand. More than 4
+    GiB of features are refused. The trial's record names the layers without features.
+
+    If features cannot be kept (streamed targets, heads with dropout) the head trains by steps on
+    the features of all layers, and the options have no effect. ``predict`` reads its bundle, but
+    the bundle cannot be the source of another job.
 
     Raises:
         ValueError: the head reads more than pooled features.

@@ -28,9 +28,9 @@ class L2SP(Technique):
     the head takes over from the source are pulled to their own start.
 
     It assumes that good weights lie near those of the source. It helps with few labels and a source
-    that suits the target. It hurts where the target is far from the source, which asks for large
-    moves. The weight decay of ``train`` goes on beside it and pulls towards zero: with
-    ``weight_decay: 0`` the penalty takes its place, as in the paper.
+    that suits the target. It hurts where the target is far from the source, because the weights
+    must then change much. ``train.weight_decay`` also applies, and pulls the weights towards zero.
+    The paper has no other weight decay: set ``weight_decay: 0``.
     """
 
     def wrap(self, task):

@@ -16,23 +16,23 @@ PENALTIES = tuple(10 ** (power / 2) for power in range(-12, 3))
 class ProbeOptions(Options):
     solver: Literal["lbfgs", "sgd"] | None = Field(
         None,
-        description="lbfgs: the convex problem is solved (a squared error in closed form), and the "
-        "penalty is chosen on validation rows (no learning rate); where features are not kept "
-        "(streamed targets, heads that read tokens or drop features out) the head trains by steps "
-        "all the same; sgd: by steps of the job's optimiser; none: lbfgs, or sgd where lr_scale is "
+        description="lbfgs: the convex problem is solved without a learning rate (a squared error "
+        "in closed form), and the penalty is chosen on validation rows. If features cannot be "
+        "kept (streamed targets, heads that read tokens or have dropout) the head trains by steps "
+        "all the same. sgd: by steps of the job's optimiser; none: lbfgs, or sgd if lr_scale is "
         "given",
     )
     penalty: float | None = Field(
         None,
         gt=0,
-        description="factor of half the weights' squared length beside the mean loss (of each "
-        "label where rows have sets), with lbfgs; none: the best of 1e-6 to 10",
+        description="with lbfgs, the L2 penalty: factor of half the weights' squared norm, added "
+        "to the mean loss (for label sets, of each label); none: the best of 1e-6 to 10",
     )
     lr_scale: float | None = Field(
         None,
         gt=0,
-        description="learning rate of the head by steps, relative to lr: alone it takes a larger "
-        "one than a whole network; none: 1",
+        description="learning rate of a head that trains by steps, relative to lr; a head alone "
+        "needs a larger one than a whole network; none: 1",
     )
 
     @model_validator(mode="after")
@@ -49,13 +49,13 @@ class LinearProbe(Technique):
     """Train the head alone, on features that are computed once.
 
     The backbone stays in evaluation mode. The head is multinomial logistic regression, or one
-    logistic regression a label, solved with an L2 penalty (Kornblith et al. 2019, section 3;
-    Radford et al. 2021, appendix A.3). Of an objective with a squared error it is ridge regression
+    logistic regression for each label, solved with an L2 penalty (Kornblith et al. 2019, section 3;
+    Radford et al. 2021, appendix A.3). For an objective with a squared error it is ridge regression
     (Hoerl and Kennard 1970).
 
     It assumes that the source's features separate the target's classes. It helps on few rows, and
-    costs the least; it also tells how good the features are. It hurts where the inputs differ or
-    features are missing: fine-tuning then learns more.
+    costs the least. It also shows how good the features are. It hurts where the inputs differ or
+    the source lacks features that the target needs: fine-tuning then learns more.
     """
 
     frozen = True
@@ -82,7 +82,7 @@ class LinearProbe(Technique):
 class RandomProbe(LinearProbe):
     """Train the head on a backbone with random weights.
 
-    It shows what a probe owes to the architecture alone, which pretraining has to beat.
+    It shows what the architecture alone gives. Pretraining has to do better than this.
     """
 
     starts_from = "random"

@@ -26,7 +26,7 @@ class LPFT(Technique):
 
     It assumes that the source's features are good, and that a random head would spoil them. It
     helps where the target's test rows differ from its training rows, and on few rows. It hurts in
-    short runs, where the head takes steps from the rest.
+    short runs, because fewer steps are left for the rest.
     """
 
     def search_space(self):

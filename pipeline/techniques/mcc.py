@@ -15,7 +15,7 @@ from pipeline.core.nn.domain_losses import class_confusion
 
 class MCCOptions(AdaptationOptions):
     temperature: float = Field(
-        2.5, gt=0, description="scores are divided by it, since networks are too certain"
+        2.5, gt=0, description="divisor of the scores, because networks are too confident"
     )
 
 
@@ -23,14 +23,14 @@ class MCCOptions(AdaptationOptions):
 class MCC(DomainAdaptation):
     """Minimum class confusion: penalise the class confusion of a batch of the target.
 
-    The confusion of two classes is the product of their probabilities over the batch; certain rows
-    count more. Nothing is aligned, so the domains may have other shares of the classes, and with
-    ``source_weight: 0`` no row of the source is read. (Jin et al., Minimum Class Confusion for
-    Versatile Domain Adaptation, ECCV 2020.)
+    The confusion of two classes is the product of their probabilities over the batch. Rows with a
+    confident prediction count more. The domains are not aligned, so they may have different shares
+    of the classes. With ``source_weight: 0`` no row of the source is read. (Jin et al., Minimum
+    Class Confusion for Versatile Domain Adaptation, ECCV 2020.)
 
-    Assumes a batch with several rows of most classes. Helps with partial label sets too. Hurts with
-    many classes and small batches, and where the source's predictions are mostly wrong: it makes
-    them certain.
+    Assumes a batch with several rows of most classes. Helps also if the target has only some of the
+    source's classes. Hurts with many classes and small batches, and where the source's predictions
+    are mostly wrong: it makes them confident.
     """
 
     compares_domains = False

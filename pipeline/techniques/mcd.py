@@ -34,15 +34,15 @@ class MCDOptions(AdaptationOptions):
 class MCD(DomainAdaptation):
     """Maximum classifier discrepancy: two heads disagree on target rows, the backbone prevents it.
 
-    Both heads learn the source's labels. On the target the heads are trained to differ (mean
-    absolute difference of their probabilities), the backbone against it. The paper alternates three
-    kinds of steps; here the gradient is reversed between heads and backbone, so that a step does
-    all three. The first head is kept. (Saito et al., Maximum Classifier Discrepancy for
-    Unsupervised Domain Adaptation, CVPR 2018.)
+    Both heads learn the source's labels. On the target's rows the heads are trained to differ (mean
+    absolute difference of their probabilities), and the backbone is trained to prevent it. The
+    paper alternates three kinds of steps. Here the gradient is reversed between heads and backbone,
+    so that a step does all three. The first head is kept. (Saito et al., Maximum Classifier
+    Discrepancy for Unsupervised Domain Adaptation, CVPR 2018.)
 
     Assumes that rows of the target far from the source are those on which two heads differ. Helps
     where classes must stay apart, which `dann` does not see. Hurts with few source rows, where the
-    heads differ for want of data.
+    heads differ because they lack data.
     """
 
     needs_classes = True

@@ -18,7 +18,9 @@ BIAS = re.compile(r"(^|_)bias(_[ih]h_l\d+(_reverse)?)?$")
 
 class PartialOptions(LayerOptions):
     lr_scale: float = Field(
-        10.0, gt=0, description="learning rate of what trains in the backbone, relative to lr"
+        10.0,
+        gt=0,
+        description="learning rate of the trained parameters of the backbone, relative to lr",
     )
 
 

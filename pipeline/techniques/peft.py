@@ -553,10 +553,10 @@ class LoraOptions(AdapterOptions):
     )
     start: Literal["zero", "pissa", "loftq"] = Field(
         "zero",
-        description="zero: the update starts from nothing; pissa: from the weight's largest "
-        "singular values, and the rest of the weight stands still (Meng et al. 2024); loftq: from "
-        "the largest singular values of what the weight loses in 4 bits, so that the network "
-        "starts nearer the source's (with quantize; Li et al. 2024)",
+        description="zero: the update starts at zero; pissa: at the weight's largest singular "
+        "values, and the rest of the weight is frozen (Meng et al. 2024); loftq: at the largest "
+        "singular values of what the weight loses in 4 bits, so that the network starts nearer "
+        "the source's (with quantize; Li et al. 2024)",
     )
     quantize: Literal["nf4"] | None = Field(
         None,
@@ -571,8 +571,8 @@ class LoraOptions(AdapterOptions):
     )
     dora: bool = Field(
         False,
-        description="train the length of each weight's columns beside their direction (DoRA, Liu "
-        "et al. 2024)",
+        description="train the length of each weight's columns apart from their direction (DoRA, "
+        "Liu et al. 2024)",
     )
 
     @model_validator(mode="after")
@@ -597,9 +597,9 @@ class Lora(AdapterTechnique):
     regularises, and where memory is short. It hurts where the inputs differ much from the source's
     and rows are many: full fine-tuning then learns more.
 
-    With ``quantize`` (QLoRA) W is held in 4 bits, and stays so rounded in the network that is
-    tested and saved. That helps where the backbone would not fit on the GPU. It hurts small
-    backbones, which lose time and accuracy and save little. Only linear layers are held so.
+    With ``quantize`` (QLoRA) W is held in 4 bits. The network that is tested and saved has the
+    rounded weights too. This helps where the backbone would not fit on the GPU. It hurts small
+    backbones, which lose time and accuracy and save little. Only linear layers are held in 4 bits.
     """
 
     def search_space(self):
@@ -693,8 +693,8 @@ TensorFlow: it pads and convolves.
 class IA3(AdapterTechnique):
     """Scale the outputs of frozen layers by learned vectors, which start at 1 (Liu et al. 2022).
 
-    The paper scales keys, values and the inner layer of the feed-forward parts; here it is every
-    layer that ``modules`` means.
+    The paper scales keys, values and the inner layer of the feed-forward parts. Here every layer
+    that ``modules`` names is scaled.
 
     It assumes that the source's features need only be turned up or down. It helps on very few rows,
     and costs the fewest parameters. It hurts where features must be mixed anew.
@@ -716,11 +716,12 @@ class VeraOptions(AdapterOptions):
 
 @register("technique", "vera", options=VeraOptions)
 class Vera(AdapterTechnique):
-    """Low-rank updates by two random matrices that all layers share and that stand still, and two
-    learned vectors a layer (Kopiczko et al. 2024).
+    """Low-rank updates by two random matrices that all layers share and that are not trained, and
+    two learned vectors for each layer (Kopiczko et al. 2024).
 
-    It assumes what LoRA does, and costs a tenth of its parameters: for many adapters of one
-    backbone. It hurts where a layer's update needs directions that the random ones lack.
+    It assumes what LoRA does, with a tenth of its parameters. It helps where many adapters of one
+    backbone are kept. It hurts where a layer's update needs directions that the random matrices
+    lack.
     """
 
     def settings(self, modules):
@@ -751,8 +752,8 @@ class OFT(AdapterTechnique):
     source knows. It helps where full fine-tuning forgets it, on few rows. It hurts where the scale
     of features must change. A layer with a single input stays as it is.
 
-    BOFT (Liu et al. 2024), whose butterfly factors mix the blocks, is not there: peft computes them
-    by a CUDA extension that it compiles at run time, and is plain OFT without it.
+    BOFT (Liu et al. 2024), whose butterfly factors mix the blocks, is not available here: peft
+    computes them by a CUDA extension that it compiles at run time; without it BOFT is plain OFT.
     """
 
     # peft 0.21 takes an input of four dimensions, as swin's linear layers have, for an image
@@ -805,7 +806,7 @@ class Lokr(AdapterTechnique):
     2022; Yeh et al. 2024).
 
     It assumes that a layer's blocks change alike. It reaches a full rank with fewer parameters than
-    LoRA, and helps where those are counted. It hurts where the blocks need different changes.
+    LoRA, and helps where there may be only few. It hurts where the blocks need different changes.
     """
 
     replaced = ("Linear", "Conv1d", "Conv2d")
@@ -821,10 +822,10 @@ class AdaLoraOptions(AdapterOptions):
     start_rank: int = Field(12, ge=1, description="rank of each update at the start")
     alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / start_rank")
     warm_share: float = Field(
-        0.1, ge=0, lt=1, description="share of the steps before ranks are taken away"
+        0.1, ge=0, lt=1, description="share of the steps before ranks are reduced"
     )
     final_share: float = Field(
-        0.3, ge=0, lt=1, description="share of the steps after the ranks are settled"
+        0.3, ge=0, lt=1, description="share of the steps after the ranks are final"
     )
     orthogonality: float = Field(
         0.1, ge=0, description="weight of the penalty that keeps both factors orthogonal"
@@ -924,9 +925,10 @@ def _factors(layer: Any) -> dict[str, nn.Parameter]:
 class AdaLora(AdapterTechnique):
     """Low-rank updates B E A whose ranks move to the layers that need them (Zhang et al. 2023).
 
-    All updates start with ``start_rank`` singular values E. The least important ones of all layers
-    are set to 0 until ``rank`` a layer are left; importance is the averaged |weight x gradient| of
-    a triplet times its spread.
+    All updates start with ``start_rank`` singular values E. In the course of training the least
+    important ones of all layers are set to 0, until on average ``rank`` are left in each layer. The
+    importance of a singular value and its two vectors is their averaged |weight x gradient|, times
+    how much that varies.
 
     It assumes what LoRA does, and that layers differ in what they must change. It helps where few
     parameters must suffice and runs are long. It hurts in short runs, whose importances are noise,

@@ -22,13 +22,13 @@ class PooledOptions(LayerOptions):
 class Pooled(DomainAdaptation):
     """Fine-tune every layer on labelled rows of the target and of the source at the same time.
 
-    A step takes a batch of each. At label fraction 0 it goes on training on the source alone: what
-    adaptation has to beat. (The weighted combination of Ben-David et al., A Theory of Learning from
+    A step takes a batch of each. At label fraction 0 it trains on the source alone; adaptation has
+    to do better than this. (The weighted combination of Ben-David et al., A Theory of Learning from
     Different Domains, Machine Learning 2010.)
 
     Assumes that one function fits both domains. Helps with few labels of the target and a source
-    that is much like it; forgets nothing of the source. Hurts where the same inputs have other
-    labels: every target label then pulls against many of the source's.
+    that is much like it. Nothing of the source is forgotten. Hurts where the same inputs have other
+    labels: each label of the target then competes with many of the source.
     """
 
     def streams(self):

@@ -26,15 +26,15 @@ class PseudoLabelOptions(AdaptationOptions):
 
 @register("technique", "pseudo_labels", options=PseudoLabelOptions)
 class PseudoLabels(DomainAdaptation):
-    """Train on rows of the target with the labels that the network itself is sure of.
+    """Train on rows of the target, with the network's own confident predictions as labels.
 
-    Predictions above the threshold count as labels, anew in every step; the others are left out.
+    Predictions above the threshold count as labels, again in every step; the others are left out.
     Labels of the target are not read. With ``source_weight: 0`` no row of the source is read
     either. (Lee, Pseudo-Label, ICML workshop 2013; confidence as in Sohn et al., FixMatch, 2020.)
 
-    Assumes that confident predictions are right: that a gap between classes runs through the
-    target's rows. Helps from a good start, and with many rows without labels. Hurts where the
-    source is confident and wrong: its errors become certain.
+    Assumes that confident predictions are right, and that the classes of the target's rows lie
+    apart. Helps if the source already does well, and with many rows without labels. Hurts where the
+    source is confident and wrong: the network then learns its errors.
     """
 
     compares_domains = False

@@ -13,8 +13,8 @@ class ScratchOptions(Options):
         1.0,
         gt=0,
         le=1000,
-        description="steps, relative to the target's: a row beside plain scratch shows what scratch"
-        " reaches with more",
+        description="steps, relative to the target's; with 5, for example, the report also shows "
+        "what scratch reaches in five times the steps",
     )
 
 

@@ -74,18 +74,19 @@ class SideBackbone(Backbone):
 
 @register("technique", "side_tuning")
 class SideTuning(Technique):
-    """Leave the source's backbone as it is, and train a copy of it beside it.
+    """Keep the source's backbone unchanged, and train a second copy of it.
 
-    The features are a mean of both, with a share that is trained (Zhang et al. 2020, with a side
-    network of the base's own architecture that starts as a copy). So the network starts as the
-    source's, and what the source knows can never be lost.
+    The features are a weighted mean of both, and the weight is trained (Zhang et al. 2020, with a
+    side network of the same architecture that starts as a copy). So the network starts as the
+    source's, and nothing of the source can be lost.
 
-    It assumes that the target needs something beside the source's features, not instead of them. It
-    helps against forgetting, with few labels. It gains nothing over full fine-tuning where the
-    target is far away. It costs twice the memory and time of one network in use, and one and a
-    half times the time of full fine-tuning. Its bundle holds both networks, for ``predict``; it
-    cannot be the source of another job. Of a language model with a tied output, the embedding that
-    scores the tokens is the frozen one.
+    It assumes that the target needs further features in addition to the source's. It helps against
+    forgetting, with few labels. It gains nothing over full fine-tuning where the target is far from
+    the source. It costs twice the memory and time of one network in use, and one and a half times
+    the time of full fine-tuning.
+
+    The bundle has both networks. ``predict`` reads it, but it cannot be the source of another job.
+    If a language model's output layer is its token embedding, the frozen one scores the tokens.
     """
 
     keeps_modules = True

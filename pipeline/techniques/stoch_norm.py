@@ -36,13 +36,13 @@ class StochNorm(Technique):
     """Fine-tune everything; each channel of a batch norm uses its running statistics at random.
 
     In every training step a channel is normalised by the mean and variance of the batch, or with
-    probability p by the running ones of the batches before it (Kou et al. 2020). Afterwards the
-    norms are plain ones.
+    probability p by the running ones of the batches before (Kou et al. 2020). After training they
+    are ordinary batch norms.
 
-    For networks with batch norms: here the convolutional ones of timm, for pictures, and PatchTST,
-    for series. It assumes that the statistics of the source suit the target roughly. It helps with
-    small batches and few labels. It hurts where the target looks altogether different, until the
-    running statistics have followed.
+    For networks with batch norms: convolutional networks of timm (images) and PatchTST (series). It
+    assumes that the source's statistics roughly suit the target. It helps with small batches and
+    few labels. It hurts where the target is very different, until the running statistics have
+    adapted.
 
     Raises:
         ValueError: the network has no batch norm.

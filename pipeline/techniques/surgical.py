@@ -14,8 +14,8 @@ class SurgicalOptions(LayerOptions):
     layers: list[str] | None = Field(
         None,
         min_length=1,
-        description="names of the layers to train; none: the one with the largest gradient for its "
-        "size",
+        description="names of the layers to train; none: the one with the largest gradient "
+        "relative to its weights",
     )
     probe_share: float = Field(
         0.2,
@@ -24,7 +24,7 @@ class SurgicalOptions(LayerOptions):
         description="share of the steps that train the head alone before gradients are measured",
     )
     measure_steps: int = Field(
-        10, ge=1, description="steps over which gradients are measured; nothing moves in them"
+        10, ge=1, description="steps over which gradients are measured; no weight changes in them"
     )
 
 
@@ -47,10 +47,11 @@ class MeasuredTask(Task):
 class Surgical(Technique):
     """Train the head and one block of the backbone (Lee et al. 2023).
 
-    Without names the block is the one with the largest relative gradient norm |g| / |w|, measured
-    after the head was trained for a while: the gradients behind a random head say nothing of the
-    backbone. Nothing moves while they are measured. It is the measure of their Auto-RGN, which is
-    another method: it trains all blocks, at rates that it scales by the measure at every epoch.
+    Unless `layers` names blocks, the block is the one with the largest relative gradient norm |g| /
+    |w|. It is measured after the head was trained for some steps, because the gradients behind a
+    random head say nothing about the backbone. No weight changes during the measurement. The
+    paper's Auto-RGN uses the same measure in another way: it trains all blocks, at rates that it
+    scales by the measure in every epoch.
 
     It assumes that source and target differ in one respect: in the input (low layers: other
     sensors, noise), in features (middle), or in the meaning of the output (high). It helps there

@@ -22,16 +22,16 @@ class TentOptions(Options):
 class Tent(Technique):
     """Adapt the source's network to the test rows by the entropy of its predictions.
 
-    Scales and shifts of the norms are trained, all else stays; batch norms take the statistics of
-    the batch meanwhile, and those of all test rows afterwards. The paper predicts a batch in the
-    step that adapts to it; here all rows are predicted after the last pass. Validation metrics are
-    those of the source's network. (Wang et al., Tent: Fully Test-Time Adaptation by Entropy
-    Minimization, ICLR 2021.)
+    Only scales and shifts of the norms are trained. Batch norms use the statistics of the batch
+    during training, and those of all test rows afterwards. The paper predicts a batch in the step
+    that adapts to it. Here all rows are predicted after the last pass. Validation metrics are those
+    of the source's network. (Wang et al., Tent: Fully Test-Time Adaptation by Entropy Minimization,
+    ICLR 2021.)
 
     Assumes test rows of all classes in every batch, and predictions that are right more often than
     not. Helps against changes of the inputs alone (noise, blur, scanners). Hurts where one class is
-    much the most frequent, or with many passes: every row ends in one class. Networks without norms
-    that can be trained are refused.
+    by far the most frequent, or with many passes: every row is then put into one class. Networks
+    without norms that can be trained are refused.
     """
 
     def check_target(self, objective, modality):

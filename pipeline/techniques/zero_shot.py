@@ -12,21 +12,22 @@ class ZeroShotOptions(Options):
     prompt: str = Field(
         "a photo of a {}",
         pattern=r"^[^{}]*\{\}[^{}]*$",
-        description="with a source of clip: the text about each class; its name stands for {}",
+        description="with a source of clip: the text about each class; {} is replaced by the "
+        "class's name",
     )
 
 
 @register("technique", "zero_shot", options=ZeroShotOptions)
 class ZeroShot(Technique):
-    """Test the source's backbone and head as they are.
+    """Test the source's backbone and head without any training.
 
-    It shows where adaptation starts. It is for objectives whose head is transferred, and for
-    classification and multilabel, whose head is carried over label by label, by their names: the
+    It shows where adaptation starts. It is for objectives whose head is transferred. In
+    classification and multilabel the head is transferred label by label, by the labels' names: the
     source must know every label of the target.
 
-    A source of `clip` knows texts instead. For a target of classification its head is made of texts
-    about the classes (option ``prompt``; Radford et al. 2021): the scores are cosines between the
-    features of a row and each text, divided by the temperature.
+    A source of `clip` has learned from texts instead. For a target of classification the head is
+    then made of texts about the classes (option ``prompt``; Radford et al. 2021): the scores are
+    cosines between the features of a row and each text, divided by the temperature.
     """
 
     def phases(self, steps):

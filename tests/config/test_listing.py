@@ -63,7 +63,7 @@ def test_a_sentence_ends_at_its_full_stop_and_not_after_et_al():
         names["lora"]
         == "Low-rank updates of frozen weights (Hu et al. 2022): W + (alpha / rank) B A"
     )
-    assert names["zero_shot"] == "Test the source's backbone and head as they are"
+    assert names["zero_shot"] == "Test the source's backbone and head without any training"
 
 
 def test_the_networks_of_a_library_are_found_by_a_part_of_their_names():
