@@ -21,6 +21,7 @@ from pipeline.config.schema import DataFormat, Job, JobError, OutputFormat, sche
 from pipeline.config.yaml_loader import field_lines, load, with_lines
 from pipeline.io import signals
 from pipeline.io.ray_environment import prepare_ray
+from pipeline.io.wording import plural
 
 
 class Commands(TyperGroup):
@@ -815,11 +816,8 @@ def prepare(
             from pipeline.prepare.engine import write
 
             summary = write.verify(output)
-            out.print(
-                f"{output}: {len(summary['files'])} parts are as they were written",
-                markup=False,
-                soft_wrap=True,
-            )
+            parts = plural(len(summary["files"]), "part")
+            out.print(f"{output}: {parts} checked, as written", markup=False, soft_wrap=True)
             return
         if not (name and source and output):
             raise ValueError(

@@ -30,6 +30,7 @@ from typing import Any
 import psutil
 
 from pipeline.io import processes, storage, write_fence
+from pipeline.io.wording import plural
 
 RENEW_SECONDS, STALE_SECONDS = 20.0, 90.0
 SWEEP_SECONDS = 3600.0
@@ -135,7 +136,7 @@ def _sweep(root: str, lease: Lease, note: Callable[[str], None]) -> None:
         note(f"warning: what killed writers left cannot be removed: {error}")
         return
     if removed:
-        files = f"{len(removed)} unfinished file{'s' if len(removed) > 1 else ''}"
+        files = plural(len(removed), "unfinished file")
         note(f"{root}: removed {files} of writers that were killed")
 
 

@@ -154,11 +154,6 @@ def format_count(number: float | None) -> str:
     return DASH if number is None else f"{number:,.0f}"
 
 
-def plural(number: int, noun: str) -> str:
-    """Return a number with its noun: "1 seed", "3 seeds"."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def format_percent(share: float) -> str:
     """Return a share from 0 to 1 as whole per cent, "<1" or "·" for zero."""
     if share == 0:

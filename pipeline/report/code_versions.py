@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from pipeline.config import provenance
 from pipeline.config.provenance import Provenance
+from pipeline.io.wording import plural
 from pipeline.report.matrix import EntryKey, MatrixEntry, entry_key
 from pipeline.report.results import ResultRow
 from pipeline.report.trial_record import TrialRecord
@@ -116,17 +117,13 @@ def describe_changes(trial_provenance: Mapping[str, TrialProvenance]) -> list[st
     )
     return [
         f"{head}; --remake changed makes them anew",
-        *(f"{_count_trials(count)}: {reason}" for reason, count in by_reason.most_common()),
+        *(f"{plural(count, 'trial')}: {reason}" for reason, count in by_reason.most_common()),
     ]
 
 
 def _join_reasons(changes: Sequence[str]) -> str:
     more = f" and {len(changes) - MAX_REASONS} more" if len(changes) > MAX_REASONS else ""
     return ", ".join(changes[:MAX_REASONS]) + more
-
-
-def _count_trials(count: int) -> str:
-    return f"{count} trial{'' if count == 1 else 's'}"
 
 
 def versions_table(rows: Sequence[ResultRow]) -> list[list[str]]:
@@ -144,7 +141,7 @@ def versions_table(rows: Sequence[ResultRow]) -> list[list[str]]:
     for name, count in counts.items():
         several = len(count) > 1
         version_texts = [
-            f"{version} ({_count_trials(number)})" if several else version
+            f"{version} ({plural(number, 'trial')})" if several else version
             for version, number in count.most_common()
         ]
         out.append([name, ", ".join(version_texts)])

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from pipeline.config import provenance, registry
 from pipeline.io import storage
+from pipeline.io.wording import plural
 from pipeline.report import (
     blocks,
     code_versions,
@@ -222,7 +223,7 @@ def _headline(entries: Sequence[MatrixEntry]) -> str:
         return _headline_without_comparisons(entries)
     surviving = _count_survivors(entries)
     lost = f", and lost in {surviving[LOSES]}" if surviving[LOSES] else ", and lost in none"
-    return f"Transfer paid in {surviving[WINS]} of {blocks.plural(compared, 'comparison')}{lost}"
+    return f"Transfer paid in {surviving[WINS]} of {plural(compared, 'comparison')}{lost}"
 
 
 def _headline_without_comparisons(entries: Sequence[MatrixEntry]) -> str:
@@ -242,9 +243,9 @@ def _describe_correction(entries: Sequence[MatrixEntry]) -> str:
     family = sum(entry.gain_p_holm is not None for entry in entries)
     return (
         "The headline counts only those that survive Holm's correction for all "
-        f"{blocks.plural(family, 'comparison')} of the job (corrected p below "
+        f"{plural(family, 'comparison')} of the job (corrected p below "
         f"{SIGNIFICANT}, marked *): {surviving[WINS]} of "
-        f"{blocks.plural(verdicts[WINS], 'win')} and {surviving[LOSES]} of {verdicts[LOSES]} "
+        f"{plural(verdicts[WINS], 'win')} and {surviving[LOSES]} of {verdicts[LOSES]} "
         f"loss{'' if verdicts[LOSES] == 1 else 'es'} by the plain interval."
     )
 
@@ -485,7 +486,7 @@ def _describe_values(metric: str, done: Sequence[MatrixEntry]) -> str:
     counts = sorted({entry.n_seeds for entry in done})
     seeds = f"{counts[0]} to {counts[-1]} seeds"
     if len(counts) == 1:
-        seeds = blocks.plural(counts[0], "seed")
+        seeds = plural(counts[0], "seed")
     better = "higher" if done[0].higher_is_better else "lower"
     rows_read = " or ".join(blocks.format_count(n) for n in sizes) or "an unknown number of"
     return (
@@ -595,7 +596,7 @@ def _entry_name(entry: MatrixEntry, several: bool) -> str | Value:
 
 def _mean_value(entry: MatrixEntry, decimals: int) -> str | Value:
     if entry.verdict == FAILED:
-        return Value(("failed", blocks.plural(entry.n_failed, "trial")), FAILED)
+        return Value(("failed", plural(entry.n_failed, "trial")), FAILED)
     return Value(_lines(entry.mean, entry.low, entry.high, decimals))
 
 
@@ -638,7 +639,7 @@ def _seeds(entry: MatrixEntry) -> str | Value:
         return str(seeds)
     lines = [f"{seeds} of {entry.n_seeds + entry.n_failed}"]
     if entry.n_failed:
-        lines.append(f"{blocks.plural(entry.n_failed, 'trial')} failed")
+        lines.append(f"{plural(entry.n_failed, 'trial')} failed")
     return Value(tuple(lines), FAILED if entry.n_failed else "")
 
 
@@ -778,7 +779,7 @@ def _stopped_early(rows: Sequence[ResultRow]) -> list[str]:
     if not stopped:
         return []
     return [
-        f"{blocks.plural(len(stopped), 'search trial')} stopped early (fanout.scheduler): others "
+        f"{plural(len(stopped), 'search trial')} stopped early (fanout.scheduler): others "
         "of the same search were better after as many steps."
     ]
 
@@ -856,7 +857,7 @@ def _budget_blocks(rows: Sequence[ResultRow]) -> list[Block]:
     return [
         Heading("Cut by the budget", 3),
         Text(
-            f"{blocks.plural(len(cut), 'pair')} of source and technique did not promise enough in "
+            f"{plural(len(cut), 'pair')} of source and technique did not promise enough in "
             "short runs (fanout.select.budget). They were not trained in full and their test rows "
             "were not read, so whether they would have won is unknown."
         ),
@@ -1100,7 +1101,7 @@ def _failure_blocks(rows: Sequence[ResultRow]) -> list[Block]:
         by_error[row.error or "no error was recorded"].append(row)
     out: list[Block] = [
         Heading("Failures", 3),
-        Text(f"{blocks.plural(len(failed), 'trial')} failed; the others went on without them."),
+        Text(f"{plural(len(failed), 'trial')} failed; the others went on without them."),
     ]
     for error, group in sorted(by_error.items(), key=lambda kv: -len(kv[1])):
         lines = error.strip().splitlines() or [error]
@@ -1113,7 +1114,7 @@ def _failure_blocks(rows: Sequence[ResultRow]) -> list[Block]:
         which += [f"and {len(group) - 20} more"] if len(group) > 20 else []
         out.append(
             Details(
-                f"{blocks.plural(len(group), 'trial')}: {lines[-1][:160]}",
+                f"{plural(len(group), 'trial')}: {lines[-1][:160]}",
                 [Bullets(which), Code(error)],
             )
         )
@@ -1252,7 +1253,7 @@ def _describe_statistics(entries: Sequence[MatrixEntry], rows: Sequence[ResultRo
     if any(row.trial_stage == "search" and row.drawn != "{}" for row in rows):
         sentences.append(SEARCH_NOISE)
     intervals = Counter(entry.interval for entry in entries if entry.interval)
-    sentences += [f"{how}: {blocks.plural(count, 'result')}." for how, count in intervals.items()]
+    sentences += [f"{how}: {plural(count, 'result')}." for how, count in intervals.items()]
     return sentences
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.core.metrics.catalog import metric
+from pipeline.io.wording import plural
 from pipeline.report import plots, stats
 from pipeline.report.blocks import (
     Block,
@@ -139,7 +140,7 @@ def _label(entry: MatrixEntry, several: bool) -> str:
     who += f" ({entry.backbone})" if several else ""
     if not entry.n_train:
         return who
-    return f"{who}, {entry.n_train} episode{'' if entry.n_train == 1 else 's'}"
+    return f"{who}, {plural(entry.n_train, 'episode')}"
 
 
 def _estimate(name: str, seeds: list[RunPredictions]) -> Estimate:

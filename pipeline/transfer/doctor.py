@@ -19,7 +19,7 @@ from pipeline.checkpoints.bundle import versions
 from pipeline.config import extras
 from pipeline.config.schema import Job
 from pipeline.io import storage
-from pipeline.report.blocks import plural
+from pipeline.io.wording import plural
 from pipeline.train import launch
 from pipeline.train.progress import Progress
 from pipeline.transfer import dry_run, fanout, stages

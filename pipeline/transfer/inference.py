@@ -42,9 +42,9 @@ from pipeline.data.plan import Item
 from pipeline.data.stream import DataWorkers, Decoder, Rows, eval_batches, map_blocks
 from pipeline.data.to_parquet import ABOUT
 from pipeline.io import checksums, file_identity, storage
+from pipeline.io.wording import plural
 from pipeline.media import drawing, transcripts
 from pipeline.media.tagging_schemes import texts
-from pipeline.report.blocks import plural
 from pipeline.train import evaluate, fit_components, launch, row_checks
 from pipeline.train.online_probe import features
 from pipeline.train.progress import Progress

@@ -24,6 +24,7 @@ from statistics import fmean
 from typing import Any
 
 from pipeline.io import storage
+from pipeline.io.wording import plural
 from pipeline.report import blocks, plots, results
 from pipeline.report.blocks import Block, Details, Figure, Heading, KeyFigures, Table, Text, Value
 from pipeline.report.matrix import FAILED, WINS
@@ -349,10 +350,10 @@ class _Standing:
         final = [(row, record) for row, record in trials if row.trial_stage == "final"]
         values = [row.value for row, _ in final or trials if row.value is not None]
         if final:
-            value, what = fmean(values), f"mean of {blocks.plural(len(values), 'seed')}"
+            value, what = fmean(values), f"mean of {plural(len(values), 'seed')}"
         else:
             value = max(values) if higher else min(values)
-            what = f"best of {blocks.plural(len(values), 'search trial')}"
+            what = f"best of {plural(len(values), 'search trial')}"
         rows_of = " (rows of the source)" if first.split == results.SOURCE_VALIDATION else ""
         return cls(
             fraction,

@@ -576,7 +576,7 @@ def test_a_run_that_was_stopped_goes_on_and_the_command_line_says_what_was_done(
     said = CliRunner().invoke(
         cli.app, [*args, *(word for pair in pairs for word in ("--set", pair))]
     )
-    assert said.exit_code == 0 and "train 3 rows in 1 parts" in said.output
+    assert said.exit_code == 0 and "train 3 rows in 1 part" in said.output
     said = CliRunner().invoke(cli.app, [*args, "--resize", "32", "--set", "observations=x"])
     assert said.exit_code == 2 and "--resize 32: importer trajectories reads text" in said.output
 

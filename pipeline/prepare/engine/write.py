@@ -17,6 +17,7 @@ from pipeline.config import registry
 from pipeline.config.schema import spec_hash
 from pipeline.io import atomic_folder, checksums, file_identity, s3, storage
 from pipeline.io.threads import threaded_map
+from pipeline.io.wording import plural
 from pipeline.prepare.engine import croissant, summary
 from pipeline.prepare.engine.importing import InvalidRow, first_few
 from pipeline.prepare.engine.shard_tasks import (
@@ -260,10 +261,8 @@ class Preparation:
             f"{self.task.noun}{f' and {dropped} dropped ones' if dropped else ''} left out"
         )
         warnings = "".join(f"\nwarning: {line}" for line in done.get("warnings", ()))
-        return (
-            f"{self.output}: {rows} rows in {len(done['files'])} parts, {left}; see _summary.md "
-            f"there{warnings}"
-        )
+        parts = plural(len(done["files"]), "part")
+        return f"{self.output}: {rows} rows in {parts}, {left}; see _summary.md there{warnings}"
 
     def _check_listed(self, invalid: list[InvalidRow], total: int) -> None:
         """Check the invalid rows against the budget.
