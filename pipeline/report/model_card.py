@@ -267,7 +267,7 @@ def _making(manifest: Manifest, row: ResultRow | None) -> list[str]:
             "seed": row.seed,
             "settings": ", ".join(f"{name} {value:g}" for name, value in plain.items()),
             "parameters trained": row.params_trained,
-            "steps": row.steps,
+            "steps": None if "solver" in settings else row.steps,
             "cost": None if row.seconds is None else f"{row.seconds:.1f} s on {row.device}",
             "commit": row.git_sha,
         }

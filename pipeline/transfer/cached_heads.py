@@ -611,11 +611,11 @@ def _solve(
             head.calibrate(_predict_with_head(chosen.head, validation, train))
         test = _predict_with_head(chosen.head, cached.splits["test"], train)
     iterations = sum(solution.iterations for solution in solutions)
-    # the solver uses no learning rate, batch, weight decay or optimiser
-    settings = {"solver": chosen.solver, "penalty": chosen.penalty}
+    settings = {"solver": chosen.solver, "penalty": chosen.penalty, "iterations": iterations}
     if chosen.share is not None:
         settings["share"] = chosen.share
-    settings |= dict.fromkeys(("lr", "global_batch", "weight_decay", "optimizer"))
+    # the solver takes no training steps, and uses no setting of them
+    settings |= dict.fromkeys(("lr", "global_batch", "weight_decay", "optimizer", "steps"))
     summary = TrialSummary(
         steps=iterations,
         seconds=time.time() - began + cached.seconds,

@@ -142,6 +142,8 @@ class _PlannedTechnique(NamedTuple):
     """Search trials of an entry; 0: nothing is searched."""
     repeats: int
     """Further trials of an entry that try its best draws again."""
+    is_solved: bool
+    """Whether its heads are solved, which takes no training steps."""
 
     def trials(self, seeds: int) -> int:
         """Return the number of all its trials, search and final."""
@@ -218,8 +220,9 @@ def _planned_techniques(
         draws = len(grid.draws(job, target, component, in_memory))
         entries = scratch_networks if technique.starts_from == "random" else len(names)
         repeats = job.fanout.search_finalists.further_trials(draws)
-        # a single draw needs no search
-        out.append(_PlannedTechnique(technique, entries, draws if draws > 1 else 0, repeats))
+        searched = draws if draws > 1 else 0  # a single draw needs no search
+        is_solved = in_memory and grid.is_solved(target, technique)
+        out.append(_PlannedTechnique(technique, entries, searched, repeats, is_solved))
     return out
 
 
@@ -253,7 +256,9 @@ def _add_fraction(
 
     longest, length = steps, f"{train.epochs or 1:g} epochs"
     if isinstance(steps, int):
-        steps_of_techniques = {planned.technique.steps(steps) for planned in techniques}
+        steps_of_techniques = {
+            planned.technique.steps(steps) for planned in techniques if not planned.is_solved
+        }
         longest = max(steps_of_techniques, default=steps)
         length = f"{steps} steps"
         if own_steps := sorted(steps_of_techniques - {steps}):
@@ -269,7 +274,7 @@ def _add_fraction(
         for planned in techniques:
             of_trial = planned.technique.steps(steps) if isinstance(steps, int) else None
             trials = planned.trials(seeds)
-            cost.steps += trials * (of_trial or 0)
+            cost.steps += 0 if planned.is_solved else trials * (of_trial or 0)
             cost.groups.append(
                 TrialGroup(trials, of_trial, rows, planned.technique.frozen, planned.entries)
             )
@@ -277,6 +282,8 @@ def _add_fraction(
     is_drawn = {"steps", "epochs", "global_batch"} & set(state.job.fanout.stated_search)
     if is_drawn:
         length += " (before search)"
+    if solved := {planned.technique.registered_name for planned in techniques if planned.is_solved}:
+        length += f" ({', '.join(sorted(solved))}: the head is solved, without steps)"
     unit = "documents" if stage.packed else "rows"
     labels = "" if fraction else " without labels"
     noun = "entry" if entries == 1 else "entries"

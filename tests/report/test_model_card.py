@@ -49,7 +49,7 @@ def job(tmp_path, task):
         columns={"image": "photo", "label": "label"},
     )
     made = datetime(2025, 6, 1, tzinfo=UTC)
-    known = {"bundle_uri": uri, "current": True, "value_low": 0.7, "value_high": 0.9}
+    known = {"bundle_uri": uri, "current": True, "value_low": 0.7, "value_high": 0.9, "steps": 60}
     rows = [replace(row, **known, started_at=made, gain=0.1) for row in rows]
     groups = [
         replace(rows[0], metric=f"accuracy@{name}", n_eval=count)
@@ -80,7 +80,15 @@ def test_people_read_intervals_subgroups_cost_and_limits(job):
     assert "0.7 to 0.9" in accuracy and "+0.1" in accuracy and "| 400 |" in accuracy
     assert "| accuracy@sex=f |" in text and "41.0 s on cpu" in text and "| 300 |" in text
     assert "Licence of the weights: unknown" in text and "## Limits" in text
-    assert "lr 0.001" in text and "ab12cd3" in text
+    assert "lr 0.001" in text and "ab12cd3" in text and "| steps |" in text
+
+
+def test_a_head_that_was_solved_has_iterations_and_no_steps(job):
+    uri, rows = job
+    settings = json.dumps({"solver": "lbfgs", "iterations": 57, "steps": None})
+    solved = replace(rows[0], hyper_parameters=settings, steps=57)
+    text = "\n".join(model_card._making(bundle.read_manifest(uri), solved))
+    assert "iterations 57" in text and "| steps |" not in text
 
 
 def test_no_person_and_no_place_is_named(job, tmp_path):

@@ -228,6 +228,7 @@ def test_a_probe_needs_no_learning_rate(paths, tmp_path, monkeypatch):
     settings = slow.rows[0].settings
     assert settings["solver"] == "lbfgs" and settings["penalty"] in penalties
     assert settings["lr"] is None and settings["optimizer"] is None
+    assert settings["steps"] is None and settings["iterations"] == slow.rows[0].steps
     row = slow.rows[0]
     assert row.layers_trained == "head" and row.steps > 0 and slow.kept_step == row.steps
     kept = bundle.load(row.bundle_uri)

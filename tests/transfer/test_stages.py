@@ -1504,6 +1504,16 @@ def test_a_dry_run_counts_the_trials_that_try_the_best_draws_again(tmp_path, bun
     assert any(line.startswith("in all: 32 trials, 96 steps") for line in lines)
 
 
+def test_a_dry_run_counts_no_steps_of_heads_that_are_solved(tmp_path, bundles, paths):
+    techniques = ("scratch", "linear_probe")
+    lines = dry_run.describe(prepared(job_of(tmp_path, {"a": bundles["a"]}, paths, techniques)))
+    assert any(
+        "4 final trials of 3 steps (linear_probe: the head is solved, without steps) on" in line
+        for line in lines
+    )
+    assert any(line.startswith("in all: 4 trials, 6 steps") for line in lines)
+
+
 def test_a_source_that_is_a_checkpoint_without_data_is_made_and_its_note_kept(tmp_path):
     backbone = bundle.build_backbone(
         Architecture("timm/test_resnet", {}, {"channels": 3, "size": 32})
