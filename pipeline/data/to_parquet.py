@@ -177,6 +177,8 @@ class Origin(NamedTuple):
     """The file, or the files and folders."""
     column: str
     """The column that names the file of each row; "": there is none."""
+    kind: str
+    """What the files are: images, audio, text, csv, ..."""
 
 
 class ImportedFiles(NamedTuple):
@@ -291,6 +293,7 @@ def to_parquet(
         origin=Origin(
             files[0] if len(files) == 1 else ", ".join(uris),
             {"images": "image", "audio": "audio"}.get(kind, ""),
+            kind,
         ),
     )
 

@@ -40,7 +40,7 @@ from pipeline.data import manifests
 from pipeline.data.manifests import SEGMENT_ROLES, Manifest, Selection
 from pipeline.data.plan import Item
 from pipeline.data.stream import DataWorkers, Decoder, Rows, eval_batches, map_blocks
-from pipeline.data.to_parquet import ABOUT
+from pipeline.data.to_parquet import ABOUT, TEXT_KINDS
 from pipeline.io import checksums, file_identity, storage
 from pipeline.io.wording import plural
 from pipeline.media import drawing, transcripts
@@ -66,6 +66,10 @@ INPUT = "input_"
 """Prefix of a column of the rows that has the same name as a column of the predictions."""
 PICTURE = "drawn"
 """Column with the picture of a row on which its prediction is drawn, by its name in the folder."""
+MODALITY_OF_FILES = {"images": "image", "audio": "audio", **dict.fromkeys(TEXT_KINDS, "text")}
+"""The modality that reads files of a kind, without a table that names them."""
+FILE_NOUNS = {"image": "images", "audio": "recordings", "text": "plain texts"}
+"""What messages call the files of such a modality."""
 MAX_NAMED, MAX_TYPE_CHARACTERS = 20, 120
 """How many classes are printed by name, and how many characters of a type."""
 
@@ -775,7 +779,7 @@ def columns_of_roles(
         is_needed = role in given or role in modality.roles or is_optional_input
         if column is None:
             if is_needed:
-                raise _missing_column(modality, role, candidates[0], names, where)
+                raise _missing_column(modality, role, candidates[0], manifest, where)
             continue
         may_be_segment = is_segment and (
             was_in_training or _names_files(manifest, out[modality.roles[0]])
@@ -786,10 +790,20 @@ def columns_of_roles(
 
 
 def _missing_column(
-    modality: Modality, role: str, name: str, names: list[str], where: str
+    modality: Modality, role: str, name: str, manifest: Manifest, where: str
 ) -> ValueError:
     """Return the error for a role whose column is not there."""
-    if modality.registered_name == "table":
+    origin = manifest.origins[0] if manifest.origins else None
+    given = MODALITY_OF_FILES.get(origin.kind) if origin else None
+    own = modality.registered_name
+    if given and given != own:
+        files = f"{FILE_NOUNS[own]}, or " if own in FILE_NOUNS else ""
+        return ValueError(
+            f"{where}: {FILE_NOUNS[given]} were given, and this network reads {files}tables "
+            f"(.parquet, .csv, .jsonl) with a column {name!r}"
+        )
+    names = manifest.schema.names
+    if own == "table":
         return ValueError(
             f"{where} has no column {name!r} with the features as a struct; columns "
             f"are {', '.join(names)}{_prepared(where)}"

@@ -252,6 +252,32 @@ def test_a_column_of_another_type_is_one_line_before_anything_starts(name, colum
     assert not (tmp_path / "out" / "_predictions.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "file", "said"),
+    [
+        ("text", "a.png", "images were given, and this network reads plain texts, or tables"),
+        ("table", "a.png", r"images were given, and this network reads tables \(.parquet, .csv"),
+        ("image", "a.txt", "plain texts were given, and this network reads images, or tables"),
+    ],
+)
+def test_files_of_another_kind_are_named_and_what_is_read(name, file, said, tmp_path):
+    modality, backbone = modalities()[name]
+    options = SMALL if name == "text" else {}
+    task = task_of(backbone, modality.inputs(), "classification", label_state(), **options)
+    spec = ModalitySpec(name, modality.options.model_dump(), modality.state)
+    (role,) = modality.roles
+    bundle.save(str(tmp_path / "b"), task, spec, columns={role: role})
+    given = tmp_path / file
+    if given.suffix == ".png":
+        picture(given, 0)
+    else:
+        given.write_text("a line")
+    with pytest.raises(ValueError, match=rf"{file}: {said}.* with a column '{role}'"):
+        inference.predict(
+            str(tmp_path / "b"), [str(given)], str(tmp_path / "out"), {}, "auto", Progress()
+        )
+
+
 @pytest.mark.parametrize("name", ["image", "text", "audio", "table", "events", "trajectory"])
 def test_columns_of_training_suit(name):
     modality, _ = modalities()[name]
