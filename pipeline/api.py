@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.config import yaml_loader
+from pipeline.config import registry, yaml_loader
 from pipeline.config.plugins import use as use_plugins
 from pipeline.config.schema import Job, OutputFormat
 
@@ -325,11 +325,26 @@ def load_bundle(uri: str, *, plugins: Sequence[str] = ()) -> Bundle:
 
 
 def _resolve(bundle: str, target: str | None) -> str:
-    """Return the bundle, or the best one for a target where a job (file or folder) is given."""
+    """Return the bundle, or the best one for a target where a job (file or folder) is given.
+
+    Raises:
+        ValueError: There is no such folder here, no such target, or no bundle of its best network.
+    """
     from pipeline.io import storage
     from pipeline.report import results as results_table
     from pipeline.report import trial_folder
 
+    place = Path(bundle)
+    is_file = place.suffix in (".yaml", ".yml")
+    if not (is_file or storage.is_remote(bundle) or storage.exists(bundle)):
+        names = [path.name for path in place.parent.glob("*/")]
+        near = registry.close_names(place.name, names)
+        advice = (
+            f"did you mean {' or '.join(str(place.parent / name) for name in near)}?"
+            if near
+            else "`onetomany run JOB.yaml` makes the folder of a job, STORAGE/NAME"
+        )
+        raise ValueError(f"{bundle}: no such folder; {advice}")
     is_job = bundle.endswith((".yaml", ".yml")) or any(
         storage.exists(storage.join(bundle, name))
         for name in (results_table.FILE, trial_folder.TRIALS)

@@ -734,7 +734,16 @@ def test_an_error_of_a_run_names_the_line_that_was_read(folder, capsys):
         (("run", "jobs.yaml"), 2, "jobs.yaml: no such job file"),
         (("report", "job.yaml"), 1, "no results of this job yet; run it first"),
         (("init", "films.csv", "--label", "x"), 2, "--label. Did you mean --target-column?"),
-        (("predict", "nowhere", "films.csv", "-o", "out"), 2, "nowhere"),
+        (
+            ("predict", "nowhere", "films.csv", "-o", "out"),
+            2,
+            "nowhere: no such folder; `onetomany run JOB.yaml` makes the folder of a job",
+        ),
+        (
+            ("predict", "runs/film", "films.csv", "-o", "out"),
+            2,
+            "runs/film: no such folder; did you mean runs/films?",
+        ),
         (("predict", ".", "films.csv", "-o", "out"), 2, "manifest.json"),
         (("export", ".", "out"), 2, "manifest.json"),
         (("run", "films.csv"), 2, "not a job file (.yaml); `onetomany init films.csv` writes one"),
@@ -747,4 +756,5 @@ def test_an_error_of_a_run_names_the_line_that_was_read(folder, capsys):
     ids=lambda value: "_".join(value) if isinstance(value, tuple) else "",
 )
 def test_what_other_commands_say(folder, words, code, said):
+    (folder / "runs" / "films").mkdir(parents=True)
     assert said in said_of(*words, code=code)
