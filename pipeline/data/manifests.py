@@ -468,9 +468,10 @@ class Splits:
         return {name: getattr(self, name) for name in SPLITS}
 
     def sizes(self) -> str:
+        by = "split by " if self.origin.startswith("column ") else ""
         return (
             f"train {len(self.train)}, validation {len(self.validation)}, test {len(self.test)} "
-            f"rows ({self.origin}){'; ' if self.unused else ''}{self.unused}"
+            f"rows ({by}{self.origin}){'; ' if self.unused else ''}{self.unused}"
         )
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.io.wording import plural
 from pipeline.report.matrix import LOSES, NOT_SHOWN, SCRATCH, WINS, MatrixEntry, fraction_order
 from pipeline.report.results import NO_BACKBONE, ResultRow
 
@@ -488,9 +489,18 @@ def fraction_label(label_fraction: str) -> str:
 
 
 def labels_text(label_fraction: str) -> str:
-    """Return a label fraction with the word: "5 % labels", and "no labels" for "0 rows"."""
+    """Return a label fraction in words.
+
+    They are "5 % labels", "25 labels a class", "5 labelled rows", and "no labels" for "0 rows".
+    """
     shown = fraction_label(label_fraction)
-    return "no labels" if shown == "none" else f"{shown} labels"
+    if shown == "none":
+        return "no labels"
+    if shown.endswith("%"):
+        return f"{shown} labels"
+    if shown.endswith("/class"):
+        return f"{plural(int(shown.removesuffix('/class')), 'label')} a class"
+    return shown.replace(" ", " labelled ", 1)
 
 
 def mean_curve(seeds: Sequence[Points]) -> Points:

@@ -1106,8 +1106,8 @@ def _failure_blocks(rows: Sequence[ResultRow]) -> list[Block]:
     for error, group in sorted(by_error.items(), key=lambda kv: -len(kv[1])):
         lines = error.strip().splitlines() or [error]
         which = [
-            f"{r.trial_id}: {r.target} · {r.source} · {results.technique(r)} · labels "
-            f"{r.label_fraction} · seed {r.seed} "
+            f"{r.trial_id}: {r.target} · {r.source} · {results.technique(r)} · "
+            f"{plots.labels_text(r.label_fraction)} · seed {r.seed} "
             f"({r.trial_stage}) {r.hyper_parameters or ''}".strip()
             for r in group[:20]
         ]

@@ -179,16 +179,17 @@ def find_bundle(
         return uri
     what = (
         f"{root}: the best network of target {name} is {best.source} with {best.technique} "
-        f"({best.label_fraction} labels), and "
+        f"({plots.labels_text(best.label_fraction)}), and "
     )
     other = with_bundle(entries, pooled)
     if other is None:
         raise ValueError(
             f"{what}its bundle was not kept; set fanout.keep_bundles: best and run the job again"
         )
+    labels = plots.labels_text(other.label_fraction)
     raise ValueError(
         f"{what}it has no bundle; the best one that has is {other.source} with {other.technique} "
-        f"({other.label_fraction} labels): onetomany predict {bundle_of(other, pooled)} FILES"
+        f"({labels}): onetomany predict {bundle_of(other, pooled)} FILES"
     )
 
 

@@ -21,6 +21,7 @@ from fractions import Fraction
 from statistics import fmean
 
 from pipeline.config.schema import ComponentConfig, Train, round_hyper_parameter
+from pipeline.report import plots
 from pipeline.report.results import CUT_BY_BUDGET
 from pipeline.train.experiment import technique_of
 from pipeline.transfer.grid import Trial
@@ -361,8 +362,9 @@ def _decide(
         out.kept, out.cut = ranked[:keep], [*out.cut, *ranked[keep:]]
     if stages:
         named = ", ".join(f"{pair.source} · {pair.technique}" for pair in out.kept)
+        labels = plots.labels_text(bracket.label_fraction)
         out.notes.append(
-            f"{bracket.target} at {bracket.label_fraction} labels: the budget trained {named} with "
+            f"{bracket.target} at {labels}: the budget trained {named} with "
             f"every seed and cut {len(out.cut)} of {len(bracket.pairs)} pairs of source and "
             "technique"
         )

@@ -12,6 +12,7 @@ from pipeline.config.schema import FULL, Train
 from pipeline.core.contracts import Technique, trains
 from pipeline.core.contracts.objective_capabilities import couples_rows
 from pipeline.core.contracts.technique_capabilities import adapts_without_labels
+from pipeline.report import plots
 from pipeline.report.code_versions import OTHER, describe_changes
 from pipeline.train import loop, source
 from pipeline.train.experiment import technique_of
@@ -237,7 +238,7 @@ def _add_fraction(
     """Add the trials of a target at a label fraction to its cost."""
     seeds = state.job.fanout.seeds
     share = grid.fraction_text(fraction, stage.spec.objective.name)
-    place = f"target {stage.name} at {share} labels"
+    place = f"target {stage.name} at {plots.labels_text(share)}"
     size, allocation = spending.get((stage.name, share), (None, None))
     rows = stage.num_labelled_rows(fraction) if fraction else stage.num_rows_without_labels
     batch = min(stage.spec.train.global_batch, rows)

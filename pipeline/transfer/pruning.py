@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pipeline.checkpoints import bundle
 from pipeline.config.schema import CHECKPOINT_PREFIXES
 from pipeline.io import checksums, storage
-from pipeline.report import results, trial_folder
+from pipeline.io.wording import plural
+from pipeline.report import plots, results, trial_folder
 from pipeline.report.matrix import SCRATCH, entry_key
 from pipeline.report.results import ResultRow
 from pipeline.train import resume_history
@@ -95,8 +96,8 @@ def _entries(rows: Iterable[ResultRow]) -> list[str]:
     for (source, backbone, target, technique, fraction), number in count.items():
         named = f"scratch of {backbone}" if source == SCRATCH else source
         out.append(
-            f"{target}: {named}, {technique}, {fraction} labels ({number} "
-            f"trial{'' if number == 1 else 's'})"
+            f"{target}: {named}, {technique}, {plots.labels_text(fraction)} "
+            f"({plural(number, 'trial')})"
         )
     return sorted(out)
 

@@ -21,7 +21,7 @@ from pipeline.data.manifests import Selection
 from pipeline.io import file_identity, storage, write_fence
 from pipeline.io.threads import threaded_map
 from pipeline.report import code_versions as origins
-from pipeline.report import folds, matrix, report, results, stats, subgroups, trial_folder
+from pipeline.report import folds, matrix, plots, report, results, stats, subgroups, trial_folder
 from pipeline.report.results import ResultRow
 from pipeline.report.source_scores import PairScores, ScoreValue, SelectionScore
 from pipeline.report.source_summary import SourceSummary
@@ -637,9 +637,10 @@ def _note_failed(
             continue
         state.failed_in_budget += [one.id for one in failed]
         named = ", ".join(f"{one.source} · {one.technique}" for one in failed)
+        labels = plots.labels_text(fraction)
         state.notes.append(
-            f"{name} at {fraction} labels: search trials of the budget failed, so these pairs were "
-            f"cut: {named}. They do not run again with the job, which would then keep other pairs; "
+            f"{name} at {labels}: search trials of the budget failed, so these pairs were cut: "
+            f"{named}. They do not run again with the job, which would then keep other pairs; "
             "another number for fanout.select.budget tries them again"
         )
         state.progress.note(f"warning: {state.notes[-1]}")

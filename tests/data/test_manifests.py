@@ -405,7 +405,7 @@ def test_a_declared_split_column_is_obeyed(tmp_path, split):
     for name, values in (("train", ["train"]), ("validation", ["dev"]), ("test", ["test"])):
         assert numbers(getattr(got, name)) == frame.number[frame.part.isin(values)].tolist(), name
     assert got.sizes() == (
-        "train 30, validation 10, test 10 rows (column part); 10 rows are in no split by part: "
+        "train 30, validation 10, test 10 rows (split by column part); 10 rows are in no split by part: "
         "it holds train (30 rows), dev (10 rows), test (10 rows), unused (10 rows)"
     )
 

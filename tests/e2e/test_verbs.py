@@ -198,7 +198,7 @@ def test_a_dry_run_counts_what_a_run_will_do(onetomany, tmp_path):
     ).stdout
     # 2 epochs of 9 rows in batches of 8
     assert (
-        "target shoes at 3/class labels: 4 entries: 8 final trials of 3 steps (linear_probe: the "
+        "target shoes at 3 labels a class: 4 entries: 8 final trials of 3 steps (linear_probe: the "
         "head is solved, without steps) on 9 rows" in more
     )
 

@@ -181,9 +181,9 @@ def test_the_most_labels_are_those_of_the_most_rows(entries):
     of_50 = [entry for entry in entries if entry.label_fraction == "50/class"]
     assert matrix.most_labels_first([more, all_labels, *of_50]) == ["1.0", "200/class", "50/class"]
     _, _, first, *_ = gains.heat_maps(entries, DECIMALS)
-    assert isinstance(first, blocks.Table) and first.header[0] == "50/class labels"
+    assert isinstance(first, blocks.Table) and first.header[0] == "50 labels a class"
     figure, _ = gains.cost_figures({"clothing": by_target(entries)["clothing"]}, DECIMALS)
-    assert "with 50/class labels" in figure.caption
+    assert "with 50 labels a class" in figure.caption
     scores = {("clothing", "garments", "logme"): 0.5, ("clothing", "digits", "logme"): 0.1}
     (figure,) = gains.score_figures(entries, scores, DECIMALS)
     digits = find(entries, source="digits", fraction="50/class")

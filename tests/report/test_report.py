@@ -315,10 +315,12 @@ def test_entries_are_sorted_by_target_fraction_and_value(written):
         "2 rows",
         "5 %",
     ]
-    assert [plots.labels_text(f) for f in ("0/class", "0 rows", "0.05")] == [
+    assert [plots.labels_text(f) for f in ("0/class", "0 rows", "0.05", "25/class", "5 rows")] == [
         "no labels",
         "no labels",
         "5 % labels",
+        "25 labels a class",
+        "5 labelled rows",
     ]
     assert sorted(["0.5", "10 rows", "2 rows"], key=entries_module.fraction_order) == [
         "2 rows",

@@ -307,6 +307,6 @@ def test_every_pair_that_was_cut_has_a_reason_with_its_rung():
     )
     assert [name[-1] for name, text in found.reasons.items() if text == second] == ["1"]
     assert found.notes == (
-        f"task at 1.0 labels: the budget trained {kept(found, one)[0].replace('|task|', ' · ')} "
+        f"task at 100 % labels: the budget trained {kept(found, one)[0].replace('|task|', ' · ')} "
         "with every seed and cut 14 of 15 pairs of source and technique",
     )

@@ -61,7 +61,7 @@ def test_a_budget_trains_less_and_what_it_cut_stays_in_sight(tmp_path, bundles, 
     job = job_of(tmp_path, bundles, paths)
     lines = dry_run.describe(prepared(job))
     assert (
-        "target task at 1.0 labels, budget: 9 pairs of source and technique: 9 with 1/9 of the "
+        "target task at 100 % labels, budget: 9 pairs of source and technique: 9 with 1/9 of the "
         "steps, 3 with all steps, 1 with 2 seeds; with 2 trials of scratch it costs 8 trials"
     ) in lines
     assert any(
@@ -95,7 +95,7 @@ def test_a_budget_trains_less_and_what_it_cut_stays_in_sight(tmp_path, bundles, 
     assert pairs | {(kept.source, kept.technique)} == {(s, t) for s in SOURCES for t in TECHNIQUES}
     assert kept.drawn == "{}" and "searched" not in (kept.interval or "")
     note = (
-        f"task at 1.0 labels: the budget trained {kept.source} · {kept.technique} with every "
+        f"task at 100 % labels: the budget trained {kept.source} · {kept.technique} with every "
         "seed and cut 8 of 9 pairs of source and technique"
     )
     assert note in state.notes and note in state.progress.lines

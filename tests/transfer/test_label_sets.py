@@ -433,8 +433,8 @@ def test_entries_without_labels_are_those_of_techniques_that_need_none(tmp_path,
     job = small(job, ["scratch", "full", "dann", "zero_shot", "adabn"])
     state = stages.check(job, Silent())
     text = "\n".join(dry_run.describe(state))
-    assert "at 0/class labels: 1 entry: 3 final trials of 12 steps on 30 rows" in text
-    assert "at 0.5 labels: 3 entries" in text and "without training: 2 final trials" in text
+    assert "at no labels: 1 entry: 3 final trials of 12 steps on 30 rows" in text
+    assert "at 50 % labels: 3 entries" in text and "without training: 2 final trials" in text
     arch = Architecture("timm/test_vit", {}, {"channels": 3, "size": 32})
     group = grid.BackboneGroup(arch, ModalitySpec("image"), "net", ("src",))
     entries = grid.planned_entries(job, "task", [group], {"src"})

@@ -437,7 +437,7 @@ def test_patience_that_ends_no_run_is_told(tmp_path, models, texts, patience, id
         train={"steps": 10, "global_batch": 4, "patience": patience},
     )
     line = (
-        "warning: target task at 1.0 labels: train.patience: 4 ends no run early, as 10 steps "
+        "warning: target task at 100 % labels: train.patience: 4 ends no run early, as 10 steps "
         "have 5 validations: lower it or train.eval_every_steps"
     )
     found = [one for one in dry_run.describe(checked(job)) if "train.patience" in one]

@@ -79,7 +79,7 @@ def test_stale_rows_stand_in_no_table_and_go_with_their_trials_and_nothing_else_
     total = len(results.read(job.root))
     assert message.startswith(f"{total // 2} of the {total} rows of results.parquet are stale")
     assert (
-        "task: a, full, 1.0 labels (2 trials); task: scratch of timm/test_vit, scratch, 1.0 labels (2 trials)"
+        "task: a, full, 100 % labels (2 trials); task: scratch of timm/test_vit, scratch, 100 % labels (2 trials)"
         in message
     )
     entries, (markdown, _) = stages.write_report(state, rows)
@@ -210,7 +210,7 @@ def test_the_command_lists_first_and_removes_on_request(both, monkeypatch, tmp_p
     listed = call("--prune-stale", "--dry-run")
     assert (
         listed.exit_code == 0
-        and "task: a, full, 1.0 labels (2 trials)" in listed.output
+        and "task: a, full, 100 % labels (2 trials)" in listed.output
         and folders(job) == old | new
     )
     assert call("--dry-run").exit_code == 2
