@@ -53,9 +53,7 @@ err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 JobFile = Annotated[Path, typer.Argument(help="The job file (YAML).", metavar="JOB")]
 Set = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set", help="Override any field, e.g. --set sources.a.train.steps=10.", metavar="A.B=C"
-    ),
+    typer.Option("--set", help="Override any field, e.g. --set fanout.seeds=5.", metavar="A.B=C"),
 ]
 Only = Annotated[
     list[str] | None,
@@ -347,9 +345,8 @@ def run(
     serve: Annotated[
         int | None,
         typer.Option(
-            help="Show trials and learning curves at http://127.0.0.1:PORT while the job runs; 0: "
-            "any free port. From elsewhere: ssh -L PORT:127.0.0.1:PORT HOST. Other users of this "
-            "machine can read it.",
+            help="Show trials and learning curves on a local page while the job runs; 0: any free "
+            "port. Other users of this machine can read it.",
             metavar="PORT",
             min=0,
             max=65535,
@@ -357,6 +354,9 @@ def run(
     ] = None,
 ) -> None:
     """Run a whole job: pretrain, fine-tune, report. What is done already is not done again.
+
+    The page of `--serve PORT` is `http://127.0.0.1:PORT`. From another machine, first run
+    `ssh -L PORT:127.0.0.1:PORT HOST`.
 
     Example: `onetomany run jobs/quickstart.yaml`
     """
@@ -595,7 +595,7 @@ def predict(
     order of the classes, which is printed and is in the files' metadata. In CSV and JSON Lines each
     probability has the name of its class.
 
-    Example: `onetomany predict runs/quickstart photos/ --target clothing -o out --format csv`
+    Example: `onetomany predict runs/quickstart photos/ --target clothing -o out`
     """
     more = _new_row_arguments(column, keep, input_format, plugin)
     with _exit_codes():
@@ -651,11 +651,10 @@ def embed(
 
 
 EXPORT_KINDS = (
-    "bundle: a verified copy; hugging-face: a folder for transformers' Auto classes or "
-    'timm.create_model("local-dir:OUTPUT", pretrained=True); lerobot: prepared episodes as a '
-    "LeRobot data set; onnx: a graph for onnxruntime (extra onnx); peft: an adapter alone; "
-    "sentence-transformers: texts to vectors; state-dict: one .safetensors or .pt file; "
-    "torch-export: a graph for torch.export.load."
+    "bundle: a verified copy; hugging-face: a folder for transformers' Auto classes or timm; "
+    "lerobot: prepared episodes as a LeRobot data set; onnx: a graph for onnxruntime (extra "
+    "onnx); peft: an adapter alone; sentence-transformers: texts to vectors; state-dict: one "
+    ".safetensors or .pt file; torch-export: a graph for torch.export.load."
 )
 
 
@@ -686,13 +685,16 @@ def export(
 ) -> None:
     """Write a bundle in a form that other programs open.
 
+    A `hugging-face` folder of images is opened by
+    `timm.create_model("local-dir:OUTPUT", pretrained=True)`.
+
     `onnx` and `torch-export` write the whole network as a graph, a description of how rows are
     prepared, and code that runs it. If transformers or timm has no class for a head,
-    `hugging-face` and `state-dict` add the code that loads it: `from classifier import load` in the
-    folder, or `NAME_classifier.py`. Every export is compared with the bundle on random rows, and
-    refused if it gives other numbers.
+    `hugging-face` and `state-dict` add the code that loads it, in the folder
+    (`from classifier import load`) or beside the file (`NAME_classifier.py`). Every export is
+    compared with the bundle on random rows, and refused if it gives other numbers.
 
-    Example: `onetomany export runs/quickstart model --target clothing --kind hugging-face`
+    Example: `onetomany export runs/quickstart model --target clothing --kind onnx`
     """
     with _exit_codes():
         text = api.export(

@@ -5,6 +5,7 @@ bad input.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -15,8 +16,11 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
+import typer
 import yaml
+from typer.testing import CliRunner
 
+from pipeline import cli
 from pipeline.checkpoints import bundle
 from pipeline.config import yaml_loader
 from pipeline.core.specs import ModalitySpec
@@ -73,6 +77,17 @@ def test_every_verb_is_helpful(onetomany, onetomany_alone, tmp_path):
             and "Usage" in message.stdout
             and len(message.stdout.splitlines()) > 8
         )
+
+
+def test_code_in_help_is_whole_on_a_terminal_of_80_columns():
+    group = typer.main.get_command(cli.app)
+    for name, command in group.commands.items():
+        shown = CliRunner().invoke(cli.app, [name, "--help"], env={"COLUMNS": "80"}).output
+        for code in re.findall(r"`([^`]+)`", inspect.cleandoc(command.help or "")):
+            assert any(code in line for line in shown.splitlines()), (name, code)
+        cut = [line for line in shown.splitlines() if "…" in line]
+        # Typer itself cuts the two long names of one option
+        assert all("--no-wait-for-" in line for line in cut), cut
 
 
 def test_the_schema_takes_every_shipped_job(onetomany, tmp_path):
