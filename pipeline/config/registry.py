@@ -21,7 +21,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeGuard, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from pipeline.config import familiar_names, plugins
 from pipeline.config.plugins import Plugin
@@ -539,6 +547,18 @@ def _of_plugin(plugin: Plugin) -> tuple[Entry, ...]:
 
 def names(kind: str) -> list[str]:
     return sorted(entries(kind))
+
+
+def message_of(error: Exception) -> str:
+    """Return the message of an error, and of pydantic's only what it says of the first value."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    return without_prefix(error.errors()[0]["msg"])
+
+
+def without_prefix(message: str) -> str:
+    """Return what pydantic says of a value without the words that it puts before our messages."""
+    return message.removeprefix("Value error, ")
 
 
 def nearest(value: str, valid: Iterable[str], also: Iterable[str] = ()) -> str:

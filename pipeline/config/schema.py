@@ -549,11 +549,7 @@ def search_problems(
                     with_hyper_parameters(train, {name: draw})
                 except ValidationError as error:
                     shown = f"{value}" if draw == value else f"{value} (drawn as {draw})"
-                    out[
-                        name,
-                        f"{shown} is refused: "
-                        f"{error.errors()[0]['msg'].removeprefix('Value error, ')}",
-                    ] = None
+                    out[name, f"{shown} is refused: {registry.message_of(error)}"] = None
     return list(out)
 
 

@@ -427,7 +427,7 @@ def _describe_error(error: Any) -> str:
         return f"unknown field; {_advice(str(name), _fields_at(tuple(at)), tuple(at))}"
     if kind == "missing":
         return "this field is required"
-    message = error["msg"].removeprefix("Value error, ")
+    message = registry.without_prefix(error["msg"])
     if kind in ("dict_type", "model_type"):
         message = "Input should be a mapping"
     elif kind == "string_pattern_mismatch" and error["loc"] == ("name",):

@@ -352,7 +352,7 @@ def search_problem(technique: ComponentConfig) -> str:
             try:
                 technique_of(drawn)
             except ValueError as error:
-                return f"{name}: {value!r}: {error}"
+                return f"{name}: {value!r}: {registry.message_of(error)}"
     return ""
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from prepare import conftest
 from prepare.conftest import WNIDS, encoded, tar, write
+from pydantic import model_validator
 
 from pipeline.config import registry
 from pipeline.prepare.engine import importing
@@ -629,6 +630,22 @@ def test_options_are_texts_of_known_names():
         importing.options_of("coco", ["masks"])
     with pytest.raises(ValueError, match="unknown importer 'cocoo'; did you mean coco"):
         importing.options_of("cocoo", [])
+
+
+class TwoEnds(registry.Options):
+    first: int = 0
+    last: int = 0
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.last < self.first:
+            raise ValueError("last is before First")
+        return self
+
+
+def test_what_is_wrong_with_several_options_is_said_as_the_importer_says_it():
+    with pytest.raises(ValueError, match=r"^--set: last is before First$"):
+        importing.validated(TwoEnds, {"first": "2"})
 
 
 def test_every_importer_says_what_it_reads_and_its_options():

@@ -438,7 +438,7 @@ def test_two_texts_or_whole_numbers_are_choices(world, monkeypatch):
 @pytest.mark.parametrize(
     ("space", "message"),
     [
-        ({"rank": (4, 128)}, "rank: 128: "),
+        ({"rank": (4, 128)}, "^rank: 128: Input should be less than or equal to 64$"),
         ({"weight": (0.0, 1.0)}, r"weight: \(0.0, 1.0\) must be \(low, high\) with 0 < low < high"),
         ({"rank": (4, 8, 64), "mode": ("b", "a"), "lr": (0.1, 1.0)}, "^$"),
     ],

@@ -326,10 +326,10 @@ def validated(kind: type[Options], given: Mapping[str, object]) -> Any:
     try:
         return kind.model_validate(given)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(
-            f"--set {first['loc'][0]}={first['input']}: {first['msg'].lower()}"
-        ) from None
+        first, message = error.errors()[0], registry.message_of(error)
+        # what concerns several options has no place
+        given_as = f" {first['loc'][0]}={first['input']}" if first["loc"] else ""
+        raise ValueError(f"--set{given_as}: {message[:1].lower()}{message[1:]}") from None
 
 
 def describe(name: str | None) -> str:
