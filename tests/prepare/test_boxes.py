@@ -215,6 +215,17 @@ def test_the_split_of_cocos_files_is_told_by_their_name_or_folder(tmp_path, path
     assert {row["split"] for row in read(tmp_path / "out")} == {split}
 
 
+def test_roboflows_annotations_are_beside_the_images_of_each_split(tmp_path):
+    published = coco(tmp_path / "coco")
+    root = tmp_path / "roboflow"
+    for split, name, data in pictures():
+        write(root / split / f"{name}.jpg", data)
+        annotations = (published / f"annotations/instances_{split}.json").read_text()
+        write(root / split / "_annotations.coco.json", annotations)
+    wanted = prepare("coco", published, tmp_path / "c")
+    same(prepare("coco", root, tmp_path / "r"), wanted)
+
+
 def test_archives_years_and_edges_from_zero(tmp_path):
     wanted = prepare("coco", coco(tmp_path / "coco"), tmp_path / "c")
     root = voc(tmp_path / "VOC2007", origin=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import posixpath
 import re
 from collections import Counter, defaultdict
 from pathlib import PurePosixPath
@@ -40,6 +41,8 @@ IGNORED = 255
 """Class of pixels that no metric counts: crowds."""
 NO_SPLIT_NAMES = ("default", "instances", "annotations")
 """First words of files that name no split: instances_default.json of CVAT, instances.json."""
+BESIDE_IMAGES = "_annotations.coco.json"
+"""The annotations of a split in an export of Roboflow, in one folder with the images."""
 COLUMNS = {
     "image_id": pa.int64(),
     **boxes.COLUMNS,
@@ -93,12 +96,14 @@ class CocoOptions(Options):
     annotations: str = Field(
         "annotations/instances_*.json",
         description="JSON files below SOURCE, a glob; each is a split, by its name "
-        "(instances_train2017.json: train) or its folder (valid/_annotations.coco.json)",
+        "(instances_train2017.json: train) or its folder (valid/_annotations.coco.json, which is "
+        "found by itself)",
     )
     images: str = Field(
         "",
         description="folder, zip or tar of the images below SOURCE; empty, for "
-        "instances_NAME.json: NAME, images/NAME, NAME.zip, images or SOURCE itself",
+        "instances_NAME.json: NAME, images/NAME, NAME.zip, images or SOURCE itself; for "
+        "_annotations.coco.json: its folder",
     )
     masks: Literal["none", "semantic", "instance"] = Field(
         "none",
@@ -116,6 +121,8 @@ class CocoOptions(Options):
 class Coco(ImageImporter):
     """annotations/instances_NAME.json with the images in NAME/, images/NAME/, NAME.zip or images/.
 
+    Also exports of Roboflow: train/, valid/ and test/, each with images and _annotations.coco.json.
+
     Columns: `boxes` (list of [x, y, width, height] in pixels of the written image), `labels`
     (category ids, unchanged), `label_names`, `crowd` (one for each box), `image_id` and, where
     asked for, `mask` or `masks` (one for each box). Images without boxes are kept. A box that is
@@ -127,11 +134,7 @@ class Coco(ImageImporter):
     label = "label_names"
 
     def index(self, source: str) -> Index:
-        files = storage.glob(storage.join(source, self.options.annotations))
-        if not files:
-            raise ValueError(
-                f"{source}: no {self.options.annotations} there; pass --set annotations=NAME.json"
-            )
+        files = self._annotation_files(source)
         rows, fingerprints, counts, categories = [], [], Counter(), {}
         for uri in files:
             # Not kept: a second copy of COCO's 450 MB takes 2.2 GB
@@ -152,10 +155,10 @@ class Coco(ImageImporter):
             )
         for uri in files:
             name = re.sub(r"^instances?_", "", PurePosixPath(uri).stem)
-            listed = archives.listing(self._images(source, name))
+            listed = archives.listing(self._images(source, uri, name))
             fingerprints.append(listed.fingerprint)
-            folders = uri.split("/")[-1 - self.options.annotations.count("/") : -1]
-            split = _split(name, "/".join(folders))
+            folder = posixpath.relpath(posixpath.dirname(uri), source)
+            split = _split(name, folder)
             rows += self._rows(_read(uri), uri, _by_name(listed), split, categories, counts)
         splits_of: dict[tuple[Any, ...], list[str]] = defaultdict(list)
         for row in rows:
@@ -186,7 +189,21 @@ class Coco(ImageImporter):
             info=info,
         )
 
-    def _images(self, source: str, name: str) -> str:
+    def _annotation_files(self, source: str) -> list[str]:
+        given = self.options.annotations
+        is_default = given == CocoOptions.model_fields["annotations"].default
+        patterns = [given, f"*/{BESIDE_IMAGES}"] if is_default else [given]
+        for pattern in patterns:
+            if files := storage.glob(storage.join(source, pattern)):
+                return files
+        raise ValueError(
+            f"{source}: no {' and no '.join(patterns)} there; pass --set annotations=NAME.json"
+        )
+
+    def _images(self, source: str, uri: str, name: str) -> str:
+        """Return where the images of a file of annotations are."""
+        if not self.options.images and PurePosixPath(uri).name == BESIDE_IMAGES:
+            return posixpath.dirname(uri)
         candidates = (
             [self.options.images]
             if self.options.images
