@@ -1,6 +1,7 @@
 """Let only one run of a job work at a time, by a lease in the job's folder that the run renews.
 
-Two runs at once would train into the same folders and write the same table. A lease is a small JSON
+Two runs at once would train into the same folders and write the same table. The outputs of
+`prepare`, `predict` and `embed` have such a lease too. A lease is a small JSON
 file, so it works on S3 too. The lease of a run that was killed is taken over when its process has
 ended (same machine) or when nothing has renewed it for a while. A run renews its lease in a file of
 its own beside it, and never writes the lease itself again.
@@ -244,9 +245,9 @@ def _turns(root: str) -> Iterator[None]:
 def _busy(root: str, current_lease: Lease) -> BusyError:
     """Return the error for a folder whose lease another run holds."""
     return BusyError(
-        f"{root}: a run of this job is at work already (process {current_lease.get('pid')} on "
-        f"{current_lease.get('host')}); wait for it, stop it, or give this one another name or "
-        "storage"
+        f"{root}: another run is at work already (process {current_lease.get('pid')} on "
+        f"{current_lease.get('host')}); wait for it, stop it, or give this one another folder (a "
+        "job: another name or storage)"
     )
 
 

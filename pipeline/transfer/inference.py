@@ -41,7 +41,7 @@ from pipeline.data.manifests import SEGMENT_ROLES, Manifest, Selection
 from pipeline.data.plan import Item
 from pipeline.data.stream import DataWorkers, Decoder, Rows, eval_batches, map_blocks
 from pipeline.data.to_parquet import ABOUT, TEXT_KINDS
-from pipeline.io import checksums, file_identity, storage
+from pipeline.io import checksums, file_identity, run_lock, storage
 from pipeline.io.wording import plural
 from pipeline.media import drawing, transcripts
 from pipeline.media.tagging_schemes import texts
@@ -307,7 +307,6 @@ def _read_input(
     Raises:
         ValueError: A column is missing or has another type than the bundle reads.
     """
-    storage.refuse_read_only(output)
     imports = storage.join(output, IMPORTS)
     modality = trained.build_modality()
     empty_texts = readable_columns(modality, {**trained.columns, **columns})
@@ -348,6 +347,21 @@ def _removed_where_refused(rows: manifests.Manifest, imports: str) -> Iterator[N
         raise
 
 
+@contextmanager
+def _only_writer(output: str, progress: Progress) -> Iterator[None]:
+    """Let no other command write into the output folder meanwhile.
+
+    Two of equal options would remove each other's converted rows, and two of others that begin
+    together would write their parts side by side.
+
+    Raises:
+        run_lock.BusyError: Another command is writing there.
+    """
+    storage.refuse_read_only(output)
+    with run_lock.hold(output, progress.note):
+        yield
+
+
 def predict(
     uri: str,
     data: list[str],
@@ -377,15 +391,16 @@ def predict(
     """
     options = options or OutputOptions()
     trained = check(uri, options)
-    rows = _read_input(trained, data, output, columns, form, progress, options.keep)
-    carried = recording_columns(rows.modality, rows.columns, rows.manifest)
-    worker = Predictor(uri, rows.selection, rows.columns, carried, options.draw)
-    worker.output_types = output_types(rows.objective)
     classes = trained.objective.state.get("labels")
-    written, parts = _write(uri, trained, worker, rows, output, options, progress, classes)
-    if options.srt:
-        written += f"; {prediction_files.write_subtitles(output, parts)} recordings as .srt in "
-        written += storage.join(output, prediction_files.SUBTITLES)
+    with _only_writer(output, progress):
+        rows = _read_input(trained, data, output, columns, form, progress, options.keep)
+        carried = recording_columns(rows.modality, rows.columns, rows.manifest)
+        worker = Predictor(uri, rows.selection, rows.columns, carried, options.draw)
+        worker.output_types = output_types(rows.objective)
+        written, parts = _write(uri, trained, worker, rows, output, options, progress, classes)
+        if options.srt:
+            written += f"; {prediction_files.write_subtitles(output, parts)} recordings as .srt in "
+            written += storage.join(output, prediction_files.SUBTITLES)
     if options.draw:
         written += f"; pictures in {storage.join(output, DRAWN)}"
     return written + _named_classes(classes, parts)
@@ -408,12 +423,13 @@ def embed_files(
     """
     options = options or OutputOptions()
     trained = bundle.load(uri).manifest
-    rows = _read_input(
-        trained, data, output, columns, form, progress, options.keep, reads_labels=True
-    )
-    carried = recording_columns(rows.modality, rows.columns, rows.manifest)
-    worker = Embedder(uri, rows.selection, rows.columns, carried)
-    return _write(uri, trained, worker, rows, output, options, progress)[0]
+    with _only_writer(output, progress):
+        rows = _read_input(
+            trained, data, output, columns, form, progress, options.keep, reads_labels=True
+        )
+        carried = recording_columns(rows.modality, rows.columns, rows.manifest)
+        worker = Embedder(uri, rows.selection, rows.columns, carried)
+        return _write(uri, trained, worker, rows, output, options, progress)[0]
 
 
 def _write(

@@ -60,7 +60,7 @@ def test_a_second_run_is_refused_and_told_who_is_at_work(root):
         with pytest.raises(BusyError) as caught, run_lock.hold(root):
             pytest.fail("two runs at once")
         assert str(caught.value).startswith(
-            f"{root}: a run of this job is at work already (process {os.getpid()} on "
+            f"{root}: another run is at work already (process {os.getpid()} on "
             f"{socket.gethostname()})"
         )
         assert held(root) == mine, "the one that was refused leaves the lease alone"

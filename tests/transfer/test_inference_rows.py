@@ -28,6 +28,7 @@ from pipeline.checkpoints import bundle, export
 from pipeline.config import registry
 from pipeline.core.specs import ModalitySpec
 from pipeline.data import manifests
+from pipeline.io import run_lock
 from pipeline.modalities.audio import Audio, AudioOptions
 from pipeline.modalities.image import Image, ImageOptions
 from pipeline.train.progress import Progress
@@ -276,6 +277,16 @@ def test_files_of_another_kind_are_named_and_what_is_read(name, file, said, tmp_
         inference.predict(
             str(tmp_path / "b"), [str(given)], str(tmp_path / "out"), {}, "auto", Progress()
         )
+
+
+@pytest.mark.parametrize("command", [inference.predict, inference.embed_files])
+def test_two_commands_do_not_write_into_one_folder_at_once(command, tmp_path):
+    """The first to end removed the converted rows that the other still read."""
+    uri, output = image_bundle(tmp_path), str(tmp_path / "out")
+    picture(tmp_path / "a.png", 0)
+    with run_lock.hold(output), pytest.raises(run_lock.BusyError, match="out: another run is at"):
+        command(uri, [str(tmp_path / "a.png")], output, {}, "auto", Progress())
+    assert os.listdir(output) == []
 
 
 @pytest.mark.parametrize("name", ["image", "text", "audio", "table", "events", "trajectory"])
