@@ -7,7 +7,7 @@ import posixpath
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -317,6 +317,7 @@ def _read_input(
         where = rows.files[0] if rows.files else data[0]
         if where.startswith(imports):
             where = data[0]
+            rows = rows if named_files else _identified_by_content(rows)
         with _removed_where_refused(rows, imports):
             if rows.num_rows == 0:
                 raise ValueError(f"{where}: there are no rows in it")
@@ -332,6 +333,15 @@ def _read_input(
             (selection,), named_files = manifests.with_named_files([selection], of_files, "content")
             rows, files_read = selection.manifest, [*files_read, *named_files]
     return NewRows(data, rows, selection, columns, copied, modality, objective, files_read)
+
+
+def _identified_by_content(rows: Manifest) -> Manifest:
+    """Return the converted rows of tables and texts with the hash of those files as fingerprint.
+
+    It names their folder. The bytes of the converted rows differ between versions of pyarrow, which
+    must not make rows that are predicted already those of other files.
+    """
+    return replace(rows, fingerprint=posixpath.basename(posixpath.dirname(rows.files[0])))
 
 
 @contextmanager

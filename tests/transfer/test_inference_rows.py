@@ -5,6 +5,7 @@ columns have another type.
 import json
 import os
 import stat
+from functools import partial
 
 import numpy as np
 import PIL.Image
@@ -277,6 +278,29 @@ def test_files_of_another_kind_are_named_and_what_is_read(name, file, said, tmp_
         inference.predict(
             str(tmp_path / "b"), [str(given)], str(tmp_path / "out"), {}, "auto", Progress()
         )
+
+
+def test_rows_of_a_table_are_the_same_for_another_version_of_pyarrow(tmp_path, monkeypatch):
+    """Then the bytes of the converted rows are others, and the rest was refused as other files."""
+    trained = bundle.read_manifest(image_bundle(tmp_path))
+    given = tmp_path / "rows.csv"
+    picture(tmp_path / "a.png", 0)
+
+    def fingerprint(output: str, text: str) -> str:
+        given.write_text(text)
+        place = str(tmp_path / output)
+        return inference._read_input(
+            trained, [str(given)], place, {}, "auto", Progress()
+        ).manifest.fingerprint
+
+    text = f"image\n{tmp_path / 'a.png'}\n"
+    before = fingerprint("a", text)
+    other = partial(pq.ParquetWriter, compression="gzip")
+    monkeypatch.setattr("pipeline.data.to_parquet.pq.ParquetWriter", other)
+    assert fingerprint("b", text) == before
+    assert fingerprint("c", text + text.splitlines()[1] + "\n") != before
+    picture(tmp_path / "a.png", 1)
+    assert fingerprint("d", text) != before
 
 
 @pytest.mark.parametrize("command", [inference.predict, inference.embed_files])
