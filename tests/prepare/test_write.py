@@ -543,7 +543,7 @@ def test_on_ray_every_importer_of_images_writes_the_same_bytes(
         (["prepare", "coco", "a"], "onetomany prepare NAME SOURCE -o OUTPUT"),
         (
             ["prepare", "coco", "nothing-here", "-o", "b"],
-            "nothing-here: no annotations/instances_*.json there",
+            "nothing-here: no annotations/instances_*.json and no */_annotations.coco.json there",
         ),
         (
             ["prepare", "--verify", "-o", "nothing-here"],

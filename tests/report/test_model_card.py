@@ -49,7 +49,7 @@ def job(tmp_path, task):
         columns={"image": "photo", "label": "label"},
     )
     made = datetime(2025, 6, 1, tzinfo=UTC)
-    known = {"bundle_uri": uri, "current": True, "value_low": 0.7, "value_high": 0.9, "steps": 60}
+    known = {"bundle_uri": uri, "current": True, "value_low": 0.7, "value_high": 0.9}
     rows = [replace(row, **known, started_at=made, gain=0.1) for row in rows]
     groups = [
         replace(rows[0], metric=f"accuracy@{name}", n_eval=count)

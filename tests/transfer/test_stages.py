@@ -1505,8 +1505,10 @@ def test_a_dry_run_counts_the_trials_that_try_the_best_draws_again(tmp_path, bun
 
 
 def test_a_dry_run_counts_no_steps_of_heads_that_are_solved(tmp_path, bundles, paths):
-    techniques = ("scratch", "linear_probe")
-    lines = dry_run.describe(prepared(job_of(tmp_path, {"a": bundles["a"]}, paths, techniques)))
+    job = job_of(
+        tmp_path, {"a": bundles["a"]}, paths, seeds=2, techniques=("scratch", "linear_probe")
+    )
+    lines = dry_run.describe(prepared(job))
     assert any(
         "4 final trials of 3 steps (linear_probe: the head is solved, without steps) on" in line
         for line in lines
