@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoints import hf_text
+from pipeline.checkpoints import classifier_export, hf_text
 from pipeline.checkpoints.bundle import Bundle
 from pipeline.checkpoints.graph import Graph
 from pipeline.core.capabilities import preparation_code
@@ -56,6 +56,14 @@ def write(saved: Bundle, graph: Graph, folder: Path, file: str, running: str) ->
         "objective_state": manifest.objective.state,
         "modality": modality.to_json(),
     }
+    meaning = graph.meaning
+    fitted = classifier_export.threshold(manifest.objective)
+    if fitted is not None and "scores" in first[1]:  # features alone are not cut
+        described["threshold"], described["threshold_of"] = fitted
+        meaning += (
+            f" `threshold` in `{DESCRIPTION}`, {fitted[0]:.4g}, is the {fitted[1]}. It was fitted "
+            "on validation rows: the highest score may be that of another label."
+        )
     text = json.dumps(described, indent=2, ensure_ascii=False)
     (folder / DESCRIPTION).write_text(text, encoding="utf-8")
     rows_are_words = hf_text.splits_words(manifest)
@@ -77,7 +85,7 @@ def write(saved: Bundle, graph: Graph, folder: Path, file: str, running: str) ->
         "",
         "Outputs:",
         "",
-        graph.meaning,
+        meaning,
         "",
         f"Sizes that may differ from call to call: {', '.join(names)}. From this folder:",
         "",

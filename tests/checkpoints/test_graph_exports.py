@@ -112,6 +112,29 @@ def test_the_description_has_the_mean_in_use(tmp_path):
     assert str(tmp_path) not in (tmp_path / "README.md").read_text()  # it may be published
 
 
+@pytest.mark.parametrize("output", ["scores", "features"])
+def test_the_readme_says_which_threshold_decides(output, tmp_path):
+    task = task_of("timm/test_resnet", {"channels": 1, "size": 64}, "classification", label_state())
+    task.objective.state = {**task.objective.state, "threshold": 0.125}
+    state: dict[str, Any] = {"mean": [0.5], "std": [0.2]}
+    spec = ModalitySpec("image", {"size": 64, "channels": 1}, state)
+    bundle.save(str(tmp_path / "b"), task, spec)
+    traced: Any = SimpleNamespace(
+        samples=[({"image": torch.zeros(1, 1, 64, 64)}, {output: torch.zeros(1, 3)})],
+        dimensions={"image": ["batch", "", "", ""]},
+        meaning="",
+    )
+    graph_readme.write(bundle.load(str(tmp_path / "b")), traced, tmp_path, "model.onnx", "")
+    described = json.loads((tmp_path / "graph.json").read_text())
+    readme = (tmp_path / "README.md").read_text()
+    if output == "scores":
+        assert described["threshold"] == 0.125
+        assert described["threshold_of"].endswith("from which a row is called class 1")
+        assert "0.125, is the probability (softmax) from which a row is called class 1" in readme
+    else:
+        assert "threshold" not in described and "threshold" not in readme
+
+
 @pytest.mark.slow
 def test_labels_of_each_hour_are_traced_at_all_hours(tmp_path):
     """Up to a row's last event the graph gives what the bundle predicts for new rows."""
