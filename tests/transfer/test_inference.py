@@ -378,6 +378,17 @@ def test_a_state_dict_of_another_head_says_how_it_is_built(tmp_path):
     assert "largest difference of features 0.0e+00" in text
 
 
+@pytest.mark.parametrize("taken", ["weights.pt", "weights_model.json"])
+def test_a_state_dict_replaces_no_file(taken, tmp_path):
+    """Labels of an earlier file stand in the second one."""
+    _, uri = image_bundle(tmp_path, objective="segmentation")
+    (tmp_path / taken).write_text("mine")
+    with pytest.raises(ValueError, match=f"{taken} is there already; give another name"):
+        export.export_bundle(uri, str(tmp_path / "weights.pt"), "state-dict", False)
+    assert (tmp_path / taken).read_text() == "mine"
+    assert len(list(tmp_path.glob("weights*"))) == 1, "nothing was written"
+
+
 def test_a_head_that_timm_has_not_is_refused_and_its_backbone_written(tmp_path):
     task, uri = image_bundle(tmp_path, objective="segmentation")
     with pytest.raises(

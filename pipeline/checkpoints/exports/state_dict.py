@@ -27,34 +27,35 @@ def export(saved: bundle.Bundle, output: str, backbone_only: bool) -> str:
         raise ValueError(f"{output}: a state dict is a .safetensors, .pt or .pth file")
     name = output.rpartition("/")[2]
     stem = name.rpartition(".")[0]
+    with_head = saved.manifest.has_head and not backbone_only
+    beside: dict[str, str] = {}
+    if with_head:
+        tensors, beside = _with_norm(saved, stem)
+    elif backbone_only:
+        tensors = {
+            one.removeprefix("backbone.").removeprefix("model."): tensor
+            for one, tensor in saved.backbone_tensors().items()
+        }
+    else:
+        tensors = saved.tensors
+    places_beside = {output.removesuffix(name) + other: text for other, text in beside.items()}
+    for taken in filter(storage.exists, (output, *places_beside)):
+        raise ValueError(f"{taken} is there already; give another name, or remove it first")
     with storage.scratch_folder() as scratch:
         place = Path(scratch, name)
-        beside: dict[str, str] = {}
-        if backbone_only or not saved.manifest.has_head:
-            tensors = {
-                one.removeprefix("backbone.").removeprefix("model."): tensor
-                for one, tensor in saved.backbone_tensors().items()
-            }
-            if not backbone_only:
-                tensors = saved.tensors
-            _write_tensors(place, tensors)
-            compare = (
-                export_check.compare_backbone if backbone_only else export_check.compare_tensors
-            )
-            compared = compare(saved, export_check.read_state_dict(place))
+        _write_tensors(place, tensors)
+        for other, text in beside.items():
+            Path(scratch, other).write_text(text, encoding="utf-8")
+        if f"{stem}_classifier.json" in beside:
+            compared = export_check.compare_classifier(saved, place)
+        elif backbone_only:
+            compared = export_check.compare_backbone(saved, export_check.read_state_dict(place))
         else:
-            tensors, beside = _with_norm(saved, stem)
-            _write_tensors(place, tensors)
-            for other, text in beside.items():
-                Path(scratch, other).write_text(text, encoding="utf-8")
-            if f"{stem}_classifier.json" in beside:
-                compared = export_check.compare_classifier(saved, place)
-            else:
-                compared = export_check.compare_tensors(saved, export_check.read_state_dict(place))
+            compared = export_check.compare_tensors(saved, export_check.read_state_dict(place))
         export_check.require(compared, saved.uri)
         storage.write_bytes(output, place.read_bytes())
-        for other, text in beside.items():
-            storage.write_bytes(output.removesuffix(name) + other, text.encode())
+        for other, text in places_beside.items():
+            storage.write_bytes(other, text.encode())
     also = (
         f", with {' and '.join(sorted(beside))} beside it, which say how the head is built"
         if beside
