@@ -780,6 +780,9 @@ def write(saved: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
         backbone.model.save_pretrained(folder)
     count = sum(parameter.numel() for parameter in backbone.model.parameters())
     text = f"{type(backbone.model).__name__} with {count} parameters"
+    is_image = saved.manifest.modality.name == "image"
+    if is_image and saved.manifest.arch.inputs.get("channels") == 1:
+        text += ", whose image processor reads grey images of 8 bits and converts no others"
     if task is None:
         arguments = ", ".join(f"{name}={value}" for name, value in backbone.call_arguments.items())
         text += f", to be called with {arguments}" if arguments else ""
@@ -841,6 +844,7 @@ def _write_processor(saved: bundle.Bundle, backbone: Any, folder: Path, words: b
         folder / hf_speech.PREPROCESSOR,
         {
             "image_processor_type": "CLIPImageProcessor" if crops else "ViTImageProcessor",
+            "do_convert_rgb": options.channels == 3,
             "do_resize": True,
             "size": resized if crops else {"height": side, "width": side},
             "do_center_crop": crops,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pyarrow as pa
 import pytest
 import torch
@@ -554,6 +555,30 @@ def test_images_are_read_as_the_processor_says(tmp_path):
     edited(place, do_center_crop=False, size={"height": 32, "width": 48})
     with pytest.raises(BundleError, match="images are squares of 8 to 4096 pixels a side"):
         pretrained.read(f"hf:{place}")
+
+
+@pytest.mark.parametrize(
+    ("channels", "fit", "mode"),
+    [(3, "squash", "P"), (3, "squash", "RGBA"), (3, "crop", "P"), (1, "crop", "L")],
+)
+def test_the_exported_processor_reads_pictures_of_other_modes(channels, fit, mode, tmp_path):
+    """A picture with a palette has indices in place of levels."""
+    modality = pictures(fit=fit, channels=channels).fitted("hf/vit")
+    config = {**FAMILIES["vit"].config, "num_channels": channels}
+    arch = Architecture("hf/vit", {"config": config}, modality.inputs())
+    task = bundle.build_task(arch, ObjectiveSpec("classification", {}, label_state()), 0)
+    spec = ModalitySpec("image", modality.options.model_dump(), modality.state)
+    bundle.save(str(tmp_path / "b"), task, spec)
+    out = tmp_path / "out"
+    said = export.export_bundle(str(tmp_path / "b"), str(out), "hugging-face", False)
+    assert ("reads grey images of 8 bits" in said) == (channels == 1)
+    levels = np.random.default_rng(0).integers(0, 256, (48, 40, 3), dtype=np.uint8)
+    picture = PIL.Image.fromarray(levels).convert(mode)
+    plain = picture.convert("L" if channels == 1 else "RGB")
+    processor = hf.AutoImageProcessor.from_pretrained(out)
+    found = processor(picture, return_tensors="pt")["pixel_values"]
+    assert found.shape == (1, channels, 32, 32)
+    assert torch.equal(found, processor(plain, return_tensors="pt")["pixel_values"])
 
 
 def test_no_code_or_size_from_outside_is_taken(tmp_path):
