@@ -54,8 +54,8 @@ for row in rows:
     in_row = set()
     for field, value in row.items():
         if isinstance(value, list):
-            in_row |= {places.get(f"{field}={text}") for text in value}
-        else:
+            in_row |= {places.get(f"{field}={text}") for text in value if text is not None}
+        elif value is not None:
             category = categories.get((field, plain_spelling(value)))
             in_row.add(places.get(f"{field}={value}", category))
     codes.append(sorted(in_row - {None}))

@@ -71,19 +71,35 @@ def test_rows_whose_names_are_all_others_are_refused_and_few_known_values_are_co
         share(age=3.0, Gender="SECRET", x7=1.0)
 
 
+def assert_prepares_as_decoded(code, modality, rows):
+    """The inputs that a README's code makes of rows are those of the modality."""
+    arrays, _ = modality.decode(pa.table({"static": pa.array(rows)}), COLUMNS)
+    expected = modality.collate(arrays)
+    described = {"modality": {"state": modality.state}, "inputs": dict.fromkeys(expected)}
+    names = {"np": np, "graph": described, "rows": rows}
+    exec(code, names)
+    for name, tensor in expected.items():
+        np.testing.assert_allclose(names["inputs"][name], tensor.numpy(), rtol=1e-6)
+
+
 def test_the_code_beside_an_export_prepares_rows_as_the_modality_does():
     modality = Table(TableOptions(), Table.fit(TableOptions(min_rows=1), stays(8), COLUMNS, ""))
     rows = [*stays(8)["static"].to_pylist(), {"Age": 1e9, "Gender": "Male", "codes": None}]
-    inputs = dict.fromkeys(("numbers", "numbers_known", "codes"))
-    described = {"modality": {"state": modality.state}, "inputs": inputs}
     given, _, code = modality.preparation_code().partition("\n")
-    for table in (rows, [modality.static_features.example_row()]):
-        names = {"np": np, "graph": described, "rows": table}
-        exec(code, names)
-        arrays, _ = modality.decode(pa.table({"static": pa.array(table)}), COLUMNS)
-        for name, tensor in modality.collate(arrays).items():
-            np.testing.assert_allclose(names["inputs"][name], tensor.numpy(), rtol=1e-6)
-    assert eval(given.removeprefix("rows = ")) == [modality.static_features.example_row()]
+    example = [modality.static_features.example_row()]
+    assert_prepares_as_decoded(code, modality, rows)
+    assert_prepares_as_decoded(code, modality, example)
+    assert eval(given.removeprefix("rows = ")) == example
+
+
+def test_the_code_beside_an_export_takes_no_missing_value_for_the_text_none():
+    """pandas writes it where a category was missing."""
+    rows = [{"smoker": text, "codes": [text]} for text in ("yes", "no", "None")]
+    table = pa.table({"static": pa.array(rows)})
+    modality = Table(TableOptions(), Table.fit(TableOptions(min_rows=1), table, COLUMNS, ""))
+    _, _, code = modality.preparation_code().partition("\n")
+    missing = {"smoker": None, "codes": [None, "yes"]}
+    assert_prepares_as_decoded(code, modality, [*rows, missing])
 
 
 @torch.no_grad()
