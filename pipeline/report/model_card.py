@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Sequence
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pipeline.checkpoints import bundle
 from pipeline.checkpoints.bundle import Manifest
@@ -19,6 +19,7 @@ from pipeline.report import results, trial_folder
 from pipeline.report.results import ResultRow
 
 FILE = "README.md"
+LICENCE, UNKNOWN_LICENCE = "Licence of the weights", "unknown"
 BUNDLE_MANIFEST, GRAPH = "manifest.json", "graph.json"
 OPENED_BY = (
     (BUNDLE_MANIFEST, "", "onetomany predict FOLDER new_rows.parquet -o predictions"),
@@ -71,7 +72,7 @@ TAGS = {"series": "time-series"}
 
 def model_card(
     uri: str,
-    licence: str = "unknown",
+    licence: str = UNKNOWN_LICENCE,
     title: str = "",
     files: Collection[str] = (BUNDLE_MANIFEST,),
 ) -> str:
@@ -311,7 +312,7 @@ def _data(manifest: Manifest, rows: Sequence[ResultRow], licence: str) -> list[s
         columns = ", ".join(f"{role} (`{name}`)" for role, name in manifest.columns.items())
         lines.append(f"Columns that it was trained on: {columns}.")
     lines.append(
-        f"Licence of the weights: {licence}. The licences of the data and of the checkpoint that "
+        f"{LICENCE}: {licence}. The licences of the data and of the checkpoint that "
         "it started from are not recorded: check them before the weights are passed on."
     )
     return ["## Data and licence", "\n\n".join(lines)]
@@ -338,6 +339,16 @@ def _use(manifest: Manifest, files: Collection[str]) -> list[str]:
     if GRAPH in files:
         return ["## Use", "`README.md` beside this card has code that prepares rows and runs it."]
     return []
+
+
+def with_licence(card: str, licence: str) -> str:
+    """Return a card of `model_card` with another licence of the weights, unless that is unknown."""
+    if licence == UNKNOWN_LICENCE:
+        return card
+    changed = ModelCard(card, ignore_metadata_errors=True)
+    stated = f"{LICENCE}: {changed.data.license}."
+    changed.data.license = licence
+    return str(changed).replace(stated, f"{LICENCE}: {licence}.")
 
 
 def without_places(text: str) -> str:

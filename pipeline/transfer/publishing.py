@@ -105,7 +105,9 @@ def _copy_bundle(uri: str, folder: Path, licence: str) -> None:
         atomic_folder.commit_folder(
             str(folder), {"weights.safetensors": weights}, manifest.to_json()
         )
-    card = model_card.model_card(uri, licence)
+    card = _written_card(uri, model_card.FILE, licence)  # of a copy, far from its job's results
+    if card is None:
+        card = model_card.model_card(uri, licence)
     Path(folder, model_card.FILE).write_text(card, encoding="utf-8")
 
 
@@ -126,11 +128,26 @@ def _copy_export(uri: str, folder: Path, licence: str) -> None:
     described = _without_places(described)
     text = json.dumps(atomic_folder.with_checksum(described), indent=2, sort_keys=True)
     Path(folder, EXPORTED).write_text(text + "\n", encoding="utf-8")
+    is_taken = model_card.FILE in described["files"]
+    name = BESIDE_README if is_taken else model_card.FILE
     if bundle.exists(origin):
-        is_taken = model_card.FILE in described.get("files", {})
-        name = BESIDE_README if is_taken else model_card.FILE
-        card = model_card.model_card(origin, licence, files=described.get("files", {}))
-        Path(folder, name).write_text(card, encoding="utf-8")
+        card = model_card.model_card(origin, licence, files=described["files"])
+    else:
+        card = _written_card(uri, name, licence)
+    if card is None:
+        raise ValueError(
+            f"{uri}: its model card {name} is gone, and the bundle {origin} is not there to write "
+            "it again: export the bundle once more"
+        )
+    Path(folder, name).write_text(card, encoding="utf-8")
+
+
+def _written_card(folder: str, name: str, licence: str) -> str | None:
+    """Return the card that export wrote into a folder, with a licence; None if it is not there."""
+    place = storage.join(folder, name)
+    if not storage.exists(place):
+        return None
+    return model_card.with_licence(storage.read_bytes(place).decode(), licence)
 
 
 def _without_places(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 import threading
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -159,6 +160,39 @@ def test_a_pushed_export_has_the_card_of_its_bundle(job, tmp_path):
     assert ModelCard.load(to / "README.md").data.license == "apache-2.0"
     for path in to.iterdir():
         assert str(tmp_path).encode() not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize("kind", ["hugging-face", "bundle"])
+def test_an_export_keeps_its_card_where_its_bundle_is_gone(kind, job, tmp_path):
+    """The folder was copied from another machine, or the job is deleted."""
+    from pipeline import api
+
+    uri, _ = job
+    exported = tmp_path / "exported"
+    api.export(uri, str(exported), kind=kind)
+    publishing.push(str(exported), str(tmp_path / "before"), "apache-2.0")
+    shutil.rmtree(uri)
+    publishing.push(str(exported), str(tmp_path / "after"), "apache-2.0")
+    publishing.push(str(exported), str(tmp_path / "unknown"))
+    before, after, unknown = (
+        ModelCard.load(tmp_path / name / "README.md") for name in ("before", "after", "unknown")
+    )
+    assert after.data.to_dict() == before.data.to_dict() and after.text == before.text
+    assert len(after.data.eval_results) == 2, "the metrics of the job"
+    assert after.data.license == "apache-2.0" and "of the weights: apache-2.0." in after.text
+    assert unknown.data.license == "unknown" and "of the weights: unknown." in unknown.text
+
+
+def test_an_export_without_card_and_bundle_is_not_pushed(job, tmp_path):
+    from pipeline import api
+
+    uri, _ = job
+    exported = tmp_path / "exported"
+    api.export(uri, str(exported), kind="hugging-face")
+    shutil.rmtree(uri)
+    (exported / "README.md").unlink()
+    with pytest.raises(ValueError, match=r"its model card README\.md is gone, and the bundle "):
+        publishing.push(str(exported), str(tmp_path / "to"))
 
 
 def test_what_cannot_be_pushed_is_refused(job, tmp_path):
