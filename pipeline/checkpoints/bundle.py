@@ -7,13 +7,14 @@ in it is code.
 from __future__ import annotations
 
 import platform
+import posixpath
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
@@ -32,6 +33,9 @@ from pipeline.io.json_values import JsonObject
 FORMAT_VERSION = 2
 """The newest format that is read: 2 is that of a bundle that holds what differs from another one;
 whole bundles are written in format 1."""
+
+
+SpecType = TypeVar("SpecType", bound=Spec)
 
 
 class BundleError(ValueError):
@@ -54,6 +58,18 @@ def build_modality(spec: ModalitySpec) -> Modality:
     """Build a modality with its fitted state."""
     kind = registry.get("modality", spec.name)
     return kind(kind.options_class(**spec.options), spec.state)
+
+
+def without_folders(kind: str, spec: SpecType) -> SpecType:
+    """Return a component whose options name files alone, not the folders that they lie in.
+
+    Args:
+        kind: Of the component, such as ``objective``.
+        spec: The component.
+    """
+    paths = {name: spec.options.get(name) for name in registry.path_options(kind, spec.name)}
+    files = {name: posixpath.basename(path.rstrip("/")) for name, path in paths.items() if path}
+    return replace(spec, options={**spec.options, **files})
 
 
 def largest_options(arch: Architecture) -> dict[str, float]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoints import classifier_export, hf_text
-from pipeline.checkpoints.bundle import Bundle
+from pipeline.checkpoints.bundle import Bundle, without_folders
 from pipeline.checkpoints.graph import Graph
 from pipeline.core.capabilities import preparation_code
 
@@ -40,6 +40,7 @@ def write(saved: Bundle, graph: Graph, folder: Path, file: str, running: str) ->
     # the tokenizer is a file of its own
     described_state = {name: value for name, value in state.items() if name != TOKENIZER}
     modality = replace(manifest.modality, state=described_state)
+    objective = without_folders("objective", manifest.objective)  # an export may be published
     shapes = {
         name: [of or size for of, size in zip(graph.dimensions[name], one.shape, strict=True)]
         for name, one in first[0].items()
@@ -52,9 +53,9 @@ def write(saved: Bundle, graph: Graph, folder: Path, file: str, running: str) ->
         },
         "outputs": {name: {"type": _type(one)} for name, one in first[1].items()},
         "labels": manifest.objective.state.get("labels"),
-        "objective_options": manifest.objective.options,
+        "objective_options": objective.options,
         "objective_state": manifest.objective.state,
-        "modality": modality.to_json(),
+        "modality": without_folders("modality", modality).to_json(),
     }
     meaning = graph.meaning
     fitted = classifier_export.threshold(manifest.objective)

@@ -452,8 +452,8 @@ def _language_model(labels: tuple[str, ...], path: str) -> Any:
     dictionary = import_module("flashlight.lib.text.dictionary")
     if storage.is_remote(path) or not storage.exists(path):
         raise ValueError(
-            f"objective.lm: there is no file {path} on this machine; give the path of an ARPA or "
-            "KenLM file, or leave lm out"
+            f"objective.lm: there is no file {path} on this machine; put the ARPA or KenLM file "
+            "there, which no bundle holds, or in a job name another one"
         )
     names = [SPACE if label == " " else label for label in labels]
     try:

@@ -95,6 +95,8 @@ def _copy_bundle(uri: str, folder: Path, licence: str) -> None:
     parent = whole.manifest.parent
     manifest = replace(
         whole.manifest,
+        modality=bundle.without_folders("modality", whole.manifest.modality),
+        objective=bundle.without_folders("objective", whole.manifest.objective),
         base=None,
         parent=None if parent is None else model_card.without_places(parent),
         training=_without_places(whole.manifest.training),

@@ -135,6 +135,18 @@ def test_the_readme_says_which_threshold_decides(output, tmp_path):
         assert "threshold" not in described and "threshold" not in readme
 
 
+def test_the_description_names_the_file_of_a_language_model_alone(tmp_path):
+    """The folder may be published."""
+    task, _ = bundled(tmp_path, "ctc")
+    searched = {"beam": 5, "lm": "/home/alice/secret/characters.arpa"}
+    task.objective.options = task.objective.options.model_copy(update=searched)
+    uri = saved(tmp_path, task, OBJECTIVES["ctc"].build("ctc").rows.decoder.modality)
+    traced: Any = SimpleNamespace(samples=[({}, {})], dimensions={}, meaning="")
+    graph_readme.write(bundle.load(uri), traced, tmp_path, "model.onnx", "")
+    described = json.loads((tmp_path / "graph.json").read_text())
+    assert described["objective_options"]["lm"] == "characters.arpa"
+
+
 @pytest.mark.slow
 def test_labels_of_each_hour_are_traced_at_all_hours(tmp_path):
     """Up to a row's last event the graph gives what the bundle predicts for new rows."""

@@ -28,7 +28,7 @@ from pipeline.data.plan import Item
 from pipeline.io import storage
 from pipeline.modalities.audio import Audio, AudioOptions
 from pipeline.objectives.ctc import CTC, CTCOptions
-from pipeline.transfer import inference, prediction_files, preflight, stages
+from pipeline.transfer import inference, prediction_files, preflight, publishing, stages
 
 RATE, TONE, GAP, PAUSE = 16000, 0.12, 0.06, 0.3
 """A letter is a tone of its own, with silence behind it, and more behind a word."""
@@ -498,6 +498,36 @@ def test_rows_are_no_longer_than_the_network_reads(tmp_path, monkeypatch):
     assert {row.status for row in rows} == {"done"}
     assert {row.n_eval for row in rows if row.split == "test"} == {11}, "1.4 s is left out"
     assert lowered(state.progress.lines) == ["src", "task"]
+
+
+def bundle_with_language_model(folder) -> str:
+    """A bundle of a network that was trained on another machine, beside a language model."""
+    uri = save(folder)
+    loaded = bundle.load(uri)
+    task = loaded.task()
+    searched = {"beam": 5, "lm": "/home/alice/secret/characters.arpa"}
+    task.objective.options = task.objective.options.model_copy(update=searched)
+    bundle.save(uri, task, loaded.manifest.modality, columns=loaded.manifest.columns)
+    return uri
+
+
+def test_a_pushed_recogniser_names_the_file_of_its_language_model_alone(tmp_path):
+    publishing.push(bundle_with_language_model(tmp_path), str(tmp_path / "to"))
+    options = bundle.read_manifest(str(tmp_path / "to")).objective.options
+    assert options["lm"] == "characters.arpa" and options["beam"] == 5
+    for path in (tmp_path / "to").iterdir():
+        assert b"alice" not in path.read_bytes(), path
+
+
+def test_a_language_model_that_is_not_here_is_told_before_ray_starts(tmp_path):
+    """Nothing in a job can be set for predict."""
+    uri = bundle_with_language_model(tmp_path)
+    with pytest.raises(
+        BundleError,
+        match=r"ctc reads lm: /home/alice/\S+arpa, which the bundle does not hold, .*"
+        "put the one that it was trained with there",
+    ):
+        inference.check(uri)
 
 
 def test_an_old_bundle_whose_rows_may_be_too_long_predicts_the_others(tmp_path):

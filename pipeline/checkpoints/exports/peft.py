@@ -54,8 +54,9 @@ def export(saved: bundle.Bundle, output: str, backbone_only: bool) -> str:
         head = ""
         if not backbone_only and saved.manifest.has_head:
             save_file(saved.head_tensors(), folder / classifier_export.HEAD)
-            labels = {"labels": saved.manifest.objective.state.get("labels")}
-            text = json.dumps({**saved.manifest.objective.to_json(), **labels}, indent=2)
+            objective = bundle.without_folders("objective", saved.manifest.objective)
+            labels = {"labels": objective.state.get("labels")}
+            text = json.dumps({**objective.to_json(), **labels}, indent=2)
             (folder / "head.json").write_text(text, encoding="utf-8")
             head = f", the head's tensors in {classifier_export.HEAD}"
         count = sum(tensor.numel() for tensor in tensors.values())
