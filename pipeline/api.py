@@ -217,7 +217,7 @@ def score(
     return run_stages(job, ("score",), address=address, verbose=verbose).scores
 
 
-def results(job: Job | str) -> pa.Table:
+def results(job: Job | str | Path) -> pa.Table:
     """Return the results of a job, its file or its folder: a row a trial, split and metric."""
     import pyarrow as pa
 
@@ -228,10 +228,11 @@ def results(job: Job | str) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=results_table.SCHEMA)
 
 
-def advise(places: Sequence[Job | str], target: str | None = None) -> list[Advice]:
+def advise(places: Sequence[Job | str | Path], target: str | None = None) -> list[Advice]:
     """Say which source and technique each target should take, from results that are there.
 
-    Targets of a job of which no trial has finished get predictions from the results of the others.
+    A label fraction of a job's target at which no trial has finished gets predictions from the
+    other results.
 
     Args:
         places: Jobs, job files (.yaml), folders of jobs, or their results.parquet; local or on S3.
@@ -247,14 +248,16 @@ def advise(places: Sequence[Job | str], target: str | None = None) -> list[Advic
     stores: dict[str, advice.Store] = {}
     new: list[advice.NewTarget] = []
     for place in places:
-        job = place
-        if isinstance(place, str) and place.endswith((".yaml", ".yml")):
-            job = load_job(place)
+        job = _read_job(place)
         root = _root(job)
         rows = results_table.read(root)
         if isinstance(job, Job):
-            finished = {row.target for row in rows if row.status == "done"}
-            new += [
+            finished = {
+                (row.target, row.label_fraction)
+                for row in rows
+                if row.status == "done" and row.current is not False
+            }
+            planned = [
                 advice.NewTarget(
                     name,
                     grid.fraction_text(fraction, spec.objective.name),
@@ -263,9 +266,9 @@ def advise(places: Sequence[Job | str], target: str | None = None) -> list[Advic
                     spec.metric,
                 )
                 for name, spec in job.targets.items()
-                if name not in finished
                 for fraction in spec.label_fractions
             ]
+            new += [one for one in planned if (one.name, one.label_fraction) not in finished]
         if not rows and (isinstance(job, str) or len(places) == 1):
             raise ValueError(
                 f"{root}: no {results_table.FILE} here; name a job that has run, its folder or "
@@ -275,12 +278,19 @@ def advise(places: Sequence[Job | str], target: str | None = None) -> list[Advic
     return advice.advise(list(stores.values()), target, new)
 
 
-def _root(place: Job | str) -> str:
+def _read_job(place: Job | str | Path) -> Job | str:
+    """Return a job, read where its file is named, or the place of other things."""
+    if isinstance(place, Job):
+        return place
+    place = str(place)
+    return load_job(place) if place.endswith((".yaml", ".yml")) else place
+
+
+def _root(place: Job | str | Path) -> str:
     """Return the folder of a job, of a job file, or of a results table."""
     from pipeline.report import results as results_table
 
-    if isinstance(place, str) and place.endswith((".yaml", ".yml")):
-        place = load_job(place)
+    place = _read_job(place)
     if isinstance(place, Job):
         return place.root
     folder, _, name = place.rpartition("/")
@@ -291,7 +301,7 @@ def _root(place: Job | str) -> str:
     return folder or "."
 
 
-def best_bundle(job: Job | str, target: str | None = None) -> str:
+def best_bundle(job: Job | str | Path, target: str | None = None) -> str:
     """Return the URI of the bundle that a job's report says to use for a target.
 
     Args:
@@ -310,7 +320,7 @@ def best_bundle(job: Job | str, target: str | None = None) -> str:
     return winners.find_bundle(root, rows, trial.read_test_predictions(root, rows), target)
 
 
-def load_bundle(uri: str, *, plugins: Sequence[str] = ()) -> Bundle:
+def load_bundle(uri: str | Path, *, plugins: Sequence[str] = ()) -> Bundle:
     """Read a bundle and verify it against its checksums.
 
     Args:
@@ -321,7 +331,7 @@ def load_bundle(uri: str, *, plugins: Sequence[str] = ()) -> Bundle:
     from pipeline.checkpoints import bundle
 
     use_plugins(plugins)
-    return bundle.load(uri)
+    return bundle.load(str(uri))
 
 
 def _resolve(bundle: str, target: str | None) -> str:
@@ -345,9 +355,14 @@ def _resolve(bundle: str, target: str | None) -> str:
             else "`onetomany run JOB.yaml` makes the folder of a job, STORAGE/NAME"
         )
         raise ValueError(f"{bundle}: no such folder; {advice}")
-    is_job = bundle.endswith((".yaml", ".yml")) or any(
-        storage.exists(storage.join(bundle, name))
-        for name in (results_table.FILE, trial_folder.TRIALS)
+    is_table = bundle.rpartition("/")[2] == results_table.FILE
+    is_job = (
+        is_table
+        or bundle.endswith((".yaml", ".yml"))
+        or any(
+            storage.exists(storage.join(bundle, name))
+            for name in (results_table.FILE, trial_folder.TRIALS)
+        )
     )
     if target is None and not is_job:
         return bundle
@@ -355,9 +370,9 @@ def _resolve(bundle: str, target: str | None) -> str:
 
 
 def predict(
-    bundle: str,
-    data: str | Sequence[str],
-    output: str,
+    bundle: str | Path,
+    data: str | Path | Sequence[str | Path],
+    output: str | Path,
     *,
     target: str | None = None,
     columns: Mapping[str, str] | None = None,
@@ -396,7 +411,7 @@ def predict(
     from pipeline.transfer import inference
 
     use_plugins(plugins)
-    place = bundle
+    place, output = str(bundle), str(output)
     bundle = _resolve(place, target)
     options = inference.OutputOptions(format, tuple(keep), srt, draw)
     inference.check(bundle, options)
@@ -408,9 +423,9 @@ def predict(
 
 
 def embed_files(
-    bundle: str,
-    data: str | Sequence[str],
-    output: str,
+    bundle: str | Path,
+    data: str | Path | Sequence[str | Path],
+    output: str | Path,
     *,
     target: str | None = None,
     columns: Mapping[str, str] | None = None,
@@ -449,7 +464,7 @@ def embed_files(
     from pipeline.transfer import inference
 
     use_plugins(plugins)
-    place = bundle
+    place, output = str(bundle), str(output)
     bundle = _resolve(place, target)
     bundles.read_manifest(bundle)  # what is no bundle is refused before Ray starts
     options = inference.OutputOptions(format, tuple(keep))
@@ -461,8 +476,8 @@ def embed_files(
 
 
 def embed(
-    bundle: str,
-    data: str | Sequence[str],
+    bundle: str | Path,
+    data: str | Path | Sequence[str | Path],
     *,
     columns: Mapping[str, str] | None = None,
     input_format: str = "auto",
@@ -487,12 +502,12 @@ def embed(
     use_plugins(plugins)
     with Progress() as progress:
         named = dict(columns or {})
-        return inference.embed(bundle, _as_list(data), named, input_format, progress)
+        return inference.embed(str(bundle), _as_list(data), named, input_format, progress)
 
 
 def export(
-    bundle: str,
-    output: str,
+    bundle: str | Path,
+    output: str | Path,
     *,
     target: str | None = None,
     kind: str = "bundle",
@@ -527,6 +542,7 @@ def export(
     from pipeline.prepare import lerobot_export
     from pipeline.transfer import publishing
 
+    bundle, output = str(bundle), str(output)
     if kind == lerobot_export.KIND:
         if target is not None or backbone_only or plugins:
             raise ValueError(
@@ -543,7 +559,9 @@ def export(
     return written
 
 
-def push(place: str, to: str, *, licence: str = "unknown", private: bool = False) -> str:
+def push(
+    place: str | Path, to: str | Path, *, licence: str = "unknown", private: bool = False
+) -> str:
     """Put a bundle or an exported folder, with a model card, into a repository or a folder.
 
     Args:
@@ -557,7 +575,7 @@ def push(place: str, to: str, *, licence: str = "unknown", private: bool = False
     """
     from pipeline.transfer import publishing
 
-    return publishing.push(place, to, licence, private)
+    return publishing.push(str(place), str(to), licence, private)
 
 
 def prepare_data(
@@ -720,9 +738,9 @@ def write_report(state: JobState, rows: list[ResultRow]) -> Outcome:
     )
 
 
-def _as_list(data: str | Sequence[str]) -> list[str]:
+def _as_list(data: str | Path | Sequence[str | Path]) -> list[str]:
     """Return one place, or several, as a list."""
-    return [data] if isinstance(data, str) else list(data)
+    return [str(data)] if isinstance(data, str | Path) else [str(place) for place in data]
 
 
 def _bundles(state: JobState) -> dict[str, str]:

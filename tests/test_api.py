@@ -120,3 +120,14 @@ def test_a_job_runs_in_a_program(tmp_path, monkeypatch):
     assert found.shape == (12, task.backbone.pooled_dim) and np.isfinite(found).all()
     again = pipeline.embed(best, str(tmp_path / "new.parquet"), columns={"image": "picture"})
     assert np.array_equal(found, again)
+    places = [Path(best), tmp_path / "new.parquet"]
+    assert np.array_equal(pipeline.embed(places[0], places[1]), found)
+    root = Path(job.root)
+    assert pipeline.results(root).equals(table)
+    wanted = pipeline.best_bundle(root)
+    expected = pipeline.load_bundle(wanted)
+    for place in (root, root / "results.parquet"):
+        assert pipeline.best_bundle(place) == wanted
+        copy = tmp_path / "copy" / place.name
+        pipeline.export(place, copy)
+        assert pipeline.load_bundle(copy).manifest.spec_hash == expected.manifest.spec_hash

@@ -113,7 +113,7 @@ _Pair = tuple[tuple[str, str], str]
 
 @dataclass(frozen=True)
 class NewTarget:
-    """A target of which no trial has finished."""
+    """A target of which no trial with these labels has finished."""
 
     name: str
     label_fraction: str
@@ -498,8 +498,8 @@ def _on_new_target(new: NewTarget, models: dict[tuple[_Kind, str], _LikeEntries]
                 new.label_fraction,
                 metric,
                 "not enough evidence",
-                "not enough evidence: no trial of it has finished; results of other "
-                f"targets predict the largest gain for {untried[0].name}",
+                "not enough evidence: no trial of it with these labels has finished; other results "
+                f"predict the largest gain for {untried[0].name}",
                 because=_spreads(like, decimals),
                 untried=_predictions(untried, decimals),
                 next_experiment=_first_trial(untried, decimals),
@@ -508,7 +508,7 @@ def _on_new_target(new: NewTarget, models: dict[tuple[_Kind, str], _LikeEntries]
     if out:
         return out
     why = (
-        "no trial of it has finished, and no similar entry is there "
+        "no trial of it with these labels has finished, and no similar entry is there "
         f"({new.modality}, {new.objective}"
     )
     why += ", a metric with bounds)"

@@ -380,7 +380,7 @@ def test_a_new_target_gets_predictions_and_no_recommendation():
         ("w", "accuracy", "not enough evidence")
     ]
     assert found[0].source is None and found[0].expected is None
-    assert "other targets predict the largest gain for source good with full" in found[0].headline
+    assert "other results predict the largest gain for source good with full" in found[0].headline
     assert found[0].untried[0].startswith("source good with full was not tried: predicted gain +0.")
     assert found[0].next_experiment.startswith("a trial of source good with full")
     elsewhere = NewTarget("w", "1.0", "image", "classification")
@@ -416,6 +416,17 @@ def test_a_job_that_has_not_run_is_advised_on_from_another(tmp_path, monkeypatch
     with pytest.raises(ValueError, match=r"no results\.parquet here"):
         api.advise([job])
 
+    # what finished with fewer labels, or in an earlier version of the job, hides nothing
+    of_target = [replace(row, target="w") for row in known.rows if row.target == "t"]
+    few = [replace(row, label_fraction="0.1", trial_id=f"few {row.trial_id}") for row in of_target]
+    stated = job.model_dump(exclude_unset=True)
+    stated["targets"]["w"]["label_fractions"] = [0.1, 1.0]
+    fewer_labels = Job.model_validate(stated)
+    results.append(job.root, [*few, *of_target], current=[row.trial_id for row in few])
+    found = api.advise([fewer_labels, str(tmp_path / "old")], "w")
+    assert {one.label_fraction: bool(one.untried) for one in found}["1.0"]
+    assert [one.label_fraction for one in found].count("0.1") == 1
+
 
 # ---------------------------------------------------------------- files
 
@@ -424,7 +435,7 @@ def test_a_folder_and_its_table_give_the_same_advice(tmp_path):
     results.append(str(tmp_path), good_and_bad().rows)
     by_folder = api.advise([str(tmp_path)])
     by_file = api.advise([str(tmp_path / results.FILE), str(tmp_path)])
-    assert by_folder == by_file
+    assert by_folder == by_file == api.advise([tmp_path])
     shown = CliRunner().invoke(app, ["advise", str(tmp_path), "--target", "t"])
     assert shown.exit_code == 0, shown.output
     assert "t at 100 % labels, accuracy: " in shown.stdout and "Robinson" in shown.stdout
