@@ -140,7 +140,7 @@ def _header(manifest: Manifest, rows: Sequence[ResultRow], licence: str, name: s
             dataset_name=row.target,
             dataset_split="test",
             metric_type=str(row.metric),
-            metric_value=round(row.value, 6),
+            metric_value=float(f"{row.value:.6g}"),
             metric_name=_with_interval(row),
         )
         for row in listed

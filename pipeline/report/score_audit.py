@@ -251,7 +251,7 @@ def _interval(
         of_targets: list[float] = []
         for index in rng.integers(0, len(groups), len(groups)):
             group = groups[int(index)]
-            sources = list(group[0][1])
+            sources = list(dict.fromkeys(source for _, order in group for source in order))
             drawn = [sources[int(k)] for k in rng.integers(0, len(sources), len(sources))]
             taus = [_tau_of_drawn(outcome, order, drawn) for outcome, order in group]
             if finite := [value for value in taus if np.isfinite(value)]:

@@ -15,7 +15,7 @@ from toys import task_of
 
 from pipeline.checkpoints import bundle
 from pipeline.core.specs import ModalitySpec
-from pipeline.report import model_card, results
+from pipeline.report import model_card, results, trial_folder
 from pipeline.transfer import publishing
 from tests.report.test_report import trial
 
@@ -73,6 +73,21 @@ def test_hubs_read_the_header(job):
     assert found["accuracy"].metric_name == "accuracy (95 % interval 0.7 to 0.9)"
     assert found["accuracy"].dataset_name == "clothing"
     assert card.data.model_name == "clothing: timm/test_vit, full"
+
+
+def test_a_small_number_keeps_its_digits(job):
+    """An error in metres may be 3.2e-7."""
+    uri, rows = job
+    small = replace(rows[0], metric="rmse", value=3.2154321e-7)
+    folder = trial_folder.split_bundle(uri)
+    assert folder is not None
+    results.append(folder[0], [*rows, small])
+    (found,) = (
+        one
+        for one in ModelCard(model_card.model_card(uri)).data.eval_results
+        if one.metric_type == "rmse"
+    )
+    assert found.metric_value == pytest.approx(3.21543e-7, rel=1e-9)
 
 
 def test_people_read_intervals_subgroups_cost_and_limits(job):

@@ -135,6 +135,17 @@ def test_an_interval_needs_enough_pairs_and_holds_tau():
     assert -1 <= found.low < found.tau < found.high <= 1.0
 
 
+def test_the_interval_is_over_the_sources_of_all_label_fractions():
+    """With few labels two sources are there, in the right order; the others are the wrong ones."""
+    targets = ("one", "two", "three")
+    two = {source: MEANS[source] for source in "ab"}
+    entries = matrix(two, targets, label_fraction="0.1") + matrix(targets=targets)
+    values = {"a": 2.0, "b": 1.0, "c": 3.0, "d": 4.0}
+    found = only(entries, scored(values, targets), three="image")
+    assert found.low is not None and found.tau is not None
+    assert found.low < found.tau < 1
+
+
 def test_of_many_targets_the_interval_is_over_targets():
     """Half of them in the same order, half in the reverse: tau is 0 and may be either."""
     targets = tuple(f"t{k}" for k in range(20))
