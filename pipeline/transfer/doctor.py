@@ -24,6 +24,9 @@ from pipeline.train import launch
 from pipeline.train.progress import Progress
 from pipeline.transfer import dry_run, fanout, stages
 
+WARNING = "warning: "
+"""What a line of another module begins with, where it warns."""
+
 
 class Line(NamedTuple):
     """A line of the table that ``doctor`` prints."""
@@ -218,7 +221,7 @@ def _resources(job: Job, cluster: launch.Cluster) -> list[Line]:
         except launch.ClusterError as error:
             lines.append(Line("FAIL", what, str(error)))
             continue
-        lines += [Line("warn", what, text.removeprefix("warning: ")) for text in warnings]
+        lines += [Line("warn", what, text.removeprefix(WARNING)) for text in warnings]
         if not warnings:
             ranks = f"{spec.workers} ranks of {rank.cpus:g} CPU and {rank.gpus:g} GPU"
             lines.append(Line("ok", what, ranks))
@@ -240,4 +243,7 @@ def _job(job: Job) -> list[Line]:
         state = stages.check(job, Progress())
     except (ValueError, storage.StorageError) as error:
         return [*lines, *(Line("FAIL", "job", text) for text in str(error).splitlines())]
-    return [*lines, *(Line("ok", "job", text) for text in dry_run.describe(state))]
+    for text in dry_run.describe(state):
+        mark = "warn" if text.startswith(WARNING) else "ok"
+        lines.append(Line(mark, "job", text.removeprefix(WARNING)))
+    return lines

@@ -80,10 +80,11 @@ def serve(state: JobState, port: int | None) -> Iterator[None]:
     page = LivePage(state.job.name, state.job.root, state.progress, _logs_of_sources(state))
     try:
         server = _Server((HOST, port), page)
-    except OSError as error:
+    except (OSError, OverflowError) as error:  # OverflowError: beyond all ports
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(
-            f"--serve {port}: cannot listen on {HOST}:{port} ({error.strerror}); give another "
-            "port, or 0 for any free one"
+            f"--serve {port}: cannot listen on {HOST}:{port} ({reason}); give another port, or 0 "
+            "for any free one"
         ) from None
     thread = threading.Thread(
         target=server.serve_forever,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from packaging.specifiers import SpecifierSet
@@ -68,6 +70,19 @@ def test_the_driver_is_read_from_what_nvidia_prints(monkeypatch, tmp_path, text,
 
 def test_doctor_has_a_line_for_the_driver():
     assert "NVIDIA driver" in [line.what for line in doctor._machine()]
+
+
+def test_a_warning_about_the_job_is_marked_as_one(monkeypatch, tmp_path):
+    lines = ["2 sources", "warning: source a: train.patience is ignored"]
+    monkeypatch.setattr(doctor.stages, "check", lambda *given: None)
+    monkeypatch.setattr(doctor.dry_run, "describe", lambda *given: lines)
+    job: Any = SimpleNamespace(root=str(tmp_path))
+    storage, *found = doctor._job(job)
+    assert storage.mark == "ok"
+    assert [(line.mark, line.found) for line in found] == [
+        ("ok", "2 sources"),
+        ("warn", "source a: train.patience is ignored"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -248,6 +248,14 @@ def test_a_port_that_is_taken_is_named(running):
             pass
 
 
+def test_a_number_that_is_no_port_is_named(running):
+    with (
+        pytest.raises(ValueError, match=r"--serve 70000: cannot listen .*0-65535.*; give another"),
+        live_page.serve(running, 70000),
+    ):
+        pass
+
+
 def test_a_run_serves_its_page_until_it_ends(running, monkeypatch):
     """Also where it fails; without a port nothing listens."""
     seen = []
