@@ -216,7 +216,8 @@ class Embedder(BundleWorker):
 def _with_errors(ids: np.ndarray, columns: Arrays, reasons: dict[int, str]) -> Arrays:
     """Return the columns with the ids of rows and, for rows that cannot be decoded, the reason.
 
-    Such a row was predicted from zeros: its values are replaced by empty ones.
+    Such a row was predicted from zeros: its values are replaced by empty ones, which for numbers
+    are NaN or -1, and False for what is true or false.
     """
     bad = np.array([int(i) in reasons for i in ids], dtype=bool)
     out: Arrays = {
@@ -224,12 +225,14 @@ def _with_errors(ids: np.ndarray, columns: Arrays, reasons: dict[int, str]) -> A
         "error": np.array([reasons.get(int(i), "") for i in ids], dtype=object),
     }
     for name, array in columns.items():
+        if array.dtype.kind == "u":
+            array = array.astype(np.int64)  # in all files, for one schema; unsigned there is no -1
         if array.dtype == object:
             for index in np.flatnonzero(bad):
                 # of the same type, so that all files have one schema
                 array[index] = type(array[index])()
         else:
-            array[bad] = np.nan if array.dtype.kind == "f" else -1
+            array[bad] = {"f": np.nan, "b": False}.get(array.dtype.kind, -1)
         out[name] = array
     return out
 

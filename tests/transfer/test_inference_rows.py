@@ -413,6 +413,21 @@ def test_a_kept_column_that_is_called_as_a_prediction_is_stands_as_an_input():
     assert found["text"].to_pylist() == ["herd", "word"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "empty"), [("bool", False), ("uint8", -1), ("int32", -1), ("float32", None)]
+)
+def test_a_row_that_cannot_be_decoded_has_an_empty_value_of_each_type(kind, empty):
+    """Such as an objective of somebody else's may write."""
+    written = [
+        inference._with_errors(np.arange(2), {"found": np.ones(2, kind)}, reasons)["found"]
+        for reasons in ({}, {1: "unreadable"})
+    ]
+    assert written[0].dtype == written[1].dtype, "all files have one schema"
+    found = written[1].tolist()
+    assert found[0] == 1 and (np.isnan(found[1]) if empty is None else found[1] == empty)
+    assert kind != "bool" or written[1].dtype == bool
+
+
 def test_weights_are_readable_by_the_group(tmp_path):
     """safetensors writes 0600: a colleague could not open a bundle or an export."""
     before = os.umask(0o027)
