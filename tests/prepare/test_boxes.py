@@ -815,6 +815,16 @@ def test_masks_that_are_missing_are_named(tmp_path):
     assert list(prepare("coco", source, tmp_path / "coco_out", "masks=instance")) == ["b.jpg"]
 
 
+@pytest.mark.parametrize("masks", ["instance", "semantic"])
+def test_an_image_with_an_object_of_coco_that_has_only_a_box_gets_no_mask(tmp_path, masks):
+    source = with_polygons(tmp_path / "coco", "coco")
+    path = source / "annotations/instances_train.json"
+    found = json.loads(path.read_text())
+    found["annotations"][1]["segmentation"] = []
+    write(path, json.dumps(found))
+    assert list(prepare("coco", source, tmp_path / "out", f"masks={masks}")) == ["b.jpg"]
+
+
 def test_run_lengths_that_label_studio_s_own_converter_wrote():
     """By brush.encode_rle of label-studio-converter 0.0.59, with words that are not repeated."""
     pixels = np.zeros((3, 4, 4), np.uint8)

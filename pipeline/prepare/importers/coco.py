@@ -328,8 +328,8 @@ def semantic(objects: list[Any], shift: int, height: int, width: int) -> np.ndar
     """
     out = np.zeros((height, width), dtype=np.uint8)
     for category, crowd, _, segmentation in sorted(objects, key=lambda o: (not o[1], -o[2])):
-        if segmentation is None:
-            raise ValueError("an annotation has no segmentation")
+        if not segmentation:
+            raise ValueError("an annotation has a box, but no polygon or mask")
         drawn = instance_masks.mask_of(segmentation, height, width)
         out[drawn] = IGNORED if crowd else category + shift
     return out
