@@ -166,7 +166,7 @@ def same(found, wanted):
 @pytest.mark.parametrize("settings", [{}, {"resize": 16}], ids=["as they are", "resized"])
 def test_the_rows_are_those_of_coco(tmp_path, settings):
     wanted = prepare("coco", coco(tmp_path / "coco"), tmp_path / "c", **settings)
-    found = prepare("voc", voc(tmp_path / "voc"), tmp_path / "v", **settings)
+    found = prepare("voc", voc(tmp_path / "voc"), tmp_path / "v", "difficult=count", **settings)
     same(found, wanted)
     assert found["a.jpg"]["difficult"] == [False, True]
     for name, make in (("yolo", yolo), ("cvat", cvat), ("labelstudio", labelstudio)):
@@ -234,7 +234,7 @@ def test_archives_years_and_edges_from_zero(tmp_path):
         for path in sorted(root.rglob("*.*"))
     }
     packed = write(tmp_path / "voc.tar", tar(members))
-    same(prepare("voc", packed, tmp_path / "v", "origin=0"), wanted)
+    same(prepare("voc", packed, tmp_path / "v", "origin=0", "difficult=count"), wanted)
 
 
 def rows_of_voc(root, tmp_path):
@@ -249,7 +249,14 @@ def test_masks_of_voc_are_no_photographs(tmp_path):
     for folder in ("SegmentationClass", "SegmentationObject"):
         write(root / folder / "a.png", encoded(9, SIZE, "PNG", "L"))
     wanted = prepare("coco", coco(tmp_path / "coco"), tmp_path / "c")
-    same(prepare("voc", root, tmp_path / "v"), wanted)
+    same(prepare("voc", root, tmp_path / "v", "difficult=count"), wanted)
+
+
+def test_difficult_objects_of_voc_are_crowds(tmp_path):
+    found = prepare("voc", voc(tmp_path / "voc"), tmp_path / "v")
+    assert found["a.jpg"]["crowd"] == found["a.jpg"]["difficult"] == [False, True]
+    notes = json.loads((tmp_path / "v/_summary.json").read_text())["notes"]
+    assert notes["difficult objects"] == 1
 
 
 @pytest.mark.parametrize("folder", ["", "deep/"], ids=["beside", "deeper"])

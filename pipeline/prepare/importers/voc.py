@@ -58,6 +58,11 @@ class VocOptions(MaskOptions):
     missing: Literal["refuse", "skip"] = Field(
         "refuse", description="skip: leave out and count annotations without an image"
     )
+    difficult: Literal["ignore", "count"] = Field(
+        "ignore",
+        description="ignore: difficult objects are crowds, which count neither as hits nor as "
+        "misses, as in Pascal VOC's own evaluation; count: they are objects like all others",
+    )
 
 
 @register("importer", "voc", options=VocOptions)
@@ -68,9 +73,10 @@ class Voc(ImageImporter):
     lists, folders called train, valid, test or the like tell them, else all rows are in train.
 
     Columns: `boxes` (list of [x, y, width, height] in pixels of the written image), `labels`
-    (numbers of the classes in the order of their names), `label_names`, `crowd` (false) and
-    `difficult`, one for each box. Images without boxes are kept. Boxes are dropped and clipped as
-    by `coco`.
+    (numbers of the classes in the order of their names), `label_names`, `crowd` (true where the
+    object is difficult) and `difficult`, one for each box. A job that reads the column `crowd`
+    neither trains on difficult objects nor counts them; detections on them are told by COCO's rule
+    for crowds. Images without boxes are kept. Boxes are dropped and clipped as by `coco`.
 
     With masks=instance also `masks`, one for each box, of SegmentationObject/NAME.png, whose pixels
     have the number of their object in the annotation. Images without such a PNG are left out and
@@ -87,6 +93,7 @@ class Voc(ImageImporter):
             if PurePosixPath(entry.name).parent.name not in MASK_FOLDERS:
                 same_stem[PurePosixPath(entry.name).stem].append(entry)
         has_masks = self.options.masks == "instance"
+        ignores_difficult = self.options.difficult == "ignore"
         with archives.Reader() as reader:
             lists_of = "Segmentation"
             listed = _splits(listing, reader, lists_of) if has_masks else {}
@@ -127,6 +134,7 @@ class Voc(ImageImporter):
                 if (box := boxes.clip(one.box, width, height, counts)) is not None
             ]
             counts["images without a box"] += not kept
+            counts["difficult objects"] += sum(one.difficult for _, one in kept)
             rows.append(
                 file_row(
                     image,
@@ -134,7 +142,7 @@ class Voc(ImageImporter):
                     boxes=[box for box, _ in kept],
                     labels=[names.index(one.name) for _, one in kept],
                     label_names=[one.name for _, one in kept],
-                    crowd=[False for _ in kept],
+                    crowd=[one.difficult and ignores_difficult for _, one in kept],
                     difficult=[one.difficult for _, one in kept],
                     _numbers=[one.number for _, one in kept],
                     _mask_png=masks.get(entry.name),
