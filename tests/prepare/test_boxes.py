@@ -495,7 +495,7 @@ def test_other_results_of_label_studio(tmp_path):
         result("polygonlabels", ["cat"], {"points": [[10, 20], [50, 20], [30, 80]]}),
         result("rectanglelabels", ["bird"], percent(10, 10, 10, 4) | {"rotation": 30}),
         result("ellipselabels", ["cat"], {"x": 50, "y": 50, "radiusX": 10, "radiusY": 20}),
-        result("brushlabels", ["cat"], {"rle": [1]}),
+        result("keypointlabels", ["cat"], percent(1, 2, 3, 4)),
         {"type": "choices", "value": {"choices": ["indoor", "night"]}},
     ]
     tasks = [
@@ -523,7 +523,7 @@ def test_other_results_of_label_studio(tmp_path):
         "polygons, whose bounds are taken": 1,
         "rotated boxes, whose bounds are taken": 1,
         "ellipses, whose bounds are taken": 1,
-        "results of kind brushlabels, left out": 1,
+        "results of kind keypointlabels, left out": 1,
         "further annotations of a task, left out": 1,
         "tasks without an annotation, left out": 1,
     }
@@ -806,7 +806,10 @@ def test_masks_of_objects_are_written_in_the_size_of_the_image(tmp_path, form, r
         assert rows["m.jpg"]["masks"] == row["masks"][:1]
     x, y, w, h = row["boxes"][1]
     assert np.argwhere(small).tolist() == [[int(y + h / 2), int(x + w / 2)]]
-    assert "masks" not in prepare(form, source, tmp_path / "plain")["a.jpg"]
+    plain = prepare(form, source, tmp_path / "plain", resize=resize)
+    assert "masks" not in plain["a.jpg"]
+    for name, row in rows.items():
+        assert (plain[name]["boxes"], plain[name]["labels"]) == (row["boxes"], row["labels"])
 
 
 def test_masks_that_are_missing_are_named(tmp_path):

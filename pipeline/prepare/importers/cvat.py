@@ -38,10 +38,10 @@ class Cvat(AnnotatedImagesImporter):
     split, else a folder called train, valid, test or the like, else all rows are in train.
 
     Columns: `boxes`, `labels` (numbers in the order of the task's labels), `label_names`, `crowd`;
-    `tags` and `tag` (the image's own). Of polygons and of rotated boxes the bounds are taken; other
-    shapes are left out and counted. With masks=instance also `masks`, of the polygons and masks.
-    An image with an object that has only a box is then left out, and counted: its mask is not
-    known.
+    `tags` and `tag` (the image's own). Of polygons, masks and rotated boxes the bounds are taken;
+    other shapes are left out and counted. With masks=instance also `masks`, of the polygons and
+    masks. An image with an object that has only a box is then left out, and counted: its mask is
+    not known.
     """
 
     def read(
@@ -72,15 +72,13 @@ class Cvat(AnnotatedImagesImporter):
                 "CVAT for images 1.1"
             )
         names = [text for one in root.iterfind("meta//labels/label/name") if (text := one.text)]
-        has_masks = self.options.masks == "instance"
-        annotated = [_image(one, where, has_masks, counts) for one in images]
+        annotated = [_image(one, where, counts) for one in images]
         return annotated, list(dict.fromkeys(names))
 
 
 def _image(
     image: ElementTree.Element,
     where: str,
-    has_masks: bool,
     counts: Counter[str],
 ) -> AnnotatedImage:
     name = image.get("name", "")
@@ -102,9 +100,10 @@ def _image(
                 ]
                 objects.append(polygon(shape.attrib["label"], points))
                 counts["polygons, whose bounds are taken"] += 1
-            elif shape.tag == "mask" and has_masks:
+            elif shape.tag == "mask":
                 try:
                     objects.append(_masked(shape, size))
+                    counts["masks, whose bounds are taken"] += 1
                 except ValueError as error:
                     problem = f"a mask of {shape.attrib['label']} cannot be read: {error}"
             else:

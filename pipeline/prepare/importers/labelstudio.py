@@ -27,7 +27,7 @@ from pipeline.prepare.engine.importing import first_few
 from pipeline.prepare.readers import archives
 from pipeline.prepare.readers.archives import IMAGE_SUFFIXES
 
-SHAPES = ("rectanglelabels", "polygonlabels", "ellipselabels")
+SHAPES = ("rectanglelabels", "polygonlabels", "ellipselabels", "brushlabels")
 """Kinds of results that have a box."""
 
 
@@ -58,12 +58,12 @@ class LabelStudio(AnnotatedImagesImporter):
     use `csv` or `conll`.
 
     Columns: `boxes`, `labels` (numbers in the order of the names), `label_names`, `crowd`; `tags`
-    and `tag` (choices). Of polygons, ellipses and rotated boxes the bounds are taken; other shapes
-    are left out and counted. With masks=instance also `masks`, of polygons and of brush masks,
-    whose boxes are their bounds. An image with an object that has only a box or ellipse is then
-    left out, and counted: its mask is not known. Choices of a region are no tags: they are left out
-    and counted. Of several annotations of a task the one that is marked as ground truth is taken,
-    else the first; tasks without any are left out and counted.
+    and `tag` (choices). Of polygons, brush masks, ellipses and rotated boxes the bounds are taken;
+    other shapes are left out and counted. With masks=instance also `masks`, of polygons and of
+    brush masks. An image with an object that has only a box or ellipse is then left out, and
+    counted: its mask is not known. Choices of a region are no tags: they are left out and counted.
+    Of several annotations of a task the one that is marked as ground truth is taken, else the
+    first; tasks without any are left out and counted.
     """
 
     def read(
@@ -97,7 +97,6 @@ class LabelStudio(AnnotatedImagesImporter):
                 "JSON"
             )
         images = []
-        kinds = (*SHAPES, "brushlabels") if self.options.masks == "instance" else SHAPES
         for number, task in enumerate(tasks):
             at = f"{where}: task {task.get('id', number)}"
             results = _results(task["annotations"], counts)
@@ -107,7 +106,7 @@ class LabelStudio(AnnotatedImagesImporter):
             names = self._names(task["data"], at)
             try:
                 results = self._on_one_object(results, at, counts)
-                images.append(_image(names, results, kinds, at, counts))
+                images.append(_image(names, results, at, counts))
             except (AttributeError, KeyError, TypeError, IndexError) as error:
                 raise ValueError(f"{at}: a result of another form ({error!r})") from None
         if self.options.to_name and not any(image.objects or image.tags for image in images):
@@ -165,7 +164,6 @@ def _results(annotations: list[Any], counts: Counter[str]) -> list[Any] | None:
 def _image(
     names: tuple[str, ...],
     results: list[Any],
-    kinds: tuple[str, ...],
     where: str,
     counts: Counter[str],
 ) -> AnnotatedImage:
@@ -182,7 +180,7 @@ def _image(
             else:
                 tags += value["choices"]
             continue
-        if kind not in kinds:
+        if kind not in SHAPES:
             counts[f"results of kind {kind}, left out"] += 1
             continue
         size = int(result["original_width"]), int(result["original_height"])
@@ -207,6 +205,7 @@ def _object(
     """
     across, down = size[0] / 100, size[1] / 100  # Label Studio has percent of the image
     if kind == "brushlabels":
+        counts["brush masks, whose bounds are taken"] += 1
         return _brushed(value, size)
     if kind == "polygonlabels":
         counts["polygons, whose bounds are taken"] += 1
