@@ -401,6 +401,15 @@ def test_numbers_of_classes_are_those_of_their_lines(tmp_path):
             prepare("yolo", root, tmp_path / "z")
 
 
+@pytest.mark.parametrize("names", ["[no, Yes, 007]", "{0: no, 1: Yes, 2: 007}"])
+def test_names_of_classes_in_a_yaml_are_texts(tmp_path, names):
+    root = yolo(tmp_path / "yolo")
+    write(root / "data.yaml", f"names: {names}\n")
+    found = prepare("yolo", root, tmp_path / "y")
+    assert found["a.jpg"]["label_names"] == ["no", "007"]
+    assert found["c.jpg"]["label_names"] == ["Yes"]
+
+
 def test_polygons_names_by_line_and_boxes_outside(tmp_path):
     root = tmp_path / "yolo"
     write(root / "train/a.jpg", encoded(1, SIZE))

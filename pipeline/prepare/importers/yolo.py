@@ -164,6 +164,9 @@ class Yolo(ImageImporter):
             return name, {"names": listed, **dict(DATA_LINE.findall("\n".join(texts)))}
         try:
             stated = yaml.safe_load(text)
+            if isinstance(stated, dict) and "names" in stated:
+                # as texts: to YAML, a class called no or on is a boolean
+                stated["names"] = yaml.load(text, yaml.BaseLoader)["names"]
         except yaml.YAMLError as error:
             raise ValueError(f"{source}: {name}: {error}") from None
         return name, stated if isinstance(stated, dict) else {}
