@@ -278,10 +278,29 @@ def test_compressed_files_and_archives_give_the_same_rows(name, suffix, request,
         ("a/valid/x_1.txt", "validation"),
         ("latest.csv", "train"),
         ("contest/a.txt", "train"),
+        ("train_dev.txt", "validation"),
+        ("test-dev2017.json", "test"),
     ],
 )
 def test_names_say_splits(name, split):
     assert importing.split_of_file(name) == split
+
+
+@pytest.mark.parametrize(
+    ("name", "pairs", "said"),
+    [
+        ("blood_test_results.csv", (), "blood_test_results.csv (test)"),
+        ("valid_users.csv", (), "valid_users.csv (validation)"),
+        ("blood_test_results.csv", ("split=train",), None),
+        ("test-00.csv", (), None),
+        ("train_users.csv", (), None),
+    ],
+)
+def test_a_word_that_may_mean_no_split_is_noted(tmp_path, name, pairs, said):
+    prepare("csv", write(tmp_path / name, "a,b\n1,2\n"), tmp_path / "out", *pairs)
+    notes = json.loads((tmp_path / "out/_summary.json").read_text())["notes"]
+    noted = [text for what, text in notes.items() if "held out by a word" in what]
+    assert noted == ([said] if said else [])
 
 
 @pytest.mark.parametrize("name", ["a-eval.csv", "train/evalset-00.txt", "held_out/a.csv"])

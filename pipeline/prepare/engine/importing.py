@@ -193,13 +193,23 @@ def split_of_folders(name: str) -> str:
 def split_of(name: str) -> str:
     """Return the split in a file's name, else in its nearest folder with one, else "".
 
+    Any word tells it, and train counts last (train_dev): a test file that is taken for training is
+    worse than the reverse.
+
     Examples: eng.testa, wnut17train.conll, dev-v2.0.json, testset.csv, val-shards/000.tar.
     """
     for part in reversed(name.lower().split("/")):
-        words = (word.removesuffix("set") for word in re.split(r"[^a-z]+", part))
-        if split := next((SPLITS[word] for word in words if word in SPLITS), ""):
-            return split
+        words = [word.removesuffix("set") for word in re.split(r"[^a-z]+", part)]
+        if splits := [SPLITS[word] for word in words if word in SPLITS]:
+            return next((split for split in splits if split != "train"), "train")
     return ""
+
+
+def has_other_words(name: str) -> bool:
+    """Return whether a file's name has words that name no split (blood_test_results.csv)."""
+    stem = PurePosixPath(name).name.lower().split(".")[0]
+    words = re.findall("[a-z]{2,}", stem)
+    return any(word.removesuffix("set") not in SPLITS for word in words)
 
 
 def split_of_file(name: str) -> str:

@@ -22,7 +22,9 @@ from pipeline.prepare.engine.importing import (
     InvalidRow,
     Notes,
     first_few,
+    has_other_words,
     invalid_row,
+    split_of,
     split_of_file,
 )
 from pipeline.prepare.readers.archives import (
@@ -84,8 +86,19 @@ class InputFiles(NamedTuple):
 
     @property
     def notes(self) -> Notes:
-        """What the summary says of the files that are left out."""
-        return {"files left out": self.others} if self.others else {}
+        """What the summary says of files that are left out, and of splits that may be wrong."""
+        notes: Notes = {"files left out": self.others} if self.others else {}
+        held_out = [
+            f"{entry.name} ({split})"
+            for entry, split in self.files
+            if split != "train"
+            and split == split_of(posixpath.basename(entry.name))
+            and has_other_words(entry.name)
+        ]
+        if held_out:
+            what = "held out by a word of the file's name (if it means no split, rename the file)"
+            notes[what] = first_few(held_out)
+        return notes
 
 
 def plain_suffix(name: str) -> str:
