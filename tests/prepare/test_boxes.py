@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import re
+import unicodedata
 
 import numpy as np
 import PIL.Image
@@ -242,6 +243,19 @@ def rows_of_voc(root, tmp_path):
     prepare("voc", root, tmp_path / "out")
     rows = read(tmp_path / "out")
     return {row["path"]: (row["image"], row["split"], row["label_names"]) for row in rows}
+
+
+@pytest.mark.parametrize("form", ["coco", "yolo", "cvat", "labelstudio"])
+def test_names_of_images_may_be_composed_differently(tmp_path, form):
+    """macOS writes é as e and an accent, the annotations may have one letter."""
+    make = {"coco": coco, "yolo": yolo, "cvat": cvat, "labelstudio": labelstudio}[form]
+    root = make(tmp_path / form)
+    for path in [*root.glob("**/a.jpg"), *root.glob("**/a.txt")]:
+        path.rename(path.with_stem(unicodedata.normalize("NFD", "é")))
+    for path in (*root.glob("**/*.json"), *root.glob("*.xml")):
+        path.write_text(path.read_text().replace("a.jpg", "é.jpg"))
+    row = prepare(form, root, tmp_path / "out")["é.jpg"]
+    assert row["label_names"] == ["bird", "cat"]
 
 
 def test_masks_of_voc_are_no_photographs(tmp_path):

@@ -3,6 +3,7 @@ columns are kept, and rows that cannot be used.
 """
 
 import json
+import unicodedata
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -36,6 +37,17 @@ def test_images_that_a_csv_names_by_paths_below_it(tmp_path):
         "list.csv: row 7": "its split is not one of train, validation and test",
     }
     assert found["classes"]["train"]["labels"] == {"k0": 2}
+
+
+def test_names_as_windows_and_macos_write_them(tmp_path):
+    paths = ["jpg/0.jpg", "jpg/é.jpg", unicodedata.normalize("NFD", "jpg/ä.jpg")]
+    for number, path in enumerate(paths):
+        write(tmp_path / "set" / path, encoded(number))
+    named = [r" jpg\0.jpg", unicodedata.normalize("NFD", "jpg/é.jpg"), "jpg/ä.jpg"]
+    source = write(tmp_path / "set/list.csv", "\n".join(["file", *named]) + "\n")
+    rows, _ = prepare_and_read("files", source, tmp_path / "out")
+    images = {row["image"] for row in rows}
+    assert images == {encoded(number) for number in range(3)}
 
 
 def test_recordings_that_json_lines_name_below_another_folder(tmp_path):

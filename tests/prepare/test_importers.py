@@ -5,6 +5,7 @@ files told before an image is read.
 import gzip
 import json
 import shutil
+import unicodedata
 import zipfile
 from collections import Counter
 
@@ -98,6 +99,17 @@ def test_folders_of_splits_may_be_written_in_any_case_and_have_a_year(folder, tm
     assert counts(index("imagefolder", write(tmp_path / "b.tar", tar(alone)))[0], "label") == {
         ("validation", "cat"): 2,
         ("validation", "dog"): 2,
+    }
+
+
+def test_class_folders_composed_differently_are_one_class(tmp_path):
+    """macOS writes é as e and an accent."""
+    for split, form in (("train", "NFC"), ("val", "NFD")):
+        write(tmp_path / split / unicodedata.normalize(form, "café") / "1.jpg", encoded(1))
+    rows, _ = index("imagefolder", tmp_path)
+    assert {(row["split"], row["label"]) for row in rows} == {
+        ("train", "café"),
+        ("validation", "café"),
     }
 
 

@@ -182,7 +182,7 @@ class ImagesByName:
 
     def find(self, names: Iterable[str]) -> archives.Entry | None:
         """Return the image whose path is or ends with the first of the names that one image has."""
-        for name in names:
+        for name in map(archives.plain_name, names):
             if name in self.by_path:
                 return self.by_path[name]
             found = self.by_end.get(name, [])

@@ -71,8 +71,9 @@ class _Recordings:
             )
         if storage.is_absolute(base):
             return self._at(storage.join(base, inner))
-        if inner in self.names:
-            return self.names[inner], ""
+        for name in (inner, inner.replace("\\", "/")):
+            if (entry := self.names.get(archives.plain_name(name))) is not None:
+                return entry, ""
         if self.folder:
             return storage.join(self.folder, inner)
         return None, f"no recording {inner} in {self.source}"

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, StrictFloat, StrictInt, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, StrictFloat, StrictInt, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic wants it before Python 3.12
 
 from pipeline.config.registry import Options, register
@@ -57,7 +57,7 @@ class CocoImage(TypedDict):
     """What is read of an image in a file of annotations."""
 
     id: int
-    file_name: str
+    file_name: Annotated[str, AfterValidator(archives.plain_name)]
     width: int
     height: int
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import posixpath
+import unicodedata
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
@@ -96,6 +98,20 @@ def _read(source: str) -> pa.Table:
         return manifests.read_columns(manifests.Selection(manifest), manifest.schema.names)
 
 
+def _other_spellings(name: str) -> list[str]:
+    """Return the names that a relative path of Windows or macOS may have elsewhere.
+
+    Windows has backslashes between folders. macOS writes é as e and an accent (NFD).
+    """
+    if storage.is_absolute(name):
+        return []
+    path = name.strip().replace("\\", "/")
+    composed, decomposed = (unicodedata.normalize(form, path) for form in ("NFC", "NFD"))
+    return [
+        other for other in dict.fromkeys((path, composed, decomposed)) if other not in ("", name)
+    ]
+
+
 def _what(names: pa.ChunkedArray) -> str:
     """Return image or audio where nearly all of a column's texts end like such files, else ""."""
     return kind_of_files(filter(None, names.to_pylist())) if is_text(names.type) else ""
@@ -141,6 +157,14 @@ class _Listed:
             for name in names
         ]
         known = existing_files(sorted(set(filter(None, uris))))
+        others = {
+            row: [storage.join(root, other) for other in _other_spellings(names[row])]
+            for row, uri in enumerate(uris)
+            if uri and uri not in known
+        }
+        known |= existing_files(sorted(set(chain.from_iterable(others.values()))))
+        for row, spelled in others.items():
+            uris[row] = next((uri for uri in spelled if uri in known), uris[row])
         given = self.options.split_column
         splits = self.listed[given].to_pylist() if given else ["train"] * len(names)
         columns = self.listed.select(list(self.kept)).rename_columns(list(self.kept.values()))

@@ -276,7 +276,8 @@ def _splits(
     for entry in listing.entries:
         listed = re.fullmatch(rf"(?:(.*)/)?ImageSets/{task}/(\w+)\.txt", entry.name)
         if listed is not None and (listed[2] == "trainval" or listed[2].lower() in SPLITS):
-            lists[listed[1] or ".", listed[2]] = reader.entry(entry).decode("utf-8-sig")
+            text = reader.entry(entry).decode("utf-8-sig")
+            lists[listed[1] or ".", listed[2]] = archives.plain_name(text)
     stems = {PurePosixPath(entry.name).stem for entry in listing.entries if _is_annotation(entry)}
     out: dict[str, dict[str, str]] = defaultdict(dict)
     for (folder, name), text in sorted(lists.items(), key=lambda one: one[0][1] == "trainval"):

@@ -19,6 +19,7 @@ import re
 import stat
 import tarfile
 import threading
+import unicodedata
 import zipfile
 import zlib
 from collections import Counter
@@ -49,7 +50,7 @@ class Entry(NamedTuple):
     """One file and where its bytes are.
 
     Attributes:
-        name: path below the source.
+        name: path below the source, by `plain_name`.
         uri: the file or archive.
         member: name in a zip, or "".
         offset: in a tar; -1: a whole file.
@@ -123,6 +124,11 @@ class Listing:
 # ---------------------------------------------------------------- listing
 
 
+def plain_name(name: str) -> str:
+    """Return a name with its letters composed (NFC): macOS writes é as e and an accent."""
+    return unicodedata.normalize("NFC", name)
+
+
 def listing(uri: str) -> Listing:
     """List all files below a folder or in a zip, tar or tar.gz.
 
@@ -160,7 +166,7 @@ def _folder(uri: str) -> Listing:
     contents = {} if on_s3 else {file.uri: file.content for file in file_identity.identify(files)}
 
     def look(file: str) -> tuple[list[Entry], str, list[str]]:
-        name = file[len(uri) :].lstrip("/")
+        name = plain_name(file[len(uri) :].lstrip("/"))
         if has_suffix(file, *ARCHIVES, *COMPRESSED):
             found = _archive(file, re.sub(r"(\.tar)?\.\w+$", "/", name), contents.get(file))
             return found.entries, found.fingerprint, found.empty
@@ -191,7 +197,7 @@ def _hidden(name: str) -> bool:
 def _empty_folders(root: str) -> list[str]:
     walk = os.walk(root, followlinks=True)
     return [
-        Path(folder).relative_to(root).as_posix()
+        plain_name(Path(folder).relative_to(root).as_posix())
         for folder, folders, names in walk
         if folder != root
         and not [name for name in (*folders, *names) if not _hidden(name)]
@@ -254,7 +260,7 @@ def _inside(name: str, where: str) -> str:
             f"{where}: member {name!r} leads outside of the archive; such an archive is not to "
             "be trusted: download it again or pack it anew"
         )
-    return posixpath.normpath(path)
+    return plain_name(posixpath.normpath(path))
 
 
 def _zip(uri: str, handle: BinaryIO, where: str) -> tuple[list[Entry], list[str]]:
