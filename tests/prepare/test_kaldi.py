@@ -1,5 +1,7 @@
 """Data directories of Kaldi: segments, transcripts and speakers, and lines that cannot be used."""
 
+import unicodedata
+
 import pytest
 from prepare.conftest import prepare_and_read, write
 from prepare.speech import bad, index, kaldi, samples, sound
@@ -111,6 +113,19 @@ def test_lines_that_cannot_be_used_have_their_reason(tmp_path):
         "a.wav": "occurs twice, with another transcript ('one')",
         "text:3": "a transcript without its recording",
     }
+
+
+def test_fields_between_tabs_and_names_as_windows_and_macos_write_them(tmp_path):
+    write(tmp_path / unicodedata.normalize("NFD", "wav/é.wav"), sound(1, form="WAV"))
+    write(tmp_path / "wav.scp", "a \twav\\é.wav\n")
+    write(tmp_path / "segments", "u1\ta\t0.0\t0.2\nu2  a\t0.2  0.4\n")
+    write(tmp_path / "text", "u1\tone\nu2 \ttwo  three\n")
+    rows, found = index("kaldi", tmp_path)
+    assert not found.invalid
+    assert [(row["utterance"], row["transcript"], row["_start"]) for row in rows] == [
+        ("u1", "one", 0.0),
+        ("u2", "two  three", 0.2),
+    ]
 
 
 @pytest.mark.parametrize(

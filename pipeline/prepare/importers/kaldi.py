@@ -198,9 +198,7 @@ class _Table:
         self.exists = entry is not None
         self.lines: dict[str, Line] = {}
         for line in lines_of([entry] if entry is not None else []):
-            key, _, rest = line.text.strip().partition(" ")
-            if "\t" in key:
-                key, _, rest = line.text.strip().partition("\t")
+            key, rest = _first_field(line.text)
             reason = line.reason
             if key in self.lines and not reason:
                 reason = f"a second line for {key}, after {self.lines[key].location}"
@@ -214,6 +212,12 @@ class _Table:
 
     def get(self, key: str | None) -> str | None:
         return self.lines[key].text if key in self.lines else None
+
+
+def _first_field(text: str) -> tuple[str, str]:
+    """Return the first field of a line and the rest, between which are spaces or tabs."""
+    first, *rest = re.split(r"[ \t]+", text.strip(), maxsplit=1)
+    return first, "".join(rest)
 
 
 def _path(text: str) -> str | None:
@@ -272,7 +276,7 @@ def _pieces(
         return {name: (entry, None, None) for name, entry in files.items()}
     found = {}
     for name, line in segments.items():
-        recording, _, rest = line.text.partition(" ")
+        recording, rest = _first_field(line.text)
         times = _times(rest)
         if times is None:
             reason = "not UTTERANCE RECORDING START END, in seconds"
