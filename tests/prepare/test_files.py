@@ -50,6 +50,15 @@ def test_names_as_windows_and_macos_write_them(tmp_path):
     assert images == {encoded(number) for number in range(3)}
 
 
+def test_files_that_rows_of_several_splits_name_are_counted(tmp_path):
+    write(tmp_path / "a.png", encoded(0, form="PNG"))
+    write(tmp_path / "b.png", encoded(1, form="PNG"))
+    lines = ["file,part", "a.png,train", "./a.png,train", "b.png,train", "b.png,test"]
+    source = write(tmp_path / "list.csv", "\n".join(lines) + "\n")
+    _, found = prepare_and_read("files", source, tmp_path / "out", "split_column=part")
+    assert found["notes"]["files that rows of several splits name"] == 1
+
+
 def test_recordings_that_json_lines_name_below_another_folder(tmp_path):
     write(tmp_path / "wav/a.wav", sound(1, 1.0, form="WAV"))
     write(tmp_path / "wav/b.wav", sound(2, 2.5, form="WAV"))

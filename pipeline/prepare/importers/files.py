@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import posixpath
 import unicodedata
+from collections import defaultdict
 from itertools import chain
 from typing import Any
 
@@ -28,6 +29,7 @@ from pipeline.prepare.engine.importing import (
     SPLITS,
     Index,
     InvalidRow,
+    Notes,
     Row,
     check_columns,
     file_row,
@@ -199,6 +201,15 @@ class _Listed:
         return {new: self.listed.schema.field(old).type for old, new in self.kept.items()}
 
 
+def _notes(good: list[tuple[Entry, str, Row]]) -> Notes:
+    """Count the files that would be both trained on and tested."""
+    splits: dict[str, set[str]] = defaultdict(set)
+    for entry, split, _ in good:
+        splits[entry.uri].add(split)
+    shared = sum(len(found) > 1 for found in splits.values())
+    return {"files that rows of several splits name": shared} if shared else {}
+
+
 class Pictures(_Listed, ImageImporter):
     """The rows of a table that names images."""
 
@@ -207,7 +218,8 @@ class Pictures(_Listed, ImageImporter):
     def index(self, source: str) -> Index:
         good, invalid, fingerprint = self.entries(source)
         rows = [{**file_row(entry, split), **more} for entry, split, more in good]
-        return Index(index_table(rows, self.types, source), fingerprint, invalid=invalid)
+        table = index_table(rows, self.types, source)
+        return Index(table, fingerprint, notes=_notes(good), invalid=invalid)
 
 
 class Sounds(_Listed, AudioImporter):
@@ -223,6 +235,5 @@ class Sounds(_Listed, AudioImporter):
         good, invalid, fingerprint = self.entries(source)
         # a table's own column may be called start or entry, too
         rows = [{**recording_row(entry, split), **more} for entry, split, more in good]
-        return Index(
-            recordings_table(rows, self.types, source, invalid), fingerprint, invalid=invalid
-        )
+        table = recordings_table(rows, self.types, source, invalid)
+        return Index(table, fingerprint, notes=_notes(good), invalid=invalid)
