@@ -50,6 +50,22 @@ def test_names_as_windows_and_macos_write_them(tmp_path):
     assert images == {encoded(number) for number in range(3)}
 
 
+@pytest.mark.parametrize("ids", [["0a1c", "7d"], [1, 2]])
+def test_ids_without_a_suffix_name_files(tmp_path, ids):
+    for number, one in enumerate(ids):
+        write(tmp_path / f"images/{one}.png", encoded(number, form="PNG"))
+    source = tmp_path / "train.parquet"
+    pq.write_table(pa.table({"id_code": [*ids, None], "grade": [0, 4, 2]}), source)
+    with pytest.raises(ValueError, match=r"no column does.*also --set suffix=\.png"):
+        prepare("files", source, tmp_path / "none")
+    pairs = ("column=id_code", "suffix=.png", f"root={tmp_path}/images")
+    rows, found = prepare_and_read("files", source, tmp_path / "out", *pairs, max_bad=0.5)
+    assert {row["path"]: (row["image"], row["grade"]) for row in rows} == {
+        f"{one}.png": (encoded(number, form="PNG"), 4 * number) for number, one in enumerate(ids)
+    }
+    assert reasons(found) == {"train.parquet: row 3": "no name in column id_code"}
+
+
 def test_files_that_rows_of_several_splits_name_are_counted(tmp_path):
     write(tmp_path / "a.png", encoded(0, form="PNG"))
     write(tmp_path / "b.png", encoded(1, form="PNG"))

@@ -13,6 +13,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from pipeline.config.registry import RecordingOptions, register
+from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import is_text
 from pipeline.data import manifests
 from pipeline.io import file_identity, storage
@@ -61,6 +62,9 @@ class FilesOptions(RecordingOptions):
     root: str = Field(
         "", description="folder that relative names begin in; empty: the folder of the table"
     )
+    suffix: str = Field(
+        "", description="what the names in the column lack, such as .png where they are ids"
+    )
     label: str = Field("", description="the column whose values the summary counts")
     split_column: str = Field("", description="the column that tells each row's split")
 
@@ -84,6 +88,10 @@ class Files(Importer):
             ("label", self.options.label),
             ("split_column", self.options.split_column),
         )
+        if self.options.suffix:
+            ids = pc.cast(rows[column], pa.string())
+            files = pc.binary_join_element_wise(ids, self.options.suffix, "")
+            rows = rows.set_column(rows.column_names.index(column), column, files)
         if _what(rows[column]) == "audio":
             return AudioShardTask(Sounds(self.options, rows, column), source, settings)
         return ImageShardTask(Pictures(self.options, rows, column), source, settings)
@@ -123,9 +131,10 @@ def _column_of(rows: pa.Table, source: str) -> str:
     found = [name for name in rows.column_names if _what(rows[name])]
     if len(found) != 1:
         which = f"several columns name files ({', '.join(found)})" if found else "no column does"
+        of_ids = "" if found else " (of ids without a suffix also --set suffix=.png or the like)"
         raise ValueError(
-            f"{source}: which column names image or audio files? {which}: pass --set column=NAME; "
-            f"columns are {', '.join(rows.column_names)}"
+            f"{source}: which column names image or audio files? {which}: pass --set column=NAME"
+            f"{of_ids}; columns are {', '.join(rows.column_names)}"
         )
     return found[0]
 
