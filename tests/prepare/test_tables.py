@@ -312,10 +312,13 @@ def test_names_of_held_out_rows_say_for_what(name):
 def test_other_files_are_left_out_and_counted(text, tmp_path):
     write(text / "README.md", "mine")
     write(text / "_summary.txt", "no text of the corpus")
+    write(text / "_old/b.txt", "nor this")
+    write(text / "_SUCCESS", "")
     done = prepare("text", text, tmp_path / "out")
     assert done["rows"] == {"train": 80, "validation": 10}
     assert json.loads((tmp_path / "out/_summary.json").read_text())["notes"]["files left out"] == {
-        ".md": 1
+        ".md": 1,
+        "_*": 2,
     }
     with pytest.raises(
         ValueError, match=r"no files with \.csv, \.tsv, \.tab there; there are \.jsonl, \.md, \.txt"

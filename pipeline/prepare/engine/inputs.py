@@ -110,7 +110,8 @@ def find_inputs(source: str, suffixes: tuple[str, ...], split: str = "") -> Inpu
     """Find the files of a folder, an archive or a glob by their suffix, or the one file that is
     named.
 
-    Hidden files, and those whose name or folder begins with an underscore, are left out.
+    Hidden files, and those whose name or folder begins with an underscore, are left out; the latter
+    are counted where they have one of the suffixes.
 
     Args:
         source: folder, archive, glob or file; local or s3://.
@@ -133,6 +134,9 @@ def find_inputs(source: str, suffixes: tuple[str, ...], split: str = "") -> Inpu
     wanted = [entry for entry in visible if plain_suffix(entry.name) in suffixes]
     left = [entry for entry in visible if plain_suffix(entry.name) not in suffixes]
     others = Counter(entry.suffix_or_name for entry in left)
+    num_of_kind = sum(plain_suffix(entry.name) in suffixes for entry in found.entries)
+    if num_of_kind > len(wanted):
+        others["_*"] = num_of_kind - len(wanted)
     if not wanted:
         instead = f"; there are {first_few(sorted(others))}" if others else ""
         raise ValueError(
