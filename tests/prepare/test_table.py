@@ -169,6 +169,25 @@ def test_columns_can_be_chosen_dropped_and_renamed_by_names(tmp_path):
     assert read(tmp_path / "c") == read(tmp_path / "d")
 
 
+def test_the_index_that_pandas_writes_is_no_feature(tmp_path):
+    frame = pd.DataFrame({"x": [1.5, 2.5, 3.5], "y": [0, 1, 1]}, index=[7, 8, 9])
+    frame.to_csv(write(tmp_path / "a.csv", ""))
+    prepare(tmp_path / "a.csv", tmp_path / "a", "label=y")
+    found = sorted(read(tmp_path / "a"), key=lambda row: row["features"]["x"])
+    assert [row["features"] for row in found] == [{"x": 1.5}, {"x": 2.5}, {"x": 3.5}]
+    noted = "row numbers in a first column without a name, left out"
+    assert notes(tmp_path / "a")[noted] == "Unnamed: 0"
+    prepare(tmp_path / "a.csv", tmp_path / "b", "label=y", "id=Unnamed: 0")
+    assert {row["Unnamed: 0"]: row["features"]["x"] for row in read(tmp_path / "b")} == {
+        7: 1.5,
+        8: 2.5,
+        9: 3.5,
+    }
+    prepare(tmp_path / "a.csv", tmp_path / "c", "label=y", "columns=x,Unnamed: 0")
+    assert read(tmp_path / "c")[0]["features"].keys() == {"x", "Unnamed: 0"}
+    assert noted not in notes(tmp_path / "b") | notes(tmp_path / "c")
+
+
 def test_what_means_missing_can_be_said(tmp_path):
     source = write(tmp_path / "a.csv", "a,b\n-9,x\n3,unknown\n,NA\n")
     prepare(source, tmp_path / "out", "missing=,-9,unknown")

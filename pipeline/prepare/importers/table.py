@@ -40,6 +40,8 @@ FEW, MANY = 10, 1000
 ROWS = 4096
 """Rows that are processed at a time."""
 FEATURES = "features"
+ROW_NUMBERS = "Unnamed: 0"
+"""As pandas calls the first column where it has no name: DataFrame.to_csv writes its index so."""
 OF_COLUMNS = (
     *("label", "id", "group", "split_column"),
     *("columns", "drop", "categorical", "numeric"),
@@ -82,10 +84,12 @@ class Table(TableImporter):
     whole table are numbers, else string; missing values are null. Label, id and group keep their
     names and types. Invalid rows: without a label, with another number of fields, or not text.
     Numbers with leading zeros are categories. What is no number in a column of --set numeric= is
-    counted and null. Noted: columns without values, with one value, whole numbers with few values
-    (codes?), categories with very many. All files must have the same columns, in any order. Rows
-    with labels are shuffled in a fixed order within their shard. Those without keep their order, so
-    that predictions stand in that of the file. A CSV file is one shard: cut up large ones.
+    counted and null. A first column without a name, as pandas writes its index, is called
+    "Unnamed: 0", and is a feature only if --set columns= names it. Noted: columns without values,
+    with one value, whole numbers with few values (codes?), categories with very many. All files
+    must have the same columns, in any order. Rows with labels are shuffled in a fixed order within
+    their shard. Those without keep their order, so that predictions stand in that of the file. A
+    CSV file is one shard: cut up large ones.
     """
 
     def __init__(self, options: Any = None):
@@ -146,6 +150,8 @@ class Table(TableImporter):
         line, names = next(records, (0, self.header))
         if not names:
             raise ValueError(f"{place}: empty, not even a header; leave it out")
+        if names[0] == "":
+            names = [ROW_NUMBERS, *names[1:]]
         if "" in names:
             raise ValueError(
                 f"{reading.location(line)}: column {names.index('') + 1} has no name; give it one, "
@@ -190,6 +196,8 @@ class Table(TableImporter):
         own = [*self.copied, *parse_names(o.split_column)]
         for name in [name for name in self.copied if name in (FEATURES, "split")]:
             raise ValueError(f"{place}: column {name} has a name that is taken here; rename it")
+        if not self.columns and ROW_NUMBERS in names:
+            own.append(ROW_NUMBERS)  # read to be noted
         features = self.columns or [
             name for name in names if name not in own and name not in self.dropped
         ]
@@ -255,11 +263,10 @@ class Table(TableImporter):
                 )
             for name, statistics in here.items():
                 columns.setdefault(name, _ColumnStatistics()).merge(*statistics)
-        features = [
-            name
-            for name in columns
-            if name not in self.copied and name != self.options.split_column
-        ]
+        no_features = {*self.copied, self.options.split_column}
+        if ROW_NUMBERS not in self.columns:
+            no_features.add(ROW_NUMBERS)
+        features = [name for name in columns if name not in no_features]
         number = {
             name: name in self.numeric
             or (name not in self.categorical and columns[name].value_type < ValueType.STRING)
@@ -280,6 +287,8 @@ class Table(TableImporter):
             "categorical": [name for name in features if not number[name]],
         }
         notes = self._notes(columns, number, sum(scan["rows"] for scan in scans))
+        if ROW_NUMBERS in columns and ROW_NUMBERS not in (*features, *self.copied):
+            notes["row numbers in a first column without a name, left out"] = ROW_NUMBERS
         return InferredSchema(
             [pa.field(FEATURES, pa.struct(fields)), *own],
             [(number, types)] * len(input_splits),
