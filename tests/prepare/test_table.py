@@ -169,6 +169,14 @@ def test_columns_can_be_chosen_dropped_and_renamed_by_names(tmp_path):
     assert read(tmp_path / "c") == read(tmp_path / "d")
 
 
+def test_numbers_with_a_comma_are_noted(tmp_path):
+    rows = ["54;27,3;1.234,5;1,234.5;a,b;1,2", "61;8,25;7,5;12,000.25;c;3", "70;;8;9;d;4"]
+    source = write(tmp_path / "a.csv", "\n".join(["age;bmi;dose;cost;name;code", *rows]) + "\n")
+    prepare(source, tmp_path / "out", "delimiter=;")
+    (noted,) = [text for what, text in notes(tmp_path / "out").items() if "with a comma" in what]
+    assert noted == "bmi, dose, cost, code"
+
+
 def test_the_index_that_pandas_writes_is_no_feature(tmp_path):
     frame = pd.DataFrame({"x": [1.5, 2.5, 3.5], "y": [0, 1, 1]}, index=[7, 8, 9])
     frame.to_csv(write(tmp_path / "a.csv", ""))

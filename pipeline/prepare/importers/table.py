@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -39,6 +40,8 @@ FEW, MANY = 10, 1000
 """Whole numbers with so few values may be codes; a column with more values is hardly a category."""
 ROWS = 4096
 """Rows that are processed at a time."""
+COMMA_NUMBER = re.compile(r"[+-]?\d+((\.\d{3})*,\d+|(,\d{3})+(\.\d+)?)")
+"""A number with a decimal comma (27,3 or 1.234,5), or with commas between thousands (1,234.5)."""
 FEATURES = "features"
 ROW_NUMBERS = "Unnamed: 0"
 """As pandas calls the first column where it has no name: DataFrame.to_csv writes its index so."""
@@ -333,6 +336,14 @@ class Table(TableImporter):
                 and name not in self.categorical
                 and 0 < 2 * column.num_not_numeric < column.num_present
             ],
+            "categories that look like numbers with a comma (write them with a point alone)": [
+                name
+                for name, column in features.items()
+                if not number[name]
+                and name not in self.categorical
+                and column.num_with_comma
+                and 2 * (column.num_not_numeric - column.num_with_comma) < column.num_present
+            ],
             f"categories with more than {MANY} values (names? --set drop=)": [
                 name
                 for name, column in features.items()
@@ -384,11 +395,13 @@ class _ColumnStatistics:
         value_type: the one that holds all values.
         num_present: number of values that are not missing.
         num_not_numeric: number of values that are no number.
+        num_with_comma: number of values that look like numbers with a comma.
         hashes: hashes of its values, as long as they are few.
     """
 
     def __init__(self):
-        self.value_type, self.num_present, self.num_not_numeric = ValueType.NULL, 0, 0
+        self.value_type, self.num_present = ValueType.NULL, 0
+        self.num_not_numeric, self.num_with_comma = 0, 0
         self.hashes: set[int] = set()
 
     def update(self, values: Iterable[Any]) -> None:
@@ -398,23 +411,27 @@ class _ColumnStatistics:
             self.num_present += count
             self.value_type = common_type(self.value_type, _type_of(value))
             self.num_not_numeric += count * (_as_finite_number(value) is None)
+            self.num_with_comma += count * bool(COMMA_NUMBER.fullmatch(str(value)))
             if len(self.hashes) <= MANY:
                 self.hashes.add(_hash(value))
 
-    def to_json(self) -> tuple[int, int, int, list[int]]:
+    def to_json(self) -> tuple[int, int, int, int, list[int]]:
         """Return the statistics as JSON can hold them, and as `merge` takes them."""
-        return self.value_type, self.num_present, self.num_not_numeric, sorted(self.hashes)
+        numbers = self.value_type, self.num_present, self.num_not_numeric, self.num_with_comma
+        return (*numbers, sorted(self.hashes))
 
     def merge(
         self,
         value_type: int,
         num_present: int,
         num_not_numeric: int,
+        num_with_comma: int,
         hashes: list[int],
     ) -> None:
         self.value_type = common_type(self.value_type, value_type)
         self.num_present += num_present
         self.num_not_numeric += num_not_numeric
+        self.num_with_comma += num_with_comma
         self.hashes.update(hashes)
 
 
