@@ -598,6 +598,16 @@ def test_no_row_is_taken_for_the_names_of_the_columns_nor_all_columns_for_one(da
         prepare_and_read("csv", write(tmp_path / "a.csv", data), tmp_path / "out", max_bad=0.9)
 
 
+@pytest.mark.parametrize(
+    ("first", "pairs"), [("sep=;", ()), ("\ufeffSEP=;", ()), ("sep=,", ("delimiter=;",))]
+)
+def test_a_first_line_with_the_separator_for_excel_is_no_row(first, pairs, tmp_path):
+    source = write(tmp_path / "a.csv", f"{first}\r\ntext;label\r\none, two;1\r\n")
+    rows, found = prepare_and_read("csv", source, tmp_path / "out", *pairs)
+    assert rows == [{"text": "one, two", "label": 1, "split": "train"}]
+    assert not reasons(found)
+
+
 def test_a_row_of_empty_fields_and_one_without_a_split_are_broken(tmp_path):
     rows, found = prepare_and_read(
         "csv", write(tmp_path / "a.tsv", "text\tlabel\n\t\n\nfoo\t1\n"), tmp_path / "tsv"

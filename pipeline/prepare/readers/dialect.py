@@ -26,6 +26,8 @@ WHOLE = re.compile(r"[+-]?(0|[1-9]\d{0,17})")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?|nan|[+-]?inf", re.IGNORECASE)
 """With nan and inf, which are numbers in CSV; those of `logs` and `plausible` differ in this."""
 LABEL = re.compile(CODE)
+SEPARATOR = re.compile(rb"sep=([!-~\t])", re.IGNORECASE)
+"""The first line of a file in which Excel is to find the delimiter."""
 TAB = "\t"
 OPEN = "a quote is left open"
 Line = tuple[int, bytes | None]
@@ -130,6 +132,9 @@ class Dialect:
         while (line := take()) is not None:
             number, raw = line
             if raw is not None and not raw.strip(b" \r"):
+                continue
+            if number == 1 and (stated := SEPARATOR.fullmatch(raw or b"")):
+                delimiter = delimiter if self.delimiter else stated[1].decode()
                 continue
             text, problem = decoded(raw, self.encoding)
             fields, more = [], []
