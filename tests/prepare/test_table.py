@@ -169,6 +169,19 @@ def test_columns_can_be_chosen_dropped_and_renamed_by_names(tmp_path):
     assert read(tmp_path / "c") == read(tmp_path / "d")
 
 
+def test_ids_of_csv_that_only_look_like_numbers_are_texts(tmp_path):
+    rows = ["+491,12e5,1.0,0.5,0", "+492,1200000,,1e5,1", "+491,99,3.0,2,1"]
+    source = write(tmp_path / "a.csv", "\n".join(["phone,hex,stay,x,y", *rows]) + "\n")
+    for column, wanted in (
+        ("phone", ["+491", "+491", "+492"]),
+        ("hex", ["1200000", "12e5", "99"]),
+        ("stay", [1, 3, None]),
+    ):
+        prepare(source, tmp_path / column, "columns=x", f"group={column}", "label=y")
+        found = [row[column] for row in read(tmp_path / column)]
+        assert sorted(found, key=lambda one: (one is None, one)) == wanted
+
+
 def test_numbers_with_a_comma_are_noted(tmp_path):
     rows = ["54;27,3;1.234,5;1,234.5;a,b;1,2", "61;8,25;7,5;12,000.25;c;3", "70;;8;9;d;4"]
     source = write(tmp_path / "a.csv", "\n".join(["age;bmi;dose;cost;name;code", *rows]) + "\n")

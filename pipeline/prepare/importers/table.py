@@ -42,6 +42,10 @@ ROWS = 4096
 """Rows that are processed at a time."""
 COMMA_NUMBER = re.compile(r"[+-]?\d+((\.\d{3})*,\d+|(,\d{3})+(\.\d+)?)")
 """A number with a decimal comma (27,3 or 1.234,5), or with commas between thousands (1,234.5)."""
+ID_NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})(\.0+)?")
+"""An id that may be written as a number: +49 30 and 12e5 may not, nor 007. pandas writes 1 as 1.0
+where an id is missing.
+"""
 FEATURES = "features"
 ROW_NUMBERS = "Unnamed: 0"
 """As pandas calls the first column where it has no name: DataFrame.to_csv writes its index so."""
@@ -246,10 +250,11 @@ class Table(TableImporter):
     def scan(self, reading: SplitReader) -> Scan:
         """Return the statistics of each column."""
         rows, columns = 0, dict[str, _ColumnStatistics]()
+        ids = {*parse_names(self.options.id), *parse_names(self.options.group)}
         for places, found in self._batches(reading):
             rows += len(places)
             for name, values in found.items():
-                columns.setdefault(name, _ColumnStatistics()).update(values)
+                columns.setdefault(name, _ColumnStatistics()).update(values, name in ids)
         return {"rows": rows, "columns": {name: one.to_json() for name, one in columns.items()}}
 
     def infer_schema(self, input_splits: list[InputSplit], scans: list[Scan]) -> InferredSchema:
@@ -404,12 +409,14 @@ class _ColumnStatistics:
         self.num_not_numeric, self.num_with_comma = 0, 0
         self.hashes: set[int] = set()
 
-    def update(self, values: Iterable[Any]) -> None:
+    def update(self, values: Iterable[Any], are_ids: bool) -> None:
         for value, count in Counter(values).items():
             if value is None or value != value:
                 continue
             self.num_present += count
-            self.value_type = common_type(self.value_type, _type_of(value))
+            is_code = are_ids and isinstance(value, str) and not ID_NUMBER.fullmatch(value)
+            value_type = ValueType.STRING if is_code else _type_of(value)
+            self.value_type = common_type(self.value_type, value_type)
             self.num_not_numeric += count * (_as_finite_number(value) is None)
             self.num_with_comma += count * bool(COMMA_NUMBER.fullmatch(str(value)))
             if len(self.hashes) <= MANY:
