@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -346,8 +347,9 @@ def with_licence(card: str, licence: str) -> str:
     if licence == UNKNOWN_LICENCE:
         return card
     changed = ModelCard(card, ignore_metadata_errors=True)
-    stated = f"{LICENCE}: {changed.data.license}."
-    changed.data.license = licence
+    header: Any = changed.data
+    stated = f"{LICENCE}: {header.license}."
+    header.license = licence
     return str(changed).replace(stated, f"{LICENCE}: {licence}.")
 
 
