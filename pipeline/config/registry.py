@@ -170,14 +170,14 @@ class BoxOptions(Options):
         "for small images",
     )
     score_threshold: float = Field(
-        0.05, ge=0, lt=1, description="detections below it are not given"
+        0.05, ge=0, lt=1, description="detections with a lower score are dropped"
     )
     nms_threshold: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="of two detections of a class that overlap more than this the surer one "
-        "stays; none: 0.6 for fcos, else 0.5",
+        description="of two detections of a class that overlap more than this, the one with the "
+        "higher score is kept; none: 0.6 for fcos, else 0.5",
     )
 
 

@@ -51,9 +51,9 @@ class BehaviourCloningOptions(Options):
         0.5,
         ge=0,
         le=1,
-        description="gaussian, mixture, training only: densities are weighed by the predicted "
-        "variance to this power (beta-NLL, Seitzer et al. 2022; 0.5 there); 0: plain likelihood, "
-        "which neglects what is hard to predict",
+        description="gaussian, mixture, training only: log densities are weighted by the "
+        "predicted variance to this power (beta-NLL, Seitzer et al. 2022; 0.5 there); 0: plain "
+        "likelihood, which neglects what is hard to predict",
     )
     chunk: int = Field(
         1,
@@ -65,8 +65,9 @@ class BehaviourCloningOptions(Options):
     ensemble: float | None = Field(
         0.01,
         ge=0,
-        description="chunks in a rollout: an action is the mean of all predictions of it, weighed "
-        "by exp(-ensemble i), i = 0 being the oldest (ACT's m); none: the newest prediction alone",
+        description="chunks in a rollout: an action is the mean of all its predictions, weighted "
+        "by exp(-ensemble i), where i = 0 is the oldest (ACT's m); none: the newest prediction "
+        "alone",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the decoders")
 
@@ -119,7 +120,7 @@ class BehaviourCloning(Objective):
     InvertedDoublePendulum-v5, an MLP, 100 demonstrations of an LQR expert and 1500 steps, then 5
     demonstrations under other dynamics and 300 steps; mean steps of 400 in 20 worlds, one seed,
     before and after: mse 400 and 381, gaussian 259 and 382 (18 and 14 with beta 0), mixture 72 and
-    87 (12 and 12). A likelihood is for demonstrations that differ where observations are alike.
+    87 (12 and 12). Use a likelihood where demonstrations differ although observations are alike.
 
     Predictions are of each step's own action. Of numbers: ``squared_error`` in their own units, so
     that sources of other deviations compare (losses are standardised), summed over
@@ -127,8 +128,9 @@ class BehaviourCloning(Objective):
     (B, T) -1 there; where spaces have other classes, a class is its place in its own space;
     ``squared_error`` is how many are wrong.
 
-    Where rows have ``environment``, the policy is put into each test row's world, with its seed
-    and dynamics; success, return and steps are reported beside the expert's and a random policy's.
+    Where rows have ``environment``, the policy acts in each test row's world, with its seed and
+    dynamics. Success, return and steps are reported, and those of the expert and of a random
+    policy.
     """
 
     state: BehaviourCloningState

@@ -57,13 +57,13 @@ class ClassificationOptions(LinearHeadOptions):
     )
     positive: str | int | float | bool | None = Field(
         None,
-        description="of two classes the positive one, by its value or name (the event to "
-        "predict): it stands second; none: the larger value",
+        description="of two classes the positive one (the event to predict), by its value or "
+        "name; it becomes the second class; none: the larger value",
     )
     class_weight: Literal["none", "balanced"] = Field(
         "none",
-        description="balanced: in training a row weighs rows / (classes x rows of its class), "
-        "counted over all training rows; the evaluated loss is not weighted",
+        description="balanced: in training a row has the weight rows / (classes x rows of its "
+        "class), counted over all training rows; the evaluated loss is not weighted",
     )
     focal: float = Field(
         0.0,

@@ -43,8 +43,7 @@ SPACE = "|"
 class CTCOptions(Options):
     units: Literal["characters", "subwords"] = Field(
         "characters",
-        description="labels: the characters of the training transcripts, or sub-words of them "
-        "(BPE)",
+        description="what a label is: a character of the training transcripts, or a sub-word (BPE)",
     )
     vocabulary: int = Field(
         256, ge=4, le=32767, description="subwords: how many labels at most, the blank included"
@@ -133,11 +132,11 @@ class CTC(Objective):
     Columns: ``transcript``, a text. Tensors: ``transcript`` (B, L) int32 label numbers, from 1
     on, and ``transcript_lengths`` (B,). Label 0 is the blank.
 
-    The loss is summed over recordings and divided by their labels, so that it is nats a label
-    whatever their lengths: each label weighs the same. A row without an alignment (more labels,
-    and blanks between equal ones, than frames) counts for nothing. Such rows are left out before
-    training, so there are none but where speed perturbation shortened one; the log's ``dropped``
-    is how many labels they have, as a share of the others'.
+    The loss is summed over recordings and divided by the number of their labels. So it is in nats
+    per label, and each label has the same weight. A row without an alignment (fewer frames than
+    labels, with the blanks between equal ones) has no weight. Such rows are left out before
+    training, so in training they occur only where speed perturbation shortened a row. Logged:
+    ``dropped``, the number of their labels as a share of the others'.
     """
 
     state: CTCState

@@ -49,11 +49,11 @@ class Detection(BoxObjective):
     """Object detection: boxes and their classes.
 
     Columns: ``boxes``, a list of 4 numbers for each object; ``labels``, a list of its classes
-    (numbers, with holes or not, or texts); where given ``crowd``, a list of flags: such a region
-    is not learned, and what is found in it counts neither as hit nor as error; ``width`` and
-    ``height`` of the image, for boxes in pixels. An empty list is an image without objects. A box
-    that sticks out of its image is cut at the edge; a row whose boxes are null, not finite,
-    without area, wholly outside or of an unknown class is refused with the reason.
+    (numbers, with holes or not, or texts); where given ``crowd``, a list of flags: such a region is
+    not learned, and a detection in it is neither right nor wrong; ``width`` and ``height`` of the
+    image, for boxes in pixels. An empty list is an image without objects. A box that sticks out of
+    its image is cut at the edge; a row whose boxes are null, not finite, without area, wholly
+    outside or of an unknown class is refused with the reason.
 
     Input beside ``image`` (B, C, H, W), as arrays of ``encode`` that the modality moves with the
     image: ``boxes`` (B, M, 4), ``labels`` (B, M; -1: none), ``crowd`` (B, M), ``frame`` (see

@@ -46,15 +46,15 @@ class ForecastOptions(Options):
 class Forecast(Objective):
     """Forecast the mean standardised value of each variable over the next ``horizon`` hours.
 
-    The loss is the squared error over the variables that are measured there, each error counted
-    up to 5 standard deviations, plus ``presence`` times the cross entropy of whether they are
-    measured; both averaged over all variables.
+    The loss is the squared error over the variables that are measured there; an error counts up to
+    5 standard deviations. To this ``presence`` times the cross entropy of whether they are measured
+    is added. Both are averaged over all variables.
 
     A causal backbone (events/gru) forecasts at each of its tokens that has events behind it, from
-    the token alone. Others forecast once a row, from the pooled features of the events up to a
-    cut that follows from the row's key (in evaluation the middle). Nothing after that hour is
-    read. Rows with nothing to forecast take no part, nor do hours whose horizon reaches beyond
-    the window: what comes after it is unknown, not absent.
+    the token alone. Others forecast once for each row, from the pooled features of the events
+    before a cut. The cut is random by the row's key; in evaluation it is the middle. Nothing after
+    that hour is read. Rows with nothing to forecast take no part, nor do hours whose horizon
+    reaches beyond the window: what comes after it is unknown, not absent.
 
     Logged, averaged over all variables as the loss is: ``measured``, the share that is measured;
     ``error``, the squared errors of those; ``zero_error``, those of always forecasting the mean,

@@ -39,8 +39,8 @@ class HourlyOptions(LinearHeadOptions):
     )
     class_weight: Literal["none", "balanced"] = Field(
         "none",
-        description="balanced: in training a label weighs labels / (classes x labels of its "
-        "class), counted over all training rows; the evaluated loss is not weighted",
+        description="balanced: in training a label has the weight labels / (classes x labels of "
+        "its class), counted over all training rows; the evaluated loss is not weighted",
     )
     focal: float = Field(
         0.0,
@@ -80,10 +80,10 @@ class Hourly(Objective):
 
     The label at time t is predicted from the last token that holds events and ends at t or before,
     and from log(1 + hours since then). Before the first such token a learned start vector takes its
-    place. Tokens without events are not used, since where a row's tokens end would tell when its
-    last event is. So nothing from after t reaches a prediction at t (Harutyunyan et al. 2019,
-    decompensation and length of stay). Label times after the hour up to which events are read are
-    refused.
+    place. Tokens without events are not used, because the place where a row's tokens end would
+    reveal when its last event is. So no prediction at t uses anything from after t (Harutyunyan et
+    al. 2019, decompensation and length of stay). Label times after the hour up to which events are
+    read are refused.
 
     Columns: ``label_times``, a list of hours since the row's start, ascending, and
     ``label_values``, a list as long. The backbone gives ``tokens``, in ``stages["times"]`` (B, N)

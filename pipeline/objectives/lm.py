@@ -72,20 +72,20 @@ class CausalOptions(Options):
 class MaskedLM(Objective):
     """Masked language modelling.
 
-    Every row predicts at most the same number of positions, so shapes are fixed and only those go
-    through the vocabulary. Padding takes no share: a short text beside long ones has as many of
-    its tokens masked as alone, and the same ones.
+    Every row predicts at most the same number of positions. So shapes are fixed, and scores over
+    the vocabulary are computed for these positions only. Padding does not count: in a batch with
+    long texts the same tokens of a short text are masked as when it is alone.
 
     With ``whole_word`` (Devlin's whole-word masking of 2019) words are drawn, all tokens of a
     drawn word are predicted, and the word that no longer fits whole is left out. A word is a token
     and those that continue it (``continuing`` of the modality), within one document's part of a
     row; words longer than a row's number of positions are never drawn.
 
-    Bits per byte is here an estimate of the pseudo-likelihood (Salazar et al. 2020), not
-    comparable with a causal model's: each token is seen from both sides. A row's bytes count by
-    the share of its tokens that were predicted among those that encode text. Unknown words are
-    never predicted, and a row's bytes are spread over its tokens, long unknown words among them:
-    it compares tokenizers that spell (nearly) everything.
+    Bits per byte is here an estimate of the pseudo-likelihood (Salazar et al. 2020), not comparable
+    with a causal model's: each token is seen from both sides. A row's bytes count by the share of
+    its tokens that were predicted among those that encode text. Unknown words are never predicted,
+    and a row's bytes are spread over its tokens, long unknown words among them: it is for
+    tokenizers with (nearly) no unknown words.
     """
 
     metrics = ("perplexity", "bits_per_byte", "loss")

@@ -35,14 +35,14 @@ class MaskedColumnsOptions(Options):
 class MaskedColumns(Objective):
     """Masked pretraining on rows of a table: predict hidden numbers and texts from the others.
 
-    What is hidden is missing for the backbone; linear heads on the pooled features, which a target
-    starts from, predict it. The loss of a row is the mean squared error of its hidden standardised
-    numbers, plus ``weight`` times the cross entropy of which texts are hidden, averaged over the
-    known texts. What is hidden follows from the row's key, in evaluation too. Rows of which nothing
-    is hidden take no part. It assumes that columns depend on each other.
+    Hidden numbers and texts are missing for the backbone. Linear heads on the pooled features
+    predict them; a target starts from these features. The loss of a row is the mean squared error
+    of its hidden standardised numbers, plus ``weight`` times the cross entropy of which texts are
+    hidden, averaged over the known texts. What is hidden follows from the row's key, in evaluation
+    too. Rows of which nothing is hidden take no part. It assumes that columns depend on each other.
 
     After VIME (Yoon et al., NeurIPS 2020) and the masked columns of TabTransformer (Huang et al.
-    2020); VIME puts values of other rows in the place of what is hidden.
+    2020); VIME replaces hidden values by those of other rows.
 
     Logged, as means over the rows that take part: ``number_error``, 0 in rows without a hidden
     number; ``zero_error``, that of predicting 0, the column's mean; and ``text_loss``.

@@ -34,12 +34,12 @@ class MaskedSeriesOptions(Options):
 class MaskedSeries(Objective):
     """Masked pretraining on series: predict hidden patches from the others.
 
-    A hidden patch is missing for the backbone. In the place of all missing numbers stands the mean
-    of the channel's numbers that are left in the row, whatever option ``missing`` says. A linear
-    layer on the token of the patch predicts how far its numbers are from that mean, in standard
-    deviations of the channel. The loss of a row is the mean squared error over its hidden numbers
-    that are known, of channels of which some number is left. What is hidden follows from the row's
-    key, in evaluation too. Rows without such numbers take no part.
+    A hidden patch is missing for the backbone. Missing numbers are replaced by the mean of the
+    channel's other numbers in the row, whatever option ``missing`` says. A linear layer on the
+    token of the patch predicts how far its numbers are from that mean, in standard deviations of
+    the channel. The loss of a row is the mean squared error over its hidden numbers that are known,
+    of channels of which some number is left. What is hidden follows from the row's key, in
+    evaluation too. Rows without such numbers take no part.
 
     Give the backbone ``scaling: null``: with transformers' default it sees each row without its
     level and amplitude, and cannot predict numbers in the channel's unit.

@@ -27,8 +27,8 @@ class MultilabelOptions(LinearHeadOptions):
     separator: str = Field(
         "|",
         min_length=1,
-        description="between the labels of a row, where the column holds texts (ChestX-ray14's "
-        "A|B) and no lists",
+        description="what separates the labels of a row, if the column has texts (ChestX-ray14's "
+        "A|B) and not lists",
     )
     labels: list[str] | None = Field(
         None, description="the labels in their order; none: those of the training rows, sorted"
@@ -36,13 +36,13 @@ class MultilabelOptions(LinearHeadOptions):
     min_positives: int = Field(
         1,
         ge=1,
-        description="test rows that must have a label for it to count in macro averages; "
-        "validation too, but where no label has so many validation rows, those with one count",
+        description="a label counts in macro averages if so many test rows have it; the same for "
+        "validation rows, but if no label has so many of them, labels with at least one count",
     )
     pos_weight: Literal["none", "balanced"] = Field(
         "none",
-        description="balanced: in training a positive of a label weighs (negatives / positives), "
-        "counted over all training rows; the evaluated loss is not weighted",
+        description="balanced: in training a positive of a label has the weight negatives / "
+        "positives, counted over all training rows; the evaluated loss is not weighted",
     )
     focal: float = Field(
         0.0,

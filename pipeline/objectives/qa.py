@@ -34,12 +34,12 @@ class QAOptions(Options):
     )
     unanswerable: bool = Field(
         False,
-        description="rows without an answer are allowed, and none may be predicted (SQuAD v2.0)",
+        description="rows may be without an answer, and be predicted to have none (SQuAD v2.0)",
     )
     null_threshold: float = Field(
         0.0,
-        description="unanswerable: no answer where the score of none is higher than the best "
-        "answer's by more than this",
+        description="unanswerable: a row is predicted to have none if the score of no answer is "
+        "more than this above that of the best answer",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the linear layer")
 

@@ -27,9 +27,9 @@ LOSSES = {"squared": F.mse_loss, "absolute": F.l1_loss, "huber": F.huber_loss}
 class RegressionOptions(LinearHeadOptions):
     loss: Literal["squared", "absolute", "huber"] = Field(
         "squared",
-        description="of the standardised number: squared estimates means, absolute medians; huber "
-        "is squared up to an error of one standard deviation and linear beyond (Huber 1964), so "
-        "that a few far values do not decide",
+        description="loss of the standardised number: squared estimates means, absolute medians; "
+        "huber is squared up to an error of one standard deviation and linear beyond (Huber "
+        "1964), so that a few far values have little effect",
     )
 
 
@@ -50,7 +50,8 @@ class Regression(Objective):
 
     The number is standardised by mean and deviation of the training rows, so learning rates and
     penalties do not depend on its unit. Predictions and metrics are in the unit of the column;
-    ``loss`` is that of the standardised number. Several numbers a row are several targets.
+    ``loss`` is that of the standardised number. If rows have several numbers, write a target for
+    each.
     """
 
     state: RegressionState

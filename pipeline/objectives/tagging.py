@@ -44,8 +44,8 @@ class TaggingOptions(Options):
     )
     strict: bool = Field(
         False,
-        description="entities are counted where their tags keep the scheme (seqeval's strict "
-        "mode); false: as conlleval counts them",
+        description="only entities whose tags keep the scheme count (seqeval's strict mode); "
+        "false: entities count as in conlleval",
     )
     max_words: int = Field(512, ge=1, le=16384, description="a row with more words is left out")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout before the linear layer")

@@ -54,9 +54,9 @@ class Verification(Objective):
     the identities of the training rows apart, with an additive angular margin (ArcFace, Deng et al.
     2019; AAM-softmax of speakers). The weights of these identities are not needed afterwards.
 
-    Rows of the validation and test splits may be of identities that no training row has, as in use.
-    Equal error rate and detection cost compare all pairs of rows of a split. The loss is that of
-    the rows whose identity is known from training.
+    Rows of the validation and test splits may be of identities that no training row has. Equal
+    error rate and detection cost compare all pairs of rows of a split. The loss is that of the rows
+    whose identity is known from training.
 
     A target starts with the projection of a source that was trained for verification with the same
     options `width` and `norm`.

@@ -41,8 +41,9 @@ def rmse(p: Predictions) -> np.ndarray:
 @register("metric", "r2")
 @resampled(bounds=(-math.inf, 1.0))
 def r2(p: Predictions, counts: np.ndarray) -> np.ndarray:
-    """Coefficient of determination: 1 - squared error / that of the mean of the rows. 0 is the
-    mean of these rows, below 0 is worse than it; rows with one value have none.
+    """Coefficient of determination: 1 minus the squared error divided by that of predicting the
+    mean of these rows. 0 is as good as the mean, below 0 is worse. There is no value if all rows
+    have the same number.
     """
     value = p["value"].astype(np.float64)
     value = value - value.mean() if len(value) else value  # squares of large numbers lose digits
@@ -58,7 +59,7 @@ def r2(p: Predictions, counts: np.ndarray) -> np.ndarray:
 @resampled(bounds=(-1.0, 1.0))
 def spearman(p: Predictions, counts: np.ndarray) -> np.ndarray:
     """Spearman's rank correlation of predictions and values: equal ones have their mean rank. There
-    is none where either has one value in all rows.
+    is no value if either is the same in all rows.
     """
     drawn = counts_by_row(counts)
     x, y = (_ranks(p[name].astype(np.float64), drawn) for name in ("prediction", "value"))

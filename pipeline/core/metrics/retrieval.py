@@ -35,14 +35,14 @@ _SCORES_AT_ONCE = 16_000_000
 @register("metric", "image_to_text_recall_at_1")
 @resampled(bounds=SHARE, compares_rows=True)
 def image_to_text_recall_at_1(p: Predictions, counts: np.ndarray) -> np.ndarray:
-    """Share of images whose nearest text, of all different ones, is a caption of theirs."""
+    """Share of images whose nearest text is one of their captions; equal texts count once."""
     return _recall(p, counts, "image", "caption", 1)
 
 
 @register("metric", "image_to_text_recall_at_5")
 @resampled(bounds=SHARE, compares_rows=True)
 def image_to_text_recall_at_5(p: Predictions, counts: np.ndarray) -> np.ndarray:
-    """Share of images with a caption of theirs among the five nearest texts."""
+    """Share of images with one of their captions among the five nearest texts."""
     return _recall(p, counts, "image", "caption", 5)
 
 

@@ -29,8 +29,8 @@ class BoostedTreesOptions(Options):
     leaf_rows: list[int] = Field(
         [5, 20],
         min_length=1,
-        description="least numbers of training rows of a leaf; of all pairs with depths the best "
-        "on validation rows is kept",
+        description="smallest numbers of training rows of a leaf; of all pairs with depths the "
+        "best on validation rows is kept",
     )
 
 
@@ -39,8 +39,8 @@ class BoostedTrees(Baseline):
     """Histogram-based gradient boosting on the numbers and texts of a row.
 
     Each variable of events is summarised by `SUMMARIES`, each channel of series by
-    `SERIES_SUMMARIES`. A missing value is known to be missing. What most people use for
-    tables: Grinsztajn et al. 2022.
+    `SERIES_SUMMARIES`. The trees see which values are missing. It is the usual model for tables:
+    Grinsztajn et al. 2022.
     """
 
     roles = ("features", "times", "series")

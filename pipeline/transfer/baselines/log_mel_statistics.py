@@ -35,7 +35,8 @@ class LogMelStatistics(Baseline):
     """Logistic regression on the mean and deviation over time of each band of the log-mel spectrum,
     or ridge regression of numbers.
 
-    It hears timbre and level, and no order: strong for scenes and speakers, weak for words.
+    It knows timbre and level, but not the order of sounds: strong for scenes and speakers, weak for
+    words.
     """
 
     roles = ("audio",)

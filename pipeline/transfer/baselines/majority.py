@@ -15,7 +15,7 @@ from pipeline.core.contracts import Baseline, BaselineRows, LabelKind, Setting
 class Majority(Baseline):
     """The share of each class or label among the labelled training rows, or their mean number.
 
-    Of demonstrations it is the mean action, which a policy then does at every step.
+    For demonstrations it is the mean action, which the policy takes at every step.
 
     Any other model that is worse has learned nothing.
     """

@@ -16,7 +16,7 @@ class RidgeOptions(Options):
     penalties: list[float] = Field(
         [0.1, 1.0, 10.0, 100.0],
         min_length=1,
-        description="factors of the weights' squared length (scikit-learn's alpha); the best on "
+        description="factors of the weights' squared norm (scikit-learn's alpha); the best on "
         "validation rows is kept",
     )
 
@@ -26,7 +26,7 @@ class Ridge(Baseline):
     """Ridge regression on the standardised numbers of a row, the texts that it has, and which
     numbers are missing.
 
-    Strong where each column adds its part, and where rows are few. Hoerl and Kennard 1970.
+    Strong where the effects of the columns add up, and where rows are few. Hoerl and Kennard 1970.
     """
 
     roles = ("features",)

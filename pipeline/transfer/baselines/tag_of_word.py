@@ -14,10 +14,11 @@ from pipeline.media.tagging_schemes import texts
 
 @register("baseline", "tag_of_word")
 class TagOfWord(Baseline):
-    """The shares of the tags that a word has in the labelled training rows, whatever stands around.
+    """The shares of the tags that a word has in the labelled training rows, whatever the words
+    around it.
 
-    A word that is not there has the shares of the words that are there once. The usual baseline of
-    part-of-speech tagging, about 90 % of whose words it gets right: Charniak et al. 1993,
+    An unknown word has the shares of the words that occur once. It is the usual baseline of
+    part-of-speech tagging, where it is right for about 90 % of the words: Charniak et al. 1993,
     "Equations for Part-of-Speech Tagging".
     """
 

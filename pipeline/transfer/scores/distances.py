@@ -120,13 +120,13 @@ def proxy_a(
     groups: np.ndarray | None = None,
     source_groups: np.ndarray | None = None,
 ) -> float | Estimate:
-    """Return 2 (1 - 2 e) with its interval, for a classifier of source or target with error e.
+    """Return how well a classifier tells rows of the source from rows of the target.
 
-    From 0 (or below, by chance), where nothing tells them apart, to 2 (Ben-David et al. 2007). The
-    classifier is ridge regression on equally many rows of both sides, cross-validated in five folds
-    (four where a side has four groups). The interval is Wilson's of the error. Where rows have
-    groups, no group is in two folds, the error is the mean of the groups' errors, and each group is
-    one observation.
+    The score is 2 (1 - 2 e), with the classifier's error e: 0 (or below, by chance) if the rows
+    cannot be told apart, at most 2 (Ben-David et al. 2007). The classifier is ridge regression on
+    equally many rows of both sides, cross-validated in five folds (four where a side has four
+    groups). The interval is Wilson's of the error. Where rows have groups, no group is in two
+    folds, the error is the mean of the groups' errors, and each group is one observation.
 
     Args:
         features: (n, D) features of the target's rows.

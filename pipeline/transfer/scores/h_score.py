@@ -15,10 +15,11 @@ MIN_VARIANCE = 1e-12
 @register("score", "h_score", title="H-score")
 @score(tasks=("classes",))
 def h_score(features: np.ndarray, labels: np.ndarray) -> float:
-    """Return tr(cov(f)^-1 (1 - a) cov(E[f | y])), with cov(f) shrunk by a. Higher is better.
+    """Return how much of the features' variance lies between classes. Higher is better.
 
-    The H-score of Bao et al. (ICIP 2019) with the covariance of Ledoit and Wolf (2004), as
-    Ibrahim et al. (2021) propose: without it the score of wide features is the number of classes.
+    The H-score is tr(cov(f)^-1 (1 - a) cov(E[f | y])) (Bao et al., ICIP 2019). The covariance
+    cov(f) is shrunk by a (Ledoit and Wolf 2004), as Ibrahim et al. (2021) propose. Without
+    shrinkage the score of wide features is the number of classes.
 
     Args:
         features: (n, D) features.

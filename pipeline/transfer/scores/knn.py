@@ -21,8 +21,8 @@ def knn(
     Higher is better. Where classes are equally frequent it is the accuracy; otherwise an accuracy
     would be highest for features that tell nothing, when every row votes for the frequent class.
 
-    Where rows have groups no neighbour is of the row's own group: test rows are of other groups
-    too, and otherwise features that recognise a patient would seem to predict the diagnosis.
+    Where rows have groups, no neighbour is of the row's own group. Test rows are of other groups
+    too; otherwise features that recognise a patient would seem to predict the diagnosis.
 
     The prediction of a row is the most frequent class of its neighbours. For (n, L) labels, 0 or 1,
     the score is the macro AUROC of the number of neighbours with each label. It is NaN where no
