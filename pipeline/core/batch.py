@@ -81,11 +81,15 @@ class Batch:
     def split(self, size: int | None) -> list[Batch]:
         """Return micro-batches of at most ``size`` rows, in order and as even as possible.
 
-        Batch norm allows no part of a single row. Without a size the batch itself is returned.
+        Batch norm allows no part of a single row. So where 2 does not divide the rows, one part has
+        3 rows. Without a size the batch itself is returned.
         """
         if size is None or len(self) <= size:
             return [self]
-        return self.parts(-(-len(self) // size))
+        count = -(-len(self) // size)
+        if size > 1:
+            count = min(count, len(self) // 2)
+        return self.parts(count)
 
     def predict_in_parts(
         self, predict: Callable[[Batch], dict[str, Tensor]], size: int

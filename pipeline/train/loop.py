@@ -262,10 +262,13 @@ def validation_interval(train: Train, steps: int) -> int:
 def autocast(train: Train, device: torch.device):
     """Return the autocast context of ``train.precision``; auto is bf16 where the GPU supports it.
 
+    Older GPUs (V100, T4) only emulate bf16, which is slower than fp32 and less precise.
+
     Raises:
         ValueError: The GPU does not support bf16, which the job asks for.
     """
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    is_cuda = device.type == "cuda"
+    has_bf16 = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     if train.precision == "bf16" and device.type == "cuda" and not has_bf16:
         raise ValueError("train.precision: this GPU has no bf16; use auto or fp32")
     is_bf16 = train.precision == "bf16" or (train.precision == "auto" and has_bf16)

@@ -165,14 +165,10 @@ def _machine() -> list[Line]:
     lines.append(driver_line(nvidia_driver(), torch.version.cuda))
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        lines.append(
-            Line(
-                "ok",
-                "GPUs",
-                ", ".join(names)
-                + (", bf16" if torch.cuda.is_bf16_supported() else ", no bf16 (fp32 is used)"),
-            )
-        )
+        # older GPUs only emulate bf16
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if has_bf16 else "no bf16 (fp32 is used)"
+        lines.append(Line("ok", "GPUs", f"{', '.join(names)}, {precision}"))
     else:
         lines.append(Line("ok", "GPUs", "none; everything runs on the CPU"))
     missing = [name for name, modules in extras.EXTRAS.items() if not all(map(_is_there, modules))]

@@ -194,6 +194,15 @@ def same_at_any_micro_batch(make, sizes=(1, 2, 4, 8), steps=3):
     assert len(found[0]) == steps
 
 
+@pytest.mark.parametrize(
+    ("rows", "size", "parts"),
+    [(8, 2, [2, 2, 2, 2]), (7, 2, [2, 2, 3]), (3, 2, [3]), (4, 3, [2, 2]), (3, 1, [1, 1, 1])],
+)
+def test_no_micro_batch_has_a_single_row_for_batch_norm_unless_the_job_says_one(rows, size, parts):
+    batch = Batch(np.arange(rows), torch.arange(rows), {})
+    assert [len(part) for part in batch.split(size)] == parts
+
+
 def test_eight_micro_batches_of_one_equal_two_of_four(rows):
     same_at_any_micro_batch(
         lambda micro: make_run(rows, net_task(), steps=3, micro_batch=micro, lr=0.01)
@@ -870,6 +879,18 @@ def test_the_log_counts_in_the_unit_that_it_is_given(rows):
     run.on_log = logs.append
     loop.fit(run)
     assert [(log["unit"], log["units_per_second"]) for log in logs] == [("tokens", 160.0)] * 2
+
+
+def test_bf16_that_a_gpu_only_emulates_is_not_taken(monkeypatch):
+    def is_supported(including_emulation=True):
+        return including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+    gpu = torch.device("cuda")
+    with pytest.raises(ValueError, match=r"train\.precision: this GPU has no bf16"):
+        loop.autocast(Train(precision="bf16"), gpu)
+    with loop.autocast(Train(precision="auto"), gpu):
+        assert not torch.is_autocast_enabled("cuda")
 
 
 def test_bf16_is_only_taken_where_it_is_asked_for_or_there(rows):
