@@ -12,7 +12,7 @@ from pipeline.checkpoints import bundle, pretrained
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import provenance, registry
 from pipeline.config.provenance import Provenance, ProvenanceRecord
-from pipeline.config.schema import CHECKPOINT_PREFIXES, Data, Job, Source, spec_hash
+from pipeline.config.schema import CHECKPOINT_PREFIXES, Data, Job, Source, Train, spec_hash
 from pipeline.core.capabilities import augment_options, columns_of, cost_column, is_costed
 from pipeline.core.contracts import Modality, Objective
 from pipeline.core.contracts.objective_capabilities import (
@@ -66,6 +66,17 @@ REPORTING_FIELDS = {
     "trace_rows",
 }
 """Fields of `Train` that do not change the weights."""
+
+
+def train_key(train: Train) -> dict[str, Any]:
+    """Return the training settings that enter the key of a source or trial.
+
+    ``max_bad_steps`` decides whether a run ends with an error, and changes no weight of a run that
+    does not. Its default stands in its place, as it always did, so a run goes on with another.
+    """
+    out = train.model_dump(mode="json", exclude=REPORTING_FIELDS)
+    out["max_bad_steps"] = Train.model_fields["max_bad_steps"].default
+    return out
 
 
 def data_key(data: Data) -> dict[str, Any]:
@@ -244,7 +255,7 @@ def plan_source(job: Job, name: str) -> SourceStage:
         STAGE_FORMAT,
         name,
         key_fields,
-        spec.train.model_dump(mode="json", exclude=REPORTING_FIELDS),
+        train_key(spec.train),
         job.seed,
         [data_key(spec.data), splits.fingerprint, canonical_shards(spec)]
         if spec.data and splits
@@ -333,16 +344,23 @@ def check_plan(stage: SourceStage, corpus_sizes: tuple[int, ...]) -> None:
     """Raise ValueError when the rows do not fill a global batch, there are more ranks than shards,
     or a mixture weight is too small.
     """
+    shards, most_ranks = canonical_shards(stage.spec), stage.spec.worker_range[1]
     if stage.spec.train.batch_cost is not None:
+        # costs are not known yet, and decide the batches alone
+        if most_ranks > shards:
+            raise ValueError(
+                f"sources.{stage.name}: {most_ranks} ranks are more than the {shards} canonical "
+                "shards: raise train.canonical_shards, or use fewer workers"
+            )
         return
     try:
         Plan(
             sum(corpus_sizes),
             0,
             stage.spec.train.global_batch,
-            shards=canonical_shards(stage.spec),
+            shards=shards,
             mixture=mixture(stage.spec, corpus_sizes),
-        ).shards_of_rank(0, stage.spec.worker_range[1])
+        ).shards_of_rank(0, most_ranks)
     except ValueError as error:
         raise ValueError(f"sources.{stage.name}: {error}") from None
 

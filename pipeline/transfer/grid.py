@@ -37,7 +37,7 @@ from pipeline.report import trial_folder
 from pipeline.report.results import NO_BACKBONE
 from pipeline.train.experiment import technique_of
 from pipeline.train.fit_components import options_by_content
-from pipeline.train.source import REPORTING_FIELDS
+from pipeline.train.source import train_key
 
 TRIAL_FORMAT = 8
 """The format of a trial's id. A change of code that changes numbers does not raise it, because the
@@ -563,7 +563,7 @@ def make_trial(
     target = job.targets[target_name]
     what = [
         target.model_dump(mode="json", include={"objective", "metric", "workers"}),
-        target.train.model_dump(mode="json", exclude=REPORTING_FIELDS),
+        train_key(target.train),
     ]
     what[0]["objective"]["options"] = options_by_content("objective", target.objective)
     identity = spec_hash(

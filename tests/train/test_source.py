@@ -22,7 +22,7 @@ from pipeline.checkpoints import bundle
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.checkpoints.pretrained import PretrainedCheckpoint
 from pipeline.config import registry
-from pipeline.config.schema import ComponentConfig, Job
+from pipeline.config.schema import ComponentConfig, Job, Train
 from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.data import manifests
 from pipeline.data.stream import DataWorkers, TooManyBadRowsError
@@ -167,6 +167,28 @@ def test_a_key_does_not_follow_workers_until_they_change_the_order_of_rows(tmp_p
     assert plain != key(image_job(tmp_path, images, workers=12)), (
         "16 ranks need more canonical shards than 8: another order"
     )
+
+
+def test_a_run_that_may_skip_more_steps_goes_on_where_it_stopped(tmp_path, images):
+    train = {"steps": 6, "global_batch": 12}
+    plain = image_job(tmp_path, images, train=train)
+    patient = image_job(tmp_path, images, train={**train, "max_bad_steps": 50})
+    assert key(plain) == key(patient)
+
+
+def test_more_ranks_than_shards_are_refused_before_rows_are_costed(tmp_path, images):
+    stage = source.plan_source(image_job(tmp_path, images), "src")
+
+    def with_workers(workers: int):
+        train = Train(batch_cost=2.0, canonical_shards=2)
+        return dataclasses.replace(
+            stage, spec=stage.spec.model_copy(update={"train": train, "workers": workers})
+        )
+
+    source.check_plan(with_workers(2), (60,))
+    with pytest.raises(ValueError, match="4 ranks are more than the 2 canonical shards") as error:
+        source.check_plan(with_workers(4), (60,))
+    assert "global_batch" not in str(error.value)
 
 
 def test_a_key_follows_what_a_checkpoint_holds_and_not_where_it_lies(tmp_path, images):

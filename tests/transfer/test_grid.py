@@ -121,7 +121,6 @@ def test_an_id_follows_what_the_trial_is(world, words):
                 "keep": "last",
                 "eval_every_steps": 3,
                 "canonical_shards": 4,
-                "max_bad_steps": 2,
             }.items()
         ],
     ],
@@ -150,6 +149,7 @@ def test_an_id_follows_every_setting_that_matters(world, path, value):
                 "checkpoint_every_steps": 7,
                 "checkpoint_every_minutes": 2.5,
                 "trace_rows": True,
+                "max_bad_steps": 50,
             }.items()
         ],
     ],
