@@ -76,6 +76,11 @@ class DINOOptions(Options):
         "teacher", description="whose backbone the bundle holds"
     )
 
+    @property
+    def replaces_backbone(self) -> bool:
+        """Whether the bundle holds the teacher's backbone."""
+        return self.carry == "teacher"
+
 
 class Head(nn.Module):
     """An MLP of three layers, then weight-normed prototypes of length one."""

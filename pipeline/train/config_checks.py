@@ -20,10 +20,12 @@ from pipeline.core.contracts import Objective, Technique, layer_rates, trains
 from pipeline.core.contracts.objective_capabilities import (
     compares_views,
     couples_rows,
+    keeps_trained_backbone,
     replaces_backbone,
 )
 from pipeline.core.contracts.technique_capabilities import (
     AddsModules,
+    AveragesWeights,
     keeps_modules,
     reads_source,
 )
@@ -44,6 +46,7 @@ def check_source(place: str, spec: Source) -> None:
         check_packed(place, spec.data, spec.objective.name)
     check_costs(place, spec.data, spec.train, objective)
     check_technique(place, spec)
+    check_averages(place, spec)
     if couples_rows(objective) and spec.train.micro_batch is not None:
         raise ValueError(
             f"{place}.train.micro_batch: the loss of {spec.objective.name} is that of a whole "
@@ -147,6 +150,23 @@ def check_technique(place: str, spec: Source) -> None:
             f"{where}: {name} adds modules to the backbone, and {spec.objective.name} copies "
             "weights to and from a backbone without them; use full"
         )
+
+
+def check_averages(place: str, spec: Source) -> None:
+    """Raise ValueError where the averaged weights would be replaced by those of a teacher."""
+    assert spec.objective is not None
+    objective = registry.get("objective", spec.objective.name)
+    options = objective.options_class(**spec.objective.options)
+    if keeps_trained_backbone(objective, options):
+        return
+    reason = (
+        f"the bundle of {spec.objective.name} holds another backbone (its teacher's) than the one "
+        "whose weights are averaged"
+    )
+    if spec.train.ema is not None:
+        raise ValueError(f"{place}.train.ema: {reason}: leave it out")
+    if isinstance(technique_of(spec.technique), AveragesWeights):
+        raise ValueError(f"{place}.technique: {reason}: use full")
 
 
 def _continues(spec: Source) -> bool:

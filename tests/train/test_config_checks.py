@@ -118,3 +118,20 @@ def test_of_weights_alone_an_option_that_would_change_nothing_is_refused(tmp_pat
         fit_components.fit_modality(
             spec, cast(Any, None), weights, "sources.a", str(tmp_path / "modality.json")
         )
+
+
+def test_an_average_of_weights_that_the_teacher_replaces_is_refused():
+    def spec(carry: str, **more) -> Source:
+        data = {"uri": "rows.parquet", "modality": "image", "columns": {"image": "image"}}
+        objective = {"dino": {"carry": carry}}
+        return Source.model_validate(
+            {"data": data, "objective": objective, "backbone": "timm/test_resnet", **more}
+        )
+
+    config_checks.check_source("sources.a", spec("student", train={"ema": 0.99}))
+    config_checks.check_source("sources.a", spec("teacher"))
+    with pytest.raises(ValueError, match=r"sources\.a\.train\.ema: the bundle of dino holds"):
+        config_checks.check_source("sources.a", spec("teacher", train={"ema": 0.99}))
+    averaging = {"technique": "ema", "init": "file:w.safetensors"}
+    with pytest.raises(ValueError, match=r"sources\.a\.technique: the bundle of dino holds"):
+        config_checks.check_source("sources.a", spec("teacher", **averaging))

@@ -9,7 +9,8 @@ Training and transfer:
     `BalancesLabels`: rows weigh by the labels of the training rows.
     `CouplesRows`: rows of a global batch are compared.
     `ComparesViews`: random views of a row are compared.
-    `UpdatesAfterStep`, `ReplacesBackbone`: something moves with the steps, such as a teacher.
+    `UpdatesAfterStep`, `ReplacesBackbone`: something moves with the steps, such as a teacher;
+    `MayReplaceBackbone` are options that decide the latter.
     `TransfersHead`: a target starts with its source's head.
     `NamesLabels`: a head can be carried over label by label, by their names.
     `ReadsTexts`: it has learned to compare rows with texts, so texts about classes can be a head.
@@ -156,6 +157,16 @@ class ReplacesBackbone(Protocol):
 
     def after_training(self, backbone: Backbone) -> None:
         """Change the backbone in place, once, before the bundle is written."""
+        ...
+
+
+@runtime_checkable
+class MayReplaceBackbone(Protocol):
+    """Options by which an objective with `ReplacesBackbone` keeps the trained backbone or not."""
+
+    @property
+    def replaces_backbone(self) -> bool:
+        """Whether another backbone than the trained one is kept."""
         ...
 
 
@@ -614,6 +625,13 @@ def compares_views(objective: Any) -> TypeIs[ComparesViews]:
 def replaces_backbone(objective: Any) -> TypeIs[ReplacesBackbone]:
     """Return whether another backbone than the trained one is kept."""
     return isinstance(objective, ReplacesBackbone)
+
+
+def keeps_trained_backbone(objective: Any, options: Any) -> bool:
+    """Return whether an objective with these options keeps the backbone that is trained."""
+    if isinstance(options, MayReplaceBackbone):
+        return not options.replaces_backbone
+    return not replaces_backbone(objective)
 
 
 def averages_predictions(objective: Any) -> TypeIs[AveragesPredictions]:
