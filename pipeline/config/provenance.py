@@ -122,6 +122,8 @@ class ProvenanceRecord(TypedDict):
     versions: dict[str, str]
     parent_weights: NotRequired[str | None]
     """SHA-256 of the source's weights that a trial started from; None for scratch."""
+    order: NotRequired[str]
+    """Order of the training rows of a trial that is not complete yet."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ written at the end; this stays with them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NotRequired, TypedDict
@@ -65,8 +65,14 @@ class Experiment:
     folder: str
     """Where resume points (``checkpoints/``) and traces of rows are written."""
     log_folder: str
-    num_left_out: int = 0
-    """Number of training rows that were left out before; they count against the same budget."""
+    num_left_out: Mapping[str, int] = field(default_factory=dict)
+    """Number of rows of each split that were left out before; they count against the same
+    budget.
+    """
+    split_rows: int | None = None
+    """Number of training rows that ``max_bad_rows`` is a share of, where the run is trained on a
+    part of them (few labels); None: all of ``rows``.
+    """
     left_out: Sequence[LeftOut] = ()
     """The rows that were left out before, of all splits, for ``quarantine.jsonl``."""
     read: Callable[..., Iterator[LoadedBatch]] = train_batches
@@ -330,6 +336,9 @@ class BadRows:
             "validation": validation,
             **{name: stream.selection for name, stream in experiment.stream_rows.items()},
         }
+        self.num_rows = {name: len(selection) for name, selection in self.selections.items()}
+        if experiment.split_rows is not None:
+            self.num_rows["train"] = experiment.split_rows
         self.max_bad_rows, self.num_left_out = experiment.max_bad_rows, experiment.num_left_out
         self.ranks = ranks
         self.new: list[tuple[str, int, str]] = []
@@ -362,8 +371,9 @@ class BadRows:
             )
         for split, selection in self.selections.items():
             bad = [(row, reason) for (of, row), reason in self.reasons.items() if of == split]
-            left_out = self.num_left_out if split == "train" else 0
-            check_bad_row_budget(bad, len(selection), self.max_bad_rows, selection, left_out)
+            left_out = self.num_left_out.get(split, 0)
+            num_rows = self.num_rows[split]
+            check_bad_row_budget(bad, num_rows, self.max_bad_rows, selection, left_out)
 
     def place(self, split: str, row: int) -> str:
         """Return the file of a row and its number in it."""

@@ -263,7 +263,7 @@ def experiment_of(
         metrics=source_metrics(type(objective), objective.options, objective.state),
         extra_metrics=extra_metrics,
         max_bad_rows=work.data.max_bad_rows,
-        num_left_out=fitted.num_left_out,
+        num_left_out={"train": fitted.num_left_out},
         left_out=left_out,
         folder=work.uri,
         log_folder=storage.join(work.uri, "log"),

@@ -84,6 +84,8 @@ class ResumeHistory:
     """SHA-256 of the source's present weights; None for scratch."""
     trials: list[str]
     """Ids of the trials that the resume points belong to."""
+    order: str = ""
+    """How many training rows there are and how they are shuffled; "": it is not compared."""
     others: list[ProvenanceRecord] = field(default_factory=list)
     """Other code and versions that made the resume point that training continues from."""
     damaged: list[str] = field(default_factory=list)
@@ -93,21 +95,33 @@ class ResumeHistory:
         """Remove resume points that training must not continue from.
 
         That is those trained from other weights of the source, since the result would name the
-        present weights; and with ``remake`` those that other code or versions made.
+        present weights; those of another order of the rows, since some rows of the epoch would come
+        twice and others never; and with ``remake`` those that other code or versions made.
         """
         if not storage.is_dir(storage.join(self.folder, CHECKPOINTS)):
             return
         records = read_provenance(self.folder)
-        is_of_other_weights = any(
-            "parent_weights" in metadata and metadata["parent_weights"] != self.weights
-            for metadata in records
+        # what earlier versions did not record counts as unchanged
+        has_other_weights = any(
+            metadata.get("parent_weights", self.weights) != self.weights for metadata in records
         )
-        if is_of_other_weights:
-            checksums.notify(
-                f"{self.folder}: its resume points were trained from other weights of the source "
-                "than those of now: training starts again from step 0"
+        has_other_order = any(
+            metadata.get("order", self.order) != self.order for metadata in records
+        )
+        difference = ""
+        if has_other_weights:
+            difference = "from other weights of the source than those of now"
+        elif has_other_order:
+            difference = (
+                "on rows in another order than now (data.decode, or which rows can be read, has "
+                "changed)"
             )
-        if is_of_other_weights or (remake and _others(records, self.now)):
+        if difference:
+            checksums.notify(
+                f"{self.folder}: its resume points were trained {difference}: training starts "
+                "again from step 0"
+            )
+        if difference or (remake and _others(records, self.now)):
             clear(self.folder)
 
     def start(self, step: int, damaged: list[str]) -> None:
@@ -121,7 +135,8 @@ class ResumeHistory:
         self.others = _others(before, self.now)
         begun_by = before
         if len(self.others) == len(before):
-            begun_by = [*before, {**self.now.metadata(), "parent_weights": self.weights}]
+            own: ProvenanceRecord = {**self.now.metadata(), "parent_weights": self.weights}
+            begun_by = [*before, {**own, "order": self.order}]
         checksums.write_document(
             storage.join(self.folder, FILE), {"begun_by": begun_by, "trials": self.trials}
         )

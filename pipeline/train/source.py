@@ -575,7 +575,7 @@ def _leave_out_untrainable(spec: Source, rows: _Rows, decoder: Decoder) -> None:
     """Leave out training rows that can only be evaluated, and keep the costs of the others."""
     assert spec.data is not None
     with_costs = Rows(rows.train, decoder).with_costs()
-    kept, bad = drop_untrainable(with_costs, spec.data.max_bad_rows)
+    kept, bad = drop_untrainable(with_costs, spec.data.max_bad_rows, rows.num_left_out)
     place = rows.train.manifest.location
     rows.left_out += [LeftOut("train", row, place(row), reason) for row, reason in bad]
     bad_ids = [row for row, _ in bad]
@@ -657,7 +657,9 @@ def checks_labels_before_decoding(
     return bounds_length(objective) and cost_column(modality, columns) is not None
 
 
-def drop_untrainable(rows: Rows, max_bad: float) -> tuple[Rows, list[tuple[int, str]]]:
+def drop_untrainable(
+    rows: Rows, max_bad: float, num_left_out: int = 0
+) -> tuple[Rows, list[tuple[int, str]]]:
     """Leave out rows that are too short to train on (`LengthBound`), before any is decoded.
 
     Columns of lengths may be rounded, even to whole seconds. Each row is first judged by the
@@ -667,6 +669,7 @@ def drop_untrainable(rows: Rows, max_bad: float) -> tuple[Rows, list[tuple[int, 
     Args:
         rows: Training rows with their costs.
         max_bad: Share of the rows that may be left out.
+        num_left_out: As in `check_bad_row_budget`.
 
     Returns:
         The rows that are kept, and (row id, reason) of the others.
@@ -708,7 +711,7 @@ def drop_untrainable(rows: Rows, max_bad: float) -> tuple[Rows, list[tuple[int, 
             table.take(doubtful), decoder.columns, decoder.objective_state, None, seconds
         )
     bad = [(int(row), reason) for row, reason in zip(ids, reasons, strict=True) if reason]
-    check_bad_row_budget(bad, len(rows), max_bad, rows.selection)
+    check_bad_row_budget(bad, len(rows), max_bad, rows.selection, num_left_out)
     return rows.subset(np.flatnonzero(reasons == "")), bad
 
 

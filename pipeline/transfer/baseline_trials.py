@@ -31,7 +31,7 @@ from pipeline.core.rng import mix
 from pipeline.data.loader import Loader
 from pipeline.data.manifests import Reader
 from pipeline.data.plan import Item
-from pipeline.data.stream import Rows, check_bad_row_budget
+from pipeline.data.stream import Rows
 from pipeline.io import file_identity, heartbeat
 from pipeline.report.trial_record import TrialRecord
 from pipeline.train import evaluate
@@ -85,15 +85,17 @@ def run(trial: Trial, shared: Shared) -> TrialRecord:
     baseline, seed = baseline_of(trial), mix(shared.seed, trial.seed)
     objective = bundle.build_task(data.arch, data.objective, seed=0).objective
     assert predicts_from_scores(objective)
-    max_bad = data.spec.data.max_bad_rows
     rows = data.train.subset(label_subset(data.train, data.labels, trial.label_fraction, seed))
-    train = read(rows, baseline, objective, max_bad)
-    validation = read(data.validation, baseline, objective, max_bad)
+    train = read(rows, baseline, objective)
+    data.check_bad_rows("train", train.bad)
+    validation = read(data.validation, baseline, objective)
+    data.check_bad_rows("validation", validation.bad)
     chosen = choose(baseline, objective, train, validation, data.metrics, mix(seed, 5) % (1 << 32))
     calibrated = objective  # another name, since `is_calibrated` narrows its type
     if is_calibrated(calibrated):
         calibrated.calibrate(chosen.predictions)
-    test = read(data.test, baseline, objective, max_bad)
+    test = read(data.test, baseline, objective)
+    data.check_bad_rows("test", test.bad)
     predictions = predict(objective, chosen.scores(test.inputs), test)
     predictions, frames = roll_out(baseline, chosen.scores, objective, predictions, data.test)
     notes = [f"{trial.technique}: no network, fitted on {len(train.ids)} rows"]
@@ -114,7 +116,7 @@ def run(trial: Trial, shared: Shared) -> TrialRecord:
 # ---------------------------------------------------------------- rows
 
 
-def read(rows: Rows, baseline: Baseline, objective: Any, max_bad_rows: float) -> SplitRows:
+def read(rows: Rows, baseline: Baseline, objective: Any) -> SplitRows:
     """Read a split as the baseline does, some rows at a time."""
     ids, inputs, labels, bad = [], [], [], []
     tensors: dict[str, list[np.ndarray]] = {}
@@ -141,7 +143,6 @@ def read(rows: Rows, baseline: Baseline, objective: Any, max_bad_rows: float) ->
             count = int(positions.sum())
         block = BaselineRows(count, arrays, rows.modality, columns, positions)
         inputs.append(baseline.inputs(block))
-    check_bad_row_budget(bad, len(rows), max_bad_rows, rows.selection)
     all_tensors = {name: np.concatenate(parts) for name, parts in tensors.items()}
     return SplitRows(
         np.concatenate(ids), _joined(inputs), concatenate_padded(labels), tuple(bad), all_tensors

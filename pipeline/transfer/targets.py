@@ -819,13 +819,14 @@ def prepare(target: TargetStage, group: BackboneGroup) -> TargetData:
     }
     size = sum(decoder.estimate_bytes(selection) for selection in selected.selections.values())
     in_memory = spec.data.decode == "auto" and size <= MEMORY_BYTES
+    num_left_out = Counter(row.split for row in splits.left_out)
     if in_memory or spec.data.decode == "memory":
-        num_left_out = Counter(row.split for row in splits.left_out)
         parts = {
             name: rows.in_memory(spec.data.max_bad_rows, num_left_out=num_left_out[name])
             for name, rows in parts.items()
         }
-    parts["train"], untrainable = _trainable(target, parts["train"])
+    parts["train"], untrainable = _trainable(target, parts["train"], num_left_out["train"])
+    num_left_out["train"] += len(untrainable)
     bad += untrainable
     unlabelled, unreadable = _unlabelled_rows(target, reading)
     bad += unreadable
@@ -856,6 +857,7 @@ def prepare(target: TargetStage, group: BackboneGroup) -> TargetData:
         key=spec_hash(target.key, reading.modality_spec.to_json()),
         reads=() if are_in_memory and not is_read_again else (*splits.reads, *further_reads),
         findings=tuple(findings(target, reading)),
+        num_left_out=dict(num_left_out),
     )
 
 
@@ -917,10 +919,13 @@ def _select_rows(target: TargetStage, reading: TargetReading) -> _SelectedRows:
     return _SelectedRows(selections, dict(token_rows.PACKED), bad, [note])
 
 
-def _trainable(target: TargetStage, rows: Rows) -> tuple[Rows, list[BadRow]]:
+def _trainable(target: TargetStage, rows: Rows, num_left_out: int) -> tuple[Rows, list[BadRow]]:
     """Return the training rows without those that are too short to train on.
 
     Their costs are computed where batches are made by cost.
+
+    Args:
+        num_left_out: As in `check_bad_row_budget`.
     """
     spec = target.spec
     objective = registry.get("objective", spec.objective.name)
@@ -934,7 +939,7 @@ def _trainable(target: TargetStage, rows: Rows) -> tuple[Rows, list[BadRow]]:
     rows = rows.with_costs()
     if not is_streamed:
         return rows, []
-    kept, bad = train_source.drop_untrainable(rows, spec.data.max_bad_rows)
+    kept, bad = train_source.drop_untrainable(rows, spec.data.max_bad_rows, num_left_out)
     place = rows.selection.manifest.location
     left_out = [("train", place(row), reason) for row, reason in bad]
     return kept if has_costs else replace(kept, costs=None), left_out

@@ -132,6 +132,21 @@ class TargetData:
     """Findings about its rows from before training, for terminal and report."""
     unlabelled: Rows | None = None
     """Rows of ``targets.x.unlabelled``."""
+    num_left_out: Mapping[str, int] = field(default_factory=dict)
+    """Number of rows of each split that were left out before any was decoded."""
+
+    def check_bad_rows(self, split: str, bad: Iterable[tuple[int, str]]) -> None:
+        """Raise TooManyBadRowsError where too many rows of a split are bad.
+
+        The budget is that of the whole split, also where few of its rows are read.
+
+        Args:
+            split: train, validation or test.
+            bad: Row id and reason of those that could not be read.
+        """
+        rows: Rows = getattr(self, split)
+        budget, left_out = self.spec.data.max_bad_rows, self.num_left_out.get(split, 0)
+        check_bad_row_budget(bad, len(rows), budget, rows.selection, left_out)
 
     @property
     def without_labels(self) -> Rows:
@@ -627,9 +642,11 @@ def run(
     if reads_source(technique):
         technique.read_source(source_task(trial, shared))
     task, transfer_note, start_hash = build_task(trial, shared, technique)
-    history = history_of(folder, [trial], shared)
+    plan = order_of(trial, shared, train, rows)
+    history = history_of(folder, [trial], shared, plan)
     if ranks.is_first:
         history.drop_incompatible(shared.remake)
+    has_labels = not is_without_labels(trial)
     finished = experiment.run(
         Experiment(
             task=task,
@@ -639,17 +656,20 @@ def run(
             steps=steps,
             seed=mix(shared.seed, trial.seed, 3),
             rows=rows,
-            plan=order_of(trial, shared, train, rows),
+            plan=plan,
             validation=data.validation,
             metrics=data.metrics,
             eval_batch=EVAL_ROWS,
             max_bad_rows=data.spec.data.max_bad_rows,
+            # rows without labels are another set, of which none was left out
+            num_left_out=data.num_left_out if has_labels else {},
+            split_rows=len(data.train) if has_labels else None,
             folder=folder,
             log_folder=folder,
             stream_rows=_stream_rows(trial, shared),
             # few labels make a small batch, and alignment needs a large one
             stream_batch=with_hyper_parameters(data.spec.train, trial.train_settings).global_batch,
-            has_labels=not is_without_labels(trial),
+            has_labels=has_labels,
             restart_if_damaged=True,
             on_start=history.start,
             on_validation=report,
@@ -695,13 +715,22 @@ def run(
     return record
 
 
-def history_of(folder: str, trials: list[Trial], shared: Shared) -> resume_history.ResumeHistory:
-    """Return the history of the resume points of trials that differ only in seeds and settings."""
+def history_of(
+    folder: str, trials: list[Trial], shared: Shared, plan: Plan | None = None
+) -> resume_history.ResumeHistory:
+    """Return the history of the resume points of trials that differ only in seeds and settings.
+
+    Args:
+        plan: The order of their rows, where it may differ from that of the resume points.
+    """
     first = trials[0]
     spec = shared.targets[first.target, first.backbone_key].spec
     now = made_by(spec, shared.backbone_groups[first.backbone_key], first.technique)
     weights = shared.parent_weights.get(first.source)
-    return resume_history.ResumeHistory(folder, now, weights, [trial.id for trial in trials])
+    # the other settings of a plan are part of a trial's id
+    order = f"{plan.rows} rows, shuffled by {plan.shuffle}" if plan else ""
+    ids = [trial.id for trial in trials]
+    return resume_history.ResumeHistory(folder, now, weights, ids, order)
 
 
 def _stream_rows(trial: Trial, shared: Shared) -> dict[str, Rows]:
@@ -754,7 +783,7 @@ def predict_test(
     test = evaluate.predictions(task, batches, preprocess, ranks, autocast(), bad.extend)
     # each rank has read a part of the rows, and the budget is of all of them
     bad = list(itertools.chain.from_iterable(evaluate.gather_objects(bad, ranks)))
-    check_bad_row_budget(bad, len(data.test), data.spec.data.max_bad_rows, data.test.selection)
+    data.check_bad_rows("test", bad)
     test, frames = evaluate.Postprocessor(data.test).rollout_evaluation(task, test)
     return task, evaluate.gather_predictions(test, ranks), frames
 

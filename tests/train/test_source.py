@@ -25,7 +25,7 @@ from pipeline.config import registry
 from pipeline.config.schema import ComponentConfig, Job, Train
 from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.data import manifests
-from pipeline.data.stream import DataWorkers, TooManyBadRowsError
+from pipeline.data.stream import DataWorkers, Rows, TooManyBadRowsError
 from pipeline.io import storage
 from pipeline.io.file_identity import ChangedFileError
 from pipeline.train import pretrain, source, token_rows
@@ -838,6 +838,11 @@ def test_transcripts_that_no_recording_holds_are_known_before_training_whatever_
     ] and fitted.num_left_out == 2
     with pytest.raises(TooManyBadRowsError, match=r"3 of 24 rows cannot be used.*b\.parquet row 9"):
         pretrain.decode_once(pretrain.rank_job(stage, fitted, DataWorkers(), 1))
+    assert stage.splits is not None
+    rows = Rows(stage.splits.train, pretrain.decoder_of(fitted)).with_costs()
+    assert len(source.drop_untrainable(rows, 0.1)[1]) == 2
+    with pytest.raises(TooManyBadRowsError, match="3 of 25 rows cannot be used"):
+        source.drop_untrainable(rows, 0.1, num_left_out=1)
 
 
 # ---------------------------------------------------------------- images that cannot be decoded

@@ -348,7 +348,7 @@ def positions_of(objective: str):
 def test_majority_of_positions_is_the_share_of_each_class(objective):
     built, _ = positions_of(objective)
     known = built.task.objective
-    train = baseline_trials.read(built.rows, baseline("majority"), known, 0.0)
+    train = baseline_trials.read(built.rows, baseline("majority"), known)
     assert len(train.inputs) == (train.labels >= 0).sum() > len(built.rows)
     found = baseline_trials.choose(baseline("majority"), known, train, train, ("loss",), 0)
     labels = train.labels[train.labels >= 0]
@@ -364,7 +364,7 @@ def test_positions_are_judged_as_those_of_a_network(objective):
     known, kind = built.task.objective.eval(), registry.get("objective", objective)
     batch = take(built.rows, np.arange(len(built.rows)))
     built.task.eval()
-    part_of = baseline_trials.read(built.rows, baseline("majority"), known, 0.0)
+    part_of = baseline_trials.read(built.rows, baseline("majority"), known)
     with torch.no_grad():
         expected = known.predict(built.task.backbone, batch)
         if objective == "hourly":

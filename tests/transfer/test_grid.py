@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,8 @@ from pipeline.config.schema import ComponentConfig, Job, Train
 from pipeline.core.contracts import Technique
 from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.data import manifests
-from pipeline.data.stream import Rows
+from pipeline.data.stream import Rows, TooManyBadRowsError
+from pipeline.io import checksums
 from pipeline.report.trial_record import TrialRecord
 from pipeline.techniques.linear_probe import LinearProbe
 from pipeline.transfer import cached_heads, fanout, grid
@@ -750,6 +752,22 @@ def test_a_trial_that_failed_keeps_its_resume_points_for_the_next_run(paths, tmp
     assert not Path(one_trial.checkpoint_folder(shared, one)).exists()
 
 
+def test_a_trial_starts_again_where_its_rows_come_in_another_order(paths, tmp_path, monkeypatch):
+    """Else rows of the epoch would come twice, and others never."""
+    monkeypatch.setattr("pipeline.train.pretrain.ROWS_SHUFFLE_BYTES", 0)
+    job = job_of(tmp_path, paths, {"checkpoint_every_steps": 4})
+    shared = shared_of(tmp_path, job, paths)
+    one = trial_of(job, shared, "full")
+    with pytest.raises(Killed):
+        one_trial.run(one, shared, on_step=killed_after(7))
+    streamed(job, shared, paths)  # as with data.decode: train
+    messages: list[str] = []
+    with checksums.notifications_to(messages.append):
+        record = one_trial.run(one, shared)
+    assert record.resumed_from == 0
+    assert "trained on rows in another order than now (data.decode, or which" in messages[0]
+
+
 def streamed(job: Job, shared, paths) -> None:
     """The target's rows read from their files as the trials of ``shared`` go on."""
     ((place, data),) = shared.targets.items()
@@ -793,6 +811,38 @@ def test_a_target_beyond_memory_is_shuffled_by_the_sources_rule(
     assert len(reads) == 32 and (epochs < most if most else epochs > 5), (
         f"each row group is read {epochs:.1f} times an epoch"
     )
+
+
+def write_damaged(path: str, unreadable: Iterable[int], unlabelled: Iterable[int] = ()) -> None:
+    """Write a file of images again, with rows that have no picture or no label."""
+    table = pq.read_table(path)
+    pictures, classes = table["picture"].to_pylist(), table["class"].to_pylist()
+    for row in unreadable:
+        pictures[row] = b"no picture"
+    for row in unlabelled:
+        classes[row] = None
+    pq.write_table(pa.table({"picture": pictures, "class": classes}), path, row_group_size=16)
+
+
+def test_bad_rows_of_a_trial_with_few_labels_count_against_those_of_the_whole_split(tmp_path):
+    paths = image_files(tmp_path / "data", {"train": 200, "validation": 8, "test": 8})
+    job = changed(job_of(tmp_path, paths), "targets.task.data.decode", "train")
+    few = trial_of(job, shared_of(tmp_path, job, paths), "full", fraction=4)
+    drawn = one_trial.labelled_rows(few, shared_of(tmp_path, job, paths))
+    write_damaged(paths["train"], unreadable=drawn[:2])
+    shared = shared_of(tmp_path, job, paths)
+    record = one_trial.run(trial_of(job, shared, "full", fraction=4), shared)
+    assert len(drawn) == 12 and record.rows[0].n_train == 10, "0.01 of 200 rows may be bad"
+
+
+@pytest.mark.parametrize("decode", ["memory", "train"])
+def test_rows_without_a_label_count_against_the_budget_wherever_rows_are_decoded(tmp_path, decode):
+    paths = image_files(tmp_path / "data", {"train": 200, "validation": 8, "test": 8})
+    write_damaged(paths["train"], unreadable=[100], unlabelled=[5, 6])
+    job = changed(job_of(tmp_path, paths), "targets.task.data.decode", decode)
+    with pytest.raises(TooManyBadRowsError, match=r"3 of 200 rows cannot be used.*row 100: "):
+        shared = shared_of(tmp_path, job, paths)
+        one_trial.run(trial_of(job, shared, "full"), shared)
 
 
 def test_a_search_trial_never_reads_the_test_rows(world, paths, tmp_path):

@@ -71,7 +71,7 @@ def test_they_are_those_of_scikit_learn(discrete):
         tables = [in_classes(table) for table in tables]
     _, objective, (rows, others) = case(tables)
     one = baseline(neighbours=[3])
-    train, test = (baseline_trials.read(each, one, objective, 0.0) for each in (rows, others))
+    train, test = (baseline_trials.read(each, one, objective) for each in (rows, others))
     names = ("macro_f1", "accuracy") if discrete else ("action_error", "loss")
     chosen = baseline_trials.choose(one, objective, train, test, names, 0)
     found = chosen.scores(test.inputs)
@@ -108,7 +108,7 @@ def test_actions_are_judged_as_those_of_a_network(options, discrete):
         return
     table = in_classes(episodes(12)) if discrete else episodes(12)
     backbone, objective, (rows,) = case([table], **options)
-    part = baseline_trials.read(rows, baseline("majority"), objective, 0.0)
+    part = baseline_trials.read(rows, baseline("majority"), objective)
     batch = Batch(
         np.arange(len(rows)), torch.zeros(len(rows)), rows.modality.collate(dict(rows.arrays))
     )
@@ -135,7 +135,7 @@ def test_the_mean_action_is_that_of_the_labelled_steps():
     robot = {"robots": ("cart",), "least": 4, "most": 4}
     _, objective, (rows, others) = case([episodes(10, **robot), episodes(6, seed=1, **robot)])
     one = baseline("majority")
-    train, test = (baseline_trials.read(each, one, objective, 0.0) for each in (rows, others))
+    train, test = (baseline_trials.read(each, one, objective) for each in (rows, others))
     chosen = baseline_trials.choose(one, objective, train, test, ("action_error",), 0)
     done = np.concatenate(episodes(10, **robot)["actions"].to_pylist())
     of_test = np.concatenate(episodes(6, seed=1, **robot)["actions"].to_pylist())
@@ -180,7 +180,7 @@ def test_in_a_demonstrated_world_it_does_what_was_demonstrated():
     columns = {name: name for name in table.column_names}
     _, objective, (rows,) = case([table], columns)
     one = baseline(neighbours=[1])
-    train = baseline_trials.read(rows, one, objective, 0.0)
+    train = baseline_trials.read(rows, one, objective)
     chosen = baseline_trials.choose(one, objective, train, train, ("action_error",), 0)
     assert chosen.metrics["action_error"] == pytest.approx(0.0, abs=1e-9)
     predictions = baseline_trials.predict(objective, chosen.scores(train.inputs), train)
