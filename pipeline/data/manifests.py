@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import registry
 from pipeline.config.registry import nearest
-from pipeline.config.schema import Data, spec_hash
+from pipeline.config.schema import Data, changed_fields, spec_hash
 from pipeline.core import arrow_lists
 from pipeline.core.arrow_compute import pc
 from pipeline.core.capabilities import columns_of, file_columns, readable_columns
@@ -861,6 +861,7 @@ def _splits(
     unused = ""
     if data.split_column:
         given, unused = _declared_splits(train, data, data.split_column, at)
+        _check_fractions(given, data, at)
         train = given["train"]
         descriptions.append(f"column {data.split_column}")
     for name in ("validation", "test"):
@@ -874,6 +875,11 @@ def _splits(
     to_draw = {
         name: fraction for name, fraction in fractions.items() if fraction > 0 and name not in given
     }
+    if fold is None and not to_draw and "split_seed" in changed_fields(data):
+        raise ValueError(
+            f"{at}.split_seed: no rows are held out by validation_fraction or test_fraction: "
+            "leave it out"
+        )
     unit_column = _split_unit(data, manifest) if fold is not None or to_draw else None
     by_hash = f"by hash of {unit_column or 'the row'}"
     seed = f" (split_seed {data.split_seed})" if data.split_seed else ""
@@ -951,6 +957,18 @@ def _declared_splits(
         return given, ""
     rows = "row is" if num_unused == 1 else "rows are"
     return given, f"{num_unused} {rows} in no split by {split_column}: {description}"
+
+
+def _check_fractions(given: Mapping[str, Selection], data: Data, at: str) -> None:
+    """Raise ValueError for a fraction of a split that `split_column` gives."""
+    for name in ("validation", "test"):
+        field = f"{name}_fraction"
+        is_stated = getattr(data, field) > 0 and field in changed_fields(data)
+        if is_stated and name in given:
+            raise ValueError(
+                f"{at}.{field}: column {data.split_column} names {len(given[name])} {name} rows, "
+                "so no others are held out: leave it out"
+            )
 
 
 def _draw_split(

@@ -410,6 +410,24 @@ def test_a_declared_split_column_is_obeyed(tmp_path, split):
     )
 
 
+def test_fractions_and_seeds_of_splits_that_a_column_gives_are_refused(tmp_path, split):
+    frame = people(0, 60)
+    frame["part"] = ["train", "dev", "test"] * 20
+    frame["half"] = ["train", "test"] * 30
+    uri = str(write(tmp_path / "a.parquet", frame))
+    for field in ("validation_fraction", "test_fraction"):
+        name = field.removesuffix("_fraction")
+        message = f"targets.t.data.{field}: column part names 20 {name} rows, so no others are held"
+        with pytest.raises(ValueError, match=message):
+            split(uri=uri, split_column="part", **{field: 0.2})
+    with pytest.raises(ValueError, match=r"targets\.t\.data\.split_seed: no rows are held out by"):
+        split(uri=uri, split_column="part", split_seed=1)
+    nothing = split(uri=uri, split_column="part", validation_fraction=0, test_fraction=0)
+    assert len(nothing.train) == len(nothing.validation) == len(nothing.test) == 20
+    drawn = split(uri=uri, split_column="half", validation_fraction=0.2, split_seed=1)
+    assert len(drawn.test) == 30 and 0 < len(drawn.validation) < 15
+
+
 def test_a_value_of_the_split_column_is_one_split_alone(tmp_path, split):
     """Published validation rows taken for the test are not the validation rows as well, though
     nothing else is said of these.
