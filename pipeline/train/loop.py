@@ -440,7 +440,9 @@ class _Progress:
 
     def __init__(self, run: TrainingRun, saved: ResumePoint | None, damaged: list[str]):
         device = run.ranks.device
-        self.run, self.damaged, self.warning = run, damaged, ""
+        slow_average = optim.describe_slow_average(run.train, run.steps)
+        self.run, self.warning = run, ""
+        self.start_warnings = [*damaged, *([slow_average] if slow_average else [])]
         self.start = saved["step"] if saved else 0
         self.curve = saved["curve"] if saved else []
         self.bad_rows = dict(saved["bad_rows"]) if saved else {}
@@ -502,7 +504,7 @@ class _Progress:
             record["resumed_from"] = self.start
         means = {name: value / count if count else float("nan") for name, value in sums.items()}
         record = with_numbers(record, means)
-        warnings = [*self.damaged, *([self.warning] if self.warning else [])]
+        warnings = [*self.start_warnings, *([self.warning] if self.warning else [])]
         if warnings:
             record["warning"] = "; ".join(warnings)
         self.window.zero_()

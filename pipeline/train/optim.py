@@ -246,6 +246,23 @@ class WeightAverage:
             self.average[name].copy_(newest)
 
 
+MAX_INITIAL_SHARE = 0.05
+"""There is a warning where a larger share of ``train.ema`` is the weights before training."""
+
+
+def describe_slow_average(train: Train, steps: int) -> str:
+    """Return a warning where ``train.ema`` is too slow for a run of so many steps, or ""."""
+    if train.ema is None or train.ema**steps <= MAX_INITIAL_SHARE:
+        return ""
+    share = train.ema**steps
+    largest = math.floor(MAX_INITIAL_SHARE ** (1 / steps) * 1e4) / 1e4
+    return (
+        f"train.ema: {train.ema:g} is slow for {steps} steps: {share:.0%} of the average, which is "
+        "validated and kept, is still the weights before training; set it to at most "
+        f"{largest:g}, or train longer"
+    )
+
+
 def weight_average(
     task: nn.Module, technique: Technique, train: Train, steps: int
 ) -> WeightAverage | None:

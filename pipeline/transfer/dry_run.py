@@ -14,7 +14,7 @@ from pipeline.core.contracts.objective_capabilities import couples_rows
 from pipeline.core.contracts.technique_capabilities import adapts_without_labels
 from pipeline.report import plots
 from pipeline.report.code_versions import OTHER, describe_changes
-from pipeline.train import loop, source
+from pipeline.train import loop, optim, source
 from pipeline.train.experiment import technique_of
 from pipeline.transfer import budget, existing_trials, grid, job_state, planned_trials
 from pipeline.transfer.job_state import JobState
@@ -68,6 +68,7 @@ def _describe_source(name: str, stage: source.SourceStage) -> list[str]:
         f"{_size(spec.train)} on {spec.workers} {'rank' if spec.workers == 1 else 'ranks'}; "
         f"{stage.splits.sizes()} [{done}]",
         *_idle_patience(f"source {name}", spec.train, steps, takes_last),
+        *_slow_average(f"source {name}", spec.train, steps),
     ]
 
 
@@ -93,6 +94,12 @@ def _idle_patience(place: str, train: Train, steps: int | str, takes_last: bool)
         f"warning: {place}: train.patience: {train.patience} ends no run early, as {steps} steps "
         f"have {count} validations: lower it or train.eval_every_steps"
     ]
+
+
+def _slow_average(place: str, train: Train, steps: int | str) -> list[str]:
+    """Return a warning where ``train.ema`` is too slow for the steps of a run."""
+    text = optim.describe_slow_average(train, steps) if isinstance(steps, int) else ""
+    return [f"warning: {place}: {text}"] if text else []
 
 
 def validations(train: Train, steps: int) -> int:
@@ -295,6 +302,7 @@ def _add_fraction(
     )
     if entries and not is_drawn:
         cost.lines += _idle_patience(place, train, longest, takes_last=not fraction)
+        cost.lines += _slow_average(place, train, longest)
     if size is not None and allocation is not None:
         cost.lines.append(f"{place}, budget: {budget.describe(allocation, size, seeds)}")
 

@@ -194,6 +194,19 @@ def same_at_any_micro_batch(make, sizes=(1, 2, 4, 8), steps=3):
     assert len(found[0]) == steps
 
 
+@pytest.mark.parametrize(("ema", "is_slow"), [(0.99, True), (0.5, False)])
+def test_an_average_that_is_mostly_the_start_is_told_in_the_log(rows, ema, is_slow):
+    run = make_run(rows, net_task(), steps=5, ema=ema, lr=0.01, log_every_steps=5)
+    logs = []
+    run.on_log = logs.append
+    loop.fit(run)
+    text = (
+        "train.ema: 0.99 is slow for 5 steps: 95% of the average, which is validated and kept, is "
+        "still the weights before training; set it to at most 0.5492, or train longer"
+    )
+    assert [log.get("warning") for log in logs] == [text if is_slow else None]
+
+
 @pytest.mark.parametrize(
     ("rows", "size", "parts"),
     [(8, 2, [2, 2, 2, 2]), (7, 2, [2, 2, 3]), (3, 2, [3]), (4, 3, [2, 2]), (3, 1, [1, 1, 1])],

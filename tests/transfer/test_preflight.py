@@ -451,6 +451,16 @@ def test_patience_of_what_takes_its_last_weights_is_told():
     assert not dry_run._idle_patience("source a", Train(), 100, takes_last=True)
 
 
+def test_an_average_that_is_mostly_the_start_is_told(tmp_path, models, texts):  # noqa: F811
+    train = {"steps": 10, "global_batch": 4, "ema": 0.99}
+    job = job_of(tmp_path, models["bert"], texts, "classification", COLUMNS, train=train)
+    (line,) = [one for one in dry_run.describe(checked(job)) if "train.ema" in one]
+    assert line.startswith(
+        "warning: target task at 1.0 labels: train.ema: 0.99 is slow for 10 steps: 90% of the "
+    )
+    assert not dry_run._slow_average("source a", Train(ema=0.7), 10)
+
+
 def test_4_bits_without_their_library_are_refused_once(tmp_path, models, monkeypatch):  # noqa: F811
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ValueError) as error:
