@@ -265,7 +265,8 @@ class Data(Spec):
         description="where rows are decoded. memory: once, into shared memory; workers: in Ray "
         "Data workers; train: in the training process; device: images, by the GPU's JPEG decoder; "
         "auto: sources in Ray Data workers, targets in memory if they fit. workers and device: "
-        "sources only",
+        "sources only. It is in no key: a run goes on with another one, though a GPU's decoder "
+        "gives slightly other pixels",
     )
     shuffle: Literal["auto", "rows", "blocks"] = Field(
         "auto",
@@ -817,7 +818,8 @@ class Target(Spec):
         0,
         ge=0,
         description="processes that train a trial together (ranks of DDP); 0: the trial's own "
-        "process alone",
+        "process alone. Trials with another number are other trials, as batch norm sees the rows "
+        "of one process",
     )
 
     @model_validator(mode="after")
