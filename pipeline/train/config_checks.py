@@ -25,7 +25,7 @@ from pipeline.core.contracts.objective_capabilities import (
 )
 from pipeline.core.contracts.technique_capabilities import (
     AddsModules,
-    AveragesWeights,
+    averages_weights,
     keeps_modules,
     reads_source,
 )
@@ -165,7 +165,7 @@ def check_averages(place: str, spec: Source) -> None:
     )
     if spec.train.ema is not None:
         raise ValueError(f"{place}.train.ema: {reason}: leave it out")
-    if isinstance(technique_of(spec.technique), AveragesWeights):
+    if averages_weights(technique_of(spec.technique)):
         raise ValueError(f"{place}.technique: {reason}: use full")
 
 

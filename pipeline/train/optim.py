@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.config.schema import Train
 from pipeline.core.contracts import Task, Technique
-from pipeline.core.contracts.technique_capabilities import AveragesWeights
+from pipeline.core.contracts.technique_capabilities import averages_weights
 
 
 def apply_rates(
@@ -257,8 +257,8 @@ def describe_slow_average(train: Train, steps: int) -> str:
     share = train.ema**steps
     largest = math.floor(MAX_INITIAL_SHARE ** (1 / steps) * 1e4) / 1e4
     return (
-        f"train.ema: {train.ema:g} is slow for {steps} steps: {share:.0%} of the average, which is "
-        "validated and kept, is still the weights before training; set it to at most "
+        f"train.ema: {train.ema:g} is slow for {steps} steps: {100 * share:.0f} % of the average, "
+        "which is validated and kept, is still the weights before training; set it to at most "
         f"{largest:g}, or train longer"
     )
 
@@ -271,7 +271,7 @@ def weight_average(
     Raises:
         ValueError: The technique averages, and ``train.ema`` is set.
     """
-    if isinstance(technique, AveragesWeights):
+    if averages_weights(technique):
         if train.ema:
             name = technique.registered_name
             raise ValueError(f"technique {name} averages the weights itself: leave train.ema out")

@@ -201,7 +201,7 @@ def test_an_average_that_is_mostly_the_start_is_told_in_the_log(rows, ema, is_sl
     run.on_log = logs.append
     loop.fit(run)
     text = (
-        "train.ema: 0.99 is slow for 5 steps: 95% of the average, which is validated and kept, is "
+        "train.ema: 0.99 is slow for 5 steps: 95 % of the average, which is validated and kept, is "
         "still the weights before training; set it to at most 0.5492, or train longer"
     )
     assert [log.get("warning") for log in logs] == [text if is_slow else None]

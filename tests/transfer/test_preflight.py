@@ -456,7 +456,7 @@ def test_an_average_that_is_mostly_the_start_is_told(tmp_path, models, texts):  
     job = job_of(tmp_path, models["bert"], texts, "classification", COLUMNS, train=train)
     (line,) = [one for one in dry_run.describe(checked(job)) if "train.ema" in one]
     assert line.startswith(
-        "warning: target task at 1.0 labels: train.ema: 0.99 is slow for 10 steps: 90% of the "
+        "warning: target task at 100 % labels: train.ema: 0.99 is slow for 10 steps: 90 % of the "
     )
     assert not dry_run._slow_average("source a", Train(ema=0.7), 10)
 

@@ -287,6 +287,11 @@ class ChecksBackbone(Protocol):
         ...
 
 
+def averages_weights(technique: Any) -> TypeIs[AveragesWeights]:
+    """Return whether a technique's result is an average of the weights of its steps."""
+    return isinstance(technique, AveragesWeights)
+
+
 def adapts_without_labels(technique: Any) -> TypeIs[AdaptsWithoutLabels]:
     """Return whether a technique needs no label of the target."""
     return isinstance(technique, AdaptsWithoutLabels)
