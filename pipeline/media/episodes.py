@@ -227,7 +227,8 @@ def _statistics(
     ]
     count = sum(len(part) for part in parts)
     mean = np.sum([part.sum(0, dtype=np.float64) for part in parts], axis=0) / count
-    std = np.sqrt(np.sum([np.square(part - mean).sum(0) for part in parts], axis=0) / count)
+    squares = np.sum([np.square(part - mean).sum(0) for part in parts], axis=0)
+    std = np.sqrt(squares / count)
     size = np.max([np.abs(part).max(0) for part in parts], axis=0)
     std = divisors(std, size)
     return {

@@ -69,9 +69,10 @@ def crop_window(u: Tensor, side: int, area: tuple[float, float], flip: bool) -> 
     ratio = torch.exp((u[:, 1] * 2 - 1) * math.log(4 / 3))
     width = (share * ratio).sqrt().clamp(max=1) * side
     height = (share / ratio).sqrt().clamp(max=1) * side
-    return CropWindow(
-        (side - width) * u[:, 2], (side - height) * u[:, 3], width, height, (u[:, 4] < 0.5) & flip
-    )
+    left = (side - width) * u[:, 2]
+    top = (side - height) * u[:, 3]
+    mirrored = (u[:, 4] < 0.5) & flip
+    return CropWindow(left, top, width, height, mirrored)
 
 
 def zoom_window(u: Tensor, side: int, zoom: tuple[float, float], flip: bool) -> CropWindow:
@@ -87,9 +88,10 @@ def zoom_window(u: Tensor, side: int, zoom: tuple[float, float], flip: bool) -> 
     """
     low, high = math.log(zoom[0]), math.log(zoom[1])
     width = side * torch.exp(-(low + (high - low) * u[:, 0]))
-    return CropWindow(
-        (side - width) * u[:, 1], (side - width) * u[:, 2], width, width, (u[:, 3] < 0.5) & flip
-    )
+    left = (side - width) * u[:, 1]
+    top = (side - width) * u[:, 2]
+    mirrored = (u[:, 3] < 0.5) & flip
+    return CropWindow(left, top, width, width, mirrored)
 
 
 def shift_window(u: Tensor, side: int, reach: float, flip: bool) -> CropWindow:
@@ -171,8 +173,12 @@ def resample_mask(mask: Tensor, window: CropWindow, size: int) -> Tensor:
     side = mask.shape[-1]
     x, y = (centre.floor().long() for centre in window.centres(size))
     rows = torch.arange(len(mask), device=mask.device)[:, None, None]
-    classes = mask[rows, y.clamp(0, side - 1)[:, :, None], x.clamp(0, side - 1)[:, None, :]]
-    inside = ((y >= 0) & (y < side))[:, :, None] & ((x >= 0) & (x < side))[:, None, :]
+    nearest_row = y.clamp(0, side - 1)[:, :, None]
+    nearest_column = x.clamp(0, side - 1)[:, None, :]
+    classes = mask[rows, nearest_row, nearest_column]
+    row_inside = (y >= 0) & (y < side)
+    column_inside = (x >= 0) & (x < side)
+    inside = row_inside[:, :, None] & column_inside[:, None, :]
     return torch.where(inside, classes, torch.full_like(classes, IGNORED))
 
 
@@ -243,7 +249,8 @@ def resize_bilinear(x: Tensor, window: CropWindow, size: int) -> Tensor:
     For windows that do not shrink: it costs a quarter of ``resize_antialiased``.
     """
     across, down = window.centres(size)
-    across, down = across[:, None].expand(-1, size, -1), down[:, :, None].expand(-1, -1, size)
+    across = across[:, None].expand(-1, size, -1)
+    down = down[:, :, None].expand(-1, -1, size)
     grid = torch.stack([across, down], 3) * (2 / x.shape[-1]) - 1
     return F.grid_sample(
         x.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False
@@ -282,7 +289,8 @@ def grey(x: Tensor) -> Tensor:
     """Return (B, 1, S, S) luminance."""
     if x.shape[1] == 1:
         return x
-    return GREY[0] * x[:, :1] + GREY[1] * x[:, 1:2] + GREY[2] * x[:, 2:3]
+    red, green, blue = x[:, :1], x[:, 1:2], x[:, 2:3]
+    return GREY[0] * red + GREY[1] * green + GREY[2] * blue
 
 
 def brightness(x: Tensor, factor: Tensor) -> Tensor:
@@ -296,7 +304,8 @@ def contrast(x: Tensor, factor: Tensor) -> Tensor:
     Args:
         factor: (B, 1, 1, 1) share of the image.
     """
-    return (x * factor + grey(x).mean((1, 2, 3), keepdim=True) * (1 - factor)).clamp(0, 1)
+    mean = grey(x).mean((1, 2, 3), keepdim=True)
+    return (x * factor + mean * (1 - factor)).clamp(0, 1)
 
 
 def saturation(x: Tensor, factor: Tensor) -> Tensor:
@@ -364,9 +373,9 @@ def blur(x: Tensor, sigma: Tensor) -> Tensor:
     radius = max(1, side // 20)
     along = torch.arange(side, device=x.device)
     taps = torch.exp(-0.5 * (torch.arange(radius + 1, device=x.device) / sigma[:, None]) ** 2)
-    taps = torch.cat(
-        [taps / (2 * taps.sum(1, keepdim=True) - taps[:, :1]), torch.zeros_like(taps[:, :1])], 1
-    )
+    total = 2 * taps.sum(1, keepdim=True) - taps[:, :1]
+    beyond_radius = torch.zeros_like(taps[:, :1])
+    taps = torch.cat([taps / total, beyond_radius], 1)
     new, old = along[:, None], along[None, :]
     # distances to the reflections of a pixel in both borders
     before = torch.where(old > 0, new + old, radius + 1)
@@ -440,7 +449,9 @@ def rand_augment(
     4).
     """
     signed = SIGNED[:4] if still else SIGNED
-    kinds = ((u[:, :2] * (len(signed) + len(UNSIGNED))).long() * 2 + (u[:, 2:] < 0.5)).cpu()
+    operations = (u[:, :2] * (len(signed) + len(UNSIGNED))).long()
+    negative = u[:, 2:] < 0.5
+    kinds = (operations * 2 + negative).cpu()
     out, level = x.clone(), magnitude / 30
     for turn in range(2):
         for kind, rows in _groups(

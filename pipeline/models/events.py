@@ -127,7 +127,8 @@ class Static(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         codes = batch["codes"]
-        of_codes = self.codes(codes).sum(1) / (codes > 0).sum(1, keepdim=True).clamp(min=1).sqrt()
+        count = (codes > 0).sum(1, keepdim=True).clamp(min=1)
+        of_codes = self.codes(codes).sum(1) / count.sqrt()
         return torch.tanh(
             self.numbers(
                 torch.cat([batch["numbers"], batch["numbers_known"].to(batch["numbers"].dtype)], 1)
@@ -180,7 +181,8 @@ def _running_max(x: Tensor) -> Tensor:
     # ONNX has no cummax: after each round the maximum is over twice as many steps
     distance = 1
     while distance < x.shape[1]:
-        x = torch.cat([x[:, :distance], torch.maximum(x[:, distance:], x[:, :-distance])], 1)
+        later = torch.maximum(x[:, distance:], x[:, :-distance])
+        x = torch.cat([x[:, :distance], later], 1)
         distance *= 2
     return x
 
@@ -207,7 +209,8 @@ class Grid(nn.Module):
         at = torch.arange(value.shape[1], device=value.device)
         last = _running_max(torch.where(seen, at[:, None], -1))
         value = value.gather(1, last.clamp(min=0)) * (last >= 0)
-        ago = torch.where(last >= 0, at[:, None] - last, at[:, None] + 1) * (self.step / (2 * DAY))
+        steps_ago = torch.where(last >= 0, at[:, None] - last, at[:, None] + 1)
+        ago = steps_ago * (self.step / (2 * DAY))
         x = torch.cat([value, seen.to(value.dtype), ago.to(value.dtype).clamp(max=2.0)], 2)
         tokens, _ = self.gru(self.drop(torch.relu(self.enter(x) + static[:, None])))
         real = at < steps[:, None]

@@ -416,7 +416,8 @@ def spectrograms(
             f"a recording of {seconds:.4g} s: {type(extractor).__name__} cuts recordings after "
             f"{longest:g} s; `bundle.limit_modality` lowers max_seconds to that"
         )
-    rows = [row[: max(1, n)].numpy() for row, n in zip(wave.float().cpu(), lengths, strict=True)]
+    waves = wave.float().cpu()
+    rows = [row[: max(1, n)].numpy() for row, n in zip(waves, lengths, strict=True)]
     output = extractor(
         rows,
         sampling_rate=extractor.sampling_rate,

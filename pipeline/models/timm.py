@@ -125,7 +125,8 @@ class Timm(Backbone):
         x = m._pos_embed(m.patch_embed(x))
         prefix = m.num_prefix_tokens
         places = (~token_mask).nonzero()[:, 1].view(len(x), -1)
-        kept = x[:, prefix:].gather(1, places[:, :, None].expand(-1, -1, x.shape[2]))
+        index = places[:, :, None].expand(-1, -1, x.shape[2])
+        kept = x[:, prefix:].gather(1, index)
         return m.norm(m.blocks(m.norm_pre(torch.cat([x[:, :prefix], kept], dim=1))))
 
     def convert_checkpoint(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:

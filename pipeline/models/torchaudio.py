@@ -245,7 +245,9 @@ class Torchaudio(Backbone):
         model: Any = self.deepspeech
         c = self.context
         # The earliest frame first
-        x = F.pad(x, (0, 0, c, c)).unfold(1, 2 * c + 1, self.own[0][1]).transpose(2, 3).flatten(2)
+        stride = self.own[0][1]
+        windows = F.pad(x, (0, 0, c, c)).unfold(1, 2 * c + 1, stride)
+        x = windows.transpose(2, 3).flatten(2)
         lengths = conv_arithmetic.count(lengths, self.own)
         x = _packed(model.bi_rnn, model.fc3(model.fc2(model.fc1(x))), lengths)
         return model.fc4(x[:, :, : model.n_hidden] + x[:, :, model.n_hidden :]), lengths

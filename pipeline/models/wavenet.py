@@ -227,5 +227,7 @@ class _Frames(nn.Module):
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
         """``real`` (B, N): the other tokens are 0 before and after, whatever the norm's bias is."""
-        inner = self.wide((self.norm(x) * real[:, :, None]).transpose(1, 2)).relu().transpose(1, 2)
-        return (x + self.out(self.drop(inner))) * real[:, :, None]
+        real = real[:, :, None]
+        normed = (self.norm(x) * real).transpose(1, 2)
+        inner = self.wide(normed).relu().transpose(1, 2)
+        return (x + self.out(self.drop(inner))) * real

@@ -117,9 +117,9 @@ class Push:
 
     def _seen(self) -> np.ndarray:
         place, speed = self.data.qpos, self.data.qvel
-        return np.concatenate([place[:2], speed[:2], place[2:4], speed[2:4], self.goal]).astype(
-            np.float32
-        )
+        pusher = [place[:2], speed[:2]]
+        puck = [place[2:4], speed[2:4]]
+        return np.concatenate([*pusher, *puck, self.goal]).astype(np.float32)
 
 
 class Pushing:

@@ -150,15 +150,17 @@ class RangeWorld:
         front.
         """
         out = np.full((height, width, 3), 255, dtype=np.uint8)
-        scale = min((width - 1) / self.walls[:, 0].max(), (height - 1) / self.walls[:, 1].max())
+        far_x, far_y = self.walls[:, 0].max(), self.walls[:, 1].max()
+        scale = min((width - 1) / far_x, (height - 1) / far_y)
         along = np.linspace(0, 1, 2 * width)[:, None, None]
         front = self.place + RADIUS * np.array([np.cos(self.heading), np.sin(self.heading)])
         ring = np.linspace(0, 2 * np.pi, 60)
         hull = self.place + RADIUS * np.linspace(0.1, 1, 8)[:, None, None] * np.stack(
             [np.cos(ring), np.sin(ring)], 1
         )
+        begin, end = self.walls[:, :2], self.walls[:, 2:]
         for points, colour in (
-            (self.walls[:, :2] + along * (self.walls[:, 2:] - self.walls[:, :2]), (0, 0, 0)),
+            (begin + along * (end - begin), (0, 0, 0)),
             (hull, (200, 40, 40)),
             (self.place + along * (front - self.place), (40, 40, 220)),
         ):

@@ -116,12 +116,14 @@ class Reaching:
         arm = env.unwrapped
         x, y = arm.wanted(1)  # what its action is measured by
         far = np.clip(np.hypot(x, y), abs(UPPER - LOWER) + 0.01, UPPER + LOWER - 1e-4)
-        elbow = np.arccos(np.clip((far**2 - UPPER**2 - LOWER**2) / (2 * UPPER * LOWER), -1, 1))
+        cosine = (far**2 - UPPER**2 - LOWER**2) / (2 * UPPER * LOWER)
+        elbow = np.arccos(np.clip(cosine, -1, 1))
         shoulder = np.arctan2(y, x) - np.arctan2(
             LOWER * np.sin(elbow), UPPER + LOWER * np.cos(elbow)
         )
         joints, speeds = arm.data.qpos[:2], arm.data.qvel[:2]
-        off = np.array([(shoulder - joints[0] + np.pi) % (2 * np.pi) - np.pi, elbow - joints[1]])
+        turn = (shoulder - joints[0] + np.pi) % (2 * np.pi) - np.pi
+        off = np.array([turn, elbow - joints[1]])
         return ((STIFF * off - SLOW * speeds) / GEAR).astype(np.float32)
 
 

@@ -109,8 +109,10 @@ def wilson(hits: float, n: float, level: float = 0.95) -> tuple[float, float]:
     """Return Wilson's interval of a share (1927)."""
     z = float(special.ndtri((1 + level) / 2))
     share = hits / n
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    whole = 1 + z * z / n
+    middle = (share + z * z / (2 * n)) / whole
+    variance = share * (1 - share) / n + z * z / (4 * n * n)
+    half = z * math.sqrt(variance) / whole
     return middle - half, middle + half
 
 

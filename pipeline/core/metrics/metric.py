@@ -328,7 +328,8 @@ def sum_draws(
 def mean_where(values: np.ndarray, there: np.ndarray) -> np.ndarray:
     """Return (R,) means over the first axis of what is there; NaN where nothing is."""
     count = there.sum(0)
-    return np.where(count > 0, np.where(there, values, 0.0).sum(0) / np.maximum(count, 1), np.nan)
+    total = np.where(there, values, 0.0).sum(0)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def f1(hits: np.ndarray, true: np.ndarray, guessed: np.ndarray) -> np.ndarray:

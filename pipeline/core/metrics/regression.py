@@ -67,7 +67,8 @@ def spearman(p: Predictions, counts: np.ndarray) -> np.ndarray:
     x, y = (ranks - (drawn * ranks).sum(0) / total for ranks in (x, y))
     squares = (drawn * x**2).sum(0) * (drawn * y**2).sum(0)
     varies = squares > 0
-    return np.where(varies, (drawn * x * y).sum(0) / np.sqrt(np.where(varies, squares, 1)), np.nan)
+    products = (drawn * x * y).sum(0)
+    return np.where(varies, products / np.sqrt(np.where(varies, squares, 1)), np.nan)
 
 
 def _ranks(values: np.ndarray, drawn: np.ndarray) -> np.ndarray:

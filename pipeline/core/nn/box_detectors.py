@@ -150,9 +150,9 @@ def in_crowd(boxes: Tensor, crowd: Tensor) -> Tensor:
     """
     low = torch.maximum(boxes[:, None, :2], crowd[:, :2])
     high = torch.minimum(boxes[:, None, 2:], crowd[:, 2:])
-    return (
-        (high - low).clamp(min=0).prod(2) >= 0.5 * (boxes[:, 2:] - boxes[:, :2]).prod(1)[:, None]
-    ).any(1)
+    shared_area = (high - low).clamp(min=0).prod(2)
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    return (shared_area >= 0.5 * area[:, None]).any(1)
 
 
 def sums_by_image(values: Tensor, where: Tensor) -> Tensor:
