@@ -351,7 +351,7 @@ def test_labels_without_a_fraction_are_whole_numbers(tmp_path):
     """Of CSV as of Parquet; large whole numbers lose no digit beside them."""
     prepare(
         "table",
-        write(tmp_path / "a.csv", "x,y,id\n1,1.0,9007199254740993\n2,0.0,2.0\n3,1,1e3\n"),
+        write(tmp_path / "a.csv", "x,y,id\n1,1.0,9007199254740993\n2,0.0,2.0\n3,1e0,1000.0\n"),
         tmp_path / "out",
         "label=y",
         "id=id",
