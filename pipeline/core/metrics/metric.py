@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -316,13 +317,14 @@ def sum_draws(
     Returns:
         (count, R) float64, 0 for a group without rows.
     """
-    from scipy.sparse import csr_array
+    from scipy.sparse import csr_array  # pyright: ignore[reportMissingTypeStubs]
 
     rows = np.arange(len(group))
     weight = np.ones(len(group)) if weight is None else weight.astype(np.float64)
     counted = weight != 0
     pairs = group[counted], rows[counted]
-    return csr_array((weight[counted], pairs), shape=(count, len(group))) @ drawn
+    weights: Any = csr_array((weight[counted], pairs), shape=(count, len(group)))
+    return weights @ drawn
 
 
 def mean_where(values: np.ndarray, there: np.ndarray) -> np.ndarray:
