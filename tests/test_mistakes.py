@@ -525,12 +525,26 @@ FILES = [
     ),
     Mistake(
         "a group in two splits",
-        (FILMS, f"{FILMS}\n      group: person\n      split_column: part"),
+        (
+            f"{FILMS}\n      test_fraction: 0.3",
+            f"{FILMS}\n      group: person\n      split_column: part",
+        ),
         ("targets.films.data.group: ", "of person are in more than one split"),
         {
             "films.csv": csv(
                 [(*row, str(i % 4), ("train", "test", "dev")[i % 3]) for i, row in enumerate(ROWS)],
                 "text,label,person,part",
+            )
+        },
+    ),
+    Mistake(
+        "a share of test rows beside a column that names them",
+        (FILMS, f"{FILMS}\n      split_column: part"),
+        ("job.yaml:17: targets.films.data.test_fraction: column part names 20 test rows",),
+        {
+            "films.csv": csv(
+                [(*row, ("train", "test", "dev")[i % 3]) for i, row in enumerate(ROWS)],
+                "text,label,part",
             )
         },
     ),

@@ -73,6 +73,7 @@ MAKES_NO_NUMBERS = frozenset(
         "pipeline.io.heartbeat",
         "pipeline.io.ray_environment",
         "pipeline.io.signals",
+        "pipeline.io.wording",
         "pipeline.transfer.leaks",
         # describes results that are there
         "pipeline.report.results",
