@@ -105,7 +105,7 @@ class ResumeHistory:
         has_other_weights = any(
             metadata.get("parent_weights", self.weights) != self.weights for metadata in records
         )
-        has_other_order = any(
+        has_other_order = bool(self.order) and any(
             metadata.get("order", self.order) != self.order for metadata in records
         )
         difference = ""

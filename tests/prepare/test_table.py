@@ -206,7 +206,20 @@ def test_the_index_that_pandas_writes_is_no_feature(tmp_path):
     }
     prepare(tmp_path / "a.csv", tmp_path / "c", "label=y", "columns=x,Unnamed: 0")
     assert read(tmp_path / "c")[0]["features"].keys() == {"x", "Unnamed: 0"}
-    assert noted not in notes(tmp_path / "b") | notes(tmp_path / "c")
+    prepare(tmp_path / "a.csv", tmp_path / "d", "label=y", "numeric=Unnamed: 0")
+    assert read(tmp_path / "d")[0]["features"].keys() == {"x", "Unnamed: 0"}
+    assert noted not in notes(tmp_path / "b") | notes(tmp_path / "c") | notes(tmp_path / "d")
+
+
+def test_an_index_that_was_written_twice_is_no_feature_and_names_are_one(tmp_path):
+    write(tmp_path / "twice.csv", ",Unnamed: 0,x,y\n0,5,1.5,0\n1,6,2.5,1\n")
+    prepare(tmp_path / "twice.csv", tmp_path / "a", "label=y")
+    assert read(tmp_path / "a")[0]["features"].keys() == {"x"}
+    noted = "row numbers in a first column without a name, left out"
+    assert notes(tmp_path / "a")[noted] == "Unnamed: 0, Unnamed: 0.1"
+    write(tmp_path / "cars.csv", ",x,y\nMazda,1.5,0\nFiat,2.5,1\n")  # as R's write.csv does
+    prepare(tmp_path / "cars.csv", tmp_path / "b", "label=y")
+    assert read(tmp_path / "b")[0]["features"].keys() == {"Unnamed: 0", "x"}
 
 
 def test_what_means_missing_can_be_said(tmp_path):

@@ -318,7 +318,7 @@ def test_other_files_are_left_out_and_counted(text, tmp_path):
     assert done["rows"] == {"train": 80, "validation": 10}
     assert json.loads((tmp_path / "out/_summary.json").read_text())["notes"]["files left out"] == {
         ".md": 1,
-        "_*": 2,
+        "names that begin with _": 2,
     }
     with pytest.raises(
         ValueError, match=r"no files with \.csv, \.tsv, \.tab there; there are \.jsonl, \.md, \.txt"

@@ -136,7 +136,7 @@ def find_inputs(source: str, suffixes: tuple[str, ...], split: str = "") -> Inpu
     others = Counter(entry.suffix_or_name for entry in left)
     num_of_kind = sum(plain_suffix(entry.name) in suffixes for entry in found.entries)
     if num_of_kind > len(wanted):
-        others["_*"] = num_of_kind - len(wanted)
+        others["names that begin with _"] = num_of_kind - len(wanted)
     if not wanted:
         instead = f"; there are {first_few(sorted(others))}" if others else ""
         raise ValueError(

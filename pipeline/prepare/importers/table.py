@@ -47,8 +47,10 @@ ID_NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})(\.0+)?")
 where an id is missing.
 """
 FEATURES = "features"
-ROW_NUMBERS = "Unnamed: 0"
-"""As pandas calls the first column where it has no name: DataFrame.to_csv writes its index so."""
+ROW_NUMBERS = ("Unnamed: 0", "Unnamed: 0.1")
+"""As pandas calls a first column without a name: DataFrame.to_csv writes its index so. The second
+one is of a table that was written twice.
+"""
 OF_COLUMNS = (
     *("label", "id", "group", "split_column"),
     *("columns", "drop", "categorical", "numeric"),
@@ -91,12 +93,12 @@ class Table(TableImporter):
     whole table are numbers, else string; missing values are null. Label, id and group keep their
     names and types. Invalid rows: without a label, with another number of fields, or not text.
     Numbers with leading zeros are categories. What is no number in a column of --set numeric= is
-    counted and null. A first column without a name, as pandas writes its index, is called
-    "Unnamed: 0", and is a feature only if --set columns= names it. Noted: columns without values,
-    with one value, whole numbers with few values (codes?), categories with very many. All files
-    must have the same columns, in any order. Rows with labels are shuffled in a fixed order within
-    their shard. Those without keep their order, so that predictions stand in that of the file. A
-    CSV file is one shard: cut up large ones.
+    counted and null. A first column without a name, as pandas writes its index, is called "Unnamed:
+    0". If it has whole numbers, it is a feature only if an option names it. Noted: columns without
+    values, with one value, whole numbers with few values (codes?), categories with very many. All
+    files must have the same columns, in any order. Rows with labels are shuffled in a fixed order
+    within their shard. Those without keep their order, so that predictions stand in that of the
+    file. A CSV file is one shard: cut up large ones.
     """
 
     def __init__(self, options: Any = None):
@@ -158,7 +160,8 @@ class Table(TableImporter):
         if not names:
             raise ValueError(f"{place}: empty, not even a header; leave it out")
         if names[0] == "":
-            names = [ROW_NUMBERS, *names[1:]]
+            unnamed = ROW_NUMBERS[1] if ROW_NUMBERS[0] in names else ROW_NUMBERS[0]
+            names = [unnamed, *names[1:]]
         if "" in names:
             raise ValueError(
                 f"{reading.location(line)}: column {names.index('') + 1} has no name; give it one, "
@@ -203,8 +206,6 @@ class Table(TableImporter):
         own = [*self.copied, *parse_names(o.split_column)]
         for name in [name for name in self.copied if name in (FEATURES, "split")]:
             raise ValueError(f"{place}: column {name} has a name that is taken here; rename it")
-        if not self.columns and ROW_NUMBERS in names:
-            own.append(ROW_NUMBERS)  # read to be noted
         features = self.columns or [
             name for name in names if name not in own and name not in self.dropped
         ]
@@ -271,9 +272,8 @@ class Table(TableImporter):
                 )
             for name, statistics in here.items():
                 columns.setdefault(name, _ColumnStatistics()).merge(*statistics)
-        no_features = {*self.copied, self.options.split_column}
-        if ROW_NUMBERS not in self.columns:
-            no_features.add(ROW_NUMBERS)
+        row_numbers = self._row_numbers(columns)
+        no_features = {*self.copied, self.options.split_column, *row_numbers}
         features = [name for name in columns if name not in no_features]
         number = {
             name: name in self.numeric
@@ -295,14 +295,28 @@ class Table(TableImporter):
             "categorical": [name for name in features if not number[name]],
         }
         notes = self._notes(columns, number, sum(scan["rows"] for scan in scans))
-        if ROW_NUMBERS in columns and ROW_NUMBERS not in (*features, *self.copied):
-            notes["row numbers in a first column without a name, left out"] = ROW_NUMBERS
+        if row_numbers:
+            notes["row numbers in a first column without a name, left out"] = ", ".join(row_numbers)
         return InferredSchema(
             [pa.field(FEATURES, pa.struct(fields)), *own],
             [(number, types)] * len(input_splits),
             notes,
             info,
         )
+
+    def _row_numbers(self, columns: dict[str, _ColumnStatistics]) -> list[str]:
+        """Return the columns that are the index of a table of pandas: whole numbers.
+
+        Those that an option names are features, or what the option says.
+        """
+        named = {*self.columns, *self.numeric, *self.categorical, *self.copied}
+        return [
+            name
+            for name in ROW_NUMBERS
+            if name in columns
+            and name not in named
+            and columns[name].value_type == ValueType.INTEGER
+        ]
 
     def _notes(
         self,
