@@ -819,7 +819,11 @@ def prepare(
 
             summary = write.verify(output)
             parts = plural(len(summary["files"]), "part")
-            out.print(f"{output}: {parts} checked, as written", markup=False, soft_wrap=True)
+            out.print(
+                f"{output}: {parts} checked; nothing has changed since it was written",
+                markup=False,
+                soft_wrap=True,
+            )
             return
         if not (name and source and output):
             raise ValueError(

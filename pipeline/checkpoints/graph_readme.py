@@ -63,7 +63,7 @@ def write(saved: Bundle, graph: Graph, folder: Path, file: str, running: str) ->
         described["threshold"], described["threshold_of"] = fitted
         meaning += (
             f" `threshold` in `{DESCRIPTION}`, {fitted[0]:.4g}, is the {fitted[1]}. It was fitted "
-            "on validation rows: the highest score may be that of another label."
+            "on validation rows. Use it to choose the label, in place of the highest score."
         )
     text = json.dumps(described, indent=2, ensure_ascii=False)
     (folder / DESCRIPTION).write_text(text, encoding="utf-8")

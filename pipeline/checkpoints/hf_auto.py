@@ -782,7 +782,7 @@ def write(saved: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
     text = f"{type(backbone.model).__name__} with {count} parameters"
     is_image = saved.manifest.modality.name == "image"
     if is_image and saved.manifest.arch.inputs.get("channels") == 1:
-        text += ", whose image processor reads grey images of 8 bits and converts no others"
+        text += ", whose image processor reads grey images of 8 bits (convert others to mode L)"
     if task is None:
         arguments = ", ".join(f"{name}={value}" for name, value in backbone.call_arguments.items())
         text += f", to be called with {arguments}" if arguments else ""

@@ -385,7 +385,7 @@ class Train(Spec):
         description="passes over the training rows; give steps or epochs; left out: one epoch",
     )
     global_batch: int = Field(
-        64, ge=1, description="rows in each step, over all ranks together, whatever their number"
+        64, ge=1, description="rows in each step, over all ranks together, however many there are"
     )
     batch_cost: float | None = Field(
         None,

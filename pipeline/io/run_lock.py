@@ -1,10 +1,10 @@
-"""Let only one run of a job work at a time, by a lease in the job's folder that the run renews.
+"""Let only one command work in a folder at a time, by a lease in the folder that it renews.
 
-Two runs at once would train into the same folders and write the same table. The outputs of
-`prepare`, `predict` and `embed` have such a lease too. A lease is a small JSON
-file, so it works on S3 too. The lease of a run that was killed is taken over when its process has
-ended (same machine) or when nothing has renewed it for a while. A run renews its lease in a file of
-its own beside it, and never writes the lease itself again.
+Two runs of a job at once would train into the same folders and write the same table. The outputs of
+`prepare`, `predict` and `embed` have such a lease too. A lease is a small JSON file, so it works on
+S3 too. The lease of a run that was killed is taken over when its process has ended (same machine)
+or when nothing has renewed it for a while. A run renews its lease in a file of its own beside it,
+and never writes the lease itself again.
 
 Entering is exclusive: the lease is written only where none is (a hard link locally, a conditional
 put on S3). Taking over is exclusive too: a run that wants to replace a dead lease first makes a

@@ -20,6 +20,8 @@ from pipeline.report import results, trial_folder
 from pipeline.report.results import ResultRow
 
 FILE = "README.md"
+TAG = "onetomany"
+"""The first tag of every card."""
 LICENCE, UNKNOWN_LICENCE = "Licence of the weights", "unknown"
 BUNDLE_MANIFEST, GRAPH = "manifest.json", "graph.json"
 OPENED_BY = (
@@ -150,10 +152,10 @@ def _header(manifest: Manifest, rows: Sequence[ResultRow], licence: str, name: s
     modality = manifest.modality.name
     data = ModelCardData(
         license=licence,
-        library_name=LIBRARIES.get(library, "onetomany"),
+        library_name=LIBRARIES.get(library, TAG),
         pipeline_tag=task_of(manifest),
         tags=[
-            "onetomany",
+            TAG,
             "transfer-learning",
             TAGS.get(modality, modality),
             manifest.objective.name,
@@ -340,6 +342,12 @@ def _use(manifest: Manifest, files: Collection[str]) -> list[str]:
     if GRAPH in files:
         return ["## Use", "`README.md` beside this card has code that prepares rows and runs it."]
     return []
+
+
+def is_card(text: str) -> bool:
+    """Return whether a text is a card of `model_card`, by the tag in its header."""
+    header = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
+    return header is not None and f"- {TAG}" in header[1].splitlines()
 
 
 def with_licence(card: str, licence: str) -> str:

@@ -291,7 +291,7 @@ def _add_fraction(
     if is_drawn:
         length += " (before search)"
     if solved := {planned.technique.registered_name for planned in techniques if planned.is_solved}:
-        length += f" ({', '.join(sorted(solved))}: the head is solved, without steps)"
+        length += f" ({', '.join(sorted(solved))}: the head is solved, no training steps)"
     unit = "documents" if stage.packed else "rows"
     labels = "" if fraction else " without labels"
     noun = "entry" if entries == 1 else "entries"

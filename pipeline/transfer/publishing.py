@@ -145,11 +145,15 @@ def _copy_export(uri: str, folder: Path, licence: str) -> None:
 
 
 def _written_card(folder: str, name: str, licence: str) -> str | None:
-    """Return the card that export wrote into a folder, with a licence; None if it is not there."""
+    """Return the card that export wrote into a folder, with a licence.
+
+    It is None if there is none, or a page of somebody else, whose notes may not be for others.
+    """
     place = storage.join(folder, name)
     if not storage.exists(place):
         return None
-    return model_card.with_licence(storage.read_bytes(place).decode(), licence)
+    text = storage.read_bytes(place).decode(errors="replace")
+    return model_card.with_licence(text, licence) if model_card.is_card(text) else None
 
 
 def _without_places(value: Any) -> Any:

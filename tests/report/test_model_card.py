@@ -210,6 +210,15 @@ def test_an_export_without_card_and_bundle_is_not_pushed(job, tmp_path):
         publishing.push(str(exported), str(tmp_path / "to"))
 
 
+def test_a_page_of_somebody_else_is_not_published(job, tmp_path):
+    """Notes beside a bundle may not be for others."""
+    uri, _ = job
+    (Path(uri) / "README.md").write_text("---\ntags:\n- mine\n---\nthe ward of patient 17\n")
+    publishing.push(uri, str(tmp_path / "pushed"), "cc-by-4.0")
+    text = (tmp_path / "pushed/README.md").read_text()
+    assert "patient 17" not in text and model_card.is_card(text)
+
+
 def test_what_cannot_be_pushed_is_refused(job, tmp_path):
     uri, _ = job
     for repository in ("hf-hub:name", "hf:name", "hf-hub:me/", "hf-hub:", "hf://me/clothes"):

@@ -1510,7 +1510,7 @@ def test_a_dry_run_counts_no_steps_of_heads_that_are_solved(tmp_path, bundles, p
     )
     lines = dry_run.describe(prepared(job))
     assert any(
-        "4 final trials of 3 steps (linear_probe: the head is solved, without steps) on" in line
+        "4 final trials of 3 steps (linear_probe: the head is solved, no training steps) on" in line
         for line in lines
     )
     assert any(line.startswith("in all: 4 trials, 6 steps") for line in lines)
