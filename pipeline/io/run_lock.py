@@ -116,10 +116,17 @@ def hold(root: str, note: Callable[[str], None] = lambda line: None) -> Iterator
 def _interrupt(holder: threading.Thread) -> None:
     """Stop the thread that holds the lease, as Ctrl-C does.
 
-    Only the main thread can be stopped so. Others are stopped by the fence.
+    A command in the background of a script ignores Ctrl-C, and is stopped by SIGTERM if it handles
+    that (`signals.install`). Only the main thread can be stopped so. Others are stopped by the
+    fence.
     """
-    if holder is threading.main_thread() and holder.ident is not None:
+    if holder is not threading.main_thread() or holder.ident is None:
+        return
+    ignores_ctrl_c = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    if not ignores_ctrl_c:
         signal.pthread_kill(holder.ident, signal.SIGINT)
+    elif callable(signal.getsignal(signal.SIGTERM)):
+        signal.pthread_kill(holder.ident, signal.SIGTERM)
 
 
 def _sweep(root: str, lease: Lease, note: Callable[[str], None]) -> None:

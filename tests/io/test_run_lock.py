@@ -5,6 +5,7 @@ taken over.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import psutil
 import pytest
 from faults import run_python
 
-from pipeline.io import atomic_folder, run_lock, s3, storage, write_fence
+from pipeline.io import atomic_folder, run_lock, s3, signals, storage, write_fence
 from pipeline.io.run_lock import BusyError
 from pipeline.report import results
 from pipeline.train import checkpoint
@@ -402,6 +403,26 @@ def test_a_lease_that_is_lost_while_nothing_is_written_ends_the_run(root, monkey
         threading.Event().wait(60)
         pytest.fail("nothing has stopped it")
     assert not write_fence.current_fences()
+
+
+def test_a_lost_lease_ends_a_command_in_the_background_of_a_script_too(root, monkeypatch):
+    """The shell lets such a command ignore Ctrl-C."""
+    monkeypatch.setattr(run_lock, "RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(signals, "_received", threading.Event())
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signals.install()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with (
+            pytest.raises(write_fence.LostLeaseError, match="process 12 on elsewhere has it now"),
+            run_lock.hold(root),
+        ):
+            left_behind(root, id="other", host="elsewhere", pid=12)
+            threading.Event().wait(20)
+            pytest.fail("nothing has stopped it")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.ray
