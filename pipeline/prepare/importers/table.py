@@ -436,19 +436,20 @@ class _ColumnStatistics:
             if len(self.hashes) <= MANY:
                 self.hashes.add(_hash(value))
 
-    def to_json(self) -> tuple[int, int, int, int, list[int]]:
+    def to_json(self) -> tuple[int, int, int, list[int], int]:
         """Return the statistics as JSON can hold them, and as `merge` takes them."""
-        numbers = self.value_type, self.num_present, self.num_not_numeric, self.num_with_comma
-        return (*numbers, sorted(self.hashes))
+        numbers = self.value_type, self.num_present, self.num_not_numeric
+        return (*numbers, sorted(self.hashes), self.num_with_comma)
 
     def merge(
         self,
         value_type: int,
         num_present: int,
         num_not_numeric: int,
-        num_with_comma: int,
         hashes: list[int],
+        num_with_comma: int = 0,
     ) -> None:
+        """Add the statistics of a file. Scans of earlier versions have no numbers with a comma."""
         self.value_type = common_type(self.value_type, value_type)
         self.num_present += num_present
         self.num_not_numeric += num_not_numeric
