@@ -196,7 +196,7 @@ def test_every_job_for_published_corpora_is_without_mistakes(job, monkeypatch):
 def test_a_dry_run_counts_what_a_run_will_do(onetomany, tmp_path):
     """The tiny job: 2 targets x (scratch + 3 techniques) x 2 seeds, of 4 steps each.
 
-    The heads of linear_probe are solved and take none.
+    The heads of linear_probe are solved and take no training steps.
     """
     assert (
         "in all: 16 trials, 48 steps;" in onetomany("run", TINY, "--dry-run", cwd=tmp_path).stdout
@@ -214,7 +214,7 @@ def test_a_dry_run_counts_what_a_run_will_do(onetomany, tmp_path):
     # 2 epochs of 9 rows in batches of 8
     assert (
         "target shoes at 3 labels a class: 4 entries: 8 final trials of 3 steps (linear_probe: the "
-        "head is solved, without steps) on 9 rows" in more
+        "head is solved, no training steps) on 9 rows" in more
     )
 
 
