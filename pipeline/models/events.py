@@ -30,31 +30,37 @@ class EventsModelOptions(Options):
         1.0,
         gt=0,
         le=24 * 31,
-        description="gru: hours of a step; values of one variable in a step are averaged",
+        description="gru: hours of a step; the values of a variable in one step are averaged",
     )
     dropout: float = Field(0.2, ge=0, lt=1, description="dropout")
 
 
 @register("model", "events", options=EventsModelOptions)
 class EventsBackbone(Backbone):
-    """Networks for the tensors of modality events.
+    """Networks for records of events (modality ``events``).
 
-    ``inputs``: ``variables``, ``numbers`` and ``codes`` (how many of each), ``start`` and
-    ``hours``.
+    ``gru``: a GRU over a grid of hours.
 
-    ``gru``: a GRU over a grid of ``bin`` hours. Each step holds, for every variable, its last mean
-    value, whether it was measured in that step, and the hours since it was (the input of GRU-D, Che
-    et al. 2018, whose learned decays the recurrent network has to find), beside the static
-    features. ``tokens`` (B, T, width) are causal: a token depends on the events before the end of
-    its step, which is ``stages["times"]`` (B, T) float32 in hours; ``stages["charted"]`` (B, T)
-    bool are the steps with events. ``pooled`` (B, 2 width): the last token and the mean of all. A
-    row ends with the step of its last event.
+    - A step is ``bin`` hours long. It has three numbers for every variable: its last mean value,
+      whether it was measured in this step, and the hours since it was measured. The static features
+      are added to each step. GRU-D (Che et al. 2018) has the same input, and learned decays, which
+      the GRU here has to find by itself.
+    - ``tokens`` (B, T, width) are causal: a token depends only on the events before the end of its
+      step. ``stages["times"]`` (B, T) float32 are these ends in hours, and ``stages["charted"]``
+      (B, T) bool are the steps that have events. A row ends with the step of its last event.
+    - ``pooled`` (B, 2 width): the last token, and the mean of all.
 
-    ``strats`` (Tipirneni and Reddy 2022): a transformer over the set of events. Each event is the
-    sum of an embedding of its variable and two networks of one number (d^1/2 tanh units), for its
-    time and for its value. ``pooled`` (B, 2 width): the tokens weighted by fusion attention, and
-    the static features. ``tokens`` (B, N, width) in the order of the events; ``token_mask`` (B, N)
-    hides their values.
+    ``strats``: a transformer over the set of events (STraTS, Tipirneni and Reddy 2022).
+
+    - An event is the sum of three embeddings: of its variable, of its time and of its value. The
+      last two are small networks of one number (d^1/2 tanh units).
+    - ``tokens`` (B, N, width) are in the order of the events. ``token_mask`` (B, N) hides their
+      values.
+    - ``pooled`` (B, 2 width): the mean of the tokens, weighted by fusion attention, and the static
+      features.
+
+    ``inputs`` has ``variables``, ``numbers`` and ``codes`` (how many there are of each), ``start``
+    and ``hours``.
 
     Raises ValueError for another architecture, and for rows without events.
     """
@@ -93,26 +99,13 @@ class EventsBackbone(Backbone):
         out: dict[str, list[str]] = {}
         for name, _ in self.named_parameters():
             top, part, number, *_ = [*name.split("."), "", ""]
-            out.setdefault(
-                "static"
-                if top == "static"
-                else f"block{number.zfill(2)}"
-                if part == "blocks"
-                else part,
-                [],
-            ).append(name)
-        return {
-            name: out[name]
-            for name in sorted(
-                out,
-                key=lambda name: (
-                    name != "static",
-                    name not in ("embed", "enter"),
-                    name == "fuse",
-                    name,
-                ),
-            )
-        }
+            layer = f"block{number.zfill(2)}" if part == "blocks" else part
+            out.setdefault("static" if top == "static" else layer, []).append(name)
+
+        def place(name: str) -> tuple[object, ...]:
+            return name != "static", name not in ("embed", "enter"), name == "fuse", name
+
+        return {name: out[name] for name in sorted(out, key=place)}
 
 
 class Static(nn.Module):
@@ -129,12 +122,9 @@ class Static(nn.Module):
         codes = batch["codes"]
         count = (codes > 0).sum(1, keepdim=True).clamp(min=1)
         of_codes = self.codes(codes).sum(1) / count.sqrt()
-        return torch.tanh(
-            self.numbers(
-                torch.cat([batch["numbers"], batch["numbers_known"].to(batch["numbers"].dtype)], 1)
-            )
-            + of_codes
-        )
+        numbers = batch["numbers"]
+        numbers = torch.cat([numbers, batch["numbers_known"].to(numbers.dtype)], 1)
+        return torch.tanh(self.numbers(numbers) + of_codes)
 
 
 def grid(

@@ -70,29 +70,36 @@ class HuggingFaceOptions(Options):
     )
     pool: Literal["auto", "mean", "first", "last", "pooler"] = Field(
         "auto",
-        description="pooled feature; auto: of texts the mean of the tokens, or the last one of a "
-        "causal model; of images and recordings what the model itself pools, else the first token "
-        "where it is no patch, else the mean. pooler: the model's own, with its layer",
+        description="how the tokens of a row become one feature. auto, for texts: the mean, or the "
+        "last token of a causal model; for others: what the model itself pools, else the first "
+        "token if it is no patch (a class token), else the mean. pooler: what the model itself "
+        "pools",
     )
 
 
 @register("model", "hf", options=HuggingFaceOptions)
 class HuggingFace(Backbone):
-    """A model of transformers; of encoder-decoders the encoder. ``model`` is transformers' own,
-    and its parameters keep their names.
+    """Any model of transformers; of an encoder-decoder its encoder.
 
-    Inputs are ``tokens`` (B, N) with ``mask`` and BERT's ``types``; ``image`` (B, C, size, size);
-    ``wave`` (B, n) with ``mask``; or ``series`` (B, T, C) with ``known``, of which a token is a
-    patch with the states of all channels. Models that read spectrograms get them from transformers'
-    feature extractor, on the host. A padded row gives the same output as alone (see ``row_norm``
-    for wav2vec 2.0's kind with a group norm).
+    ``model`` is transformers' own model, and its parameters keep their names. What it reads:
 
-    Of packed rows, ``tokens`` with ``segments`` (B, N), each document is run as a padded row of its
-    own, with others of about its length: families differ in what masks and positions they take, and
-    a wrong mask would go unnoticed.
+    - texts: ``tokens`` (B, N) with ``mask``, and ``types``, the token types of BERT
+    - images: ``image`` (B, C, size, size)
+    - recordings: ``wave`` (B, n) with ``mask``. If the model reads spectrograms, transformers'
+      feature extractor makes them, on the CPU.
+    - series: ``series`` (B, T, C) with ``known``. A token is a patch, with the states of all
+      channels.
 
-    Parameters that the family never trains (Whisper's positions) are buffers here. Those that a
-    pass does not use (DINOv2's mask token) get a gradient of zero in training.
+    A padded row has the same output as the row alone. (For the group norm of wav2vec 2.0's kind of
+    model see ``row_norm``.)
+
+    Packed rows, ``tokens`` with ``segments`` (B, N), are taken apart: each document is run as a
+    padded row of its own, together with documents of about the same length. The families read masks
+    and positions in different ways, and nobody would notice a wrong mask.
+
+    Parameters that the family never trains (Whisper's positions) are buffers here. Parameters that
+    a forward pass does not use (DINOv2's mask token) get a gradient of zero in training, since DDP
+    waits for every parameter.
     """
 
     def __init__(self, architecture: str, options: HuggingFaceOptions, inputs: Inputs):
@@ -144,9 +151,9 @@ class HuggingFace(Backbone):
         if "segments" in batch.data:
             return self._packed(batch["tokens"], batch["segments"])
         arguments, mask = self._model_arguments(batch)
-        output = self.model(
-            **arguments, **({"output_hidden_states": True} if "stages" in want else {})
-        )
+        if "stages" in want:
+            arguments["output_hidden_states"] = True
+        output = self.model(**arguments)
         hidden = auto_model.hidden_states(self.model, output)
         own = output.get("pooler_output")
         stages = _feature_maps(output, self.prefix) if "stages" in want else {}
@@ -278,9 +285,14 @@ class HuggingFace(Backbone):
 
 
 def _is_resized(config: Any, inputs: Inputs) -> bool:
-    size = getattr(config, "image_size", None)
-    size = size[0] if isinstance(size, list | tuple) else size
+    size = _side(config, "image_size")
     return "size" in inputs and size is not None and size != inputs["size"]
+
+
+def _side(config: Any, name: str) -> Any:
+    """Return a size that a configuration gives as one number or as height and width, or None."""
+    size = getattr(config, name, None)
+    return size[0] if isinstance(size, list | tuple) else size
 
 
 def _check_text(name: str, model: Any, inputs: Inputs) -> None:
@@ -445,6 +457,7 @@ class Probe(NamedTuple):
     reads: str
     """Name of its input: input_ids, pixel_values, input_values, input_features, past_values."""
     causal: bool
+    """Whether tokens see earlier ones only."""
     token_dim: int | None
     prefix: int
     """Tokens of an image or a series before those of its patches."""
@@ -546,14 +559,16 @@ def _probed(
     if own is not None:
         widths["pooler"] = own.flatten(1).shape[1]
         unused = _unused(model, hidden, own)
-    side = rows.get("size", 0) // _patch(config)
+    patch = _side(config, "patch_size")
+    side = rows.get("size", 0) // (patch if isinstance(patch, int) and patch > 0 else 1)
     prefix = max(0, hidden.shape[1] - side**2) if hidden.dim() == 3 and "size" in rows else 0
     if reads == auto_model.SERIES_INPUT:
         prefix = int(getattr(config, "use_cls_token", False))
     maps = _feature_maps(output, prefix) if reads == "pixel_values" else {}
+    head = auto_model.masked_head(config) if reads == "input_ids" else None
     return Probe(
         reads,
-        _is_causal(model),
+        any(getattr(module, "is_causal", False) for module in model.modules()),
         hidden.shape[2] if hidden.dim() == 3 else None,
         prefix,
         own is not None,
@@ -565,14 +580,8 @@ def _probed(
         _layers(model, calls),
         unused,
         own is not None and unused == without_pool,
-        _masked_head_settings(config) if reads == "input_ids" else BERT_HEAD,
+        BERT_HEAD if head is None else (head.activation, head.norm_eps),
     )
-
-
-def _masked_head_settings(config: Any) -> tuple[str, float]:
-    """Return activation and epsilon of the norm of a family's head for masked tokens."""
-    head = auto_model.masked_head(config)
-    return BERT_HEAD if head is None else (head.activation, head.norm_eps)
 
 
 POOLS = ("mean", "first", "last")
@@ -591,13 +600,6 @@ def _pool(name: str, asked: str, probe: Probe) -> str:
     if probe.has_own_pool:
         return "pooler"
     return "first" if probe.prefix else "mean"
-
-
-def _patch(config: Any) -> int:
-    """Return the pixels a side of an image's patches; 1 where the configuration has none."""
-    patch = getattr(config, "patch_size", None)
-    patch = patch[0] if isinstance(patch, list | tuple) else patch
-    return patch if isinstance(patch, int) and patch > 0 else 1
 
 
 def _patch_steps(config: Any, inputs: Inputs) -> int | None:
@@ -628,11 +630,6 @@ def _row_shape(
     if extractor is not None:
         wave, _ = spectrograms(extractor, reads, wave, torch.ones_like(wave, dtype=torch.bool))
     return tuple(wave.shape), torch.float32
-
-
-def _is_causal(model: Any) -> bool:
-    """Return whether tokens see earlier ones only."""
-    return any(getattr(module, "is_causal", False) for module in model.modules())
 
 
 def _unused(model: Any, *outputs: Tensor) -> tuple[str, ...]:

@@ -46,31 +46,35 @@ class PolicyOptions(Options):
     )
     vision: str | None = Field(
         None,
-        description="the backbone that reads the frames, as LIBRARY/MODEL, such as timm/resnet18; "
-        "none: there are no frames",
+        description="the backbone that reads camera frames, as LIBRARY/MODEL, such as "
+        "timm/resnet18; none: the rows have no frames",
     )
 
 
 @register("model", "policy", options=PolicyOptions)
 class Policy(Backbone):
-    """Networks for the tensors of modality trajectory.
-
-    ``inputs``: ``spaces`` (widths of observations and actions of each robot), ``tasks`` (how many),
-    ``images`` (channels, height, width) or None. ``tokens`` (B, T, width), one for each step: token
-    t depends on observations up to t and on actions before t. ``pooled`` (B, width) is their mean.
-    Padding is 0.
-
-    Every space has its own linear encoder (``encoders.<space>``); all else is shared. An embedding
-    of the task and the projected features of the frame are added to the encoded observation.
+    """Networks for episodes of observations and actions (modality ``trajectory``).
 
     ``mlp``: the encoded observations of the last ``window`` steps, concatenated (0 before the
-    start), then ``layers`` of linear, GELU, dropout. It does not read actions.
+    start), then ``layers`` times linear, GELU, dropout. It does not read actions.
 
-    ``transformer``: transformers' GPT-2 over the encoded observations, to each of which the action
-    before it is added (``action_encoders.<space>``), as it was executed where that is recorded.
-    Episodes longer than ``context`` are cut into parts of ``context`` steps, each from position 0
-    and without the action before its first step, as the Decision Transformer is trained (Chen et
-    al. 2021); a rollout feeds the last ``context`` steps.
+    ``transformer``: transformers' GPT-2 over the encoded observations. To each of them the encoded
+    action before it is added, as it was executed where that is recorded. Episodes longer than
+    ``context`` are cut into parts of ``context`` steps. Each part begins at position 0, without the
+    action before its first step, as the Decision Transformer is trained (Chen et al. 2021). A
+    rollout reads the last ``context`` steps.
+
+    Every space (the observations and actions of one robot) has its own linear encoders:
+    ``encoders.<space>``, and for actions ``action_encoders.<space>``. All else is shared. An
+    embedding of the task, and the projected features of the frame, are added to the encoded
+    observation.
+
+    - ``tokens`` (B, T, width), one for each step: token t depends on observations up to t and on
+      actions before t. Padding is 0.
+    - ``pooled`` (B, width) is their mean.
+
+    ``inputs`` has ``spaces`` (widths of observations and actions of each robot), ``tasks`` (how
+    many) and ``images`` (channels, height, width; or None).
 
     Raises ValueError for rows that are not trajectories, heads that do not divide the width, and
     frames without a vision backbone or the other way round.
@@ -174,29 +178,22 @@ class Policy(Backbone):
                 else of_space.new_zeros(*of_space.shape[:2], self.options.width)
             )
             rows_of_parts.append(rows)
-        out = (
-            parts[0]
-            if rows_of_parts[0] is None
-            else torch.cat(parts)[torch.cat(rows_of_parts).argsort()]
-        )
-        return self._connect_unused(
-            out,
-            [
-                encoder
-                for name, encoder in encoders.items()
-                if self.spaces.index(name) not in present
-            ],
-        )
+        out = parts[0]
+        if rows_of_parts[0] is not None:
+            out = torch.cat(parts)[torch.cat(rows_of_parts).argsort()]
+        unused = [
+            encoder for name, encoder in encoders.items() if self.spaces.index(name) not in present
+        ]
+        return self._connect_unused(out, unused)
 
     def _connect_unused(self, x: Tensor, unused: Iterable[nn.Module]) -> Tensor:
         """Return the input, connected in training to modules that no row of this batch uses.
 
         DDP waits for the gradient of every parameter.
         """
-        for parameter in (
-            (p for module in unused for p in module.parameters()) if self.training else ()
-        ):
-            x = x + 0.0 * parameter.sum()
+        if self.training:
+            for parameter in (p for module in unused for p in module.parameters()):
+                x = x + 0.0 * parameter.sum()
         return x
 
     def _frame_features(self, batch: Batch, mask: Tensor) -> Tensor:
@@ -296,14 +293,10 @@ def _vision(name: str, frames: list[int], own_name: str) -> Backbone:
     Raises ValueError where it is not known, or does not read such frames.
     """
     library, _, architecture = name.partition("/")
-    if library not in registry.names("model") or architecture not in registry.architectures(
-        library
-    ):
-        known = (
-            registry.names("model")
-            if library not in registry.names("model")
-            else registry.architectures(library)
-        )
+    libraries = registry.names("model")
+    is_known = library in libraries
+    known = registry.architectures(library) if is_known else libraries
+    if not is_known or architecture not in known:
         raise ValueError(
             f"{own_name}: vision: {name} is not a LIBRARY/MODEL; "
             f"{registry.nearest(architecture or library, known)}"

@@ -23,7 +23,7 @@ class FTTransformerOptions(Options):
     layers: int = Field(3, ge=1, le=24, description="blocks")
     heads: int = Field(8, ge=1, description="heads of attention")
     hidden: float = Field(
-        4 / 3, gt=0, description="width of the feed-forward part, as a share of the tokens'"
+        4 / 3, gt=0, description="width of the feed-forward part, as a multiple of width"
     )
     attention_dropout: float = Field(0.2, ge=0, lt=1, description="dropout of attention weights")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout within the feed-forward part")
@@ -31,12 +31,15 @@ class FTTransformerOptions(Options):
 
 @register("model", "table", options=FTTransformerOptions)
 class FTTransformer(Backbone):
-    """FT-Transformer for the tensors of modality table.
+    """FT-Transformer for rows of a table (modality ``table``).
 
-    Tokens are [CLS], x_k W_k + b_k of each number, and a vector of each category (section 3.3);
-    missing numbers and unknown categories have none. Pre-norm blocks with ReGLU, the first without
-    its first norm. ``pooled`` (B, width) is ReLU(LayerNorm([CLS])), which the paper's linear head
-    reads; ``tokens`` (B, 1 + K + C, width) with their mask.
+    The tokens of a row are [CLS], one for each number x_k (x_k W_k + b_k), and one for each
+    category, which has a vector of its own (section 3.3 of the paper). Missing numbers and unknown
+    categories have no token. The blocks have their norms first (pre-norm; the first block has no
+    first norm) and ReGLU.
+
+    - ``pooled`` (B, width): ReLU(LayerNorm([CLS])), which the paper's linear head reads
+    - ``tokens`` (B, 1 + K + C, width) with their mask, for K numbers and C categories
 
     Raises ValueError for rows of another kind, and where heads do not divide width.
     """

@@ -43,8 +43,11 @@ class TimmOptions(Options):
 class Timm(Backbone):
     """A timm model without its classifier; its parameters keep timm's names.
 
-    Input ``image`` (B, C, size, size). ``pooled`` is what timm feeds its classifier (VGG: 4096
-    wide); ``stages`` come from ``forward_intermediates``.
+    Input: ``image`` (B, C, size, size).
+
+    - ``pooled``: what timm feeds its classifier (VGG: 4096 numbers)
+    - ``tokens`` (B, N, D), if the model has tokens, such as vision transformers
+    - ``stages``: the maps of ``forward_intermediates``
     """
 
     def __init__(self, architecture: str, options: TimmOptions, inputs: ImageInputs):
@@ -102,12 +105,10 @@ class Timm(Backbone):
         if "stages" in want:
             x, maps = self.model.forward_intermediates(x)
             stages = dict(zip((stage.name for stage in self.feature_map_specs), maps, strict=True))
+        elif token_mask is not None:
+            x = self._visible(x, token_mask)
         else:
-            x = (
-                self.model.forward_features(x)
-                if token_mask is None
-                else self._visible(x, token_mask)
-            )
+            x = self.model.forward_features(x)
         tokens = x if self.token_dim is not None else None
         return Features(self.model.forward_head(x, pre_logits=True), tokens=tokens, stages=stages)
 
@@ -138,9 +139,8 @@ class Timm(Backbone):
         """
         out, notes = dict(tensors), []
         first: Any = self.model.pretrained_cfg.get("first_conv") or ()
-        firsts = {
-            f"model.{name}.weight" for name in ((first,) if isinstance(first, str) else first)
-        }
+        names = (first,) if isinstance(first, str) else first
+        firsts = {f"model.{name}.weight" for name in names}
         for name, own in self.state_dict().items():
             tensor = out.get(name)
             if tensor is None or tensor.shape == own.shape or tensor.dim() != own.dim():
@@ -155,11 +155,9 @@ class Timm(Backbone):
                     f"{'summed into' if has == 1 else 'repeated to'} {has}"
                 )
             elif name == "model.pos_embed" and own.dim() == 3:
-                prefix = (
-                    0
-                    if getattr(self.model, "no_embed_class", False)
-                    else getattr(self.model, "num_prefix_tokens", 1)
-                )
+                prefix = getattr(self.model, "num_prefix_tokens", 1)
+                if getattr(self.model, "no_embed_class", False):
+                    prefix = 0
                 old = math.isqrt(max(0, tensor.shape[1] - prefix))
                 new = self.model.patch_embed.grid_size
                 if old and old**2 + prefix == tensor.shape[1] and tensor.shape[2] == own.shape[2]:
@@ -246,9 +244,8 @@ def creation_arguments(
     if "dynamic_img_size" in known:
         wanted["dynamic_img_size"] = True
     if "aux_logits" in known:
-        wanted["aux_logits"] = (
-            False  # with the auxiliary head Inception v3 returns a tuple in evaluation too
-        )
+        # with the auxiliary head Inception v3 returns a tuple in evaluation too
+        wanted["aux_logits"] = False
     return wanted
 
 

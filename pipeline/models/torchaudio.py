@@ -54,38 +54,42 @@ CLIP = 20.0
 
 class TorchaudioOptions(Options):
     layers: int | None = Field(
-        None, ge=1, description="deepspeech2: recurrent layers, conformer: blocks; none: 2, 4"
+        None,
+        ge=1,
+        description="deepspeech2: recurrent layers (none: 2); conformer: blocks (none: 4)",
     )
     hidden: int | None = Field(
         None,
         ge=2,
-        description="deepspeech: width (published: 2048), deepspeech2: units a direction, "
-        "conformer: width; none: 512, 256, 144",
+        description="deepspeech: width (none: 512; published: 2048); deepspeech2: units in each "
+        "direction (none: 256); conformer: width (none: 144)",
     )
-    dropout: float | None = Field(None, ge=0, lt=1, description="none: 0.1")
+    dropout: float | None = Field(
+        None, ge=0, lt=1, description="share of activations that are dropped; none: 0.1"
+    )
     strides: list[int] | None = Field(
         None,
         min_length=1,
-        description="frames from one step to the next, for each convolution; of deepspeech, which "
-        "has none, one number; none: [2] for deepspeech, as published (section 3.3), [2, 2] for "
-        "the others",
+        description="frames from one step to the next, for each convolution (none: [2, 2]). "
+        "deepspeech has no convolutions and takes one number (none: [2], as published, section "
+        "3.3)",
     )
     context: int | None = Field(
         None,
         ge=0,
-        description="deepspeech: frames to each side that one step sees; published: 5, 7 or 9; "
-        "none: 7",
+        description="deepspeech: frames to each side that one step sees (none: 7; published: 5, 7 "
+        "or 9)",
     )
     convolution: Literal["time", "time_frequency"] | None = Field(
         None,
-        description="deepspeech2: over time with all bins as channels, or over time and "
-        "frequency, which takes more time (section 3.5); none: time",
+        description="deepspeech2: convolutions over time, with all mel bins as channels, or over "
+        "time and frequency, which are slower (section 3.5); none: time",
     )
     channels: int | None = Field(
         None,
         ge=1,
-        description="of the convolutions of deepspeech2 and of conformer's subsampling; none: "
-        "256, 32",
+        description="channels of the convolutions: deepspeech2 (none: 256), conformer's "
+        "subsampling (none: 32)",
     )
     kernels: list[int] | None = Field(
         None,
@@ -107,20 +111,24 @@ class TorchaudioOptions(Options):
 
 @register("model", "torchaudio", options=TorchaudioOptions)
 class Torchaudio(Backbone):
-    """Speech recognisers for ``mel`` (B, T, F) with ``mask`` (B, T), true for a row's own frames.
+    """Speech recognisers over log-mel frames, without their output layer.
 
-    ``tokens`` (B, N, D), 0 after a row's end. For ``deepspeech2`` and ``conformer``, ``latent`` (B,
-    N, latent_dim, wanted as "latent") is the output of their convolutions, and ``token_mask`` (B,
-    N) hides steps of it behind ``front.mask_embedding``, as wav2vec 2.0 does over samples.
+    - ``deepspeech``: torchaudio's modules, whose parameters keep their names. The neighbours of
+      each frame are stacked here, as in its paper; torchaudio leaves that to the caller.
+    - ``deepspeech2``: has layer norms instead of the paper's batch norms, whose statistics would
+      include padding. It concatenates both directions; the paper adds them.
+    - ``conformer``: torchaudio's modules, whose parameters keep their names.
 
-    A row's output does not depend on the other rows of its batch: frames after its end are 0 before
-    every convolution, recurrent layers read packed rows, and norms are taken over a step's
-    channels, or over a row's own steps.
+    Input: ``mel`` (B, T, F) with ``mask`` (B, T), true for a row's own frames.
 
-    ``deepspeech`` and ``conformer`` hold torchaudio's modules, and parameters keep their names.
-    ``deepspeech`` stacks each frame's neighbours as in its paper, which torchaudio leaves to the
-    caller. ``deepspeech2`` has layer norms instead of the paper's batch norms, whose statistics
-    would include padding, and concatenates both directions instead of adding them.
+    - ``tokens`` (B, N, D), 0 after a row's end
+    - ``latent`` (B, N, latent_dim, wanted as "latent"), not of ``deepspeech``: the output of the
+      convolutions. ``token_mask`` (B, N) replaces steps of it by ``front.mask_embedding``, as
+      wav2vec 2.0 does.
+
+    The output of a row does not depend on the other rows of its batch: frames after its end are 0
+    before every convolution, recurrent layers read packed rows, and norms are over the channels of
+    one step, or over the row's own steps.
 
     Raises ValueError for inputs other than mel frames, and for options that the architecture lacks.
     """
@@ -209,11 +217,9 @@ class Torchaudio(Backbone):
             latent, lengths = self.front(x, lengths)
             hider = self.front.mask_embedding.to(latent.dtype)
             # the embedding takes part without a mask, too: DDP waits for its gradient
-            x = (
-                latent + 0.0 * hider
-                if token_mask is None
-                else torch.where(token_mask[:, :, None], hider, latent)
-            )
+            x = latent + 0.0 * hider
+            if token_mask is not None:
+                x = torch.where(token_mask[:, :, None], hider, latent)
         elif token_mask is not None:
             raise ValueError(
                 f"{self.arch.name} cannot leave tokens out; for masked pretraining take "
@@ -244,9 +250,8 @@ class Torchaudio(Backbone):
         """Compute (B, N, hidden) and (B,) lengths, without the output layer of torchaudio."""
         model: Any = self.deepspeech
         c = self.context
-        # The earliest frame first
-        stride = self.own[0][1]
-        windows = F.pad(x, (0, 0, c, c)).unfold(1, 2 * c + 1, stride)
+        # the earliest frame first
+        windows = F.pad(x, (0, 0, c, c)).unfold(1, 2 * c + 1, self.own[0][1])
         x = windows.transpose(2, 3).flatten(2)
         lengths = conv_arithmetic.count(lengths, self.own)
         x = _packed(model.bi_rnn, model.fc3(model.fc2(model.fc1(x))), lengths)
@@ -351,11 +356,8 @@ class _Front(nn.Module):
             parts: Any = layer
             if self.plane:
                 # an adapter may have replaced the convolution and lacks its attributes
-                x = (
-                    parts["convolution"](x.unflatten(2, (self.depths[number], -1)).transpose(1, 2))
-                    .transpose(1, 2)
-                    .flatten(2)
-                )
+                x = x.unflatten(2, (self.depths[number], -1)).transpose(1, 2)
+                x = parts["convolution"](x).transpose(1, 2).flatten(2)
             else:
                 x = parts["convolution"](_whole_strides(x, self.shapes[number][1])).transpose(1, 2)
             lengths = conv_arithmetic.count(lengths, self.shapes[number : number + 1])

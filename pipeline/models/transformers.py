@@ -77,19 +77,23 @@ class TransformersOptions(Options):
     )
     config: dict | None = Field(
         None,
-        description="a whole transformers configuration (from a config.json); the sizes above are "
-        "then ignored",
+        description="a whole configuration of transformers (from a config.json), in place of the "
+        "sizes above",
     )
     pool: Literal["auto", "mean", "first", "last", "pooler"] = Field(
         "auto",
-        description="pooled feature; auto: mean of the tokens, or the last one of a causal model; "
-        "pooler: dense and tanh of the first token, as BERT and RoBERTa have them",
+        description="how the tokens of a row become one feature. auto: the mean, or the last token "
+        "of a causal model; pooler: a linear layer and tanh of the first token, as in BERT and "
+        "RoBERTa",
     )
 
 
 @register("model", "transformers", options=TransformersOptions)
 def build(architecture: str, options: TransformersOptions, inputs: Any) -> Backbone:
-    """Text encoders and decoders and wav2vec 2.0, as Hugging Face transformers has them.
+    """BERT, RoBERTa, DistilBERT, GPT-2 and wav2vec 2.0 of transformers, in any size.
+
+    Take this library to train one of them from the start: packed documents run in one pass, and
+    objective ``wav2vec2`` can mask frames. Library ``hf`` has all other models of transformers.
 
     Raises ValueError for options of another family, and for inputs that do not fit.
     """
@@ -158,15 +162,11 @@ class Transformers(Backbone):
                 f"{architecture} {self.embedding().num_embeddings}"
             )
         if inputs["length"] > self.positions:
+            total = config.max_position_embeddings
+            note = f" (the first {reserved} of its {total} are for padding)" if reserved else ""
             raise ValueError(
                 f"rows of {inputs['length']} tokens are longer than the {self.positions} "
-                f"positions of {architecture}"
-                + (
-                    f" (the first {reserved} of its {config.max_position_embeddings} are for "
-                    "padding)"
-                    if reserved
-                    else ""
-                )
+                f"positions of {architecture}{note}"
             )
         self.pool = options.pool if options.pool != "auto" else ("last" if self.causal else "mean")
 
@@ -222,35 +222,29 @@ class Transformers(Backbone):
         out: dict[str, list[str]] = {"embeddings": []}
         blocks = BLOCKS[self.architecture]
         for name, _ in self.model.named_parameters():
+            layer = "embeddings"
             if name.startswith(blocks):
-                number = int(name[len(blocks) :].split(".")[0])
-                out.setdefault(f"block{number:02d}", []).append(f"model.{name}")
-            elif name.startswith(("ln_f.", "pooler.")):
-                out.setdefault("norm" if name.startswith("ln_f.") else "pooler", []).append(
-                    f"model.{name}"
-                )
-            else:
-                out["embeddings"].append(f"model.{name}")
+                layer = f"block{int(name[len(blocks) :].split('.')[0]):02d}"
+            elif name.startswith("ln_f."):
+                layer = "norm"
+            elif name.startswith("pooler."):
+                layer = "pooler"
+            out.setdefault(layer, []).append(f"model.{name}")
         return out
 
 
 def _build(architecture: str, options: TransformersOptions, inputs: TextInputs) -> nn.Module:
     import transformers as hf
 
-    configs = {
-        "bert": hf.BertConfig,
-        "roberta": hf.RobertaConfig,
-        "distilbert": hf.DistilBertConfig,
-        "gpt2": hf.GPT2Config,
+    families = {
+        "bert": (hf.BertConfig, hf.BertModel),
+        "roberta": (hf.RobertaConfig, hf.RobertaModel),
+        "distilbert": (hf.DistilBertConfig, hf.DistilBertModel),
+        "gpt2": (hf.GPT2Config, hf.GPT2Model),
     }
-    models = {
-        "bert": hf.BertModel,
-        "roberta": hf.RobertaModel,
-        "distilbert": hf.DistilBertModel,
-        "gpt2": hf.GPT2Model,
-    }
+    config_class, model_class = families[architecture]
     config: Any = _config(
-        configs[architecture], architecture, options, lambda: _sizes(architecture, options, inputs)
+        config_class, architecture, options, lambda: _sizes(architecture, options, inputs)
     )
     if architecture != "gpt2" and getattr(config, "is_decoder", False):
         raise ValueError(
@@ -259,8 +253,8 @@ def _build(architecture: str, options: TransformersOptions, inputs: TextInputs) 
             "transformers/gpt2"
         )
     if architecture in POOLERS:
-        return models[architecture](config, add_pooling_layer=options.pool == "pooler")
-    return models[architecture](config)
+        return model_class(config, add_pooling_layer=options.pool == "pooler")
+    return model_class(config)
 
 
 def _config(
@@ -470,18 +464,12 @@ class Wav2Vec2(Backbone):
         Returns (B, N, C).
         """
         assert self.convolutions is not None
-        x = F.pad(wave, (0, max(0, conv_arithmetic.field(self.convolutions) - wave.shape[1])))[
-            :, None
-        ]
+        missing = max(0, conv_arithmetic.field(self.convolutions) - wave.shape[1])
+        x = F.pad(wave, (0, missing))[:, None]
         for number, layer in enumerate(self.model.feature_extractor.conv_layers):
             if number == 0 and isinstance(getattr(layer, "layer_norm", None), nn.GroupNorm):
-                x = layer.activation(
-                    row_norm(
-                        layer.conv(x),
-                        layer.layer_norm,
-                        conv_arithmetic.count(lengths, self.convolutions[:1]),
-                    )
-                )
+                frames = conv_arithmetic.count(lengths, self.convolutions[:1])
+                x = layer.activation(row_norm(layer.conv(x), layer.layer_norm, frames))
             else:
                 x = layer(x)
         return x.transpose(1, 2)

@@ -66,18 +66,20 @@ class WaveNetOptions(Options):
 
 @register("model", "wavenet", options=WaveNetOptions)
 class WaveNet(Backbone):
-    """WaveNet for ``wave`` (B, n) float32 in [-1, 1] with ``mask`` (B, n).
+    """WaveNet over the samples of a recording.
 
-    Each sample becomes one of 256 mu-law levels and a vector (a 1 x 1 convolution of its one-hot
-    code); then ``stacks`` times ``layers`` gated causal convolutions (equation 2) with residual and
-    skip connections.
+    Input: ``wave`` (B, n) float32 in [-1, 1] with ``mask`` (B, n).
 
-    ``latent`` (B, n, skip, wanted as "latent") is the sum of the skip connections, one vector a
-    sample: that of sample t depends on the last ``receptive_field`` samples up to and including t.
-    ``tokens`` (B, n // pool, skip) are for recognition (section 3.4): the mean of the rectified sum
-    over ``pool`` samples, normed, then ``frame_layers`` non-causal convolutions. Those are residual
-    and start at 0, so that weights pretrained without them are used unchanged. The last samples of
-    a row that do not fill a token are dropped.
+    Each sample becomes one of 256 mu-law levels, and each level has a vector (a 1 x 1 convolution
+    of its one-hot code). ``stacks`` times ``layers`` gated causal convolutions follow (equation 2),
+    with residual and skip connections.
+
+    - ``latent`` (B, n, skip, wanted as "latent"): the sum of the skip connections, one vector for
+      each sample. It depends on the last ``receptive_field`` samples, the sample itself among them.
+    - ``tokens`` (B, n // pool, skip), for speech recognition (section 3.4): the mean of the
+      rectified sum over ``pool`` samples, normed, then ``frame_layers`` non-causal convolutions.
+      These are residual and start at 0: weights that were pretrained without them are used
+      unchanged. The last samples of a row that do not fill a token are dropped.
 
     Raises ValueError for rows other than plain waves.
     """

@@ -140,6 +140,11 @@ class Expected:
     def high(self) -> float:
         return self.mean + stats.NORMAL_95 * math.sqrt(self.variance)
 
+    @property
+    def estimate(self) -> tuple[float, float, float]:
+        """(mean, low, high)"""
+        return self.mean, self.low, self.high
+
 
 @dataclass(frozen=True)
 class _TestedPair:
@@ -303,8 +308,8 @@ class _LikeEntries:
             )
         return sorted(out, key=lambda choice: -choice.mean)
 
-    def describe_spreads(self, decimals: int) -> str:
-        """Return in words how much gains differ between sources, techniques and targets."""
+    def describe_spreads(self, decimals: int) -> tuple[str, ...]:
+        """Return a sentence on how much gains differ by source, technique and target, if any."""
         model = self.model
         spreads = model.median_spreads()
         parts = [
@@ -315,11 +320,11 @@ class _LikeEntries:
             if len(levels) > 1
         ]
         if not parts:
-            return ""
+            return ()
         return (
             f"the {len(self.entries)} gains that this is estimated from differ by "
             f"{', '.join(parts)}, and by {spreads[-1]:.{decimals}f} for other reasons "
-            "(standard deviations)"
+            "(standard deviations)",
         )
 
 
@@ -500,28 +505,19 @@ def _on_new_target(new: NewTarget, models: dict[tuple[_Kind, str], _LikeEntries]
                 "not enough evidence",
                 "not enough evidence: no trial of it with these labels has finished; other results "
                 f"predict the largest gain for {untried[0].name}",
-                because=_spreads(like, decimals),
+                because=like.describe_spreads(decimals),
                 untried=_predictions(untried, decimals),
                 next_experiment=_first_trial(untried, decimals),
             )
         )
     if out:
         return out
-    why = (
-        "no trial of it with these labels has finished, and no similar entry is there "
-        f"({new.modality}, {new.objective}"
+    headline = (
+        "not enough evidence: no trial of it with these labels has finished, and no similar entry "
+        f"is there ({new.modality}, {new.objective}, a metric with bounds)"
     )
-    why += ", a metric with bounds)"
     metric = new.metric or "its metric"
-    return [
-        Advice(
-            new.name,
-            new.label_fraction,
-            metric,
-            "not enough evidence",
-            f"not enough evidence: {why}",
-        )
-    ]
+    return [Advice(new.name, new.label_fraction, metric, "not enough evidence", headline)]
 
 
 def _predictions(untried: list[_Untried], decimals: int) -> tuple[str, ...]:
@@ -554,12 +550,6 @@ def _first_trial(untried: list[_Untried], decimals: int) -> str:
         f"{trial}, which raises the expected gain of the best choice by "
         f"{best.worth:.{decimals}f} on average"
     )
-
-
-def _spreads(like: _LikeEntries, decimals: int) -> tuple[str, ...]:
-    """Return a sentence on how much gains differ, if any."""
-    text = like.describe_spreads(decimals)
-    return (text,) if text else ()
 
 
 def _advice(
@@ -616,8 +606,8 @@ def _advice(
         *about,
         verdict,
         headline,
-        expected=(expected.mean, expected.low, expected.high),
-        because=(*_because(best, decimals), *_spreads(like, decimals)),
+        expected=expected.estimate,
+        because=(*_because(best, decimals), *like.describe_spreads(decimals)),
         others=_others(best, settled, unsettled, decimals),
         untried=(*_predictions(untried, decimals), *_were_cut(cut)),
         next_experiment=_next_experiment(settled, unsettled, untried, decimals),
@@ -651,7 +641,7 @@ def _because(choice: _TestedPair, decimals: int) -> tuple[str, ...]:
         f"{entry.metric} {value}; gain over scratch "
         f"{_estimate((gain.value, gain.low, gain.high), decimals)} over "
         f"{gain.seeds} seeds ({gain.how})",
-        f"expected gain {_interval(expected, decimals)} ({shrunk})",
+        f"expected gain {_estimate(expected.estimate, decimals)} ({shrunk})",
         f"cost of a trial: {seconds}{trained}",
     )
 
@@ -664,10 +654,6 @@ def _estimate(
         for value in estimate
     )
     return f"{middle} [{low}, {high}]"
-
-
-def _interval(expected: Expected, decimals: int) -> str:
-    return _estimate((expected.mean, expected.low, expected.high), decimals)
 
 
 def _others(
@@ -683,7 +669,8 @@ def _others(
             continue
         named.add(choice.entry.source)
         word = "hurts" if choice.hurts else "pays too" if choice.pays else "is not shown"
-        out.append(f"{choice.name} {word}: expected gain {_interval(expected, decimals)}")
+        gain = _estimate(expected.estimate, decimals)
+        out.append(f"{choice.name} {word}: expected gain {gain}")
     for choice in unsettled:
         if choice.entry.source not in named:
             named.add(choice.entry.source)

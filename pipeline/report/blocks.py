@@ -132,12 +132,10 @@ def format_interval(
     """
     if middle is None:
         return DASH
-    bounds = (
-        ""
-        if low is None or high is None
-        else f" [{low:{sign}.{decimals}f}, {high:{sign}.{decimals}f}]"
-    )
-    return f"{middle:{sign}.{decimals}f}{bounds}"
+    shown = f"{middle:{sign}.{decimals}f}"
+    if low is None or high is None:
+        return shown
+    return f"{shown} [{low:{sign}.{decimals}f}, {high:{sign}.{decimals}f}]"
 
 
 def format_seconds(seconds: float | None) -> str:
@@ -187,11 +185,8 @@ def _escape_markdown(text: str) -> str:
 
 
 def _cell_as_markdown(value: str | Value) -> str:
-    return (
-        "<br>".join(_escape_markdown(line) for line in value.lines)
-        if isinstance(value, Value)
-        else _escape_markdown(value)
-    )
+    lines = value.lines if isinstance(value, Value) else [value]
+    return "<br>".join(map(_escape_markdown, lines))
 
 
 def _fence(text: str) -> str:
@@ -204,11 +199,8 @@ def _block_as_markdown(block: Block) -> str:
     if isinstance(block, Heading):
         return f"{'#' * block.level} {_escape_markdown(block.text)}"
     if isinstance(block, Text):
-        return (
-            f"> {_escape_markdown(block.text)}"
-            if block.kind in ("note", "warning")
-            else _escape_markdown(block.text)
-        )
+        quote = "> " if block.kind in ("note", "warning") else ""
+        return f"{quote}{_escape_markdown(block.text)}"
     if isinstance(block, Bullets):
         return "\n".join(f"- {_escape_markdown(item)}" for item in block.items)
     if isinstance(block, Code):
@@ -231,9 +223,8 @@ def _block_as_markdown(block: Block) -> str:
             [name, *map(format_percent, line)]
             for name, line in zip(block.names, block.shares, strict=True)
         ]
-        return _block_as_markdown(Table([block.corner, *block.header], body)) + (
-            f"\n\n_{_escape_markdown(block.caption)}_" if block.caption else ""
-        )
+        table = _block_as_markdown(Table([block.corner, *block.header], body))
+        return f"{table}\n\n_{_escape_markdown(block.caption)}_" if block.caption else table
     if isinstance(block, Details):
         inner = "\n\n".join(text for part in block.blocks if (text := _block_as_markdown(part)))
         return f"**{_escape_markdown(block.title)}**\n\n{inner}" if inner else ""
@@ -247,6 +238,7 @@ def _block_as_markdown(block: Block) -> str:
 def html_page(title: str, eyebrow: str, blocks: Sequence[Block]) -> str:
     """Return the whole report as an HTML page, without a script and without anything to load."""
     body = "\n".join(_html_block(block) for block in blocks)
+    style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -255,7 +247,7 @@ def html_page(title: str, eyebrow: str, blocks: Sequence[Block]) -> str:
 <meta name="color-scheme" content="light dark">
 <title>{_escape_html(eyebrow)}</title>
 <style>
-{_style()}</style>
+{style}</style>
 </head>
 <body>
 <main>
@@ -383,11 +375,8 @@ def _html_block(block: Block) -> str:
     if isinstance(block, Heading):
         return f"<h{block.level}>{_breakable(block.text)}</h{block.level}>"
     if isinstance(block, Text):
-        return (
-            f'<p class="{_css_class(block.kind)}">{_escape_html(block.text)}</p>'
-            if block.kind
-            else f"<p>{_escape_html(block.text)}</p>"
-        )
+        kind = f' class="{_css_class(block.kind)}"' if block.kind else ""
+        return f"<p{kind}>{_escape_html(block.text)}</p>"
     if isinstance(block, Bullets):
         return "<ul>" + "".join(f"<li>{_escape_html(item)}</li>" for item in block.items) + "</ul>"
     if isinstance(block, Code):
@@ -411,8 +400,3 @@ def _html_block(block: Block) -> str:
     if block.numbers is None:
         return figure
     return figure + _html_block(Details("Numbers of the figure", [block.numbers]))
-
-
-def _style() -> str:
-    """Return the page's style sheet."""
-    return Path(__file__).with_name("style.css").read_text(encoding="utf-8")

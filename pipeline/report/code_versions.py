@@ -110,7 +110,11 @@ def describe_changes(trial_provenance: Mapping[str, TrialProvenance]) -> list[st
     changed = [made for made in trial_provenance.values() if made.changes]
     if not changed:
         return []
-    by_reason = Counter(_join_reasons(made.changes) for made in changed)
+    by_reason: Counter[str] = Counter()
+    for made in changed:
+        more = len(made.changes) - MAX_REASONS
+        reason = ", ".join(made.changes[:MAX_REASONS])
+        by_reason[f"{reason} and {more} more" if more > 0 else reason] += 1
     head = (
         f"{len(changed)} of {len(trial_provenance)} trials were made by other code or versions "
         "than those of now and are used as they are"
@@ -121,17 +125,14 @@ def describe_changes(trial_provenance: Mapping[str, TrialProvenance]) -> list[st
     ]
 
 
-def _join_reasons(changes: Sequence[str]) -> str:
-    more = f" and {len(changes) - MAX_REASONS} more" if len(changes) > MAX_REASONS else ""
-    return ", ".join(changes[:MAX_REASONS]) + more
-
-
 def versions_table(rows: Sequence[ResultRow]) -> list[list[str]]:
     """Return (library, versions) for each library.
 
     Where trials were made with several versions of a library, each has its number of trials.
     """
     trials = {row.trial_id: row.versions for row in rows}
+    if not trials:
+        return []
     counts: dict[str, Counter[str]] = {name: Counter() for name in provenance.LIBRARIES}
     for text in trials.values():
         versions: dict[str, str] = json.loads(text) if text else {}
@@ -145,4 +146,4 @@ def versions_table(rows: Sequence[ResultRow]) -> list[list[str]]:
             for version, number in count.most_common()
         ]
         out.append([name, ", ".join(version_texts)])
-    return out if trials else []
+    return out

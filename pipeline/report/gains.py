@@ -157,9 +157,9 @@ def heat_maps(entries: Sequence[MatrixEntry], decimals: Mapping[str, int]) -> li
         Heading("Sources by targets"),
         Text(
             "Gain over scratch of each source on each target, with the technique that is best by "
-            f"{how}. Green is better than scratch and red is worse, stronger where it is more, "
-            "within each target. ▲ wins, ▼ loses, ○ not shown, * also after Holm's correction for "
-            f"all comparisons of the job.{_over(compared)}"
+            f"{how}. Green is better than scratch and red is worse. The larger the difference, the "
+            "stronger the colour, within each target. ▲ wins, ▼ loses, ○ not shown, * also after "
+            f"Holm's correction for all comparisons of the job.{_over(compared)}"
         ),
     ]
     for number, (fraction, group) in enumerate(_by_fraction(compared).items()):
@@ -335,8 +335,8 @@ def _left_out(timed: Sequence[MatrixEntry], shown: Sequence[MatrixEntry]) -> str
     if not names:
         return ""
     return (
-        f" Left out, with one seed or made of other trials, whose cost they leave out: "
-        f"{', '.join(names)}."
+        f" Left out, because they have one seed, or do not count the cost of the trials that they "
+        f"are made of: {', '.join(names)}."
     )
 
 
@@ -391,15 +391,8 @@ def _cost_figure(target: str, group: Sequence[MatrixEntry], decimals: int) -> li
         on = " and ".join(name for name, front in fronts.items() if index in front)
         gain = "0 (scratch)" if entry.verdict == REFERENCE else _gain(entry, decimals)
         params = DASH if entry.params_trained is None else f"{entry.params_trained:,}"
-        body.append(
-            [
-                f"{number}: {entry.source} · {entry.technique}",
-                on,
-                gain,
-                f"{entry.seconds:.3g} s",
-                params,
-            ]
-        )
+        name = f"{number}: {entry.source} · {entry.technique}"
+        body.append([name, on, gain, f"{entry.seconds:.3g} s", params])
     head = ["On the front", "By", "Gain over scratch", "Final trial", "Parameters trained"]
     labels = plots.labels_text(fraction)
     caption = (

@@ -371,14 +371,7 @@ def matrix_entries(rows: list[ResultRow], runs: dict[str, RunPredictions]) -> li
         final = _final_trials(group)
         if final is not None:
             all_trials.append(_EntryTrials(key, *final, group))
-    out = [
-        _entry(
-            trials,
-            _compare(trials, all_trials, runs),
-            runs,
-        )
-        for trials in all_trials
-    ]
+    out = [_entry(trials, all_trials, runs) for trials in all_trials]
     return sorted(_corrected(out), key=_sort_key)
 
 
@@ -449,17 +442,17 @@ def _corrected(entries: list[MatrixEntry]) -> list[MatrixEntry]:
     return out
 
 
-def _reference(trials: _EntryTrials, all_trials: list[_EntryTrials]) -> _EntryTrials | None:
+def _reference(trials: _EntryTrials, alike: list[_EntryTrials]) -> _EntryTrials | None:
     """Return the trials that an entry is compared with.
 
-    They are those of scratch with the same backbone, target and labels, or those of the technique's
-    counterpart (COUNTERPARTS).
+    They are those of scratch with the same backbone, or those of the technique's counterpart
+    (COUNTERPARTS).
+
+    Args:
+        trials: The entry's own.
+        alike: All trials with the same target and labels.
     """
-    alike = [
-        other
-        for other in _of_same_labels(trials, all_trials)
-        if other.key.backbone == trials.key.backbone
-    ]
+    alike = [other for other in alike if other.key.backbone == trials.key.backbone]
     if trials.key.source != SCRATCH:
         return next((other for other in alike if other.key.is_scratch), None)
     counterpart = COUNTERPARTS.get(trials.technique)
@@ -469,32 +462,6 @@ def _reference(trials: _EntryTrials, all_trials: list[_EntryTrials]) -> _EntryTr
         if other.key.source != SCRATCH and other.technique == counterpart and other.done
     ]
     return _best_by_validation(candidates)
-
-
-def _of_same_labels(trials: _EntryTrials, all_trials: list[_EntryTrials]) -> list[_EntryTrials]:
-    """Return those trials that have the target and label fraction of an entry."""
-    target, fraction = trials.key.target, trials.key.label_fraction
-    return [
-        other
-        for other in all_trials
-        if other.key.target == target and other.key.label_fraction == fraction
-    ]
-
-
-def _best_scratch(trials: _EntryTrials, all_trials: list[_EntryTrials]) -> _EntryTrials | None:
-    """Return the scratch trials, of any backbone, that an entry with a source is compared with."""
-    if trials.key.source == SCRATCH:
-        return None
-    alike = _of_same_labels(trials, all_trials)
-    return _best_by_validation([other for other in alike if other.key.is_scratch])
-
-
-def _best_baseline(trials: _EntryTrials, all_trials: list[_EntryTrials]) -> _EntryTrials | None:
-    """Return the trials of the baseline that an entry with a network is compared with."""
-    if trials.key.is_baseline:
-        return None
-    alike = _of_same_labels(trials, all_trials)
-    return _best_by_validation([other for other in alike if other.key.is_baseline])
 
 
 def _best_by_validation(candidates: list[_EntryTrials]) -> _EntryTrials | None:
@@ -629,74 +596,43 @@ def _mean_rounded(rows: list[ResultRow], name: str) -> int | None:
 
 
 def _finite(values: Estimate) -> Estimate:
-    middle, low, high = (float(v) if v is not None and math.isfinite(v) else None for v in values)
+    middle, low, high = (None if value is None else _finite_or_none(value) for value in values)
     return middle, low, high
 
 
-@dataclass(frozen=True)
-class _Comparisons:
-    """The other trials that an entry is compared with, and its gains over them."""
-
-    reference: _EntryTrials | None
-    over_reference: GainEstimate
-    best_scratch: _EntryTrials | None
-    over_best_scratch: GainEstimate
-    best_baseline: _EntryTrials | None
-    over_best_baseline: GainEstimate
-
-    @property
-    def against(self) -> str:
-        """The reference in words where it is not scratch, otherwise ""."""
-        if self.reference is None or self.reference.key.source == SCRATCH:
-            return ""
-        return f"{self.reference.key.technique} of {self.reference.key.source}"
-
-    @property
-    def compared_with(self) -> tuple[EntryKey, ...]:
-        """Keys of the entries that there is a gain over, each once."""
-        pairs = (
-            (self.reference, self.over_reference),
-            (self.best_scratch, self.over_best_scratch),
-            (self.best_baseline, self.over_best_baseline),
-        )
-        keys = (other.key for other, gain in pairs if other is not None and gain.value is not None)
-        return tuple(dict.fromkeys(keys))
-
-
-def _compare(
-    trials: _EntryTrials, all_trials: list[_EntryTrials], runs: dict[str, RunPredictions]
-) -> _Comparisons:
-    """Compare an entry with its reference, the best scratch network and the best baseline."""
-    reference = _reference(trials, all_trials)
-    best_scratch = _best_scratch(trials, all_trials)
-    best_baseline = _best_baseline(trials, all_trials)
-    over_reference = _gain_of(trials, reference, runs)
-    over_best_scratch = over_reference
-    if best_scratch is not reference:
-        over_best_scratch = _gain_of(trials, best_scratch, runs)
-    over_best_baseline = _gain_of(trials, best_baseline, runs)
-    return _Comparisons(
-        reference,
-        over_reference,
-        best_scratch,
-        over_best_scratch,
-        best_baseline,
-        over_best_baseline,
-    )
-
-
 def _entry(
-    trials: _EntryTrials, comparisons: _Comparisons, runs: dict[str, RunPredictions]
+    trials: _EntryTrials, all_trials: list[_EntryTrials], runs: dict[str, RunPredictions]
 ) -> MatrixEntry:
-    """Return the matrix entry of trials."""
+    """Return the matrix entry of trials: their mean, and their gains over other trials."""
     source, backbone, target, technique, fraction = trials.key
     done = trials.rows
     first = done[0] if done else trials.group[0]
     (mean, low, high), how = _mean_of(trials, runs)
-    over_scratch = comparisons.over_reference
-    reference, best_scratch = comparisons.reference, comparisons.best_scratch
-    best_baseline = comparisons.best_baseline
+    alike = [
+        other
+        for other in all_trials
+        if (other.key.target, other.key.label_fraction) == (target, fraction)
+    ]
+    reference, best_scratch, best_baseline = _reference(trials, alike), None, None
+    if source != SCRATCH:
+        best_scratch = _best_by_validation([other for other in alike if other.key.is_scratch])
+    if not trials.key.is_baseline:
+        best_baseline = _best_by_validation([other for other in alike if other.key.is_baseline])
+    over_scratch = _gain_of(trials, reference, runs)
+    over_best_scratch = over_scratch
+    if best_scratch is not reference:
+        over_best_scratch = _gain_of(trials, best_scratch, runs)
+    over_best_baseline = _gain_of(trials, best_baseline, runs)
+    gains = (
+        (reference, over_scratch),
+        (best_scratch, over_best_scratch),
+        (best_baseline, over_best_baseline),
+    )
+    compared_with = [other.key for other, gain in gains if other and gain.value is not None]
     is_compared = reference is not None and bool(reference.done) and bool(done)
+    against = ""
+    if reference is not None and reference.key.source != SCRATCH:
+        against = f"{reference.key.technique} of {reference.key.source}"
     return MatrixEntry(
         source=source,
         backbone=backbone,
@@ -720,13 +656,13 @@ def _entry(
         interval="; ".join(text for text in (how, over_scratch.how) if text),
         over_scratch=over_scratch,
         paired_seeds=over_scratch.seeds if is_compared else None,
-        against=comparisons.against,
+        against=against,
         best_scratch=best_scratch.key.backbone if best_scratch is not None and done else "",
-        over_best_scratch=comparisons.over_best_scratch,
+        over_best_scratch=over_best_scratch,
         validation=_finite_or_none(trials.validation()),
         best_baseline=best_baseline.key.technique if best_baseline is not None and done else "",
-        over_best_baseline=comparisons.over_best_baseline,
-        compared_with=comparisons.compared_with,
+        over_best_baseline=over_best_baseline,
+        compared_with=tuple(dict.fromkeys(compared_with)),
     )
 
 

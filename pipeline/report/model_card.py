@@ -74,23 +74,22 @@ TAGS = {"series": "time-series"}
 
 
 def model_card(
-    uri: str,
-    licence: str = UNKNOWN_LICENCE,
-    title: str = "",
-    files: Collection[str] = (BUNDLE_MANIFEST,),
+    uri: str, licence: str = UNKNOWN_LICENCE, files: Collection[str] = (BUNDLE_MANIFEST,)
 ) -> str:
     """Return the card of a bundle.
 
     Args:
         uri: The bundle; one of a trial lies in its job's folder, whose results the card takes.
         licence: Of the weights, as hubs name it: apache-2.0, cc-by-4.0, ...
-        title: Heading; "" for one made of the target or backbone.
         files: Names of the files beside the card, which tell how the network is opened.
     """
     manifest = bundle.read_manifest(uri)
     rows = rows_of_bundle(uri, manifest)
     final = rows[0] if rows else None
-    name = title or _title(manifest, final)
+    name = f"{manifest.arch.name}, {_words(manifest.objective.name)}"
+    if final is not None:
+        technique = _words(final.technique.partition("{")[0])
+        name = f"{final.target}: {manifest.arch.name}, {technique}"
     header = _header(manifest, rows, licence, name)
     sections = [
         f"# {name}",
@@ -115,12 +114,6 @@ def rows_of_bundle(uri: str, manifest: Manifest) -> list[ResultRow]:
         return []
     rows = [row for row in results.read(root) if row.trial_id == trial_id and row.metric]
     return sorted(rows, key=lambda row: (row.split != "test", "@" in (row.metric or "")))
-
-
-def _title(manifest: Manifest, row: ResultRow | None) -> str:
-    if row is None:
-        return f"{manifest.arch.name}, {_words(manifest.objective.name)}"
-    return f"{row.target}: {manifest.arch.name}, {_words(row.technique.partition('{')[0])}"
 
 
 def _words(name: str) -> str:
@@ -154,12 +147,7 @@ def _header(manifest: Manifest, rows: Sequence[ResultRow], licence: str, name: s
         license=licence,
         library_name=LIBRARIES.get(library, TAG),
         pipeline_tag=task_of(manifest),
-        tags=[
-            TAG,
-            "transfer-learning",
-            TAGS.get(modality, modality),
-            manifest.objective.name,
-        ],
+        tags=[TAG, "transfer-learning", TAGS.get(modality, modality), manifest.objective.name],
         model_name=name if found else None,
         eval_results=found or None,
     )
@@ -329,7 +317,7 @@ def _limits(manifest: Manifest, rows: Sequence[ResultRow]) -> list[str]:
     ]
     if not any(row.split == "test" for row in rows):
         lines[0] = "It was not tested on rows that training and choice did not see."
-    if manifest.modality.name == "events" or manifest.objective.name in ("hourly",):
+    if manifest.modality.name == "events" or manifest.objective.name == "hourly":
         lines.append("It is no medical device and must not decide on the treatment of a person.")
     return ["## Limits", "\n".join(f"- {line}" for line in lines)]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -126,28 +127,24 @@ def label_blocks(
         return []
     compared = best_entry(done, rows, runs)
     best, ours = compared[:2] if compared is not None else _best(shown)
-    if all(_has_two_classes(run) for run in ours):
-        return [
-            *_two_class_blocks(target, done, rows, runs),
-            *(_confusion(target, best, ours) if all(_has_classes(run) for run in ours) else []),
-        ]
-    if all(_has_classes(run) for run in ours):
-        confused = _confusion(target, best, ours)
-        if compared is None:
-            return confused
-        return [
-            *confused,
-            *_class_table(RECALL, target, *compared),
-            *_reliability(target, *compared),
-        ]
-    if compared is not None and all(_has_numbers(run) for run in ours):
+    has_classes = all(map(_has_classes, ours))
+    confused = _confusion(target, best, ours) if has_classes else []
+    if all(map(_has_two_classes, ours)):
+        return [*(_two_class_blocks(target, rows, *compared) if compared else []), *confused]
+    if compared is None:
+        return confused
+    if has_classes:
+        recalls = _class_table(RECALL, target, *compared)
+        return [*confused, *recalls, *_reliability(target, *compared)]
+    if all(map(_has_numbers, ours)):
         return _predicted_and_true(target, *compared)
-    if compared is not None and all(_has_boxes(run) for run in ours):
+    if all(map(_has_boxes, ours)):
         has_masks = all("mask_intersections" in run.predictions for run in ours)
         return _class_table(MASK_PRECISION if has_masks else BOX_PRECISION, target, *compared)
-    for kind, applies in ((LABELS, _has_label_sets), (TYPES, _has_type_counts)):
-        if compared is not None and all(applies(run) for run in ours):
-            return _label_table(kind, target, *compared)
+    if all(map(_has_label_sets, ours)):
+        return _label_table(LABELS, target, *compared)
+    if all(map(_has_type_counts, ours)):
+        return _label_table(TYPES, target, *compared)
     return []
 
 
@@ -203,6 +200,11 @@ def runs_of(
         and entry_key(row) == entry.key
     )
     return [runs[trial_id] for trial_id in ids if trial_id in runs]
+
+
+def have_common_seed(ours: list[RunPredictions], scratch: list[RunPredictions]) -> bool:
+    """Return whether there is a seed by which runs can be paired with those of scratch."""
+    return bool({run.seed for run in ours} & {run.seed for run in scratch})
 
 
 def _has_two_classes(run: RunPredictions) -> bool:
@@ -312,20 +314,11 @@ def recall_of(column: int) -> Metric:
     return ratio(bounds=SHARE)(units)
 
 
-def box_precision_of(column: int) -> Metric:
-    """Return the average precision of the boxes of a class, as COCO defines it."""
+def precision_of(column: int, masks: bool = False) -> Metric:
+    """Return the average precision of a class's boxes, or of its masks, as COCO defines it."""
 
     def values(p: Predictions, counts: np.ndarray) -> np.ndarray:
-        return coco_ap.average_precision(coco_ap.of_class(p, column), counts=counts)
-
-    return resampled(bounds=SHARE)(values)
-
-
-def mask_precision_of(column: int) -> Metric:
-    """Return the average precision of the masks of a class, as COCO defines it."""
-
-    def values(p: Predictions, counts: np.ndarray) -> np.ndarray:
-        return coco_ap.average_precision(coco_ap.of_class(p, column), counts=counts, masks=True)
+        return coco_ap.average_precision(coco_ap.of_class(p, column), counts=counts, masks=masks)
 
     return resampled(bounds=SHARE)(values)
 
@@ -353,7 +346,7 @@ BOX_PRECISION = ClassMeasure(
     "Test boxes",
     "AP",
     "the average precision of each class (COCO: IoU 0.5 to 0.95)",
-    box_precision_of,
+    precision_of,
     _boxes_by_class,
     stats.MIN_UNITS,
 )
@@ -361,7 +354,7 @@ MASK_PRECISION = replace(
     BOX_PRECISION,
     counted="Test objects",
     meaning="the average precision of each class's masks (COCO: IoU 0.5 to 0.95)",
-    of=mask_precision_of,
+    of=partial(precision_of, masks=True),
 )
 
 
@@ -373,7 +366,7 @@ def _class_table(
     scratch: list[RunPredictions],
 ) -> list[Block]:
     """Return a measure of each class beside that of scratch, the largest gain first."""
-    if not {run.seed for run in ours} & {run.seed for run in scratch}:
+    if not have_common_seed(ours, scratch):
         return []
     names = ours[0].labels
     counts = measure.count(ours[0].predictions, len(names))
@@ -407,18 +400,15 @@ def _class_table(
 
 def _two_class_blocks(
     target: str,
-    done: Sequence[MatrixEntry],
     rows: Sequence[ResultRow],
-    runs: dict[str, RunPredictions],
+    best: MatrixEntry,
+    ours: list[RunPredictions],
+    scratch: list[RunPredictions],
 ) -> list[Block]:
     """Return all metrics of the best entry with a source and of scratch, and a reliability diagram.
 
     The positions of a row count as rows of their own where each has a class.
     """
-    compared = best_entry(done, rows, runs)
-    if compared is None:
-        return []
-    best, ours, scratch = compared
     measured = dict.fromkeys(
         row.metric
         for row in rows
@@ -427,12 +417,14 @@ def _two_class_blocks(
         and row.metric
         and row.value is not None
     )
+    # some metrics need a decision threshold
+    has_threshold = all("threshold" in run.predictions for run in (*ours, *scratch))
     names = [
         name
         for name in measured
-        if catalog.find(name) and all(_can_compute(name, run) for run in (*ours, *scratch))
+        if catalog.find(name) and (has_threshold or not name.endswith("_at_threshold"))
     ]
-    paired = bool({run.seed for run in ours} & {run.seed for run in scratch})
+    paired = have_common_seed(ours, scratch)
     body: list[list[str | Value]] = []
     for name in names:
         metric = catalog.metric(name)
@@ -454,21 +446,11 @@ def _two_class_blocks(
         f"class is {ours[0].labels[1]}. ↑ higher is better, ↓ lower is; a positive gain is "
         f"better.{GAIN_LEGEND if paired else ''}"
     )
-    out: list[Block] = (
-        [
-            Heading("All metrics", 3),
-            Text(caption),
-            Table(["Metric", best.source, *(["scratch", "gain"] if paired else [])], body),
-        ]
-        if body
-        else []
-    )
+    out: list[Block] = []
+    if body:
+        head = ["Metric", best.source, *(["scratch", "gain"] if paired else [])]
+        out = [Heading("All metrics", 3), Text(caption), Table(head, body)]
     return out + _reliability(target, best, ours, scratch if paired else [])
-
-
-def _can_compute(name: str, run: RunPredictions) -> bool:
-    """Return whether the run has what a metric needs: some need a decision threshold."""
-    return not name.endswith("_at_threshold") or "threshold" in run.predictions
 
 
 def _largest_unit(run: RunPredictions) -> int:
@@ -569,7 +551,7 @@ def _calibration_errors(
     entry: MatrixEntry, ours: list[RunPredictions], scratch: list[RunPredictions]
 ) -> list[Block]:
     """Return the calibration error and the Brier score of an entry beside those of scratch."""
-    if not {run.seed for run in ours} & {run.seed for run in scratch}:
+    if not have_common_seed(ours, scratch):
         return []
     body: list[list[str | Value]] = []
     for name, words in (("ece", "expected calibration error ↓"), ("brier", "Brier score ↓")):
@@ -596,14 +578,11 @@ def _label_table(
     names, p = ours[0].labels, ours[0].predictions
     positive = p["labels" if kind is LABELS else "actual"].sum(0, dtype=np.int64)
     most_frequent_first: list[int] = np.argsort(-positive, kind="stable").tolist()
-    often = [
-        k
-        for k in most_frequent_first
-        if 0 < positive[k] < (len(ours[0].rows) if kind is LABELS else np.inf)
-    ]
+    most = len(ours[0].rows) if kind is LABELS else np.inf  # every row has it: no AUROC
+    often = [k for k in most_frequent_first if 0 < positive[k] < most]
     estimates: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     gains: dict[str, list[stats.Gain]] = defaultdict(list)
-    paired = bool(scratch) and bool({run.seed for run in ours} & {run.seed for run in scratch})
+    paired = have_common_seed(ours, scratch)
     for k in often[:MAX_LABELS]:
         for name, _ in kind.measures:
             per_label_metric = catalog.per_label(name)
@@ -626,25 +605,23 @@ def _label_table(
             for line, gain, k in zip(body, gains[name], often, strict=False):
                 line.append(gain_estimate(gain, digits, _enough_of_label(kind, ours[0], k)))
     least = max(
-        int(run.predictions["min_positives"].max(initial=1))
-        if "min_positives" in run.predictions
-        else 1
-        for run in ours
+        int(run.predictions.get("min_positives", np.ones(1)).max(initial=1)) for run in ours
     )
+    if not body:
+        return []
     caption = (
         f"{target}: {entry_label(entry)} of labels{' and scratch' if paired else ''}, mean over "
         f"{_plural(len(ours))} with 95 % intervals.{kind.explanation}"
     )
-    caption += (
-        f" Macro averages are over the labels with at least {least} test rows." if least > 1 else ""
-    )
-    caption += (
-        f" The {MAX_LABELS} commonest of {len(often)} {kind.plural}; results.parquet has all."
-        if len(often) > MAX_LABELS
-        else ""
-    )
-    caption += GAIN_LEGEND if paired else ""
-    return [Heading(kind.heading, 3), Text(caption), Table(head, body)] if body else []
+    if least > 1:
+        caption += f" Macro averages are over the labels with at least {least} test rows."
+    if len(often) > MAX_LABELS:
+        caption += (
+            f" The {MAX_LABELS} commonest of {len(often)} {kind.plural}; results.parquet has all."
+        )
+    if paired:
+        caption += GAIN_LEGEND
+    return [Heading(kind.heading, 3), Text(caption), Table(head, body)]
 
 
 def _plural(seeds: int) -> str:

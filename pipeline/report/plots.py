@@ -35,22 +35,18 @@ Points = list[tuple[float, float]]
 Series = dict[tuple[str, str], Points]
 """Lines by (source, technique), see `line_key`."""
 
-_INK, _SOFT, _LINE, _PAPER, _WINS, _LOSES = (
-    "#010101",
-    "#010102",
-    "#010103",
-    "#010104",
-    "#010105",
-    "#010106",
-)
+_INK, _SOFT, _LINE, _PAPER, _WINS, _LOSES = (f"#01010{i}" for i in range(1, 7))
 _COLOURS = [f"#01020{i}" for i in range(8)]
-_NAMES = dict(
-    zip(
-        (_INK, _SOFT, _LINE, _PAPER, _WINS, _LOSES, *_COLOURS),
-        ("ink", "soft", "line", "paper", "wins", "loses", *(f"s{i}" for i in range(8))),
-        strict=True,
-    )
-)
+_NAMES = {
+    _INK: "ink",
+    _SOFT: "soft",
+    _LINE: "line",
+    _PAPER: "paper",
+    _WINS: "wins",
+    _LOSES: "loses",
+    **{colour: f"s{number}" for number, colour in enumerate(_COLOURS)},
+}
+"""The CSS variable of each placeholder colour."""
 _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 Style = dict[str, Any]
 """Keyword arguments of matplotlib for a line and its marks."""
@@ -193,17 +189,9 @@ def label_efficiency(entries: Sequence[MatrixEntry]) -> str:
             offset = 1 + 0.12 / len(keys) * (i - (len(keys) - 1) / 2)
             x = [(entry.n_train or 0) * offset for entry in line_entries]
             y = [entry.mean or 0.0 for entry in line_entries]
-            below = [
-                entry.mean - entry.low if entry.mean is not None and entry.low is not None else 0.0
-                for entry in line_entries
-            ]
-            above = [
-                entry.high - entry.mean
-                if entry.mean is not None and entry.high is not None
-                else 0.0
-                for entry in line_entries
-            ]
-            bars = [[max(0.0, v) for v in below], [max(0.0, v) for v in above]]
+            low = [e.low if e.low is not None else e.mean or 0.0 for e in line_entries]
+            high = [e.high if e.high is not None else e.mean or 0.0 for e in line_entries]
+            bars = np.clip([np.subtract(y, low), np.subtract(high, y)], 0.0, None)
             axes.errorbar(
                 x, y, yerr=bars, marker="o", markersize=3.5, elinewidth=1, **_line_style(key, keys)
             )
@@ -294,14 +282,29 @@ def pareto(
         }
         for axes, (name, front) in zip(grid, panels.items(), strict=True):
             points = list(zip(costs[name], [entry.gain or 0.0 for entry in entries], strict=True))
-            _draw_front(axes, [points[index] for index in front])
+            axes.axhline(0, color=_SOFT, linewidth=0.9, zorder=1)
+            axes.plot(
+                *zip(*(points[index] for index in front), strict=True),
+                drawstyle="steps-post",
+                color=_SOFT,
+                linewidth=1.2,
+                zorder=2,
+            )
             for index, (point, entry) in enumerate(zip(points, entries, strict=True)):
-                style: Style = {"marker": "o", "color": colours.get(_technique_name(entry))}
+                style: Style = {"marker": "o", "color": colours.get(truncate(entry.technique, 32))}
                 if entry.source == SCRATCH:
                     style = _OPEN
                 axes.plot([point[0]], [point[1]], markersize=5, zorder=3, **style)
                 if index in numbered:
-                    _annotate_number(axes, point, numbered.index(index) + 1)
+                    axes.annotate(
+                        str(numbered.index(index) + 1),
+                        point,
+                        xytext=(-3, 5),
+                        textcoords="offset points",
+                        ha="right",
+                        fontsize=8.5,
+                        color=_INK,
+                    )
             _cost_scale(axes, costs[name])
             axes.margins(x=0.12, y=0.12)
             axes.grid(color=_LINE, linewidth=0.6)
@@ -311,11 +314,6 @@ def pareto(
         grid[0].set_ylabel(f"gain in {truncate(entries[0].metric, 24)}")
         _legend(figure, legend)
         return _svg(figure, f"Gain over scratch by {' and by '.join(panels)}")
-
-
-def _technique_name(entry: MatrixEntry) -> str:
-    """Return the technique of an entry as a legend has it."""
-    return truncate(entry.technique, 32)
 
 
 def _technique_marks(entries: Sequence[MatrixEntry]) -> Legend:
@@ -328,31 +326,6 @@ def _technique_marks(entries: Sequence[MatrixEntry]) -> Legend:
         for name, style in _legend_entries(with_source)
     ]
     return [*marks, ("scratch", {**_OPEN, "linestyle": ""})]
-
-
-def _draw_front(axes: Axes, front: Sequence[tuple[float, float]]) -> None:
-    """Draw the zero line, and the front of points (cost, gain) as steps."""
-    axes.axhline(0, color=_SOFT, linewidth=0.9, zorder=1)
-    axes.plot(
-        [cost for cost, _ in front],
-        [gain for _, gain in front],
-        drawstyle="steps-post",
-        color=_SOFT,
-        linewidth=1.2,
-        zorder=2,
-    )
-
-
-def _annotate_number(axes: Axes, point: tuple[float, float], number: int) -> None:
-    axes.annotate(
-        str(number),
-        point,
-        xytext=(-3, 5),
-        textcoords="offset points",
-        ha="right",
-        fontsize=8.5,
-        color=_INK,
-    )
 
 
 def _cost_scale(axes: Axes, costs: Sequence[float]) -> None:

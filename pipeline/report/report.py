@@ -81,13 +81,12 @@ UNJUDGED = (TOO_FEW, SINGLE_SEED, UNCOMPARED)
 """Words in place of a verdict where a comparison has none."""
 MAX_NAMED_ENTRIES = 12
 SEARCH_NOISE = (
-    "Where hyper-parameters were searched, the settings that were tried again with further "
-    "seeds show how much the choice itself varies, and "
-    "intervals of gains include that: in simulated comparisons without a difference 3 to 5 % "
-    "were won or lost. A search whose settings were "
-    "tried with one seed alone does not show it, and its intervals say so: there 6 to 12 % "
-    "were won or lost. Neither does a search that "
-    "was judged by another metric than the tested one, whose intervals say so too."
+    "Where hyper-parameters were searched, some settings were tried again with further seeds. They "
+    "show how much the choice itself varies, and intervals of gains include that: in simulated "
+    "comparisons without a true difference 3 to 5 % were won or lost. If the settings were tried "
+    "with one seed alone, or the search was judged by another metric than the tested one, it is "
+    "not known how much the choice varies. The intervals then say so, and 6 to 12 % were won or "
+    "lost."
 )
 
 
@@ -152,6 +151,12 @@ def _content(root_uri: str, inputs: ReportInputs) -> list[Block]:
     groups, decimals = by_target(entries), decimals_by_target(entries)
     comparable = comparable_across_backbones(entries)
     pooled = folds.pool(rows, inputs.runs)
+    by_key = {entry.key: entry for entry in comparable}
+    targets = [
+        block
+        for target, group in groups.items()
+        for block in _target_blocks(inputs, target, group, by_key, decimals[target], pooled)
+    ]
     return [
         *gains.warnings(by_target(comparable), decimals),
         *winners.blocks_of(root_uri, groups, rows, decimals),
@@ -159,7 +164,7 @@ def _content(root_uri: str, inputs: ReportInputs) -> list[Block]:
         *gains.heat_maps(comparable, decimals),
         *_gain_blocks(groups),
         *without_labels.blocks_of(entries, *pooled, decimals),
-        *_all_target_blocks(inputs, groups, comparable, decimals, pooled),
+        *targets,
         *_missing_blocks(entries, rows, inputs.scores, inputs.left_out, inputs.notes),
         *_cost_blocks(entries, rows, inputs.pretraining),
         *gains.cost_figures(by_target(comparable), decimals),
@@ -172,24 +177,6 @@ def _content(root_uri: str, inputs: ReportInputs) -> list[Block]:
     ]
 
 
-def _all_target_blocks(
-    inputs: ReportInputs,
-    groups: Mapping[str, list[MatrixEntry]],
-    comparable: Sequence[MatrixEntry],
-    decimals: Mapping[str, int],
-    pooled: tuple[Sequence[ResultRow], dict[str, stats.RunPredictions]],
-) -> list[Block]:
-    """Return the section of each target."""
-    by_key = {entry.key: entry for entry in comparable}
-    out: list[Block] = []
-    for target, group in groups.items():
-        split = inputs.splits.get(target, "")
-        out += _target_blocks(
-            target, group, by_key, inputs.rows, inputs.curves, decimals[target], split, pooled
-        )
-    return out
-
-
 def _all_score_blocks(
     inputs: ReportInputs, comparable: Sequence[MatrixEntry], decimals: Mapping[str, int]
 ) -> list[Block]:
@@ -197,9 +184,11 @@ def _all_score_blocks(
     rows, source_scores = inputs.rows, inputs.source_scores
     cut = {(row.target, row.label_fraction) for row in rows if row.is_cut_by_budget}
     values = _known_scores(rows, inputs.scores) | gains.all_scores(source_scores)
+    # of a target with one source shift is measured alone
+    scored = {name: pair for name, pair in source_scores.items() if pair.scores}
     return [
         *_score_blocks(rows, inputs.scores),
-        *score_audit.blocks_of(inputs.entries, _scored(source_scores), inputs.modalities, cut),
+        *score_audit.blocks_of(inputs.entries, scored, inputs.modalities, cut),
         *gains.score_figures(comparable, values, decimals),
     ]
 
@@ -274,7 +263,7 @@ def _summary_blocks(
             _largest_gains(groups, decimals),
             Text(
                 "Wins and losses of this table are by the plain interval. The largest of several "
-                "gains is also the luckiest: on average it is a little too large. All gains stand "
+                "gains is also the luckiest: on average it is a little too large. All gains are "
                 "below.",
                 "note",
             ),
@@ -438,25 +427,21 @@ def _row_label(entry: MatrixEntry, backbones: bool) -> str:
 
 
 def _target_blocks(
+    inputs: ReportInputs,
     target: str,
     group: Sequence[MatrixEntry],
     comparable: Mapping[EntryKey, MatrixEntry],
-    rows: Sequence[ResultRow],
-    curves: Mapping[str, Sequence[CurvePoint]],
     decimals: int,
-    split: str,
     pooled: tuple[Sequence[ResultRow], dict[str, stats.RunPredictions]],
 ) -> list[Block]:
     """Return the section of a target.
 
     Args:
-        target: Its name.
+        inputs: What the report is made of.
+        target: Name of the target.
         group: Its entries.
         comparable: The entries of `comparable_across_backbones`, by key.
-        rows: Results rows.
-        curves: Validations of each trial, by its id.
         decimals: Decimals of the target's values.
-        split: Where its splits come from.
         pooled: What `folds.pool` returns.
     """
     metric = _metric(group)
@@ -466,9 +451,9 @@ def _target_blocks(
         out.append(Text(_describe_values(metric, done)))
     out += _value_tables(group, comparable, decimals)
     out += [*_several_networks_note(target, group), *_best_baseline_note(target, group)]
-    if split:
+    if split := inputs.splits.get(target):
         out.append(Text(f"Splits: {split}", "note"))
-    out += _curve_blocks(target, metric, rows, curves, decimals)
+    out += _curve_blocks(target, metric, inputs.rows, inputs.curves, decimals)
     if len({entry.label_fraction for entry in done if entry.n_train}) > 1:
         caption = f"{target}: test {metric} by number of labelled rows, with 95 % intervals."
         out.append(Figure(plots.label_efficiency(done), caption))
@@ -742,9 +727,7 @@ def _missing_blocks(
         *left_out,
         *_sources_left_out(rows, scores),
         *_stopped_early(rows),
-        *_unjudged(entries),
-        *_without_validation(entries),
-        *_without_search_noise(entries),
+        *_unknown(entries),
     ]
     details = [*_failure_blocks(rows), *_budget_blocks(rows), *_duplicate_blocks(rows)]
     if not lines and not details:
@@ -784,8 +767,8 @@ def _stopped_early(rows: Sequence[ResultRow]) -> list[str]:
     ]
 
 
-def _unjudged(entries: Sequence[MatrixEntry]) -> list[str]:
-    """Return a line for each reason why comparisons have no verdict."""
+def _unknown(entries: Sequence[MatrixEntry]) -> list[str]:
+    """Return a line for each reason why comparisons have no verdict, and for what they lack."""
     reasons: dict[str, list[MatrixEntry]] = defaultdict(list)
     for entry in entries:
         if entry.source == SCRATCH:
@@ -801,27 +784,15 @@ def _unjudged(entries: Sequence[MatrixEntry]) -> list[str]:
                 "Not compared (no seed in common, the metric has no value, or test predictions are "
                 "missing)"
             ].append(entry)
-    return [f"{reason}: {_names(unjudged)}." for reason, unjudged in reasons.items()]
-
-
-def _without_validation(entries: Sequence[MatrixEntry]) -> list[str]:
-    unvalidated = [
+    reasons["No value on validation rows, so never chosen by it"] = [
         entry
         for entry in entries
         if entry.n_seeds and entry.validation is None and not entry.is_baseline
     ]
-    if not unvalidated:
-        return []
-    return [f"No value on validation rows, so never chosen by it: {_names(unvalidated)}."]
-
-
-def _without_search_noise(entries: Sequence[MatrixEntry]) -> list[str]:
-    without_noise = [
+    reasons["Intervals that leave out how much the search itself varies"] = [
         entry for entry in entries if "without the noise of the search" in entry.interval
     ]
-    if not without_noise:
-        return []
-    return [f"Intervals that leave out how much the search itself varies: {_names(without_noise)}."]
+    return [f"{reason}: {_names(lacking)}." for reason, lacking in reasons.items() if lacking]
 
 
 def _names(entries: Sequence[MatrixEntry]) -> str:
@@ -994,11 +965,6 @@ def _trial_costs(entries: Sequence[MatrixEntry], rows: Sequence[ResultRow]) -> b
     return blocks.Table(head, body, 2)
 
 
-def _scored(source_scores: Mapping[str, PairScores]) -> dict[str, PairScores]:
-    """Return the pairs that have scores: of a target with one source shift is measured alone."""
-    return {name: pair for name, pair in source_scores.items() if pair.scores}
-
-
 def _shifts(source_scores: Mapping[str, PairScores]) -> dict[str, list[Shift]]:
     """Return what was measured of each target's rows."""
     shifts: dict[str, list[Shift]] = defaultdict(list)
@@ -1138,11 +1104,9 @@ def _duplicate_blocks(rows: Sequence[ResultRow]) -> list[Block]:
 
 
 def _split_blocks(splits: dict[str, str]) -> list[Block]:
-    return (
-        [Heading("Splits"), Bullets([f"{name}: {text}" for name, text in splits.items()])]
-        if splits
-        else []
-    )
+    if not splits:
+        return []
+    return [Heading("Splits"), Bullets([f"{name}: {text}" for name, text in splits.items()])]
 
 
 WORDS = (
@@ -1154,7 +1118,7 @@ WORDS = (
     ("Trial", "trial_id, trial_stage, seed", "One training run, of the search or a final one."),
     ("Value", "value", "The metric on test rows (split), the mean over seeds."),
     ("Scratch", "scratch_value", "Training the same backbone from random weights."),
-    ("Gain over scratch", "gain", "Value above that of scratch with the same backbone and seed."),
+    ("Gain over scratch", "gain", "How much better than scratch with the same backbone and seed."),
     (
         "Gain over best scratch",
         "baseline_gain",
@@ -1228,19 +1192,19 @@ def _method_blocks(
 def _describe_statistics(entries: Sequence[MatrixEntry], rows: Sequence[ResultRow]) -> list[str]:
     """Return sentences on intervals, verdicts and corrections."""
     sentences = [
-        "Intervals are 95 % and take seeds for the readers and test units for the cases of a "
-        "multi-reader study (Obuchowski and Rockette, 1995; degrees "
-        "of freedom as Hillis, 2007): the variance between seeds by Student's t, and the "
-        "covariance over test units, whole groups where the data "
-        f"declare them, by a paired bootstrap (Efron and Tibshirani, 1993) with {stats.DRAWS} "
-        f"draws (down to {stats.RECOMPUTED_DRAWS} where rows are "
-        "many and the metric is no sum over them, or it compares pairs of rows). Of one seed they "
-        "are percentile bootstraps over test units alone.",
+        "Intervals are 95 %. They are those of a multi-reader study (Obuchowski and Rockette, "
+        "1995; degrees of freedom as Hillis, 2007) in which the seeds are the readers, and the "
+        "test units (groups where the data declare them, else rows) are the cases. The variance "
+        "between seeds is by Student's t. The covariance over test units is by a paired bootstrap "
+        f"(Efron and Tibshirani, 1993) with {stats.DRAWS} draws, or fewer (at least "
+        f"{stats.RECOMPUTED_DRAWS}) where rows are many and the metric is no sum over them, or "
+        "where it compares pairs of rows. Intervals of one seed are percentile bootstraps over "
+        "test units alone.",
         "Gains are paired: the same seeds and the same test rows, sampled together for both "
         "sides. Positive is better. A verdict needs "
         f"{MIN_SEEDS} paired seeds, and {stats.MIN_RARER_UNITS} test units outside of the most "
         f"frequent class ({stats.MIN_UNITS} test units where rows have no "
-        "classes). No interval passes the bounds of its metric.",
+        "classes). No interval exceeds the bounds of its metric.",
     ]
     num_compared = sum(entry.gain_p_holm is not None for entry in entries)
     if num_compared:

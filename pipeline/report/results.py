@@ -309,7 +309,7 @@ def append(
     """
     if not rows and current is None:
         return
-    new = {_row_key(row): row for row in _validate(rows)}
+    new = {(row.trial_id, row.split, row.metric, row.trial_stage): row for row in _validate(rows)}
     trials = {(row.trial_id, row.trial_stage) for row in new.values()}
     earlier = [row for row in _read_or_none(uri) if (row.trial_id, row.trial_stage) not in trials]
     out = [*earlier, *new.values()]
@@ -448,12 +448,6 @@ def _checksum(table: pa.Table) -> bytes:
     return digest.hexdigest().encode()
 
 
-def select(rows: Iterable[ResultRow], trial_ids: Collection[str]) -> list[ResultRow]:
-    """Return the rows of these trials, in their order."""
-    wanted = set(trial_ids)
-    return [row for row in rows if row.trial_id in wanted]
-
-
 def disambiguate_targets(rows: Iterable[ResultRow]) -> list[ResultRow]:
     """Return the rows with the split in the target's name where a target has several splits.
 
@@ -479,10 +473,6 @@ def technique(row: ResultRow) -> str:
     options = as_object(row.settings.get("technique"))
     description = ", ".join(f"{name} {value}" for name, value in sorted(options.items()))
     return f"{row.technique} ({description})" if description else row.technique
-
-
-def _row_key(row: ResultRow) -> tuple[str | None, ...]:
-    return row.trial_id, row.split, row.metric, row.trial_stage
 
 
 def _validate(rows: list[ResultRow]) -> list[ResultRow]:

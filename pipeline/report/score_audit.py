@@ -206,8 +206,12 @@ def audit(
     )
 
 
-def _tau_of(outcome: Outcome, order: Mapping[str, float]) -> float:
-    return tau(list(order.values()), [outcome.means[source] for source in order])
+def _tau_of(
+    outcome: Outcome, order: Mapping[str, float], sources: Sequence[str] | None = None
+) -> float:
+    """Return the tau of those sources that have a score; None: of all."""
+    scored = [source for source in sources or order if source in order]
+    return tau([order[source] for source in scored], [outcome.means[source] for source in scored])
 
 
 def _chance(outcome: Outcome) -> float:
@@ -253,7 +257,7 @@ def _interval(
             group = groups[int(index)]
             sources = list(dict.fromkeys(source for _, order in group for source in order))
             drawn = [sources[int(k)] for k in rng.integers(0, len(sources), len(sources))]
-            taus = [_tau_of_drawn(outcome, order, drawn) for outcome, order in group]
+            taus = [_tau_of(outcome, order, drawn) for outcome, order in group]
             if finite := [value for value in taus if np.isfinite(value)]:
                 of_targets.append(fmean(finite))
         if of_targets:
@@ -262,11 +266,6 @@ def _interval(
         return None, None
     low, high = np.percentile(drawn_taus, (2.5, 97.5))
     return float(low), float(high)
-
-
-def _tau_of_drawn(outcome: Outcome, order: Mapping[str, float], drawn: Sequence[str]) -> float:
-    scored = [source for source in drawn if source in order]
-    return tau([order[source] for source in scored], [outcome.means[source] for source in scored])
 
 
 def _misled(outcome: Outcome, order: Mapping[str, float]) -> str:
@@ -368,22 +367,15 @@ def blocks_of_scores(scores: Mapping[str, PairScores]) -> list[Block]:
             for name in names
         ]
         tables.append(blocks.Table([target, *(pair.source for pair in pairs)], body))
-    reasons = {
-        f"{title(name)}, {pair.source} for {pair.target}: {value.reason}"
-        for pair in scores.values()
-        for name, value in pair.scores.items()
-        if value.value is None and value.reason
-    }
-    if reasons:
-        tables += [Text("Undefined:"), Bullets(sorted(reasons))]
-    without = {
-        f"{title(name)}, {pair.source} for {pair.target}: {value.reason}"
-        for pair in scores.values()
-        for name, value in pair.scores.items()
-        if value.value is not None and value.reason
-    }
-    if without:
-        tables += [Text("Without an interval:"), Bullets(sorted(without))]
+    for heading, is_undefined in (("Undefined:", True), ("Without an interval:", False)):
+        reasons = {
+            f"{title(name)}, {pair.source} for {pair.target}: {score.reason}"
+            for pair in scores.values()
+            for name, score in pair.scores.items()
+            if score.reason and (score.value is None) == is_undefined
+        }
+        if reasons:
+            tables += [Text(heading), Bullets(sorted(reasons))]
     return [Details("Every score of every source", tables)] if tables else []
 
 
@@ -410,7 +402,7 @@ def blocks_of_audits(all_audits: Sequence[Audit]) -> list[Block]:
         [
             audit.domain or blocks.DASH,
             title(audit.score),
-            _interval_text(audit),
+            blocks.format_interval(audit.tau, audit.low, audit.high, 2, "+"),
             _number(audit.top_1),
             _number(audit.top_3),
             _number(audit.chance),
@@ -477,10 +469,6 @@ def _pairs_of(few: Sequence[Audit]) -> str:
     for audit in few:
         by_count[audit.pairs][title(audit.score)] = None
     return "; ".join(f"{', '.join(names)} {count}" for count, names in sorted(by_count.items()))
-
-
-def _interval_text(audit: Audit) -> str:
-    return blocks.format_interval(audit.tau, audit.low, audit.high, 2, "+")
 
 
 def _number(value: float | None, unit: str = "") -> str:

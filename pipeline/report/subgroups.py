@@ -223,13 +223,11 @@ def subgroup_blocks(
     metric = catalog.metric(best.metric)
     everyone = _subgroup("all test rows", np.ones(len(ours[0].rows), dtype=bool), ours[0], metric)
     shown = [everyone, *split_by_subgroup(ours[0], metric)]
-    paired = (
-        bool(scratch)
-        and bool({run.seed for run in ours} & {run.seed for run in scratch})
-        and all(_same_rows(run, ours[0]) for run in scratch)
-    )
-    if not all(_same_rows(run, ours[0]) for run in ours):
+    if not all(np.array_equal(run.rows, ours[0].rows) for run in ours):
         return []
+    paired = per_label.have_common_seed(ours, scratch) and all(
+        np.array_equal(run.rows, ours[0].rows) for run in scratch
+    )
     means = {
         subgroup.name: _means(metric, subgroup, ours, scratch if paired else [])
         for subgroup in shown
@@ -247,20 +245,14 @@ def subgroup_blocks(
     body: list[list[str | Value]] = []
     for subgroup in shown:
         line: list[str | Value] = [subgroup.name, format_size(subgroup.units)]
-        estimates = means.get(subgroup.name, [])
-        line += (
-            [format_size(subgroup.positives) if estimates else DASH]
-            if subgroup.positives is not None
-            else []
-        )
-        line += (
-            [per_label.estimate(mean, digits) for mean in estimates]
-            if estimates
-            else [DASH] * (2 if paired else 1)
-        )
-        if paired:
-            line.append(_gain_cell(metric, subgroup, ours, scratch, digits) if estimates else DASH)
-        body.append(line)
+        estimates = means.get(subgroup.name)
+        if estimates:
+            if subgroup.positives is not None:
+                line.append(format_size(subgroup.positives))
+            line += [per_label.estimate(mean, digits) for mean in estimates]
+            if paired:
+                line.append(_gain_cell(metric, subgroup, ours, scratch, digits))
+        body.append(line + [DASH] * (len(head) - len(line)))
     caption = (
         f"{target}: {entry_label(best)} of labels{' and scratch' if paired else ''}, "
         f"{best.metric} with 95 % intervals. A subgroup with fewer than "
@@ -268,10 +260,6 @@ def subgroup_blocks(
         f"scored.{per_label.GAIN_LEGEND if paired else ''}"
     )
     return [Heading("Subgroups", 3), Text(caption), Table(head, body)]
-
-
-def _same_rows(run: RunPredictions, other: RunPredictions) -> bool:
-    return np.array_equal(run.rows, other.rows)
 
 
 def _means(

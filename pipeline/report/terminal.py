@@ -74,16 +74,15 @@ def table(entries: Sequence[MatrixEntry]) -> rich.table.Table:
     target = fraction = None
     several = False
     for entry in entries:
+        labels = Rich(plots.labels_text(entry.label_fraction), "dim")
         if entry.target != target:
             target, fraction = entry.target, None
             of_target = [other for other in entries if other.target == target]
             several = has_several_backbones(of_target)
             out.add_row()
-            out.add_row(
-                Rich(target, "bold"), Rich(_metric(of_target), "dim"), Rich(_labels(entry), "dim")
-            )
+            out.add_row(Rich(target, "bold"), Rich(_metric(of_target), "dim"), labels)
         elif entry.label_fraction != fraction:
-            out.add_row("", "", Rich(_labels(entry), "dim"))
+            out.add_row("", "", labels)
         fraction, digits = entry.label_fraction, decimals[entry.target]
         out.add_row(
             Rich(f" {_source(entry, several)}"),
@@ -110,10 +109,6 @@ def _metric(entries: Sequence[MatrixEntry]) -> str:
         if entry.metric:
             return f"{entry.metric} {'↑' if entry.higher_is_better else '↓'}"
     return ""
-
-
-def _labels(entry: MatrixEntry) -> str:
-    return plots.labels_text(entry.label_fraction)
 
 
 def _source(entry: MatrixEntry, several: bool) -> str:
@@ -196,11 +191,8 @@ def _caption(entries: Sequence[MatrixEntry], has_others: bool) -> str:
             "over: the gain of the line above over the target's best result without a source"
         )
         lines.append("(scratch of another backbone, or a baseline), chosen on validation rows.")
-    signs = [
-        f"{sign} {mark}"
-        for mark, sign in code_versions.SIGNS.items()
-        if any(entry.code_mark == mark for entry in entries)
-    ]
+    marks = {entry.code_mark for entry in entries}
+    signs = [f"{sign} {mark}" for mark, sign in code_versions.SIGNS.items() if mark in marks]
     if signs:
         lines.append(f"{', '.join(signs)} (than those of now).")
     return "\n" + "\n".join(lines)

@@ -107,13 +107,12 @@ def bundle_of(entry: MatrixEntry, rows: Sequence[ResultRow]) -> str | None:
         The URI, None where no bundle was kept (`fanout.keep_bundles`).
     """
     kept = [row for row in _validations(entry, rows) if row.bundle_uri]
-    best = max(kept, key=_larger_is_better, default=None)
+    best = max(
+        kept,
+        key=lambda row: (row.value or 0.0) * (1 if row.higher_is_better else -1),
+        default=None,
+    )
     return best.bundle_uri if best else None
-
-
-def _larger_is_better(row: ResultRow) -> float:
-    value = row.value or 0.0
-    return value if row.higher_is_better else -value
 
 
 def _validations(entry: MatrixEntry, rows: Sequence[ResultRow]) -> list[ResultRow]:
@@ -214,7 +213,16 @@ def blocks_of(
         if usable and bundle:
             notes += _notes_on_bundle(best, usable, bundle, target in in_folds)
             commands += _commands(root, target, best, usable, bundle)
-        lines.append(_line(target, best, rows, notes, decimals[target]))
+        value = format_interval(best.mean, best.low, best.high, decimals[target])
+        lines.append(
+            [
+                target,
+                _name(best, rows, notes),
+                Value((value, best.metric)),
+                _gain(best, decimals[target]),
+                DASH if best.seconds is None else f"{best.seconds:.3g} s",
+            ]
+        )
     if not lines:
         return []
     head = ["Target", "Use", "On test rows", "Gain over scratch", "Training time"]
@@ -230,11 +238,7 @@ def blocks_of(
             " A network of one fold was not trained on the fold's test rows: a job without folds "
             "gives one that is trained on more rows."
         )
-    out: list[Block] = [
-        Heading("What to use"),
-        Text(text),
-        Table(head, lines, 2),
-    ]
+    out: list[Block] = [Heading("What to use"), Text(text), Table(head, lines, 2)]
     if commands:
         out.append(Code("\n".join(commands)))
     return out
@@ -271,7 +275,8 @@ def _notes_on_bundle(
         )
     if is_in_folds:
         notes.append("the commands take the network of one fold")
-    if _keeps_modules(usable):
+    technique = usable.registered_technique
+    if technique is not None and keeps_modules(technique):
         as_graph = ", and --kind onnx writes it as a graph" if can_be_graph(bundle) else ""
         notes.append(
             f"{usable.technique} leaves modules of its own in the network: no class of another "
@@ -289,30 +294,6 @@ def _commands(
         f"onetomany predict {place} FILES{option} -o predictions/{target}",
         f"onetomany export {place} exported/{target}{option} --kind {usual_kind(bundle)}",
     ]
-
-
-def _line(
-    target: str,
-    best: MatrixEntry,
-    rows: Sequence[ResultRow],
-    notes: Sequence[str],
-    decimals: int,
-) -> list[str | Value]:
-    """Return a target's line of the table."""
-    interval = format_interval(best.mean, best.low, best.high, decimals)
-    return [
-        target,
-        _name(best, rows, notes),
-        Value((interval, best.metric)),
-        _gain(best, decimals),
-        DASH if best.seconds is None else f"{best.seconds:.3g} s",
-    ]
-
-
-def _keeps_modules(entry: MatrixEntry) -> bool:
-    """Return whether modules of the technique are part of the network."""
-    technique = entry.registered_technique
-    return technique is not None and keeps_modules(technique)
 
 
 def _gain(entry: MatrixEntry, decimals: int) -> str | Value:

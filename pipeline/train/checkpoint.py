@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline.core.rng import mix
 from pipeline.io import atomic_folder, s3, storage
+from pipeline.train.evaluate import gather_objects
 from pipeline.train.ranks import Ranks
 
 KEPT = 2
@@ -85,10 +86,7 @@ def save(
         "cpu": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if ranks.device.type == "cuda" else None,
     }
-    everyone: list[Any] = [(random, bad_rows or {})]
-    if ranks.count > 1:
-        everyone = [None] * ranks.count
-        dist.all_gather_object(everyone, (random, bad_rows or {}))
+    everyone = gather_objects((random, bad_rows or {}), ranks)
     if ranks.is_first:
         with storage.scratch_folder() as scratch:
             path = Path(scratch, "state.pt")
@@ -167,7 +165,7 @@ def _newest_intact(uri: str, restart_if_damaged: bool) -> tuple[ResumePoint | No
                 "",
             )
         if damaged and restart_if_damaged:
-            clear(uri)
+            storage.remove_tree(uri)
             again = "none is intact, so training starts again from step 0"
             return None, [f"{line}: {again}" for line in damaged.values()], ""
     except storage.StorageError as error:
@@ -207,7 +205,3 @@ def restore_rng(state: ResumePoint, seed: int, ranks: Ranks) -> None:
     torch.set_rng_state(mine["cpu"])
     if mine["cuda"] is not None and ranks.device.type == "cuda":
         torch.cuda.set_rng_state(mine["cuda"])
-
-
-def clear(uri: str) -> None:
-    storage.remove_tree(uri)

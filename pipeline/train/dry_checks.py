@@ -87,17 +87,10 @@ def plan_without_training(stage: SourceStage) -> PlannedSource | None:
         checkpoint = pretrained.read(name, spec.backbone.name, spec.modality_name, names_only=True)
     if stage.splits is None:
         assert checkpoint is not None
-        return _plan_checkpoint(stage, checkpoint)
+        arch, modality = train_source.checkpoint_parts(spec, checkpoint, f"sources.{stage.name}")
+        _check_fit(checkpoint, build_backbone(arch))
+        return PlannedSource(arch, modality, [])
     return _plan_corpus(stage, checkpoint)
-
-
-def _plan_checkpoint(
-    stage: SourceStage, checkpoint: pretrained.PretrainedCheckpoint
-) -> PlannedSource:
-    """Plan a source without data, as `pretrain.import_checkpoint` reads it."""
-    arch, modality = train_source.checkpoint_parts(stage.spec, checkpoint, f"sources.{stage.name}")
-    _check_fit(checkpoint, build_backbone(arch))
-    return PlannedSource(arch, modality, [])
 
 
 def _check_fit(checkpoint: pretrained.PretrainedCheckpoint, backbone: Backbone) -> None:

@@ -80,11 +80,8 @@ def _as_array(tensor: Tensor, keeps_float64: bool) -> np.ndarray:
 
 def concatenate(parts: list[Predictions]) -> Predictions:
     """Concatenate predictions along rows (`concatenate_padded`)."""
-    return (
-        {name: concatenate_padded([part[name] for part in parts]) for name in parts[0]}
-        if parts
-        else {}
-    )
+    names = parts[0] if parts else ()
+    return {name: concatenate_padded([part[name] for part in parts]) for name in names}
 
 
 class Postprocessor:

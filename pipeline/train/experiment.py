@@ -18,7 +18,7 @@ import torch
 from pipeline.config import registry
 from pipeline.config.schema import ComponentConfig, Train
 from pipeline.core.capabilities import measures_throughput
-from pipeline.core.contracts import Batch, Modality, Task, Technique, trains
+from pipeline.core.contracts import Batch, Task, Technique, trains
 from pipeline.core.contracts.objective_capabilities import couples_rows
 from pipeline.core.contracts.technique_capabilities import (
     ChoosesOnValidation,
@@ -196,7 +196,9 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
         batch=experiment.stream_batch,
         known=() if experiment.has_labels else ("target",),
     )
-    unit, count_units_of = _throughput(rows.modality)
+    unit, count_units_of = "rows", len
+    if measures_throughput(rows.modality):
+        unit, count_units_of = rows.modality.throughput_unit, rows.modality.throughput
     training_run = loop.TrainingRun(
         task=task,
         technique=technique,
@@ -241,13 +243,6 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
         warning=record.warning,
         damaged=record.damaged,
     )
-
-
-def _throughput(modality: Modality) -> tuple[str, Callable[[Batch], float]]:
-    """Return the unit of throughput, and a function that counts units in a batch."""
-    if not measures_throughput(modality):
-        return "rows", len
-    return modality.throughput_unit, modality.throughput
 
 
 def _metadata(

@@ -297,10 +297,9 @@ def capacity(nodes: Nodes, cpus: float, gpus: float) -> int:
 
 def _capacity_of_node(node_cpus: float, node_gpus: float, cpus: float, gpus: float) -> int:
     """Return how many requests fit on one node."""
-    unlimited = 10**9
-    by_cpu = math.floor(node_cpus / cpus + 1e-6) if cpus else unlimited
+    by_cpu = math.floor(node_cpus / cpus + 1e-6) if cpus else 10**9
     if not gpus:
-        return min(by_cpu, unlimited)
+        return by_cpu
     if gpus >= 1:
         return min(by_cpu, math.floor(node_gpus / gpus + 1e-6))
     return min(by_cpu, int(node_gpus) * math.floor(1 / gpus + 1e-6))
@@ -507,13 +506,9 @@ def _rank_main(config: dict[str, Any]) -> None:  # Ray Train passes a dict
             newest = None
 
     try:
+        rows = None if inputs.rows is None else get_shared(inputs.rows)
         with write_fence.guarded_by(work.fences):
-            pretrain.train_rank(
-                work,
-                ranks,
-                on_progress,
-                get_shared(inputs.rows) if inputs.rows is not None else None,
-            )
+            pretrain.train_rank(work, ranks, on_progress, rows)
     except (
         ValueError,
         LookupError,
@@ -724,30 +719,65 @@ def _trainer(
     stage: source.SourceStage, rank_resources: RankResources, inputs: Any, verbose: bool, most: int
 ) -> Any:
     import ray.train
+
+    low = stage.spec.worker_range[0]
+    return _torch_trainer(
+        _rank_main,
+        {"inputs": inputs},
+        low if low == most else (low, most),
+        rank_resources.cpus,
+        rank_resources.gpus,
+        storage.join(stage.uri, "ray"),
+        name=f"{stage.name}-{stage.key}",
+        failure_config=ray.train.FailureConfig(max_failures=stage.spec.max_failures),
+        logging_config=None if verbose else ray.train.LoggingConfig(log_level="ERROR"),
+    )
+
+
+def _torch_trainer(
+    main: Callable[[dict[str, Any]], Any],
+    config: dict[str, Any],
+    ranks: int | tuple[int, int],
+    cpus: float,
+    gpus: float,
+    uri: str,
+    **run_config: Any,
+) -> Any:
+    """Return Ray Train's trainer of a function that runs on every rank.
+
+    Args:
+        main: The function.
+        config: What Ray Train passes to it.
+        ranks: Their number, or for elastic ranks the fewest and the most.
+        cpus: Logical CPUs of a rank.
+        gpus: GPUs of a rank.
+        uri: The folder that Ray Train writes to.
+        run_config: Further arguments of ``ray.train.RunConfig``.
+    """
+    import ray.train
     import ray.train.torch
 
-    path, filesystem = train_storage(storage.join(stage.uri, "ray"))
-    low = stage.spec.worker_range[0]
+    path, filesystem = train_storage(uri)
     return ray.train.torch.TorchTrainer(
-        _rank_main,
-        train_loop_config={"inputs": inputs},
-        torch_config=_backend(rank_resources.gpus),
+        main,
+        train_loop_config=config,
+        torch_config=_backend(gpus),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=low if low == most else (low, most),
-            use_gpu=rank_resources.gpus > 0,
-            resources_per_worker={
-                "CPU": rank_resources.cpus,
-                **({"GPU": rank_resources.gpus} if rank_resources.gpus else {}),
-            },
+            num_workers=ranks,
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
         ),
         run_config=ray.train.RunConfig(
-            name=f"{stage.name}-{stage.key}",
-            storage_path=path,
-            storage_filesystem=filesystem,
-            failure_config=ray.train.FailureConfig(max_failures=stage.spec.max_failures),
-            logging_config=None if verbose else ray.train.LoggingConfig(log_level="ERROR"),
+            storage_path=path, storage_filesystem=filesystem, **run_config
         ),
     )
+
+
+def _backend(gpus: float) -> Any:
+    """Return gloo for ranks that share a GPU, which NCCL does not allow, else Ray's choice."""
+    import ray.train.torch
+
+    return ray.train.torch.TorchConfig(backend="gloo") if 0 < gpus < 1 else None
 
 
 def put_shared(value: Any) -> Any:
@@ -758,13 +788,6 @@ def put_shared(value: Any) -> Any:
 def get_shared(reference: Any) -> Any:
     """Return the value of a reference; its arrays are read in shared memory, without a copy."""
     return ray.get(reference)
-
-
-def _backend(gpus: float) -> Any:
-    """Return gloo for ranks that share a GPU, which NCCL does not allow, else Ray's choice."""
-    import ray.train.torch
-
-    return ray.train.torch.TorchConfig(backend="gloo") if 0 < gpus < 1 else None
 
 
 def run_ranks(
@@ -795,31 +818,17 @@ def run_ranks(
         context = ray.train.get_context()
         given = {name: get_shared(reference) for name, reference in config.items()}
         torch.set_num_threads(max(1, int(cpus)))
+        device = ray.train.torch.get_device()
+        ranks = Ranks(context.get_world_rank(), context.get_world_size(), device)
         with write_fence.guarded_by(fences):
-            out = fn(
-                given,
-                Ranks(
-                    context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device()
-                ),
-            )
-        return out if context.get_world_rank() == 0 else None
+            out = fn(given, ranks)
+        return out if ranks.is_first else None
 
     references = {
         name: value if isinstance(value, ray.ObjectRef) else put_shared(value)
         for name, value in config.items()
     }
-    path, filesystem = train_storage(uri)
-    trainer = ray.train.torch.TorchTrainer(
-        main,
-        train_loop_config=references,
-        torch_config=_backend(gpus),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=workers,
-            use_gpu=gpus > 0,
-            resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
-        ),
-        run_config=ray.train.RunConfig(name=name, storage_path=path, storage_filesystem=filesystem),
-    )
+    trainer = _torch_trainer(main, references, workers, cpus, gpus, uri, name=name)
     try:
         return trainer.fit().return_value
     except ray.train.TrainingFailedError as error:

@@ -82,18 +82,16 @@ class MetricsLog:
     A remote folder is updated by ``flush``, which ``write`` calls twice a minute.
     """
 
-    def __init__(self, uri: str, resume_step: int = 0, tensorboard: bool = True):
+    def __init__(self, uri: str, resume_step: int = 0):
+        from tensorboardX import SummaryWriter
+
         write_fence.check(uri)
         self.uri, self.remote = uri, storage.is_remote(uri)
         self._scratch = tempfile.TemporaryDirectory() if self.remote else None
         self.folder = Path(self._scratch.name if self._scratch else uri)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._drop_lines_after(resume_step)
-        self._writer = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=resume_step)
+        self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=resume_step)
         self._flushed = time.monotonic()
 
     def _drop_lines_after(self, resume_step: int) -> None:
@@ -126,12 +124,11 @@ class MetricsLog:
         """Append a record; its numbers go to TensorBoard too."""
         write_fence.check(self.uri)
         self._write_lines("metrics.jsonl", [{"time": round(time.time(), 3), **record}], "a")
-        if self._writer:
-            self._check_writer()
-            for name, value in record.items():
-                is_number = isinstance(value, (int, float)) and not math.isnan(value)
-                if is_number and name not in NO_CURVES:  # a metric without a value has no point
-                    self._writer.add_scalar(name, value, record["step"])
+        self._check_writer()
+        for name, value in record.items():
+            is_number = isinstance(value, (int, float)) and not math.isnan(value)
+            if is_number and name not in NO_CURVES:  # a metric without a value has no point
+                self._writer.add_scalar(name, value, record["step"])
         if self.remote and time.monotonic() - self._flushed > 30:
             self.flush()
 
@@ -155,8 +152,7 @@ class MetricsLog:
 
     def _events(self) -> Any:
         """The object that writes TensorBoard's files; None before the first value."""
-        writer: Any = self._writer
-        file_writer = writer.file_writer if writer else None
+        file_writer: Any = self._writer.file_writer
         return file_writer.event_writer if file_writer else None
 
     def _check_writer(self) -> None:
@@ -168,10 +164,9 @@ class MetricsLog:
 
     def flush(self) -> None:
         """Write buffered values to the disk, and bring a remote folder up to date."""
-        if self._writer:
-            self._check_writer()
-            with s3.naming("write", self.folder / "tensorboard"):
-                self._writer.flush()
+        self._check_writer()
+        with s3.naming("write", self.folder / "tensorboard"):
+            self._writer.flush()
         if self.remote:
             for path in self.folder.rglob("*"):
                 if path.is_file():
@@ -189,9 +184,8 @@ class MetricsLog:
         """
         try:
             self.flush()
-            if self._writer:
-                with s3.naming("write", self.folder / "tensorboard"):
-                    self._writer.close()
+            with s3.naming("write", self.folder / "tensorboard"):
+                self._writer.close()
         finally:
             if self._scratch:
                 self._scratch.cleanup()

@@ -269,7 +269,7 @@ def autocast(train: Train, device: torch.device):
     """
     is_cuda = device.type == "cuda"
     has_bf16 = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    if train.precision == "bf16" and device.type == "cuda" and not has_bf16:
+    if train.precision == "bf16" and is_cuda and not has_bf16:
         raise ValueError("train.precision: this GPU has no bf16; use auto or fp32")
     is_bf16 = train.precision == "bf16" or (train.precision == "auto" and has_bf16)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16)
@@ -399,6 +399,7 @@ def fit(run: TrainingRun) -> TrainingOutcome:
         run.keeper.restore(task)
     seconds = run.clock() - progress.began
     trained = _layers_trained(run, phases)
+    layers, parameters = task.layers(), dict(task.named_parameters())
     return TrainingOutcome(
         steps=step + 1,
         seconds=progress.seconds_before + seconds,
@@ -406,8 +407,8 @@ def fit(run: TrainingRun) -> TrainingOutcome:
         wait_share=progress.waited / max(seconds, 1e-9),
         skipped_steps=int(progress.num_bad_steps),
         curve=progress.curve,
-        params_trained=_params_trained(run, trained),
-        layers_trained=optim.describe_layers(task.layers(), trained),
+        params_trained=sum(parameters[name].numel() for one in trained for name in layers[one]),
+        layers_trained=optim.describe_layers(layers, trained),
         resumed_from=start,
         seconds_before=progress.seconds_before,
         stopped_at=stopped_at,
@@ -655,11 +656,6 @@ def _layers_trained(run: TrainingRun, phases: tuple[Phase, ...]) -> set[str]:
     }
 
 
-def _params_trained(run: TrainingRun, trained: set[str]) -> int:
-    layers, named = run.task.layers(), dict(run.task.named_parameters())
-    return sum(named[name].numel() for layer in trained for name in layers[layer])
-
-
 @torch.no_grad()
 def _step(
     state: _PhaseState,
@@ -685,11 +681,9 @@ def _step(
         coefficient = torch.ones_like(to_mean)
     else:
         norm = optim.global_norm(state.params).to(sums.device) * to_mean
-        coefficient = (
-            (train.clip_norm / (norm + 1e-6)).clamp(max=1.0)
-            if train.clip_norm
-            else torch.ones_like(norm)
-        )
+        coefficient = torch.ones_like(norm)
+        if train.clip_norm:
+            coefficient = (train.clip_norm / (norm + 1e-6)).clamp(max=1.0)
         finite = torch.isfinite(norm) & torch.isfinite(loss_sum)
     # fused optimisers of torch take the divisor and the skip flag as tensors, as GradScaler passes
     # them

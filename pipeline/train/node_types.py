@@ -51,17 +51,13 @@ def read_declared_types(gcs_address: str) -> list[NodeType] | None:
     """
     text = os.environ.get(VARIABLE)
     if text:
-        return _from_variable(text)
+        try:
+            types = json.loads(text)
+        except ValueError as error:
+            raise NodeTypesError(f"{VARIABLE} is not JSON: {error}") from None
+        return from_config({"available_node_types": types})
     path = _autoscaler_file(gcs_address)
     return from_config(_read(path)) if path is not None else None
-
-
-def _from_variable(text: str) -> list[NodeType]:
-    try:
-        types = json.loads(text)
-    except ValueError as error:
-        raise NodeTypesError(f"{VARIABLE} is not JSON: {error}") from None
-    return from_config({"available_node_types": types})
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from pipeline.data.stream import (
 )
 from pipeline.io import file_identity, storage, write_fence
 from pipeline.io.file_identity import FileIdentity
-from pipeline.train import checkpoint, experiment, loop, online_probe
+from pipeline.train import experiment, loop, online_probe
 from pipeline.train.experiment import Experiment, Finished
 from pipeline.train.log import LogRecord
 from pipeline.train.ranks import Ranks
@@ -302,7 +302,7 @@ def write_bundle(work: RankJob, finished: Finished, metadata: dict[str, Any]) ->
         metrics=finished.metrics,
         made_by=work.made_by,
     )
-    checkpoint.clear(experiment.checkpoint_folder(work.uri))
+    storage.remove_tree(experiment.checkpoint_folder(work.uri))
     if fitted.initial_bundle_uri:
         storage.remove_tree(fitted.initial_bundle_uri)
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pipeline.config import provenance
 from pipeline.config.provenance import Provenance, ProvenanceRecord
 from pipeline.io import checksums, storage
-from pipeline.train import checkpoint
 
 FILE = "made_by.json"
 """In the folder of a source, trial or stack of heads: the code and versions, oldest first."""
@@ -67,7 +66,7 @@ def record(folder: str, now: Provenance) -> list[ProvenanceRecord]:
 
 def clear(folder: str) -> None:
     """Remove the resume points and the record; a complete result has a record of its own."""
-    checkpoint.clear(storage.join(folder, CHECKPOINTS))
+    storage.remove_tree(storage.join(folder, CHECKPOINTS))
     storage.remove_tree(storage.join(folder, FILE))
 
 

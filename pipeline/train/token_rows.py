@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -127,7 +128,7 @@ def _write(
 ) -> None:
     """Pack or tokenise the texts in Ray tasks, and commit the folder."""
     tasks = task_ranges(selection, corpus_sizes)
-    run_task = _Task(selection, work)
+    run_task = partial(_make_rows, selection, work)
     results = map_items(run_task, tasks) if len(tasks) > 1 else map(run_task, tasks)
     bad: list[tuple[int, str]] = []
     counts = [0] * len(corpus_sizes)
@@ -170,28 +171,27 @@ class TextRange(NamedTuple):
     """Index after the last one."""
 
 
-class _Task:
-    """Packs or tokenises some texts of one corpus, in a Ray task."""
+def _make_rows(
+    selection: Selection, work: TextWork, texts: TextRange
+) -> tuple[int, pa.Table, list[tuple[int, str]]]:
+    """Pack or tokenise some texts of one corpus, in a Ray task.
 
-    def __init__(self, selection: Selection, work: TextWork):
-        self.selection, self.work = selection, work
-
-    def __call__(self, texts: TextRange) -> tuple[int, pa.Table, list[tuple[int, str]]]:
-        """Return the corpus, rows of tokens, and (row, reason) of each text that is left out."""
-        work = self.work
-        modality = bundle.build_modality(work.modality)
-        assert can_pack(modality)
-        roles = (*modality.roles, *modality.optional_roles)
-        read = columns_of(roles, work.columns)
-        ids = self.selection.ids(np.arange(texts.start, texts.stop))
-        columns = list(dict.fromkeys([*read, *work.kept]))
-        table = manifests.Reader(self.selection.manifest, columns).take(ids)
-        make_rows = modality.pack if work.form == "packed" else modality.tokenize
-        result = make_rows(table, work.columns)
-        assert result is not None
-        rows, reasons = result
-        bad = [(int(row), why) for row, why in zip(ids, reasons, strict=True) if why]
-        return texts.corpus, rows, bad
+    Returns:
+        The corpus, rows of tokens, and (row, reason) of each text that is left out.
+    """
+    modality = bundle.build_modality(work.modality)
+    assert can_pack(modality)
+    roles = (*modality.roles, *modality.optional_roles)
+    read = columns_of(roles, work.columns)
+    ids = selection.ids(np.arange(texts.start, texts.stop))
+    columns = list(dict.fromkeys([*read, *work.kept]))
+    table = manifests.Reader(selection.manifest, columns).take(ids)
+    make_rows = modality.pack if work.form == "packed" else modality.tokenize
+    result = make_rows(table, work.columns)
+    assert result is not None
+    rows, reasons = result
+    bad = [(int(row), why) for row, why in zip(ids, reasons, strict=True) if why]
+    return texts.corpus, rows, bad
 
 
 def task_ranges(selection: Selection, corpus_sizes: tuple[int, ...]) -> list[TextRange]:

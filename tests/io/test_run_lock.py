@@ -335,7 +335,7 @@ def test_a_damaged_lease_is_one_line_that_says_what_to_do(root):
 
 
 def write_log(root: str) -> None:
-    log = MetricsLog(storage.join(root, "log"), tensorboard=False)
+    log = MetricsLog(storage.join(root, "log"))
     log.write({"step": 1})
     log.close()
 

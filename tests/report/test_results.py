@@ -247,10 +247,6 @@ def test_rows_of_trials_are_removed(tmp_path):
     assert [r.trial_id for r in results.read(str(tmp_path))] == ["b"]
 
 
-def test_select():
-    assert [r.trial_id for r in results.select([row("a"), row("b"), row("a")], ["a"])] == ["a", "a"]
-
-
 def final(trial_id, loss, accuracy=0.5, **more):
     return [row(trial_id, "accuracy", accuracy, **more), row(trial_id, "loss", loss, **more)]
 

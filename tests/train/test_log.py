@@ -65,7 +65,7 @@ def test_a_full_disk_is_told_by_what_could_not_be_written(small_disk, tmp_path):
 
 
 def test_a_line_that_cannot_be_written_names_its_file(tmp_path):
-    log = MetricsLog(str(tmp_path), tensorboard=False)
+    log = MetricsLog(str(tmp_path))
     (tmp_path / "metrics.jsonl").unlink()
     os.symlink("/dev/full", tmp_path / "metrics.jsonl")
     with pytest.raises(
@@ -85,7 +85,6 @@ def test_a_log_is_given_up_before_its_first_value(tmp_path):
 
 def test_tensorboard_draws_no_step_numbers(tmp_path, monkeypatch):
     log, drawn = MetricsLog(str(tmp_path)), []
-    assert log._writer is not None
     monkeypatch.setattr(log._writer, "add_scalar", lambda name, value, step: drawn.append(name))
     log.write({"step": 2, "steps": 4, "resumed_from": 1, "validated_step": 2, "loss": 1.0})
     log.abandon()
@@ -97,7 +96,6 @@ def test_a_tensorboard_writer_that_has_stopped_holds_nobody_up(tmp_path):
     empties.
     """
     log = MetricsLog(str(tmp_path))
-    assert log._writer is not None
     events = log._writer.file_writer.event_writer
     events._worker.stop()
     with pytest.raises(
