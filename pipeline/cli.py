@@ -33,6 +33,9 @@ class Commands(TyperGroup):
             ctx.fail(f"No such command '{args[0]}'. Did you mean '{meant}'?")
         name, command, rest = super().resolve_command(ctx, args)
         params = command.params if command else []
+        if "--help" in rest:
+            for param in params:
+                param.secondary_opts = []  # two long names of an option leave no room for its text
         known = {option for param in params for option in param.opts}
         for option in (word.partition("=")[0] for word in rest):
             meant = familiar_names.OPTIONS.get(option)
@@ -85,18 +88,17 @@ Wait = Annotated[
     typer.Option(
         "--wait-for-resources/--no-wait-for-resources",
         show_default=False,
-        help="Wait until the cluster has added the nodes that the job needs, or use the nodes that "
-        "it has now; default: wait if the cluster's autoscaler declares nodes.",
+        help="Wait until the cluster has added the nodes that the job needs. With "
+        "--no-wait-for-resources it uses the nodes that are there now. Default: wait if the "
+        "cluster's autoscaler declares nodes.",
     ),
 ]
-
-
 RemakeOption = Annotated[
     api.Remake,
     typer.Option(
         "--remake",
-        help="changed: also run again the results of other versions of the code or of libraries "
-        "(--dry-run lists them); none: keep them, marked with †.",
+        help="changed: run again what other versions of the code or of libraries made (--dry-run "
+        "lists it). none: keep it, marked with †.",
     ),
 ]
 
@@ -401,7 +403,7 @@ def pretrain(
 ) -> None:
     """Train the sources of a job.
 
-    Each writes a bundle: a folder with the weights and all that is needed to use them.
+    Each becomes a bundle: a folder with the weights and all that is needed to use them.
     """
     _run_stages(
         job, _with_only(set_, only), address, verbose, wait_for_resources, ("pretrain",), remake
@@ -418,6 +420,8 @@ def score(
 ) -> None:
     """Rank the pretrained sources for each target by transferability scores (LogME, LEEP, ...),
     without training.
+
+    The sources must be trained already (`pretrain`).
     """
     _run_stages(job, _with_only(set_, only), address, verbose, None, ("score",))
 
@@ -432,7 +436,10 @@ def finetune(
     verbose: Verbose = False,
     remake: RemakeOption = "none",
 ) -> None:
-    """Fine-tune on every target from the pretrained sources, then report."""
+    """Fine-tune on every target from the pretrained sources, then report.
+
+    The sources must be trained already (`pretrain`).
+    """
     _run_stages(
         job, _with_only(set_, only), address, verbose, wait_for_resources, ("finetune",), remake
     )
@@ -492,11 +499,17 @@ def advise(
 ) -> None:
     """Say which source and technique each target should take, and what to try next.
 
-    It reads the results of one or several jobs, and trains nothing. The advice is "use" if the
-    intervals of the measured and of the expected gain over scratch lie above zero. It is "train
-    from scratch" if those of all techniques lie below zero, and "not enough evidence" otherwise. A
-    gain needs two seeds. Pairs of source and technique that were not tried get a predicted gain,
-    and so do targets of a job that has not run.
+    It reads the results of one or several jobs, and trains nothing. There are three verdicts:
+
+    - "use": the measured gain over scratch and the expected gain lie above zero, each with its
+      whole 95 % interval. The expected gain is the measured one after a correction for luck.
+
+    - "train from scratch": both lie below zero for every technique.
+
+    - "not enough evidence": all other cases. A gain needs two seeds.
+
+    Pairs of source and technique that were not tried get a predicted gain. So do the targets of a
+    job that has not run.
 
     Example: `onetomany advise jobs/quickstart.yaml runs/other --target shoes`
     """
@@ -515,20 +528,22 @@ def advise(
 BundleOrJob = Annotated[
     str,
     typer.Argument(
-        help="A fine-tuned bundle (folder or s3://); or a job (file or folder), whose best network "
-        "for --target is taken.",
+        help="A fine-tuned bundle (folder or s3://). Or a job (file or folder): then the network "
+        "is taken that the report says to use for --target.",
         metavar="BUNDLE|JOB",
     ),
 ]
 NewData = Annotated[list[str], typer.Argument(help="Files, folders or globs.", metavar="FILES...")]
 OutputFolder = Annotated[str, typer.Option("-o", "--output", help="The folder to write to.")]
 TargetName = Annotated[
-    str | None, typer.Option(help="The target whose network is used, if the job has several.")
+    str | None,
+    typer.Option(help="The target whose network is used, if the job has several.", metavar="NAME"),
 ]
 Columns = Annotated[
     list[str] | None,
     typer.Option(
-        help="The column of a role, if its name is not the one in training.",
+        help="The column that has a role (image, text, ...), if it has another name than in "
+        "training.",
         metavar="ROLE=NAME",
     ),
 ]
@@ -663,8 +678,9 @@ def export(
     bundle: Annotated[
         str,
         typer.Argument(
-            help="A bundle (folder or s3://); or a job (file or folder), whose best network for "
-            "--target is taken; or, for kind lerobot, a folder of prepared episodes.",
+            help="A bundle (folder or s3://). Or a job (file or folder): then the network is taken "
+            "that the report says to use for --target. Or, for kind lerobot, a folder of prepared "
+            "episodes.",
             metavar="BUNDLE|JOB",
         ),
     ],
@@ -745,13 +761,15 @@ def prepare(
     name: Annotated[
         str | None,
         typer.Argument(
-            help="The format: imagenet, coco, librispeech, text, csv, mimic3, ...; see --list."
+            help="The format: imagenet, coco, librispeech, text, csv, mimic3, ...; see --list.",
+            metavar="NAME",
         ),
     ] = None,
     source: Annotated[
         str | None,
         typer.Argument(
-            help="The publisher's folder, archive or file, local, s3://, https:// or hf://."
+            help="The raw files: a folder, archive or file, local, s3://, https:// or hf://.",
+            metavar="SOURCE",
         ),
     ] = None,
     output: Annotated[
@@ -761,7 +779,7 @@ def prepare(
     set_: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="An option of the format; --list shows them.", metavar="KEY=VALUE"
+            "--set", help="An option of the format; NAME --list shows them.", metavar="KEY=VALUE"
         ),
     ] = None,
     resize: Annotated[
@@ -793,7 +811,7 @@ def prepare(
     list_: Annotated[
         bool,
         typer.Option(
-            "--list", help="Show the formats (or NAME alone), what they read and their options."
+            "--list", help="List the formats; with NAME, explain that one and its options."
         ),
     ] = False,
     verify: Annotated[
@@ -804,9 +822,11 @@ def prepare(
     address: Address = None,
     verbose: Verbose = False,
 ) -> None:
-    """Turn raw files (as published) into Parquet that a job reads. `--list` shows the formats.
+    """Turn raw files (as published) into Parquet that a job reads. `--list` lists the formats.
 
     Example: `onetomany prepare imagefolder photos -o prepared`
+
+    One format alone, with its options: `onetomany prepare coco --list`
     """
     from pipeline.prepare.engine import importing
 
@@ -889,7 +909,11 @@ def submit(
         str | None, typer.Option(help="Name of the submission; default: a new one.")
     ] = None,
     follow: Annotated[
-        bool, typer.Option(help="Follow the log and exit with the job's own code.")
+        bool,
+        typer.Option(
+            help="Follow the log, and exit with the job's own code. With --no-follow the command "
+            "ends when the job is sent.",
+        ),
     ] = True,
     wait_for_resources: Wait = None,
     dry_run: Annotated[
@@ -971,7 +995,10 @@ def _add_listing(command: str, kind: str) -> Callable[..., None]:
     )
     def show(
         name: Annotated[
-            str | None, typer.Argument(help="Explain this one: what it does, options, defaults.")
+            str | None,
+            typer.Argument(
+                help="Explain this one: what it does, options, defaults.", metavar="[NAME]"
+            ),
         ] = None,
         plugin: Plugin = None,
     ) -> None:

@@ -81,7 +81,7 @@ def describe(kind: str, name: str) -> str:
     if kind == "model" and component not in registry.names(kind):
         raise ValueError(f"unknown backbone {name!r}{registry.backbone_advice(name)}")
     entry = registry.entry(kind, component)
-    lines = [entry.title or component, textwrap.indent(plain(entry.documentation), "  "), ""]
+    lines = [entry.title or component, explanation(entry), ""]
     if entry.roles or entry.optional_roles:
         needed, optional = ", ".join(entry.roles) or "none", ", ".join(entry.optional_roles)
         lines += [f"Columns: {needed}" + (f"; where given: {optional}" if optional else ""), ""]
@@ -96,6 +96,17 @@ def describe(kind: str, name: str) -> str:
     if option is not None:
         lines.append(f"With an option: {IN_A_JOB[kind].format(f'{{{shown}: {{{option}: ...}}}}')}")
     return "\n".join(lines)
+
+
+def explanation(entry: Entry) -> str:
+    """Return a component's documentation, indented, without what only its Python code is told."""
+    paragraphs = plain(entry.documentation).removeprefix("Return ").split("\n\n")
+    text = "\n\n".join(
+        paragraph
+        for paragraph in paragraphs
+        if not paragraph.startswith(("Args:", "Returns:", "Raises"))
+    )
+    return textwrap.indent(text[:1].upper() + text[1:], "  ")
 
 
 def plain(text: str) -> str:

@@ -265,8 +265,8 @@ class Data(Spec):
         description="where rows are decoded. memory: once, into shared memory; workers: in Ray "
         "Data workers; train: in the training process; device: images, by the GPU's JPEG decoder; "
         "auto: sources in Ray Data workers, targets in memory if they fit. workers and device: "
-        "sources only. It is in no key: a run goes on with another one, though a GPU's decoder "
-        "gives slightly other pixels",
+        "sources only. A run goes on if it is changed, though a GPU's decoder gives slightly other "
+        "pixels",
     )
     shuffle: Literal["auto", "rows", "blocks"] = Field(
         "auto",
@@ -403,9 +403,10 @@ class Train(Spec):
     canonical_shards: int | None = Field(
         None,
         ge=1,
-        description="independent row orders that are divided among the ranks; left out: 8, or the "
-        "largest number of ranks if that is more; with mixup or cutmix at most half the rows of a "
-        "forward pass",
+        description="parts of the training rows, each with a random order of its own, which are "
+        "divided among the ranks: so the order of rows is the same for any number of ranks up to "
+        "this; left out: 8, or the largest number of ranks if that is more; with mixup or cutmix "
+        "at most half the rows of a forward pass",
     )
     optimizer: Literal["adamw", "sgd"] = Field(
         "adamw", description="adamw (fused) or sgd with momentum (fused)"
@@ -613,7 +614,7 @@ class Source(Spec):
         description="for a checkpoint without data: how its rows are read, e.g. {image: {mean: "
         "imagenet, std: imagenet, size: 224, crop_share: 0.9, "
         "interpolation: bicubic}}; left out: what the checkpoint says, else what timm says of its "
-        "model (a tag, timm/NAME.TAG, has its own)",
+        "model (of these weights, if the backbone is timm/NAME.TAG)",
     )
     objective: ComponentConfig | None = Field(None, description="classification, mlm, clm, ...")
     technique: ComponentConfig = Field(
@@ -818,7 +819,7 @@ class Target(Spec):
         0,
         ge=0,
         description="processes that train a trial together (ranks of DDP); 0: the trial's own "
-        "process alone. Trials with another number are other trials, as batch norm sees the rows "
+        "process alone. With another number the trials run again, because batch norm sees the rows "
         "of one process",
     )
 

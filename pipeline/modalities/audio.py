@@ -176,7 +176,14 @@ class AudioState(TypedDict, total=False):
 class Audio(Modality):
     """Recordings as int16 mono samples at ``rate``.
 
-    Tensors: ``audio``, ragged from ``decode``, (B, n) with ``audio_lengths`` (B,) after
+    The column of role ``audio`` holds the bytes of files, URIs, or structs as in Hugging Face's
+    Audio.
+
+    - With ``start`` (seconds) a row is the part of its recording from there on. It is ``seconds``
+      long, or without ``seconds`` goes to the end.
+    - A row without ``start`` is the whole recording.
+
+    Tensors: ``audio``, ragged from ``decode``, and (B, n) with ``audio_lengths`` (B,) after
     ``collate``. ``augment`` and ``finish`` replace ``audio`` by one of
 
     - ``mel`` (B, T, mels) float32, standardised by bin, with ``mask`` (B, T), true where a frame
@@ -185,10 +192,6 @@ class Audio(Modality):
 
     Both are 0 where the mask is false. ``audio_lengths`` (B,) are then the lengths after
     augmentation.
-
-    The column of role ``audio`` holds the bytes of files, URIs, or structs as in Hugging Face's
-    Audio. With ``start`` (seconds) a row is the part of its recording from there on, ``seconds``
-    long (to the end without); a row without ``start`` is the whole recording.
     """
 
     state: AudioState

@@ -106,19 +106,23 @@ class Events(Modality):
     """Records of events, each with a time, a variable and a value.
 
     A row has three lists of one length: ``times`` (hours since the row's start, in any order),
-    ``variables`` (names) and ``values`` (numbers). The struct ``static`` holds what is known at the
-    start: numbers, texts (a category) and lists of texts (codes).
+    ``variables`` (names) and ``values`` (numbers). It may have no events. The struct ``static``
+    holds what is known at the start: numbers, texts (a category) and lists of texts (codes).
 
-    Variables are matched by name: rows from elsewhere share the variables that they have in common
-    with the rows that the state was fitted on, whatever the order of columns or codes. Events of
-    other variables are ignored (``coverage`` lists them). Values are standardised by variable and
-    clipped to 8 standard deviations.
+    - Variables are matched by name. Rows from elsewhere share the variables that they have in
+      common with the rows that the state was fitted on, in whatever order variables or codes are.
+    - Events of other variables are ignored. The run and the report list them (``coverage``).
+    - Values are standardised by variable, and clipped to 8 standard deviations.
 
-    Tensors: ``times`` (B, N) float32 hours ascending, ``variables`` (B, N) int64, ``values`` (B, N)
-    float32, ``mask`` (B, N) true where there is an event; ``numbers`` (B, K) float32 standardised,
-    0 where unknown, ``numbers_known`` (B, K) bool, ``codes`` (B, C) int64 places among the static
-    texts plus 1, padded with 0. A row may have no events. While training with ``drop`` also
-    ``recorded`` (B, N) bool, the mask before events were dropped.
+    Tensors:
+
+    - ``times`` (B, N) float32 hours, ascending; ``variables`` (B, N) int64; ``values`` (B, N)
+      float32; ``mask`` (B, N), true where there is an event
+    - ``numbers`` (B, K) float32, the static numbers, standardised, 0 where unknown;
+      ``numbers_known`` (B, K) bool
+    - ``codes`` (B, C) int64, the static texts: 1 + the index among the known texts, padded with 0
+    - while training with ``drop`` also ``recorded`` (B, N) bool, the mask before events were
+      dropped
     """
 
     state: EventsState

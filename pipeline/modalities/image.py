@@ -93,20 +93,21 @@ class ImageOptions(Options):
     )
     crop: Literal["auto", "shift", "resized", "none"] = Field(
         "auto",
-        description="training crop: shift by up to 1/8; resized: random area and aspect (with "
-        "boxes or masks: random scale); auto: shift up to 64 px",
+        description="random crop in training. shift: moved by up to 1/8 of size; resized: a random "
+        "area and aspect ratio (with boxes or masks: a random scale); auto: shift up to size 64, "
+        "else resized",
     )
     area: list[float] = Field(
         [0.35, 1.0],
         min_length=2,
         max_length=2,
-        description="crop: resized takes a share of the image's area between these",
+        description="with crop: resized, the smallest and largest share of the image's area",
     )
     scale: list[float] = Field(
         [0.8, 1.25],
         min_length=2,
         max_length=2,
-        description="with boxes or masks, crop: resized scales by a factor between these",
+        description="with crop: resized, and boxes or masks: the smallest and largest scale",
     )
     flip: bool = Field(True, description="random horizontal flip in training")
     colour: float = Field(
@@ -125,8 +126,8 @@ class ImageOptions(Options):
     )
     mean: list[float] | Literal["imagenet", "inception"] | None = Field(
         None,
-        description="mean of each channel (0 to 1), or what published checkpoints want by name; "
-        "none: fitted on the training rows",
+        description="mean of each channel (0 to 1), or the name of the values that published "
+        "checkpoints expect; none: fitted on the training rows",
     )
     std: list[float] | Literal["imagenet", "inception"] | None = Field(
         None, description="standard deviation of each channel, like mean; both or neither"
@@ -156,11 +157,14 @@ class ImageState(TypedDict):
 class Image(Modality):
     """Images of ``size`` x ``size`` pixels, with an optional mask.
 
-    Tensors: ``image`` (B, C, size, size), uint8 from ``decode``, normalised float32 after
-    ``finish``. With the role ``mask``, ``mask`` (B, size, size) uint8 class numbers, from PNG files
-    (a palette's indices; 8 or 16 bits of grey), 255 where there is no image. Unless ``fit`` is
-    crop, ``frame`` (B, 4): where the image lies in the input; in training its width is negative
-    where the image was mirrored, so that left + share * width holds there too.
+    Tensors:
+
+    - ``image`` (B, C, size, size): uint8 from ``decode``, normalised float32 after ``finish``
+    - ``mask`` (B, size, size) uint8, if a column has the role ``mask``: the class number of each
+      pixel, and 255 where there is no image. The column has PNG files: indices of a palette, or
+      grey of 8 or 16 bits.
+    - ``frame`` (B, 4), unless ``fit`` is crop: where the image lies in the input. In training its
+      width is negative if the image was mirrored, so that left + share * width holds there too.
     """
 
     state: ImageState

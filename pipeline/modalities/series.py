@@ -84,16 +84,24 @@ class SeriesState(TypedDict):
 class Series(Modality):
     """Rows of T steps of C numbers, at one rate for all rows.
 
-    The column of role ``series`` holds a struct with a list of T numbers for each channel, or T
-    lists of C numbers, or a list of T numbers (one channel). Channels of structs are matched by
-    name: a channel that the fitted rows do not have is left out, one that a row lacks is missing
-    there. Where the state has no names (fitted on lists, or of a published checkpoint) structs are
-    refused, since their order may differ from file to file. NaN and null are missing numbers.
+    A row of the column with role ``series`` has one of three forms. NaN and null are missing
+    numbers.
 
-    Tensors: ``series`` (B, length, C) float32, standardised by channel: of a longer row the steps
-    that option ``cut`` says, behind a shorter one missing steps. Missing numbers are the mean of
-    their channel over the steps that are read, or its last number (option ``missing``); ``known``
-    (B, length, C) bool, true for numbers that are not missing.
+    - a struct with a list of T numbers for each channel
+    - T lists of C numbers
+    - a list of T numbers (one channel)
+
+    Channels of structs are matched by name. A channel that the fitted rows do not have is left out,
+    and one that a row lacks is missing there. If the state has no names (fitted on lists, or of a
+    published checkpoint), structs are refused, since the order of their channels may differ from
+    file to file.
+
+    Tensors: ``series`` (B, length, C) float32, standardised by channel, and ``known`` (B, length,
+    C) bool, true for numbers that are not missing.
+
+    - Option ``cut`` says which steps of a longer row are read. A shorter row ends in missing steps.
+    - Option ``missing`` says what replaces a missing number: the mean of its channel over the steps
+      that are read, or the channel's last number.
 
     Augmentation: Um et al., "Data augmentation of wearable sensor data for Parkinson's disease
     monitoring using convolutional neural networks", ICMI 2017 (jitter, scaling); random crops are

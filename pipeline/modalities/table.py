@@ -30,12 +30,18 @@ class TableOptions(Options):
 class Table(Modality):
     """Rows whose ``features`` are a struct of numbers, texts (categories) and lists of texts.
 
-    ``onetomany prepare table`` writes them. Fields are matched by name: another table shares the
-    fields that it has in common with the one that the state was fitted on. A category is one value
-    however it is written: 1.0 is 1, True is true. Codes of which 410 and 410.0 are two are lists.
+    ``onetomany prepare table`` writes them.
 
-    Tensors: ``numbers`` (B, K) float32 standardised, 0 where missing, ``numbers_known`` (B, K)
-    bool, ``codes`` (B, C) int64 places among the known texts plus 1, padded with 0.
+    - Fields are matched by name. Another table shares the fields that it has in common with the
+      table that the state was fitted on.
+    - A category is one value however it is written: 1.0 is 1, True is true.
+    - If 410 and 410.0 are two different codes, write them as a list of texts: these are not
+      changed.
+
+    Tensors:
+
+    - ``numbers`` (B, K) float32, standardised, 0 where missing; ``numbers_known`` (B, K) bool
+    - ``codes`` (B, C) int64: 1 + the index of each text among the known ones, padded with 0
     """
 
     state: StaticState

@@ -123,18 +123,19 @@ class TextState(TypedDict):
 
 @register("modality", "text", options=TextOptions)
 class Text(Modality):
-    """Rows of at most ``length`` tokens, ``[CLS] text [SEP]``; (B, n) for the longest row of a
-    batch.
+    """Texts as rows of at most ``length`` tokens: ``[CLS] text [SEP]``.
 
-    Tensors: ``tokens`` (B, N) ids with ``mask`` (B, N), and
+    Tensors: ``tokens`` (B, N) ids with ``mask`` (B, N), where N is the longest row of the batch.
+    Beside these
 
-    - of pairs, ``[CLS] a [SEP] b [SEP]`` with ``types`` (B, N), 1 for b (BERT's token types);
-    - of lists of words, ``words`` (B, N): the number of the word whose first token this is, else
+    - pairs of texts, ``[CLS] a [SEP] b [SEP]``, have ``types`` (B, N), 1 for b (BERT's token
+      types);
+    - lists of words have ``words`` (B, N): the number of the word that begins with this token, else
       -1;
-    - in ``windows`` W, everything as (B, W, N) and ``offsets`` (B, W, N, 2): the characters of each
-      token of the text that is read in windows;
-    - of packed rows, ``segments`` (B, N): the document's number in the row, 0 for padding, and
-      ``bytes`` (B,): the UTF-8 bytes that the tokens encode.
+    - with ``windows`` W all of these are (B, W, N), and there is ``offsets`` (B, W, N, 2): the
+      characters of each token of the text that is read in windows;
+    - packed rows have ``segments`` (B, N), the document's number in the row (0 for padding), and
+      ``bytes`` (B,), the UTF-8 bytes that the tokens encode.
     """
 
     state: TextState

@@ -74,23 +74,29 @@ class TrajectoryState(TypedDict):
 class Trajectory(Modality):
     """Episodes of T steps: action t is taken after observation t.
 
-    ``observations`` are T lists of numbers; ``actions`` T lists of numbers, or T class names
-    (texts; integers are their own names). ``executed``, of the same kind, are the actions that were
-    done, where those to be learned differ (an expert's answers to the states that another policy
-    visited). ``images`` are T frames as JPEG or PNG bytes.
+    Columns, by role:
 
-    A *space* is the observation and action space of a robot, with its own mean and standard
-    deviation; a corpus may hold rows of several. It is named by column ``embodiment`` (characters
-    other than letters, digits, _ and - become _), else by its widths: o9a1, or o24c4 with four
-    classes. A row without a name belongs to the space named by its widths, else to the only one of
-    these widths.
+    - ``observations``: T lists of numbers
+    - ``actions``: T lists of numbers, or T class names (texts; whole numbers are their own names)
+    - ``executed``: the actions that were really taken, if they are not those to learn. Example: an
+      expert's answers to the states that another policy visited.
+    - ``images``: T frames, as JPEG or PNG bytes
+    - ``embodiment``: the name of the robot; ``task``: that of the task
 
-    Tensors, with O and A the widths of the widest space: ``observations`` (B, T, O) float32,
-    standardised and clipped to 10 deviations; ``mask`` (B, T) true where there is a step;
-    ``actions`` and ``executed`` (B, T, A) float32, standardised by the deviations of actions, or
-    one-hot for classes (only where the column exists); ``action_std`` (B, A) those deviations;
-    ``space`` (B,) int64; ``task`` (B,) int64 place among the known tasks plus 1, or 0; with option
-    images ``images`` (B, T, 3, size, size) uint8. What a row lacks is 0.
+    A *space* is the observations and actions of one robot, with their own mean and standard
+    deviation. A corpus may have rows of several. The column ``embodiment`` names the space
+    (characters other than letters, digits, _ and - become _). Without it the widths do: o9a1, or
+    o24c4 with four classes. A row without a name belongs to the space that is named by its widths,
+    else to the only space with these widths.
+
+    Tensors, with O and A the widths of the widest space. What a row lacks is 0.
+
+    - ``observations`` (B, T, O) float32, standardised and clipped to 10 deviations; ``mask`` (B,
+      T), true where there is a step
+    - ``actions`` and ``executed`` (B, T, A) float32, if there is such a column: standardised by the
+      deviations of actions, or one-hot for classes; ``action_std`` (B, A): those deviations
+    - ``space`` (B,) int64; ``task`` (B,) int64: 1 + the index among the known tasks, 0 for others
+    - with option images ``images`` (B, T, 3, size, size) uint8
     """
 
     state: TrajectoryState

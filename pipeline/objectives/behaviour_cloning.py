@@ -103,34 +103,39 @@ class BehaviourCloningState(TypedDict):
 class BehaviourCloning(Objective):
     """Behaviour cloning: predict the actions of demonstrations from what is known before them.
 
-    A linear decoder of each space (``decoders.<space>``) on a causal backbone's tokens predicts
-    from what is known at step t the actions t to t + chunk - 1 (action chunks, Zhao et al. 2023,
-    "Learning Fine-Grained Bimanual Manipulation with Low-Cost Hardware"). Places beyond an
-    episode's end do not count.
+    What is predicted: from what is known at step t, the actions t to t + ``chunk`` - 1 (action
+    chunks, Zhao et al. 2023, "Learning Fine-Grained Bimanual Manipulation with Low-Cost Hardware").
+    Each space has a linear decoder (``decoders.<space>``) on the tokens of a causal backbone. Steps
+    beyond an episode's end do not count.
 
-    Actions are standardised numbers or one-hot classes (modality trajectory). The loss is summed
-    over the places of chunks that lie within their episode. mse: squared errors averaged over an
-    action's numbers. gaussian and mixture: the negative log density in nats of independent numbers
-    (mixture density networks, Bishop 1994), the logarithm of a deviation kept within
-    ``action_heads.LOG_STD`` by a tanh, in training weighed (``beta``). categorical: the cross
-    entropy. Policies are deterministic: the mean, the mean of the likeliest component, the
-    likeliest class.
+    Heads (option ``head``). Actions are standardised numbers or one-hot classes (modality
+    trajectory). The loss is summed over the predicted steps.
 
-    ``auto`` takes mse for numbers, which did best for a deterministic expert.
-    InvertedDoublePendulum-v5, an MLP, 100 demonstrations of an LQR expert and 1500 steps, then 5
-    demonstrations under other dynamics and 300 steps; mean steps of 400 in 20 worlds, one seed,
-    before and after: mse 400 and 381, gaussian 259 and 382 (18 and 14 with beta 0), mixture 72 and
-    87 (12 and 12). Use a likelihood where demonstrations differ although observations are alike.
+    - ``mse``: the squared error, averaged over the numbers of an action. The policy is the
+      prediction.
+    - ``gaussian`` and ``mixture``: the negative log density, in nats, of independent numbers
+      (mixture density networks, Bishop 1994). A tanh keeps the logarithm of a deviation within
+      ``action_heads.LOG_STD``. In training the density is weighted (``beta``). The policy is the
+      mean, or the mean of the likeliest component.
+    - ``categorical``: the cross entropy. The policy is the likeliest class.
 
-    Predictions are of each step's own action. Of numbers: ``squared_error`` in their own units, so
-    that sources of other deviations compare (losses are standardised), summed over
-    ``action_numbers``. Of classes: ``scores`` (B, T, A) NaN behind a row's end and ``label``
-    (B, T) -1 there; where spaces have other classes, a class is its place in its own space;
-    ``squared_error`` is how many are wrong.
+    ``auto`` takes mse for numbers. It did best for a deterministic expert; use a likelihood if
+    demonstrations differ although observations are alike. Measured on InvertedDoublePendulum-v5: an
+    MLP, 100 demonstrations of an LQR expert and 1500 steps, then 5 demonstrations under other
+    dynamics and 300 steps. Mean steps of 400 in 20 worlds, one seed, before and after: mse 400 and
+    381, gaussian 259 and 382 (18 and 14 with beta 0), mixture 72 and 87 (12 and 12).
 
-    Where rows have ``environment``, the policy acts in each test row's world, with its seed and
-    dynamics. Success, return and steps are reported, and those of the expert and of a random
-    policy.
+    Predictions are of each step's own action.
+
+    - Numbers: ``squared_error`` in their own units, summed over ``action_numbers``. So sources with
+      other deviations can be compared, which losses cannot: they are standardised.
+    - Classes: ``scores`` (B, T, A), NaN behind a row's end, and ``label`` (B, T), -1 there. Where
+      spaces have other classes, a class is its index in its own space. ``squared_error`` is how
+      many are wrong.
+
+    If rows have ``environment``, the policy also acts in the simulated world of each test row, with
+    the row's seed and dynamics. Success, return and steps are reported, beside those of the expert
+    and of a random policy.
     """
 
     state: BehaviourCloningState

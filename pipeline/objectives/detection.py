@@ -48,23 +48,29 @@ class DetectionOptions(BoxOptions):
 class Detection(BoxObjective):
     """Object detection: boxes and their classes.
 
-    Columns: ``boxes``, a list of 4 numbers for each object; ``labels``, a list of its classes
-    (numbers, with holes or not, or texts); where given ``crowd``, a list of flags: such a region is
-    not learned, and a detection in it is neither right nor wrong; ``width`` and ``height`` of the
-    image, for boxes in pixels. An empty list is an image without objects. A box that sticks out of
-    its image is cut at the edge; a row whose boxes are null, not finite, without area, wholly
-    outside or of an unknown class is refused with the reason.
+    Columns, by role. An empty list is an image without objects.
 
-    Input beside ``image`` (B, C, H, W), as arrays of ``encode`` that the modality moves with the
+    - ``boxes``: a list of 4 numbers for each object
+    - ``labels``: a list of the objects' classes: numbers, which may have gaps, or texts
+    - ``crowd``, if given: a list of flags. A region with the flag is not learned, and a detection
+      in it is neither right nor wrong.
+    - ``width`` and ``height`` of the image, for boxes in pixels
+
+    A box that sticks out of its image is cut at the edge. A row is refused, with the reason, if its
+    boxes are null, not finite, without area, wholly outside, or of an unknown class.
+
+    The loss is a sum over images, with a count that adds up over rows and ranks. (torchvision's
+    detectors divide inside, by the batch of one rank.)
+
+    - FCOS: the sum of focal, GIoU and centre-ness losses, divided by the number of foreground
+      points. An image without any counts 1; in torchvision a batch without any does.
+    - Faster R-CNN samples 256 anchors and 512 regions of each image. The loss is the mean over
+      these, averaged over images. torchvision's mean over all samples is the same, unless an image
+      has fewer. Which are sampled follows from the keys of the rows.
+
+    Tensors beside ``image`` (B, C, H, W), as arrays of ``encode`` that the modality moves with the
     image: ``boxes`` (B, M, 4), ``labels`` (B, M; -1: none), ``crowd`` (B, M), ``frame`` (see
-    Batch); ``image_size`` (B, 2), height and width of the stored image.
-
-    The loss is a sum over images with a count that adds up over rows and ranks (torchvision's
-    detectors divide inside, by the batch of one rank). FCOS: focal, GIoU and centre-ness losses
-    summed, over the number of foreground points, an image without any counting 1 (torchvision: a
-    batch without any). Faster R-CNN samples 256 anchors and 512 regions an image: the mean over
-    these, summed over images, over the number of images; torchvision's mean over all that were
-    sampled is the same unless an image has fewer. Samples follow from the rows' keys.
+    Batch), and ``image_size`` (B, 2), height and width of the stored image.
     """
 
     state: BoxState

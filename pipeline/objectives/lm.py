@@ -280,8 +280,8 @@ class CausalLM(Objective):
 
     The output is the token embedding, or a layer ``output`` where the family has one (Llama).
 
-    Of a packed row's bytes, those of the predicted tokens count: all but the first token, where
-    the row continues a document of the row before.
+    The bytes of a packed row are those of its predicted tokens: all tokens, or all but the first
+    if the row continues a document of the row before.
 
     With ``generate``, ``predict`` also writes ``generated``: the model's continuation of each
     text, without the text's own end. A text longer than the modality's ``length`` is cut there

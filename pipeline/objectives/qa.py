@@ -63,22 +63,28 @@ class QAState(TypedDict):
 class QuestionAnswering(Objective):
     """Extractive question answering: a linear head scores tokens as start and end (BERT).
 
-    Columns: ``answers``, a text or a list of texts, all of them right; ``answer_start``, where
-    each begins in the context, in characters; no answer: null, an empty text or an empty list.
-    Both may name SQuAD's one column {text, answer_start}. The modality reads the question as
-    ``text``, the context as ``text_pair``, cut into windows. Tensors: ``tokens``, ``mask``,
-    ``types`` (B, W, N), ``offsets`` (B, W, N, 2) and ``span`` (B, 2) int32: the first answer's
-    characters without outer spaces, (-1, -1) without one.
+    The modality reads the question as ``text`` and the context as ``text_pair``, which it cuts into
+    windows.
 
-    The loss is BERT's (Devlin et al. 2019): each window is an example, the mean of the cross
-    entropies of first and last token over its positions; its first position, [CLS], where it does
-    not hold the whole answer. Summed over windows, over their number. Compiled, the last window is
-    repeated, without weight, until there are a round number of them, so that few shapes are
-    compiled for.
+    Columns, by role. Both may name SQuAD's one column {text, answer_start}.
 
-    The answer of a row is its best span over all windows, first plus last score, among all spans
-    of up to ``max_answer_length`` tokens (the reference looks at 20 firsts and 20 lasts). The
-    score of no answer is the smallest [CLS] score of its windows, as in the reference.
+    - ``answers``: a text or a list of texts, all of them right. No answer: null, an empty text or
+      an empty list.
+    - ``answer_start``: where each answer begins in the context, in characters
+
+    The loss is BERT's (Devlin et al. 2019). Each window is an example: the mean of the cross
+    entropies of the first and of the last token of the answer, over the window's positions. If the
+    window does not hold the whole answer, both are its first position, [CLS]. It is summed over
+    windows and divided by their number. When compiled, the last window is repeated without weight
+    up to a round number of windows, so that few shapes are compiled.
+
+    The predicted answer of a row is the best span over all windows: the largest sum of the scores
+    of first and last token, among all spans of up to ``max_answer_length`` tokens. (The reference
+    code tries 20 first and 20 last tokens.) The score of no answer is the smallest [CLS] score of
+    the windows, as in the reference.
+
+    Tensors: ``tokens``, ``mask``, ``types`` (B, W, N), ``offsets`` (B, W, N, 2), and ``span`` (B,
+    2) int32: the characters of the first answer without outer spaces, (-1, -1) if there is none.
     """
 
     state: QAState

@@ -59,15 +59,14 @@ class SegmentationState(TypedDict):
 class Segmentation(Objective):
     """Semantic segmentation with the branch of Panoptic FPN (Kirillov et al. 2019).
 
-    It has one convolution a level.
+    The levels of a feature pyramid are brought to the size of the finest one, with one convolution
+    for each, and summed. One more convolution and a classifier follow, whose scores are upsampled
+    to the input.
 
-    A feature pyramid whose levels are brought to the finest one and summed, then one convolution
-    and a classifier, upsampled to the input.
-
-    The column ``mask`` holds PNGs of class numbers. The image modality reads them, since they
-    move with their image: ``mask`` (B, H, W), 255 outside the image. The loss is the cross
-    entropy summed over pixels; its count is the number of labelled ones. A mask with a class that
-    is neither below the number of classes nor ignored is refused, and named.
+    The column ``mask`` holds PNG files of class numbers. The image modality reads them, since they
+    move with their image: ``mask`` (B, H, W), 255 outside the image. The loss is the cross entropy
+    summed over pixels, divided by the number of labelled pixels. A row is refused, and named, if
+    its mask has a class that is neither below the number of classes nor ignored.
     """
 
     state: SegmentationState

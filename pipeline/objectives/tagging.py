@@ -77,18 +77,25 @@ class TaggingState(TypedDict):
 class Tagging(Objective):
     """Tagging of words: a linear head on the first sub-token of each (Devlin et al. 2019).
 
-    Each word has its likeliest tag by itself (no Viterbi).
+    The column ``tags`` is a list of texts or numbers, one for each word of the column ``text``,
+    which is then a list of words.
 
-    Columns: ``tags``, a list of texts or numbers, one for each word of the modality's ``text``, a
-    list of words. Tensors: ``words`` (B, N), the number of the word that begins at a position,
-    else -1; ``tags`` (B, W) int16, -1 where no word is. The loss is the cross entropy summed over
-    words that have a position. A word without one (cut off, or nothing to the tokenizer) is
-    predicted O, so an entity there is missed; without a scheme it is wrong.
+    The loss is the cross entropy, summed over the words that have a position. Each word gets its
+    likeliest tag by itself (no Viterbi). A word without a position (cut off, or nothing to the
+    tokenizer) counts as predicted O: an entity there is missed. Without a scheme it counts as
+    wrong.
 
-    The primary metric follows from the scheme: entity_f1 where tags open and close entities
-    (CoNLL-2003), word_accuracy where they are plain classes (part of speech, as Universal
-    Dependencies counts it). There entity_f1 is the micro average over words that have a position:
-    words that were cut off lower its recall alone. entity_f1/NOUN is that of one tag.
+    The primary metric follows from the scheme:
+
+    - entity_f1, if tags open and close entities (CoNLL-2003). It is the micro average; words that
+      were cut off lower its recall only.
+    - word_accuracy, if tags are plain classes (part of speech, as Universal Dependencies counts
+      it).
+
+    entity_f1/NOUN is the value of one tag, NOUN.
+
+    Tensors: ``words`` (B, N), the number of the word that begins at a position, else -1; ``tags``
+    (B, W) int16, -1 where there is no word.
     """
 
     state: TaggingState

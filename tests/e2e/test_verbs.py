@@ -85,9 +85,7 @@ def test_code_in_help_is_whole_on_a_terminal_of_80_columns():
         shown = CliRunner().invoke(cli.app, [name, "--help"], env={"COLUMNS": "80"}).output
         for code in re.findall(r"`([^`]+)`", inspect.cleandoc(command.help or "")):
             assert any(code in line for line in shown.splitlines()), (name, code)
-        cut = [line for line in shown.splitlines() if "…" in line]
-        # Typer itself cuts the two long names of one option
-        assert all("--no-wait-for-" in line for line in cut), cut
+        assert "…" not in shown, "Typer cuts names for which there is no room"
 
 
 def test_the_schema_takes_every_shipped_job(onetomany, tmp_path):

@@ -303,6 +303,24 @@ def test_a_word_that_may_mean_no_split_is_noted(tmp_path, name, pairs, said):
     assert noted == ([said] if said else [])
 
 
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("imdb_train.csv", "imdb_test.csv"), ""),
+        (("conll.train.csv", "conll.testa.csv", "conll.testb.csv"), ""),
+        (("train_val.csv", "test.csv"), "train_val.csv (validation)"),
+        (("imdb_train.csv", "blood_test.csv"), "blood_test.csv (test)"),
+    ],
+)
+def test_the_other_files_tell_whether_a_word_means_a_split(tmp_path, names, said):
+    for name in names:
+        write(tmp_path / "raw" / name, f"a,b\n{name},2\n")
+    prepare("csv", tmp_path / "raw", tmp_path / "out")
+    notes = json.loads((tmp_path / "out/_summary.json").read_text())["notes"]
+    noted = [text for what, text in notes.items() if "held out by a word" in what]
+    assert noted == ([said] if said else [])
+
+
 @pytest.mark.parametrize("name", ["a-eval.csv", "train/evalset-00.txt", "held_out/a.csv"])
 def test_names_of_held_out_rows_say_for_what(name):
     with pytest.raises(ValueError, match=r"for validation or for test\? Put one .*--set split="):

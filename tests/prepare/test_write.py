@@ -560,7 +560,7 @@ def test_the_command_line_tells_what_is_wrong(line, said, tmp_path, monkeypatch)
 def test_the_command_line_lists_the_importers():
     done = CliRunner().invoke(cli.app, ["prepare", "--list"])
     assert done.exit_code == 0 and all(
-        f"{name}\n" in done.output for name in registry.names("importer")
+        f"{name} " in done.output for name in registry.names("importer")
     )
     assert "coco\n" not in CliRunner().invoke(cli.app, ["prepare", "imagenet", "--list"]).output
 

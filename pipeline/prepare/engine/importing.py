@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import textwrap
 from collections.abc import Collection, Iterable, Mapping
@@ -14,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pydantic
 
-from pipeline.config import registry
+from pipeline.config import listing, registry
 from pipeline.config.registry import Options
 from pipeline.data.to_parquet import AUDIO_SUFFIXES, IMAGE_SUFFIXES
 from pipeline.io import storage
@@ -135,7 +134,7 @@ def index_table(
     if not rows:
         raise ValueError(
             f"{source}: no {noun} found in the layout that this importer reads; see onetomany "
-            "prepare --list"
+            "prepare NAME --list"
         )
     return pa.Table.from_pylist(
         rows,
@@ -198,18 +197,25 @@ def split_of(name: str) -> str:
 
     Examples: eng.testa, wnut17train.conll, dev-v2.0.json, testset.csv, val-shards/000.tar.
     """
-    for part in reversed(name.lower().split("/")):
-        words = [word.removesuffix("set") for word in re.split(r"[^a-z]+", part)]
-        if splits := [SPLITS[word] for word in words if word in SPLITS]:
+    for part in reversed(name.split("/")):
+        if splits := splits_in(part):
             return next((split for split in splits if split != "train"), "train")
     return ""
 
 
-def has_other_words(name: str) -> bool:
-    """Return whether a file's name has words that name no split (blood_test_results.csv)."""
-    stem = PurePosixPath(name).name.lower().split(".")[0]
-    words = re.findall("[a-z]{2,}", stem)
-    return any(word.removesuffix("set") not in SPLITS for word in words)
+def splits_in(name: str) -> list[str]:
+    """Return the split of each word of a file's name that means one."""
+    words = [word.removesuffix("set") for word in re.split(r"[^a-z]+", name.lower())]
+    return [SPLITS[word] for word in words if word in SPLITS]
+
+
+def without_splits(name: str) -> str:
+    """Return a file's name without the words that mean a split: ``imdb_.csv`` of imdb_test.csv."""
+
+    def kept(word: re.Match[str]) -> str:
+        return "" if word[0].removesuffix("set") in SPLITS else word[0]
+
+    return re.sub("[a-z]+", kept, name.lower())
 
 
 def split_of_file(name: str) -> str:
@@ -316,7 +322,7 @@ def options_of(name: str, pairs: list[str]) -> Any:
         if key == "options" and key in kind.model_fields:
             raise ValueError(
                 f"--set {pair}: give the options of the task by their own names, such as --set "
-                "exclude=none; see onetomany prepare --list"
+                f"exclude=none; see onetomany prepare {name} --list"
             )
         if key not in kind.model_fields and "options" in kind.model_fields:
             of_task[key] = value
@@ -343,17 +349,21 @@ def validated(kind: type[Options], given: Mapping[str, object]) -> Any:
 
 
 def describe(name: str | None) -> str:
-    """Describe what the importers (or one) read, their columns and options.
+    """Describe what an importer reads, its columns and options, or list all importers.
 
     Raises ValueError for an unknown name.
     """
-    out = []
-    for one in [name] if name else registry.names("importer"):
-        importer = registry.get("importer", one)
-        out += [one, textwrap.indent(inspect.cleandoc(importer.__doc__).replace("`", ""), "  ")]
-        out += [
-            f"  --set {key}={info.default}: {info.description}"
-            for key, info in importer.options_class.model_fields.items()
+    if name is None:
+        found = registry.entries("importer")
+        lines = [
+            f"{one:<16}{listing.first_sentence(entry)}" for one, entry in sorted(found.items())
         ]
-        out.append("")
+        return "\n".join(
+            [*lines, "", "onetomany prepare NAME --list explains one, with its options."]
+        )
+    entry = registry.entry("importer", name)
+    out = [name, listing.explanation(entry), ""]
+    for key, info in entry.options.model_fields.items():
+        description = textwrap.fill(info.description or "", 92)
+        out += [f"  --set {key}={info.default}", textwrap.indent(description, "      ")]
     return "\n".join(out).rstrip()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import codecs
 import posixpath
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,10 +22,11 @@ from pipeline.prepare.engine.importing import (
     InvalidRow,
     Notes,
     first_few,
-    has_other_words,
     invalid_row,
     split_of,
     split_of_file,
+    splits_in,
+    without_splits,
 )
 from pipeline.prepare.readers.archives import (
     ARCHIVES,
@@ -88,13 +89,19 @@ class InputFiles(NamedTuple):
     def notes(self) -> Notes:
         """What the summary says of files that are left out, and of splits that may be wrong."""
         notes: Notes = {"files left out": self.others} if self.others else {}
-        held_out = [
-            f"{entry.name} ({split})"
-            for entry, split in self.files
-            if split != "train"
-            and split == split_of(posixpath.basename(entry.name))
-            and has_other_words(entry.name)
-        ]
+        splits_of: dict[str, set[str]] = defaultdict(set)
+        for entry, split in self.files:
+            splits_of[without_splits(entry.name)].add(split)
+        held_out: list[str] = []
+        for entry, split in self.files:
+            name = posixpath.basename(entry.name)
+            is_by_name = split != "train" and split == split_of(name)
+            # imdb_test.csv is no blood_test.csv if there is imdb_train.csv too
+            is_plain = not re.search("[a-z]{2}", without_splits(name.split(".")[0]))
+            is_one_of_several = len(splits_of[without_splits(entry.name)]) > 1
+            means_several = len(set(splits_in(name))) > 1  # train_val.csv
+            if is_by_name and (means_several or not (is_plain or is_one_of_several)):
+                held_out.append(f"{entry.name} ({split})")
         if held_out:
             what = "held out by a word of the file's name (if it means no split, rename the file)"
             notes[what] = first_few(held_out)

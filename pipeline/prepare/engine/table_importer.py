@@ -109,7 +109,7 @@ class TableImporter(Importer):
 
     def why_no_rows(self, scans: list[Scan]) -> str:
         """Return the message where the scans found no row, not even an invalid one."""
-        return "no rows in the layout that this importer reads; see onetomany prepare --list"
+        return "no rows in the layout that this importer reads; see onetomany prepare NAME --list"
 
     @abstractmethod
     def infer_schema(self, input_splits: list[InputSplit], scans: list[Scan]) -> InferredSchema:

@@ -53,15 +53,18 @@ class An4Options(Options):
 
 @register("importer", "an4", options=An4Options)
 class An4(AudioImporter):
-    """etc/an4_train.fileids, etc/an4_train.transcription, the same of test, and wav/an4_clstk and
-    wav/an4test_clstk with SPEAKER/FILE.sph, .raw or .wav; a folder, or the publisher's
+    """CMU's AN4: short recordings of spelled words and numbers.
+
+    It reads etc/an4_train.fileids, etc/an4_train.transcription, the same of test, and wav/an4_clstk
+    and wav/an4test_clstk with SPEAKER/FILE.sph, .raw or .wav: a folder, or the publisher's
     an4_sphere.tar.gz or an4_raw.bigendian.tar.gz.
 
     Columns: `audio` (NIST SPHERE and WAV files unchanged, .raw as FLAC), `utterance`, `transcript`
     (without <s> and </s>), `speaker` (the group of a job, by which validation rows are cut from
-    train), `seconds`, `rate`, `channels`, `sha256`. Listed names without recording or transcript,
-    and transcripts that are not listed, are invalid rows; recordings that are not listed are
-    counted.
+    train), `seconds`, `rate`, `channels`, `sha256`.
+
+    Invalid rows: listed names without recording or transcript, and transcripts that are not listed.
+    Recordings that are not listed are counted.
     """
 
     def index(self, source: str) -> Index:

@@ -82,12 +82,16 @@ class ChestXray14Options(Options):
 
 @register("importer", "chestxray14", options=ChestXray14Options)
 class ChestXray14(ImageImporter):
-    """Data_Entry_2017.csv, train_val_list.txt and test_list.txt, and the PNGs in images_001 to
-    images_012 or one folder, also as tar, tar.gz or zip.
+    """ChestX-ray14 of the NIH: chest X-rays with 14 findings.
 
-    Columns: `findings` (list, empty for No Finding), `patient_id` (the group of a job),
-    `follow_up`, `age`, `sex`, `view`. The official lists are the splits train and test; a job cuts
-    its validation rows from train by patient (group: patient_id).
+    It reads Data_Entry_2017.csv, train_val_list.txt and test_list.txt, and the PNGs in images_001
+    to images_012 or in one folder, also as tar, tar.gz or zip.
+
+    Columns: `findings` (a list, empty for No Finding), `patient_id` (the group of a job),
+    `follow_up`, `age`, `sex`, `view`.
+
+    The official lists are the splits train and test. A job cuts its validation rows from train by
+    patient (`group: patient_id`).
     """
 
     label = "findings"

@@ -119,7 +119,9 @@ class CocoOptions(Options):
 
 @register("importer", "coco", options=CocoOptions)
 class Coco(ImageImporter):
-    """annotations/instances_NAME.json with the images in NAME/, images/NAME/, NAME.zip or images/.
+    """COCO: images with boxes, classes and masks.
+
+    annotations/instances_NAME.json with the images in NAME/, images/NAME/, NAME.zip or images/.
 
     Also exports of Roboflow: train/, valid/ and test/, each with images and _annotations.coco.json.
 

@@ -49,7 +49,9 @@ class CohortOptions(Options):
 
 @register("importer", "cohort", options=CohortOptions)
 class Cohort(TableImporter):
-    """Rows of events (of prepare mimic3, mimic4, eicu, physionet2012, omop or events) to the rows
+    """A clinical task (who dies, who comes back, ...) from rows of patients' events.
+
+    Rows of events (of prepare mimic3, mimic4, eicu, physionet2012, omop or events) to the rows
     of a cohort: --set task=mortality.
 
     Columns: `entity`, `patient`, `hospital` (of eICU), `times`, `variables`, `values`, `events`,

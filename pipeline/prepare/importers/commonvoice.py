@@ -73,14 +73,18 @@ class CommonVoiceOptions(Options):
 
 @register("importer", "commonvoice", options=CommonVoiceOptions)
 class CommonVoice(AudioImporter):
-    """LANGUAGE/clips/*.mp3 with LANGUAGE/train.tsv, dev.tsv and test.tsv; folders, or the
-    publisher's tar.gz (gunzip a large one first: it is decompressed again for each shard).
+    """Mozilla Common Voice: recordings of read sentences in many languages.
+
+    It reads LANGUAGE/clips/*.mp3 with LANGUAGE/train.tsv, dev.tsv and test.tsv: folders, or the
+    publisher's tar.gz. (Gunzip a large one first: it is decompressed again for each shard.) A clip
+    in two tables stays where it is held out.
 
     Columns: `audio`, `transcript` (the sentence), `speaker` (client_id, the group of a job),
-    `language` (the folder), age, gender, accents, up_votes and down_votes where the tables have
-    them, `seconds`, `rate`, `channels`, `sha256`. A clip in two tables stays where it is held out.
-    A line with another number of cells than the header, and one whose clip is missing, are invalid
-    rows; clips in no table are counted.
+    `language` (the folder), `age`, `gender`, `accents`, `up_votes` and `down_votes` if the tables
+    have them, `seconds`, `rate`, `channels`, `sha256`.
+
+    Invalid rows: a line with another number of cells than the header, and one whose clip is
+    missing. Clips in no table are counted.
     """
 
     label = "language"

@@ -92,14 +92,17 @@ class FileScan(NamedTuple):
 
 @register("importer", "conll", options=ConllOptions)
 class Conll(TableImporter):
-    """CoNLL-2003 and WNUT: one word a line with its tag in another column, a blank line after each
-    sentence; -DOCSTART- begins a document.
+    """Words with tags, as in CoNLL-2003 and WNUT.
 
-    A file, folder, glob or archive of .conll, .txt, .tsv, .bio, eng.testa and the like, also .gz
-    and .zst. Columns: `words` and `tags` (lists of texts of equal length), `document` (numbered
-    over all files; a file without -DOCSTART- is one). A sentence is invalid where a line has
-    another number of columns than most lines of its file, or where its tags do not follow the
-    scheme: an I- with no B-, an unknown tag.
+    It reads one word a line, with its tag in another column and a blank line after each sentence;
+    -DOCSTART- begins a document. Files are .conll, .txt, .tsv, .bio, eng.testa and the like, also
+    .gz and .zst: a file, folder, glob or archive.
+
+    Columns: `words` and `tags` (lists of texts of equal length), `document` (numbered over all
+    files; a file without -DOCSTART- is one).
+
+    Invalid rows: a sentence with a line of another number of columns than most lines of its file,
+    or with tags that do not follow the scheme (an I- with no B-, an unknown tag).
     """
 
     label = "tags"

@@ -33,7 +33,9 @@ class CvatOptions(MaskOptions):
 
 @register("importer", "cvat", options=CvatOptions)
 class Cvat(AnnotatedImagesImporter):
-    """annotations.xml of the format "CVAT for images 1.1", with the images below the same folder or
+    """Images with boxes or masks, as CVAT exports them.
+
+    annotations.xml of the format "CVAT for images 1.1", with the images below the same folder or
     in the same archive (CVAT's dialog: Save images). The attribute `subset` of an image tells its
     split, else a folder called train, valid, test or the like, else all rows are in train.
 

@@ -55,14 +55,19 @@ class CsvOptions(DelimitedOptions):
 
 @register("importer", "csv", options=CsvOptions)
 class Csv(TableImporter):
-    """CSV and TSV files (a file, folder, glob or archive, also .gz and .zst), with quotes and line
-    ends in quotes, with or without a header.
+    """CSV and TSV files, column by column. (For a table of features take `table`.)
 
-    Columns: as in the files, or renamed by --set columns="text=review,label=stars". Their types are
-    the same over all files: whole numbers (none with leading zeros), other numbers, else text; an
-    empty field is null. Invalid rows: another number of fields than the header has, a quote that is
-    left open, no text. Rows of a shard are shuffled in a fixed order, since such files are often
-    sorted by class. A file is one shard: cut up large ones.
+    It reads a file, folder, glob or archive, also .gz and .zst, with or without a header. Quotes,
+    and line ends in quotes, are read. A file is one shard: cut up large ones.
+
+    Columns: as in the files, or renamed by `--set columns="text=review,label=stars"`.
+
+    - The type of a column is the same over all files: whole numbers (none with leading zeros),
+      other numbers, else text. An empty field is null.
+    - Rows are shuffled in a fixed order within their shard, since such files are often sorted by
+      class.
+    - Invalid rows: another number of fields than the header has, a quote that is left open, no
+      text.
     """
 
     label = "label"

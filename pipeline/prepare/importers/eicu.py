@@ -124,27 +124,34 @@ class Stays(NamedTuple):
 
 @register("importer", "eicu")
 class Eicu(GroupedImporter):
-    """eICU's folder: patient, and as far as they are there vitalPeriodic, vitalAperiodic, lab,
-    nurseCharting, respiratoryCharting, intakeOutput, infusionDrug, medication (.csv, .csv.gz or
-    .parquet; names, headers and columns in any case and order). Tried on other real records in this
-    layout, not on eICU itself.
+    """eICU: stays in intensive care, of many hospitals, as events.
 
-    Columns, with the meaning that they have in mimic3: entity (patientunitstayid), patient
-    (uniquepid), hospital (hospitalid), times (hours since admission to the unit), variables,
-    values, events, static (Age, 90 for those above 89, Gender, CareUnit, AdmissionSource, Height,
-    Weight), and the outcomes hospital_death, icu_death, death_hours (the discharge of those who
-    died), icu_hours, discharge_hours, care_unit, stay_type, stays_in_admission, transfers (0:
-    another unit is another stay). Events from before the hospital admission or after the unit's end
-    are left out.
+    It reads eICU's folder: patient, and as far as they are there vitalPeriodic, vitalAperiodic,
+    lab, nurseCharting, respiratoryCharting, intakeOutput, infusionDrug, medication (.csv, .csv.gz
+    or .parquet; names, headers and columns in any case and order). Other tables (diagnoses, notes,
+    APACHE's scores, ...) are not read. It was tried on other real records in this layout, not on
+    eICU itself.
 
-    Items are named by clinical/eicu_items.csv (urine also by the beginnings of its names, as in
-    eicu-code), values checked by clinical/ranges.csv, and units of lab converted by
-    clinical/units.csv; what they do not know is left out and counted. Drugs are called drug: NAME
-    (orders that were not cancelled), infusions infusion: NAME, with their rate, fluids input: NAME
-    and output: NAME, in mL. Height and Weight that were swapped are put right, and heights in
-    metres converted; both are counted. A result counts from when it was entered: nothing is known
-    earlier. Other tables (diagnoses, notes, APACHE's scores, ...) are not read. All rows are train:
-    cut by patient or by hospital.
+    Columns, with the meaning that they have in mimic3:
+
+    - entity (patientunitstayid), patient (uniquepid), hospital (hospitalid)
+    - times (hours since admission to the unit), variables, values, events
+    - static: Age (90 for those above 89), Gender, CareUnit, AdmissionSource, Height, Weight. Height
+      and Weight that were swapped are put right, and heights in metres converted; both are counted.
+    - the outcomes hospital_death, icu_death, death_hours (the discharge of those who died),
+      icu_hours, discharge_hours, care_unit, stay_type, stays_in_admission, transfers (0: another
+      unit is another stay)
+
+    Rules:
+
+    - Events from before the hospital admission or after the unit's end are left out.
+    - Items are named by clinical/eicu_items.csv (urine also by the beginnings of its names, as in
+      eicu-code), values checked by clinical/ranges.csv, and units of lab converted by
+      clinical/units.csv. What they do not know is left out and counted.
+    - Drugs are called drug: NAME (orders that were not cancelled), infusions infusion: NAME, with
+      their rate, and fluids input: NAME and output: NAME, in mL.
+    - A result counts from when it was entered: nothing is known earlier.
+    - All rows are train: cut by patient or by hospital.
     """
 
     label = "hospital_death"

@@ -115,17 +115,21 @@ class EventsOptions(Options):
 
 @register("importer", "events", options=EventsOptions)
 class LongTable(GroupedImporter):
-    """Long tables with one row an event (CSV, also .gz or .zst, or Parquet): entity, time,
-    variable, value; and a table with one row an entity.
+    """Events of patients, machines, ... in long tables, with a row for each event.
 
-    Columns: entity, patient (with --set group), times (hours since the start), variables, values,
-    events (their number), static (--set static), and the outcomes. Ids are texts, unchanged from
-    CSV (01 is not 1), or whole numbers of Parquet. Texts such as <0.1 count as their bound; what is
-    no number is left out and counted by reason, and so are exact duplicates and events of entities
-    that are not in the entities' table. Memory does not grow with the table.
+    It reads a table with the columns entity, time, variable and value (CSV, also .gz or .zst, or
+    Parquet), and if there is one a table with a row for each entity. Memory does not grow with the
+    table.
 
-    Times are float32, exact to a fraction of a second up to 2,000 hours, to 14 seconds at 50,000.
-    Equal values of a variable at times that are then equal count as duplicates.
+    Columns: entity, patient (with `--set group`), times (hours since the start), variables, values,
+    events (their number), static (`--set static`), and the outcomes.
+
+    - Ids from CSV are texts, unchanged (01 is not 1); those of Parquet may be whole numbers.
+    - A text such as <0.1 counts as its bound. What is no number is left out and counted by reason.
+    - Exact duplicates, and events of entities that are not in the entities' table, are left out and
+      counted.
+    - Times are float32: exact to a fraction of a second up to 2,000 hours, to 14 seconds at 50,000.
+      Equal values of a variable at times that are then equal count as duplicates.
     """
 
     def sources(self, source: str, cut_bytes: int) -> EventTables:

@@ -71,7 +71,9 @@ class FilesOptions(RecordingOptions):
 
 @register("importer", "files", options=FilesOptions)
 class Files(Importer):
-    """A CSV, TSV, JSON Lines or Parquet file with a column that names image or audio files, by
+    """Image or audio files that a table names, with all columns of the table.
+
+    A CSV, TSV, JSON Lines or Parquet file with a column that names image or audio files, by
     paths relative to its folder (or --set root=), absolute paths or URIs.
 
     Columns: `image` or `audio` (the file's bytes), `path`, `split`, and all other columns of the

@@ -65,16 +65,20 @@ class HfOptions(Options):
 
 @register("importer", "hf", options=HfOptions)
 class Hf(Importer):
-    """A data set of Hugging Face: its name on the hub, a folder that `save_to_disk` wrote, or a
-    folder of files that `load_dataset` reads. What the library has in its cache is not fetched
-    again.
+    """A data set of Hugging Face.
 
-    Columns: those of the data set and `split`; of structs one column a field (`objects_bbox`).
-    Numbers of classes (ClassLabel) become their names, -1 null. The column of images (recordings)
-    becomes `image` (`audio`), with `path`, `width`, `height` and `sha256` (`recording_start`,
-    `seconds`, `rate`, `channels` and `sha256`); a column of the data set with such a name becomes
-    `dataset_NAME`. Recordings are not cut. Invalid rows: an image or recording that is missing or
-    cannot be decoded. Streamed rows are not compared with those of an earlier run: give `revision`.
+    It reads the name of a data set on the hub, a folder that `save_to_disk` wrote, or a folder of
+    files that `load_dataset` reads. What the library has in its cache is not fetched again.
+
+    Columns: those of the data set, and `split`.
+
+    - Each field of a struct becomes a column (objects_bbox).
+    - Numbers of classes (ClassLabel) become their names, -1 null.
+    - The column of images becomes `image`, with path, width, height and sha256. That of recordings
+      becomes `audio`, with recording_start, seconds, rate, channels and sha256. Recordings are not
+      cut. A column of the data set with such a name becomes dataset_NAME.
+    - Invalid rows: an image or recording that is missing or cannot be decoded.
+    - Streamed rows are not compared with those of an earlier run: give revision.
     """
 
     reads_files = False

@@ -32,7 +32,9 @@ class ImageFolderOptions(Options):
 
 @register("importer", "imagefolder", options=ImageFolderOptions)
 class ImageFolder(ImageImporter):
-    """SPLIT/CLASS/FILE or CLASS/FILE in a folder, zip or tar; a tar or zip in the folder counts as
+    """Images in a folder for each class.
+
+    SPLIT/CLASS/FILE or CLASS/FILE in a folder, zip or tar; a tar or zip in the folder counts as
     a folder, and a top folder that holds everything is ignored.
 
     Columns: `label` (the class folder's name).

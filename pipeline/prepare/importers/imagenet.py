@@ -54,7 +54,9 @@ class ImageNetOptions(Options):
 
 @register("importer", "imagenet", options=ImageNetOptions)
 class ImageNet(ImageImporter):
-    """train: WNID/FILE folders, WNID.tar files, or ILSVRC2012_img_train.tar (a tar of tars), read
+    """ImageNet (ILSVRC): images of 1000 classes.
+
+    train: WNID/FILE folders, WNID.tar files, or ILSVRC2012_img_train.tar (a tar of tars), read
     in place; val: WNID folders, or flat files with LOC_val_solution.csv, or with
     ILSVRC2012_validation_ground_truth.txt and the devkit's meta.mat (2012) or map_clsloc.txt (later
     ones).

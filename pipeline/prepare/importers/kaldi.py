@@ -70,16 +70,23 @@ class KaldiOptions(RecordingOptions):
 
 @register("importer", "kaldi", options=KaldiOptions)
 class Kaldi(AudioImporter):
-    """A data directory (wav.scp, segments, text, utt2spk, spk2gender), or a folder or archive with
-    several, such as data/train and data/test. Without segments each recording is an utterance. A
-    segment is written as 16-bit FLAC.
+    """Recordings with texts, in data directories of Kaldi.
 
-    Columns: `audio`, `utterance`, `transcript` (where there is a file text), `speaker` (utt2spk,
-    the group of a job), `gender` (spk2gender), `recording_start`, `seconds`, `rate`, `channels`,
-    `sha256`. Invalid rows: an entry of wav.scp that is a command other than `flac -c -d FILE |`
-    (commands are not run), a recording that is missing, a segment of no recording or with wrong
-    times, an utterance without transcript where the folder has a text, a transcript without its
-    utterance, an utterance or a segment a second time.
+    It reads a data directory (wav.scp, segments, text, utt2spk, spk2gender), or a folder or archive
+    with several, such as data/train and data/test. Without segments each recording is an utterance.
+    A segment is written as 16-bit FLAC.
+
+    Columns: `audio`, `utterance`, `transcript` (if there is a file text), `speaker` (of utt2spk;
+    the group of a job), `gender` (of spk2gender), `recording_start`, `seconds`, `rate`, `channels`,
+    `sha256`.
+
+    Invalid rows:
+
+    - an entry of wav.scp that is a command, other than flac -c -d FILE | (commands are not run)
+    - a recording that is missing, or an utterance or segment a second time
+    - a segment of no recording, or with wrong times
+    - an utterance without transcript in a folder with a file text, or a transcript without its
+      utterance
     """
 
     def index(self, source: str) -> Index:

@@ -52,7 +52,9 @@ class LabelStudioOptions(MaskOptions):
 
 @register("importer", "labelstudio", options=LabelStudioOptions)
 class LabelStudio(AnnotatedImagesImporter):
-    """The JSON of Label Studio's export (not JSON-MIN), with the images below the same folder or in
+    """Images with boxes or masks, as Label Studio exports them.
+
+    The JSON of Label Studio's export (not JSON-MIN), with the images below the same folder or in
     the same archive, found by the ends of their names. Folders called train, valid, test or the
     like tell the splits, else all rows are in train. Tasks of texts: export CSV or CONLL2003, and
     use `csv` or `conll`.

@@ -52,15 +52,18 @@ class LibriSpeechOptions(Options):
 
 @register("importer", "librispeech", options=LibriSpeechOptions)
 class LibriSpeech(AudioImporter):
-    """LibriSpeech/SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NUMBER.flac with
-    SPEAKER-CHAPTER.trans.txt beside it; folders, or the publisher's train-clean-100.tar.gz and
-    others (gunzip large ones first: a tar.gz is decompressed again for each shard). Subsets called
+    """LibriSpeech: English audiobooks with their texts.
+
+    It reads LibriSpeech/SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NUMBER.flac with
+    SPEAKER-CHAPTER.trans.txt beside it: folders, or the publisher's train-clean-100.tar.gz and
+    others. (Gunzip large ones first: a tar.gz is decompressed again for each shard.) Subsets called
     train-, dev- and test- are the splits.
 
     Columns: `audio`, `utterance`, `transcript`, `speaker` (the group of a job), `chapter`,
-    `subset`, `gender` (from SPEAKERS.TXT, else null), `seconds`, `rate`, `channels`, `sha256`. A
-    transcript without its recording, a recording without transcript, and one with two are invalid
-    rows.
+    `subset`, `gender` (from SPEAKERS.TXT, else null), `seconds`, `rate`, `channels`, `sha256`.
+
+    Invalid rows: a transcript without its recording, and a recording without transcript or with
+    two.
     """
 
     label = "subset"

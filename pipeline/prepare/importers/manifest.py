@@ -67,16 +67,19 @@ class ManifestOptions(RecordingOptions):
 
 @register("importer", "manifest", options=ManifestOptions)
 class Manifest(AudioImporter):
-    """JSON lines with audio_filepath (relative to the manifest, absolute, or s3://), and offset,
-    duration, text, speaker and any other fields: a file, or a folder or archive with several. A
-    line with an offset, or with a duration shorter than the file, is a segment, written as 16-bit
-    FLAC.
+    """Recordings with texts that JSON lines list, as NeMo's manifests do.
 
-    Columns: `audio`, `transcript` (text, if any line has it), `speaker` (the group of a job,
-    likewise), every further field under its own name, `recording_start`, `seconds`, `rate`,
-    `channels`, `sha256`. Invalid rows: lines that are no object, name no recording, one that is
-    missing or outside of SOURCE, or a segment a second time. Recordings that no line names are
-    counted.
+    It reads a file, or a folder or archive with several. A line has audio_filepath (relative to the
+    manifest, absolute, or s3://), and if it likes offset, duration, text, speaker and any other
+    fields. A line with an offset, or with a duration shorter than the file, is a segment, written
+    as 16-bit FLAC.
+
+    Columns: `audio`, `transcript` (text) and `speaker` (the group of a job) if any line has them,
+    every further field under its own name, `recording_start`, `seconds`, `rate`, `channels`,
+    `sha256`.
+
+    Invalid rows: a line that is no object or names no recording, a recording that is missing or
+    outside of SOURCE, a segment a second time. Recordings that no line names are counted.
     """
 
     label = "label"

@@ -88,7 +88,9 @@ class Subjects(NamedTuple):
 
 @register("importer", "meds", options=MedsOptions)
 class Meds(RecordsImporter):
-    """A folder in the Medical Event Data Standard (MEDS 0.4): data/**/*.parquet, and if present
+    """Patients' events in the Medical Event Data Standard (MEDS 0.4).
+
+    A folder in the Medical Event Data Standard (MEDS 0.4): data/**/*.parquet, and if present
     metadata/subject_splits.parquet and metadata/dataset.json.
 
     --set labels=TASK gives one row a label (boolean_value, integer_value, float_value or

@@ -16,7 +16,9 @@ class Mimic4Options(Options):
 
 @register("importer", "mimic4", options=Mimic4Options)
 class Mimic4(MimicImporter):
-    """MIMIC-IV's folder (2.0 and later): hosp/ with patients, admissions, labevents, and if present
+    """MIMIC-IV: stays in intensive care as events.
+
+    MIMIC-IV's folder (2.0 and later): hosp/ with patients, admissions, labevents, and if present
     prescriptions, diagnoses_icd; icu/ with icustays, chartevents, and if present outputevents,
     inputevents, d_items (.csv, .csv.gz or .parquet). Other tables are not read.
 

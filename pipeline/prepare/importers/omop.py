@@ -148,7 +148,9 @@ class TimedRows(NamedTuple):
 
 @register("importer", "omop", options=OmopOptions)
 class Omop(RecordsImporter):
-    """Tables of the OMOP common data model 5.3 or 5.4 (CSV, also .gz or .zst, or Parquet; names and
+    """Patients' events from a database of the OMOP common data model.
+
+    Tables of the OMOP common data model 5.3 or 5.4 (CSV, also .gz or .zst, or Parquet; names and
     columns in any case): person, visit_occurrence, condition_occurrence, drug_exposure,
     measurement, observation, procedure_occurrence, death, concept.
 

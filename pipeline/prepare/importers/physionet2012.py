@@ -57,15 +57,19 @@ class Physionet2012Options(Options):
 
 @register("importer", "physionet2012", options=Physionet2012Options)
 class Physionet2012(GroupedImporter):
-    """The Challenge's folder (or archive): set-a/132539.txt, ... and Outcomes-a.txt, also b and c;
-    or the same as tables, events_a.parquet (recordid, minute, parameter, value) and
+    """PhysioNet/CinC Challenge 2012: the first 48 hours of stays in intensive care.
+
+    It reads the Challenge's folder or archive: set-a/132539.txt, ... and Outcomes-a.txt, also b and
+    c. Or the same as tables: events_a.parquet (recordid, minute, parameter, value) and
     records_a.parquet (recordid, the descriptors, the outcomes).
 
     Columns: entity (RecordID), times, variables, values, events, static (Age, Gender, Height,
     Weight, CareUnit), the outcomes in_hospital_death, length_of_stay, survival, saps, sofa (-1 is
-    null), icu_type, and set. FiO2 is in percent; implausible values are left out
-    (clinical/ranges.csv): Temp below 25, a Weight of 0; a pH of 735 is 7.35. Weights after the
-    first are events. Outcomes of a set without them are null.
+    null), icu_type, and set. Outcomes of a set without them are null.
+
+    - FiO2 is in percent. A pH of 735 is 7.35.
+    - Implausible values are left out (clinical/ranges.csv): Temp below 25, a Weight of 0.
+    - Weights after the first are events.
     """
 
     label = "in_hospital_death"

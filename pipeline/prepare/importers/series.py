@@ -127,7 +127,9 @@ class Segment(NamedTuple):
 
 @register("importer", "series", options=SeriesOptions)
 class Series(TableImporter):
-    """Logs of sensors with one row a step (CSV, also .gz or .zst, or Parquet; a file or a folder)
+    """Logs of sensors, cut into windows.
+
+    Logs of sensors with one row a step (CSV, also .gz or .zst, or Parquet; a file or a folder)
     to windows for modality series: --set channels=S1..S24 --set window=64 --set stride=16.
 
     Columns: recording, subject, start (the window's first step, counted from 0 in the recording, or

@@ -70,13 +70,20 @@ class SpeechCommandsOptions(Options):
 
 @register("importer", "speech_commands", options=SpeechCommandsOptions)
 class SpeechCommands(AudioImporter):
-    """WORD/SPEAKER_nohash_NUMBER.wav with validation_list.txt and testing_list.txt; a folder or
-    the publisher's tar.gz.
+    """Speech Commands: recordings of single words, one second long.
 
-    Columns: `audio`, `label` (the word, or as words= and silence= say), `word`, `speaker` (the
-    group of a job; null for noise), `seconds`, `rate`, `channels`, `sha256`, `recording_start` (of
-    windows of noise: the first eight tenths of each file are train, then validation, then test).
-    Listed names without their clip are invalid rows.
+    It reads WORD/SPEAKER_nohash_NUMBER.wav with validation_list.txt and testing_list.txt: a folder,
+    or the publisher's tar.gz.
+
+    Columns:
+
+    - `audio`, `seconds`, `rate`, `channels`, `sha256`
+    - `label`: the word, or as `words=` and `silence=` say; `word`
+    - `speaker`: the group of a job; null for noise
+    - `recording_start` of windows of noise: the first eight tenths of each file are train, then
+      validation, then test
+
+    Invalid rows: listed names without their clip.
     """
 
     label = "label"

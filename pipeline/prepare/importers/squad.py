@@ -51,14 +51,17 @@ NEAR = 20
 
 @register("importer", "squad", options=SquadOptions)
 class Squad(TableImporter):
-    """SQuAD v1.1 and v2.0: JSON files of articles with paragraphs, questions and answers; a file,
-    folder, glob or archive, also .gz and .zst.
+    """SQuAD v1.1 and v2.0: questions with answers from a text.
+
+    It reads JSON files of articles with paragraphs, questions and answers: a file, folder, glob or
+    archive, also .gz and .zst. A file is read whole, which takes about 10 times its size in memory.
 
     Columns: `id`, `title`, `context`, `question`, `answers` (list of texts) and `answer_start`
-    (list of offsets in characters); both lists are empty for a question that is marked unanswerable
-    (is_impossible). Invalid rows: an answer that is not at its offset (the reason says where it
-    is), an empty question or context, a question without answers that is not marked, a repeated id.
-    A file is read whole: about 10 times its size in memory.
+    (list of offsets in characters). Both lists are empty for a question that is marked unanswerable
+    (is_impossible).
+
+    Invalid rows: an answer that is not at its offset (the reason says where it is), an empty
+    question or context, a question without answers that is not marked, a repeated id.
     """
 
     suffixes = (".json",)

@@ -86,19 +86,28 @@ class TableOptions(DelimitedOptions):
 
 @register("importer", "table", options=TableOptions)
 class Table(TableImporter):
-    """CSV, TSV (also .gz, .zst) or Parquet, one row an entity, to numbers and categories: --set
-    label=died,id=stay,group=patient.
+    """A table of features: numbers and categories, with a row for each entity.
 
-    Columns: `features`, a struct with a field for each feature: float64 where all values of the
-    whole table are numbers, else string; missing values are null. Label, id and group keep their
-    names and types. Invalid rows: without a label, with another number of fields, or not text.
-    Numbers with leading zeros are categories. What is no number in a column of --set numeric= is
-    counted and null. A first column without a name, as pandas writes its index, is called "Unnamed:
-    0". If it has whole numbers, it is a feature only if an option names it. Noted: columns without
-    values, with one value, whole numbers with few values (codes?), categories with very many. All
-    files must have the same columns, in any order. Rows with labels are shuffled in a fixed order
-    within their shard. Those without keep their order, so that predictions stand in that of the
-    file. A CSV file is one shard: cut up large ones.
+    It reads CSV and TSV (also .gz and .zst) or Parquet: `--set label=died,id=stay,group=patient`.
+    All files must have the same columns, in any order. A CSV file is one shard: cut up large ones.
+
+    Columns:
+
+    - `features`: a struct with a field for each feature. It is float64 if all values of the whole
+      table are numbers, else text. Missing values are null.
+    - label, id and group keep their names and types.
+
+    Rules:
+
+    - Numbers with leading zeros are categories.
+    - In a column of `--set numeric=` what is no number is counted and null.
+    - A first column without a name, as pandas writes its index, is called "Unnamed: 0". If it has
+      whole numbers, it is a feature only if an option names it.
+    - Rows with labels are shuffled in a fixed order within their shard. Rows without labels keep
+      their order, so that predictions have the order of the file.
+    - Invalid rows: without a label, with another number of fields, or not text.
+    - The summary notes columns without values or with one value, whole numbers with few values
+      (codes?), and categories with very many.
     """
 
     def __init__(self, options: Any = None):

@@ -138,15 +138,20 @@ class DroppedDocuments(NamedTuple):
 
 @register("importer", "text", options=TextOptions)
 class Text(TableImporter):
-    """Corpora: .txt, .jsonl (or .ndjson) and .parquet, also .gz and .zst; a file, folder, glob or
+    """Corpora of texts, for language models and other pretraining.
+
+    It reads .txt, .jsonl (or .ndjson) and .parquet, also .gz and .zst: a file, folder, glob or
     archive.
 
-    Columns: `text`, `id` (FILE:LINE, FILE:ROW for Parquet) and those of --set keep=a,b. Invalid
-    rows: not UTF-8, a NUL character, null, not JSON, longer than 32 MiB. Others are dropped on
-    request: by length, by letters, exact and near duplicates, of which the first is kept (test
-    before validation before train, so that what is tested on is not trained on); _summary.md counts
-    them, _dropped.parquet lists each with the reason and the id of the kept duplicate. Finding
-    duplicates takes 0.1 kB of memory a document (exact) or 1.8 kB (near).
+    Columns: `text`, `id` (FILE:LINE, or FILE:ROW of Parquet) and those of `--set keep=a,b`.
+
+    - Invalid rows: not UTF-8, a NUL character, null, not JSON, longer than 32 MiB.
+    - Options drop further rows: by length, by letters, and exact or near duplicates. The first of
+      several duplicates is kept, in the order test, validation, train: so what is tested on is not
+      trained on.
+    - `_summary.md` counts the dropped rows. `_dropped.parquet` lists each, with the reason and the
+      id of the duplicate that was kept.
+    - Finding duplicates takes 0.1 kB of memory for each document (exact), or 1.8 kB (near).
     """
 
     amounts = {"characters": "text"}

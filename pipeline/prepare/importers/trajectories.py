@@ -95,16 +95,22 @@ class TrajectoriesOptions(SplitOptions):
 
 @register("importer", "trajectories", options=TrajectoriesOptions)
 class Trajectories(TableImporter):
-    """Tables with one row a step (CSV, also .gz or .zst, or Parquet; a file or a folder) to one
-    row an episode: --set observations=S1..S24 --set actions=move.
+    """Episodes of observations and actions, from tables with a row for each step.
+
+    It reads CSV (also .gz or .zst) or Parquet, a file or a folder, and writes a row for each
+    episode: `--set observations=S1..S24 --set actions=move`. A file is read by one task: cut up
+    very large ones.
+
+    - The steps of an episode must be contiguous and in order.
+    - The action of a step is taken after its observation.
+    - Without `--set done=` an episode is truncated where its log ends.
 
     Columns: episode, task, embodiment, observations (a list of lists), actions (a list of lists, or
-    of names of classes), rewards, terminated, truncated, steps, split. The action of a step is
-    taken after its observation. Steps of an episode are contiguous and in order. Without --set
-    done= an episode is truncated where its log ends. Left out and counted by reason: episodes with
-    observations, actions or rewards that are not finite, actions out of bounds or of different
-    widths, an order that does not ascend, two tasks or robots, and with --set done= those without
-    an end. A file is read by one task: cut up very large ones.
+    of names of classes), rewards, terminated, truncated, steps, split.
+
+    Left out and counted by reason: episodes with observations, actions or rewards that are not
+    finite, with actions out of bounds or of different widths, an order that does not ascend, two
+    tasks or two robots, and with `--set done=` those without an end.
     """
 
     amounts = {"steps": "observations"}

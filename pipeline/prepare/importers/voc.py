@@ -67,20 +67,27 @@ class VocOptions(MaskOptions):
 
 @register("importer", "voc", options=VocOptions)
 class Voc(ImageImporter):
-    """Annotations/NAME.xml with JPEGImages/NAME.jpg (or images beside or elsewhere, found by name)
-    in a folder or archive, several years too. ImageSets/Main/train.txt, val.txt and test.txt tell
-    the splits, and images that none of them lists are left out and counted. Where there are no
-    lists, folders called train, valid, test or the like tell them, else all rows are in train.
+    """Pascal VOC: images with boxes, classes and masks.
 
-    Columns: `boxes` (list of [x, y, width, height] in pixels of the written image), `labels`
-    (numbers of the classes in the order of their names), `label_names`, `crowd` (true where the
-    object is difficult) and `difficult`, one for each box. A job that reads the column `crowd`
-    neither trains on difficult objects nor counts them; detections on them are told by COCO's rule
-    for crowds. Images without boxes are kept. Boxes are dropped and clipped as by `coco`.
+    It reads Annotations/NAME.xml with JPEGImages/NAME.jpg, in a folder or archive, several years
+    too. Images may also be beside the annotations or elsewhere: they are found by name.
 
-    With masks=instance also `masks`, one for each box, of SegmentationObject/NAME.png, whose pixels
-    have the number of their object in the annotation. Images without such a PNG are left out and
-    counted. Then the lists of ImageSets/Segmentation tell the splits where there are any.
+    - ImageSets/Main/train.txt, val.txt and test.txt tell the splits. Images that no list names are
+      left out and counted.
+    - Without lists, folders called train, valid, test or the like tell them. Without these all rows
+      are in train.
+
+    Columns, one for each box:
+
+    - `boxes`: a list of [x, y, width, height] in pixels of the written image. They are dropped and
+      clipped as by coco. Images without boxes are kept.
+    - `labels` (numbers of the classes, in the order of their names) and `label_names`
+    - `difficult`, and `crowd`, which is true if the object is difficult. A job that reads the
+      column crowd neither trains on difficult objects nor counts them. Detections in them are
+      judged by COCO's rule for crowds.
+    - `masks`, with masks=instance: of SegmentationObject/NAME.png, whose pixels have the number of
+      their object in the annotation. Images without such a file are left out and counted. The lists
+      of ImageSets/Segmentation then tell the splits, if there are any.
     """
 
     label = "label_names"

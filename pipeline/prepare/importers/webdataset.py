@@ -43,7 +43,9 @@ class WebDatasetOptions(Options):
 
 @register("importer", "webdataset", options=WebDatasetOptions)
 class WebDataset(ImageImporter):
-    """Tar shards (a folder, a glob, NAME-{000..123}.tar) of KEY.jpg (or png, webp, gif, bmp) with
+    """WebDataset: images and labels in tar shards.
+
+    Tar shards (a folder, a glob, NAME-{000..123}.tar) of KEY.jpg (or png, webp, gif, bmp) with
     KEY.cls, KEY.txt, KEY.json; other parts are left out.
 
     Columns: `label` (a number if all are), `label_name` if asked for, `text` (from txt) and `json`

@@ -53,18 +53,26 @@ class YoloOptions(MaskOptions):
 
 @register("importer", "yolo", options=YoloOptions)
 class Yolo(ImageImporter):
-    """images/SPLIT/NAME.jpg with labels/SPLIT/NAME.txt, SPLIT/images with SPLIT/labels, or images
-    with label files (.txt) beside them, in a folder or archive. Folders called train, valid, test,
-    obj_train_data or the like tell the splits, or lists of images (train.txt, valid.txt, or those
-    that obj.data or the .yaml names); without any all rows are in train. An image whose split they
-    do not tell is refused where they tell that of others, or where several splits are stated.
+    """Images with boxes or masks in the format of YOLO.
 
-    A line is `CLASS X Y WIDTH HEIGHT` (centre and size in shares of the image), or `CLASS X1 Y1 X2
-    Y2 X3 Y3 ...` for a polygon, whose bounds are taken; where the .yaml has `kpt_shape`, keypoints
-    follow the box and are left out. Columns: `boxes` (list of [x, y, width, height] in pixels of
-    the written image), `labels` (the numbers of the classes), `label_names`, `crowd` (false) and,
-    where asked for, `masks`, one for each box. Images without a label file have no boxes, but some
-    image of each split must have one. Boxes are dropped and clipped as by `coco`.
+    It reads images/SPLIT/NAME.jpg with labels/SPLIT/NAME.txt, SPLIT/images with SPLIT/labels, or
+    images with label files (.txt) beside them, in a folder or archive.
+
+    Folders called train, valid, test, obj_train_data or the like tell the splits. So do lists of
+    images: train.txt, valid.txt, or those that obj.data or the .yaml names. Without any all rows
+    are in train. An image is refused if its split is not told while that of others is, or if
+    several splits are stated.
+
+    A line of a label file is one of these:
+
+    - CLASS X Y WIDTH HEIGHT: centre and size, as shares of the image
+    - CLASS X1 Y1 X2 Y2 X3 Y3 ...: a polygon, of which the bounds are taken
+    - If the .yaml has kpt_shape, keypoints follow the box. They are left out.
+
+    Columns, one for each box: `boxes` (a list of [x, y, width, height] in pixels of the written
+    image), `labels` (numbers of the classes), `label_names`, `crowd` (false), and `masks` if asked
+    for. Boxes are dropped and clipped as by coco. Images without a label file have no boxes, but
+    some image of each split must have one.
     """
 
     label = "label_names"
