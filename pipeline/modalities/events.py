@@ -34,6 +34,8 @@ from pipeline.media.static_features import (
 )
 
 MAX_NAMED = 8
+MIN_UNREAD = 0.001
+"""A smaller share of events at hours that are not read is not told."""
 DROP = 0
 """Random stream of a row's key."""
 
@@ -156,7 +158,8 @@ class Events(Modality):
                 f"{reasons[0] if reasons else 'no rows'}"
             )
         row, time, name, value = parts
-        inside = (time >= -options.before) & (time < options.hours)
+        _check_window(time, options, columns["times"])
+        inside = _in_window(time, options)
         row = row[inside]
         value = value[inside]
         place = name.indices.to_numpy()[inside]
@@ -173,8 +176,7 @@ class Events(Modality):
         if not kept:
             raise ValueError(
                 f"column {columns['variables']}: no variable is in {options.min_rows} of "
-                f"{len(table)} rows between hours {-options.before:g} "
-                f"and {options.hours:g}: lower min_rows, or raise hours"
+                f"{len(table)} rows in {_window(options)}: lower min_rows, or raise hours"
             )
         number_of = {name: number for number, name in enumerate(names)}
         order = np.argsort(place, kind="stable")
@@ -213,10 +215,11 @@ class Events(Modality):
         }
 
     def coverage(self, table, columns) -> str:
-        """Describe which variables and static features of these rows are known, and which are
-        ignored.
+        """Describe which variables and static features of these rows are known, which are ignored,
+        and how many events are at hours that are not read.
         """
-        counts, rows = _events_and_rows(table, columns)
+        (row, time, names, _), _ = _lists(table, columns)
+        counts, rows = _events_and_rows(row, names)
         shared = set(self.state["variables"]) & counts.keys()
         share = sum(counts[name] for name in shared) / max(1, counts.total())
         text = f"{len(shared)} of {len(counts)} variables are known ({share:.1%} of the events)"
@@ -227,6 +230,9 @@ class Events(Modality):
             shown.append(f"{len(lost) - len(shown)} others")
         if lost:
             text += f"; left out: {', '.join(shown)}"
+        unread = np.count_nonzero(~_in_window(time, self.options)) / max(1, len(time))
+        if unread >= MIN_UNREAD:
+            text += f"; {unread:.1%} of the events are not in {_window(self.options)}, and not read"
         static = (
             self.static_features.coverage(table[columns["static"]], columns["static"])
             if columns.get("static") in table.column_names
@@ -235,7 +241,9 @@ class Events(Modality):
         return text + (f"; {static}" if static else "")
 
     def check_known_share(self, table, columns) -> float:
-        counts, rows = _events_and_rows(table, columns)
+        (row, time, names, _), _ = _lists(table, columns)
+        _check_window(time, self.options, columns["times"])
+        counts, rows = _events_and_rows(row, names)
         known, total = sum(counts[name] for name in self.state["variables"]), counts.total()
         # a rare name may identify a patient
         names = [name for name in rows if rows[name] >= self.options.min_rows]
@@ -253,7 +261,8 @@ class Events(Modality):
 
         Variables that few rows have are counted, not named.
         """
-        _, rows = _events_and_rows(table, columns)
+        (row, _, names, _), _ = _lists(table, columns)
+        _, rows = _events_and_rows(row, names)
         unknown = sorted(rows.keys() - self.state["variables"])
         named = tuple(name for name in unknown if rows[name] >= self.options.min_rows)
         differences = [
@@ -288,7 +297,7 @@ class Events(Modality):
                 table[columns["static"]], columns["static"], self.options.min_rows
             )
         (row, time, names, value), _ = _lists(table, columns)
-        inside = (time >= -self.options.before) & (time < self.options.hours)
+        inside = _in_window(time, self.options)
         row = row[inside]
         time = time[inside]
         value = value[inside].astype(np.float64)
@@ -320,7 +329,7 @@ class Events(Modality):
         (row, time, name, value), reasons = _lists(table, columns)
         known = filled(pc.index_in(name.dictionary, value_set=self.names), -1)
         place = known[name.indices.to_numpy()]
-        kept = (place >= 0) & (time >= -self.options.before) & (time < self.options.hours)
+        kept = (place >= 0) & _in_window(time, self.options)
         if not kept.all():
             row, time, place, value = row[kept], time[kept], place[kept], value[kept]
         if ((time[1:] < time[:-1]) & (row[1:] == row[:-1])).any():
@@ -420,11 +429,31 @@ def _rows_with(row: np.ndarray, place: np.ndarray, words: int) -> np.ndarray:
     return np.bincount(np.unique(row * max(1, words) + place) % max(1, words), minlength=words)
 
 
-def _events_and_rows(
-    table: pa.Table, columns: dict[str, str]
-) -> tuple[Counter[str], dict[str, int]]:
-    """Count the events of each variable of a table, and the rows that have it."""
-    (row, _, names, _), _ = _lists(table, columns)
+def _in_window(time: np.ndarray, options: EventsOptions) -> np.ndarray:
+    """Return (E,) bool, the events that are read, by their hours."""
+    return (time >= -options.before) & (time < options.hours)
+
+
+def _window(options: EventsOptions) -> str:
+    return f"hours {0 - options.before:g} to {options.hours:g}"
+
+
+def _check_window(time: np.ndarray, options: EventsOptions, column: str) -> None:
+    """Raise ValueError where no event (E,) is read, or only those at hour 0, where the rows end."""
+    if not len(time):
+        return
+    ends_at_0 = not options.before and time.min() < 0 and time.max() <= 0
+    if ends_at_0 or not _in_window(time, options).any():
+        raise ValueError(
+            f"column {column}: {_window(options)} are read, and these rows have "
+            f"{'events at hour 0 and before alone' if ends_at_0 else 'no event there'}; write "
+            "times in hours since the row's start, or set before and hours in data.modality (for "
+            "rows that end at hour 0, as those of prepare meds: {events: {before: 720, hours: 1}})"
+        )
+
+
+def _events_and_rows(row: np.ndarray, names: Any) -> tuple[Counter[str], dict[str, int]]:
+    """Count the events of each variable, and the rows that have it, of events from `_lists`."""
     place, words = names.indices.to_numpy(), names.dictionary.to_pylist()
     events = np.bincount(place, minlength=len(words)).tolist()
     rows = _rows_with(row, place, len(words)).tolist()

@@ -206,16 +206,23 @@ class Series(Modality):
     # ------------------------------------------------------------ what is known of the channels
 
     def coverage(self, table, columns) -> str:
-        """Describe which channels one side alone has, and how many rows are cut."""
+        """Describe which channels one side alone has, and how many rows are cut or filled up."""
         what = ("channels that these rows lack", "unknown channels, left out")
         differences = map(NameDifference, what, self._differences(table, columns))
         parts = [one.text() for one in differences if one.names]
         rows = self._rows(table, columns).values
-        longer = sum(len(row) > self.options.length for row in rows)
+        length = self.options.length
+        longer = sum(len(row) > length for row in rows)
         if longer:
             parts.append(
-                f"{longer} of {len(rows)} rows have more than {self.options.length} steps; option "
-                f"cut says which are read ({self.options.cut})"
+                f"{longer} of {len(rows)} rows have more than {length} steps; option cut says "
+                f"which are read ({self.options.cut})"
+            )
+        shorter = sum(0 < len(row) < length for row in rows)  # none: it cannot be read
+        if shorter:
+            parts.append(
+                f"{shorter} of {len(rows)} rows have fewer than {length} steps, and missing "
+                "numbers behind them"
             )
         return "; ".join(parts)
 

@@ -167,7 +167,7 @@ def test_fit_keeps_what_enough_rows_have_and_is_what_numpy_says():
 def test_fit_of_rows_that_cannot_be_used_says_so():
     with pytest.raises(
         ValueError,
-        match="no variable is in 10 of 1 rows between hours -0 and 48: lower min_rows",
+        match="no variable is in 10 of 1 rows in hours 0 to 48: lower min_rows",
     ):
         Events.fit(EventsOptions(), table(([1.0], ["HR"], [1.0])), COLUMNS, "")
     with pytest.raises(ValueError, match="none of the first 1 rows can be read: an event is"):
@@ -188,6 +188,37 @@ def test_what_is_known_of_other_rows_is_told():
     message = r"none of the values .* names are hr \(did you mean HR\?\); the source"
     with pytest.raises(ValueError, match=message):
         Events(EventsOptions(min_rows=2), STATE).check_known_share(others, COLUMNS)
+
+
+def test_events_at_hours_that_are_not_read_are_told():
+    rows = table(
+        ([-1.0, 0.0, 47.9], ["HR"] * 3, [1.0] * 3), ([48.0, 2000.0], ["Temp", "HR"], [37.0, 1.0])
+    )
+    known = "2 of 2 variables are known (100.0% of the events)"
+    first_days = Events(EventsOptions(), STATE)
+    assert first_days.coverage(rows, COLUMNS) == (
+        f"{known}; 60.0% of the events are not in hours 0 to 48, and not read"
+    )
+    whole_stays = Events(EventsOptions(before=1, hours=2001), STATE)
+    assert whole_stays.coverage(rows, COLUMNS) == known
+
+
+def test_rows_of_which_nothing_is_read_are_refused():
+    """Also rows that end at hour 0 where hours from 0 on are read."""
+    later = table(([1.0, 2.0], ["HR"] * 2, [1.0] * 2))
+    with pytest.raises(ValueError, match=r"column times: hours -24 to 0\.5 are read, .* no event"):
+        Events(EventsOptions(before=24, hours=0.5), STATE).check_known_share(later, COLUMNS)
+    ends_at_0 = table(*(([-5.0, 0.0], ["Temp", "HR"], [1.0, 2.0]) for _ in range(10)))
+    message = r"hours 0 to 48 are read, .* events at hour 0 and before alone; .*before: 720"
+    with pytest.raises(ValueError, match=message):
+        Events.fit(EventsOptions(), ends_at_0, COLUMNS, "events/gru")
+    with pytest.raises(ValueError, match=message):
+        Events(EventsOptions(), STATE).check_known_share(ends_at_0, COLUMNS)
+    state = Events.fit(EventsOptions(before=24, hours=1), ends_at_0, COLUMNS, "events/gru")
+    assert state["variables"] == ["HR", "Temp"]
+    at_0 = table(*(([0.0], ["HR"], [1.0]) for _ in range(10)))
+    assert Events.fit(EventsOptions(), at_0, COLUMNS, "events/gru")["variables"] == ["HR"]
+    assert Events(EventsOptions(), STATE).check_known_share(table(([], [], [])), COLUMNS) == 1.0
 
 
 def test_the_code_beside_an_export_prepares_records_as_the_modality_does():

@@ -156,7 +156,8 @@ def test_columns_of_another_type_are_told(kind, says):
 def test_channels_that_differ_are_named():
     table = pa.table({"x": [{"a": [1.0], "z": [1.0]}]})
     assert series().coverage(table, COLUMNS) == (
-        "channels that these rows lack (1): b; unknown channels, left out (1): z"
+        "channels that these rows lack (1): b; unknown channels, left out (1): z; 1 of 1 rows have "
+        "fewer than 128 steps, and missing numbers behind them"
     )
     assert [one.names for one in series().name_differences(table, COLUMNS)] == [("b",), ("z",)]
     means = dict(series().single_features(pa.table({"x": [STEPS_BY_NAME]}), COLUMNS))

@@ -188,6 +188,14 @@ def test_columns_and_options_that_cannot_be_used_are_told(options, hours, dies, 
         )
 
 
+def test_labels_after_the_last_hour_that_is_read_are_refused():
+    """They would be judged by what is long past. A label at that very hour is none of them."""
+    assert len(Hourly.encode(TABLE, COLUMNS, {**STATE, "hours": 24.0})["label_times"]) == 5
+    message = "3 times lie after hour 6, .*raise hours in data.modality"
+    with pytest.raises(ValueError, match=message):
+        Hourly.encode(TABLE, COLUMNS, {**STATE, "hours": 6.0})
+
+
 def test_test_rows_of_one_class_are_told():
     Hourly.check_test(BINARY, TABLE, COLUMNS, STATE)
     with pytest.raises(ValueError, match="these 3 rows hold labels of one class only"):
