@@ -209,6 +209,17 @@ def test_mortality_of_physionet_2012_takes_its_own_outcome():
     ) == {"In-hospital_death"}
 
 
+def test_stays_that_end_before_the_prediction_time_have_no_other_outcome_either():
+    """Their events end with the outcome: --set outcome=icu_death of eICU."""
+    table = rows(stay(1), stay(2, hours=20.0, died=20.0), stay(3, hours=60.0, died=47.0))
+    death = pa.array([0, 1, 1])
+    definition = registry.get("cohort", "mortality")
+    definition = definition(definition.options_class(outcome="icu_death"))
+    found, why = cohort.select(definition, table.append_column("icu_death", death))
+    assert why.tolist() == ["", "stay shorter than 48 hours", "died before the prediction time"]
+    assert found["label"].to_pylist() == [0]
+
+
 def test_decompensation_is_judged_every_hour_from_the_fourth_on():
     (row,), _ = made("decompensation", stay(hours=6.5, times=(0.2, 6.2, 6.4)))
     assert (
@@ -343,6 +354,46 @@ def test_readmission_within_30_days():
     assert why == ["", "", "", "died in the hospital", "next admission before discharge", ""]
 
 
+@pytest.mark.parametrize(
+    ("deaths", "labels"),
+    [
+        ("negative", {1: 0, 2: 0, 3: 0, 4: 1, 5: 0}),
+        ("exclude", {1: 0, 3: 0, 4: 1, 5: 0}),
+        ("positive", {1: 0, 2: 1, 3: 0, 4: 1, 5: 0}),
+    ],
+)
+@pytest.mark.parametrize("of", ["mimic4", "omop"])
+def test_a_death_after_discharge_may_be_left_out_or_count_as_a_readmission(deaths, labels, of):
+    """MIMIC-IV has days from discharge to death; OMOP hours of both from the start."""
+    days_to_death = {1: None, 2: 30.0, 3: 31.0, 4: 20.0, 5: 400.0}
+    days_to_admission = {1: None, 2: None, 3: None, 4: 10.0, 5: 31.0}
+    names = ["entity", "times", "variables", "values", "hospital_death", "readmission_days"]
+    table = rows(*(stay(i, readmission_days=days) for i, days in days_to_admission.items()))
+    days = pa.array(list(days_to_death.values()), pa.float64())
+    if of == "mimic4":
+        table = table.select([*names, "icu_hours", "death_hours"]).append_column("death_days", days)
+    else:
+        hours = pa.array([None if one is None else 60 + 24 * one for one in days.to_pylist()])
+        table = table.select([*names, "discharge_hours"]).append_column("death_hours", hours)
+    kind = registry.get("cohort", "readmission")
+    definition = kind(kind.options_class(exclude="none", deaths=deaths))
+    assert set(definition.needs(table.column_names)) <= {*table.column_names}
+    found, why = cohort.select(definition, table)
+    assert dict(zip(*(found[name].to_pylist() for name in ("entity", "label")), strict=True)) == (
+        labels
+    )
+    left_out = ["", "died within 30 days of discharge", "", "", ""]
+    assert why.tolist() == (left_out if deaths == "exclude" else [""] * 5)
+
+
+def test_rows_that_do_not_tell_of_death_after_discharge_are_told():
+    """MIMIC-III has hours of deaths in the hospital alone."""
+    kind = registry.get("cohort", "readmission")
+    definition = kind(kind.options_class(deaths="exclude"))
+    assert "death_days" in definition.needs(SCHEMA.names)
+    assert "death_days" not in kind().needs(SCHEMA.names)
+
+
 def test_codes_of_the_next_visit_are_categories():
     found, why = made(
         "next_codes",
@@ -407,22 +458,11 @@ def test_subgroups():
     assert {(row["sex"], row["care_unit"], row["dbsource"]) for row in found} == {
         ("female", "MICU", "metavision")
     }
-    numbers = pa.table(
-        {
-            "static": pa.array(
-                [
-                    {"ICUType": 1.0, "Gender": 0.0, "Age": -1.0},
-                    {"ICUType": 3.0, "Gender": 1.0, "Age": 20.0},
-                    {"ICUType": None, "Gender": -1.0, "Age": 80.0},
-                    {"ICUType": 7.0, "Gender": None, "Age": 0.0},
-                ]
-            )
-        }
-    )
+    static = [{"Gender": 0.0, "Age": -1.0}, {"Gender": 1.0, "Age": 20.0}, {"Age": 80.0}]
+    numbers = pa.table({"static": pa.array([*static, {"Age": 0.0}])})
     assert {name: column.to_pylist() for name, column in cohort.subgroups(numbers).items()} == {
-        "sex": ["female", "male", None, None],
+        "sex": ["0", "1", None, None],  # hospitals number them in several ways
         "age_band": [None, "18-44", "80+", "0-17"],
-        "care_unit": ["CCU", "MICU", None, None],
     }
 
 

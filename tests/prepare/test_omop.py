@@ -240,6 +240,13 @@ def test_days_beside_times_in_utc(folder, tmp_path):
             prepare(mixed, tmp_path / f"{table}_out", **SOME)
 
 
+def test_times_in_another_zone_are_refused(folder, tmp_path):
+    """A day without a time of day would begin in the evening before, and not count from its end."""
+    zoned = as_parquet(folder, tmp_path / "berlin", "Europe/Berlin")
+    with pytest.raises(ValueError, match="in the zone Europe/Berlin"):
+        prepare(zoned, tmp_path / "out", **SOME)
+
+
 def test_ids_of_64_bits_in_a_table_that_is_read_as_texts(folder, tmp_path):
     """As in the demo of MIMIC-IV; a number that no 64 bits hold is no id."""
     long, longer = "-9123456789012345678", "9223372036854775808"

@@ -18,7 +18,7 @@ import pyarrow as pa
 from pipeline.config.registry import Options
 from pipeline.core import arrow_lists
 from pipeline.core.arrow_compute import pc
-from pipeline.core.arrow_lists import floats, is_text, joined
+from pipeline.core.arrow_lists import floats, joined
 from pipeline.prepare.engine.importing import first_reason
 
 EPS = 1e-6
@@ -40,10 +40,6 @@ ADULT = 18
 AGE_BOUNDS = (18, 45, 65, 80)
 AGE_BANDS = ("0-17", "18-44", "45-64", "65-79", "80+")
 """Names of the bands between these ages."""
-GENDERS = {0.0: "female", 1.0: "male"}
-ICU_TYPES = {1.0: "CCU", 2.0: "CSRU", 3.0: "MICU", 4.0: "SICU"}
-"""PhysioNet 2012's codes of Gender and ICUType, under MIMIC-III's names; others (-1) are unknown.
-"""
 BENCHMARK = {
     "static.Age": "age at admission, as the benchmark has adults alone",
     "transfers": "moved between ICUs, which the benchmark leaves out",
@@ -175,11 +171,9 @@ def truncate_events(
             pa.ListArray.from_arrays(offsets, column.flatten().filter(mask)),
         )
     events = pa.array(counts, pa.int32())
-    return (
-        table.set_column(table.column_names.index("events"), "events", events)
-        if "events" in table.column_names
-        else table.append_column("events", events)
-    ), seen
+    if "events" not in table.column_names:
+        return table.append_column("events", events), seen
+    return table.set_column(table.column_names.index("events"), "events", events), seen
 
 
 def invalid_row_reasons(table: pa.Table) -> np.ndarray:
@@ -320,33 +314,21 @@ def last_hour(counts: np.ndarray, hours: np.ndarray) -> np.ndarray:
 
 
 def subgroups(table: pa.Table) -> dict[str, pa.Array]:
-    """Return the known columns of subgroups: sex, age_band, care_unit, dbsource."""
+    """Return the known columns of subgroups as texts: sex, age_band, care_unit, dbsource."""
     out: dict[str, pa.Array] = {}
     names = names_of(table.schema)
     if "static.Gender" in names:
-        out["sex"] = _named(column_array(table, "static.Gender"), GENDERS)
+        out["sex"] = column_array(table, "static.Gender").cast(pa.string())
     if "static.Age" in names:
         age = numbers(table, "static.Age")
         is_known = age >= 0
         band = np.searchsorted(AGE_BOUNDS, np.where(is_known, age, 0), side="right")
         out["age_band"] = pa.array(np.array(AGE_BANDS)[band], pa.string(), mask=~is_known)
     for name, columns in (
-        ("care_unit", ("care_unit", "static.CareUnit", "static.ICUType")),
+        ("care_unit", ("care_unit", "static.CareUnit")),
         ("dbsource", ("dbsource", "static.Source")),
     ):
         column = next((column for column in columns if column in names), None)
         if column is not None:
-            out[name] = _named(
-                column_array(table, column), ICU_TYPES if column == "static.ICUType" else {}
-            )
+            out[name] = column_array(table, column).cast(pa.string())
     return out
-
-
-def _named(column: Any, names: dict[float, str]) -> pa.Array:
-    """Return texts unchanged, and numbers by their names."""
-    if not names or is_text(column.type):
-        return column.cast(pa.string())
-    return pa.array(
-        [None if value is None else names.get(float(value)) for value in column.to_pylist()],
-        pa.string(),
-    )

@@ -32,13 +32,14 @@ class Mortality(BenchmarkCohort):
     """`label`: 1 for death in hospital, else 0 (Harutyunyan et al. 2019, Scientific Data 6:96;
     Silva et al. 2012 for PhysioNet 2012).
 
-    Rows of MIMIC-III: `hospital_death`, stays of at least `hours`; of OMOP (exclude=none) the same
-    of hospital visits, by `discharge_hours`. Rows of PhysioNet 2012:
+    Rows of MIMIC and eICU: `hospital_death`, stays of at least `hours` by `icu_hours`; of OMOP
+    (exclude=none) the same of hospital visits, by `discharge_hours`. Rows of PhysioNet 2012:
     `in_hospital_death`; the challenge selected stays of 48 hours and more itself and gives no
-    length of the ICU stay, so none is left out by length, age or unit; nor is one where --set
-    outcome= names another column. A stay with `death_hours` before the prediction time is left out:
-    its label is already known. The benchmark's own code keeps those (times of death and of ICU
-    discharge do not always agree).
+    length of the ICU stay, so none is left out by length. Option `exclude` concerns
+    `hospital_death` alone, not another column that --set outcome= names.
+
+    A stay with `death_hours` before the prediction time is left out: its label is already known.
+    The benchmark's own code keeps those (times of death and of ICU discharge do not always agree).
     """
 
     def excludes(self, names: list[str]) -> bool:
@@ -55,21 +56,18 @@ class Mortality(BenchmarkCohort):
         }
 
     def own_reasons(self, table: pa.Table) -> list[tuple[np.ndarray, str]]:
-        unknown = ~np.isin(self._death(table), (0, 1)), "outcome unknown"
-        if self._column(table.column_names) != "hospital_death":
-            return [unknown]
-        stay = numbers(table, stay_hours(table.column_names))
-        died = (
-            numbers(table, "death_hours")
-            if "death_hours" in table.column_names
-            else np.full(len(table), np.nan)
-        )
-        return [
-            unknown,
-            (np.isnan(stay), "length of stay unknown"),
-            (stay < self.options.hours - EPS, f"stay shorter than {self.options.hours:g} hours"),
-            (died < self.options.hours - EPS, "died before the prediction time"),
-        ]
+        hours, names = self.options.hours - EPS, table.column_names
+        out = [(~np.isin(self._death(table), (0, 1)), "outcome unknown")]
+        if stay_hours(names) in names:
+            stay = numbers(table, stay_hours(names))
+            out += [
+                (np.isnan(stay), "length of stay unknown"),
+                (stay < hours, f"stay shorter than {self.options.hours:g} hours"),
+            ]
+        if "death_hours" in names:
+            died = numbers(table, "death_hours")
+            out.append((died < hours, "died before the prediction time"))
+        return out
 
     def window(self, table: pa.Table) -> np.ndarray:
         return np.full(len(table), self.options.hours)

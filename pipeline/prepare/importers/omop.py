@@ -42,6 +42,7 @@ from pipeline.prepare.readers.csv_blocks import (
     batches,
     check_zones,
     find_tables,
+    read_schema,
     read_table,
     split_table,
 )
@@ -58,6 +59,8 @@ EVENTS = {
 OTHERS = ("person", "death", "concept")
 DEATH = "death"
 NO_SPANS = pa.schema([(name, pa.int64()) for name in ("person_id", "first", "last")]).empty_table()
+UTC = ("UTC", "Etc/UTC", "GMT", "Z", "+00:00")
+"""Zones in which a time that is unknown, 00:00, stays 00:00."""
 GENDERS = {8507: "male", 8532: "female"}
 DIED = 4216643
 """Concept of discharged_to_concept_id: patient died."""
@@ -236,6 +239,7 @@ class Omop(RecordsImporter):
         notes: Notes = {}
         self._zoned: dict[str, set[bool]] = {}
         with Opener() as opener:
+            self._check_midnights(opener)
             persons = self._persons(opener)
             used, spans = self._used(opener)
             concepts = self._concepts(used, opener)
@@ -276,6 +280,23 @@ class Omop(RecordsImporter):
         windows = Windows(timed.persons, timed.start, timed.zero, timed.end)
         keys = {"windows": windows, "concepts": concepts}
         return Entities(rows, keys, "patient", timed.invalid, notes, info)
+
+    def _check_midnights(self, opener: Opener) -> None:
+        """Raise ValueError for times in a zone in which an unknown time (00:00) is not 00:00 UTC.
+
+        Texts with a zone are refused anyway: the days beside them have none.
+        """
+        read = {*self.wanted, "visit_occurrence", DEATH}
+        for name in sorted(read.intersection(self._tables)):
+            entry = self._tables[name]
+            for field in read_schema(entry, opener):
+                zone = field.type.tz if pa.types.is_timestamp(field.type) else None
+                if zone and zone not in UTC:
+                    raise ValueError(
+                        f"{entry.name}: column {field.name!r} has times in the zone {zone}. OMOP "
+                        "writes 00:00 where the time is unknown, which would be another time in "
+                        "UTC; write local times without a zone, in all tables"
+                    )
 
     def _check_zones(self, table: str, zoned: set[bool]) -> None:
         """Raise ValueError where the times of two tables differ in whether they have a zone.
