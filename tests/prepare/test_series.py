@@ -132,10 +132,36 @@ def test_no_window_crosses_a_gap_or_a_cut_by_time(tmp_path):
     assert splits_of_a_job(tmp_path, "series", "series") == {"train": 6, "test": 1}
 
 
+def test_recordings_at_several_rates_are_resampled_to_the_slowest(tmp_path):
+    """A step has the mean of its rows and the last one's label; a slower recording is left out."""
+    slow = pd.DataFrame({"run": "slow", "t": [0.0, 0.2, 0.4, 0.61], "x": [1.0, 2.0, 3.0, 4.0]})
+    fast_times = [5.0, 5.1, 5.2, 5.3, 5.4, 5.5, 6.0, 6.1]
+    fast = pd.DataFrame({"run": "fast", "t": fast_times, "x": [1, 3, np.inf, 5, 7, np.nan, 8, 10]})
+    slower = pd.DataFrame({"run": "slower", "t": [0.0, 0.5, 1.0], "x": [1.0, 2.0, 3.0]})
+    table = pd.concat([slow.assign(move="a"), fast.assign(move=list("abababab"))])
+    table.to_csv(tmp_path / "log.csv", index=False)
+    pairs = ("channels=x", "recording=run", "order=t", "label=move", "window=2")
+    prepare(tmp_path / "log.csv", tmp_path / "out", *pairs, "step=0.2")
+    found = [(row["recording"], row["series"]["x"], row["label"]) for row in read(tmp_path / "out")]
+    assert found == [("slow", [1, 2], "a"), ("slow", [3, 4], "a"), ("fast", [2, 5], "b")]
+    notes = summary(tmp_path / "out")["notes"]
+    assert notes["median step of t"] == "0.2"
+    assert notes["gaps, which no window crosses"] == notes["steps in no window"] / 2 == 1
+    assert notes["infinite numbers, taken as missing"] == 1
+    both = pd.concat([table, slower.assign(move="a")])
+    both["t"] = pd.to_datetime(both["t"], unit="s")
+    both.to_parquet(tmp_path / "times.parquet")
+    prepare(tmp_path / "times.parquet", tmp_path / "again", *pairs, "step=0.2", max_bad=0.7)
+    assert read(tmp_path / "again") == read(tmp_path / "out")
+    (broken,) = summary(tmp_path / "again")["broken"]["files"]
+    assert broken["reason"] == "its median step of t is 2.5 times that of --set step="
+
+
 @pytest.mark.parametrize(
     ("pairs", "said"),
     [
         ([], "--set channels= is missing"),
+        (["channels=x", "step=0.1"], "name that: --set order="),
         (["channels=x,z"], "no column 'z' for --set channels"),
         (["channels=x,run", "recording=run"], "names column 'run', which another option names"),
         (["channels=x,word", "window=4"], r"channels without any number: word; leave them out"),

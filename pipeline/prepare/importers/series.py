@@ -36,6 +36,8 @@ BLOCK_STEPS = 1 << 18
 """About how many steps of windows are made at a time."""
 MICROSECONDS_PER_SECOND = 1e6
 """Times are read as microseconds."""
+RATE_TOLERANCE = 0.01
+"""Share of a step by which times may differ from equal ones."""
 NO_NUMBER = "windows without any number, left out"
 NO_LABEL = "windows without a label or value, left out"
 SEVERAL = "windows with several labels or values, left out"
@@ -59,6 +61,14 @@ class SeriesOptions(SplitOptions):
     )
     order: str = Field(
         "", description="the column of steps or times, which must ascend within a recording"
+    )
+    step: float = Field(
+        0.0,
+        ge=0,
+        description="what order rises by from one step to the next one (seconds, where it holds "
+        "times), so that recordings at several rates get one, not above that of the slowest. The "
+        "numbers of a step are the means of its rows, label and value those of its last row. 0: "
+        "each row is a step",
     )
     window: int = Field(
         128,
@@ -138,10 +148,10 @@ class Series(TableImporter):
     never stand on both sides of a split. A recording ends with its file; where a name stands in
     several files, recordings are named FILE/NAME. With --set test_share= each recording is cut by
     time instead, no window crosses the cut, and each side has a name of its own. Steps are taken to
-    be equally far apart: numbers are not resampled, and a window does not cross a gap in --set
-    order=. Left out and counted: windows without a number or label, steps that fill no window.
-    Invalid: recordings whose order does not ascend, or with two subjects. One task reads a whole
-    file: split very large files.
+    be equally far apart: numbers are resampled by --set step= alone, and a window does not cross a
+    gap in --set order=. Left out and counted: windows without a number or label, steps that fill no
+    window. Invalid: recordings whose order does not ascend, with two subjects, or at a lower rate
+    than --set step=. One task reads a whole file: split very large files.
     """
 
     def __init__(self, options: Any = None):
@@ -165,6 +175,8 @@ class Series(TableImporter):
             raise ValueError("--set take=most is for classes; take=last or same suits a value")
         if o.stride and not o.window:
             raise ValueError("--set stride= has no effect with window=0; leave it out")
+        if o.step and not o.order:
+            raise ValueError("--set step= is a step of the column order; name that: --set order=")
         if 0 < o.gap <= 1:
             raise ValueError(
                 f"--set gap={o.gap:g}: give more than 1 (the median step itself is no gap), or 0 "
@@ -245,6 +257,7 @@ class Series(TableImporter):
             first = ones[0].start
             try:
                 logs.check_order(rows, self.roles)
+                is_faster = self._is_faster(rows)
                 subject = self._subject(rows, counts)
             except logs.UnusableError as error:
                 # without the recording's name, which may be a patient's
@@ -258,6 +271,7 @@ class Series(TableImporter):
                     continue
                 name = f"{episode.log}-{episode.number:05d}" if is_cut else episode.log
                 steps = rows.slice(episode.start - first, episode.stop - episode.start)
+                steps = self._resampled(steps, counts) if is_faster else steps
                 yield Segment(name, split, steps, *self._cut(steps, counts), subject)
 
     def _subject(self, rows: pa.Table, counts: Counter[str]) -> str | None:
@@ -271,6 +285,48 @@ class Series(TableImporter):
         if self.options.subject and not subjects:
             counts[NO_SUBJECT] += 1
         return subjects[0] if subjects else None
+
+    @property
+    def _step(self) -> float:
+        """What order rises by in a step; 0: each row is a step."""
+        return self.options.step * (MICROSECONDS_PER_SECOND if self.roles.moments else 1)
+
+    def _is_faster(self, rows: pa.Table) -> bool:
+        """Return whether a recording has a higher rate than option `step`.
+
+        Raises UnusableError for one with a lower rate.
+        """
+        if not self._step or len(rows) < 2:
+            return False
+        ratio = float(np.median(np.diff(rows[self.options.order].to_numpy()))) / self._step
+        if ratio > 1 + RATE_TOLERANCE:
+            raise logs.UnusableError(
+                f"its median step of {self.options.order} is {ratio:.4g} times that of --set step="
+            )
+        return ratio < 1 - RATE_TOLERANCE
+
+    def _resampled(self, rows: pa.Table, counts: Counter[str]) -> pa.Table:
+        """Return a row for each step of option `step`: the mean of its rows, the label of the last.
+
+        A step without rows is left out, and so is part of a gap.
+        """
+        order = rows[self.options.order].to_numpy()
+        # the tolerance is for rounding: 0.3 / 0.1 is less than 3
+        step_of_row = np.floor((order - order[0]) / self._step + RATE_TOLERANCE)
+        first = np.flatnonzero(np.append(True, np.diff(step_of_row) > 0))
+        last = np.append(first[1:], len(rows)) - 1
+        columns: dict[str, Any] = {
+            name: rows[name].take(pa.array(last)) for name in rows.column_names
+        }
+        for name in self.roles.observations:
+            values = rows[name].to_numpy()
+            counts[INFINITE] += int(np.isinf(values).sum())
+            is_known = np.isfinite(values)
+            total = np.add.reduceat(np.where(is_known, values, 0.0), first)
+            known = np.add.reduceat(is_known.astype(np.int64), first)
+            columns[name] = np.where(known > 0, total / np.maximum(known, 1), np.nan)
+        columns[self.options.order] = order[0] + step_of_row[first] * self._step
+        return pa.table(columns)
 
     def _cut(self, rows: pa.Table, counts: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return the first steps of windows, and those after their last ones, both (n,)."""
@@ -364,7 +420,7 @@ class Series(TableImporter):
         if median_steps := [step for file in scans for step in file["median_steps"]]:
             unit = MICROSECONDS_PER_SECOND if self.roles.moments else 1
             low, high = min(median_steps) / unit, max(median_steps) / unit
-            is_one_rate = high < 1.01 * low
+            is_one_rate = high < (1 + RATE_TOLERANCE) * low
             notes[f"median step of {o.order}{' in seconds' if self.roles.moments else ''}"] = (
                 f"{low:.4g}"
                 if is_one_rate
