@@ -155,13 +155,7 @@ class StaticFeatures:
         """Describe which fields and texts of these rows are unknown, and which known numbers they
         lack.
         """
-        numbers: list[str] = []
-        texts: set[str] = set()
-        for field, values in self._matched(column, name):
-            if is_number(values.type):
-                numbers += [field] if len(values) > values.null_count else []
-            else:
-                texts |= {code for codes in self._codes(field, values) for code in codes}
+        numbers, texts = self._numbers_and_texts(column, name)
         known = self.state["numbers"]
         left_out = [number for number in numbers if number not in known]
         missing = [number for number in known if number not in numbers]
@@ -178,13 +172,7 @@ class StaticFeatures:
 
         Texts that fewer than ``min_rows`` rows have are counted, not named.
         """
-        numbers, rows_with = [], Counter()
-        for field, values in self._matched(column, name):
-            if is_number(values.type):
-                numbers += [field] if len(values) > values.null_count else []
-            else:
-                for codes in self._codes(field, values):
-                    rows_with.update(set(codes))
+        numbers, rows_with = self._numbers_and_texts(column, name)
         unknown = sorted(code for code in rows_with if code not in self.place)
         named = tuple(code for code in unknown if rows_with[code] >= min_rows)
         differences = [
@@ -207,6 +195,17 @@ class StaticFeatures:
             ),
         ]
         return [difference for difference in differences if difference.names or difference.rare]
+
+    def _numbers_and_texts(self, column: Any, name: str) -> tuple[list[str], Counter[str]]:
+        """Return the fields of numbers that have values, and how many rows have each text."""
+        numbers, rows_with = list[str](), Counter[str]()
+        for field, values in self._matched(column, name):
+            if is_number(values.type):
+                numbers += [field] if len(values) > values.null_count else []
+            else:
+                for codes in self._codes(field, values):
+                    rows_with.update(set(codes))
+        return numbers, rows_with
 
     @staticmethod
     def preparation_code() -> str:
@@ -348,6 +347,14 @@ class StaticFeatures:
             "numbers_known": known,
             "codes": ragged(np.array(sorted(set(row)), dtype=np.int64) for row in codes),
         }
+
+
+def texts_present(codes: np.ndarray, count: int) -> np.ndarray:
+    """Return (n, count) float64, 1 where a row has a text, of `codes` as `decode` returns them."""
+    out = np.zeros((len(codes), count))
+    for row, places in enumerate(codes):
+        out[row, places - 1] = 1.0
+    return out
 
 
 def check_share(

@@ -109,8 +109,8 @@ class EventsBackbone(Backbone):
 
 
 class Static(nn.Module):
-    """Embed a row's static features, (B, width): numbers with whether they are known, and the mean
-    of the vectors of its texts.
+    """Embed a row's static features, (B, width): numbers with whether they are known, and the
+    vectors of its texts, whose sum is divided by the square root of their number.
     """
 
     def __init__(self, numbers: int, codes: int, width: int):

@@ -12,11 +12,10 @@ from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostin
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Baseline, BaselineRows, LabelKind, Setting
 from pipeline.core.ragged import lengths
+from pipeline.media.static_features import texts_present
 
 SUMMARIES = ("count", "last", "mean", "min", "max")
 """What is known of a variable's values in a row of events."""
-
-
 SERIES_SUMMARIES = ("share", "last", "mean", "deviation", "min", "max", "roughness")
 """What is known of a channel of a row of series: the share of its steps that have a number, and of
 these numbers the last one, mean, standard deviation, least, largest, and the mean absolute change
@@ -65,7 +64,7 @@ class BoostedTrees(Baseline):
             )
         parts = [
             np.where(rows.arrays["numbers_known"], rows.arrays["numbers"], np.nan),
-            _presence(rows.arrays["codes"], sizes["codes"]),
+            texts_present(rows.arrays["codes"], sizes["codes"]),
         ]
         if "variables" in rows.arrays:
             parts.append(
@@ -104,14 +103,6 @@ class KnownColumns:
 
     def transform(self, rows: np.ndarray) -> np.ndarray:
         return np.where(self.known, rows, np.float32(0))
-
-
-def _presence(codes: np.ndarray, count: int) -> np.ndarray:
-    """Return (n, count) whether a row has each text, of ragged places plus 1."""
-    out = np.zeros((len(codes), count))
-    for row, places in enumerate(codes):
-        out[row, places - 1] = 1.0
-    return out
 
 
 def _summaries(variables: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from sklearn.linear_model import Ridge as RidgeRegression
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Baseline, BaselineRows, LabelKind, Setting
+from pipeline.media.static_features import texts_present
 
 
 class RidgeOptions(Options):
@@ -38,10 +39,8 @@ class Ridge(Baseline):
     def inputs(self, rows: BaselineRows) -> np.ndarray:
         """Return (n, F) float32: numbers, 0 (the mean) where missing; missing or not; texts."""
         numbers, known = rows.arrays["numbers"], rows.arrays["numbers_known"]
-        has_text = np.zeros((rows.count, rows.modality.inputs()["codes"] + 1))
-        for row, places in enumerate(rows.arrays["codes"]):
-            has_text[row, places] = 1.0  # places count from 1
-        parts = [np.where(known, numbers, 0.0), ~known, has_text[:, 1:]]
+        has_text = texts_present(rows.arrays["codes"], rows.modality.inputs()["codes"])
+        parts = [np.where(known, numbers, 0.0), ~known, has_text]
         return np.concatenate(parts, axis=1).astype(np.float32)
 
     def estimator(self, setting: Setting, seed: int, label_kind: LabelKind) -> Any:
