@@ -486,10 +486,26 @@ def turned(x, y, width, height, degrees, pivot):
     return [*low, max(at.real) - low[0], max(at.imag) - low[1]]
 
 
+def turned_ellipse(x, y, radii, degrees):
+    """The bounds of a turned ellipse, by its points."""
+    angles = np.linspace(0, 2 * np.pi, 100_000)
+    points = (radii[0] * np.cos(angles) + 1j * radii[1] * np.sin(angles)) * np.exp(
+        1j * np.radians(degrees)
+    )
+    return [
+        x + points.real.min(),
+        y + points.imag.min(),
+        np.ptp(points.real),
+        np.ptp(points.imag),
+    ]
+
+
 def test_other_shapes_and_tags_of_cvat(tmp_path):
     shapes = (
         '<polygon label="cat" points="5.0,6.0;15.5,6.0;9.0,20.0" />'
         '<box label="bird" xtl="10" ytl="10" xbr="20" ybr="14" rotation="30" />'
+        '<ellipse label="cat" cx="20" cy="15" rx="4" ry="6" rotation="30" />'
+        '<mask label="cat" rle="6" left="1" top="2" width="3" height="2" />'
         '<polyline label="cat" points="1,1;2,2" /><tag label="indoor" />'
     )
     write(
@@ -502,12 +518,15 @@ def test_other_shapes_and_tags_of_cvat(tmp_path):
     row, notes = only_row("cvat", tmp_path / "in", tmp_path)
     assert np.allclose(row["boxes"][0], [5, 6, 10.5, 14])
     assert np.allclose(row["boxes"][1], turned(10, 10, 10, 4, 30, (15, 12)), atol=1e-5)
-    assert (row["label_names"], row["labels"]) == (["cat", "bird"], [1, 0])
+    assert np.allclose(row["boxes"][2], turned_ellipse(20, 15, (4, 6), 30), atol=1e-5)
+    assert (row["label_names"], row["labels"]) == (["cat", "bird", "cat"], [1, 0, 1])
     assert (row["tags"], row["tag"], row["split"]) == (["indoor"], "indoor", "validation")
     assert notes == {
-        "boxes": 2,
+        "boxes": 3,
         "polygons, whose bounds are taken": 1,
         "rotated boxes, whose bounds are taken": 1,
+        "ellipses, whose bounds are taken": 1,
+        "masks without a pixel, left out": 1,
         "shapes of kind polyline, left out": 1,
         "images that the export does not name, left out": 1,
     }
@@ -517,7 +536,12 @@ def test_other_results_of_label_studio(tmp_path):
     shapes = [
         result("polygonlabels", ["cat"], {"points": [[10, 20], [50, 20], [30, 80]]}),
         result("rectanglelabels", ["bird"], percent(10, 10, 10, 4) | {"rotation": 30}),
-        result("ellipselabels", ["cat"], {"x": 50, "y": 50, "radiusX": 10, "radiusY": 20}),
+        result(
+            "ellipselabels",
+            ["cat"],
+            {"x": 50, "y": 50, "radiusX": 10, "radiusY": 20, "rotation": 30},
+        ),
+        result("brushlabels", ["cat"], {"rle": rle_pack([0] * 4 * SIZE[0] * SIZE[1])}),
         result("keypointlabels", ["cat"], percent(1, 2, 3, 4)),
         {"type": "choices", "value": {"choices": ["indoor", "night"]}},
     ]
@@ -538,7 +562,7 @@ def test_other_results_of_label_studio(tmp_path):
     row, notes = only_row("labelstudio", tmp_path / "in", tmp_path)
     assert np.allclose(row["boxes"][0], [4, 6, 16, 18])
     assert np.allclose(row["boxes"][1], turned(10, 10, 10, 4, 30, (10, 10)), atol=1e-5)
-    assert np.allclose(row["boxes"][2], [16, 9, 8, 12])
+    assert np.allclose(row["boxes"][2], turned_ellipse(20, 15, (4, 6), 30), atol=1e-5)
     assert row["label_names"] == ["cat", "bird", "cat"]
     assert (row["tags"], row["tag"]) == (["indoor", "night"], None)
     assert notes == {
@@ -546,6 +570,7 @@ def test_other_results_of_label_studio(tmp_path):
         "polygons, whose bounds are taken": 1,
         "rotated boxes, whose bounds are taken": 1,
         "ellipses, whose bounds are taken": 1,
+        "brush masks without a pixel, left out": 1,
         "results of kind keypointlabels, left out": 1,
         "further annotations of a task, left out": 1,
         "tasks without an annotation, left out": 1,
@@ -892,6 +917,8 @@ def test_a_mask_that_cannot_be_used_is_one_broken_row(tmp_path, form, file, old,
     assert text.count(old) == 1
     write(source / file, text.replace(old, new))
     rows = prepare(form, source, tmp_path / "out", "masks=instance", max_bad=0.5)
-    broken = json.loads((tmp_path / "out/_summary.json").read_text())["broken"]["files"]
+    summary = json.loads((tmp_path / "out/_summary.json").read_text())
+    assert not any("masks, whose" in note for note in summary["notes"]), "counted but not taken"
+    broken = summary["broken"]["files"]
     assert [re.search(reason, one["reason"]) is not None for one in broken] == [True]
     assert len(rows) == (1 if form == "voc" else 2)

@@ -567,7 +567,7 @@ def test_coco_files_that_do_not_fit(coco):
         == 1
     )
     refused(
-        r"images without a file \(files gone\.jpg\)",
+        r"images without a file \(files gone\.jpg\); say where they are with --set images=, ",
         images=[*good["images"], {"id": 5, "file_name": "gone.jpg", "width": 4, "height": 4}],
     )
     assert len(index("coco", coco, "missing=skip")[0]) == 4

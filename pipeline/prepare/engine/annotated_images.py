@@ -169,6 +169,16 @@ def rotated(box: list[float], degrees: float, pivot: tuple[float, float]) -> lis
     )
 
 
+def around_ellipse(
+    center: tuple[float, float], radii: tuple[float, float], degrees: float
+) -> list[float]:
+    """Return the bounds of an ellipse that is turned clockwise about its center."""
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    across = math.hypot(radii[0] * cos, radii[1] * sin)
+    down = math.hypot(radii[0] * sin, radii[1] * cos)
+    return [center[0] - across, center[1] - down, 2 * across, 2 * down]
+
+
 class ImagesByName:
     """Images by the name that an export or a list has of them."""
 

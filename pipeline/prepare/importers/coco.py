@@ -271,7 +271,9 @@ class Coco(ImageImporter):
         self._refuse_or_count(unnamed, what, "annotation ids", uri, counts)
         names = [image["file_name"] for image in data["images"]]
         missing = [name for name in names if name not in images]
-        self._refuse_or_count(missing, "images without a file", "files", uri, counts)
+        what = "images without a file"
+        remedy = "say where they are with --set images=, correct the file"
+        self._refuse_or_count(missing, what, "files", uri, counts, remedy)
 
     def _segmentations(
         self,
@@ -302,11 +304,12 @@ class Coco(ImageImporter):
         names: str,
         uri: str,
         counts: Counter[str],
+        remedy: str = "correct the file",
     ) -> None:
         if wrong and self.options.missing == "refuse":
             raise ValueError(
-                f"{uri}: {what} ({names} {first_few(wrong)}); correct the file, or leave them "
-                "out with --set missing=skip"
+                f"{uri}: {what} ({names} {first_few(wrong)}); {remedy}, or leave them out with "
+                "--set missing=skip"
             )
         if wrong:
             counts[f"{what}, left out"] += len(wrong)

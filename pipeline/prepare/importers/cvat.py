@@ -15,6 +15,7 @@ from pipeline.prepare.engine.annotated_images import (
     AnnotatedImage,
     AnnotatedImagesImporter,
     AnnotatedObject,
+    around_ellipse,
     polygon,
     rotated,
 )
@@ -40,10 +41,11 @@ class Cvat(AnnotatedImagesImporter):
     split, else a folder called train, valid, test or the like, else all rows are in train.
 
     Columns: `boxes`, `labels` (numbers in the order of the task's labels), `label_names`, `crowd`;
-    `tags` and `tag` (the image's own). Of polygons, masks and rotated boxes the bounds are taken;
-    other shapes are left out and counted. With masks=instance also `masks`, of the polygons and
-    masks. An image with an object that has only a box is then left out, and counted: its mask is
-    not known.
+    `tags` and `tag` (the image's own). Of polygons, masks, ellipses and rotated boxes the bounds
+    are taken; other shapes are left out and counted. With masks=instance also `masks`, of the
+    polygons and masks. An image with an object that has only a box or ellipse is then left out, and
+    counted: its mask is not known. So is always an image with a mask that cannot be read, since an
+    object without its label would count as background.
     """
 
     def read(
@@ -104,10 +106,18 @@ def _image(
                 counts["polygons, whose bounds are taken"] += 1
             elif shape.tag == "mask":
                 try:
-                    objects.append(_masked(shape, size))
-                    counts["masks, whose bounds are taken"] += 1
+                    masked = _masked(shape, size)
                 except ValueError as error:
                     problem = f"a mask of {shape.attrib['label']} cannot be read: {error}"
+                    continue
+                if masked is None:
+                    counts["masks without a pixel, left out"] += 1
+                else:
+                    objects.append(masked)
+                    counts["masks, whose bounds are taken"] += 1
+            elif shape.tag == "ellipse":
+                objects.append(AnnotatedObject(shape.attrib["label"], _ellipse(shape)))
+                counts["ellipses, whose bounds are taken"] += 1
             else:
                 counts[f"shapes of kind {shape.tag}, left out"] += 1
     except KeyError as error:
@@ -134,11 +144,16 @@ def _box(shape: ElementTree.Element, counts: Counter[str]) -> list[float]:
     return rotated(box, degrees, ((left + right) / 2, (top + bottom) / 2))
 
 
-def _masked(shape: ElementTree.Element, size: tuple[int, int]) -> AnnotatedObject:
+def _ellipse(shape: ElementTree.Element) -> list[float]:
+    x, y, across, down = (float(shape.attrib[name]) for name in ("cx", "cy", "rx", "ry"))
+    return around_ellipse((x, y), (across, down), float(shape.get("rotation", "0")))
+
+
+def _masked(shape: ElementTree.Element, size: tuple[int, int]) -> AnnotatedObject | None:
     """Return the object of a <mask>, whose run lengths go along the rows of its own rectangle.
 
-    They alternate between background and object, and begin with background. Raises ValueError for
-    other lengths.
+    They alternate between background and object, and begin with background. Returns none for a
+    mask without a pixel. Raises ValueError for other lengths.
     """
     left, top, wide, high = (int(shape.attrib[name]) for name in ("left", "top", "width", "height"))
     width, height = size
@@ -152,5 +167,7 @@ def _masked(shape: ElementTree.Element, size: tuple[int, int]) -> AnnotatedObjec
     mask = np.zeros((height, width), bool)
     is_object = np.arange(len(runs)) % 2 == 1
     mask[top : top + high, left : left + wide] = np.repeat(is_object, runs).reshape(high, wide)
+    if not mask.any():
+        return None
     box = [float(left), float(top), float(wide), float(high)]
     return AnnotatedObject(shape.attrib["label"], box, instance_masks.packed(mask))

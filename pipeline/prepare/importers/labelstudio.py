@@ -20,6 +20,7 @@ from pipeline.prepare.engine.annotated_images import (
     AnnotatedImage,
     AnnotatedImagesImporter,
     AnnotatedObject,
+    around_ellipse,
     polygon,
     rotated,
 )
@@ -63,9 +64,10 @@ class LabelStudio(AnnotatedImagesImporter):
     and `tag` (choices). Of polygons, brush masks, ellipses and rotated boxes the bounds are taken;
     other shapes are left out and counted. With masks=instance also `masks`, of polygons and of
     brush masks. An image with an object that has only a box or ellipse is then left out, and
-    counted: its mask is not known. Choices of a region are no tags: they are left out and counted.
-    Of several annotations of a task the one that is marked as ground truth is taken, else the
-    first; tasks without any are left out and counted.
+    counted: its mask is not known. So is always an image with a mask that cannot be read, since an
+    object without its label would count as background. Choices of a region are no tags: they are
+    left out and counted. Of several annotations of a task the one that is marked as ground truth is
+    taken, else the first; tasks without any are left out and counted.
     """
 
     def read(
@@ -191,7 +193,8 @@ def _image(
         except ValueError as error:
             problem = f"a result of kind {kind} cannot be read: {error}"
             continue
-        objects += [shape._replace(name=str(name)) for name in value[kind]]
+        if shape is not None:
+            objects += [shape._replace(name=str(name)) for name in value[kind]]
     return AnnotatedImage(names, where, size, objects, tags, problem=problem)
 
 
@@ -200,24 +203,29 @@ def _object(
     value: dict[str, Any],
     size: tuple[int, int],
     counts: Counter[str],
-) -> AnnotatedObject:
-    """Return an object without its name.
+) -> AnnotatedObject | None:
+    """Return an object without its name; none for a mask of which no pixel is left.
 
     Raises ValueError for a polygon without points, or a mask that cannot be read.
     """
     across, down = size[0] / 100, size[1] / 100  # Label Studio has percent of the image
     if kind == "brushlabels":
+        painted = _painted(value, size)
+        if not painted.any():  # all of it was erased again
+            counts["brush masks without a pixel, left out"] += 1
+            return None
         counts["brush masks, whose bounds are taken"] += 1
-        return _brushed(value, size)
+        mask: Any = instance_masks.packed(painted)
+        return AnnotatedObject("", coco_mask.toBbox(mask).tolist(), mask)
     if kind == "polygonlabels":
+        outline = polygon("", [(x * across, y * down) for x, y in value["points"]])
         counts["polygons, whose bounds are taken"] += 1
-        return polygon("", [(x * across, y * down) for x, y in value["points"]])
+        return outline
     if kind == "ellipselabels":
         counts["ellipses, whose bounds are taken"] += 1
         center = value["x"] * across, value["y"] * down
         radii = value["radiusX"] * across, value["radiusY"] * down
-        box = [center[0] - radii[0], center[1] - radii[1], 2 * radii[0], 2 * radii[1]]
-        return AnnotatedObject("", rotated(box, value.get("rotation", 0), center))
+        return AnnotatedObject("", around_ellipse(center, radii, value.get("rotation", 0)))
     corner = value["x"] * across, value["y"] * down
     box = [*corner, value["width"] * across, value["height"] * down]
     if value.get("rotation"):
@@ -226,17 +234,13 @@ def _object(
     return AnnotatedObject("", box)
 
 
-def _brushed(value: dict[str, Any], size: tuple[int, int]) -> AnnotatedObject:
-    """Return the object of a mask that was painted, whose box is its bounds."""
+def _painted(value: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
+    """Return which pixels were painted, (height, width) bool."""
     if "rle" not in value:
         raise ValueError("it has no run lengths (rle)")
     width, height = size
     levels = unpack_rle_pack(bytes(value["rle"]), 4 * width * height)
-    opacity = levels[3::4]  # after red, green and blue
-    if not opacity.any():
-        raise ValueError("it covers no pixel")
-    mask: Any = instance_masks.packed(opacity.reshape(height, width) > 0)
-    return AnnotatedObject("", coco_mask.toBbox(mask).tolist(), mask)
+    return levels[3::4].reshape(height, width) > 0  # opacity, after red, green and blue
 
 
 def unpack_rle_pack(data: bytes, count: int) -> np.ndarray:
