@@ -605,6 +605,7 @@ def _timm_hub(name: str) -> PretrainedCheckpoint:
             f"backbone {backbone} with init: file:PATH"
         ) from error
     config = dict(model.pretrained_cfg)
+    _check_activation(config, name, f"timm-hub:{name}")
     arch, modality = _timm_input_spec(backbone, config)
     modality = _with_crop(modality, config, f"timm-hub:{name}")
     tensors = {f"model.{n}": t for n, t in model.state_dict().items()}
@@ -615,6 +616,28 @@ def _timm_hub(name: str) -> PretrainedCheckpoint:
         modality,
         ignored_prefixes=(*HEADS, *_classifiers(_meta_backbone(arch.name, tensors))),
     )
+
+
+def _check_activation(config: dict[str, Any], model: str, place: str) -> None:
+    """Refuse weights that were trained with another activation than the model has.
+
+    CLIP of OpenAI, MetaCLIP and DFN were trained with QuickGELU. timm also loads them into models
+    with GELU, whose features differ, and says so in the notes of its configuration.
+
+    Args:
+        config: timm's ``pretrained_cfg`` of the weights.
+        model: timm's name of the model and the tag.
+        place: The checkpoint as the job names it.
+
+    Raises:
+        BundleError: It names the model with QuickGELU.
+    """
+    if "QuickGELU" in " ".join(config.get("notes") or ()) and "_quickgelu_" not in model:
+        meant = model.replace("_clip_", "_clip_quickgelu_")
+        raise BundleError(
+            f"{place}: these weights were trained with QuickGELU, and {model} has GELU, so its "
+            f"features would differ; give timm-hub:{meant}, or timm/{meant} with init: file:PATH"
+        )
 
 
 IGNORED_ARGUMENTS = (
@@ -723,8 +746,8 @@ def timm_input_spec(name: str, options: dict[str, Any]) -> tuple[Architecture, M
     interpolation of that tag.
 
     Raises:
-        BundleError: The model is of another library. Data or a self-describing checkpoint is
-            needed.
+        BundleError: The model is of another library, so that data or a self-describing checkpoint
+            is needed; or the weights are for another activation.
     """
     library, _, architecture = name.partition("/")
     if library != "timm":
@@ -743,6 +766,7 @@ def timm_input_spec(name: str, options: dict[str, Any]) -> tuple[Architecture, M
     plain, tag = registry.split_tag(name)
     arch, modality = _timm_input_spec(plain, config.to_dict())
     if tag:
+        _check_activation(config.to_dict(), architecture, name)
         modality = _with_crop(modality, config.to_dict(), name)
     return replace(arch, options=options), modality
 
@@ -835,6 +859,6 @@ def describe_input(
         return f"{text}{of_job}, as timm says of {name.partition('/')[2]}"
     return (
         f"{text}{of_job}; assumed, as timm says of its default weights for {name}: where these "
-        "weights were trained otherwise (DINO, MAE), name their tag "
+        "weights were trained otherwise (DINO, MAE, torchvision's ViT), name their tag "
         f"({name}.TAG) or set modality: {{image: {{mean: imagenet, std: imagenet}}}}"
     )

@@ -747,6 +747,8 @@ def tags(backbone: str) -> frozenset[str]:
     group finds them in the package's sources.
     """
     library, _, model = backbone.partition("/")
+    # timm makes its entries of models with QuickGELU from those of the same models with GELU
+    model = model.replace("_quickgelu_", "_")
     package, pattern, expression = _constant(entry("model", library), "TAGS")
     return _scan(package, pattern, expression.replace("{model}", re.escape(model)))
 

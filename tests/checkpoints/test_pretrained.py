@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torchvision.models.convnext import CNBlockConfig
@@ -19,6 +20,7 @@ from web_server import web_server
 
 from pipeline.checkpoints import bundle, pretrained
 from pipeline.checkpoints.bundle import BundleError
+from pipeline.config import registry
 from pipeline.core.contracts import Batch
 from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.io import storage
@@ -228,6 +230,23 @@ def test_a_tag_of_timm_has_its_own_input(tag, mean):
     )
     note = pretrained.describe_input(modality, f"timm/{tag}", None, "")
     assert ("assumed" in note) == ("." not in tag) and f"mean {mean:g}" in note
+
+
+def test_weights_that_were_trained_with_another_activation_are_refused(monkeypatch):
+    """OpenAI's and MetaCLIP's with QuickGELU; what others trained further has the model's own."""
+    name = "vit_base_patch32_clip_224"
+    meant = name.replace("_224", "_quickgelu_224")
+    message = f"trained with QuickGELU.* give timm-hub:{meant}.openai, or timm/{meant}.openai with"
+    with pytest.raises(BundleError, match=message):
+        pretrained.timm_input_spec(f"timm/{name}.openai", {})
+    model = timm.create_model(f"{name}.openai", depth=1, embed_dim=12, num_heads=2)
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: model)
+    with pytest.raises(BundleError, match=f"timm-hub:{name}.openai: these weights were {message}"):
+        pretrained.read(f"timm-hub:{name}.openai")
+    assert "openai" in registry.tags(f"timm/{meant}")
+    for usable in (meant, f"{meant}.openai", f"{name}.openai_ft_in1k", f"{name}.laion2b"):
+        arch, _ = pretrained.timm_input_spec(f"timm/{usable}", {})
+        assert arch.name == f"timm/{usable.partition('.')[0]}"
 
 
 def test_the_hub_without_a_network_fails_at_once_with_what_to_do(monkeypatch):
@@ -620,8 +639,6 @@ def test_order_is_for_state_dicts_of_timm_backbones(plain, tmp_path):
 
 @pytest.fixture
 def timm_folder(tmp_path):
-    import timm
-
     torch.manual_seed(5)
     model = timm.create_model("test_vit", num_classes=7, in_chans=1).eval()
     timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
@@ -630,8 +647,6 @@ def timm_folder(tmp_path):
 
 @torch.no_grad()
 def test_a_folder_of_timm_gives_timms_own_features(timm_folder, monkeypatch):
-    import timm
-
     folder, model = timm_folder
     start = pretrained.read(f"hf:{folder}")
     config = model.pretrained_cfg
