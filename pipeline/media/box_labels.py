@@ -12,6 +12,7 @@ from torchvision.ops import box_convert
 
 from pipeline.config.registry import BoxOptions, nearest
 from pipeline.core.arrow_compute import pc
+from pipeline.core.arrow_lists import is_list, is_number
 from pipeline.media import drawing, image_io
 
 
@@ -49,7 +50,8 @@ def fit_state(options: BoxOptions, table: pa.Table, columns: dict[str, str]) -> 
     """Return the state: the classes that option ``names`` names, or the sorted values of the rows.
 
     Raises:
-        ValueError: a class without a name, or boxes in pixels without the image's size.
+        ValueError: columns without lists, a class without a name, boxes in pixels without the
+            image's size, or boxes that are shares of it where pixels are expected.
     """
     for role in ("width", "height"):
         if not options.relative and role not in columns:
@@ -58,8 +60,8 @@ def fit_state(options: BoxOptions, table: pa.Table, columns: dict[str, str]) -> 
                 f"{{{role}: NAME}}); boxes that are shares of the image need relative: true"
             )
     column = columns["labels"]
-    flat = pc.list_flatten(table[column])
-    values_of_rows = pc.unique(flat).drop_null().to_pylist()
+    labels = _flattened(table, column, 1, "classes, one for each box")
+    values_of_rows = pc.unique(labels).drop_null().to_pylist()
     if options.names is None:
         values = sorted(values_of_rows)
         names = [str(value) for value in values]
@@ -67,6 +69,13 @@ def fit_state(options: BoxOptions, table: pa.Table, columns: dict[str, str]) -> 
         values, names = _named_classes(options.names, values_of_rows, column)
     if not values:
         raise ValueError(f"column {column}: the training rows hold no box")
+    if values_of_rows and not options.relative:
+        numbers = _flattened(table, columns["boxes"], 2, "4 numbers for each box")
+        if is_number(numbers.type) and pc.max(numbers).as_py() <= 1:
+            raise ValueError(
+                f"objective.relative is false, but no number in column {columns['boxes']} is above "
+                "1: these boxes are shares of their images, not pixels; set relative: true"
+            )
     if len(set(names)) < len(names):
         raise ValueError(f"column {column}: two classes have the same name")
     return {
@@ -76,6 +85,20 @@ def fit_state(options: BoxOptions, table: pa.Table, columns: dict[str, str]) -> 
         "relative": options.relative,
         "max_boxes": options.max_boxes,
     }
+
+
+def _flattened(table: pa.Table, column: str, levels: int, what: str) -> Any:
+    """Return the values of a column of lists, or of lists of lists (two levels).
+
+    Raises ValueError for a column of another type.
+    """
+    values = table[column]
+    for _ in range(levels):
+        if not is_list(values.type):
+            kind = table.schema.field(column).type
+            raise ValueError(f"column {column}: {kind} where a row has a list of {what}")
+        values = pc.list_flatten(values)
+    return values
 
 
 def _named_classes(

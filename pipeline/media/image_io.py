@@ -8,8 +8,10 @@ the first picture is used. A header of more than MAX_PIXELS is rejected before m
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,19 @@ MAX_PIXELS = 1 << 27
 """134 million, 400 MB in colour."""
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+
+
+def file_bytes(value: Any, what: str = "image") -> bytes:
+    """Return the bytes of an image file from a cell with bytes, a path, or a struct of both.
+
+    Raises ValueError for an empty cell.
+    """
+    data = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
+    if isinstance(data, str):
+        data = storage.read_bytes(data)
+    if not data:
+        raise ValueError(f"the {what} is {'null' if data is None else 'empty (0 bytes)'}")
+    return data
 
 
 def decode_on_gpu(files: Any, channels: int, device: torch.device) -> dict[int, Tensor]:
@@ -213,6 +228,49 @@ def class_numbers(data: bytes) -> np.ndarray:
         raise ValueError(f"broken mask: {error}") from None
     # Pillow stretches them to 255
     return numbers // (255 // (2**depth - 1)) if colour == 0 and depth in (2, 4) else numbers
+
+
+def classes_in(value: Any) -> np.ndarray:
+    """Return which class numbers a mask holds, in their order.
+
+    Args:
+        value: a cell, as `file_bytes` takes it.
+
+    Raises:
+        ValueError: there is no mask, or it cannot be read.
+    """
+    numbers = class_numbers(file_bytes(value, "mask"))
+    # np.unique sorts all pixels, which takes three times as long as to decode them
+    return np.flatnonzero(np.bincount(numbers.reshape(-1)))
+
+
+def doubt_masks(masks: Iterable[Any], ignore: int) -> str:
+    """Say that masks hold fewer than two classes to learn; "" where they hold more.
+
+    The mask of one object is often written as 0 and 255, of which 255 is never learned: a network
+    that finds nothing is then always right.
+
+    Args:
+        masks: cells, as `file_bytes` takes them.
+        ignore: class that is not learned either.
+    """
+    found: set[int] = set()
+    learned: set[int] = set()
+    for value in masks:
+        with contextlib.suppress(ValueError):  # of a mask that cannot be read
+            found.update(classes_in(value).tolist())
+        learned = found - {ignore, IGNORED}
+        if len(learned) > 1:
+            return ""
+    if not found:
+        return ""
+    text = f"hold class {learned.pop()} alone" if learned else "hold no class to learn"
+    if IGNORED in found:
+        text += (
+            f", beside {IGNORED}, which is neither learned nor counted; where {IGNORED} is an "
+            "object, write its class number instead"
+        )
+    return text
 
 
 def classes(data: bytes, size: torch.Size) -> Tensor:

@@ -22,7 +22,6 @@ from pipeline.core.contracts import Arrays, Batch, Modality, View
 from pipeline.core.inputs import ImageInputs
 from pipeline.core.rng import uniform
 from pipeline.core.specs import State
-from pipeline.io import storage
 from pipeline.media import image_io, image_ops, perceptual_hash
 from pipeline.media.image_io import resize
 
@@ -282,8 +281,8 @@ class Image(Modality):
                 self._write_row(
                     out,
                     i,
-                    image_io.pixels(_bytes(value), self.options.channels),
-                    None if masks is None else _bytes(masks[i], "mask"),
+                    image_io.pixels(image_io.file_bytes(value.as_py()), self.options.channels),
+                    None if masks is None else image_io.file_bytes(masks[i].as_py(), "mask"),
                 )
             except (
                 RuntimeError,
@@ -296,7 +295,7 @@ class Image(Modality):
     def pictures(self, table, columns):
         for value in table[columns["image"]]:
             try:
-                pixels = image_io.pixels(_bytes(value), 3)
+                pixels = image_io.pixels(image_io.file_bytes(value.as_py()), 3)
             except (RuntimeError, ValueError):
                 yield None  # as for ``decode``, which gives the reason
             else:
@@ -362,11 +361,14 @@ class Image(Modality):
         masks = table[columns["mask"]] if columns.get("mask") in table.column_names else None
         for i, value in enumerate(table[columns["image"]]):
             try:
-                image = _bytes(value)
+                image = image_io.file_bytes(value.as_py())
                 out[i] = (
                     image
                     if masks is None
-                    else PAIR + struct.pack(">Q", len(image)) + image + _bytes(masks[i], "mask")
+                    else PAIR
+                    + struct.pack(">Q", len(image))
+                    + image
+                    + image_io.file_bytes(masks[i].as_py(), "mask")
                 )
             except ValueError as error:
                 bad[i] = str(error)
@@ -637,23 +639,6 @@ def _training_crop(options: ImageOptions) -> str:
 
 def _reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-def _bytes(value: pa.Scalar, what: str = "image") -> bytes:
-    """Return the bytes of an image file from a cell with bytes, a path, or a struct of both.
-
-    Raises ValueError for an empty cell.
-    """
-    data = value.as_py()
-    if isinstance(data, dict):
-        data = data.get("bytes") or data.get("path")
-    if isinstance(data, str):
-        data = storage.read_bytes(data)
-    if not data:
-        raise ValueError(
-            f"the {what} is empty (0 bytes)" if data is not None else f"the {what} is null"
-        )
-    return data
 
 
 def _split_pair(data: bytes) -> tuple[bytes, bytes | None]:

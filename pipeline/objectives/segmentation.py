@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Features, Objective
 from pipeline.core.nn.feature_pyramid import Pyramid
-from pipeline.io import storage
 from pipeline.media import drawing, image_io
 
 OUTSIDE = image_io.IGNORED
@@ -221,13 +220,8 @@ def _invalid_mask_reason(value: Any, classes: int, ignore: int) -> str:
 
     Also "" for a mask that cannot be read, which the modality reports.
     """
-    data = value
-    if isinstance(value, dict):
-        data = value.get("bytes") or value.get("path")
-    if isinstance(data, str):
-        data = storage.read_bytes(data)
     try:
-        numbers = np.unique(image_io.class_numbers(data or b""))
+        numbers = image_io.classes_in(value)
     except ValueError:
         return ""
     unknown = numbers[(numbers >= classes) & (numbers != ignore) & (numbers != OUTSIDE)]

@@ -25,7 +25,7 @@ from pipeline.core.contracts.objective_capabilities import AllowsNullLabels
 from pipeline.core.specs import ModalitySpec
 from pipeline.data import manifests
 from pipeline.data.manifests import Selection
-from pipeline.media import box_labels
+from pipeline.media import box_labels, image_io
 from pipeline.train import fit_components
 
 SAMPLE_ROWS, SAMPLE_BYTES = 2048, 4 << 20
@@ -33,6 +33,8 @@ SAMPLE_ROWS, SAMPLE_BYTES = 2048, 4 << 20
 take more bytes in Parquet, uncompressed.
 """
 FEWEST_ROWS = 16
+SAMPLE_MASKS = 64
+"""Masks that are opened; most often the first one holds two classes, and no other is read."""
 WARN_SHARE = 0.01
 """From this share of unread words or tokens of a split on, a finding is a warning."""
 
@@ -198,7 +200,7 @@ def null_labels(
 def class_numbers(
     component: ComponentConfig, rows: Selection, columns: dict[str, str]
 ) -> list[Finding]:
-    """Warn where the class names of boxes may be numbered from 1, not from 0.
+    """Warn where the class names of boxes may be numbered from 1, and of masks of one class alone.
 
     Args:
         component: The objective as the job states it.
@@ -206,6 +208,13 @@ def class_numbers(
     """
     objective = registry.get("objective", component.name)
     options = objective.options_class(**component.options)
+    if "mask" in objective.roles and len(rows):
+        column = columns["mask"]
+        masks = fit_components.sample(rows, [column], SAMPLE_MASKS)[column]
+        ignore = getattr(options, "ignore", image_io.IGNORED)
+        doubt = image_io.doubt_masks((mask.as_py() for mask in masks), ignore)
+        text = f"column {column}: the masks of {len(masks)} training rows {doubt}"
+        return [Finding(text, is_warning=True)] if doubt else []
     if not isinstance(options, BoxOptions) or not isinstance(options.names, list):
         return []
     column = columns["labels"]

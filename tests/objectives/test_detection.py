@@ -127,6 +127,21 @@ def test_every_way_to_write_a_box(form, relative, box):
     )
 
 
+@pytest.mark.parametrize(
+    ("boxes", "labels", "message"),
+    [
+        ([[[0.1, 0.2, 0.5, 1.0]]], [[0]], "no number in column boxes is above 1.* relative: true"),
+        ([[0.1, 0.2, 5.0, 8.0]], [[0]], "column boxes: list<.*> where .* list of 4 numbers"),
+        ([[[0.1, 0.2, 5.0, 8.0]]], [0], "column labels: int64 where .* list of classes"),
+    ],
+)
+def test_columns_that_are_not_what_the_job_says_are_refused(boxes, labels, message):
+    columns = {**COLUMNS, "width": "w", "height": "h"}
+    table = pa.table({"boxes": boxes, "labels": labels, "w": [200], "h": [100]})
+    with pytest.raises(ValueError, match=message):
+        fitted(table, columns, relative=False)
+
+
 def test_class_numbers_may_have_holes_and_names():
     box = [0.1, 0.1, 0.5, 0.5]
     table = table_of([[box, box], [box]], [[90, 3], [17]])

@@ -4,7 +4,10 @@ labels are counted.
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
+import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -195,6 +198,34 @@ def test_nulls_that_mean_something_are_counted(tmp_path, objective, columns, mea
     assert not row_checks.null_labels(
         registry.get("objective", "classification"), {"train": rows}, {"label": "l"}
     )
+
+
+def png(mask: list[list[int]]) -> bytes:
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(np.array(mask, dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("masks", "ignore", "told"),
+    [
+        ([[0, 255], [0, 0]], 255, "hold class 0 alone, beside 255, which is neither"),
+        ([[1, 0, 255]], 0, "hold class 1 alone, beside 255, which is neither"),
+        ([[255]], 255, "hold no class to learn, beside 255, which is neither"),
+        ([[0, 0], None], 255, "hold class 0 alone"),
+        ([[0, 255], [1, 255]], 255, ""),
+        ([None], 255, ""),
+    ],
+)
+def test_masks_of_one_class_alone_are_a_warning(tmp_path, masks, ignore, told):
+    """An object that is written as 255 would be left out, and all of the rest be right."""
+    files = [None if mask is None else png([mask]) for mask in masks]
+    rows = selected(tmp_path, "rows", pa.table({"m": pa.array(files, pa.binary())}))
+    component = ComponentConfig(name="segmentation", options={"classes": 2, "ignore": ignore})
+    found = row_checks.class_numbers(component, rows, {"image": "i", "mask": "m"})
+    assert [one.is_warning for one in found] == [True] * bool(told)
+    for one in found:
+        assert f"column m: the masks of {len(masks)} training rows {told}" in one.text
 
 
 @pytest.mark.parametrize(
