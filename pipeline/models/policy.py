@@ -27,6 +27,10 @@ PIXELS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 expect.
 """
 PER_SPACE = ("encoders", "action_encoders")
+ONLY_OF = {"window": "mlp", "heads": "transformer", "context": "transformer"}
+"""Options that one architecture alone reads."""
+MEMORY = {"mlp": "window", "transformer": "context"}
+"""The option that says how many steps a token of an architecture knows."""
 
 
 class PolicyOptions(Options):
@@ -76,8 +80,8 @@ class Policy(Backbone):
     ``inputs`` has ``spaces`` (widths of observations and actions of each robot), ``tasks`` (how
     many) and ``images`` (channels, height, width; or None).
 
-    Raises ValueError for rows that are not trajectories, heads that do not divide the width, and
-    frames without a vision backbone or the other way round.
+    Raises ValueError for rows that are not trajectories, stated options of the other architecture,
+    heads that do not divide the width, and frames without a vision backbone or the other way round.
     """
 
     causal = True
@@ -89,6 +93,13 @@ class Policy(Backbone):
             raise ValueError(
                 f"{name} reads trajectories (modality trajectory); these rows are "
                 f"{', '.join(inputs) or 'something else'}"
+            )
+        stated = options.model_fields_set & ONLY_OF.keys()
+        foreign = sorted(option for option in stated if ONLY_OF[option] != architecture)
+        if foreign and stated != ONLY_OF.keys():  # a bundle has all of them
+            raise ValueError(
+                f"{name} does not read {foreign[0]}: leave it out; {MEMORY[architecture]} says how "
+                "many steps it knows"
             )
         if architecture == "transformer" and options.width % options.heads:
             raise ValueError(

@@ -15,6 +15,7 @@ from pipeline.config import registry
 from pipeline.core.contracts import Batch
 from pipeline.core.specs import Architecture
 from pipeline.modalities.trajectory import Trajectory, TrajectoryOptions
+from pipeline.models.policy import ONLY_OF
 
 INPUTS = {
     "spaces": {
@@ -29,8 +30,10 @@ KINDS = ("mlp", "transformer")
 
 
 def built(name: str, inputs=None, seed: int = 3, **options):
+    given = {**SMALL, **options}
+    own = {option: value for option, value in given.items() if ONLY_OF.get(option, name) == name}
     return bundle.build_backbone(
-        Architecture(f"policy/{name}", {**SMALL, **options}, inputs or INPUTS), seed=seed
+        Architecture(f"policy/{name}", own, inputs or INPUTS), seed=seed
     ).eval()
 
 
@@ -482,10 +485,26 @@ def test_what_does_not_fit_is_refused(inputs, options, message):
         built("mlp", inputs, **options)
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "memory"),
+    [
+        ("mlp", "context", "window"),
+        ("mlp", "heads", "window"),
+        ("transformer", "window", "context"),
+    ],
+)
+def test_an_option_of_the_other_architecture_is_refused(name, option, memory):
+    """`policy/mlp: {context: 20}` would know one step. A bundle, which has them all, is read."""
+    arch = Architecture(f"policy/{name}", {option: 2}, INPUTS)
+    with pytest.raises(ValueError, match=f"{name} does not read {option}: .* {memory} says how"):
+        bundle.build_backbone(arch, seed=0)
+    every_option = {**built(name).arch.options, option: 2}
+    bundle.build_backbone(Architecture(f"policy/{name}", every_option, INPUTS), seed=0)
+
+
 def test_what_cannot_be_done_is_refused():
     with pytest.raises(ValueError, match="policy/transformer: width 16 is not divided by heads 3"):
         built("transformer", heads=3)
-    built("mlp", heads=3)
     with pytest.raises(ValueError, match="cannot hide steps"):
         built("mlp")(batch_of([2]), token_mask=torch.zeros(1, 2, dtype=torch.bool))
     with pytest.raises(
@@ -522,7 +541,7 @@ def test_lora_and_the_other_techniques_take_it(name):
         INPUTS,
         "classification",
         {"values": [0, 1], "labels": ["0", "1"]},
-        **SMALL,
+        width=16,
     )
     batch = batch_of([6, 6], [0, 1])
     kind = registry.get("technique", "lora")

@@ -63,9 +63,8 @@ def case(
     state = Dynamics.fit(chosen, table, COLUMNS)
     arrays, bad = Decoder(modality, "dynamics", state, COLUMNS)(table)
     assert not any(bad)
-    arch = Architecture(
-        f"policy/{architecture}", {"width": 16, "window": 2, "heads": 2}, modality.inputs()
-    )
+    more = {"mlp": {"window": 2}, "transformer": {"heads": 2}}[architecture]
+    arch = Architecture(f"policy/{architecture}", {"width": 16, **more}, modality.inputs())
     task = bundle.build_task(arch, ObjectiveSpec("dynamics", options, state), seed=3)
     return (
         task,
