@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -246,8 +246,8 @@ class _Dataset:
             }
         shape = list(values.shape[1:]) or [1]
         role = {STATE: "observations", ACTION: "actions"}.get(name, "")
-        names = self.about.get(role)
-        is_of_each = isinstance(names, list) and len(names) == shape[0]
+        names = _names(self.about, role)
+        is_of_each = len(names) == shape[0]
         return {"dtype": str(values.dtype), "shape": shape, "names": names if is_of_each else None}
 
     def _write(self, table: pa.Table) -> tuple[int, int]:
@@ -322,6 +322,23 @@ class _Dataset:
             "video_path": None,
             "features": self.features,
         }
+
+
+def _names(about: dict[str, Any], role: str) -> list[str]:
+    """Return the names of an observation's or action's numbers, as far as they are known.
+
+    They are columns of a table, or the features of a LeRobot data set, which name their numbers.
+    """
+    columns = about.get(role) or []
+    of_features = about.get("names") or {}
+    names: list[str] = []
+    for column in [columns] if isinstance(columns, str) else columns:
+        of_column = of_features.get(column) or [column]
+        if isinstance(of_column, dict):  # {"motors": ["elbow", ...]}, or {"delta_x": 0, ...}
+            groups = [of if isinstance(of, list) else [key] for key, of in of_column.items()]
+            of_column = chain.from_iterable(groups)
+        names += of_column
+    return names
 
 
 def _image_shape(files: list[bytes]) -> list[int]:

@@ -169,6 +169,27 @@ def test_the_files_are_read_as_lerobot_reads_them(written):
     assert np.allclose(statistics["observation.state"]["q90"], quantiles)
 
 
+@pytest.mark.parametrize(
+    ("of_state", "of_action", "state", "action"),
+    [
+        (["x", "y"], ["grip"], ["x", "y", "observation.force"], ["grip"]),
+        ({"motors": ["x", "y"]}, {"delta": 0}, ["x", "y", "observation.force"], ["delta"]),
+        (None, None, None, ["action"]),
+    ],
+)
+def test_numbers_keep_the_names_that_their_data_set_gave_them(
+    of_state, of_action, state, action, tmp_path
+):
+    features = ["observation.state", "observation.force"]
+    names = {"observation.state": of_state, "observation.force": None, "action": of_action}
+    about = {"observations": features, "actions": "action", "names": names}
+    source = prepared(tmp_path / "in", [(episode(0, images=None), "train")], **about)
+    export(source, str(tmp_path / "out"), kind="lerobot")
+    found = json.loads((tmp_path / "out/meta/info.json").read_text())["features"]
+    assert found["observation.state"]["names"] == state
+    assert found["action"]["names"] == action
+
+
 GREY = [encoded(step, size=(12, 8), mode="L") for step in range(4)]
 
 

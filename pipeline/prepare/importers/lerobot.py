@@ -42,7 +42,7 @@ class LerobotOptions(Options):
     observations: str = Field(
         "",
         description="features that make an observation, in order: observation.state; empty: all "
-        "observation.* that are numbers",
+        "observation.* that are numbers, in the order of meta/info.json",
     )
     actions: str = Field("action", description="the feature that is the action; empty: none")
     images: str = Field(

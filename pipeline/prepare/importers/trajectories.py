@@ -83,7 +83,11 @@ class TrajectoriesOptions(SplitOptions):
         "taken; 0: no",
     )
     test_share: float = Field(
-        0.0, ge=0, lt=1, description="the last share of the steps of every log is its test: 0.25"
+        0.0,
+        ge=0,
+        lt=1,
+        description="the last share of the steps of every log, or episode, is its test: 0.25; for "
+        "whole episodes leave it out, and give the job test_fraction",
     )
     validation_share: float = Field(
         0.0, ge=0, lt=1, description="the share before that is for validation"
