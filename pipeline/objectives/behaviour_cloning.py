@@ -24,7 +24,7 @@ from pipeline.core.inputs import SpaceInputs
 from pipeline.core.nn import action_heads
 from pipeline.core.ragged import ragged
 from pipeline.media.episodes import SpaceState
-from pipeline.simulation.environment import World, make
+from pipeline.simulation.environment import World, check_spaces, make
 from pipeline.simulation.rollout import has_success_criterion, rollout
 
 REFERENCE_ROLES = ("return", "success", "steps", "random_return", "random_success", "random_steps")
@@ -255,15 +255,27 @@ class BehaviourCloning(Objective):
 
     @classmethod
     def check_test(cls, options, table, columns, state: BehaviourCloningState):
-        """Read all worlds, and make one of each kind: its environment must be installed."""
+        """Read all worlds, and make one of each kind: its environment must be installed.
+
+        Its actions must be of the same kind as those of the rows.
+        """
         if "environment" not in state["columns"]:
             return
+        name = columns["environment"]
         checked = set()
-        for world in _worlds(table[columns["environment"]], columns["environment"]):
+        for world in _worlds(table[name], name):
             kind = (world.id, world.skill, tuple(sorted(world.dynamics)))
             if kind not in checked:
                 checked.add(kind)
-                make(world).close()
+                env = make(world)
+                env.close()
+                check_spaces(env, world.id)
+                kind_of_world = "continuous" if env.action_space.shape else "discrete"
+                if kind_of_world != state["kind"]:
+                    raise ValueError(
+                        f"column {name}: {world.id} takes {kind_of_world} actions, and the "
+                        f"training rows hold {state['kind']} ones"
+                    )
 
     def __init__(
         self, backbone: Backbone, options: BehaviourCloningOptions, state: BehaviourCloningState
@@ -578,6 +590,7 @@ class Actor:
                 self.rows[name] = rows
         known = modality.state["spaces"]
         self.known: dict[str, SpaceState] = {name: known[name] for name in self.rows}
+        self.action_width = max(space["action"] for space in objective.spaces.values())
         self.bounds: list[tuple[Any, Any]] = [(-np.inf, np.inf)] * len(self.space)
 
     def begin(self, worlds: Sequence[World]) -> None:
@@ -593,17 +606,36 @@ class Actor:
     def set_bounds(self, environments: list[Any]) -> None:
         """Keep actions, done and remembered, within the bounds of the worlds' environments."""
         spaces = [environment.action_space for environment in environments]
+        for name, rows in self.rows.items():
+            width = self.objective.spaces[name]["action"]
+            wrong = [spaces[row] for row in rows if spaces[row].shape not in ((), (width,))]
+            if wrong:
+                raise ValueError(
+                    f"space {name} has actions of {width} numbers, its environment takes {wrong[0]}"
+                )
         unbounded = (-np.inf, np.inf)
         self.bounds = [(space.low, space.high) if space.shape else unbounded for space in spaces]
 
-    def _action(
-        self, name: str, rows: np.ndarray, value: np.ndarray
-    ) -> tuple[Sequence[Any] | np.ndarray, np.ndarray]:
-        """Return the actions of the worlds of a space, and as the backbone remembers them.
+    def _actions(
+        self, observations: list[np.ndarray | None], value: np.ndarray
+    ) -> tuple[list[Any], np.ndarray]:
+        """Return an action a world, None where it has ended, and (n, A) as they are remembered.
 
         Args:
             value: (n, A) standardised numbers, or scores of classes.
         """
+        out: list[Any] = [None] * len(observations)
+        remembered = np.zeros((len(observations), self.action_width), dtype=np.float32)
+        for name, rows in self.rows.items():
+            acted, of_space = self._actions_of_space(name, rows, value[rows])
+            remembered[rows, : of_space.shape[1]] = of_space
+            for row, action in zip(rows, acted, strict=True):
+                out[row] = action if observations[row] is not None else None
+        return out, remembered
+
+    def _actions_of_space(
+        self, name: str, rows: np.ndarray, value: np.ndarray
+    ) -> tuple[Sequence[Any] | np.ndarray, np.ndarray]:
         space = self.known[name]
         width = self.objective.spaces[name]["action"]
         chosen = value[:, :width]
@@ -642,11 +674,10 @@ class StepPilot(Actor):
         self.begin(())
 
     def begin(self, worlds: Sequence[World]) -> None:
-        self.seen: list[np.ndarray] = []
+        self.seen = [np.zeros(0, dtype=np.float32)] * len(self.space)
 
     def act(self, observations: list[np.ndarray | None], rewards: Any) -> list[Any]:
-        newest = self.seen or [np.zeros(0, dtype=np.float32)] * len(observations)
-        pairs = zip(observations, newest, strict=True)
+        pairs = zip(observations, self.seen, strict=True)
         self.seen = [
             last if observation is None else np.asarray(observation, dtype=np.float32).reshape(-1)
             for observation, last in pairs
@@ -654,12 +685,7 @@ class StepPilot(Actor):
         value = self.scores(
             {"observations": ragged(self.seen), "space": self.space, "task": self.task}
         )
-        out: list[Any] = [None] * len(observations)
-        for name, rows in self.rows.items():
-            acted, _ = self._action(name, rows, value[rows])
-            for row, action in zip(rows, acted, strict=True):
-                out[row] = action if observations[row] is not None else None
-        return out
+        return self._actions(observations, value)[0]
 
 
 class Pilot(Actor):
@@ -667,10 +693,6 @@ class Pilot(Actor):
 
     It remembers the standardised observations and actions of each world, as many as its backbone
     reads (``window`` observations, or ``context`` steps).
-
-    Args:
-        space: (n,) int64, of each world the index of its space among the modality's.
-        task: (n,) int64, of each world the index of its task.
 
     ``act`` raises ValueError for a world whose observations are not those of its space.
     """
@@ -699,27 +721,17 @@ class Pilot(Actor):
         is_transformer = self.backbone.arch.name.endswith("/transformer")
         reach = options["context" if is_transformer else "window"]
         self.observation_width = max(space["observation"] for space in spaces)
-        self.action_width = max(space["action"] for space in spaces)
         self.seen: deque[np.ndarray] = deque(maxlen=reach)
         self.done: deque[np.ndarray] = deque(maxlen=reach)
         self.plans: deque[np.ndarray] = deque(maxlen=self.objective.options.chunk)
 
     def act(self, observations: list[np.ndarray | None], rewards: Any) -> list[Any]:
-        """Return an action a world, in the environment's units or as a class's name.
-
-        None for worlds that have ended.
-        """
         n = len(observations)
         self.seen.append(self._observe(observations))
         self.done.append(np.zeros((n, self.action_width), dtype=np.float32))
         self.plans.append(self._plan(n))
         value = action_heads.temporal_ensemble(list(self.plans), self.objective.options.ensemble)
-        out: list[Any] = [None] * n
-        for name, rows in self.rows.items():
-            acted, remembered = self._action(name, rows, value[rows])
-            self.done[-1][rows, : remembered.shape[1]] = remembered
-            for row, action in zip(rows, acted, strict=True):
-                out[row] = action if observations[row] is not None else None
+        out, self.done[-1] = self._actions(observations, value)
         return out
 
     def _observe(self, observations: list[np.ndarray | None]) -> np.ndarray:

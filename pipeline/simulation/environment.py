@@ -91,8 +91,9 @@ class World:
             raise ValueError(f"seed {self.seed}: a whole number from 0")
 
     def text(self) -> str:
-        """Return canonical JSON, which `parse` reads."""
-        return json.dumps(asdict(self), sort_keys=True)
+        """Return canonical JSON, which `parse` reads. It never names the module of `module:id`."""
+        ident = self.id.rpartition(":")[2]
+        return json.dumps({**asdict(self), "id": ident}, sort_keys=True)
 
     @classmethod
     def parse(cls, text: str) -> World:
@@ -166,10 +167,7 @@ def check_environment_id(ident: str) -> None:
         raise ValueError(f"{ident}: {NEEDED}") from None
     # module:id is registered by its module, when it is made
     if ident not in OWN_ENVIRONMENTS and ident not in gymnasium.registry and ":" not in ident:
-        raise ValueError(
-            f"environment {ident!r} is not installed; "
-            f"{nearest(ident, [*gymnasium.registry, *OWN_ENVIRONMENTS])}"
-        )
+        raise _not_installed(ident)
 
 
 def make(world: World) -> Any:
@@ -192,16 +190,50 @@ def make(world: World) -> Any:
         except gymnasium.error.DependencyNotInstalled as error:
             raise ValueError(f"{world.id}: {NEEDED} ({error})") from None
         except gymnasium.error.UnregisteredEnv:
-            raise ValueError(
-                f"environment {world.id!r} is not installed; "
-                f"{nearest(world.id, [*gymnasium.registry, *OWN_ENVIRONMENTS])}"
-            ) from None
+            raise _not_installed(world.id) from None
         except (gymnasium.error.Error, ModuleNotFoundError) as error:
             raise ValueError(f"{world.id}: {error}") from None
     _silence_warnings(env)
     _change_dynamics(env, world)
     latency, noise = int(world.dynamics.get("latency", 0)), world.dynamics.get("noise", 0.0)
     return _DelayedActions(env, latency, noise, world.seed) if latency or noise else env
+
+
+def check_spaces(env: Any, ident: str) -> None:
+    """Raise ValueError for observations or actions that are neither one vector nor one class."""
+    seen, done = env.observation_space, env.action_space
+    if len(seen.shape or ()) != 1:
+        raise ValueError(
+            f"{ident}: observations of shape {seen.shape}, where rows of numbers are needed"
+        )
+    is_vector = hasattr(done, "low") and len(done.shape) == 1
+    is_class = done.shape == () and getattr(done, "start", None) == 0
+    if not is_vector and not is_class:
+        raise ValueError(
+            f"{ident}: actions {done}, where a row of numbers or a class from 0 is needed"
+        )
+
+
+def multipliers_without_effect(env: Any, dynamics: Mapping[str, float]) -> list[str]:
+    """Return those of the multipliers that change nothing in a MuJoCo model, with the reason."""
+    model = getattr(env.unwrapped, "model", None)
+    if model is None or not dynamics:
+        return []
+    reasons = {
+        "friction": "" if model.geom_contype.any() else "nothing in it touches",
+        "damping": "" if model.dof_damping.any() else "no joint of it is damped",
+    }
+    return [f"{name} ({reasons[name]})" for name in dynamics if reasons.get(name)]
+
+
+def _not_installed(ident: str) -> ValueError:
+    import gymnasium
+
+    return ValueError(
+        f"environment {ident!r} is not installed; "
+        f"{nearest(ident, [*gymnasium.registry, *OWN_ENVIRONMENTS])} (one of your own is "
+        "registered by a plugin: name it in plugins, or --plugin)"
+    )
 
 
 def simulator() -> Any:

@@ -25,6 +25,10 @@ WITH_CRITERION = (
     *WALKERS,
     *TARGETS_TO_REACH,
 )
+SUCCESS_KEYS = ("success", "is_success")
+"""Names of success in an environment's `info`; the second is that of gymnasium-robotics, LeRobot
+and stable-baselines3.
+"""
 MIN_SPEED = 0.5
 """Metres a second over a whole episode that a walker or hopper needs for success."""
 FAR = 1e6
@@ -260,15 +264,16 @@ def succeeded(
 
     | environment | success |
     |---|---|
-    | this package's, and others that report it | `info["success"]` |
+    | this package's, and others that report it | what the last step's `info` says: SUCCESS_KEYS |
     | InvertedPendulum, InvertedDoublePendulum, CartPole | not fallen before the time limit |
     | Hopper, Walker2d, HalfCheetah, Ant, Humanoid | the same, and MIN_SPEED metres a second |
     | Reacher | the fingertip within 2 cm of the target in the end |
     | Pusher | the object within 5 cm of the goal in the end |
     | others | None: MountainCar ends where it succeeds, Swimmer is too slow for MIN_SPEED |
     """
-    if world.id in OWN_ENVIRONMENTS or "success" in info:
-        return bool(info.get("success"))
+    reported = [bool(info[key]) for key in SUCCESS_KEYS if key in info]
+    if world.id in OWN_ENVIRONMENTS or reported:
+        return any(reported)
     name = world.id.partition("-")[0]
     if name in WALKERS:
         return not terminated and _distance_along_x(env) - start >= MIN_SPEED * steps * float(

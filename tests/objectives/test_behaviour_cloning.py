@@ -4,6 +4,7 @@ sklearn, and episodes against a bare loop.
 
 import math
 
+import gymnasium
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -842,8 +843,6 @@ def lawful(table: pa.Table, **options) -> tuple[Task, RawRows, dict[str, np.ndar
 
 def bare(world: World) -> list[float]:
     """A loop of gymnasium and nothing else."""
-    import gymnasium
-
     env = gymnasium.make(world.id, max_episode_steps=world.steps)
     seen, _ = env.reset(seed=world.seed)
     rewards, ended = [], False
@@ -923,11 +922,8 @@ def test_what_a_policy_does_in_a_rollout_is_what_it_predicts_of_that_episode(arc
     modality = Trajectory(
         TrajectoryOptions(), Trajectory.fit(TrajectoryOptions(), table, COLUMNS, "")
     )
-    arch = Architecture(
-        f"policy/{architecture}",
-        {"width": 16, "window": 3, "context": 8, "heads": 2},
-        modality.inputs(),
-    )
+    more = {"mlp": {"window": 3}, "transformer": {"context": 8, "heads": 2}}[architecture]
+    arch = Architecture(f"policy/{architecture}", {"width": 16, **more}, modality.inputs())
     state = BehaviourCloning.fit(OPTIONS, table, COLUMNS)
     task = bundle.build_task(
         arch, ObjectiveSpec("behaviour_cloning", options, state), seed=1
@@ -968,11 +964,8 @@ def test_classes_are_acted_by_name_and_remembered(architecture):
     modality = Trajectory(
         TrajectoryOptions(), Trajectory.fit(TrajectoryOptions(), table, COLUMNS, "")
     )
-    arch = Architecture(
-        f"policy/{architecture}",
-        {"width": 16, "window": 2, "context": 9, "heads": 2},
-        modality.inputs(),
-    )
+    more = {"mlp": {"window": 2}, "transformer": {"context": 9, "heads": 2}}[architecture]
+    arch = Architecture(f"policy/{architecture}", {"width": 16, **more}, modality.inputs())
     task = bundle.build_task(
         arch,
         ObjectiveSpec("behaviour_cloning", {}, BehaviourCloning.fit(OPTIONS, table, COLUMNS)),
@@ -1163,6 +1156,37 @@ def test_worlds_that_cannot_be_are_told_before_anything_is_trained():
         with pytest.raises(ValueError, match=message):
             BehaviourCloning.check_test(OPTIONS, wrong, PENDULUM, state)
         BehaviourCloning.check_test(OPTIONS, wrong, PENDULUM, {**state, "columns": []})
+
+
+def test_actions_of_another_kind_or_width_than_the_world_takes_are_told():
+    """One number would be cut to a class in a world of classes, and repeated in one of three."""
+    state = {"kind": "continuous", "columns": ["environment"]}
+    table = pa.table({"environment": [World("CartPole-v1", 5, 0).text()]})
+    with pytest.raises(ValueError, match="CartPole-v1 takes discrete actions, and the training"):
+        BehaviourCloning.check_test(OPTIONS, table, PENDULUM, state)
+    task, raw_rows, found = lawful(demonstrations(1))
+    texts = [World("Hopper-v5", 5, 0).text()]
+    place = raw_rows.table.column_names.index("environment")
+    hopper = raw_rows.table.set_column(place, "environment", pa.array(texts))
+    with pytest.raises(ValueError, match="space o9a1 has actions of 1 numbers, its environment"):
+        task.objective.rollout_evaluation(
+            task.backbone, found, RawRows(hopper, PENDULUM, raw_rows.modality)
+        )
+
+
+def test_a_world_that_no_row_can_be_of_is_told_before_anything_is_trained(monkeypatch):
+    """Where observations are images or dictionaries, each trial would fail at its end."""
+
+    class Seeing(gymnasium.Env):
+        observation_space = gymnasium.spaces.Box(0, 255, (8, 8, 3), np.uint8)
+        action_space = gymnasium.spaces.Box(-1, 1, (1,))
+
+    spec = gymnasium.envs.registration.EnvSpec("Seeing-v0", Seeing)
+    monkeypatch.setitem(gymnasium.registry, "Seeing-v0", spec)
+    table = pa.table({"environment": [World("Seeing-v0", 5, 0).text()]})
+    state = {"kind": "continuous", "columns": ["environment"]}
+    with pytest.raises(ValueError, match=r"Seeing-v0: observations of shape \(8, 8, 3\)"):
+        BehaviourCloning.check_test(OPTIONS, table, PENDULUM, state)
 
 
 def test_rows_of_another_environment_are_told():

@@ -11,6 +11,7 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
+from gymnasium import spaces
 from prepare.conftest import read, splits_of_a_job
 from typer.testing import CliRunner
 
@@ -503,6 +504,16 @@ def test_a_job_reads_the_rows(tmp_path):
         ),
         (PENDULUM, [*SHORT, "dynamics=mass=1,mass=2"], "'mass' occurs twice"),
         (PENDULUM, [*SHORT, "dynamics=mass=0..2"], "dynamics mass=0.0: a multiplier above 0"),
+        (
+            PENDULUM,
+            [*SHORT, "dynamics=friction=0.5..2,mass=2"],
+            r"friction \(nothing in it touches\) changes nothing in InvertedDoublePendulum-v5",
+        ),
+        (
+            "Swimmer-v5",
+            ["expert=random", "dynamics=damping=3"],
+            r"damping \(no joint of it is damped\) changes nothing in Swimmer-v5; leave it out",
+        ),
         (PENDULUM, [*SHORT, "skills=reach"], "has no skill 'reach'"),
         (PENDULUM, [*SHORT, "explore=2"], "explore=2"),
         (
@@ -515,6 +526,49 @@ def test_a_job_reads_the_rows(tmp_path):
 def test_bad_worlds_and_options_give_one_clear_message(tmp_path, source, pairs, said):
     with pytest.raises(ValueError, match=said):
         prepared(tmp_path / "out", *pairs, source=source)
+
+
+@pytest.mark.parametrize(
+    ("actions", "said"),
+    [
+        (spaces.MultiDiscrete([2, 3]), "where a row of numbers or a class from 0 is needed"),
+        (spaces.MultiBinary(3), "where a row of numbers or a class from 0 is needed"),
+        (spaces.Discrete(3, start=1), "where a row of numbers or a class from 0 is needed"),
+        (spaces.Box(-1, 1, (2, 2)), "where a row of numbers or a class from 0 is needed"),
+        (spaces.Box(-np.inf, np.inf, (2,)), "without bounds"),
+    ],
+)
+def test_actions_that_rows_cannot_hold_are_refused(tmp_path, monkeypatch, actions, said):
+    class Other(gymnasium.Env):
+        observation_space, action_space = spaces.Box(-1, 1, (3,)), actions
+
+    spec = gymnasium.envs.registration.EnvSpec("Other-v0", Other, max_episode_steps=5)
+    monkeypatch.setitem(gymnasium.registry, "Other-v0", spec)
+    with pytest.raises(ValueError, match=f"Other-v0: actions .*{said}"):
+        prepared(tmp_path / "out", "expert=random", source="Other-v0")
+
+
+def test_rows_of_a_module_s_environment_name_no_module(tmp_path, monkeypatch):
+    """Rows cannot name code: a job that tries its policies in these worlds has it as a plugin."""
+
+    class Own(gymnasium.Env):
+        observation_space, action_space = spaces.Box(-1, 1, (3,)), spaces.Box(-1, 1, (2,))
+
+        def reset(self, *, seed=None, options=None):
+            return np.zeros(3, np.float32), {}
+
+        def step(self, action):
+            return np.zeros(3, np.float32), 1.0, False, False, {"is_success": True}
+
+    (tmp_path / "module_of_a_user.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    spec = gymnasium.envs.registration.EnvSpec("own/Env-v0", Own, max_episode_steps=4)
+    monkeypatch.setitem(gymnasium.registry, "own/Env-v0", spec)
+    source = "module_of_a_user:own/Env-v0"
+    prepare(tmp_path / "out", "expert=random", "episodes=1", "keep=success", source=source)
+    (row,) = read(tmp_path / "out")
+    assert World.parse(row["environment"]).id == "own/Env-v0"
+    assert (row["embodiment"], row["steps"], row["success"]) == ("Env", 4, True)
 
 
 def test_classes_of_actions_and_the_environments_own_time_limit(tmp_path):

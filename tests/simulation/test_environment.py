@@ -215,6 +215,12 @@ def test_a_row_cannot_name_code(ident, tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_text_never_names_code():
+    """`prepare rollouts module:id` writes rows of the id, which a job's plugin registers."""
+    text = World("planted_module:a/Env-v0", 5, 3).text()
+    assert World.parse(text) == World("a/Env-v0", 5, 3)
+
+
 def test_a_world_of_a_row_ends():
     with pytest.raises(ValueError, match="an episode has at most 1000000"):
         World.parse(json.dumps({"id": "Hopper-v5", "steps": 10**15, "seed": 0, "dynamics": {}}))

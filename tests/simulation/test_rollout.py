@@ -308,3 +308,25 @@ def test_walkers_succeed_by_staying_up_and_getting_on():
 )
 def test_success_is_told_where_it_is_known_what_that_is(ident, steps, action, want):
     assert rollout([World(ident, steps, 0)], Given(action))[0].success is want
+
+
+@pytest.mark.parametrize("key", ["success", "is_success"])
+def test_success_that_an_environment_reports_is_that_of_its_last_step(key, monkeypatch):
+    """gymnasium-robotics, LeRobot's environments and stable-baselines3 call it is_success."""
+
+    class Reporting(gymnasium.Env):
+        observation_space = gymnasium.spaces.Box(-1, 1, (1,))
+        action_space = gymnasium.spaces.Box(-1, 1, (1,))
+
+        def reset(self, *, seed=None, options=None):
+            self.steps = 0
+            return np.zeros(1, np.float32), {}
+
+        def step(self, action):
+            self.steps += 1
+            return np.zeros(1, np.float32), 0.0, False, False, {key: np.bool_(self.steps == 3)}
+
+    spec = gymnasium.envs.registration.EnvSpec("Own-v0", Reporting)
+    monkeypatch.setitem(gymnasium.registry, "Own-v0", spec)
+    worlds = [World("Own-v0", steps, 0) for steps in (2, 3, 4)]
+    assert [one.success for one in rollout(worlds, Given([0.0]))] == [False, True, False]

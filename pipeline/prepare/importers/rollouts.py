@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import metadata
@@ -65,7 +66,10 @@ class RolloutsOptions(Options):
         description="episodes for testing: their worlds are those in which a policy is tried",
     )
     max_steps: int = Field(
-        0, ge=0, description="steps after which an episode is cut; 0: as the environment has it"
+        0,
+        ge=0,
+        le=1_000_000,
+        description="steps after which an episode is cut; 0: as the environment has it",
     )
     seed: int = Field(
         0, ge=0, description="of all episodes: each follows from it, its split and its number alone"
@@ -152,7 +156,7 @@ class Rollouts(EpisodeImporter):
     def index(self, source: str, settings: Settings) -> Episodes:
         o = self.options
         environment.check_environment_id(source)
-        self.robot = o.embodiment or source.rpartition("/")[2].rpartition("-v")[0] or source
+        self.robot = o.embodiment or re.sub(r".*[:/]|-v\d+$", "", source)
         steps = o.max_steps or self._time_limit(source)
         self.world = World(source, steps, 0, {}, self.skills[0] if self.skills else "")
         jobs = []
@@ -164,7 +168,7 @@ class Rollouts(EpisodeImporter):
                 jobs.append(Job(split, number, World(source, steps, seed, dynamics, skill)))
         content = self._load()
         first_worlds = {job.world.skill: job.world for job in reversed(jobs)}
-        widths = [self._look(world) for world in first_worlds.values()]
+        widths = [self._check_world(world) for world in first_worlds.values()]
         judged = rollout.has_success_criterion(source)
         self.label = "task" if self.skills else "success" if judged else ""
         if o.keep == "success" and not judged:
@@ -243,8 +247,9 @@ class Rollouts(EpisodeImporter):
         env.close()
         import gymnasium
 
+        registered = gymnasium.registry.get(source.rpartition(":")[2])
         found = getattr(env.unwrapped, "time_limit", None) or (
-            gymnasium.spec(source).max_episode_steps if source in gymnasium.registry else None
+            registered.max_episode_steps if registered else None
         )
         if not found:
             raise ValueError(
@@ -253,7 +258,7 @@ class Rollouts(EpisodeImporter):
             )
         return int(found)
 
-    def _look(self, world: World) -> tuple[int, int]:
+    def _check_world(self, world: World) -> tuple[int, int]:
         """Return (numbers of an observation, of an action) of a world.
 
         Raises ValueError for a world that cannot be made, or in which the expert cannot act.
@@ -263,14 +268,17 @@ class Rollouts(EpisodeImporter):
             seen, done = env.observation_space, env.action_space
             seconds = getattr(env.unwrapped, "dt", None)
             self.fps = round(1 / float(seconds), 6) if seconds else None
-            if len(seen.shape or ()) != 1:
+            environment.check_spaces(env, world.id)
+            idle = environment.multipliers_without_effect(env, world.dynamics)
+            if idle:
                 raise ValueError(
-                    f"{world.id}: observations of shape {seen.shape}, where rows of numbers "
-                    "are needed"
+                    f"--set dynamics={self.options.dynamics}: {', '.join(idle)} changes nothing in "
+                    f"{world.id}; leave it out"
                 )
-            if not done.shape and not hasattr(done, "n"):
+            if done.shape and not np.isfinite([done.low, done.high]).all():
                 raise ValueError(
-                    f"{world.id}: actions {done}, where rows of numbers or classes are needed"
+                    f"{world.id}: actions without bounds ({done}), so there is no random policy to "
+                    "compare with; give its action_space finite bounds"
                 )
             self.classes = (
                 None
@@ -293,9 +301,10 @@ class Rollouts(EpisodeImporter):
     def _check_trained(self, world: World) -> None:
         """Raise ValueError for an expert of another environment or skill; dynamics may differ."""
         own = World.parse(self.trained.metadata.get("world", ""))
-        if (own.id, own.skill) != (world.id, world.skill):
+        wanted = World.parse(world.text())
+        if (own.id, own.skill) != (wanted.id, wanted.skill):
             theirs, asked = (
-                f"{one.id} (skill {one.skill})" if one.skill else one.id for one in (own, world)
+                f"{one.id} (skill {one.skill})" if one.skill else one.id for one in (own, wanted)
             )
             raise ValueError(
                 f"--set expert={self.options.expert} was trained in {theirs}, while {asked} is "
@@ -311,12 +320,11 @@ class Rollouts(EpisodeImporter):
             explore = self.options.explore if job.split == "train" else 0.0
             expert = self.trained or experts.expert(self.options.expert, job.world)
             (shown,) = experts.demonstrations([job.world], [expert], explore)
-            blind = (
-                shown
-                if self.options.expert == "random"
-                else experts.demonstrations([job.world], [experts.expert("random", job.world)])[0]
-            )
-            yield self._result(job, shown, blind)
+            random = shown
+            if self.options.expert != "random":
+                actor = experts.expert("random", job.world)
+                (random,) = experts.demonstrations([job.world], [actor])
+            yield self._result(job, shown, random)
 
     def _result(self, job: Job, found: rollout.Episode, random: rollout.Episode) -> Result:
         name, total = f"{job.split}-{job.number:06d}", float(found.rewards.sum())
@@ -328,13 +336,13 @@ class Rollouts(EpisodeImporter):
         if job.world.skill:
             amounts |= _success(found.success, f" at {job.world.skill}")
         if random.diverged:
-            blind: tuple[Any, ...] = (None, None, None)
+            random_figures: tuple[Any, ...] = (None, None, None)
             amounts["random diverged"] = 1
         else:
-            blind = float(random.rewards.sum()), random.success, len(random.rewards)
+            random_figures = float(random.rewards.sum()), random.success, len(random.rewards)
             amounts |= {
                 "random": 1,
-                "random return": blind[0],
+                "random return": random_figures[0],
                 **_success(random.success, " of random"),
             }
         if self.options.keep == "success" and not found.success:
@@ -356,7 +364,7 @@ class Rollouts(EpisodeImporter):
             self.robot,
             executed,
         )
-        more = zip(MORE, (job.world.text(), total, found.success, *blind), strict=True)
+        more = zip(MORE, (job.world.text(), total, found.success, *random_figures), strict=True)
         columns = {field.name: pa.array([value], field.type) for field, value in more}
         table = episode_row(episode, job.split, columns)
         return Result(job.split, table, amounts={**amounts, "steps": len(found.rewards)})
