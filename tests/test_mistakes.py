@@ -346,8 +346,8 @@ TYPES = [
         ("targets.films.data.test_fraction: Input should be less than 1 (got 20)",),
     ),
     Mistake(
-        "yes in the place of a number",
-        (TRAIN, "    train: {steps: yes}"),
+        "true in the place of a number",
+        (TRAIN, "    train: {steps: true}"),
         ("targets.films.train.steps: true and false are no value here",),
     ),
     Mistake(

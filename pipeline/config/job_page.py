@@ -49,6 +49,8 @@ while you write it.
   (its newest revision; download another one to a folder), `hf/NAME` an architecture of transformers
   with random weights.
 - **Variables.** `${NAME}` is replaced by the variable of the environment, in values and in keys.
+- **Values.** `true` and `false`, and numbers as in `7`, `0.5` and `1e-4`, are what they look like.
+  `no`, `on`, `007`, `12:30` and `2026-10-01` are texts.
 - **Overrides.** `--set sources.a.train.steps=10` sets a field from the command line. Where the job
   gives a component by its name alone, its options are set by replacing the whole field:
   `--set 'targets.x.objective={ctc: {beam: 50}}'`.

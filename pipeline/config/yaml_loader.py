@@ -1,9 +1,10 @@
 """Read a job file: YAML with line numbers, overrides, and all mistakes reported at once.
 
 An unknown name is reported with the nearest right one. The rules of the text: a repeated key is
-refused, ``1e-4`` is a number, a date is text, ``<<: *anchor`` merges (a mapping's own keys win),
-``${NAME}`` in values and keys comes from the environment, data paths are relative to the job file,
-``storage`` to the current folder, and ``--set a.b=c`` overrides any field.
+refused, ``1e-4`` is a number, ``no``, ``007`` and a date are texts, ``<<: *anchor`` merges (a
+mapping's own keys win), ``${NAME}`` in values and keys comes from the environment, data paths are
+relative to the job file, ``storage`` to the current folder, and ``--set a.b=c`` overrides any
+field.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from pipeline.io.json_values import Json, JsonObject, as_list, as_object
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as its users mean it: 1e-4 is a number, 2026-10-01 is text."""
+    """YAML as its users mean it: 1e-4 is a number; 2026-10-01, no, 007 and 12:30 are texts."""
 
     visited = 0
 
@@ -58,15 +59,38 @@ class _Loader(yaml.SafeLoader):
 
 
 _YAML = "tag:yaml.org,2002:"
-_Loader.yaml_implicit_resolvers = {
-    key: [(tag, expression) for tag, expression in value if tag != f"{_YAML}timestamp"]
-    for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(  # pyright: ignore[reportUnknownMemberType]
-    f"{_YAML}float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
+_SCALARS = (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(0|[1-9][0-9_]*|0b[01_]+|0x[0-9a-fA-F_]+)", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?"
+        r"|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
 )
+"""Kinds of values that are no texts, what they look like, and their first characters.
+
+YAML 1.1, which PyYAML reads, takes more for them: no and off for false, 007 for 7 in octal digits,
+12:30 for 750 (minutes), 2026-10-01 for a date.
+"""
+
+
+def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
+    """Return (tag, expression) of the values that are no texts, by their first character."""
+    kept = (f"{_YAML}null", f"{_YAML}merge")
+    resolvers = {
+        first: [(tag, expression) for tag, expression in values if tag in kept]
+        for first, values in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    for kind, expression, firsts in _SCALARS:
+        for first in firsts:
+            known = resolvers.setdefault(first, [])
+            known.append((f"{_YAML}{kind}", re.compile(f"^({expression})$")))
+    return resolvers
+
+
+_Loader.yaml_implicit_resolvers = _resolvers()
 
 Path_ = tuple[str | int, ...]
 T = TypeVar("T", bound=Spec)

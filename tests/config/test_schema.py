@@ -334,19 +334,52 @@ def test_mistakes_in_merges_have_their_lines(problems, right, wrong, found):
     assert problems(MERGED.replace(right, wrong)) == found
 
 
-@pytest.mark.parametrize("written", ["2026-10-01", "2020-13-45", "2001-12-14t21:59:43.10-05:00"])
-def test_dates_are_text(load, written):
+@pytest.mark.parametrize(
+    "written",
+    [
+        "2026-10-01",
+        "2020-13-45",
+        "2001-12-14t21:59:43.10-05:00",
+        *("NO", "no", "on", "off", "Yes"),
+        *("007", "-012", "00", "12:30", "12:30:45", "="),
+    ],
+)
+def test_dates_codes_times_and_words_are_text(load, written):
+    """YAML 1.1 takes the country NO for false and 012 for 10."""
     got = (
         load(change=("where: {kind: [1, a, true]}", f"where: {{{written}: [{written}, 1]}}"))
         .sources["garments"]
         .data.where
     )
     assert got == {written: [written, 1]}
+    setting = f"sources.garments.data.where.kind=[{written}]"
+    assert load(GOOD, setting).sources["garments"].data.where == {"kind": [written]}
     assert (
         load(GOOD, "name=2020-13-45").name
         == load(change=("name: vision", "name: 2020-13-45")).name
         == "2020-13-45"
     )
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        *(("1e-4", 1e-4), ("1E+2", 100.0), ("1.e-3", 1e-3), (".5e1", 5.0), ("-.5", -0.5)),
+        *(("1_000", 1000), ("+7", 7), ("0", 0), ("0x1F", 31), ("0b11", 3)),
+        *(("true", True), ("False", False)),
+    ],
+)
+def test_numbers_and_booleans(load, written, value):
+    where = (
+        load(GOOD, f"sources.garments.data.where.kind=[{written}]").sources["garments"].data.where
+    )
+    assert where == {"kind": [value]} and type(where["kind"][0]) is type(value)
+
+
+def test_fields_that_are_on_or_off_take_words_too(load):
+    settings = ("sources.garments.train.augment=off", "sources.garments.train.compile=yes")
+    train = load(GOOD, *settings).sources["garments"].train
+    assert (train.augment, train.compile) == (False, True)
 
 
 @pytest.mark.parametrize(
