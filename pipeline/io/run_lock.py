@@ -3,8 +3,8 @@
 Two runs of a job at once would train into the same folders and write the same table. The outputs of
 `prepare`, `predict` and `embed` have such a lease too. A lease is a small JSON file, so it works on
 S3 too. The lease of a run that was killed is taken over when its process has ended (same machine)
-or when nothing has renewed it for a while. A run renews its lease in a file of its own beside it,
-and never writes the lease itself again.
+or when nothing has renewed it for a while, and nothing does so while it is watched. A run renews
+its lease in a file of its own beside it, and never writes the lease itself again.
 
 Entering is exclusive: the lease is written only where none is (a hard link locally, a conditional
 put on S3). Taking over is exclusive too: a run that wants to replace a dead lease first makes a
@@ -34,6 +34,10 @@ from pipeline.io import processes, storage, write_fence
 from pipeline.io.wording import plural
 
 RENEW_SECONDS, STALE_SECONDS = 20.0, 90.0
+WATCH_SECONDS, CLOCK_SECONDS = 1.5 * RENEW_SECONDS, 3600.0
+"""How long a run of another machine is watched that seems dead by its last renewal, and the most
+that the clocks of two machines may differ.
+"""
 SWEEP_SECONDS = 3600.0
 """Age at which what killed writers left is removed when a run begins.
 
@@ -66,14 +70,14 @@ def hold(root: str, note: Callable[[str], None] = lambda line: None) -> Iterator
     """
     lease = _new_lease()
     if storage.keeps_conditions(root):
-        _enter(root, lease)
+        _enter(root, lease, note)
     else:
         note(
             f"{root}: this store has no conditional writes; runs that start at the same time "
             "find out by listing which one is first, which needs listings that show a write at "
             "once"
         )
-        _enter_without_conditions(root, lease)
+        _enter_without_conditions(root, lease, note)
     ended, lost = threading.Event(), threading.Event()
     holder = threading.current_thread()
 
@@ -151,7 +155,7 @@ def _sweep(root: str, lease: Lease, note: Callable[[str], None]) -> None:
 # ---------------------------------------------------------------- getting in
 
 
-def _enter(root: str, lease: Lease) -> None:
+def _enter(root: str, lease: Lease, note: Callable[[str], None]) -> None:
     """Write our lease where there is none, or where the one that is there is dead."""
     uri = write_fence.lease_uri(root)
     for _ in _turns(root):
@@ -162,7 +166,7 @@ def _enter(root: str, lease: Lease) -> None:
         current_lease = write_fence.read_lease(root)
         if current_lease is None:  # it was released in this moment
             continue
-        if _holder_is_alive(root, current_lease):
+        if _holder_is_alive(root, current_lease, note):
             raise _busy(root, current_lease)
         if _take_over(root, current_lease, lease):
             return
@@ -198,7 +202,7 @@ def _take_over(root: str, dead: Lease, lease: Lease) -> bool:
     return is_still_there and is_held(root, lease)
 
 
-def _enter_without_conditions(root: str, lease: Lease) -> None:
+def _enter_without_conditions(root: str, lease: Lease, note: Callable[[str], None]) -> None:
     """Enter by claims that all runs list, for stores without conditional writes.
 
     A claim is visible before its run looks at those of others, and stays until its run has written
@@ -211,7 +215,7 @@ def _enter_without_conditions(root: str, lease: Lease) -> None:
             storage.write_json(claim, _now(lease))
             others = [one for one in _claims(root) if one["id"] != lease["id"] and _is_alive(one)]
             current_lease = write_fence.read_lease(root)
-            if current_lease is not None and _holder_is_alive(root, current_lease):
+            if current_lease is not None and _holder_is_alive(root, current_lease, note):
                 raise _busy(root, current_lease)
             if not others:
                 storage.write_json(write_fence.lease_uri(root), _now(lease))
@@ -251,10 +255,16 @@ def _turns(root: str) -> Iterator[None]:
 
 def _busy(root: str, current_lease: Lease) -> BusyError:
     """Return the error for a folder whose lease another run holds."""
+    advice = ""
+    if not _is_of_this_machine(current_lease):
+        advice = (
+            f"; if it was killed or its machine failed, its folder is free {STALE_SECONDS:.0f} s "
+            "after it last renewed its lease"
+        )
     return BusyError(
         f"{root}: another run is at work already (process {current_lease.get('pid')} on "
         f"{current_lease.get('host')}); wait for it, stop it, or give this one another folder (a "
-        "job: another name or storage)"
+        f"job: another name or storage){advice}"
     )
 
 
@@ -296,11 +306,27 @@ def _renewal_uri(root: str, lease_id: str) -> str:
     return storage.join(root, f"{_RENEWAL_PREFIX}{lease_id}.json")
 
 
-def _holder_is_alive(root: str, current_lease: Lease) -> bool:
-    """Return whether the run that has the lease lives, by its process or by its last renewal."""
-    renewed = _read(_renewal_uri(root, current_lease["id"])) or {}
-    newest = max(current_lease.get("time", 0.0), renewed.get("time", 0.0))
-    return _is_alive({**current_lease, "time": newest})
+def _holder_is_alive(root: str, current_lease: Lease, note: Callable[[str], None]) -> bool:
+    """Return whether the run that has the lease lives.
+
+    On this machine its process decides, elsewhere the time since its last renewal. The clocks of
+    two machines may differ, so that a run is watched for a while before it is taken for dead.
+    """
+    if _is_of_this_machine(current_lease):
+        return _is_alive(current_lease)
+    uri = _renewal_uri(root, current_lease["id"])
+    renewed = _read(uri)
+    newest = max(one.get("time", 0.0) for one in (current_lease, renewed or {}))
+    if _is_alive({**current_lease, "time": newest}):
+        return True
+    if time.time() - newest > CLOCK_SECONDS:
+        return False
+    note(
+        f"{root}: waiting {WATCH_SECONDS:.0f} s to see whether process {current_lease.get('pid')} "
+        f"on {current_lease.get('host')} still works on this job"
+    )
+    time.sleep(WATCH_SECONDS)
+    return _read(uri) not in (None, renewed)
 
 
 def _is_alive(lease: Lease) -> bool:

@@ -113,7 +113,7 @@ def _dead_lease() -> dict[str, object]:
         "id": uuid.uuid4().hex,
         "host": "elsewhere",
         "pid": 12,
-        "time": time.time() - 2 * run_lock.STALE_SECONDS,
+        "time": time.time() - 2 * run_lock.CLOCK_SECONDS,
     }
 
 

@@ -155,10 +155,18 @@ def test_a_number_that_went_to_another_process_is_not_the_run(root):
         pytest.fail("two runs at once")
 
 
-def test_of_another_host_a_fresh_lease_is_obeyed_and_a_stale_one_taken_over(root):
+def test_of_another_host_a_fresh_lease_is_obeyed_and_a_stale_one_taken_over(root, monkeypatch):
+    monkeypatch.setattr(run_lock, "WATCH_SECONDS", 0.0)
     there = {"host": "elsewhere", "pid": 12}
     left_behind(root, **there, time=time.time() - run_lock.STALE_SECONDS + 30)
-    with pytest.raises(BusyError, match=r"process 12 on elsewhere"), run_lock.hold(root):
+    with (
+        pytest.raises(
+            BusyError,
+            match=r"process 12 on elsewhere.*if it was killed or its machine failed, its folder is "
+            r"free 90 s after it last renewed its lease",
+        ),
+        run_lock.hold(root),
+    ):
         pytest.fail("two runs at once")
     left_behind(root, **there, time=time.time() - run_lock.STALE_SECONDS - 1)
     with run_lock.hold(root):
@@ -198,7 +206,8 @@ def test_a_lease_is_renewed_while_the_run_lives(tmp_path, monkeypatch):
     assert held(root) is None and renewed(root, first["id"]) is None
 
 
-def test_a_lease_that_another_host_renews_is_obeyed_however_old_it_is(root):
+def test_a_lease_that_another_host_renews_is_obeyed_however_old_it_is(root, monkeypatch):
+    monkeypatch.setattr(run_lock, "WATCH_SECONDS", 0.0)
     old = time.time() - run_lock.STALE_SECONDS - 1
     there = left_behind(root, host="elsewhere", pid=12, time=old)
     renewal = storage.join(root, ".run-alive-1.json")
@@ -208,6 +217,34 @@ def test_a_lease_that_another_host_renews_is_obeyed_however_old_it_is(root):
     storage.write_json(renewal, {**there, "time": old})
     with run_lock.hold(root):
         assert renewed(root, "1") is None
+
+
+@pytest.mark.parametrize("behind_s", [200.0, 3000.0])
+def test_a_living_run_on_a_machine_whose_clock_is_behind_is_obeyed(root, monkeypatch, behind_s):
+    """By the clock of this machine, it has not renewed its lease for minutes."""
+    there = left_behind(root, host="elsewhere", pid=12, time=time.time() - behind_s)
+    renewal = storage.join(root, ".run-alive-1.json")
+    storage.write_json(renewal, there)
+
+    later = {**there, "time": there["time"] + run_lock.RENEW_SECONDS}
+    monkeypatch.setattr(run_lock, "WATCH_SECONDS", 2.0)
+    timer = threading.Timer(0.5, storage.write_json, (renewal, later))
+    timer.start()
+    said: list[str] = []
+    refused = pytest.raises(BusyError, match="process 12 on elsewhere")
+    with refused, run_lock.hold(root, said.append):
+        pytest.fail("two runs at once")
+    timer.join()
+    assert said == [
+        f"{root}: waiting 2 s to see whether process 12 on elsewhere still works on this job"
+    ]
+
+
+def test_a_run_that_ended_long_ago_is_not_watched(root):
+    left_behind(root, host="elsewhere", pid=12, time=time.time() - 3700)
+    said: list[str] = []
+    with run_lock.hold(root, said.append):
+        assert said == []
 
 
 def test_a_run_does_not_take_its_lease_back_in_the_moment_of_renewing_it(root, monkeypatch):
