@@ -46,6 +46,8 @@ QUIET_SECONDS = 30.0
 RETRY_SECONDS = 2.0
 LOST_SECONDS = 180.0
 """After this long without an answer of the cluster, give up."""
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+"""How a job names a variable of the environment."""
 
 
 def submit(
@@ -105,7 +107,8 @@ def submit(
         raise SubmitError(f"{job_file} is not under the folder to ship, {root}")
     if not secrets_in_clear:
         _refuse_secrets(env or {})
-    storage = _storage(job_file, overrides)
+    job = _read(job_file)
+    unsent = sorted({*_VARIABLE.findall(repr((job, overrides)))} - {*(env or {})})
     package = collect(
         job_file, named, root=root, include=include, exclude=exclude, ship_code=ship_code
     )
@@ -117,7 +120,8 @@ def submit(
     with _without_ray_addresses(), tempfile.TemporaryDirectory(prefix="onetomany-") as folder:
         client = _connect(address)
         archive = write_zip(package, Path(folder) / "package.zip")
-        for line in _remarks(client, address, package, archive, storage, env or {}):
+        storage = _storage(job, overrides)
+        for line in _remarks(client, address, package, archive, storage, env or {}, unsent):
             echo(line)
         try:
             client.submit_job(
@@ -285,12 +289,16 @@ def _without_ray_addresses() -> Iterator[None]:
         os.environ.update(kept)
 
 
-def _storage(job_file: Path, overrides: Sequence[str]) -> str:
-    """Return the job's storage. The job itself is checked by the command line."""
+def _read(job_file: Path) -> Any:
+    """Return what a job file holds. The job itself is checked by the command line."""
     try:
-        job = yaml.safe_load(job_file.read_text(encoding="utf-8"))
+        return yaml.safe_load(job_file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SubmitError(f"cannot read {job_file}: {error}") from error
+
+
+def _storage(job: Any, overrides: Sequence[str]) -> str:
+    """Return the job's storage."""
     values = [
         override.partition("=")[2] for override in overrides if override.startswith("storage=")
     ]
@@ -306,8 +314,13 @@ def _remarks(
     archive: Path,
     storage: str,
     env: Mapping[str, str],
+    unsent: Sequence[str],
 ) -> Iterator[str]:
-    """Yield lines on what is shipped, and warnings."""
+    """Yield lines on what is shipped, and warnings.
+
+    Args:
+        unsent: Variables that the job names and that are not sent with it.
+    """
     left_out = f"; left out: {', '.join(package.left_out[:8])}" if package.left_out else ""
     more = f" and {len(package.left_out) - 8} more" if len(package.left_out) > 8 else ""
     yield (
@@ -327,6 +340,11 @@ def _remarks(
         yield (
             f"warning: {', '.join(secret)} can be read by everyone who may use this cluster's job "
             "API"
+        )
+    if unsent:
+        yield (
+            f"note: the job reads {', '.join(unsent)} from the environment, which is that of the "
+            "cluster: set it there, or send the value from here with --env NAME"
         )
     if "://" in storage.removeprefix("file://") or storage.startswith("${"):
         return

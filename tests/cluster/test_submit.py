@@ -560,6 +560,16 @@ def test_storage_that_the_nodes_do_not_share(job, dashboard, overrides, warning)
     assert found == [] if warning is None else warning in found[0]
 
 
+def test_variables_that_a_job_reads_on_the_cluster_are_named(job, dashboard):
+    _ends(dashboard, "SUCCEEDED", 0)
+    job.write_text(f"# ${{COMMENT}}\n{job.read_text()}\nseed: ${{TEAM}}-${{TASK}}\n")
+    said: list[str] = []
+    settings = ["storage=s3://${BUCKET}/p"]
+    submit(job, dashboard.address, overrides=settings, env={"TASK": "a"}, echo=said.append)
+    notes = [line for line in said if line.startswith("note: ")]
+    assert len(notes) == 1 and notes[0].startswith("note: the job reads BUCKET, TEAM from the ")
+
+
 def test_the_address_given_wins_over_the_environment(job, dashboard, monkeypatch):
     _ends(dashboard, "SUCCEEDED", 0)
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
