@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, BinaryIO
 
@@ -80,6 +80,7 @@ class CsvFile:
         nulls: Fields that mean null (never in columns of texts).
 
     Attributes:
+        types: The type of each column.
         code_columns: Columns that look like numbers and have codes. They are texts without blanks
             at their ends, null where a number would be.
 
@@ -99,27 +100,38 @@ class CsvFile:
         self._open_file, self._name, self._delimiter = open_file, name, delimiter
         self._nulls = pacsv.ConvertOptions().null_values if nulls is None else list(nulls)
         self._block_bytes = BLOCK_BYTES
-        self._types = self._find_types(dict(types or {}))
-        self.code_columns = self._find_code_columns(set(self._types) - set(types or {}))
+        self.types = self._find_types(dict(types or {}))
+        self.code_columns = self._find_code_columns(set(self.types) - set(types or {}))
 
     @property
     def number_columns(self) -> frozenset[str]:
-        """Columns of which each value looks like a number."""
-        numbers = (pa.int64(), pa.float64())
-        return frozenset(name for name, kind in self._types.items() if kind in numbers)
+        """Columns of which each value looks like a number, also those without a value."""
+        numbers = (pa.null(), pa.int64(), pa.float64())
+        return frozenset(name for name, kind in self.types.items() if kind in numbers)
 
-    def tables(self, code_columns: Collection[str] = ()) -> Iterator[pa.Table]:
+    def tables(
+        self,
+        code_columns: Collection[str] = (),
+        types: Mapping[str, pa.DataType] | None = None,
+        order: Sequence[str] = (),
+    ) -> Iterator[pa.Table]:
         """Yield its tables, the first of them without rows.
 
         Args:
             code_columns: Columns in which other files of the same data have codes.
+            types: Types of columns over all files of the same data.
+            order: The columns of the first of these files. Those of this one are read in the same
+                order, if they are the same ones.
         """
         codes = {
             name
             for name in self.code_columns | set(code_columns)
-            if self._types.get(name, pa.binary()) != pa.binary()
+            if self.types.get(name, pa.binary()) != pa.binary()
         }
-        for table in self._blocks(self._types | {name: pa.string() for name in codes}):
+        own = {name: kind for name, kind in (types or {}).items() if name in self.types}
+        columns = order if set(order) == set(self.types) else None
+        texts_of_codes = {name: pa.string() for name in codes}
+        for table in self._blocks(self.types | own | texts_of_codes, columns):
             for index, name in enumerate(table.column_names):
                 if name in codes:
                     texts = pc.utf8_trim_whitespace(table.column(index))
@@ -178,13 +190,13 @@ class CsvFile:
         """
         patterns = {
             name: LEADING_ZERO if kind == pa.int64() else CODE
-            for name, kind in self._types.items()
+            for name, kind in self.types.items()
             if name in names and kind in (pa.int64(), pa.float64())
         }
         code_columns: set[str] = set()
         if not patterns:
             return frozenset()
-        types = self._types | {name: pa.string() for name in patterns}
+        types = self.types | {name: pa.string() for name in patterns}
         for table in self._blocks(types, list(patterns)):
             for name, fields in zip(table.column_names, table.columns, strict=True):
                 is_code = pc.match_substring_regex(fields, rf"^\s*({patterns[name]})\s*$")

@@ -29,9 +29,10 @@ from pipeline.core import arrow_lists
 from pipeline.core.arrow_compute import pc
 from pipeline.core.capabilities import columns_of, file_columns, readable_columns
 from pipeline.data import to_parquet
-from pipeline.data.to_parquet import Origin
-from pipeline.io import file_identity, storage
+from pipeline.data.to_parquet import ImportedFiles, Origin
+from pipeline.io import checksums, file_identity, storage
 from pipeline.io.file_identity import FileIdentity
+from pipeline.io.threads import threaded_map
 
 
 @dataclass(frozen=True)
@@ -143,9 +144,9 @@ class Selection:
 def build(uris: str | list[str], form: str, imports_uri: str) -> Manifest:
     """Build the manifest of files, folders and globs.
 
-    Raises ValueError for no files, an unreadable file or different schemas.
+    Raises ValueError for no files, an unreadable file or schemas that do not fit together.
     """
-    return build_with_named(uris, form, imports_uri)[0]
+    return build_with_files(uris, form, imports_uri)[0]
 
 
 def build_with_named(
@@ -153,10 +154,22 @@ def build_with_named(
     form: str,
     imports_uri: str,
     mode: file_identity.Mode = "content",
-    text_columns: Collection[str] = (),
     empty_texts: Collection[str] = (),
 ) -> tuple[Manifest, tuple[FileIdentity, ...]]:
-    """Build a manifest, and return it with the images or recordings that its rows name.
+    """Build a manifest, and return it with the images or recordings that its rows name."""
+    manifest, imported = build_with_files(uris, form, imports_uri, mode, (), empty_texts)
+    return manifest, imported.named
+
+
+def build_with_files(
+    uris: str | list[str],
+    form: str,
+    imports_uri: str,
+    mode: file_identity.Mode = "content",
+    text_columns: Collection[str] = (),
+    empty_texts: Collection[str] = (),
+) -> tuple[Manifest, ImportedFiles]:
+    """Build a manifest, and return it with the files that it is built from.
 
     Args:
         mode: How files are identified (`file_identity`).
@@ -173,16 +186,13 @@ def build_with_named(
     )
     files, fingerprint = converted.files, converted.fingerprint
     row_groups, schema, digest = [], None, hashlib.sha256()
-    for number, file in enumerate(files):
-        metadata = _footer(file)
+    footers = threaded_map(_footer, files)  # a remote store takes a moment for each
+    for number, (file, metadata) in enumerate(zip(files, footers, strict=True)):
         stored = metadata.schema.to_arrow_schema().remove_metadata()
         own_schema = pa.schema([field.with_type(_without_views(field.type)) for field in stored])
-        schema = schema or own_schema
-        if not own_schema.equals(schema):
-            difference = _difference(schema, own_schema)
-            raise ValueError(f"{file}: its schema differs from that of {files[0]}: {difference}")
+        schema = _common_schema(schema or own_schema, own_schema, file, files[0])
         if fingerprint is None:
-            known = converted.own[number].content if converted.own else None
+            known = converted.given[number].content if converted.origin is None else None
             content = known or file_identity.fingerprint(file)
             name = PurePosixPath(storage.without_query(file)).name
             digest.update(f"{name} {content}".encode())
@@ -191,15 +201,23 @@ def build_with_named(
             if group.num_rows:
                 row_groups.append(RowGroup(number, i, group.num_rows, group.total_byte_size))
     assert schema is not None
+    largest = max(row_groups, key=lambda group: group.num_bytes, default=None)
+    if largest is not None and largest.num_bytes > LARGE_GROUP_BYTES:
+        name, size = storage.without_secrets(files[largest.file]), largest.num_bytes / (1 << 30)
+        checksums.notify(
+            f"{name}: a row group of it has {size:.1f} GiB, and each process that reads rows holds "
+            "whole row groups in memory; write the file with smaller ones (pyarrow and pandas: "
+            "row_group_size=1000)"
+        )
     manifest = Manifest(
         files=tuple(files),
         row_groups=tuple(row_groups),
         schema=schema,
         fingerprint=fingerprint or digest.hexdigest()[:16],
-        identities=converted.own,
+        identities=converted.given if converted.origin is None else (),
         origins=(converted.origin,) * len(files),
     )
-    return manifest, converted.named
+    return manifest, converted
 
 
 def _footer(file: str) -> pq.FileMetaData:
@@ -231,15 +249,55 @@ def _without_views(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
-def _difference(a: pa.Schema, b: pa.Schema) -> str:
-    for name in dict.fromkeys([*a.names, *b.names]):
-        first, second = (s.field(name).type if name in s.names else "absent" for s in (a, b))
-        if first != second:
-            return f"column {name!r} is {first} there and {second} here"
-    return "the order of the columns"
+def _common_schema(schema: pa.Schema, own_schema: pa.Schema, file: str, first: str) -> pa.Schema:
+    """Return a schema for the rows of earlier files and of this one. Reading casts to it.
+
+    The columns of a file may stand in another order, have another width, or have no value (null);
+    numbers may be whole in some files.
+
+    Raises ValueError where a column is missing or of another kind.
+    """
+    if own_schema.equals(schema):
+        return schema
+    fields: list[tuple[str, pa.DataType]] = []
+    for name in dict.fromkeys([*schema.names, *own_schema.names]):
+        ours, theirs = (
+            one.field(name).type if name in one.names else None for one in (schema, own_schema)
+        )
+        common = None if ours is None or theirs is None else _common_type(ours, theirs)
+        if common is None:
+            raise ValueError(
+                f"{file}: its schema differs from that of {first}: column {name!r} is "
+                f"{ours or 'absent'} there and {theirs or 'absent'} here"
+            )
+        fields.append((name, common))
+    return pa.schema(fields)
 
 
-READER_BYTES = 256 << 20
+def _common_type(ours: pa.DataType, theirs: pa.DataType) -> pa.DataType | None:
+    """Return the type that holds the values of both, or None where there is none."""
+    if ours == theirs:
+        return ours
+    if pa.types.is_dictionary(ours) or pa.types.is_dictionary(theirs):
+        ours, theirs = map(_plain_type, (ours, theirs))
+    is_text_and_bytes = {_type_family(ours), _type_family(theirs)} == {"text", "bytes"}
+    has_two_lengths = pa.types.is_fixed_size_list(ours) and pa.types.is_fixed_size_list(theirs)
+    if is_text_and_bytes or has_two_lengths:
+        return None
+    schemas = [pa.schema([("column", kind)]) for kind in (ours, theirs)]
+    try:
+        return pa.unify_schemas(schemas, promote_options="permissive").field("column").type
+    except pa.ArrowException:
+        return None
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    """Return the type of a dictionary's values, or the type itself."""
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+READER_BYTES, LARGE_GROUP_BYTES = 256 << 20, 2 << 30
+"""Row groups that a reader keeps, and the size of a row group from which on there is a warning."""
 MAX_UNPACKED_BYTES, MAX_COMPRESSION_RATIO = 512 << 20, 200
 """A row group larger than the first in memory is refused if it is also more than the second times
 its size in the file: it is probably a decompression bomb.
@@ -270,8 +328,9 @@ class Reader:
                 )
                 return file.read_row_group(group.index_in_file, columns=self.columns)
 
-        table = cast_to_schema(storage.retry(read), self.manifest.schema)
-        self._tables[number] = table
+        schema, table = self.manifest.schema, storage.retry(read)
+        table = table.select([name for name in schema.names if name in table.column_names])
+        self._tables[number] = table = cast_to_schema(table, schema)
         self._bytes_in_cache += table.nbytes
         while self._bytes_in_cache > self.cache_bytes and len(self._tables) > 1:
             _, oldest = self._tables.popitem(last=False)
@@ -374,8 +433,8 @@ def _too_large(name: str, number: int, size: int, packed: int) -> str:
 
 
 def cast_to_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Cast a table to the schema: files of joined corpora may hold text or whole numbers in
-    another width.
+    """Cast a table to the schema: files of one data set or of joined corpora may hold text or
+    numbers in another width, or no value.
     """
     wanted = pa.schema([schema.field(name).remove_metadata() for name in table.column_names])
     return table if table.schema.equals(wanted) else table.cast(wanted)
@@ -385,19 +444,17 @@ def read_columns(selection: Selection, columns: list[str]) -> pa.Table:
     """Read whole columns of a selection (labels, splits, groups); dictionaries are decoded."""
     if not columns:
         return pa.table({})
-    parts = []
-    filled = {g.file for g in selection.manifest.row_groups}
-    for number in range(len(selection.manifest.files)):
-        if number in filled:
-            with selection.manifest.open(number) as handle:
-                file = pq.ParquetFile(handle)
-                for group in range(file.num_row_groups):
-                    _check_group(handle, file, group, columns, selection.manifest.files[number])
-                parts.append(
-                    cast_to_schema(
-                        pq.read_table(handle, columns=columns), selection.manifest.schema
-                    )
-                )
+
+    def read(number: int) -> pa.Table:
+        with selection.manifest.open(number) as handle:
+            file = pq.ParquetFile(handle)
+            for group in range(file.num_row_groups):
+                _check_group(handle, file, group, columns, selection.manifest.files[number])
+            table = pq.read_table(handle, columns=columns)
+        return cast_to_schema(table, selection.manifest.schema)
+
+    filled = sorted({group.file for group in selection.manifest.row_groups})
+    parts = list(threaded_map(read, filled))
     table = _plain_columns(
         pa.concat_tables(parts)
         if parts
@@ -408,14 +465,7 @@ def read_columns(selection: Selection, columns: list[str]) -> pa.Table:
 
 def _plain_columns(table: pa.Table) -> pa.Table:
     return table.cast(
-        pa.schema(
-            [
-                field.with_type(field.type.value_type)
-                if pa.types.is_dictionary(field.type)
-                else field
-                for field in table.schema
-            ]
-        )
+        pa.schema([field.with_type(_plain_type(field.type)) for field in table.schema])
     )
 
 
@@ -447,7 +497,9 @@ class Splits:
     """All files that are read in training: Parquet files, and those that their rows name."""
     left_out: tuple[LeftOut, ...] = ()
     unused: str = ""
-    """How many rows the split column puts into no split, and its values; "": none."""
+    """How many rows the split column puts into no split, with its values, and how many values of
+    `where` no row has; "": none.
+    """
     drawn_by: tuple[str, ...] = ()
     """The column, other than the group, that the drawn splits of each corpus keep together; "":
     none.
@@ -533,6 +585,14 @@ def _check_columns(manifest: Manifest, data: Data, roles: tuple[str, ...], at: s
         for field, column in wanted
         if column not in known
     ]
+    problems += [
+        f"{at}.{field}: column {column!r} of {manifest.name()} holds {kind}, and one value a row "
+        "is needed here"
+        for field, column in wanted
+        if column in known
+        and not field.startswith("columns.")
+        and pa.types.is_nested(kind := manifest.schema.field(column).type)
+    ]
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -561,9 +621,10 @@ number. Of other columns it shows up to the second number of values.
 """
 
 
-def _where(selection: Selection, data: Data, at: str) -> Selection:
-    """Return the rows that `where` keeps. Raises ValueError if there are none, with the values
-    that exist.
+def _where(selection: Selection, data: Data, at: str, found: dict[str, set[str]]) -> Selection:
+    """Return the rows that `where` keeps, and add the values that rows have to ``found``.
+
+    Raises ValueError if there are none, with the values that exist.
     """
     where = data.where
     if not where or not len(selection):
@@ -574,9 +635,10 @@ def _where(selection: Selection, data: Data, at: str) -> Selection:
     for name, values in where.items():
         kept = {value_text(value) for value in values}
         codes, held_values = arrow_lists.dictionary_codes(table[name])
+        texts = [value_text(value) for value in held_values.to_pylist()]
+        found.setdefault(name, set()).update(kept.intersection(texts))
         # the last entry is for nulls, whose code is -1
-        is_kept = [*(value_text(value) in kept for value in held_values.to_pylist()), False]
-        matches = np.array(is_kept)[codes]
+        matches = np.array([*(text in kept for text in texts), False])[codes]
         mask &= matches
         if not matches.any():
             # values that the job file states may come from the environment and be secret
@@ -594,6 +656,23 @@ def _where(selection: Selection, data: Data, at: str) -> Selection:
             f"{selection.manifest.name()}, and all together for none; leave one out"
         )
     return selection.keep(mask)
+
+
+def _describe_missing(data: Data, found: Mapping[str, set[str]]) -> list[str]:
+    """Describe how many values of `where` no row has: they may be misspelt.
+
+    Args:
+        found: The values that rows have, by column, of all splits.
+    """
+    out: list[str] = []
+    for name, held in found.items():
+        missing = [value for value in data.where[name] if value_text(value) not in held]
+        if missing:
+            # the values may come from the environment and be secret
+            out.append(
+                f"no row has {len(missing)} of the {len(data.where[name])} values of where.{name}"
+            )
+    return out
 
 
 def _describe_values(
@@ -845,16 +924,21 @@ def _splits(
     kind = registry.get("modality", data.modality.name)
     empty_texts = {*readable_columns(kind, data.columns), *_columns_asked_for_empty(data)}
     files_named_by_rows: dict[tuple[str, ...], tuple[FileIdentity, ...]] = {}
+    files_of_split: dict[str, tuple[FileIdentity, ...]] = {}
+    found_values: dict[str, set[str]] = {}
 
-    def build_one(uris: str | list[str], text_columns: Collection[str] = ()) -> Selection:
-        manifest, named_files = build_with_named(
+    def build_one(
+        split: str, uris: str | list[str], text_columns: Collection[str] = ()
+    ) -> Selection:
+        manifest, imported = build_with_files(
             uris, data.format, imports_uri, data.identity, text_columns, empty_texts
         )
-        files_named_by_rows[manifest.files] = named_files
+        files_of_split[split] = imported.given
+        files_named_by_rows[manifest.files] = imported.named
         _check_columns(manifest, data, roles, at)
-        return _where(Selection(manifest), data, at)
+        return _where(Selection(manifest), data, at, found_values)
 
-    train = build_one(data.uri if data.uri is not None else data.train or [])
+    train = build_one("train", data.uri if data.uri is not None else data.train or [])
     manifest = train.manifest
     given: dict[str, Selection] = {}
     descriptions: list[str] = []
@@ -869,8 +953,10 @@ def _splits(
         if files is not None:
             # 07 makes a column of the training rows texts: then 10 in a small test file is one too
             texts = [field.name for field in manifest.schema if pa.types.is_string(field.type)]
-            given[name] = build_one(files, texts)
+            given[name] = build_one(name, files, texts)
             descriptions.append(f"{name} files")
+    _check_no_file_is_trained_on(files_of_split, at)
+    unused = "; ".join([*([unused] if unused else []), *_describe_missing(data, found_values)])
     fractions = {"test": data.test_fraction, "validation": data.validation_fraction}
     to_draw = {
         name: fraction for name, fraction in fractions.items() if fraction > 0 and name not in given
@@ -923,6 +1009,20 @@ def _splits(
         drawn_by=(unit_column if unit_column and not data.group else "",),
         empty_draws=empty_draws,
     )
+
+
+def _check_no_file_is_trained_on(
+    files_of_split: Mapping[str, tuple[FileIdentity, ...]], at: str
+) -> None:
+    """Raise ValueError where a file of validation or test rows is also one of training rows."""
+    trained = {file.uri for file in files_of_split["train"]}
+    for name, files in files_of_split.items():
+        both = [file.uri for file in files if file.uri in trained]
+        if name != "train" and both:
+            raise ValueError(
+                f"{at}.{name}: {len(both)} of its {len(files)} files are also in train, such as "
+                f"{storage.without_secrets(both[0])}: leave them out of one of the two"
+            )
 
 
 def _declared_splits(
@@ -1122,7 +1222,7 @@ def _location_of_name(selection: Selection, column: str, name: str) -> str:
 
 def _can_name_files(kind: pa.DataType) -> bool:
     """Whether values are texts, or structs whose field `path` is a text."""
-    values = kind.value_type if pa.types.is_dictionary(kind) else kind
+    values = _plain_type(kind)
     if not pa.types.is_struct(values):
         return arrow_lists.is_text(values)
     index = values.get_field_index("path")

@@ -11,6 +11,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
@@ -61,6 +62,8 @@ NAMED_FILE_KINDS = {"images", "audio"}
 """Kinds whose rows name files: the Parquet file has their URIs."""
 INTERNALLY_COMPRESSED = {"parquet", *NAMED_FILE_KINDS}
 """Kinds of files that are compressed inside, and are not read if compressed once more."""
+TABLE_RECORDS = {"_delta_log": "Delta Lake", ".hoodie": "Hudi"}
+"""Folders in which table formats record which files of a table are valid."""
 LONGEST_SECONDS = 30.0
 """Longer recordings are cut where they are quietest."""
 AUDIO_VERSION = 1
@@ -147,15 +150,21 @@ def expand(uris: list[str], form: str) -> list[tuple[str, str]]:
     """
     out: list[tuple[str, str]] = []
     for uri in uris:
-        entries = [uri] if storage.is_dir(uri) else storage.glob(uri)
-        if not entries:
+        if storage.is_dir(uri):
+            out += [(file, uri) for file in _files_of_folder(uri, form)]
+            continue
+        files = storage.glob(uri)
+        if not files:
             raise ValueError(f"{uri}: no such file, folder or glob")
-        for entry in entries:
-            if storage.is_dir(entry):
-                out += [(file, entry) for file in _files_of_folder(entry, form)]
-            else:
-                out.append((entry, ""))
+        out += [(file, "") for file in files]
     return sorted(dict(reversed(out)).items())
+
+
+def _table_format(parts: tuple[str, ...]) -> str:
+    """Return the table format whose record of valid files a file belongs to, or ""."""
+    if "metadata" in parts[:-1] and parts[-1].endswith(".metadata.json"):
+        return "Iceberg"
+    return next((TABLE_RECORDS[part] for part in parts if part in TABLE_RECORDS), "")
 
 
 def _files_of_folder(folder: str, form: str) -> list[str]:
@@ -163,6 +172,13 @@ def _files_of_folder(folder: str, form: str) -> list[str]:
     files = []
     for file in storage.list_files(folder):
         parts = PurePosixPath(file[len(folder) :]).parts
+        table = _table_format(parts)
+        if table and wanted_kind in ("auto", "parquet"):
+            raise ValueError(
+                f"{folder}: it is a table of {table}, whose folder may still have files with rows "
+                "that were deleted or replaced: write the table out as plain Parquet, or name the "
+                "files that count"
+            )
         is_hidden = any(part.startswith((".", "_")) for part in parts)
         kind = kind_of(file)
         if kind and not is_hidden and (form == "auto" or kind == wanted_kind):
@@ -185,14 +201,17 @@ class ImportedFiles(NamedTuple):
     """The Parquet files of some files' rows."""
 
     files: list[str]
+    given: tuple[FileIdentity, ...]
+    """The given files."""
     fingerprint: str | None = None
     """Hash of the content; None where the given files are Parquet."""
-    own: tuple[FileIdentity, ...] = ()
-    """The given files, where they are Parquet."""
-    named: tuple[FileIdentity, ...] = ()
-    """The images or recordings that the rows name, and that are read in training."""
     origin: Origin | None = None
-    """The given files; None where they are Parquet."""
+    """The given files in words; None where they are Parquet."""
+
+    @property
+    def named(self) -> tuple[FileIdentity, ...]:
+        """The images or recordings that the rows name, and that are read in training."""
+        return self.given if self.origin and self.origin.kind in NAMED_FILE_KINDS else ()
 
 
 def to_parquet(
@@ -245,22 +264,22 @@ def to_parquet(
         contents = [[file.name, file.label, file.content_hash] for file in listed]
         fingerprint = spec_hash(kind, contents, *cut)
     else:
-        for file in files:
-            # an empty image or document is one bad row, an empty table is a mistake
-            if kind != "documents" and storage.size(file) == 0:
-                raise ValueError(
-                    f"{file}: the file is empty (0 bytes); remove it or write it again"
-                )
         if has_labels:
             listed = _identified_files(pairs, mode)
             read = [file.identity for file in listed]
             names = [[file.name, file.label] for file in listed]
         else:
             read = identity.identify(files, mode)
+            empty = next((file.uri for file in read if file.size == 0), "")
+            # an empty image or document is one bad row, an empty table is a mistake
+            if empty and kind != "documents":
+                raise ValueError(
+                    f"{empty}: the file is empty (0 bytes); remove it or write it again"
+                )
             names = [[PurePosixPath(storage.without_query(file.uri)).name] for file in read]
         if kind == "parquet":
             _check_prepared(read)
-            return ImportedFiles(files, own=tuple(read))
+            return ImportedFiles(files, tuple(read))
         key = spec_hash(
             kind,
             [[*name, file.content] for name, file in zip(names, read, strict=True)],
@@ -288,9 +307,9 @@ def to_parquet(
             )
     return ImportedFiles(
         [storage.join(folder, "rows.parquet")],
+        tuple(read),
         fingerprint,
-        named=tuple(read) if kind in NAMED_FILE_KINDS else (),
-        origin=Origin(
+        Origin(
             files[0] if len(files) == 1 else ", ".join(uris),
             {"images": "image", "audio": "audio"}.get(kind, ""),
             kind,
@@ -515,31 +534,34 @@ def _write(
                 _without_bom(file, handle.read(len(UTF8_BOM)))
     if kind == "csv":
         tables = csv_tables_of(files, text_columns=text_columns, empty_texts=empty_texts)
+    elif kind == "jsonl":
+        tables = _json_lines(files)
     else:
-        read = {
-            "jsonl": _json_lines,
-            "text": _lines,
-            "paragraphs": _paragraphs,
-            "documents": _document,
-        }[kind]
+        read = {"text": _lines, "paragraphs": _paragraphs, "documents": _document}[kind]
         tables = ((file, read(file)) for file in files)
     writer = None
     for file, tables_of_file in tables:
         for table in tables_of_file:
             writer = writer or pq.ParquetWriter(path, table.schema)
             if not table.schema.equals(writer.schema):
-                raise ValueError(
-                    f"{file}: its columns ({_columns(table.schema)}) differ from those of "
-                    f"{files[0]} ({_columns(writer.schema)})"
-                )
+                raise _other_columns(file, table.schema, files[0], writer.schema)
             if len(table):
                 writer.write_table(table, row_group_size=GROUP_ROWS)
     assert writer is not None
     writer.close()
 
 
-def _columns(schema: pa.Schema) -> str:
-    return ", ".join(f"{field.name}: {field.type}" for field in schema)
+def _other_columns(
+    file: str, schema: pa.Schema, first: str, schema_of_first: pa.Schema
+) -> ValueError:
+    """Return the error about a file that has other columns than the first one."""
+    columns, columns_of_first = (
+        ", ".join(f"{field.name}: {field.type}" for field in one)
+        for one in (schema, schema_of_first)
+    )
+    return ValueError(
+        f"{file}: its columns ({columns}) differ from those of {first} ({columns_of_first})"
+    )
 
 
 def csv_tables_of(
@@ -550,11 +572,12 @@ def csv_tables_of(
 ) -> Iterator[tuple[str, Iterator[pa.Table]]]:
     """Yield each CSV file with its tables, which are read block by block.
 
-    A column that has codes (007) in one of the files is a column of texts in all of them. An empty
+    A column that has codes (007) in one of the files is a column of texts in all of them. One that
+    has whole numbers or no value in some files has the type that it has in the others. An empty
     field is null, as pandas has it.
 
     Args:
-        files: Files with the same columns.
+        files: Files with the same columns, in any order.
         delimiter: Separates fields; "": tabs in .tsv files, else commas.
         text_columns: Columns that are read as texts even if all files have numbers in them.
         empty_texts: Columns in which an empty field is an empty text instead.
@@ -567,9 +590,27 @@ def csv_tables_of(
             _check_delimiter(file, mark)
         readers.append(CsvFile(partial(open_decompressed, file), file, delimiter=mark))
     code_columns = frozenset[str]().union(*(reader.code_columns for reader in readers))
+    types = _common_types(readers)
     for file, reader in zip(files, readers, strict=True):
-        tables = reader.tables(code_columns | (reader.number_columns & set(text_columns)))
+        codes = code_columns | (reader.number_columns & set(text_columns))
+        tables = reader.tables(codes, types, list(readers[0].types))
         yield file, (_empty_as_null(table, empty_texts) for table in tables)
+
+
+def _common_types(readers: list[CsvFile]) -> dict[str, pa.DataType]:
+    """Return the types of columns over all files, without those of two kinds."""
+    types: dict[str, set[pa.DataType]] = {}
+    for reader in readers:
+        for name, kind in reader.types.items():
+            types.setdefault(name, set()).add(kind)
+    out: dict[str, pa.DataType] = {}
+    for name, kinds in types.items():
+        kinds.discard(pa.null())
+        if kinds == {pa.int64(), pa.float64()}:
+            out[name] = pa.float64()
+        elif len(kinds) == 1:
+            out[name] = kinds.pop()
+    return out
 
 
 def _empty_as_null(table: pa.Table, empty_texts: Collection[str]) -> pa.Table:
@@ -604,22 +645,48 @@ def _check_delimiter(file: str, delimiter: str) -> None:
             )
 
 
-def _json_lines(file: str) -> Iterator[pa.Table]:
-    """Yield the rows of a JSON Lines file, chunk by chunk.
+def _json_lines(files: list[str]) -> Iterator[tuple[str, Iterator[pa.Table]]]:
+    """Yield each JSON Lines file with its tables, which are read chunk by chunk.
 
-    A first pass over the whole file finds the columns, since a chunk may lack some.
+    A first pass over all files finds the columns, since a chunk may lack some.
     """
-    schema = None
-    for number, chunk in _chunks(file):
-        own_schema = pa.struct(list(_parsed(file, number, chunk, None).schema))
-        try:
-            schema = own_schema if schema is None else _common_type(schema, own_schema)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error} (lines from {number} on)") from None
-    if schema is None:
-        raise ValueError(f"{file}: no line holds an object; remove it or write it again")
-    for number, chunk in _chunks(file):
-        yield _parsed(file, number, chunk, pa.schema(list(schema)))
+    columns: pa.DataType = pa.struct([])
+    schema_of_first = pa.schema([])
+    for file in files:
+        names: set[str] = set()
+        for number, chunk in _chunks(file):
+            schema = _schema_of(file, number, chunk)
+            names |= set(schema.names)
+            try:
+                columns = _common_type(columns, pa.struct(list(schema)))
+            except ValueError as error:
+                raise ValueError(f"{file}: {error} (lines from {number} on)") from None
+        if not names:
+            raise ValueError(f"{file}: no line holds an object; remove it or write it again")
+        own_schema = pa.schema([field for field in columns if field.name in names])
+        schema_of_first = own_schema if file == files[0] else schema_of_first
+        if names != set(schema_of_first.names):
+            raise _other_columns(file, own_schema, files[0], schema_of_first)
+    schema = pa.schema(list(columns))
+    for file in files:
+        yield file, (_parsed(file, number, chunk, schema) for number, chunk in _chunks(file))
+
+
+def _schema_of(file: str, number: int, chunk: bytes) -> pa.Schema:
+    """Return the schema of some lines.
+
+    Whole numbers from 2^63 on are uint64. Arrow itself takes them for floating-point numbers, in
+    which two ids may become one.
+    """
+    table = _parsed(file, number, chunk, None)
+    schema = table.schema
+    for index, field in enumerate(schema):
+        if not pa.types.is_floating(field.type) or not (pc.max(table[index]).as_py() or 0) >= 2**63:
+            continue
+        unsigned = schema.set(index, field.with_type(pa.uint64()))
+        with suppress(ValueError):  # some of them are no whole numbers
+            schema = _parsed(file, number, chunk, unsigned).schema
+    return schema
 
 
 def _chunks(file: str) -> Iterator[tuple[int, bytes]]:
@@ -674,8 +741,8 @@ def _common_type(a: pa.DataType, b: pa.DataType, name: str = "") -> pa.DataType:
         return a
     if pa.types.is_null(a):
         return b
-    if {a, b} == {pa.int64(), pa.float64()}:
-        return pa.float64()
+    if {a, b} <= {pa.int64(), pa.uint64(), pa.float64()}:
+        return pa.float64() if pa.float64() in (a, b) else pa.uint64()
     # texts of which some are dates
     if pa.string() in (a, b) and any(pa.types.is_timestamp(kind) for kind in (a, b)):
         return pa.string()

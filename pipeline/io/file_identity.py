@@ -76,6 +76,11 @@ class FileIdentity(NamedTuple):
     content: str
     stamp: str
 
+    @property
+    def size(self) -> int | None:
+        """Its bytes; None where there is no file."""
+        return None if self.content == ABSENT else int(self.content.partition("-")[0])
+
 
 # ---------------------------------------------------------------- identify and compare
 

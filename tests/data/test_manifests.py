@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, Stratified
 from pipeline.config.schema import Data, spec_hash
 from pipeline.data import manifests as m
 from pipeline.data import to_parquet as made
-from pipeline.io import file_identity, storage
+from pipeline.io import checksums, file_identity, storage
 
 PNG = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55"
@@ -138,6 +139,37 @@ def test_only_footers_are_read(files, imports):
     assert m.build(str(files), "auto", imports).num_rows == 63
 
 
+def test_files_are_opened_several_at_once(files, imports, monkeypatch):
+    """On a remote store each takes a moment."""
+    barrier, open_read = threading.Barrier(3, timeout=20), storage.open_read
+
+    def open_together(*words):
+        barrier.wait()
+        return open_read(*words)
+
+    monkeypatch.setattr(storage, "open_read", open_together)
+    built = m.build(str(files), "auto", imports)
+    table = m.read_columns(m.Selection(built), ["number"])
+    assert table["number"].to_pylist() == list(range(63))
+
+
+def test_files_of_a_glob_are_not_looked_at_one_by_one(files, monkeypatch):
+    looked, info = [], storage._info
+    monkeypatch.setattr(storage, "_info", lambda uri: looked.append(uri) or info(uri))
+    assert len(made.expand([str(files / "*.parquet")], "auto")) == 3
+    assert looked == [str(files / "*.parquet")]
+
+
+def test_a_row_group_that_may_not_fit_into_memory_is_named(files, imports, monkeypatch):
+    said: list[str] = []
+    with checksums.notifications_to(said.append):
+        m.build(str(files), "auto", imports)
+        monkeypatch.setattr(m, "LARGE_GROUP_BYTES", 100)
+        m.build(str(files / "a.parquet"), "auto", imports)
+    assert len(said) == 1
+    assert said[0].startswith(f"warning: {files}/a.parquet: a row group of it has 0.0 GiB, and ")
+
+
 def test_the_place_of_a_row_names_its_file_and_its_row_in_it(files, imports):
     built = m.build(str(files), "auto", imports)
     assert built.location(0) == f"{files}/a.parquet row 0"
@@ -173,8 +205,12 @@ def test_a_manifest_travels(files, imports):
     ("change", "message"),
     [
         (
-            lambda frame: frame.assign(label=frame.label.astype("int32")),
-            "column 'label' is int64 there and int32 here",
+            lambda frame: frame.assign(label=frame.label == 1),
+            "column 'label' is int64 there and bool here",
+        ),
+        (
+            lambda frame: frame.assign(text=frame.text.str.encode("utf-8")),
+            "column 'text' is (large_)?string there and binary here",
         ),
         (
             lambda frame: frame.assign(label=frame.label.astype(str)),
@@ -185,7 +221,6 @@ def test_a_manifest_travels(files, imports):
             "column 'label' is int64 there and absent here",
         ),
         (lambda frame: frame.assign(more=1), "column 'more' is absent there and int64 here"),
-        (lambda frame: frame[frame.columns[::-1]], "the order of the columns"),
     ],
 )
 def test_files_whose_schemas_differ_are_refused_by_column(files, imports, change, message):
@@ -195,6 +230,47 @@ def test_files_whose_schemas_differ_are_refused_by_column(files, imports, change
     assert str(caught.value).startswith(
         f"{files}/d.parquet: its schema differs from that of {files}/a.parquet: "
     )
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kind"),
+    [
+        (pa.array([1, 2], pa.int32()), pa.array([3, None], pa.int64()), pa.int64()),
+        (pa.array([1, 2]), pa.array([0.5, None]), pa.float64()),
+        (pa.nulls(2), pa.array(["a", "b"]), pa.string()),
+        (pa.array(["a", "b"]), pa.nulls(2), pa.string()),
+        (pa.array(["a", "b"]), pa.array(["c", None], pa.large_string()), pa.large_string()),
+        (pa.array(["a", "b"]).dictionary_encode(), pa.array(["b", None]), pa.string()),
+        (
+            pa.array([[1], [2, 3]], pa.list_(pa.int32())),
+            pa.array([[4], None], pa.list_(pa.float32())),
+            pa.list_(pa.float64()),
+        ),
+        (
+            pa.array(
+                [{"bytes": b"x", "path": None}] * 2, pa.struct({"bytes": "binary", "path": "null"})
+            ),
+            pa.array([{"bytes": None, "path": "y"}] * 2),
+            pa.struct({"bytes": "binary", "path": "string"}),
+        ),
+    ],
+)
+def test_shards_may_have_other_widths_and_orders_of_columns(tmp_path, imports, first, second, kind):
+    """As pandas and Spark write them: a shard without a value, or with a missing whole number."""
+    numbered = pa.field("number", pa.int64(), nullable=False)
+    pq.write_table(pa.table({"value": first, "number": [0, 1]}), tmp_path / "a.parquet")
+    other = pa.table(
+        [pa.array([2, 3]), second], schema=pa.schema([numbered, ("value", second.type)])
+    )
+    pq.write_table(other, tmp_path / "b.parquet")
+    built = m.build(str(tmp_path / "*.parquet"), "auto", imports)
+    assert built.schema.field("value").type == kind
+    values = [*first.to_pylist(), *second.to_pylist()]
+    got = m.Reader(built, ["number", "value"]).take(np.array([3, 0, 2, 1]))
+    assert got["value"].to_pylist() == [values[i] for i in (3, 0, 2, 1)]
+    assert got["number"].to_pylist() == [3, 0, 2, 1]
+    whole = m.read_columns(m.Selection(built), ["value", "number"])
+    assert whole["value"].to_pylist() == values and whole["number"].to_pylist() == [0, 1, 2, 3]
 
 
 def test_metadata_of_a_schema_is_no_difference(files, imports):
@@ -262,6 +338,23 @@ def test_hidden_files_and_other_suffixes_are_left_out_of_folders(files, imports)
         (files / name).parent.mkdir(exist_ok=True)
         (files / name).write_text("x")
     assert m.build(str(files), "auto", imports).num_rows == 63
+
+
+@pytest.mark.parametrize(
+    ("record", "table"),
+    [
+        ("_delta_log/00000000000000000000.json", "Delta Lake"),
+        (".hoodie/hoodie.properties", "Hudi"),
+        ("metadata/v2.metadata.json", "Iceberg"),
+    ],
+)
+def test_folders_of_table_formats_are_refused(files, imports, record, table):
+    """Rows that were deleted or replaced are still in files beside the valid ones."""
+    (files / record).parent.mkdir()
+    (files / record).write_text("{}")
+    with pytest.raises(ValueError, match=rf"{files}: it is a table of {table}, .* plain Parquet"):
+        m.build(str(files), "auto", imports)
+    assert m.build(str(files / "*.parquet"), "auto", imports).num_rows == 63
 
 
 def test_folders_are_read_to_their_depth(files, imports):
@@ -1247,11 +1340,24 @@ def test_where_leaves_nulls_out(tmp_path, split):
     frame = people(0, 20)
     frame.loc[::2, "kind"] = None
     write(tmp_path / "a.parquet", frame)
-    assert numbers(
-        split(
-            uri=str(tmp_path / "a.parquet"), where={"kind": ["b", "None"]}, validation_fraction=0
-        ).train
-    ) == list(range(1, 20, 2))
+    fields = {"uri": str(tmp_path / "a.parquet"), "validation_fraction": 0}
+    assert numbers(split(where={"kind": ["b"]}, **fields).train) == list(range(1, 20, 2))
+    assert numbers(split(where={"kind": ["b", "None"]}, **fields).train) == list(range(1, 20, 2))
+
+
+def test_values_of_where_that_no_row_has_are_counted(tmp_path, split):
+    """One of them may be misspelt: its rows would silently be missing."""
+    for name, countries in (("train", ["de", "fr"]), ("test", ["de", "no"])):
+        frame = people(0, 20).assign(country=countries * 10)
+        write(tmp_path / f"{name}.parquet", frame)
+    fields = {name: str(tmp_path / f"{name}.parquet") for name in ("train", "test")}
+    got = split(where={"country": ["fr", "no"]}, validation_fraction=0, **fields)
+    assert (len(got.train), len(got.test), got.unused) == (10, 10, "")
+    got = split(where={"country": ["fr", "no", "CANARY"]}, validation_fraction=0, **fields)
+    assert got.sizes() == (
+        "train 10, validation 0, test 10 rows (test files); no row has 1 of the 3 values of "
+        "where.country"
+    )
 
 
 @pytest.mark.parametrize(
@@ -1354,6 +1460,24 @@ def test_where_that_keeps_no_row_of_a_further_split_or_corpus_is_told(files, tmp
         )
 
 
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_a_file_of_training_rows_tests_nothing(files, split, name):
+    both = {"train": str(files / "*.parquet"), name: str(files / "b.parquet")}
+    with pytest.raises(
+        ValueError,
+        match=rf"targets\.t\.data\.{name}: 1 of its 1 files are also in train, such as "
+        rf"{files}/b\.parquet: leave them out of one of the two",
+    ):
+        split(**both)
+
+
+def test_an_image_of_training_rows_tests_nothing(pets, split):
+    fields = {"columns": {"image": "image"}, "modality": {"name": "image"}}
+    folders = sorted(str(path) for path in Path(pets).iterdir() if path.is_dir())
+    with pytest.raises(ValueError, match=r"data\.test: \d+ of its \d+ files are also in train"):
+        split(roles=("image",), train=str(pets), test=folders[0], **fields)
+
+
 def test_where_holds_for_every_split(files, split):
     got = split(
         train=str(files / "a.parquet"),
@@ -1395,6 +1519,15 @@ def test_where_holds_for_every_split(files, split):
 def test_a_wrong_column_is_told_with_the_nearest(files, split, fields, message):
     with pytest.raises(ValueError, match=message):
         split(uri=str(files), roles=("text",), **fields)
+
+
+def test_lists_are_no_groups_and_no_splits(tmp_path, split):
+    pq.write_table(pa.table({"text": ["a"], "tags": [["x"]]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError) as caught:
+        split(uri=str(tmp_path / "a.parquet"), group="tags", where={"tags": ["x"]})
+    where, group = str(caught.value).splitlines()
+    assert where.startswith("targets.t.data.where: column 'tags' of ")
+    assert group.startswith("targets.t.data.group: ") and "holds list<" in group
 
 
 def test_all_wrong_columns_are_told_at_once(files, split):
@@ -1889,10 +2022,9 @@ def test_json_lines_and_csv_are_held_a_chunk_at_a_time(tmp_path, small_chunks):
     lines_of(tmp_path / "a.jsonl", rows)
     pd.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False)
     csv_files = small_chunks.csv_tables_of([str(tmp_path / "a.csv")])
-    for tables in (
-        list(small_chunks._json_lines(str(tmp_path / "a.jsonl"))),
-        [table for _, of_file in csv_files for table in of_file],
-    ):
+    json_files = small_chunks._json_lines([str(tmp_path / "a.jsonl")])
+    for files in (json_files, csv_files):
+        tables = [table for _, of_file in files for table in of_file]
         assert max(len(table) for table in tables) < 30 and len(tables) > 60
         assert pa.concat_tables(tables).to_pylist() == rows
 
@@ -2042,6 +2174,51 @@ def test_a_column_with_codes_in_one_csv_file_is_text_in_all(tmp_path, imports):
         "patient": ["7", None, "007", None],
         "hours": ["01.5", "0.5", "1", "2"],
     }
+
+
+def test_csv_files_of_one_table_may_lack_values_and_differ_in_the_order_of_columns(
+    tmp_path, imports
+):
+    (tmp_path / "a.csv").write_text("hours,label,text\n1,,x\n2,,y\n")
+    (tmp_path / "b.csv").write_text("text,hours,label\nz,0.5,cat\n,,\n")
+    assert rows_of(tmp_path, imports) == {
+        "hours": [1.0, 2.0, 0.5, None],
+        "label": [None, None, "cat", None],
+        "text": ["x", "y", "z", None],
+    }
+
+
+def test_json_lines_of_one_table_may_lack_values_in_some_files(tmp_path, imports):
+    lines_of(tmp_path / "a.jsonl", [{"hours": 1, "label": None, "deep": {}}, {"hours": 2}])
+    lines_of(tmp_path / "b.jsonl", [{"label": "cat", "hours": 0.5, "deep": {"a": [1]}}])
+    assert rows_of(tmp_path / "*.jsonl", imports) == {
+        "hours": [1.0, 2.0, 0.5],
+        "label": [None, None, "cat"],
+        "deep": [{"a": None}, None, {"a": [1]}],
+    }
+    lines_of(tmp_path / "c.jsonl", [{"hours": 1, "lable": "dog", "deep": None}])
+    with pytest.raises(
+        ValueError,
+        match=r"c\.jsonl: its columns \(.*lable: string.* differ from those of \S+a\.jsonl",
+    ):
+        rows_of(tmp_path / "*.jsonl", imports)
+    lines_of(tmp_path / "c.jsonl", [{"hours": "many"}])
+    with pytest.raises(
+        ValueError, match=r"c\.jsonl: column 'hours' is double in some lines and string in others"
+    ):
+        rows_of(tmp_path / "*.jsonl", imports)
+
+
+def test_large_whole_numbers_of_json_lines_keep_their_digits(tmp_path, imports):
+    ids = [7, 2**63, 2**63 + 1, 2**64 - 1, None]
+    lines_of(tmp_path / "a.jsonl", [{"id": one, "x": 1e30, "y": 2**63} for one in ids])
+    lines_of(tmp_path / "b.jsonl", [{"id": 8, "x": 2, "y": 0.5}])
+    got = rows_of(tmp_path / "*.jsonl", imports)
+    assert got["id"] == [*ids, 8] and got["x"] == [1e30] * 5 + [2.0]
+    assert got["y"] == [float(2**63)] * 5 + [0.5]
+    lines_of(tmp_path / "c.jsonl", [{"id": -1, "x": 2, "y": 1}])
+    with pytest.raises(ValueError, match=r"c\.jsonl: not readable as jsonl.*couldn't parse:-1"):
+        rows_of(tmp_path / "*.jsonl", imports)
 
 
 def test_codes_of_the_training_rows_make_a_column_of_a_test_file_texts_too(tmp_path, split):

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -300,8 +301,9 @@ def test_the_coefficient_is_chosen_without_the_test_rows(tmp_path, paths):
     choice.
     """
     found = []
-    for number, test in enumerate(("test", "train")):
-        mine = {**paths, "test": paths[test]}
+    other = str(shutil.copy(paths["train"], tmp_path / "other.parquet"))
+    for number, test in enumerate((paths["test"], other)):
+        mine = {**paths, "test": test}
         job = job_of(tmp_path, mine)
         shared = shared_of(tmp_path, job, mine, root=f"root{number}", keep_bundles=True)
         found.append(trial.run(trial_of(job, shared, "wise_ft"), shared))

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -804,7 +805,7 @@ def test_transcripts_that_no_recording_holds_are_known_before_training_whatever_
         "columns": {"audio": "sound", "transcript": "said", "seconds": "long"},
         "max_bad_rows": 0.1,
         "decode": "memory",
-        "validation": str(tmp_path / "a.parquet"),
+        "validation": str(shutil.copy(tmp_path / "a.parquet", tmp_path / "c.parquet")),
         "more": [
             {
                 "train": str(tmp_path / "b.parquet"),
