@@ -231,8 +231,8 @@ def _not_installed(ident: str) -> ValueError:
 
     return ValueError(
         f"environment {ident!r} is not installed; "
-        f"{nearest(ident, [*gymnasium.registry, *OWN_ENVIRONMENTS])} (one of your own is "
-        "registered by a plugin: name it in plugins, or --plugin)"
+        f"{nearest(ident, [*gymnasium.registry, *OWN_ENVIRONMENTS])} (only `prepare` imports the "
+        "module of module:id)"
     )
 
 

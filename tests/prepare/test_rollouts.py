@@ -549,7 +549,7 @@ def test_actions_that_rows_cannot_hold_are_refused(tmp_path, monkeypatch, action
 
 
 def test_rows_of_a_module_s_environment_name_no_module(tmp_path, monkeypatch):
-    """Rows cannot name code: a job that tries its policies in these worlds has it as a plugin."""
+    """Rows cannot name code."""
 
     class Own(gymnasium.Env):
         observation_space, action_space = spaces.Box(-1, 1, (3,)), spaces.Box(-1, 1, (2,))

@@ -216,7 +216,7 @@ def test_a_row_cannot_name_code(ident, tmp_path, monkeypatch):
 
 
 def test_a_text_never_names_code():
-    """`prepare rollouts module:id` writes rows of the id, which a job's plugin registers."""
+    """`prepare rollouts module:id` writes rows of the id alone."""
     text = World("planted_module:a/Env-v0", 5, 3).text()
     assert World.parse(text) == World("a/Env-v0", 5, 3)
 
