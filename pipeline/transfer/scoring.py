@@ -26,7 +26,7 @@ from pipeline.core.contracts.objective_capabilities import (
     labels_positions,
     tensors_beside_features,
 )
-from pipeline.core.contracts.score import Score, ScoreTask, interval_of_halves
+from pipeline.core.contracts.score import Estimate, Score, ScoreTask, interval_of_halves
 from pipeline.core.groups import num_units, random_half
 from pipeline.core.metrics.calibration import softmax
 from pipeline.core.rng import mix
@@ -35,6 +35,7 @@ from pipeline.core.specs import NO_OBJECTIVE, State
 from pipeline.data.manifests import Selection
 from pipeline.data.stream import Decoder, Rows, eval_batches
 from pipeline.io import checksums, storage
+from pipeline.io.wording import plural
 from pipeline.report.shift import Shift
 from pipeline.report.source_scores import PairScores, ScoreValue
 from pipeline.train import evaluate
@@ -535,7 +536,7 @@ def _value(score: Score, inputs: _Inputs) -> ScoreValue:
     began = time.perf_counter()
     arrays, groups = inputs.arrays_for(score), inputs.groups_of(score)
     try:
-        result = score.of({**arrays, **groups})
+        result = _compute(score, {**arrays, **groups})
     except Exception as error:  # scores of plugins may raise anything; the others continue
         inputs.has_temporary_error |= not _is_deterministic(error)
         return undefined(f"{type(error).__name__}: {error}")
@@ -545,7 +546,8 @@ def _value(score: Score, inputs: _Inputs) -> ScoreValue:
     interval, reason = (np.nan, np.nan), ""
     num_units, unit = _fewest_units(arrays, groups)
     if num_units < MIN_UNITS:  # an interval that the score made itself is left out too
-        reason = f"{num_units} groups; an interval needs {MIN_UNITS}" if unit == "groups" else ""
+        if unit == "groups":
+            reason = f"{plural(num_units, 'group')}; an interval needs {MIN_UNITS}"
     elif isinstance(result, tuple):
         interval = result[1:]
     else:
@@ -559,6 +561,14 @@ def _value(score: Score, inputs: _Inputs) -> ScoreValue:
     if not np.isfinite([low, high]).all():
         return ScoreValue(value, None, None, score.higher_is_better, seconds, reason)
     return ScoreValue(value, low, high, score.higher_is_better, seconds)
+
+
+def _compute(score: Score, given: Mapping[str, Any]) -> float | Estimate:
+    """Return a score, NaN where all labels are of one class: they tell nothing of the features."""
+    labels = given["labels"] if "labels" in score.inputs else None
+    if labels is not None and kind_of(labels) == "classes" and (labels == labels[:1]).all():
+        return float("nan")
+    return score.of(given)
 
 
 def _is_deterministic(error: Exception) -> bool:
@@ -582,12 +592,13 @@ def _interval(
     def score_random_half(rng: np.random.Generator) -> float:
         of_target = random_half(n, rng, groups["groups"])
         of_source = random_half(m, rng, groups["source_groups"])
-        result = score.of(
+        result = _compute(
+            score,
             {
                 name: rows[of_source if name.startswith("source_") else of_target]
                 for name, rows in {**arrays, **groups}.items()
                 if rows is not None
-            }
+            },
         )
         return result[0] if isinstance(result, tuple) else result
 

@@ -329,6 +329,8 @@ def test_knn_leaves_out_the_whole_group():
     assert knn(x, y, groups=group) == pytest.approx(balanced_accuracy_score(y, found), abs=1e-9)
     assert knn(x, y, groups=group) < 0.7 < 0.95 < knn(x, y), "it knows speakers alone"
     assert np.isnan(knn(x, y, groups=np.zeros(len(x))))
+    assert np.isnan(knn(x, group, groups=group)) and np.isnan(knn(x[::12], group[::12]))
+    assert knn(x[:13], group[:13]) > 0, "one class has several rows"
 
 
 def test_mmd_pairs_rows_of_different_groups():

@@ -205,10 +205,21 @@ def test_scores_that_are_defined_have_an_interval_and_others_a_reason(tmp_path):
     of_group = data_.spec.data.model_copy(update={"group": data_.spec.data.columns["label"]})
     data_.spec = data_.spec.model_copy(update={"data": of_group})
     found = score_pair(SourceTargetPair("src", key, "task"), shared)
-    assert found.scores["knn"].value == 0.0, "no neighbour of another group has a row's class"
+    assert found.scores["knn"].value is None, "no neighbour of another group has a row's class"
     groups = len(np.unique(data_.labels))
     assert found.scores["logme"].value is not None and found.scores["logme"].low is None
     assert found.scores["logme"].reason == f"{groups} groups; an interval needs 10"
+
+
+def test_labels_of_one_class_have_no_score(tmp_path):
+    """Else LEEP and GBC were at their best, 0, and kNN at 1 for every source."""
+    paths = image_files(tmp_path, {"train": 60, "validation": 24, "test": 24})
+    shared = shared_of(tmp_path, job_of(tmp_path, paths), paths)
+    key = next(iter(shared.backbone_groups))
+    shared.targets["task", key].train.arrays["label"][:] = 1
+    found = score_pair(SourceTargetPair("src", key, "task"), shared)
+    of_labels = [name for name, score in scoring.scores().items() if "labels" in score.inputs]
+    assert len(of_labels) == 9 and {found.scores[name].value for name in of_labels} == {None}
 
 
 def test_the_classes_of_the_source_are_those_of_its_head(tmp_path):

@@ -7,6 +7,7 @@ import torch
 
 from pipeline.config.registry import register
 from pipeline.core.contracts.score import score
+from pipeline.core.groups import unit_numbers
 from pipeline.core.metrics.ranking import weighted_auroc
 from pipeline.train.online_probe import KNN, neighbours
 
@@ -26,7 +27,7 @@ def knn(
 
     The prediction of a row is the most frequent class of its neighbours. For (n, L) labels, 0 or 1,
     the score is the macro AUROC of the number of neighbours with each label. It is NaN where no
-    label varies, or all rows are of one group.
+    label varies, where no class has rows of two groups, or where all rows are of one group.
 
     Args:
         features: (n, D) features.
@@ -36,6 +37,8 @@ def knn(
     """
     y = torch.from_numpy(labels.astype(np.int64))
     if groups is not None and len(np.unique(groups)) < 2:
+        return float("nan")
+    if y.dim() == 1 and not _has_pairs(labels, groups):
         return float("nan")
     nearest = y[neighbours(features, k, groups=groups)]
     if y.dim() == 1:
@@ -47,3 +50,10 @@ def knn(
         for vote, label in zip(nearest.sum(1).numpy().T, (y.numpy() > 0).T, strict=True)
     ]
     return float(np.nanmean(areas)) if not np.isnan(areas).all() else float("nan")
+
+
+def _has_pairs(labels: np.ndarray, groups: np.ndarray | None) -> bool:
+    """Return whether a class has rows of two groups, so that a neighbour can be right."""
+    units = np.stack([labels, unit_numbers(groups, len(labels))])
+    classes_of_units = np.unique(units, axis=1)[0]
+    return len(np.unique(classes_of_units)) < len(classes_of_units)
