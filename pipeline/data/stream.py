@@ -7,6 +7,7 @@ depend on where they are decoded.
 
 from __future__ import annotations
 
+import math
 import pickle
 import queue
 import threading
@@ -330,29 +331,47 @@ def check_bad_row_budget(
     share: float,
     selection: Selection,
     num_left_out: int = 0,
+    num_drawn: int | None = None,
 ) -> None:
     """Raise TooManyBadRowsError when more than a share of a split's rows are bad.
 
-    One bad row is always allowed.
+    One bad row is always allowed. Of rows that were drawn from the split, as few labels are, more
+    may be bad than the share, but no more than chance explains.
 
     Args:
         bad: (row id, reason); a row may come twice.
         rows: Number of rows in the split.
         share: Allowed share.
         num_left_out: Further bad rows that were removed from the split before.
+        num_drawn: Number of rows that were drawn from the split and read; None: all.
     """
     reasons = dict(bad)
     rows += num_left_out
     num_bad = len(reasons) + num_left_out
+    problem = ""
     if num_bad > max(1, share * rows):
+        problem = f"{num_bad} of {rows} rows cannot be used, more than"
+    elif num_drawn is not None and len(reasons) > most_by_chance(share * num_drawn):
+        problem = f"{len(reasons)} of the {num_drawn} rows drawn cannot be used, far more than"
+    if problem:
         examples = "; ".join(
             f"{selection.manifest.location(row)}: {reason}"
             for row, reason in islice(reasons.items(), 3)
         )
         raise TooManyBadRowsError(
-            f"{num_bad} of {rows} rows cannot be used, more than "
-            f"data.max_bad_rows={share:g} allows. First ones: {examples}"
+            f"{problem} data.max_bad_rows={share:g} allows. First ones: {examples}"
         )
+
+
+def most_by_chance(expected: float) -> int:
+    """Return how many rare rows a draw has at most in 99.9 % of cases, but at least one.
+
+    Args:
+        expected: Number that it has on average (of the Poisson distribution).
+    """
+    from scipy import special  # pyright: ignore[reportMissingTypeStubs]
+
+    return max(1, math.ceil(special.pdtrik(0.999, expected))) if expected > 0 else 1
 
 
 def plan_of(

@@ -367,8 +367,8 @@ class BadRows:
         for split, selection in self.selections.items():
             bad = [(row, reason) for (of, row), reason in self.reasons.items() if of == split]
             left_out = self.num_left_out.get(split, 0)
-            num_rows = self.num_rows[split]
-            check_bad_row_budget(bad, num_rows, self.max_bad_rows, selection, left_out)
+            num_rows, drawn = self.num_rows[split], len(selection)
+            check_bad_row_budget(bad, num_rows, self.max_bad_rows, selection, left_out, drawn)
 
     def place(self, split: str, row: int) -> str:
         """Return the file of a row and its number in it."""

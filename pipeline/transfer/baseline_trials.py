@@ -33,6 +33,7 @@ from pipeline.data.manifests import Reader
 from pipeline.data.plan import Item
 from pipeline.data.stream import Rows
 from pipeline.io import file_identity, heartbeat
+from pipeline.io.wording import plural
 from pipeline.report.trial_record import TrialRecord
 from pipeline.train import evaluate
 from pipeline.transfer import trial as trials
@@ -87,7 +88,7 @@ def run(trial: Trial, shared: Shared) -> TrialRecord:
     assert predicts_from_scores(objective)
     rows = data.train.subset(label_subset(data.train, data.labels, trial.label_fraction, seed))
     train = read(rows, baseline, objective)
-    data.check_bad_rows("train", train.bad)
+    data.check_bad_rows("train", train.bad, len(rows))
     validation = read(data.validation, baseline, objective)
     data.check_bad_rows("validation", validation.bad)
     chosen = choose(baseline, objective, train, validation, data.metrics, mix(seed, 5) % (1 << 32))
@@ -98,9 +99,9 @@ def run(trial: Trial, shared: Shared) -> TrialRecord:
     data.check_bad_rows("test", test.bad)
     predictions = predict(objective, chosen.scores(test.inputs), test)
     predictions, frames = roll_out(baseline, chosen.scores, objective, predictions, data.test)
-    notes = [f"{trial.technique}: no network, fitted on {len(train.ids)} rows"]
+    notes = [f"{trial.technique}: no network, fitted on {plural(len(train.ids), 'row')}"]
     if test.bad:
-        notes.append(f"{len(test.bad)} test rows could not be read")
+        notes.append(f"{plural(len(test.bad), 'test row')} could not be read")
     summary = TrialSummary(
         seconds=time.time() - began,
         device="cpu",

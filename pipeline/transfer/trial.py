@@ -67,6 +67,7 @@ from pipeline.io import atomic_folder, checksums, file_identity, heartbeat, stor
 from pipeline.io.file_identity import FileIdentity
 from pipeline.io.json_values import JsonObject
 from pipeline.io.threads import threaded_map
+from pipeline.io.wording import plural
 from pipeline.report import results, stats
 from pipeline.report.results import SOURCE_VALIDATION, VALIDATION, ResultRow
 from pipeline.report.trial_folder import uri_of_bundle
@@ -135,18 +136,19 @@ class TargetData:
     num_left_out: Mapping[str, int] = field(default_factory=dict)
     """Number of rows of each split that were left out before any was decoded."""
 
-    def check_bad_rows(self, split: str, bad: Iterable[tuple[int, str]]) -> None:
+    def check_bad_rows(
+        self, split: str, bad: Iterable[tuple[int, str]], num_drawn: int | None = None
+    ) -> None:
         """Raise TooManyBadRowsError where too many rows of a split are bad.
-
-        The budget is that of the whole split, also where few of its rows are read.
 
         Args:
             split: train, validation or test.
             bad: Row id and reason of those that could not be read.
+            num_drawn: As in `check_bad_row_budget`.
         """
         rows: Rows = getattr(self, split)
         budget, left_out = self.spec.data.max_bad_rows, self.num_left_out.get(split, 0)
-        check_bad_row_budget(bad, len(rows), budget, rows.selection, left_out)
+        check_bad_row_budget(bad, len(rows), budget, rows.selection, left_out, num_drawn)
 
     @property
     def without_labels(self) -> Rows:
@@ -798,12 +800,13 @@ def _rows_left_out(
     """
     notes = []
     if test is not None and len(test["row"]) < len(data.test):
-        notes.append(f"{len(data.test) - len(test['row'])} test rows could not be read")
+        missing = len(data.test) - len(test["row"])
+        notes.append(f"{plural(missing, 'test row')} could not be read")
     if bad_rows:
         row, reason = min(bad_rows.items())
         first = f"{rows.selection.manifest.location(row)}: {reason}"
         more = ", ..." if len(bad_rows) > 1 else ""
-        notes.append(f"{len(bad_rows)} training rows left out ({first}{more})")
+        notes.append(f"{plural(len(bad_rows), 'training row')} left out ({first}{more})")
     return notes
 
 

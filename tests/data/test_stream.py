@@ -342,6 +342,18 @@ def test_the_budget_counts_from_the_second_row(rows):
         stream.check_bad_row_budget(((i, "x") for i in range(6)), 10, 0.5, rows.selection)
 
 
+def test_few_rows_of_a_split_may_hold_as_many_bad_ones_as_chance_explains(rows):
+    """By hand: 12 rows of which 1 in 100 may be bad hold 3 or more in 1 of about 4,000 draws."""
+    check = partial(stream.check_bad_row_budget, rows=5000, share=0.01, selection=rows.selection)
+    bad = [(row, "x") for row in range(50)]
+    check(bad)
+    check(bad, num_drawn=5000)
+    check(bad[:2], num_drawn=12)
+    with pytest.raises(TooManyBadRowsError, match=r"^3 of the 12 rows drawn cannot be used"):
+        check(bad[:3], num_drawn=12)
+    check(bad[:1], share=0.0, num_drawn=12)
+
+
 def test_the_budget_counts_a_row_once_however_often_it_is_met(rows):
     """In every epoch the same rows are bad, and its reason may be told in other words."""
     stream.check_bad_row_budget([(7, "x"), (7, "x"), (7, "y")] * 50, 10, 0.01, rows.selection)

@@ -33,7 +33,7 @@ from pipeline.data.stream import Rows, TooManyBadRowsError
 from pipeline.io import checksums
 from pipeline.report.trial_record import TrialRecord
 from pipeline.techniques.linear_probe import LinearProbe
-from pipeline.transfer import cached_heads, fanout, grid
+from pipeline.transfer import baseline_trials, cached_heads, fanout, grid
 from pipeline.transfer import trial as one_trial
 from pipeline.transfer.grid import label_subset
 
@@ -833,6 +833,23 @@ def test_bad_rows_of_a_trial_with_few_labels_count_against_those_of_the_whole_sp
     shared = shared_of(tmp_path, job, paths)
     record = one_trial.run(trial_of(job, shared, "full", fraction=4), shared)
     assert len(drawn) == 12 and record.rows[0].n_train == 10, "0.01 of 200 rows may be bad"
+
+
+def test_a_trial_ends_where_more_of_its_few_labels_are_bad_than_chance_explains(tmp_path):
+    """A quarter of its rows, which are fewer than data.max_bad_rows of the split."""
+    paths = image_files(tmp_path / "data", {"train": 400, "validation": 8, "test": 8})
+    job = changed(job_of(tmp_path, paths, label_fractions=[4]), "baselines", ["majority"])
+    job = changed(job, "targets.task.data.decode", "train")
+    shared = shared_of(tmp_path, job, paths)
+    trial = trial_of(job, shared, "full", fraction=4)
+    (group,) = shared.backbone_groups.values()
+    baseline = grid.baseline_trials(job, "task", group, "data")[trial.seed]
+    write_damaged(paths["train"], unreadable=one_trial.labelled_rows(trial, shared)[:3])
+    damaged = shared_of(tmp_path, job, paths)
+    message = "3 of the 12 rows drawn cannot be used, far more than data.max_bad_rows=0.01 allows"
+    for run, one in ((one_trial.run, trial), (baseline_trials.run, baseline)):
+        with pytest.raises(TooManyBadRowsError, match=message):
+            run(one, damaged)
 
 
 @pytest.mark.parametrize("decode", ["memory", "train"])

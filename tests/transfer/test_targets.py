@@ -733,7 +733,7 @@ def test_transcripts_that_no_recording_holds_are_listed_however_rows_are_read(
         state, list(shared.backbone_groups.values()), {"task": {"src"}}, {}
     )
     record = trial.run(one, shared, Ranks())
-    assert record.rows[0].n_train == 17 and ("1 training rows left out" in record.transfer) == (
+    assert record.rows[0].n_train == 17 and ("1 training row left out" in record.transfer) == (
         decode == "train"
     )
 
