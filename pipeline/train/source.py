@@ -30,6 +30,7 @@ from pipeline.data.plan import Mixture, Plan
 from pipeline.data.stream import Decoder, Rows, check_bad_row_budget
 from pipeline.io import storage
 from pipeline.io.file_identity import ChangedFileError, FileIdentity
+from pipeline.io.wording import plural
 from pipeline.train import (
     config_checks,
     fit_components,
@@ -447,7 +448,7 @@ def prepare_source(stage: SourceStage) -> FittedSource:
     if rows.left_out:
         first, more = rows.left_out[0], ", ..." if len(rows.left_out) > 1 else ""
         example = f"{first.place}: {first.reason}{more}"
-        notes.append(f"{len(rows.left_out)} rows left out ({example})")
+        notes.append(f"{plural(len(rows.left_out), 'row')} left out ({example})")
     return FittedSource(
         arch=arch,
         modality=modality,

@@ -21,6 +21,7 @@ from fractions import Fraction
 from statistics import fmean
 
 from pipeline.config.schema import ComponentConfig, Train, round_hyper_parameter
+from pipeline.io.wording import plural
 from pipeline.report import plots
 from pipeline.report.results import CUT_BY_BUDGET
 from pipeline.train.experiment import technique_of
@@ -97,6 +98,10 @@ class Allocation:
         """Return how many pairs are kept after a rung."""
         return next((count for count in self.rungs[rung + 1 :] if count), self.finalists)
 
+    def cost_of_pairs(self, pairs: int, seeds: int) -> Fraction:
+        """Return what so many of the pairs cost at most, in trials of a pair."""
+        return _cost([min(count, pairs) for count in self.rungs], min(self.finalists, pairs), seeds)
+
     def text(self, seeds: int) -> str:
         """Return the rungs in words."""
         tried = [
@@ -104,7 +109,7 @@ class Allocation:
             for count, share in zip(self.rungs, RUNGS, strict=True)
             if count
         ]
-        return ", ".join([*tried, f"{self.finalists} with {seeds} seeds"])
+        return ", ".join([*tried, f"{self.finalists} with {plural(seeds, 'seed')}"])
 
 
 def steps_text(share: Fraction) -> str:
@@ -143,8 +148,8 @@ def allocate(budget: int, sizes: Sequence[BracketSize], seeds: int) -> list[Allo
             f"{_number(scratch)}, and {_number(sum(least) - scratch)} more are needed to try every "
             f"source with every technique with {steps_text(RUNGS[0])}, {MIN_COMPARED_PAIRS} of "
             "them with all, and the best of each target and label fraction with "
-            f"{seeds} seeds: give at least {math.ceil(sum(least))}, or fewer techniques, sources, "
-            "label fractions or seeds"
+            f"{plural(seeds, 'seed')}: give at least {math.ceil(sum(least))}, or fewer "
+            "techniques, sources, label fractions or seeds"
         )
     weights = [size.pairs * size.pair_cost for size in sizes]
     out, left_over = [], Fraction(0)
@@ -196,7 +201,7 @@ def describe(allocation: Allocation, size: BracketSize, seeds: int) -> str:
     if not size.pairs:
         return f"{_number(allocation.cost)} trials of scratch"
     return (
-        f"{size.pairs} pairs of source and technique: {allocation.text(seeds)}; with "
+        f"{plural(size.pairs, 'pair')} of source and technique: {allocation.text(seeds)}; with "
         f"{_number(size.scratch)} trials of scratch it costs {_number(allocation.cost)} trials"
     )
 
@@ -279,6 +284,7 @@ def decide(
     brackets: Sequence[Bracket],
     allocations: Sequence[Allocation],
     values: Mapping[str, float | None],
+    losses: Mapping[str, float] | None = None,
 ) -> Decision:
     """Decide which pairs are kept.
 
@@ -287,11 +293,13 @@ def decide(
         allocations: What each may spend (`allocate`).
         values: Value of each trial on validation rows, by its id, larger is better; None: it failed
             or has no value. Trials that have not ended are left out.
+        losses: Loss on validation rows of each that has a value. It compares short runs that all
+            have the same value, as where no word or box is right yet.
     """
     history, out = History(), Decision()
     for target in dict.fromkeys(bracket.target for bracket in brackets):
         of_target = [
-            _decide(bracket, allocation, values, history)
+            _decide(bracket, allocation, values, losses or {}, history)
             for bracket, allocation in zip(brackets, allocations, strict=True)
             if bracket.target == target
         ]
@@ -333,6 +341,7 @@ def _decide(
     bracket: Bracket,
     allocation: Allocation,
     values: Mapping[str, float | None],
+    losses: Mapping[str, float],
     history: History,
 ) -> _BracketResult:
     """Decide on the pairs of one bracket, as far as its trials have ended."""
@@ -345,6 +354,8 @@ def _decide(
         if out.waiting:
             return out
         measured = {pair: _sort_value(values[one.id]) for pair, one in trials.items()}
+        if RUNGS[rung] < 1 and len(set(measured.values()) - {-math.inf}) == 1:
+            measured |= {p: -losses[one.id] for p, one in trials.items() if one.id in losses}
         out.ranks_among_sources = out.ranks_among_sources or ranks_among_sources(measured)
         if RUNGS[rung] == 1:
             out.ranks_with_all_steps = relative_ranks(measured)
@@ -353,7 +364,7 @@ def _decide(
             ranked = rank_short_runs(measured, history)
         keep = allocation.num_kept_after(rung)
         for rank, pair in enumerate(ranked[keep:], keep + 1):
-            has_value = measured[pair] > -math.inf
+            has_value = _sort_value(values[trials[pair].id]) > -math.inf
             why = f"rank {rank} of {len(ranked)}" if has_value else "no value on validation rows"
             out.reasons[trials[pair].id] = (
                 f"{CUT_BY_BUDGET} after rung {number} of {len(stages)} "

@@ -12,6 +12,7 @@ from pipeline.config.schema import FULL, Train
 from pipeline.core.contracts import Technique, trains
 from pipeline.core.contracts.objective_capabilities import couples_rows
 from pipeline.core.contracts.technique_capabilities import adapts_without_labels
+from pipeline.io.wording import plural
 from pipeline.report import plots
 from pipeline.report.code_versions import OTHER, describe_changes
 from pipeline.train import loop, optim, source
@@ -36,7 +37,8 @@ def describe(state: JobState) -> list[str]:
     done = sum(is_done for _, is_done in status)
     kept = f", {done} of the {len(status)} trials are done" if status else ""
     lines.append(
-        f"in all: {total} trials, {steps} steps{unknown}{kept}; results in {state.job.root}"
+        f"in all: {plural(total, 'trial')}, {plural(steps, 'step')}{unknown}{kept}; "
+        f"results in {state.job.root}"
     )
     if allowed is not None:
         spent = float(sum(allocation.cost for _, allocation in planned.values()))
@@ -59,13 +61,13 @@ def _describe_source(name: str, stage: source.SourceStage) -> list[str]:
     steps = steps_of_source(stage)
     length = f"{spec.train.epochs or 1:g} epochs in steps"
     if isinstance(steps, int):
-        length = f"{steps} steps"
+        length = plural(steps, "step")
     technique = "" if spec.technique == FULL else f" with {spec.technique}"
     assert spec.objective is not None
     takes_last = couples_rows(registry.get("objective", spec.objective.name))
     return [
         f"source {name}: {spec.backbone} by {spec.objective}{technique}, {length} of "
-        f"{_size(spec.train)} on {spec.workers} {'rank' if spec.workers == 1 else 'ranks'}; "
+        f"{_size(spec.train)} on {plural(spec.workers, 'rank')}; "
         f"{stage.splits.sizes()} [{done}]",
         *_idle_patience(f"source {name}", spec.train, steps, takes_last),
         *_slow_average(f"source {name}", spec.train, steps),
@@ -137,7 +139,7 @@ class TargetCost:
     unknown: str = ""
     """A sentence that further steps are not known yet, or an empty string."""
     groups: list[TrialGroup] = field(default_factory=list[TrialGroup])
-    """The trials that train something; those of a budget count as so many whole ones."""
+    """The trials that train something; pairs of a budget count as so many whole trials."""
 
 
 class _PlannedTechnique(NamedTuple):
@@ -193,12 +195,13 @@ def describe_target(state: JobState, name: str, planned: Planned) -> TargetCost:
     untrained = sum(per_source) * len(names)
     if untrained:
         cost.trials += untrained
-        cost.lines.append(f"target {name} without training: {untrained} final trials")
+        cost.lines.append(f"target {name} without training: {plural(untrained, 'final trial')}")
     baselines = [str(component) for component in grid.baselines(job, stage.spec)]
     if baselines:
         count = len(baselines) * fractions * job.fanout.seeds
         cost.trials += count
-        cost.lines.append(f"target {name}, baselines {', '.join(baselines)}: {count} final trials")
+        trials = plural(count, "final trial")
+        cost.lines.append(f"target {name}, baselines {', '.join(baselines)}: {trials}")
     return cost
 
 
@@ -268,37 +271,45 @@ def _add_fraction(
             planned.technique.steps(steps) for planned in techniques if not planned.is_solved
         }
         longest = max(steps_of_techniques, default=steps)
-        length = f"{steps} steps"
+        length = plural(steps, "step")
         if own_steps := sorted(steps_of_techniques - {steps}):
             length += f" (techniques with their own number of steps: {_listed(own_steps)})"
     else:
         cost.unknown = f" and those to be known {steps}"
-    if allocation is not None:
-        # the cost of a budget is in trials with all their steps
-        num_trials, steps_or_none = allocation.cost, steps if isinstance(steps, int) else None
-        cost.steps += math.floor(num_trials * (steps_or_none or 0))
-        cost.groups.append(TrialGroup(math.ceil(num_trials), steps_or_none, rows, False, 0))
-    else:
-        for planned in techniques:
-            of_trial = planned.technique.steps(steps) if isinstance(steps, int) else None
-            trials = planned.trials(seeds)
-            cost.steps += 0 if planned.is_solved else trials * (of_trial or 0)
-            cost.groups.append(
-                TrialGroup(trials, of_trial, rows, planned.technique.frozen, planned.entries)
-            )
+    steps_or_none = steps if isinstance(steps, int) else None
+    if size is not None and allocation is not None:
+        # which pairs are kept is not known: as many as can be take steps, the others are solved
+        pairs = [planned for planned in techniques if planned.technique.starts_from != "random"]
+        techniques = [planned for planned in techniques if planned not in pairs]
+        num_stepped = sum(planned.entries for planned in pairs if not planned.is_solved)
+        stepped = size.pair_cost * allocation.cost_of_pairs(num_stepped, seeds)
+        solved = allocation.cost - size.scratch - stepped
+        networks = max((planned.entries for planned in pairs if planned.is_solved), default=0)
+        cost.steps += math.floor(stepped * (steps_or_none or 0))
+        cost.groups += [
+            TrialGroup(math.ceil(stepped), steps_or_none, rows, False, 0),
+            TrialGroup(math.ceil(solved), steps_or_none, rows, True, networks),
+        ]
+    for planned in techniques:
+        of_trial = None if steps_or_none is None else planned.technique.steps(steps_or_none)
+        trials = planned.trials(seeds)
+        cost.steps += 0 if planned.is_solved else trials * (of_trial or 0)
+        cost.groups.append(
+            TrialGroup(trials, of_trial, rows, planned.technique.frozen, planned.entries)
+        )
 
     is_drawn = {"steps", "epochs", "global_batch"} & set(state.job.fanout.stated_search)
     if is_drawn:
         length += " (before search)"
     if solved := {planned.technique.registered_name for planned in techniques if planned.is_solved}:
         length += f" ({', '.join(sorted(solved))}: the head is solved, no training steps)"
-    unit = "documents" if stage.packed else "rows"
+    read = plural(rows, "document" if stage.packed else "row")
     labels = "" if fraction else " without labels"
     noun = "entry" if entries == 1 else "entries"
-    search = f"{searched} search trials{repeated_text} and " if searched else ""
+    search = f"{plural(searched, 'search trial')}{repeated_text} and " if searched else ""
     cost.lines.append(
-        f"{place}: {entries} {noun}: {search}{final} final trials of "
-        f"{length} on {rows} {unit}{labels}; {stage.splits.sizes()}"
+        f"{place}: {entries} {noun}: {search}{plural(final, 'final trial')} of "
+        f"{length} on {read}{labels}; {stage.splits.sizes()}"
     )
     if entries and not is_drawn:
         cost.lines += _idle_patience(place, train, longest, takes_last=not fraction)

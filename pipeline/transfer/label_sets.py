@@ -20,6 +20,7 @@ from pipeline.core.contracts.objective_capabilities import (
 from pipeline.core.specs import NO_OBJECTIVE, ObjectiveSpec
 from pipeline.data import manifests
 from pipeline.data.manifests import Selection
+from pipeline.io.wording import plural
 
 SHOWN = 8
 """Labels that a message names."""
@@ -57,7 +58,8 @@ class LabelMatch:
             )
         if not parts:
             return ""
-        return f"{len(self.shared)} labels are shared; {'; '.join(parts)}"
+        verb = "is" if len(self.shared) == 1 else "are"
+        return f"{plural(len(self.shared), 'label')} {verb} shared; {'; '.join(parts)}"
 
 
 def _some(names: tuple[str, ...]) -> str:
@@ -202,7 +204,7 @@ def carry_head(
         elif own[name].shape == tensor.shape:
             own[name].copy_(tensor)
     objective.load_state_dict(own)
-    detail = match.text()
+    labels, detail = plural(len(match.shared), "label"), match.text()
     return len(match.shared), (
-        f"head: {len(match.shared)} labels carried over by name{f' ({detail})' if detail else ''}"
+        f"head: {labels} carried over by name{f' ({detail})' if detail else ''}"
     )

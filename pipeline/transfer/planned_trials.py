@@ -205,6 +205,16 @@ def validation_value(record: TrialRecord) -> float | None:
     return row.value if row.higher_is_better else -row.value
 
 
+def validation_losses(records: Mapping[str, TrialRecord]) -> dict[str, float]:
+    """Return the loss on validation rows of each trial that has a value there, by its id."""
+    losses = {
+        trial_id: record.validation.get("loss", math.nan)
+        for trial_id, record in records.items()
+        if validation_value(record) is not None
+    }
+    return {trial_id: loss for trial_id, loss in losses.items() if not math.isnan(loss)}
+
+
 def ranked_draws(
     search: list[Trial], records: Sequence[TrialRecord | None]
 ) -> dict[str, list[dict[str, float]]]:
@@ -370,7 +380,7 @@ def decide_budget(
         trials = [one for bracket in brackets for pair in bracket.pairs for one in pair.rungs]
         records = trial.read_records(state.job.root, grid.folders(trials))
     values = {trial_id: validation_value(record) for trial_id, record in records.items()}
-    decision = budget.decide(brackets, allocations, values)
+    decision = budget.decide(brackets, allocations, values, validation_losses(records))
     state.cut_by_budget = decision.reasons
     return decision
 

@@ -56,14 +56,13 @@ class StaleTrials:
             out = ["nothing is stale: every trial that is kept belongs to the job"]
         else:
             out = [
-                f"stale: {self.rows} rows of {results.FILE} and the folders of "
-                f"{len(self.trials)} trials, with their bundles",
+                f"stale: {plural(self.rows, 'row')} of {results.FILE} and the folders of "
+                f"{plural(len(self.trials), 'trial')}, with their bundles",
                 *self.entries,
             ]
         if self.stacks:
-            out.append(
-                f"stale: resume points of {len(self.stacks)} stacks of heads that were killed"
-            )
+            stacks = plural(len(self.stacks), "stack")
+            out.append(f"stale: resume points of {stacks} of heads that were killed")
         return [
             *out,
             *(f"kept: trial {name} is used by {user}" for name, user in self.kept.items()),

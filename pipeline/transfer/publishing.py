@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from pipeline.checkpoints import bundle
 from pipeline.checkpoints.export_folder import EXPORTED
 from pipeline.io import atomic_folder, storage
+from pipeline.io.wording import plural
 from pipeline.prepare import lerobot_export
 from pipeline.report import model_card
 
@@ -68,11 +69,11 @@ def push(place: str, to: str, licence: str = "unknown", private: bool = False) -
                 "of a job, export the network of a target first: onetomany export JOB FOLDER "
                 "--target NAME"
             )
-        count = sum(path.is_file() for path in folder.rglob("*"))
+        files = plural(sum(path.is_file() for path in folder.rglob("*")), "file")
         if repository is not None:
-            return f"{_upload(folder, repository, private)}: {count} files"
+            return f"{_upload(folder, repository, private)}: {files}"
         _put(folder, to)
-    return f"{to}: {count} files"
+    return f"{to}: {files}"
 
 
 def _repository(to: str) -> str | None:

@@ -20,6 +20,7 @@ from pipeline.config.schema import Job, spec_hash
 from pipeline.data.manifests import Selection
 from pipeline.io import file_identity, storage, write_fence
 from pipeline.io.threads import threaded_map
+from pipeline.io.wording import plural
 from pipeline.report import code_versions as origins
 from pipeline.report import folds, matrix, plots, report, results, stats, subgroups, trial_folder
 from pipeline.report.results import ResultRow
@@ -213,7 +214,7 @@ def pretrain(state: JobState) -> None:
             values = ", ".join(f"{k} {v:.4g}" for k, v in summary.metrics.items())
             stopped = " (stopped by patience)" if summary.stopped_at else ""
             state.progress.note(
-                f"{name}: {summary.steps} steps{stopped} in {summary.seconds:.0f} s; "
+                f"{name}: {plural(summary.steps, 'step')}{stopped} in {summary.seconds:.0f} s; "
                 f"validation {values or 'none'}; bundle {stage.bundle_uri}"
             )
         if summary.transfer:
@@ -357,7 +358,7 @@ def _prepare_target(
             data[group.key] = targets.prepare(target, group)
         by_reading[key] = data[group.key]
     text = f"{name}: {next(iter(data.values())).split_text}"
-    if "rows left out" in text:
+    if " left out: " in text:
         state.notes.append(text)
     state.progress.note(text)
     batches = job.fanout.stated_search.get("global_batch", ())

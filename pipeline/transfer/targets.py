@@ -73,6 +73,7 @@ from pipeline.data.manifests import Fold, Selection, Splits
 from pipeline.data.plan import Plan
 from pipeline.data.stream import Decoder, Rows
 from pipeline.io import file_identity, storage
+from pipeline.io.wording import plural
 from pipeline.report import stats, subgroups
 from pipeline.train import config_checks, fit_components, row_checks, token_rows
 from pipeline.train import source as train_source
@@ -835,7 +836,7 @@ def prepare(target: TargetStage, group: BackboneGroup) -> TargetData:
         bad += [(name, place(row), reason) for row, reason in rows.bad]
     if bad:
         first = "; ".join(f"{split} {place}: {reason}" for split, place, reason in bad[:3])
-        notes.append(f"{len(bad)} rows left out: {first}")
+        notes.append(f"{plural(len(bad), 'row')} left out: {first}")
     file_identity.check_unchanged(splits.reads)
     are_in_memory = all(rows.arrays is not None for rows in parts.values())
     is_read_again = any(
@@ -948,7 +949,7 @@ def _trainable(target: TargetStage, rows: Rows, num_left_out: int) -> tuple[Rows
 def _labels(target: TargetStage, rows: Rows, state: State) -> np.ndarray | None:
     """Return (n_train,) class numbers of the training rows, where rows have one class."""
     if rows.arrays is None:
-        return _classes(target.spec, target.splits.train, state)
+        return _classes(target.spec, rows.selection, state)
     objective = registry.get("objective", target.spec.objective.name)
     return rows.arrays.get("label") if draws_by_class(objective) else None
 

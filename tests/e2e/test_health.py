@@ -100,7 +100,7 @@ def test_every_target_has_its_entries_and_metrics(done):
         "phenotypes": {"forecast", "masked", "none"},
     }
     report = (done[0] / "report.md").read_text()
-    assert "Gender" in report and "1 rows left out" in done[1]
+    assert "Gender" in report and "1 row left out" in done[1]
 
 
 def test_nothing_that_a_run_leaves_tells_of_a_patient(done, health_data):

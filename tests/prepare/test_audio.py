@@ -173,7 +173,7 @@ def test_the_last_line_tells_rows_of_cut_recordings_without_dropped_ones(tmp_pat
     work = Preparation("manifest", str(source), str(tmp_path / "out"), None, Settings(max_bad=0.5))
     work.options.__dict__["longest"] = 4.0
     work.run()
-    assert "train 3 rows in 1 part, 1 broken files left out" in work.describe()
+    assert "train 3 rows in 1 part, left out: 1 broken" in work.describe()
 
 
 def test_a_long_recording_with_a_transcript_is_broken_with_advice(tmp_path):

@@ -145,7 +145,7 @@ def test_reasons_are_counted(tmp_path):
         str(tmp_path / "out"),
         importing.options_of("cohort", ["task=mortality"]),
     ).describe()
-    assert "train 2 rows" in message and "4 dropped ones left out" in message
+    assert "train 2 rows" in message and "left out: 0 broken, 4 dropped" in message
 
 
 def test_other_events_behind_the_prediction_time_give_the_same_bytes(stays, tmp_path):

@@ -282,7 +282,7 @@ def test_a_corpus_of_which_nothing_would_stay_is_refused(tmp_path):
         importing.options_of("text", ["min_chars=5"]),
     ).describe()
     assert message.endswith(
-        "train 1 rows in 1 part, 0 broken rows and 2 dropped ones left out; see _summary.md there"
+        "train 1 row in 1 part, left out: 0 broken, 2 dropped; see _summary.md there"
     )
 
 

@@ -230,6 +230,21 @@ def test_pairs_that_failed_or_have_no_value_are_cut_first():
     assert reasons["a"] == reasons["b"] == "no value on validation rows"
 
 
+def test_short_runs_of_which_none_differs_are_compared_by_their_loss():
+    """A ninth of the steps finds no word: each has a word error rate of 1, so their loss tells."""
+    one = bracket()
+    trials = {pair.rungs[0].id: pair for pair in one.pairs}
+    values = dict.fromkeys(trials, -1.0) | {one.pairs[0].rungs[0].id: None}
+    losses = {name: {"a": 5.0, "b": 4.0, "c": 2.0}[name[0]] for name in [*trials][1:]}
+    allocations = spend(12, one)
+    found = budget.decide([one], allocations, values, losses)
+    assert {trial.source for trial in found.waiting} == {"c"}
+    assert found.reasons[one.pairs[0].rungs[0].id].endswith("no value on validation rows")
+    values[one.pairs[1].rungs[0].id] = -0.9
+    found = budget.decide([one], allocations, values, losses)
+    assert found.waiting[0] is one.pairs[1].rungs[1], "where one differs, the values count"
+
+
 def test_decisions_do_not_depend_on_where_a_job_was_killed():
     """With any part of the values recorded, what follows is the same."""
     brackets = [bracket("first"), bracket("second")]

@@ -253,16 +253,14 @@ class Preparation:
     def describe(self) -> str:
         """Describe the finished output in a line."""
         done = atomic_folder.open_folder(self.output, MANIFEST)
-        rows = ", ".join(f"{split} {n}" for split, n in done["rows"].items())
+        splits = ", ".join(f"{split} {n}" for split, n in done["rows"].items())
+        rows = f"{splits} {'row' if sum(done['rows'].values()) == 1 else 'rows'}"
         # Of recordings that were cut there are more than were read
         dropped = max(0, done.get("read", 0) - sum(done["rows"].values()) - done["broken"])
-        left = (
-            f"{done['broken']} broken "
-            f"{self.task.noun}{f' and {dropped} dropped ones' if dropped else ''} left out"
-        )
+        left = f"left out: {done['broken']} broken{f', {dropped} dropped' if dropped else ''}"
         warnings = "".join(f"\nwarning: {line}" for line in done.get("warnings", ()))
         parts = plural(len(done["files"]), "part")
-        return f"{self.output}: {rows} rows in {parts}, {left}; see _summary.md there{warnings}"
+        return f"{self.output}: {rows} in {parts}, {left}; see _summary.md there{warnings}"
 
     def _check_listed(self, invalid: list[InvalidRow], total: int) -> None:
         """Check the invalid rows against the budget.
