@@ -3,8 +3,9 @@
 For each target and label fraction, every pair runs a ninth of the steps, the better ones run all
 steps with one seed, and the best run with all seeds (Karnin et al. 2013; Jamieson and Talwalkar
 2016). The trials that choose have a seed that no final trial has. Short runs compare the sources of
-one technique only: a head that is solved is at its end where a whole network has hardly moved.
-Techniques are compared with all steps.
+one technique, since a whole network has hardly moved where another one is at its end. Techniques
+are compared with all steps; a pair with a solved head is among these without a further trial, since
+its short run is its whole run.
 
 Targets come one after the other: which sources and techniques did well on earlier ones counts.
 Every decision is a pure function of the validation values, so that a job that was killed decides
@@ -30,7 +31,7 @@ from pipeline.transfer.grid import Trial
 RUNGS = (Fraction(1, 9), Fraction(1))
 """Shares of the steps that pairs are tried with, before the best run with every seed."""
 MIN_COMPARED_PAIRS = 2
-"""Fewest pairs that are compared with all steps."""
+"""Fewest pairs that are compared with all steps, beside those with solved heads."""
 MIN_STEPS = RUNGS[0].denominator
 """Steps that a target needs at least, so that the shortest rung has one."""
 MANY_STEPS = 10_000
@@ -49,6 +50,11 @@ class Contender:
 
     rungs: tuple[Trial, ...]
     """Its search trial at each of `RUNGS`."""
+
+    @property
+    def is_solved(self) -> bool:
+        """Whether its first trial is its last: its head is solved, whatever the steps."""
+        return self.rungs[0].id == self.rungs[-1].id
 
     @property
     def source(self) -> str:
@@ -72,6 +78,8 @@ class BracketSize:
     """Cost of what is always trained: scratch with all seeds, in trials."""
     pair_cost: Fraction = Fraction(1)
     """Cost of a trial of a pair: above 1 where a technique takes more steps than it is given."""
+    solved: int = 0
+    """Pairs whose head is solved: their short run is their whole run."""
 
 
 @dataclass(frozen=True)
@@ -88,28 +96,55 @@ class Bracket:
 class Allocation:
     """How many pairs of a bracket are tried at each rung, and how many are trained in full."""
 
-    rungs: tuple[int, ...]
-    """One number for each of `RUNGS`; 0: the rung is left out, since it would cut nothing."""
+    size: BracketSize
+    seeds: int
+    """Number of seeds of a pair that is trained in full."""
+    rungs: tuple[int, int]
+    """One number for each of `RUNGS`; 0: the rung is left out, since it would cut nothing. Pairs
+    with solved heads are in both numbers, and have one trial.
+    """
     finalists: int
-    cost: Fraction
-    """In trials, those of scratch included."""
+
+    @property
+    def num_search_trials(self) -> int:
+        """The number of trials at all rungs."""
+        return sum(self.rungs) - (self.size.solved if all(self.rungs) else 0)
+
+    @property
+    def cost(self) -> Fraction:
+        """In trials, those of scratch included."""
+        of_pairs = _cost(self.rungs, self.finalists, self.seeds, self.size.solved)
+        return self.size.scratch + self.size.pair_cost * of_pairs
+
+    @property
+    def stepped_cost(self) -> Fraction:
+        """The part of the cost that takes training steps, if as many finalists as can be do."""
+        solved, stepped = self.size.solved, self.size.pairs - self.size.solved
+        first, second = (max(0, count - solved) for count in self.rungs)
+        of_pairs = _cost((first, second), min(self.finalists, stepped), self.seeds)
+        return self.size.pair_cost * of_pairs
 
     def num_kept_after(self, rung: int) -> int:
         """Return how many pairs are kept after a rung."""
         return next((count for count in self.rungs[rung + 1 :] if count), self.finalists)
 
-    def cost_of_pairs(self, pairs: int, seeds: int) -> Fraction:
-        """Return what so many of the pairs cost at most, in trials of a pair."""
-        return _cost([min(count, pairs) for count in self.rungs], min(self.finalists, pairs), seeds)
-
-    def text(self, seeds: int) -> str:
+    def text(self) -> str:
         """Return the rungs in words."""
         tried = [
             f"{count} with {steps_text(share)}"
             for count, share in zip(self.rungs, RUNGS, strict=True)
             if count
         ]
-        return ", ".join([*tried, f"{self.finalists} with {plural(seeds, 'seed')}"])
+        return ", ".join([*tried, f"{self.finalists} with {plural(self.seeds, 'seed')}"])
+
+    def describe(self) -> str:
+        """Return what the bracket spends: scratch, each rung, and the sum in trials."""
+        if not self.size.pairs:
+            return f"{_number(self.cost)} trials of scratch"
+        return (
+            f"{plural(self.size.pairs, 'pair')} of source and technique: {self.text()}; with "
+            f"{_number(self.size.scratch)} trials of scratch it costs {_number(self.cost)} trials"
+        )
 
 
 def steps_text(share: Fraction) -> str:
@@ -139,7 +174,7 @@ def allocate(budget: int, sizes: Sequence[BracketSize], seeds: int) -> list[Allo
     Raises:
         BudgetError: The budget is too small to try every pair.
     """
-    least = [size.scratch + size.pair_cost * _minimum_cost(size.pairs, seeds) for size in sizes]
+    least = [size.scratch + size.pair_cost * _minimum_cost(size, seeds) for size in sizes]
     rest = budget - sum(least)
     if rest < 0:
         scratch = sum(size.scratch for size in sizes)
@@ -155,55 +190,53 @@ def allocate(budget: int, sizes: Sequence[BracketSize], seeds: int) -> list[Allo
     out, left_over = [], Fraction(0)
     for size, needed, weight in zip(sizes, least, weights, strict=True):
         own_budget = needed + left_over + (rest * weight / sum(weights) if weight else 0)
-        rungs, finalists = _rungs(size.pairs, (own_budget - size.scratch) / size.pair_cost, seeds)
-        cost = size.scratch + size.pair_cost * _cost(rungs, finalists, seeds)
-        out.append(Allocation(rungs, finalists, cost))
-        left_over = own_budget - cost
+        rungs, finalists = _rungs(size, (own_budget - size.scratch) / size.pair_cost, seeds)
+        out.append(Allocation(size, seeds, rungs, finalists))
+        left_over = own_budget - out[-1].cost
     return out
 
 
-def _minimum_cost(pairs: int, seeds: int) -> Fraction:
+def _minimum_cost(size: BracketSize, seeds: int) -> Fraction:
     """Return the least cost of finding one pair and training it with every seed."""
-    short = pairs * RUNGS[0] + MIN_COMPARED_PAIRS
-    return min(Fraction(pairs * seeds), min(short, Fraction(pairs)) + seeds)
+    stepped = size.pairs - size.solved
+    short = size.pairs * RUNGS[0] + min(MIN_COMPARED_PAIRS, stepped)
+    whole = size.solved * RUNGS[0] + stepped
+    return min(Fraction(size.pairs * seeds), min(short, whole) + seeds)
 
 
-def _cost(rungs: Sequence[int], finalists: int, seeds: int) -> Fraction:
-    tried = sum((count * share for count, share in zip(rungs, RUNGS, strict=True)), Fraction(0))
+def _cost(rungs: Sequence[int], finalists: int, seeds: int, solved: int = 0) -> Fraction:
+    """Return what pairs cost; a solved head costs the share of the first rung, at whichever rung.
+
+    Args:
+        solved: Number of pairs with solved heads, which are in the count of each rung.
+    """
+    first, second = rungs
+    tried = (first or solved) * RUNGS[0] + (second - solved) * RUNGS[1] if second else Fraction(0)
     return tried + finalists * seeds
 
 
-def _rungs(pairs: int, budget: Fraction, seeds: int) -> tuple[tuple[int, int], int]:
+def _rungs(size: BracketSize, budget: Fraction, seeds: int) -> tuple[tuple[int, int], int]:
     """Return how many pairs are tried at each rung, and how many with every seed.
 
     There are as many of these as the budget allows when every rung cuts the same share of the
     pairs. What is left then is for the second rung. The first is left out where trying every pair
     at the second costs no more.
     """
+    pairs, solved = size.pairs, size.solved
     if pairs * seeds <= budget:
         return (0, 0), pairs
     for finalists in range(min(pairs - 1, math.floor(budget / seeds)), 0, -1):
-        rest = budget - finalists * seeds
-        if pairs * RUNGS[1] <= rest:
+        if _cost((0, pairs), finalists, seeds, solved) <= budget:
             return (0, pairs), finalists
-        second = math.floor((rest - pairs * RUNGS[0]) / RUNGS[1])
-        if second >= math.ceil(math.sqrt(pairs * finalists)) or finalists == 1:
-            return (pairs, second), finalists
+        stepped = math.floor(budget - finalists * seeds - pairs * RUNGS[0])
+        is_enough = stepped + solved >= math.ceil(math.sqrt(pairs * finalists))
+        if finalists == 1 or (is_enough and stepped >= MIN_COMPARED_PAIRS):
+            return (pairs, stepped + solved), finalists
     raise AssertionError(f"{budget} trials are too few for any of {pairs} pairs")
 
 
 def _number(value: Fraction | int) -> str:
     return f"{float(value):.4g}"
-
-
-def describe(allocation: Allocation, size: BracketSize, seeds: int) -> str:
-    """Return what a bracket spends: scratch, each rung, and the sum in trials."""
-    if not size.pairs:
-        return f"{_number(allocation.cost)} trials of scratch"
-    return (
-        f"{plural(size.pairs, 'pair')} of source and technique: {allocation.text(seeds)}; with "
-        f"{_number(size.scratch)} trials of scratch it costs {_number(allocation.cost)} trials"
-    )
 
 
 def shortened(train: Train, rung: int) -> dict[str, float]:
@@ -350,7 +383,7 @@ def _decide(
     for number, rung in enumerate(stages, 1):
         trials = {pair: pair.rungs[rung] for pair in out.kept}
         out.rung, out.waiting = number, [one for one in trials.values() if one.id not in values]
-        out.tried += [one for one in trials.values() if one.id in values]
+        out.tried += [one for one in trials.values() if one.id in values and one not in out.tried]
         if out.waiting:
             return out
         measured = {pair: _sort_value(values[one.id]) for pair, one in trials.items()}
@@ -362,6 +395,7 @@ def _decide(
             ranked = sorted(measured, key=out.ranks_with_all_steps.__getitem__)
         else:
             ranked = rank_short_runs(measured, history)
+            ranked.sort(key=lambda pair: not pair.is_solved)
         keep = allocation.num_kept_after(rung)
         for rank, pair in enumerate(ranked[keep:], keep + 1):
             has_value = _sort_value(values[trials[pair].id]) > -math.inf

@@ -41,7 +41,7 @@ def describe(state: JobState) -> list[str]:
         f"results in {state.job.root}"
     )
     if allowed is not None:
-        spent = float(sum(allocation.cost for _, allocation in planned.values()))
+        spent = float(sum(allocation.cost for allocation in planned.values()))
         lines.append(
             f"budget: at most {spent:.4g} of {allowed} trials are spent; a trial with all its "
             "steps counts as one, a shorter one by its share"
@@ -67,7 +67,7 @@ def _describe_source(name: str, stage: source.SourceStage) -> list[str]:
     takes_last = couples_rows(registry.get("objective", spec.objective.name))
     return [
         f"source {name}: {spec.backbone} by {spec.objective}{technique}, {length} of "
-        f"{_size(spec.train)} on {plural(spec.workers, 'rank')}; "
+        f"{_size(spec.train)} on {spec.workers} {'rank' if spec.workers == 1 else 'ranks'}; "
         f"{stage.splits.sizes()} [{done}]",
         *_idle_patience(f"source {name}", spec.train, steps, takes_last),
         *_slow_average(f"source {name}", spec.train, steps),
@@ -160,7 +160,7 @@ class _PlannedTechnique(NamedTuple):
         return self.entries * (self.draws + self.repeats + seeds)
 
 
-Planned = Mapping[tuple[str, str], tuple[budget.BracketSize, budget.Allocation]]
+Planned = Mapping[tuple[str, str], budget.Allocation]
 """Target and label fraction to how a budget is spent there (`planned_trials`)."""
 
 
@@ -249,7 +249,7 @@ def _add_fraction(
     seeds = state.job.fanout.seeds
     share = grid.fraction_text(fraction, stage.spec.objective.name)
     place = f"target {stage.name} at {plots.labels_text(share)}"
-    size, allocation = spending.get((stage.name, share), (None, None))
+    allocation = spending.get((stage.name, share))
     rows = stage.num_labelled_rows(fraction) if fraction else stage.num_rows_without_labels
     batch = min(stage.spec.train.global_batch, rows)
     train = stage.spec.train.model_copy(update={"global_batch": batch})
@@ -260,9 +260,9 @@ def _add_fraction(
     repeated = sum(planned.entries * planned.repeats for planned in techniques)
     searched = repeated + sum(planned.entries * planned.draws for planned in techniques)
     repeated_text = f" ({repeated} of them try the best draws again)" if repeated else ""
-    if size is not None and allocation is not None:
-        searched, repeated_text = sum(allocation.rungs), ""
-        final -= (size.pairs - allocation.finalists) * seeds
+    if allocation is not None:
+        searched, repeated_text = allocation.num_search_trials, ""
+        final -= (allocation.size.pairs - allocation.finalists) * seeds
     cost.trials += searched + final
 
     longest, length = steps, f"{train.epochs or 1:g} epochs"
@@ -277,13 +277,11 @@ def _add_fraction(
     else:
         cost.unknown = f" and those to be known {steps}"
     steps_or_none = steps if isinstance(steps, int) else None
-    if size is not None and allocation is not None:
-        # which pairs are kept is not known: as many as can be take steps, the others are solved
+    if allocation is not None:
         pairs = [planned for planned in techniques if planned.technique.starts_from != "random"]
         techniques = [planned for planned in techniques if planned not in pairs]
-        num_stepped = sum(planned.entries for planned in pairs if not planned.is_solved)
-        stepped = size.pair_cost * allocation.cost_of_pairs(num_stepped, seeds)
-        solved = allocation.cost - size.scratch - stepped
+        stepped = allocation.stepped_cost
+        solved = allocation.cost - allocation.size.scratch - stepped
         networks = max((planned.entries for planned in pairs if planned.is_solved), default=0)
         cost.steps += math.floor(stepped * (steps_or_none or 0))
         cost.groups += [
@@ -314,8 +312,8 @@ def _add_fraction(
     if entries and not is_drawn:
         cost.lines += _idle_patience(place, train, longest, takes_last=not fraction)
         cost.lines += _slow_average(place, train, longest)
-    if size is not None and allocation is not None:
-        cost.lines.append(f"{place}, budget: {budget.describe(allocation, size, seeds)}")
+    if allocation is not None:
+        cost.lines.append(f"{place}, budget: {allocation.describe()}")
 
 
 def _listed(numbers: Sequence[int]) -> str:

@@ -99,9 +99,7 @@ def _search_trials_after(
     records: Mapping[str, TrialRecord],
 ) -> list[Trial]:
     """Return the search trials that are known once the trials with these records have ended."""
-    streamed = state.streamed
-    if streamed is None:
-        streamed = read_metadata(state).get("streamed", [])
+    streamed = _streamed(state)
     values = {trial_id: validation_value(record) for trial_id, record in records.items()}
     out: list[Trial] = []
     for name, entry in _entries(state, groups, chosen):
@@ -115,6 +113,13 @@ def _search_trials_after(
                 values,
             )
     return out
+
+
+def _streamed(state: JobState) -> list[str]:
+    """Return ``target|key of a backbone group`` of the rows that are not held in memory."""
+    if state.streamed is None:
+        return read_metadata(state).get("streamed", [])
+    return state.streamed
 
 
 def finalist_trials(
@@ -273,10 +278,8 @@ def _draw_sort_key(draw: tuple[dict[str, float], list[float]]) -> tuple[int, flo
 # ---------------------------------------------------------------- a budget of trials
 
 
-def planned_allocations(
-    state: JobState,
-) -> dict[tuple[str, str], tuple[budget.BracketSize, budget.Allocation]]:
-    """Map (target, label fraction) to the bracket's size and allocation, before anything has run.
+def planned_allocations(state: JobState) -> dict[tuple[str, str], budget.Allocation]:
+    """Map (target, label fraction) to what is planned there before anything has run.
 
     It is empty where the job has no budget. Before the sources are trained it may count more
     scratch networks than there are (`num_scratch_networks`).
@@ -296,30 +299,36 @@ def planned_allocations(
             for component in grid.techniques(job, stage.spec)
             if grid.needs_training(component)
         ]
+        competing = [one for one in trained if not grid.starts_random(one)] * len(names)
+        in_memory = stage.spec.data.decode != "train"  # where it is auto, it is not known yet
+        size = _size(
+            [component for component in trained if grid.starts_random(component)] * networks,
+            competing,
+            sum(in_memory and grid.is_solved(stage.spec, technique_of(one)) for one in competing),
+            job.fanout.seeds,
+        )
         for fraction in stage.spec.label_fractions:
-            sizes[name, grid.fraction_text(fraction, stage.spec.objective.name)] = _size(
-                [component for component in trained if grid.starts_random(component)] * networks,
-                [component for component in trained if not grid.starts_random(component)]
-                * len(names),
-                job.fanout.seeds,
-            )
+            sizes[name, grid.fraction_text(fraction, stage.spec.objective.name)] = size
     allocations = budget.allocate(job.fanout.budget, list(sizes.values()), job.fanout.seeds)
-    return {
-        key: (size, allocation)
-        for (key, size), allocation in zip(sizes.items(), allocations, strict=True)
-    }
+    return dict(zip(sizes, allocations, strict=True))
 
 
 def _size(
     scratch_techniques: Sequence[ComponentConfig],
     pair_techniques: Sequence[ComponentConfig],
+    num_solved: int,
     seeds: int,
 ) -> budget.BracketSize:
-    """Return the size of a bracket, given the technique of each of its entries."""
+    """Return the size of a bracket, given the technique of each of its entries.
+
+    Args:
+        num_solved: Number of pairs whose head is solved.
+    """
     return budget.BracketSize(
         len(pair_techniques),
         sum(map(budget.relative_cost, scratch_techniques), Fraction(0)) * seeds,
         max(map(budget.relative_cost, pair_techniques), default=Fraction(1)),
+        num_solved,
     )
 
 
@@ -341,21 +350,24 @@ def brackets_of(
             objective = state.targets[name].spec.objective.name
             entries[name, grid.fraction_text(entry.label_fraction, objective)].append(entry)
     out: list[budget.Bracket] = []
+    streamed = _streamed(state)
     for (name, fraction), of_bracket in entries.items():
-        train = state.targets[name].spec.train
+        spec = state.targets[name].spec
         competing = [entry for entry in of_bracket if not grid.starts_random(entry.technique)]
-        pairs = [
-            budget.Contender(
-                tuple(
-                    _trial(state, name, entry, budget.shortened(train, rung), seed, "search")
-                    for rung in range(len(budget.RUNGS))
-                )
-            )
-            for entry in competing
-        ]
+        pairs: list[budget.Contender] = []
+        for entry in competing:
+            in_memory = f"{name}|{entry.group.key}" not in streamed
+            is_solved = in_memory and grid.is_solved(spec, technique_of(entry.technique))
+            settings = [budget.shortened(spec.train, rung) for rung in range(len(budget.RUNGS))]
+            trials = [
+                _trial(state, name, entry, settings[-1] if is_solved else hyper, seed, "search")
+                for hyper in settings
+            ]
+            pairs.append(budget.Contender(tuple(trials)))
         size = _size(
             [entry.technique for entry in of_bracket if grid.starts_random(entry.technique)],
             [entry.technique for entry in competing],
+            sum(pair.is_solved for pair in pairs),
             state.job.fanout.seeds,
         )
         out.append(budget.Bracket(name, fraction, tuple(pairs), size))

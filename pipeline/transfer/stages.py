@@ -214,7 +214,7 @@ def pretrain(state: JobState) -> None:
             values = ", ".join(f"{k} {v:.4g}" for k, v in summary.metrics.items())
             stopped = " (stopped by patience)" if summary.stopped_at else ""
             state.progress.note(
-                f"{name}: {plural(summary.steps, 'step')}{stopped} in {summary.seconds:.0f} s; "
+                f"{name}: {summary.steps} steps{stopped} in {summary.seconds:.0f} s; "
                 f"validation {values or 'none'}; bundle {stage.bundle_uri}"
             )
         if summary.transfer:
@@ -1074,7 +1074,7 @@ def failures(state: JobState, rows: list[ResultRow]) -> list[str]:
 def _test_rows_left_out(state: JobState) -> list[str]:
     """Return a line for each target of which test rows were left out."""
     return [
-        f"{name}: {count} test rows that are also in a source (drop_overlap: "
+        f"{name}: {plural(count, 'test row')} also in a source (drop_overlap: "
         f"{state.targets[name].spec.drop_overlap})."
         for name, count in state.num_dropped_test_rows.items()
         if count and name in state.targets

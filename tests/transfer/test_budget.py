@@ -32,6 +32,16 @@ def bracket(target: str = "task", sources=SOURCES, techniques=TECHNIQUES, seeds:
     return Bracket(target, "1.0", pairs, BracketSize(len(pairs), Fraction(seeds)))
 
 
+def with_solved_heads(technique: str = "linear_probe") -> Bracket:
+    """A bracket in which the pairs of a technique have one trial for all rungs."""
+    pairs = tuple(
+        Contender((one.rungs[0],) * 2) if one.technique == technique else one
+        for one in bracket().pairs
+    )
+    solved = sum(one.is_solved for one in pairs)
+    return Bracket("task", "1.0", pairs, BracketSize(15, Fraction(3), Fraction(1), solved))
+
+
 def run(brackets, allocations, value) -> tuple[budget.Decision, list[str]]:
     """Decide, run what is waited for, and decide again until nothing waits; and what ran."""
     values, order = {}, []
@@ -110,6 +120,36 @@ def test_how_many_of_fifteen_pairs_are_tried_at_each_rung(left, rungs, finalists
     (one,) = spend(left + 3, bracket())
     assert (one.rungs, one.finalists) == (rungs, finalists)
     assert float(one.cost) == pytest.approx(3 + rungs[0] / 9 + rungs[1] + 3 * finalists)
+
+
+@pytest.mark.parametrize("allowed", range(10, 50))
+def test_solved_heads_are_compared_with_all_steps_by_the_trial_that_they_have(allowed):
+    """Beside them as many other pairs as the budget pays for, at least two."""
+    one = with_solved_heads()
+    allocations = spend(allowed, one)
+    found, ran = run([one], allocations, random_values(allowed))
+    assert len(ran) == len(set(ran)) == len(found.tried) == allocations[0].num_search_trials
+    costs = [
+        budget.RUNGS[0] if "linear_probe" in name else budget.RUNGS[int(name[-1])] for name in ran
+    ]
+    final = kept(found, one)
+    assert sum(costs) + 3 * len(final) + 3 == allocations[0].cost <= allowed
+    stepped = sum(cost for cost, name in zip(costs, ran, strict=True) if "linear_probe" not in name)
+    assert stepped + 3 * sum("linear_probe" not in entry for entry in final) <= (
+        allocations[0].stepped_cost
+    )
+    if all(allocations[0].rungs):
+        assert sum(name.endswith("1") for name in ran) == allocations[0].rungs[1] - 3 >= 2
+        cut_early = [name for name, why in found.reasons.items() if "rung 1" in why]
+        assert not any("linear_probe" in name for name in cut_early)
+
+
+def test_with_solved_heads_every_technique_is_compared_with_all_steps_at_a_quarter_of_the_cost():
+    """12 of 48 trials: four networks, which were three without their own place for solved heads."""
+    one = with_solved_heads()
+    _, ran = run([one], spend(12, one), lambda name: float("linear_probe" in name))
+    compared = {name.split("|")[2] for name in ran if name.endswith("1")}
+    assert compared == {"full", "lora", "bitfit", "lp_ft"}
 
 
 def test_what_a_target_leaves_over_is_spent_on_the_next():

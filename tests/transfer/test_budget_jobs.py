@@ -142,17 +142,22 @@ def test_a_job_that_was_killed_decides_the_same(tmp_path, bundles, paths, here):
 @pytest.mark.parametrize(
     ("techniques", "trials", "steps"),
     [
-        # 3 of 6 pairs take steps: 3 with 1 of 9, then at most 2 with all and 1 with 2 seeds
+        # 3 of 6 pairs take steps: 3 with 1 of 9, then 2 with all, and at most 1 with 2 seeds
         (["linear_probe", "full"], 12, 2 * 9 + 3 * 1 + 4 * 9),
-        (["linear_probe"], 7, 2 * 9),
+        (["linear_probe"], 9, 2 * 9),
     ],
 )
-def test_a_dry_run_counts_no_steps_of_solved_heads_with_a_budget(
-    tmp_path, bundles, paths, techniques, trials, steps
+def test_solved_heads_take_no_steps_of_a_budget_and_are_tried_once(
+    tmp_path, bundles, paths, here, techniques, trials, steps
 ):
     job = changed(job_of(tmp_path, bundles, paths, 7), techniques=techniques)
     lines = dry_run.describe(prepared(job))
-    assert any(line.startswith(f"in all: {trials} trials, {steps} steps;") for line in lines), lines
+    assert any(line.startswith(f"in all: {trials} trials, {steps} steps;") for line in lines)
+    _, rows = run_through(job)
+    assert len(here) == len(set(here)) == len({row.trial_id for row in rows}) == trials
+    solved = {row.trial_id for row in rows if row.technique == "linear_probe"}
+    assert len(solved & {row.trial_id for row in rows if row.trial_stage == "search"}) == 3
+    assert steps_of([row for row in rows if row.technique != "linear_probe"]) <= steps
 
 
 @pytest.mark.slow
