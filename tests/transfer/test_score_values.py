@@ -294,6 +294,7 @@ def test_proxy_a_knows_equal_sides_from_different_ones():
     assert proxy_a(x, same)[1] < 0 and proxy_a(x, same)[0] < 0.4
     assert proxy_a(x, other)[0] > 1.9
     assert np.isnan(proxy_a(x[:9], other))
+    assert np.isnan(proxy_a(np.ones((60, 3)), np.ones((60, 3)))), "a dead network is not the best"
 
 
 # ---------------------------------------------------------------- rows of one group

@@ -135,7 +135,8 @@ def proxy_a(
         source_groups: (m,) the same for the source's rows.
 
     Returns:
-        (value, low, high), NaN where a side has fewer than ten rows or four groups.
+        (value, low, high), NaN where a side has fewer than ten rows or four groups, or the features
+        do not vary.
     """
     count = min(len(features), len(source_features))
     rng = np.random.default_rng(0)
@@ -146,6 +147,8 @@ def proxy_a(
         units.append(_in_order_drawn(unit_numbers(of, len(one))[drawn]))
     fewest = min(len(np.unique(unit)) for unit in units)
     if count < 2 * FOLDS or fewest < MIN_GROUPS:
+        return float("nan")
+    if not np.ptp(np.concatenate(sides), axis=0).any():
         return float("nan")
     folds = [unit % min(FOLDS, fewest) for unit in units]
     wrong = [np.zeros(count), np.zeros(count)]
