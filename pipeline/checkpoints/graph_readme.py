@@ -12,9 +12,12 @@ from pipeline.checkpoints import classifier_export, hf_text
 from pipeline.checkpoints.bundle import Bundle, without_folders
 from pipeline.checkpoints.graph import Graph
 from pipeline.core.capabilities import preparation_code
+from pipeline.media.language_model import FileCopy
 
 TOKENIZER = "tokenizer"
 """What the state of a modality calls the tokenizer that it has."""
+LANGUAGE_MODEL = "lm"
+"""What the state and the options of an objective call the language model that it has."""
 DESCRIPTION, README = "graph.json", "README.md"
 
 ZEROS = """
@@ -26,7 +29,7 @@ inputs = {{
 
 
 def write(saved: Bundle, graph: Graph, folder: Path, file: str, running: str) -> None:
-    """Write the description and the README, and for texts the tokenizer.
+    """Write the description and the README, for texts the tokenizer, for speech the language model.
 
     Args:
         saved: The bundle.
@@ -37,10 +40,15 @@ def write(saved: Bundle, graph: Graph, folder: Path, file: str, running: str) ->
     """
     manifest = saved.manifest
     first, state = graph.samples[0], saved.modality().state
-    # the tokenizer is a file of its own
+    # the tokenizer is a file of its own, and so is the language model
     described_state = {name: value for name, value in state.items() if name != TOKENIZER}
     modality = replace(manifest.modality, state=described_state)
     objective = without_folders("objective", manifest.objective)  # an export may be published
+    objective_state = dict(objective.state)
+    if copy := objective_state.pop(LANGUAGE_MODEL, None):
+        held = FileCopy(**copy).unpacked()
+        if held is not None:
+            (folder / objective.options[LANGUAGE_MODEL]).write_bytes(held)
     shapes = {
         name: [of or size for of, size in zip(graph.dimensions[name], one.shape, strict=True)]
         for name, one in first[0].items()
@@ -54,7 +62,7 @@ def write(saved: Bundle, graph: Graph, folder: Path, file: str, running: str) ->
         "outputs": {name: {"type": _type(one)} for name, one in first[1].items()},
         "labels": manifest.objective.state.get("labels"),
         "objective_options": objective.options,
-        "objective_state": manifest.objective.state,
+        "objective_state": objective_state,
         "modality": without_folders("modality", modality).to_json(),
     }
     meaning = graph.meaning

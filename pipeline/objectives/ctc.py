@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from importlib import import_module
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -25,8 +25,7 @@ from pipeline.core.contracts.objective_capabilities import TransformersHead
 from pipeline.core.nn import conv_arithmetic
 from pipeline.core.nn.eager import eager
 from pipeline.core.ragged import lengths, ragged
-from pipeline.io import storage
-from pipeline.media import transcripts
+from pipeline.media import language_model, transcripts
 from pipeline.media.tagging_schemes import texts
 
 BEAM_THRESHOLD = 50.0
@@ -36,8 +35,6 @@ SLACK = 0.02
 
 Resampling, and formats that keep milliseconds, round.
 """
-SPACE = "|"
-"""How a language model's file writes the space, which is not one of its words."""
 
 
 class CTCOptions(Options):
@@ -75,8 +72,9 @@ class CTCOptions(Options):
     )
     lm: str | None = Field(
         None,
-        description="beam search: an n-gram model of the labels, ARPA or KenLM's binary form, on "
-        "this machine; each label is a word of it, the space is written |",
+        description="beam search: an n-gram model of the labels, ARPA or KenLM's binary form; each "
+        "label is a word of it, the space is written |. Bundles hold a file of up to 16 MiB, of a "
+        "larger one the checksum: it must then be on each machine",
         json_schema_extra={"format": "uri-reference"},
     )
     lm_weight: float = Field(
@@ -107,6 +105,8 @@ class TranscriptState(transcripts.AlphabetState):
     """Option ``units``."""
     normalization: str
     """Names of the rules."""
+    lm: NotRequired[dict[str, Any]]
+    """`language_model.FileCopy` of option ``lm``; bundles of earlier versions have none."""
 
 
 class CTCState(TranscriptState):
@@ -177,7 +177,14 @@ class CTC(Objective):
                 f"column {columns['transcript']}, the transcripts of {len(table)} training rows: "
                 f"{error}"
             ) from None
-        return {**alphabet.state(), "units": options.units, "normalization": rules}
+        state: TranscriptState = {
+            **alphabet.state(),
+            "units": options.units,
+            "normalization": rules,
+        }
+        if options.lm:
+            state["lm"] = language_model.copy_file(options.lm)._asdict()
+        return state
 
     @classmethod
     def encode(cls, table, columns, state: CTCState) -> Arrays:
@@ -372,7 +379,9 @@ class CTC(Objective):
 
     def _decoder(self) -> _Decoder:
         options = self.options
-        return _search(self.alphabet.labels, options.beam, options.lm, options.lm_weight)
+        held = self.state.get("lm")
+        copy = language_model.FileCopy(**held) if held else None
+        return _search(self.alphabet.labels, options.beam, options.lm, copy, options.lm_weight)
 
     def _beam_search(self, log_probs: Tensor, ends: Tensor) -> Tensor:
         """Return (B, L) int32, -1 behind: the best hypothesis of each row.
@@ -411,7 +420,13 @@ class _Decoder(NamedTuple):
 
 
 @lru_cache(maxsize=4)
-def _search(labels: tuple[str, ...], beam: int, lm: str | None, weight: float) -> _Decoder:
+def _search(
+    labels: tuple[str, ...],
+    beam: int,
+    lm: str | None,
+    copy: language_model.FileCopy | None,
+    weight: float,
+) -> _Decoder:
     """Return a decoder, made once a process: a language model takes seconds to read.
 
     Raises:
@@ -424,7 +439,7 @@ def _search(labels: tuple[str, ...], beam: int, lm: str | None, weight: float) -
             "objective.beam: beam search needs flashlight-text, which is not installed: "
             f"{extras.install('speech')}, or set beam: 0"
         ) from None
-    model = _language_model(labels, lm) if lm else flashlight.ZeroLM()
+    model = language_model.read(lm, copy, labels) if lm else flashlight.ZeroLM()
     options = flashlight.LexiconFreeDecoderOptions(
         beam_size=beam,
         beam_size_token=len(labels),
@@ -439,42 +454,6 @@ def _search(labels: tuple[str, ...], beam: int, lm: str | None, weight: float) -
     blank = 0
     decoder = flashlight.LexiconFreeDecoder(options, model, silence, blank, [])
     return _Decoder(decoder, model)
-
-
-def _language_model(labels: tuple[str, ...], path: str) -> Any:
-    """Read a language model of the labels.
-
-    Raises:
-        ValueError: the file is not there, not readable, or a model of something else.
-    """
-    kenlm = import_module("flashlight.lib.text.decoder.kenlm")
-    dictionary = import_module("flashlight.lib.text.dictionary")
-    if storage.is_remote(path) or not storage.exists(path):
-        raise ValueError(
-            f"objective.lm: there is no file {path} on this machine; put the ARPA or KenLM file "
-            "there, which no bundle holds, or in a job name another one"
-        )
-    names = [SPACE if label == " " else label for label in labels]
-    try:
-        entries = dictionary.Dictionary([*names, "\N{REPLACEMENT CHARACTER} no label"])
-        model = kenlm.KenLM(path, entries)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"objective.lm: {path} is not readable as a language model: "
-            f"{str(error).splitlines()[0]}"
-        ) from None
-    start = model.start(False)
-    score_of_unknown = model.score(start, len(names))[1]
-    scores = {number: model.score(start, number)[1] for number in range(1, len(names))}
-    unknown = [names[number] for number, score in scores.items() if score == score_of_unknown]
-    if len(unknown) > len(labels) // 2:
-        raise ValueError(
-            f"objective.lm: {path} does not know {len(unknown)} of {len(labels) - 1} labels "
-            f"({', '.join(unknown[:8])}): it must be a model of the labels, not of words; train "
-            f"it on the transcripts with a space between any two labels, and {SPACE} for their "
-            "own spaces"
-        )
-    return model
 
 
 # ---------------------------------------------------------------- rows

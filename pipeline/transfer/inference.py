@@ -254,13 +254,12 @@ def check(uri: str, options: OutputOptions | None = None) -> bundle.Manifest:
         raise BundleError(
             f"{uri}: {name} compares views of a row and predicts nothing; fine-tune it first"
         )
-    for option in registry.path_options("objective", name):
-        file = loaded.manifest.objective.options.get(option)
-        if file and not storage.exists(file):
-            raise BundleError(
-                f"{uri}: {name} reads {option}: {file}, which the bundle does not hold, and there "
-                "is no such file here; put the one that it was trained with there"
-            )
+    stated = loaded.manifest.objective.options
+    if any(stated.get(option) for option in registry.path_options("objective", name)):
+        try:
+            loaded.task()  # a file that cannot be read is told now, not by each data worker
+        except ValueError as error:
+            raise BundleError(f"{uri}: {error}") from None
     if options.srt and "words" not in output_types(objective):
         raise BundleError(
             f"{uri}: --srt writes what was said and when, and this bundle's {name} transcribes "

@@ -22,6 +22,7 @@ from pipeline.checkpoints import bundle, export, graph, graph_readme
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.core.batch import Batch
 from pipeline.core.specs import ModalitySpec
+from pipeline.media import language_model
 from pipeline.modalities.text import Text
 
 LONG = ["multilabel", "qa", "ctc", "segmentation", "detection", "regression", "hourly"]
@@ -145,6 +146,17 @@ def test_the_description_names_the_file_of_a_language_model_alone(tmp_path):
     graph_readme.write(bundle.load(uri), traced, tmp_path, "model.onnx", "")
     described = json.loads((tmp_path / "graph.json").read_text())
     assert described["objective_options"]["lm"] == "characters.arpa"
+    assert not (tmp_path / "characters.arpa").exists()
+    file = tmp_path / "there" / "characters.arpa"
+    file.parent.mkdir()
+    file.write_bytes(b"a language model")
+    state = {**task.objective.state, "lm": language_model.copy_file(str(file))._asdict()}
+    task.objective.state = state
+    uri = saved(tmp_path, task, OBJECTIVES["ctc"].build("ctc").rows.decoder.modality)
+    graph_readme.write(bundle.load(uri), traced, tmp_path, "model.onnx", "")
+    assert (tmp_path / "characters.arpa").read_bytes() == b"a language model"
+    described = json.loads((tmp_path / "graph.json").read_text())
+    assert "lm" not in described["objective_state"]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 against every path there is, words in time.
 """
 
+import hashlib
 import io
 import itertools
 import json
@@ -30,7 +31,7 @@ from pipeline.core.specs import Architecture
 from pipeline.data import manifests
 from pipeline.data.loader import Decoder
 from pipeline.data.stream import Rows, TooManyBadRowsError
-from pipeline.media import transcripts
+from pipeline.media import language_model, transcripts
 from pipeline.modalities.audio import Audio, AudioOptions
 from pipeline.objectives import ctc
 from pipeline.objectives.ctc import CTC, CTCOptions
@@ -657,6 +658,35 @@ def test_a_language_model_and_words_are_weighed_as_they_say(tmp_path):
                 task_of(state, beam=3000, lm=str(path), lm_weight=weight, word_score=bonus), [mel]
             ) == [best]
     assert changed > 4
+
+
+def test_a_language_model_is_the_one_that_was_fitted(tmp_path, monkeypatch):
+    """The state holds a small file, and of a large one what tells it from another."""
+    path = tmp_path / "labels.arpa"
+    path.write_text(ARPA)
+    options = {"beam": 100, "lm": str(path), "lm_weight": 1.5}
+    mels = [torch.randn(4, 4, generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    small = json.loads(json.dumps(fitted(["A B"], **options)))
+    right = searched(task_of(small, **options), mels)
+    monkeypatch.setattr(language_model, "HELD_BYTES", 100)
+    large = json.loads(json.dumps(fitted(["A B"], **options)))
+    assert searched(task_of(large, **options), mels) == right
+    assert large["lm"] == {"sha256": small["lm"]["sha256"], "content": None}
+
+    path.write_text(ARPA.replace("-0.2\tA B", "-9.2\tA B"))
+    ctc._search.cache_clear()
+    assert searched(task_of(small, **options), mels) == right
+    changed = hashlib.sha256(path.read_bytes()).hexdigest()
+    trained_with = large["lm"]["sha256"]
+    message = f"labels.arpa is not the file .*: its SHA-256 is {changed}, .* {trained_with}; put"
+    with pytest.raises(ValueError, match=message):
+        task_of(large, **options)
+
+    path.unlink()
+    ctc._search.cache_clear()
+    assert searched(task_of(small, **options), mels) == right
+    with pytest.raises(ValueError, match=r"there is no file \S+labels.arpa on this machine, and"):
+        task_of(large, **options)
 
 
 def test_beam_search_that_cannot_be_made_is_refused_at_once(tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ from pipeline.data.manifests import Selection
 from pipeline.data.plan import Item
 from pipeline.io import storage
 from pipeline.modalities.audio import Audio, AudioOptions
+from pipeline.objectives import ctc
 from pipeline.objectives.ctc import CTC, CTCOptions
 from pipeline.transfer import inference, prediction_files, preflight, publishing, stages
 
@@ -500,6 +501,56 @@ def test_rows_are_no_longer_than_the_network_reads(tmp_path, monkeypatch):
     assert lowered(state.progress.lines) == ["src", "task"]
 
 
+LETTERS = """\\data\\
+ngram 1=8
+ngram 2=1
+
+\\1-grams:
+-99\t<s>\t-0.1
+-1.2\t</s>
+-2.5\t<unk>
+-0.7\t|
+-0.7\tA
+-0.7\tB
+-0.7\tC
+-0.7\tD
+
+\\2-grams:
+-0.3\t<s> B
+
+\\end\\
+"""
+
+
+def test_a_pushed_recogniser_decodes_with_the_language_model_that_it_was_trained_with(
+    tmp_path, monkeypatch
+):
+    """Whatever file of that name lies where it is used."""
+    place = tmp_path / "letters.arpa"
+    place.write_text(LETTERS)
+    loaded = bundle.load(save(tmp_path))
+    task = loaded.task()
+    options = CTCOptions(beam=20, lm=str(place), lm_weight=3.0)
+    table = pa.table({"said": texts(96, 1)})
+    said = CTC.fit(options, table, {"transcript": "said"})
+    state = CTC.bind_to_backbone(said, task.backbone)
+    task.objective = CTC(task.backbone, options, state)
+    bundle.save(str(tmp_path / "searched"), task.eval(), loaded.manifest.modality)
+    publishing.push(str(tmp_path / "searched"), str(tmp_path / "to"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for path in (place, tmp_path / "elsewhere" / "letters.arpa"):
+        path.write_text("another file")
+    ctc._search.cache_clear()
+    made_up = loaded.modality().random_rows(2, np.random.default_rng(0))
+    batch = loaded.modality().finish(Batch(np.arange(2), torch.arange(2), made_up))
+    right = task.objective.predict(task.backbone, batch)["prediction"]
+    for pulled in (str(tmp_path / "searched"), str(tmp_path / "to")):
+        inference.check(pulled)
+        again = bundle.load(pulled).task()
+        assert torch.equal(again.objective.predict(again.backbone, batch)["prediction"], right)
+
+
 def bundle_with_language_model(folder) -> str:
     """A bundle of a network that was trained on another machine, beside a language model."""
     uri = save(folder)
@@ -524,8 +575,8 @@ def test_a_language_model_that_is_not_here_is_told_before_ray_starts(tmp_path):
     uri = bundle_with_language_model(tmp_path)
     with pytest.raises(
         BundleError,
-        match=r"ctc reads lm: /home/alice/\S+arpa, which the bundle does not hold, .*"
-        "put the one that it was trained with there",
+        match=r"objective.lm: there is no file /home/alice/\S+arpa on this machine, and the bundle "
+        "holds no copy .*: put the file that the network was trained with there",
     ):
         inference.check(uri)
 

@@ -43,6 +43,8 @@ def export(saved: Bundle, output: str, backbone_only: bool) -> str:
     def write(folder: Path) -> tuple[str, export_check.Comparison]:
         writer = hf_auto if saved.manifest.arch.library == "hf" else hf_text
         text = writer.write(saved, folder, backbone_only)
+        if not backbone_only and saved.manifest.objective.options.get("beam"):
+            text += "; beam search and its language model are not part of it"
         return text, export_check.compare_folder(saved, folder, backbone_only)
 
     return export_folder.commit(saved, output, backbone_only, write)
