@@ -29,7 +29,7 @@ from pipeline.io import checksums, file_identity, storage
 from pipeline.io.threads import threaded_map
 from pipeline.media import audio_io
 
-VERSION = 6
+VERSION = 7
 """To be raised where the code makes other signatures of the same rows."""
 SPREAD_BYTES, SPREAD_FILES = 64 << 20, 20_000
 """Smaller selections are read in this process, since Ray tasks take seconds to start. Rows of

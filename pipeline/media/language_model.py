@@ -85,9 +85,9 @@ def read(path: str, copy: FileCopy | None, labels: tuple[str, ...]) -> Any:
     kenlm = import_module("flashlight.lib.text.decoder.kenlm")
     dictionary = import_module("flashlight.lib.text.dictionary")
     names = [SPACE if label == " " else label for label in labels]
-    entries = dictionary.Dictionary([*names, "\N{REPLACEMENT CHARACTER} no label"])
     with _local_file(path, copy) as file:
         try:
+            entries = dictionary.Dictionary([*names, "\N{REPLACEMENT CHARACTER} no label"])
             model = kenlm.KenLM(file, entries)
         except (RuntimeError, ValueError) as error:
             raise ValueError(

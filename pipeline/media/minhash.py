@@ -6,18 +6,19 @@ estimated by MinHash (Broder 1997) and found by banding.
 
 from __future__ import annotations
 
-import re
+import unicodedata
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 from datasketch import MinHash
+
+from pipeline.media.words import WORD
 
 NUM_PERM, SHINGLE = 128, 5
 RECALL = 0.999
 """Two documents exactly at the threshold share a band with at least this probability."""
 BATCH_SIZE = 8192
 """Shingles that are hashed at a time: those of a book would take gigabytes."""
-WORD = re.compile(r"\w+")
 
 
 def shingles(text: str) -> set[bytes]:
@@ -25,7 +26,7 @@ def shingles(text: str) -> set[bytes]:
 
     A shorter text has one shingle of all its words; one without words has its punctuation.
     """
-    words = WORD.findall(text.lower()) or text.split()
+    words = WORD.findall(unicodedata.normalize("NFC", text).lower()) or text.split()
     return {
         " ".join(words[i : i + SHINGLE]).encode() for i in range(max(1, len(words) - SHINGLE + 1))
     }

@@ -13,6 +13,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Baseline, BaselineRows, LabelKind, Setting
 from pipeline.media.tagging_schemes import texts
+from pipeline.media.words import WORD
 
 
 class BagOfWordsOptions(Options):
@@ -54,8 +55,7 @@ class BagOfWords(Baseline):
             ngram_range=(1, self.options.words),
             min_df=self.options.min_rows,
             sublinear_tf=True,
-            # also words of one letter, so that no language is left without a word
-            token_pattern=r"(?u)\b\w+\b",
+            token_pattern=WORD.pattern,
         )
 
     def estimator(self, setting: Setting, seed: int, label_kind: LabelKind) -> Any:
