@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.media.tagging_schemes import texts
 
 UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -16,3 +21,12 @@ _MARKS = "".join(
 WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+(?:[{_MARKS}]+[^\W{UNSPACED}]*)*")
 """A run of letters, digits and underscores with the marks on them (accents, vowel signs of Hindi);
 in a script without spaces a single character."""
+
+
+def plain_texts(column: pa.Array | pa.ChunkedArray) -> list[str]:
+    """Return each value of a column of texts, or of lists of words, as one text; "" for null."""
+    return [_joined(cell) for cell in texts(column)]
+
+
+def _joined(cell: Any) -> str:
+    return " ".join(map(_joined, cell)) if isinstance(cell, list) else cell or ""

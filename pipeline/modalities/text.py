@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Literal, NamedTuple, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,7 @@ from pipeline.core.contracts import Arrays, Batch, Modality
 from pipeline.core.inputs import TextInputs
 from pipeline.media import minhash, tokenization
 from pipeline.media.tokenization import PIECE_BYTES, SPECIALS
+from pipeline.media.words import plain_texts
 
 MAX_WORD_NUMBER = 32767
 """Largest number of a word in its row (int16)."""
@@ -93,13 +94,6 @@ class TextOptions(Options):
         description="question answering: most windows that a long text is read in; none: it is cut",
     )
     stride: int = Field(128, ge=0, le=65535, description="tokens that neighbouring windows share")
-
-
-def _plain_text(cell: Any) -> str:
-    """Return a cell as one text: of lists their words, of null ""."""
-    if isinstance(cell, list):
-        return " ".join(map(_plain_text, cell))
-    return cell.decode(errors="replace") if isinstance(cell, bytes) else cell or ""
 
 
 class _Rows(NamedTuple):
@@ -202,8 +196,8 @@ class Text(Modality):
     def near_signatures(cls, table, columns):
         """Return MinHash signatures of the texts of each row, (n, texts, 128)."""
         names = [columns[role] for role in ("text", "text_pair") if role in columns]
-        cells = [map(_plain_text, table[name].to_pylist()) for name in names]
-        texts = [text for row in zip(*cells, strict=True) for text in row]
+        columns_of_texts = [plain_texts(table[name]) for name in names]
+        texts = [text for row in zip(*columns_of_texts, strict=True) for text in row]
         signatures = np.array(list(minhash.signatures(iter(texts))), dtype=np.uint32)
         return {"minhash": signatures.reshape(len(table), len(names), minhash.NUM_PERM)}
 

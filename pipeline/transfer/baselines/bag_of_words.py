@@ -12,8 +12,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Baseline, BaselineRows, LabelKind, Setting
-from pipeline.media.tagging_schemes import texts
-from pipeline.media.words import WORD
+from pipeline.media.words import WORD, plain_texts
 
 
 class BagOfWordsOptions(Options):
@@ -43,12 +42,8 @@ class BagOfWords(Baseline):
     def inputs(self, rows: BaselineRows) -> list[str]:
         """Return the text of each row; that of a pair follows it."""
         columns = [rows.read_column(role) for role in ("text", "text_pair")]
-        columns_of_texts = [texts(column) for column in columns if column is not None]
-        rows_of_texts = zip(*columns_of_texts, strict=True)
-        return [
-            " ".join(_plain_text(cell) for cell in cells if cell is not None)
-            for cells in rows_of_texts
-        ]
+        texts_of_columns = [plain_texts(column) for column in columns if column is not None]
+        return [" ".join(filter(None, texts)) for texts in zip(*texts_of_columns, strict=True)]
 
     def transformer(self) -> TfidfVectorizer:
         return _Words(
@@ -62,11 +57,6 @@ class BagOfWords(Baseline):
         if label_kind == "numbers":
             return Ridge(alpha=1 / (2 * setting["C"]))
         return LogisticRegression(C=setting["C"], max_iter=1000)
-
-
-def _plain_text(cell: Any) -> str:
-    """Return a cell as one text: of a list its words, of null ""."""
-    return " ".join(map(_plain_text, cell)) if isinstance(cell, list) else cell or ""
 
 
 class _Words(TfidfVectorizer):
