@@ -10,15 +10,17 @@ import pyarrow as pa
 
 from pipeline.media.tagging_schemes import texts
 
-UNSPACED = (
+_UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     "\U00020000-\U0003ffff"
 )
-"""Scripts without spaces between words: Thai, Lao, Burmese, Khmer, Japanese and Chinese."""
 _MARKS = "".join(
     chr(code) for code in range(0x300, 0x1D00) if unicodedata.category(chr(code))[0] == "M"
 )
-WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+(?:[{_MARKS}]+[^\W{UNSPACED}]*)*")
+UNSPACED = re.compile(f"[{_UNSPACED}]")
+"""A character of a script without spaces between words: Thai, Lao, Burmese, Khmer, Japanese and
+Chinese."""
+WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+(?:[{_MARKS}]+[^\W{_UNSPACED}]*)*")
 """A run of letters, digits and underscores with the marks on them (accents, vowel signs of Hindi);
 in a script without spaces a single character."""
 

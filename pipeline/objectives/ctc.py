@@ -27,6 +27,7 @@ from pipeline.core.nn.eager import eager
 from pipeline.core.ragged import lengths, ragged
 from pipeline.media import language_model, transcripts
 from pipeline.media.tagging_schemes import texts
+from pipeline.media.words import UNSPACED
 
 BEAM_THRESHOLD = 50.0
 """A hypothesis whose log score is further below the best one's is dropped."""
@@ -156,6 +157,18 @@ class CTC(Objective):
             pa.struct({"word": pa.string(), "start": pa.float64(), "end": pa.float64()})
         )
     }
+
+    @classmethod
+    def target_metrics(cls, options, state: TranscriptState):
+        """Judge by the character error rate where no space is between words, as in Chinese: each
+        transcript would be one word.
+        """
+        has_words = " " in state["characters"] or not UNSPACED.search(state["characters"])
+        return cls.metrics if has_words else ("cer", "wer", "loss")
+
+    @classmethod
+    def source_metrics(cls, options, state: TranscriptState):
+        return cls.target_metrics(options, state)
 
     @classmethod
     def fit(cls, options, table, columns) -> TranscriptState:

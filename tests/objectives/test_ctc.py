@@ -561,6 +561,22 @@ def test_metrics_are_those_of_the_rows_own_transcripts():
     ) == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize(
+    ("said", "first"),
+    [
+        (["AB CA", "BB"], "wer"),
+        (["ONE", "TWO"], "wer"),  # single words
+        (["今天天气很好", "再看一次"], "cer"),
+        (["今天 天气 很 好"], "wer"),
+        (["ดีมาก"], "cer"),
+    ],
+)
+def test_the_first_metric_is_that_of_characters_where_no_space_is_between_words(said, first):
+    state = fitted(said)
+    for metrics in (CTC.target_metrics(CTCOptions(), state), CTC.source_metrics(None, state)):
+        assert metrics[0] == first and set(metrics) == {"wer", "cer", "loss"}
+
+
 def searched(task: Task, mels) -> list[tuple[int, ...]]:
     found = task.objective.predict(task.backbone, batch_of(mels))["prediction"]
     return [tuple(row[row >= 0].tolist()) for row in found]
