@@ -161,8 +161,8 @@ class SignatureMaker:
         return table.set_column(table.schema.get_field_index(column), column, content), out
 
     def _values(self, table: pa.Table) -> dict[str, np.ndarray]:
-        columns = list(self.columns.values())
-        rows = list(zip(*(table[column].to_pylist() for column in columns), strict=True))
+        columns = [_texts_as_bytes(table[column]) for column in self.columns.values()]
+        rows = list(zip(*(column.to_pylist() for column in columns), strict=True))
         out = {
             "digest": np.array([_digest(_content(row)) for row in rows], dtype=np.uint64),
             "readable": np.array(
@@ -220,6 +220,11 @@ def canonical_numbers(table: pa.Table, columns: tuple[str, ...]) -> pa.Table:
             chunks = [_nan_as_null(chunk) for chunk in column.chunks]
             table = table.set_column(index, name, pa.chunked_array(chunks, wanted))
     return table
+
+
+def _texts_as_bytes(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return a column, its texts as bytes: one that is not UTF-8 has no other value in Python."""
+    return column.cast(pa.large_binary()) if arrow_lists.is_text(column.type) else column
 
 
 def _nan_as_null(array: Any) -> Any:

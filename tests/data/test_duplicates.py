@@ -298,6 +298,15 @@ def test_texts_are_compared_as_texts_and_repeats_count_each(signs, tmp_path):
     )
 
 
+def test_a_text_that_is_not_utf8_is_compared_by_its_bytes(signs):
+    """Some writers of Parquet leave Latin-1 in a column of texts."""
+    found = []
+    for values in ([b"caf\xe9", b"th\xe9", b"tea"], [b"tea", b"caf\xe9", b"milk"]):
+        raw = pa.array(values)
+        found.append(signs([*pa.StringArray.from_buffers(3, *raw.buffers()[1:])], "text", "words"))
+    assert d.exact_duplicates(found[1], found[0]).tolist() == [True, True, False]
+
+
 def test_pairs_are_the_same_when_both_texts_are(signs):
     both = ("text", "text_pair")
     train = signs([("a cat", "sleeps"), ("a cat", "runs"), ("a", "bc"), (None, "x")], "text", both)
