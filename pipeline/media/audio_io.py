@@ -198,7 +198,8 @@ def _explain_error(file: _CheckedFile, error: soundfile.LibsndfileError) -> str:
     return (
         f"broken {kind} file, cut off or without samples ({message})"
         if kind
-        else f"no sound file that libsndfile reads ({message})"
+        else f"no sound file that libsndfile reads ({message}); convert M4A, AAC, WMA and video: "
+        "ffmpeg -i in.m4a -vn out.flac"
     )
 
 

@@ -167,7 +167,9 @@ def wav(samples: int, promised: int) -> bytes:
 
 def test_no_file_and_no_samples():
     refused(b"", "empty \\(0 bytes\\)")
-    refused(b"no sound" * 100, "no sound file that libsndfile reads")
+    advice = "no sound file that libsndfile reads .*; convert M4A, .*ffmpeg -i in.m4a"
+    refused(b"no sound" * 100, advice)
+    refused(b"\0\0\0\x20ftypM4A " + bytes(100), advice)
     refused(saved(tone()[:0]), "no samples")
     refused(saved(tone(), form="FLAC")[:30], "broken FLAC file, cut off or without samples")
     refused(saved(tone())[:30], "broken WAV file")
