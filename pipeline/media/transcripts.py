@@ -17,6 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from pipeline.core.ragged import lengths, pad, ragged
+from pipeline.media.words import UNSPACED
 
 BLANK = "<blank>"
 """Name of label 0, which means no label (Graves et al. 2006)."""
@@ -238,7 +239,7 @@ class Alphabet:
         self, labels: np.ndarray, first: np.ndarray, last: np.ndarray
     ) -> list[tuple[str, int, int]]:
         """Return (word, first frame, last frame) of labels (L,) on the frames ``first`` to ``last``
-        (L,).
+        (L,). In scripts without spaces each character is a word.
         """
         out: list[tuple[str, int, int]] = []
         letters = [
@@ -247,17 +248,22 @@ class Alphabet:
             if label > 0
             for letter in self._pieces[label]
         ]
-        inside = False
+        before = " "
         for letter, a, b in letters:
-            if letter.isspace():
-                inside = False
-            elif inside:
-                word, begin, _ = out[-1]
-                out[-1] = (word + letter, begin, b)
-            else:
-                out.append((letter, a, b))
-                inside = True
+            if not letter.isspace():
+                if before.isspace() or not _is_one_word(before, letter):
+                    out.append((letter, a, b))
+                else:
+                    word, begin, _ = out[-1]
+                    out[-1] = (word + letter, begin, b)
+            before = letter
         return out
+
+
+def _is_one_word(before: str, letter: str) -> bool:
+    """Return whether neighbouring letters are of one word; a mark is of that of its letter."""
+    is_mark = unicodedata.category(letter)[0] == "M"
+    return is_mark or UNSPACED.search(before + letter) is None
 
 
 def _characters(texts: Iterable[str]) -> str:
@@ -358,13 +364,14 @@ def cues(words: Iterable[Mapping[str, Any]]) -> list[Cue]:
         word, start, end = entry["word"], float(entry["start"]), float(entry["end"])
         if entries:
             begun, until, lines = entries[-1]
-            fits = len(lines[-1]) + 1 + len(word) <= LINE_CHARACTERS
+            space = " " if _is_one_word(lines[-1][-1], word[0]) else ""
+            fits = len(lines[-1]) + len(space) + len(word) <= LINE_CHARACTERS
             if (
                 end - begun <= CUE_SECONDS
                 and start - until < PAUSE_SECONDS
                 and (fits or len(lines) < CUE_LINES)
             ):
-                lines[-1:] = [f"{lines[-1]} {word}"] if fits else [lines[-1], word]
+                lines[-1:] = [f"{lines[-1]}{space}{word}"] if fits else [lines[-1], word]
                 entries[-1] = (begun, max(until, end), lines)
                 continue
         entries.append((start, end, [word]))

@@ -238,6 +238,19 @@ def test_cues_are_short_and_hold_every_word_in_order():
     )
 
 
+def test_words_of_scripts_without_spaces_are_characters():
+    """Else a transcript would be one word, from its beginning to its end."""
+    text = "今天 好K歌 ที่นี่"
+    alphabet = Alphabet.of([text])
+    labels = alphabet.encode(text)
+    found = alphabet.words(labels, np.arange(len(text)), np.arange(len(text)))
+    assert [word for word, *_ in found] == ["今", "天", "好", "K", "歌", "ที่", "นี่"]
+    assert found[1] == ("天", 1, 1) and found[5] == ("ที่", 7, 9)
+    words = [(letter, i / 8, i / 8 + 0.125) for i, letter in enumerate("天" * 60)]
+    shown = [cue.lines for cue in transcripts.cues(spoken(*words, ("OK", 7.5, 8.0)))]
+    assert shown == [("天" * 42, "天" * 14), ("天" * 4 + "OK",)]
+
+
 def test_a_pause_ends_a_cue_and_a_short_one_is_shown_for_a_second():
     assert transcripts.cues(spoken(("A", 0.0, 0.2), ("B", 0.5, 0.7), ("C", 9.0, 9.1))) == [
         Cue(0.0, 1.0, ("A B",)),
