@@ -297,7 +297,9 @@ def _plain_type(kind: pa.DataType) -> pa.DataType:
 
 
 READER_BYTES, LARGE_GROUP_BYTES = 256 << 20, 2 << 30
-"""Row groups that a reader keeps, and the size of a row group from which on there is a warning."""
+"""Row groups that a reader keeps, and the size of a row group from which on there is a warning.
+Arrow's texts and bytes end there, too.
+"""
 MAX_UNPACKED_BYTES, MAX_COMPRESSION_RATIO = 512 << 20, 200
 """A row group larger than the first in memory is refused if it is also more than the second times
 its size in the file: it is probably a decompression bomb.
@@ -326,7 +328,14 @@ class Reader:
                 _check_group(
                     handle, file, group.index_in_file, self.columns, self.manifest.files[group.file]
                 )
-                return file.read_row_group(group.index_in_file, columns=self.columns)
+                try:
+                    return file.read_row_group(group.index_in_file, columns=self.columns)
+                except pa.ArrowNotImplementedError as error:  # structs or lists above 2 GiB
+                    raise ValueError(
+                        f"{self.manifest.name(group.file)}: Arrow cannot read row group "
+                        f"{group.index_in_file} ({error}): write the file with smaller ones "
+                        "(pyarrow and pandas: row_group_size=1000)"
+                    ) from None
 
         schema, table = self.manifest.schema, storage.retry(read)
         table = table.select([name for name in schema.names if name in table.column_names])
@@ -358,11 +367,31 @@ class Reader:
             parts.append(
                 group.slice(int(inside[0]), len(inside))
                 if is_contiguous_part
-                else arrow_lists.take(group, inside)
+                else _take(group, inside)
             )
         table = pa.concat_tables(parts)
         is_in_order = (np.diff(order) == 1).all()
-        return table if is_in_order else arrow_lists.take(table, np.argsort(order))
+        return table if is_in_order else _take(table, np.argsort(order))
+
+
+def _take(table: pa.Table, places: np.ndarray) -> pa.Table:
+    """Return the rows of a table at some indices.
+
+    Arrow joins the chunks of a column first, which fails above 2 GiB of texts or bytes. So of a
+    large table the rows of each chunk are taken alone.
+    """
+    if table.nbytes < LARGE_GROUP_BYTES:
+        return arrow_lists.take(table, places)
+    chunks = [pa.Table.from_batches([batch]) for batch in table.to_batches()]
+    starts = np.cumsum([0, *map(len, chunks)])
+    chunk_of_place = np.searchsorted(starts, places, side="right") - 1
+    taken = [
+        arrow_lists.take(chunk, places[chunk_of_place == number] - starts[number])
+        for number, chunk in enumerate(chunks)
+    ]
+    table, order = pa.concat_tables(taken), np.argsort(chunk_of_place, kind="stable")
+    is_in_order = (np.diff(order) == 1).all()
+    return table if is_in_order else arrow_lists.take(table, np.argsort(order))
 
 
 def _check_group(
@@ -460,7 +489,7 @@ def read_columns(selection: Selection, columns: list[str]) -> pa.Table:
         if parts
         else selection.manifest.schema.empty_table().select(columns)
     )
-    return table if selection.row_ids is None else table.take(pa.array(selection.row_ids))
+    return table if selection.row_ids is None else _take(table, selection.row_ids)
 
 
 def _plain_columns(table: pa.Table) -> pa.Table:

@@ -430,6 +430,41 @@ def test_most_of_a_row_group_is_not_copied(files, imports, taken, copied):
     assert (found.chunk(0).buffers()[2].address != group.buffers()[2].address) == copied
 
 
+def test_rows_of_a_table_above_two_gibibytes_are_taken_chunk_by_chunk(monkeypatch):
+    """Arrow would join its chunks first, and cannot: here none is joined with another."""
+    chunks = [[{"bytes": bytes([i, j])} for j in range(5)] for i in range(4)]
+    table = pa.table({"image": pa.chunked_array(chunks), "number": list(range(20))})
+    sizes: list[int] = []
+    take = m.arrow_lists.take
+
+    def noted(part, places):
+        sizes.append(part["image"].num_chunks)
+        return take(part, places)
+
+    monkeypatch.setattr(m.arrow_lists, "take", noted)
+    monkeypatch.setattr(m, "LARGE_GROUP_BYTES", 0)
+    for places in ([0, 6, 7, 19], [19, 3, 3, 11, 0], []):
+        sizes.clear()
+        got = m._take(table, np.array(places, dtype=np.int64))
+        assert got.to_pylist() == [table.to_pylist()[i] for i in places]
+        assert sizes[:4] == [1] * 4
+
+
+def test_a_row_group_that_arrow_cannot_read_is_named(files, imports, monkeypatch):
+    """As structs of more than 2 GiB, for which a test has no memory."""
+    reader = m.Reader(m.build(str(files), "auto", imports), ["number"])
+
+    def fail(*args, **kwargs):
+        raise pa.ArrowNotImplementedError("Nested data conversions not implemented")
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", fail)
+    with pytest.raises(
+        ValueError,
+        match=rf"{files}/b\.parquet: Arrow cannot read row group 1 \(Nested data.*row_group_size",
+    ):
+        reader.take(np.array([28]))
+
+
 def test_read_columns_equals_pandas(files, imports):
     built = m.build(str(files), "auto", imports)
     expected = people(0, 63)
