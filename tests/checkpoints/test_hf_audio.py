@@ -421,6 +421,14 @@ def test_transcripts_are_those_of_the_bundle(norm, normalize, tmp_path):
     assert start.modality.options["normalize"] == (normalize is None)
 
 
+def test_an_export_says_that_beam_search_is_not_part_of_it(tmp_path):
+    """transformers decodes greedily, so its word error rate is another one."""
+    _, _, uri = bundled(tmp_path, "ctc", ALPHABET, {"beam": 20})
+    note = "beam search and its language model are not part of it"
+    assert note in export.export_bundle(uri, str(tmp_path / "whole"), "hugging-face", False)
+    assert note not in export.export_bundle(uri, str(tmp_path / "plain"), "hugging-face", True)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("objective", ["wav2vec2", "classification", "multilabel"])
 def test_other_heads_are_transformers_own(objective, tmp_path):
