@@ -1,28 +1,54 @@
-"""Weight soups: the mean of the weights of several fine-tuned networks (Wortsman et al. 2022)."""
+"""Networks made of several fine-tuned ones: weight soups and ensembles.
+
+Wortsman et al. 2022 (soups), Lakshminarayanan et al. 2017 (ensembles).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 
 from pydantic import Field
 from torch import Tensor
 
+from pipeline.config import registry
 from pipeline.config.registry import Options, register
-from pipeline.core.contracts import FinishedTrial, Technique
+from pipeline.core.contracts import Ensemble, FinishedTrial, Technique
+from pipeline.core.contracts.technique_capabilities import keeps_modules
 
 
-class SoupOptions(Options):
+class CombinationOptions(Options):
     of: list[str] = Field(
         ["full"],
         min_length=1,
-        description="techniques of the same job whose final trials, all seeds, are ingredients",
+        description="techniques of the same job whose final trials, all seeds, are combined",
     )
 
 
-class _Soup(Technique):
-    """What both soups share: their ingredients."""
+class _Combination(Technique):
+    """What soups and ensembles share: the trials that they combine.
+
+    Raises:
+        ValueError: the networks of a technique that the option ``of`` names cannot be combined.
+    """
 
     starts_from = "trials"
+    trials: list[FinishedTrial]
+
+    def __init__(self, options: CombinationOptions | None = None):
+        super().__init__(options)
+        for name in self.options.of:
+            technique = registry.get("technique", name)
+            place = f"{self.registered_name}: of: {name}"
+            if technique.starts_from != "source":
+                raise ValueError(
+                    f"{place} does not start from a source: name techniques that fine-tune one"
+                )
+            if keeps_modules(technique):
+                raise ValueError(
+                    f"{place} leaves modules of its own in the network, and only networks without "
+                    "such modules are combined: name other techniques"
+                )
 
     def phases(self, steps):
         return ()
@@ -30,24 +56,25 @@ class _Soup(Technique):
     def takes(self, technique):
         return technique in self.options.of
 
-    def ingredients(self, trials: Sequence[FinishedTrial]) -> list[FinishedTrial]:
-        """Return the trials of the techniques that the options name, by technique and seed.
+    def after_fanout(self, trials: Sequence[FinishedTrial]) -> Mapping[str, Tensor]:
+        """Keep the trials of the techniques that ``of`` names; return the weights of the first.
 
         Raises:
             ValueError: there are fewer than two.
         """
-        ingredients = [trial for trial in trials if self.takes(trial.technique)]
-        if len(ingredients) < 2:
+        taken = [trial for trial in trials if self.takes(trial.technique)]
+        if len(taken) < 2:
             raise ValueError(
-                f"{self.registered_name} mixes the trials of {', '.join(self.options.of)}, and "
-                f"there are {len(ingredients)}: raise fanout.seeds, or name techniques of "
-                "this job in its option of"
+                f"{self.registered_name} combines the trials of {', '.join(self.options.of)}, and "
+                f"there are {len(taken)}: raise fanout.seeds, or name techniques of this job in "
+                "its option of"
             )
-        return sorted(ingredients, key=lambda trial: (trial.technique, trial.seed))
+        self.trials = sorted(taken, key=lambda trial: (trial.technique, trial.seed))
+        return self.trials[0].weights()
 
 
-@register("technique", "uniform_soup", options=SoupOptions)
-class UniformSoup(_Soup):
+@register("technique", "uniform_soup", options=CombinationOptions)
+class UniformSoup(_Combination):
     """Average the weights of all seeds of a technique, with equal weights.
 
     It assumes that the networks lie in one basin of the loss, as fine-tunes of one source at small
@@ -59,11 +86,12 @@ class UniformSoup(_Soup):
     """
 
     def after_fanout(self, trials):
-        return mean([trial.weights() for trial in self.ingredients(trials)])
+        super().after_fanout(trials)
+        return mean([trial.weights() for trial in self.trials])
 
 
-@register("technique", "greedy_soup", options=SoupOptions)
-class GreedySoup(_Soup):
+@register("technique", "greedy_soup", options=CombinationOptions)
+class GreedySoup(_Combination):
     """Average the weights of those seeds that make the mean better on the validation rows.
 
     The networks are tried from the best to the worst; one that makes the mean worse is left out
@@ -78,25 +106,45 @@ class GreedySoup(_Soup):
     together have learned from up to 27 % of the rows.
     """
 
-    def after_fanout(self, trials):
-        self.tried = self.ingredients(trials)
-        return self.tried[0].weights()
-
     def choose(self, task, goodness):
         def value(chosen: list[FinishedTrial]) -> float:
             task.load_state_dict(mean([trial.weights() for trial in chosen]))
             return goodness(task)
 
-        single = [value([trial]) for trial in self.tried]
+        single = [value([trial]) for trial in self.trials]
         order = sorted(range(len(single)), key=lambda number: -single[number])
-        best, soup = single[order[0]], [self.tried[order[0]]]
+        best, soup = single[order[0]], [self.trials[order[0]]]
         for number in order[1:]:
-            wider = [*soup, self.tried[number]]
+            wider = [*soup, self.trials[number]]
             goodness_of_wider = value(wider)
             if goodness_of_wider >= best:
                 best, soup = goodness_of_wider, wider
         task.load_state_dict(mean([trial.weights() for trial in soup]))
-        return task, {"soup": [f"{trial.technique} {trial.seed}" for trial in soup]}
+        return task, {"soup": _names(soup)}
+
+
+@register("technique", "ensemble", options=CombinationOptions)
+class SeedEnsemble(_Combination):
+    """Average the probabilities of all seeds of a technique (Lakshminarayanan et al. 2017).
+
+    For classification, multilabel and regression, of every modality. It assumes nothing of its
+    members: unlike in a soup, their weights may be far apart. It nearly always helps, also the
+    calibration. Each prediction costs the memory and the time of all members. It has no bundle of
+    its own, because it is not one network; its members have theirs. Nothing is trained. Below a
+    label fraction of 1 each seed has learned from other rows, and the ensemble from all of them.
+    """
+
+    def choose(self, task, goodness):
+        members = []
+        for trial in self.trials:
+            member = copy.deepcopy(task)
+            member.load_state_dict(trial.weights())
+            members.append(member)
+        return Ensemble(members), {"ensemble": _names(self.trials)}
+
+
+def _names(trials: Sequence[FinishedTrial]) -> list[str]:
+    return [f"{trial.technique} {trial.seed}" for trial in trials]
 
 
 def mean(weights: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -453,6 +453,24 @@ def test_what_is_to_be_combined_must_be_there(name):
         technique(name).after_fanout([one])
 
 
+@pytest.mark.parametrize("name", ["uniform_soup", "greedy_soup", "ensemble"])
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ("ful", "unknown technique 'ful'; did you mean full"),
+        ("scratch", "of: scratch does not start from a source"),
+        ("greedy_soup", "of: greedy_soup does not start from a source"),
+        ("bottleneck", "of: bottleneck leaves modules of its own in the network"),
+        ("side_tuning", "of: side_tuning leaves modules of its own in the network"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused_before_anything_is_trained(
+    tmp_path, paths, name, other, message
+):
+    with pytest.raises(ValueError, match=message):
+        planned(tmp_path, paths, ["full", {name: {"of": ["full", other]}}])
+
+
 def test_a_soup_has_learned_from_the_labels_of_all_its_trials(tmp_path, paths, monkeypatch):
     """Each seed has another quarter of the rows; a trial that failed is left out."""
     job = job_of(tmp_path, paths)
