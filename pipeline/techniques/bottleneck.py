@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from typing import Any, Literal
 
 from pydantic import Field
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.config.registry import LayerOptions, register
 from pipeline.core.contracts import Backbone, Task, Technique
+from pipeline.core.nn.called_modules import CalledModules
 from pipeline.core.nn.filter_maps import change_filters, filter_counts
 from pipeline.core.nn.norms import norm_parameters
 
@@ -86,8 +86,6 @@ class BottleneckTask(Task):
         norms = {f"backbone.{name}" for name in norm_parameters(task.backbone)}
         norms = norms if options.norms else set[str]()
         added: dict[str, list[str]] = {layer: [] for layer in layers}
-        self._called: set[str] = set()
-        self._hooks: list[Any] = []
         self.places = _places(task.backbone, options.modules)
         for name, filters in self.places.items():
             module = task.backbone.get_submodule(name)
@@ -96,9 +94,7 @@ class BottleneckTask(Task):
             module.add_module(ADAPTER, adapter)
             module.register_forward_hook(_apply_adapter)
             added[layer] += [f"backbone.{name}.{ADAPTER}.{one}" for one in adapter.state_dict()]
-        for name in dict.fromkeys([*self.places, *map(_parent, self.places)]):
-            module, note = task.backbone.get_submodule(name), partial(_note, self._called, name)
-            self._hooks.append(module.register_forward_hook(note))
+        self.calls = CalledModules(task.backbone, self.places)
         self._layers: dict[str, list[str]] = {}
         for layer, names in layers.items():
             self._layers[layer] = [name for name in names if name not in norms]
@@ -111,41 +107,10 @@ class BottleneckTask(Task):
     def layers(self) -> dict[str, list[str]]:
         return {layer: list(names) for layer, names in self._layers.items()}
 
-    def check_called(self) -> None:
-        """Raise ValueError, after the first batch, for adapters that their block did not call.
-
-        Some blocks multiply by the weight of a module without calling it (timm's beit and eva).
-        """
-        if not self._hooks or not self._called:
-            return
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        past = [
-            name
-            for name in self.places
-            if name not in self._called and _parent(name) in self._called
-        ]
-        if past:
-            raise ValueError(
-                f"{self.backbone.arch.name} uses the weights of {', '.join(past[:3])} without "
-                "calling these modules, so that adapters behind them do nothing. Name others by "
-                f"their endings, as in modules: [{_ending(self._called & set(self.places))}]"
-            )
-
-
-def _note(called: set[str], name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-    """Record that a module was called (a forward hook)."""
-    called.add(name)
-
 
 def _apply_adapter(module: nn.Module, inputs: Any, output: Any) -> Any:
     """Send a module's output through its adapter (a forward hook)."""
     return change_filters(module, output, module.get_submodule(ADAPTER))
-
-
-def _parent(name: str) -> str:
-    return name.rpartition(".")[0]
 
 
 def _ending(names: Iterable[str]) -> str:
@@ -224,5 +189,5 @@ class BottleneckAdapters(Technique):
     def penalty(self, task, batch, streams):
         """Add nothing; see in the first batch whether each adapter is called."""
         if isinstance(task, BottleneckTask) and len(batch):
-            task.check_called()
+            task.calls.check(task.backbone.arch.name)
         return None

@@ -36,6 +36,7 @@ from torch.nn.utils import parametrize
 from pipeline.config.registry import LayerOptions, register
 from pipeline.core.contracts import Backbone, Task, Technique
 from pipeline.core.nn import four_bit
+from pipeline.core.nn.called_modules import CalledModules
 from pipeline.core.nn.losses import without_autocast
 
 ADDED = "adapters"
@@ -59,6 +60,16 @@ ATTENTION = (
     "q_proj",
     "k_proj",
     "v_proj",
+    # deberta (one matrix for all three), deberta-v2; modernbert; phi3; wav2vec2-bert
+    "self.in_proj",
+    "query_proj",
+    "key_proj",
+    "value_proj",
+    "Wqkv",
+    "qkv_proj",
+    "linear_q",
+    "linear_k",
+    "linear_v",
     # timm's vit, deit, swin; pvt, cait, convit
     "qkv",
     "q",
@@ -195,11 +206,10 @@ class AdaptedTask(Task):
         for layer in parts:
             if not self._layers[f"{layer}/{ADDED}"]:
                 del self._layers[f"{layer}/{ADDED}"]
-        self._called: set[str] = set()
-        self._hooks: list[Any] = [
-            module.register_forward_hook(_Note(self._called, name))
-            for name, module in self._watched().items()
-        ]
+        computed = tuple(f"{target.module}.parametrizations." for target in self._computed)
+        self.calls = CalledModules(
+            self.backbone, [name for name in self.adapters() if not name.startswith(computed)]
+        )
 
     def layers(self) -> dict[str, list[str]]:
         return {layer: list(names) for layer, names in self._layers.items()}
@@ -243,48 +253,11 @@ class AdaptedTask(Task):
             if isinstance(module, BaseTunerLayer)
         ]
 
-    def _watched(self) -> dict[str, nn.Module]:
-        computed = tuple(f"{target.module}.parametrizations." for target in self._computed)
-        names = [name for name in self.adapters() if not name.startswith(computed or (" ",))]
-        return {
-            name: self.backbone.get_submodule(name)
-            for name in dict.fromkeys([*names, *(name.rpartition(".")[0] for name in names)])
-        }
-
-    def check_called(self) -> None:
-        """Raise ValueError, after the first batch, for adapters that their block did not call.
-
-        An adapter in the place of a module whose weight is read without a call has no effect.
-        `submodules_read_without_call` finds such modules by the code of their classes; this finds
-        the rest.
-        """
-        if not self._hooks or not self._called:
-            return
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        past = [
-            name
-            for name in self.adapters()
-            if name not in self._called and name.rpartition(".")[0] in self._called
-        ]
-        if past:
-            good = sorted(
-                {name.rpartition(".")[2] for name in self.adapters()}
-                - {name.rpartition(".")[2] for name in past}
-            )
-            raise ValueError(
-                f"{self.backbone.arch.name} uses the weights of {_some(past)} without calling "
-                "these modules, so that adapters there do nothing. Name others by their endings, "
-                f"as in modules: [{', '.join(good) or '...'}]"
-            )
-
     def merged(self) -> Task:
         """Merge the adapters into the weights and return the plain task; this one cannot be used
         then.
         """
-        for hook in self._hooks:
-            hook.remove()
+        self.calls.remove()
         self._restore_precision()
         self._tuner.pop().merge_and_unload()
         for name, original in self._in_4_bits.items():
@@ -324,16 +297,6 @@ def _restore_order(module: nn.Module, order: list[str]) -> None:
     module._parameters.update({name: parameters[name] for name in order})
     if isinstance(module, nn.RNNBase):
         module._init_flat_weights()
-
-
-class _Note:
-    """A forward hook that records that its module was called."""
-
-    def __init__(self, called: set[str], name: str):
-        self.called, self.name = called, name
-
-    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self.called.add(self.name)
 
 
 class AdapterTechnique(Technique, ABC):
@@ -400,7 +363,7 @@ class AdapterTechnique(Technique, ABC):
 
     def penalty(self, task, batch, streams):
         if isinstance(task, AdaptedTask) and len(batch):
-            task.check_called()
+            task.calls.check(task.backbone.arch.name)
         return None
 
     def finish(self, task):
@@ -503,27 +466,17 @@ def choose_weights(backbone: Backbone, modules: str | list[str]) -> list[Adaptab
         for target in adaptable
         if modules == "all" or any(target.matches(ending) for ending in wanted)
     ]
-    if not chosen or without:
-        asked = (
-            f"ending with {', '.join(without)}"
-            if without
-            else "for attention"
-            if modules == "attention"
-            else "that could be adapted"
-        )
-        kinds = Counter(f"{one.name.rpartition('.')[2]} ({one.kind})" for one in adaptable)
-        available = (
-            ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(12)) or "none"
-        )
-        raise ValueError(
-            f"{backbone.arch.name} has no module {asked}. Its linear and convolution layers, by "
-            f"the ends of their names: {available}. Give modules: all, or a list of such endings"
-        )
-    return chosen
-
-
-def _some(names: list[str]) -> str:
-    return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+    if chosen and not without:
+        return chosen
+    asked = "for attention" if modules == "attention" else "that could be adapted"
+    if without:
+        asked = f"ending with {', '.join(without)}"
+    kinds = Counter(f"{one.name.rpartition('.')[2]} ({one.kind})" for one in adaptable)
+    available = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(12))
+    raise ValueError(
+        f"{backbone.arch.name} has no module {asked}. Its linear and convolution layers, by the "
+        f"ends of their names: {available or 'none'}. Give modules: all, or a list of such endings"
+    )
 
 
 class AdapterOptions(LayerOptions):
@@ -571,7 +524,7 @@ class LoraOptions(AdapterOptions):
     )
     dora: bool = Field(
         False,
-        description="train the length of each weight's columns apart from their direction (DoRA, "
+        description="train the length of each output's weights apart from their direction (DoRA, "
         "Liu et al. 2024)",
     )
 

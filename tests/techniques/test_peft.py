@@ -12,6 +12,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import hf_families
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -41,6 +42,7 @@ from pipeline.checkpoints import bundle
 from pipeline.config.schema import Job
 from pipeline.core.contracts import Batch, Task
 from pipeline.core.contracts.technique import whole_layer
+from pipeline.core.nn import auto_model
 from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.io import storage
 from pipeline.techniques.full import Full
@@ -51,6 +53,7 @@ from pipeline.techniques.peft import (
     Lora,
     LoraOptions,
     adaptable_weights,
+    choose_weights,
     submodules_read_without_call,
 )
 from pipeline.train import loop, optim
@@ -220,6 +223,18 @@ def test_attention_is_found_by_name(name, endings):
     assert isinstance(adapted, AdaptedTask)
     assert {found.rpartition(".")[2] for found in adapted.adapters()} == endings
     assert all("att" in found for found in adapted.adapters())
+
+
+WITHOUT_ATTENTION = {"convnext", "convnextv2", "mobilenet_v2", "patchtsmixer", "regnet", "resnet"}
+
+
+@pytest.mark.parametrize("family", sorted(set(hf_families.FAMILIES) - WITHOUT_ATTENTION))
+def test_attention_of_families_of_transformers_is_found_by_name(family):
+    config = auto_model.configuration(family, hf_families.FAMILIES[family].config, {})
+    with torch.device("meta"):
+        model = auto_model.model_class(config)(config)
+    found = [target.module for target in choose_weights(model, "attention")]
+    assert found and all("att" in name.lower() for name in found)
 
 
 def test_depthwise_convolutions_and_embeddings_are_left_alone():
@@ -531,7 +546,8 @@ def test_compiled_training_equals_eager_training(name):
             make_run(rows, lora().wrap(task), steps=4, technique=lora(), lr=1e-3, compile=switch)
         )
         loop.fit(runs[-1])
-        assert runs[-1].task._called >= set(runs[-1].task.adapters()) and not runs[-1].task._hooks
+        calls = runs[-1].task.calls
+        assert calls.called >= set(runs[-1].task.adapters()) and not calls._hooks
     assert furthest(weights(runs[0].task), weights(runs[1].task)) < 1e-5
 
 
