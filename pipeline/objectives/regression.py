@@ -198,7 +198,7 @@ def _numbers(column: pa.ChunkedArray, name: str) -> np.ndarray:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if pa.types.is_decimal(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
-        return column.cast(pa.float64()).to_numpy()
+        return column.cast(pa.float64(), safe=False).to_numpy()  # from 2 ** 53 on not exact
     raise ValueError(
         f"column {name} holds {kind}: regression estimates numbers; write them as integers or "
         "floats without leading zeros, or take the objective classification for classes"

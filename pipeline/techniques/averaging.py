@@ -20,8 +20,9 @@ class SWAOptions(LayerOptions):
 class SWA(Technique):
     """Fine-tune everything at a constant rate and keep the mean of the last weights.
 
-    Stochastic weight averaging (Izmailov et al. 2018), over every step of the last part. After the
-    warm-up the learning rate stays at its peak: the mean replaces the decay.
+    Stochastic weight averaging (Izmailov et al. 2018), over every step of the last part. The
+    learning rate rises in the first tenth of the steps and then stays at its peak, because the mean
+    replaces the decay; ``train.warmup`` and ``train.schedule`` are not used.
 
     It assumes that the last steps lie around one minimum. It helps where weights of single steps
     are noisy (small batches, few labels), and finds wider minima. It hurts where training has not

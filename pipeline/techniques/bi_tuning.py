@@ -11,7 +11,7 @@ from pipeline.config.registry import LayerOptions, register
 from pipeline.core.contracts import Batch, Technique
 from pipeline.core.contracts.objective_capabilities import (
     has_cached_head,
-    has_classes,
+    has_one_class,
     mixes_inputs,
 )
 from pipeline.core.latest_call import LatestCall
@@ -99,8 +99,7 @@ class BiTuning(Technique):
 
     def wrap(self, task):
         objective = task.objective
-        is_one_class = has_classes(objective) and objective.class_tensor == "label"
-        if not is_one_class or not has_cached_head(objective):
+        if not has_one_class(objective) or not has_cached_head(objective):
             raise ValueError(
                 "bi_tuning compares the rows of a class, and a row of "
                 f"{objective.registered_name} has no single one: use it with classification"
@@ -123,7 +122,10 @@ class BiTuning(Technique):
         features = self._features(task, batch)
         scores = rows_of_all_ranks(features.scores(task.objective))
         projections = rows_of_all_ranks(task.added(features.pooled).float())
-        label = rows_of_all_ranks(batch["label"].float()).long()
+        own_label = batch["label"].float() if len(batch) else features.pooled.new_zeros(0)
+        label = rows_of_all_ranks(own_label).long()
+        if len(label) < 2:
+            return features.pooled.sum() * 0.0
         total = self.options.classifier * contrastive_cross_entropy(scores, label)
         contrastive = categorical_contrastive(projections, label, self.options.temperature)
         return share_of_global_loss(total + self.options.projector * contrastive)

@@ -29,8 +29,9 @@ class BSS(Technique):
 
     It assumes that directions with small singular values are the source's own and do not serve the
     target. It helps with few labels, where such directions would be fitted to noise. It changes
-    little with many labels, and nothing where a batch's features have no direction with a small
-    singular value. A batch is that of all ranks, so there are no micro-batches.
+    little with many labels. It hurts where the weight is too large: the smallest values are pressed
+    down however large they are, and their squares grow with the features and with the batch. A
+    batch is that of all ranks, so there are no micro-batches.
     """
 
     gathers_rows = True

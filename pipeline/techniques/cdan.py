@@ -14,12 +14,9 @@ from pipeline.core.nn.domain_adaptation import (
     DomainClassifier,
     TaskWithModule,
     layer_normed,
+    prediction_entropies,
 )
-from pipeline.core.nn.domain_losses import (
-    entropies,
-    label_set_entropies,
-    reversed_gradient,
-)
+from pipeline.core.nn.domain_losses import reversed_gradient
 from pipeline.core.nn.losses import without_autocast
 
 
@@ -100,15 +97,12 @@ class CDAN(DomainAdaptation):
             features = classifier.products(layer_normed(rows.pooled), chances)
             losses = classifier.losses(reversed_gradient(features, factor), is_source)
             weights = self._weights(task, scores)
-            total = (
-                total + (weights * losses).sum() / all_reduce_sum(weights.sum()).clamp(min=1e-6) / 2
-            )
+            total_weight = all_reduce_sum(weights.sum()).clamp(min=1e-6)
+            total = total + (weights * losses).sum() / total_weight / 2
         return total
 
     def _weights(self, task: Task, scores: Tensor) -> Tensor:
         """Return (B,) weights of rows by the entropy of their prediction."""
         if not self.options.entropy:
             return torch.ones(len(scores), device=scores.device)
-        of_one_class = task.objective.class_tensor == "label"
-        entropy = entropies(scores) if of_one_class else label_set_entropies(scores)
-        return 1 + torch.exp(-entropy)
+        return 1 + torch.exp(-prediction_entropies(task.objective, scores))

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.config.registry import LayerOptions, register
-from pipeline.core.contracts import Backbone, Batch, Phase, Task, Technique
+from pipeline.core.contracts import Backbone, Batch, HeadFirst, Task
 from pipeline.core.contracts.objective_capabilities import couples_rows
 from pipeline.core.latest_call import LatestCall
 from pipeline.core.nn.all_gather import all_reduce_sum
@@ -98,7 +98,7 @@ class WeighedTask(Task):
 
 
 @register("technique", "delta", options=DeltaOptions)
-class Delta(Technique):
+class Delta(HeadFirst):
     """Fine-tune everything, and keep the outputs of important filters near the source's.
 
     The penalty is the squared distance of feature maps to those of the source's network on the same
@@ -149,20 +149,11 @@ class Delta(Technique):
         self.source_maps = FilterMaps(self.teacher, list(filters))
         return WeighedTask(task, filters)
 
-    def _probe_steps(self, steps: int) -> int:
-        share = self.options.probe_share if self.options.attention else 0.0
-        return min(round(share * steps), steps - 1)
-
-    def phases(self, steps):
-        probe_steps = self._probe_steps(steps)
-        full = Phase("full", steps - probe_steps)
-        return (Phase("probe", probe_steps), full) if probe_steps else (full,)
-
-    def rates(self, layers, phase):
-        return {name: float(phase == "full" or name == "head") for name in layers}
+    def probe_steps(self, steps):
+        return super().probe_steps(steps) if self.options.attention else 0
 
     def at_step(self, step, steps):
-        self.is_early = step < self._probe_steps(steps) - 1
+        self.is_early = step < self.probe_steps(steps) - 1
 
     def finish(self, task):
         self.calls.remove()

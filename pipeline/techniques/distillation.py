@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import copy
-from typing import Generic, TypeVar
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.config.registry import LayerOptions, register
-from pipeline.core.contracts import Batch, Objective, Phase, Task, Technique
+from pipeline.core.contracts import Batch, HeadFirst, Objective, Task, Technique
 from pipeline.core.contracts.objective_capabilities import (
     has_cached_head,
     has_classes,
+    has_one_class,
     mixes_inputs,
     tensors_beside_features,
 )
 from pipeline.core.latest_call import LatestCall
 from pipeline.core.nn.all_gather import all_reduce_sum
-
-Network = TypeVar("Network", bound=nn.Module)
 
 # ---------------------------------------------------------------- distances to a teacher
 
@@ -63,11 +61,6 @@ def scores_of(head: Objective, pooled: Tensor, batch: Batch) -> Tensor:
     return head.head_predict(pooled, Batch(batch.rows, batch.keys, data, batch.shards))["scores"]
 
 
-def has_one_class(head: Objective) -> bool:
-    """Return whether a row has one class, rather than any number of labels."""
-    return has_classes(head) and head.class_tensor == "label"
-
-
 def check_has_classes(name: str, whose: str, head: Objective) -> None:
     """Raise ValueError where a head has no scores of classes or labels."""
     if not has_classes(head) or not has_cached_head(head):
@@ -75,18 +68,6 @@ def check_has_classes(name: str, whose: str, head: Objective) -> None:
             f"{name} compares scores of classes or labels, and {whose} objective is "
             f"{head.registered_name}: use it with classification or multilabel"
         )
-
-
-class _Teacher(Generic[Network]):
-    """A network that is frozen and follows the student to its device. It is no module: a teacher
-    belongs neither to what is trained nor to resume points.
-    """
-
-    def __init__(self, network: Network):
-        self.network = network.eval().requires_grad_(False)
-
-    def on(self, device: torch.device) -> Network:
-        return self.network.to(device)
 
 
 # ---------------------------------------------------------------- distillation
@@ -133,11 +114,12 @@ class Distillation(Technique):
         if not self.options.features and not self.options.logits:
             raise ValueError("distillation: features and logits are both 0: give one a weight")
         self.calls = LatestCall(task.backbone)
+        # teachers are no modules of the task: they are neither trained nor in resume points
         if self.options.logits:
             self.columns = self._columns(task)
             assert self.source is not None
-            self.head = _Teacher(copy.deepcopy(self.source.objective))
-        self.teacher = _Teacher(copy.deepcopy(task.backbone))
+            self.head = copy.deepcopy(self.source.objective).eval().requires_grad_(False)
+        self.teacher = copy.deepcopy(task.backbone).eval().requires_grad_(False)
         return task
 
     def _columns(self, task: Task) -> list[int]:
@@ -174,12 +156,12 @@ class Distillation(Technique):
         call, options = self.calls.take(), self.options
         pooled = call.features.pooled
         with torch.no_grad():
-            teacher = call.repeat(self.teacher.on(pooled.device)).pooled
+            teacher = call.repeat(self.teacher.to(pooled.device)).pooled
         total = options.features * feature_distance(pooled.float(), teacher.float())
         if options.logits:
             scores = scores_of(task.objective, pooled, call.batch).float()
             with torch.no_grad():
-                teacher_scores = scores_of(self.head.on(pooled.device), teacher, call.batch).float()
+                teacher_scores = scores_of(self.head.to(pooled.device), teacher, call.batch).float()
             teacher_scores = teacher_scores[:, self.columns]
             is_one_class = has_one_class(task.objective)
             distance = divergence(scores, teacher_scores, options.temperature, is_one_class)
@@ -208,11 +190,8 @@ class TwoHeadedTask(Task):
         return not any(parameter.requires_grad for parameter in self.old.parameters())
 
 
-class _KeepsHead(Technique):
-    """What both techniques share that train the source's head on beside the new one.
-
-    The new head is trained alone first; the old one is dropped at the end.
-    """
+class _KeepsHead(HeadFirst):
+    """Train the source's head beside the new one, and drop it at the end."""
 
     source: Task | None = None
     calls: LatestCall
@@ -229,14 +208,6 @@ class _KeepsHead(Technique):
             )
         check_has_classes(self.registered_name, "the source's", self.source.objective)
         return self.source.objective
-
-    def phases(self, steps):
-        probe_steps = min(round(self.options.probe_share * steps), steps - 1)
-        full = Phase("full", steps - probe_steps)
-        return (Phase("probe", probe_steps), full) if probe_steps else (full,)
-
-    def rates(self, layers, phase):
-        return {name: float(phase == "full" or name == "head") for name in layers}
 
     def finish(self, task):
         self.calls.remove()
@@ -276,7 +247,7 @@ class LwF(_KeepsHead):
     def wrap(self, task):
         old = copy.deepcopy(self.source_head())
         assert self.source is not None
-        self.teacher = _Teacher(self.source)
+        self.teacher = self.source.eval().requires_grad_(False)
         self.calls = LatestCall(task.backbone)
         return TwoHeadedTask(task, old)
 
@@ -286,7 +257,7 @@ class LwF(_KeepsHead):
         if task.is_probing():
             return None
         pooled = call.features.pooled
-        source = self.teacher.on(pooled.device)
+        source = self.teacher.to(pooled.device)
         with torch.no_grad():
             source_pooled = call.repeat(source.backbone).pooled
             teacher_scores = scores_of(source.objective, source_pooled, call.batch)

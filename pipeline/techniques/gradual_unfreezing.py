@@ -7,7 +7,7 @@ from functools import partial
 from pydantic import Field
 
 from pipeline.config.registry import LayerOptions, register
-from pipeline.core.contracts import Phase, Technique
+from pipeline.core.contracts import Phase, Technique, backbone_layers
 
 
 class GradualUnfreezingOptions(LayerOptions):
@@ -63,17 +63,13 @@ class GradualUnfreezing(Technique):
 
     def rates(self, layers, phase):
         thawed, groups = int(phase.split()[0]), self.options.groups
-        own = [name for name, parameters in layers.items() if _is_of_backbone(parameters)]
+        own = backbone_layers(layers)
         rates = dict.fromkeys(layers, 1.0)
         for number, name in enumerate(own):
             # group 0 is at the top
             above = (len(own) - 1 - number) * groups // len(own)
             rates[name] = self.options.discriminative ** -(above + 1) if above < thawed else 0.0
         return rates
-
-
-def _is_of_backbone(parameters: list[str]) -> bool:
-    return bool(parameters) and parameters[0].startswith("backbone.")
 
 
 def slanted_triangular(step: int, steps: int, *, cut: float, ratio: float) -> float:

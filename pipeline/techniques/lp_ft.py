@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pydantic import Field
 
 from pipeline.config.registry import LayerOptions, register
-from pipeline.core.contracts import Phase, Technique
+from pipeline.core.contracts import HeadFirst
 
 
 class LPFTOptions(LayerOptions):
@@ -21,7 +23,7 @@ class LPFTOptions(LayerOptions):
 
 
 @register("technique", "lp_ft", options=LPFTOptions)
-class LPFT(Technique):
+class LPFT(HeadFirst):
     """Train the head first, then everything.
 
     It assumes that the source's features are good, and that a random head would spoil them. It
@@ -33,14 +35,6 @@ class LPFT(Technique):
         return {"lr": (0.03, 3.0), "probe_lr_scale": (1.0, 100.0)}
 
     def phases(self, steps):
-        probe_steps = 0
-        if steps > 1:
-            probe_steps = min(max(1, round(self.options.probe_share * steps)), steps - 1)
-        full = Phase("full", steps - probe_steps, self.options.full_lr_scale)
-        if not probe_steps:
-            return (full,)
-        return (Phase("probe", probe_steps, self.options.probe_lr_scale), full)
-
-    def rates(self, layers, phase):
-        is_full = phase == "full"
-        return {name: float(is_full or name == "head") for name in layers}
+        lr_scales = {"probe": self.options.probe_lr_scale, "full": self.options.full_lr_scale}
+        phases = super().phases(steps)
+        return tuple(replace(phase, lr_scale=lr_scales[phase.name]) for phase in phases)

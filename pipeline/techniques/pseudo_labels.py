@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.config.registry import AdaptationOptions, register
+from pipeline.core.contracts.objective_capabilities import has_one_class
 from pipeline.core.nn.domain_adaptation import (
     DomainAdaptation,
     mean_over_ranks,
@@ -45,8 +46,7 @@ class PseudoLabels(DomainAdaptation):
         chances = probabilities(task.objective, scores.detach())
         ramp = self.options.ramp
         factor = min(1.0, self.progress / ramp) if ramp else 1.0
-        has_one_class = task.objective.class_tensor == "label"
-        losses = class_losses if has_one_class else label_set_losses
+        losses = class_losses if has_one_class(task.objective) else label_set_losses
         return factor * mean_over_ranks(losses(scores, chances, self.options.threshold))
 
 

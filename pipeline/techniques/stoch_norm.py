@@ -18,7 +18,7 @@ class StochNormOptions(LayerOptions):
         ge=0,
         le=1,
         description="probability that a channel is normalised by its running statistics in a "
-        "training step; 0: plain batch norm",
+        "training step (in the authors' code p is that of the batch's); 0: plain batch norm",
     )
 
     @model_validator(mode="after")

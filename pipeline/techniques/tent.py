@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 from pydantic import Field
-from torch import nn
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Batch, Task, Technique
 from pipeline.core.contracts.objective_capabilities import has_classes
-from pipeline.core.nn.domain_losses import entropies, label_set_entropies
+from pipeline.core.nn.domain_adaptation import prediction_entropies
 from pipeline.core.nn.norm_statistics import batch_norms, measure
+from pipeline.core.nn.norms import norm_parameters
 
 
 class TentOptions(Options):
@@ -57,16 +57,15 @@ class Tent(Technique):
 
     def at_test(self, task, batches):
         task.eval()
-        trained = norm_parameters(task)
+        names = norm_parameters(task)
+        trained = [parameter for name, parameter in task.named_parameters() if name in names]
         wanted = {name: p.requires_grad for name, p in task.named_parameters()}
-        for parameter in task.parameters():
-            parameter.requires_grad_(False)
-        for parameter in trained.values():
-            parameter.requires_grad_(True)
+        for name, parameter in task.named_parameters():
+            parameter.requires_grad_(name in names)
         norms = batch_norms(task.backbone)
         for norm in norms:
             norm.train()
-        optimizer = torch.optim.Adam(trained.values(), lr=self.options.lr)
+        optimizer = torch.optim.Adam(trained, lr=self.options.lr)
         for _ in range(self.options.passes):
             for batch in batches():
                 with torch.enable_grad():
@@ -84,15 +83,4 @@ class Tent(Technique):
 def entropy(task: Task, batch: Batch) -> torch.Tensor:
     """Return the mean entropy of what is predicted of a batch, in nats."""
     scores = task.objective.predict(task.backbone, batch)["scores"]
-    is_one_class = task.objective.class_tensor == "label"
-    return (entropies(scores) if is_one_class else label_set_entropies(scores)).mean()
-
-
-def norm_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the scales and shifts of all norms, of whatever library, by name."""
-    return {
-        f"{name}.{own}": parameter
-        for name, one in module.named_modules()
-        if "norm" in type(one).__name__.lower()
-        for own, parameter in one.named_parameters(recurse=False)
-    }
+    return prediction_entropies(task.objective, scores).mean()

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.config.registry import LayerOptions, register
-from pipeline.core.contracts import Phase, Task, Technique
+from pipeline.core.contracts import HeadFirst, Task
 
 
 class WiseFTOptions(LayerOptions):
@@ -65,7 +65,7 @@ class AnchoredTask(Task):
 
 
 @register("technique", "wise_ft", options=WiseFTOptions)
-class WiseFT(Technique):
+class WiseFT(HeadFirst):
     """Train the head, then everything, and interpolate between before and after.
 
     The weights are (1 - c) times those of the source with the head that was trained on it, plus c
@@ -90,14 +90,6 @@ class WiseFT(Technique):
             name: tensor.detach().cpu().clone() for name, tensor in task.state_dict().items()
         }
         return AnchoredTask(task)
-
-    def phases(self, steps):
-        probe_steps = min(round(self.options.probe_share * steps), steps - 1)
-        full = Phase("full", steps - probe_steps)
-        return (Phase("probe", probe_steps), full) if probe_steps else (full,)
-
-    def rates(self, layers, phase):
-        return {name: float(phase == "full" or name == "head") for name in layers}
 
     def penalty(self, task, batch, streams):
         assert isinstance(task, AnchoredTask)

@@ -38,6 +38,14 @@ def test_numbers_of_any_type_are_standardised_by_the_training_rows(kind):
     assert Regression.encode(rows.select([]), COLUMNS, state) == {}, "new rows to predict"
 
 
+def test_numbers_beyond_those_that_floats_hold_exactly_are_rounded():
+    """Nanoseconds since 1970, for example."""
+    rows = table([2**60 + 1, 2**60 + 2**20], pa.int64())
+    state = Regression.fit(OPTIONS, rows, COLUMNS)
+    assert state["mean"] == pytest.approx(2**60 + 2**19)
+    assert Regression.encode(rows, COLUMNS, state)["value"].tolist() == [-1.0, 1.0]
+
+
 def test_rows_without_a_number_are_left_out():
     rows = table([1.0, float("nan"), 3.0, None, float("inf")])
     state = Regression.fit(OPTIONS, rows, COLUMNS)

@@ -7,7 +7,7 @@ from contract_rows import MODALITIES, OBJECTIVES, classified
 from toys import furthest, image_rows, make_run, net_task, take, weights
 
 from pipeline.config import registry
-from pipeline.core.contracts import Task
+from pipeline.core.contracts import Batch, Task
 from pipeline.techniques.bi_tuning import categorical_contrastive, contrastive_cross_entropy
 from pipeline.train import loop
 from pipeline.train.ranks import Ranks
@@ -114,6 +114,15 @@ def trained(ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tens
     before = weights(task)
     loop.fit(make_run(image_rows(32), task, steps=5, technique=used, global_batch=8, ranks=ranks))
     return before, weights(task)
+
+
+def test_a_rank_without_rows_takes_part():
+    """A batch without rows may hold no tensors at all."""
+    used = bi_tuning(width=8)
+    task = used.wrap(net_task())
+    empty = Batch(np.zeros(0, dtype=np.int64), torch.zeros(0, dtype=torch.int64), {})
+    value = used.penalty(task, empty, {})
+    assert value.item() == 0.0
 
 
 @pytest.mark.slow

@@ -266,7 +266,7 @@ def test_the_same_network_has_nothing_to_learn_from_itself(kind):
     assert value.item() > 1e-4
     value.backward()
     assert any(gradients(task)[n].any() for n in gradients(task) if n.startswith("backbone."))
-    assert all(p.grad is None for p in used.teacher.network.parameters())
+    assert all(p.grad is None for p in used.teacher.parameters())
 
 
 def test_scores_are_matched_by_the_names_of_labels():
@@ -385,7 +385,7 @@ def test_lwf_starts_at_zero_and_trains_the_old_head_too():
     penalised(used, wrapped, batch).backward()
     found = gradients(wrapped)
     assert found["old.head.weight"].any() and not found["objective.head.weight"].any()
-    assert all(p.grad is None for p in used.teacher.network.parameters())
+    assert all(p.grad is None for p in used.teacher.parameters())
 
 
 def test_lwf_needs_a_source_with_a_head_of_classes():

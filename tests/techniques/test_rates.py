@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from contract_rows import BACKBONES, N, wake
+from timm import layers
+from timm.models.nfnet import NormFreeBlock
 from toys import image_rows, kill_at, label_state, make_run, net_task, rows_of, task_of, weights
 
 from pipeline.config import registry
@@ -18,6 +20,7 @@ from pipeline.config.registry import LayerOptions
 from pipeline.core.contracts import Task, Technique, layer_rates, trains
 from pipeline.core.contracts.technique import whole_layer
 from pipeline.core.contracts.technique_capabilities import reads_source
+from pipeline.core.nn.norms import norm_parameters
 from pipeline.data.stream import Rows
 from pipeline.techniques.full import Full
 from pipeline.techniques.gradual_unfreezing import slanted_triangular
@@ -341,6 +344,23 @@ def test_a_block_that_does_not_exist_is_named():
         surgical(layers=["blok"]).wrap(net_task())
 
 
+@pytest.mark.parametrize("name", ["lp_ft", "delta", "lwf", "co_tuning", "wise_ft"])
+def test_a_head_that_is_trained_first_has_a_step_at_least(name):
+    """And leaves one; with a share of 0, where that is allowed, there is no such phase."""
+    kind = registry.get("technique", name)
+
+    def steps(share: float, run_steps: int) -> list[tuple[str, int]]:
+        technique = kind(kind.options_class(probe_share=share))
+        return [(phase.name, phase.steps) for phase in technique.phases(run_steps)]
+
+    assert steps(0.3, 10) == [("probe", 3), ("full", 7)]
+    assert steps(0.01, 10) == [("probe", 1), ("full", 9)]
+    assert steps(0.99, 10) == [("probe", 9), ("full", 1)]
+    assert steps(0.3, 1) == [("full", 1)]
+    if name in ("lwf", "wise_ft"):
+        assert steps(0.0, 10) == [("full", 10)]
+
+
 # ---------------------------------------------------------------- biases and norms
 
 
@@ -379,6 +399,26 @@ def test_norm_tuning_moves_norms_and_head_alone(name):
     parameters = {one for one, _ in wrapped.named_parameters()}
     changed = moved(before, after) & parameters
     assert changed <= own | set(task.layers()["head"]) and changed & own
+
+
+def test_norms_of_timm_are_found_by_their_names():
+    """Also those of no torch class; what has norm in its name and is none is left alone."""
+    network = torch.nn.ModuleDict(
+        {
+            "rms": layers.RmsNorm2d(4),
+            "act": layers.norm_act.RmsNormAct2d(4),
+            "evo": layers.EvoNorm2dS0(4, groups=2),
+            "conv": layers.ConvNormAct(3, 4),
+            "free": NormFreeBlock(
+                8, 8, skipinit=True, act_layer=torch.nn.ReLU, conv_layer=layers.ScaledStdConv2d
+            ),
+        }
+    )
+    assert "free.skipinit_gain" in dict(network.named_parameters())
+    assert norm_parameters(network) == {
+        *("rms.weight", "act.weight", "conv.bn.weight", "conv.bn.bias"),
+        *("evo.weight", "evo.bias", "evo.v"),
+    }
 
 
 @pytest.mark.parametrize("technique", ["bitfit", "norm_tuning"])

@@ -8,9 +8,11 @@ from pipeline.core.contracts.objective import Loss, Objective, RawRows
 from pipeline.core.contracts.task import Ensemble, Task
 from pipeline.core.contracts.technique import (
     FinishedTrial,
+    HeadFirst,
     Phase,
     Technique,
     adapts_at_test,
+    backbone_layers,
     layer_rates,
     trains,
 )
@@ -25,6 +27,7 @@ __all__ = [
     "FeatureMapSpec",
     "Features",
     "FinishedTrial",
+    "HeadFirst",
     "LabelKind",
     "Loss",
     "Modality",
@@ -36,6 +39,7 @@ __all__ = [
     "Technique",
     "View",
     "adapts_at_test",
+    "backbone_layers",
     "layer_rates",
     "trains",
 ]

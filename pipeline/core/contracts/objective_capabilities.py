@@ -699,6 +699,11 @@ def has_classes(objective: Any) -> TypeIs[HasClasses]:
     return isinstance(objective, HasClasses)
 
 
+def has_one_class(objective: Any) -> bool:
+    """Return whether a row has one class, rather than a set of labels."""
+    return has_classes(objective) and objective.class_tensor == "label"
+
+
 def draws_by_class(objective: Any) -> bool:
     """Return whether label fractions are drawn by class.
 

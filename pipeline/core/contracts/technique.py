@@ -187,6 +187,26 @@ def adapts_at_test(technique: Any) -> TypeIs[AdaptsAtTest]:
     return isinstance(technique, AdaptsAtTest)
 
 
+class HeadFirst(Technique):
+    """Train the head alone for a share of the steps, the option ``probe_share``, then everything.
+
+    Two phases, "probe" and "full". A share above 0 is one step at least, and leaves one.
+    """
+
+    def probe_steps(self, steps: int) -> int:
+        """Return how many of the steps train the head alone."""
+        share = self.options.probe_share
+        return min(max(1, round(share * steps)), steps - 1) if share else 0
+
+    def phases(self, steps: int) -> tuple[Phase, ...]:
+        probe_steps = self.probe_steps(steps)
+        phases = (Phase("probe", probe_steps), Phase("full", steps - probe_steps))
+        return phases if probe_steps else phases[1:]
+
+    def rates(self, layers: dict[str, list[str]], phase: str) -> dict[str, float]:
+        return {name: float(phase == "full" or name == "head") for name in layers}
+
+
 def layer_rates(technique: Technique, layers: dict[str, list[str]], phase: str) -> dict[str, float]:
     """Return the learning-rate multiplier of every layer, with the technique's `LayerOptions`.
 
@@ -199,7 +219,7 @@ def layer_rates(technique: Technique, layers: dict[str, list[str]], phase: str) 
     options = technique.options
     if not isinstance(options, LayerOptions):
         return rates
-    own = [name for name, parameters in layers.items() if parameters and _is_backbone(parameters)]
+    own = backbone_layers(layers)
     depths = {name: depth for depth, name in enumerate(dict.fromkeys(map(whole_layer, own)))}
     frozen = _frozen_layers(technique.registered_name, options.freeze, list(depths))
     found: dict[str, float] = {}
@@ -215,8 +235,13 @@ def whole_layer(name: str) -> str:
     return name.partition("/")[0]
 
 
-def _is_backbone(parameters: Sequence[str]) -> bool:
-    return parameters[0].startswith("backbone.")
+def backbone_layers(layers: dict[str, list[str]]) -> list[str]:
+    """Return the layers of the backbone that have parameters, from input to output."""
+    return [
+        name
+        for name, parameters in layers.items()
+        if parameters and parameters[0].startswith("backbone.")
+    ]
 
 
 def _frozen_layers(technique: str, freeze: int | str | None, names: list[str]) -> list[str]:

@@ -22,10 +22,12 @@ from pipeline.core.contracts import Backbone, Modality, Objective, Task, Techniq
 from pipeline.core.contracts.objective_capabilities import (
     has_cached_head,
     has_classes,
+    has_one_class,
     names_labels,
 )
 from pipeline.core.contracts.technique_capabilities import LABELLED_SOURCE
 from pipeline.core.nn.all_gather import all_gather_rows, all_reduce_sum, rank_and_count
+from pipeline.core.nn.domain_losses import entropies, label_set_entropies
 
 ADDED = "adaptation"
 """Layer of the modules that a technique adds for training."""
@@ -88,8 +90,7 @@ class DomainAdaptation(Technique, ABC):
     def check_target(self, objective: type[Objective], modality: type[Modality]) -> None:
         if self.options.source_weight:
             self.check_labels_are_named(objective)
-        is_one_class = has_classes(objective) and objective.class_tensor == "label"
-        if self.needs_one_class and not is_one_class:
+        if self.needs_one_class and not has_one_class(objective):
             raise ValueError(
                 f"compares the probabilities of exclusive classes, and {objective.registered_name} "
                 "predicts none: use dann, coral or dan"
@@ -148,9 +149,12 @@ class DomainFeatures:
 
 def probabilities(objective: Objective, scores: Tensor) -> Tensor:
     """Return the probabilities that scores of an objective's head stand for."""
-    assert has_classes(objective)
-    has_one_class = objective.class_tensor == "label"
-    return scores.softmax(-1) if has_one_class else scores.sigmoid()
+    return scores.softmax(-1) if has_one_class(objective) else scores.sigmoid()
+
+
+def prediction_entropies(objective: Objective, scores: Tensor) -> Tensor:
+    """Return the (B,) entropies, in nats, of what scores of an objective's head predict."""
+    return entropies(scores) if has_one_class(objective) else label_set_entropies(scores)
 
 
 def mean_over_ranks(losses: Tensor) -> Tensor:

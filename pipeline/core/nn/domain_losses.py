@@ -82,19 +82,10 @@ def kernel_mmd(kernels: Tensor, sources: int) -> Tensor:
     return source / (n * (n - 1)) + target / (m * (m - 1)) - 2 * across / (n * m)
 
 
-def mmd(source: Tensor, target: Tensor) -> Tensor:
-    """Return the squared discrepancy of features with several Gaussian kernels (Long et al. 2015).
-
-    Args:
-        source: (n, D) with n > 1.
-        target: (m, D) with m > 1.
-    """
-    return kernel_mmd(gaussian_kernels(torch.cat([source, target])), len(source))
-
-
 def joint_mmd(source: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
-    """Return the discrepancy of several layers together: their kernels are multiplied (Long et al.
-    2017).
+    """Return the squared discrepancy of a layer with several Gaussian kernels (Long et al. 2015).
+
+    The kernels of several layers are multiplied (Long et al. 2017).
 
     Args:
         source: (n, D_l) of every layer, n > 1.

@@ -52,12 +52,10 @@ def cross_entropies(
     losses = F.cross_entropy(
         scores, label, weight=_like(weight, scores), reduction="none", label_smoothing=smoothing
     )
-    return (
-        losses
-        if not gamma
-        else losses
-        * _focal_factor(scores.log_softmax(-1).gather(-1, label[..., None])[..., 0], gamma)
-    )
+    if not gamma:
+        return losses
+    log_probability = scores.log_softmax(-1).gather(-1, label[..., None])[..., 0]
+    return losses * _focal_factor(log_probability, gamma)
 
 
 def _like(weight: Tensor | None, scores: Tensor) -> Tensor | None:
@@ -74,12 +72,10 @@ def binary_cross_entropies(
     losses = F.binary_cross_entropy_with_logits(
         scores, label, reduction="none", pos_weight=_like(pos_weight, scores)
     )
-    return (
-        losses
-        if not gamma
-        else losses
-        * _focal_factor(-F.binary_cross_entropy_with_logits(scores, label, reduction="none"), gamma)
-    )
+    if not gamma:
+        return losses
+    log_probability = -F.binary_cross_entropy_with_logits(scores, label, reduction="none")
+    return losses * _focal_factor(log_probability, gamma)
 
 
 def _focal_factor(log_probability: Tensor, gamma: float) -> Tensor:

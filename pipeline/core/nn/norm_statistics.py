@@ -59,7 +59,6 @@ def measure(backbone: Backbone, batches: Iterable[Batch]) -> None:
     ]
     backbone.eval()
     for norm in norms:
-        norm.reset_running_stats()
         norm.train()
     for batch in batches:
         backbone(batch)

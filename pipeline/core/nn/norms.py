@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, cast
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivateUsage]
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
+NORM_NAME = re.compile(r"norm(?!al|ed|free)", re.IGNORECASE)
+"""Found in the class names of other libraries' norms: RmsNorm2d and EvoNorm2dS0 of timm,
+LlamaRMSNorm of transformers. NormFreeBlock (of NFNets), NormedEmbedding and normal distributions
+are none.
+"""
 
 
 def norm_parameters(network: nn.Module) -> set[str]:
@@ -16,11 +22,6 @@ def norm_parameters(network: nn.Module) -> set[str]:
     return {
         f"{name}.{own}"
         for name, module in modules.items()
-        if _is_norm(module)
+        if isinstance(module, NORMS) or NORM_NAME.search(type(module).__name__)
         for own, _ in module.named_parameters(recurse=False)
     }
-
-
-def _is_norm(module: nn.Module) -> bool:
-    # transformers and timm have norms of their own, such as LlamaRMSNorm
-    return isinstance(module, NORMS) or type(module).__name__.endswith("Norm")
