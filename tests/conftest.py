@@ -205,6 +205,14 @@ def _stop_ray():
 
 
 @pytest.fixture(scope="session")
+def beam_search():
+    """Skips a test of beam search where its library cannot be installed."""
+    pytest.importorskip(
+        "flashlight.lib.text.decoder", reason="flashlight-text has no wheel for this Python"
+    )
+
+
+@pytest.fixture(scope="session")
 def start_ray(s3_server):
     """A function that starts the Ray that all tests share, unless it runs, and returns the module.
 

@@ -421,6 +421,7 @@ def test_transcripts_are_those_of_the_bundle(norm, normalize, tmp_path):
     assert start.modality.options["normalize"] == (normalize is None)
 
 
+@pytest.mark.usefixtures("beam_search")
 def test_an_export_says_that_beam_search_is_not_part_of_it(tmp_path):
     """transformers decodes greedily, so its word error rate is another one."""
     _, _, uri = bundled(tmp_path, "ctc", ALPHABET, {"beam": 20})

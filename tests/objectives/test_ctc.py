@@ -582,6 +582,7 @@ def searched(task: Task, mels) -> list[tuple[int, ...]]:
     return [tuple(row[row >= 0].tolist()) for row in found]
 
 
+@pytest.mark.usefixtures("beam_search")
 @pytest.mark.parametrize("seed", range(8))
 def test_a_wide_beam_finds_the_likeliest_text_of_all(seed):
     mels = [
@@ -593,6 +594,7 @@ def test_a_wide_beam_finds_the_likeliest_text_of_all(seed):
         assert found == max(ranked, key=ranked.__getitem__)
 
 
+@pytest.mark.usefixtures("beam_search")
 def test_a_beam_is_at_least_as_good_as_greedy():
     mels, _ = random_rows(40, seed=3)
     better = 0
@@ -650,6 +652,7 @@ def arpa_score(names: list[str]) -> float:
     return total
 
 
+@pytest.mark.usefixtures("beam_search")
 def test_a_language_model_and_words_are_weighed_as_they_say(tmp_path):
     path = tmp_path / "labels.arpa"
     path.write_text(ARPA)
@@ -676,6 +679,7 @@ def test_a_language_model_and_words_are_weighed_as_they_say(tmp_path):
     assert changed > 4
 
 
+@pytest.mark.usefixtures("beam_search")
 def test_a_language_model_is_the_one_that_was_fitted(tmp_path, monkeypatch):
     """The state holds a small file, and of a large one what tells it from another."""
     path = tmp_path / "labels.arpa"
@@ -705,7 +709,8 @@ def test_a_language_model_is_the_one_that_was_fitted(tmp_path, monkeypatch):
         task_of(large, **options)
 
 
-def test_beam_search_that_cannot_be_made_is_refused_at_once(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("beam_search")
+def test_beam_search_that_cannot_be_made_is_refused_at_once(tmp_path):
     path = tmp_path / "words.arpa"
     path.write_text(ARPA.replace("A", "HELLO").replace("B", "WORLD").replace("|", "THE"))
     with pytest.raises(
@@ -725,6 +730,9 @@ def test_beam_search_that_cannot_be_made_is_refused_at_once(tmp_path, monkeypatc
         ValueError, match=r"lm: a language model takes part in beam search alone: set beam"
     ):
         task_of(lm=str(path))
+
+
+def test_beam_search_without_its_library_is_refused_at_once(monkeypatch):
     ctc._search.cache_clear()
     monkeypatch.setitem(sys.modules, "flashlight.lib.text.decoder", None)
     with pytest.raises(
@@ -784,6 +792,7 @@ def test_words_stand_where_they_were_said():
     )
 
 
+@pytest.mark.usefixtures("beam_search")
 def test_confidence_is_the_texts_own_probability_a_label():
     mels, _ = random_rows(20, seed=7)
     task = task_of(beam=50)

@@ -522,6 +522,7 @@ ngram 2=1
 """
 
 
+@pytest.mark.usefixtures("beam_search")
 def test_a_pushed_recogniser_decodes_with_the_language_model_that_it_was_trained_with(
     tmp_path, monkeypatch
 ):
@@ -570,6 +571,7 @@ def test_a_pushed_recogniser_names_the_file_of_its_language_model_alone(tmp_path
         assert b"alice" not in path.read_bytes(), path
 
 
+@pytest.mark.usefixtures("beam_search")
 def test_a_language_model_that_is_not_here_is_told_before_ray_starts(tmp_path):
     """Nothing in a job can be set for predict."""
     uri = bundle_with_language_model(tmp_path)
