@@ -333,7 +333,7 @@ class Trajectory(Modality):
         if self.options.images is not None and columns.get("images") not in table.column_names:
             raise ValueError(
                 f"images: frames of {self.options.images} pixels are to be read, and no column "
-                "has them: name it in data.columns"
+                "has them: name it in data.columns, or by --column images=NAME"
             )
         rows = Episodes.read(table, columns)
         space_index, reasons, _ = self._space_of_rows(rows)
