@@ -63,7 +63,7 @@ class ClassificationOptions(LinearHeadOptions):
     class_weight: Literal["none", "balanced"] = Field(
         "none",
         description="balanced: in training a row has the weight rows / (classes x rows of its "
-        "class), counted over all training rows; the evaluated loss is not weighted",
+        "class), counted over the labelled training rows; the evaluated loss is not weighted",
     )
     focal: float = Field(
         0.0,

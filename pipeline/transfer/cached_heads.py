@@ -431,7 +431,10 @@ def _stacks(
             failed.append(trials.failed_record(trial, shared, error))
             continue
         shared_settings = member.train.model_dump(exclude={"lr", "weight_decay"})
-        key = (member.steps, str(sorted(shared_settings.items())), trial.id if is_random else "")
+        # the heads of a stack share the class weights of the first one
+        counts = trials.objective_of(trial, shared).state.get("counts")
+        settings = str(sorted(shared_settings.items()))
+        key = (member.steps, settings, str(counts), trial.id if is_random else "")
         stacks.setdefault(key, []).append(member)
     return failed, list(stacks.values())
 

@@ -391,7 +391,8 @@ def build_task(
     """
     data = shared.targets[trial.target, trial.backbone_key]
     seed = mix(shared.seed, trial.seed)
-    task = bundle.build_task(data.arch, data.objective, seed=seed, head_seed=mix(seed, 1))
+    objective = objective_of(trial, shared)
+    task = bundle.build_task(data.arch, objective, seed=seed, head_seed=mix(seed, 1))
     if trial.combines_trials:
         records = [_record_of_member(shared, one) for one in trial.members]
         technique = technique or trial.technique_object
@@ -542,6 +543,23 @@ def labelled_rows(trial: Trial, shared: Shared) -> np.ndarray:
     data = shared.targets[trial.target, trial.backbone_key]
     seed = mix(shared.seed, trial.seed)
     return label_subset(data.train, data.labels, trial.label_fraction, seed)
+
+
+def objective_of(trial: Trial, shared: Shared) -> ObjectiveSpec:
+    """Return the objective of a trial; where it has class weights, with the trial's own counts.
+
+    The labelled rows may have other shares of the classes than all training rows: 20 labels per
+    class are balanced already.
+    """
+    data = shared.targets[trial.target, trial.backbone_key]
+    state = data.objective.state
+    if data.labels is None or "counts" not in state:
+        return data.objective
+    rows = labelled_rows(trial, shared)
+    if len(rows) in (0, len(data.labels)):
+        return data.objective
+    counts = np.bincount(data.labels[rows], minlength=len(state["counts"]))
+    return replace(data.objective, state={**state, "counts": counts.tolist()})
 
 
 def resolve_training(trial: Trial, shared: Shared) -> tuple[Train, Rows, int]:

@@ -222,6 +222,48 @@ def test_label_smoothing_and_another_metric(paths, tmp_path):
     assert next(iter(together.values())).rows[0].metric == "balanced_accuracy"
 
 
+@pytest.fixture
+def skewed(paths, tmp_path):
+    """The files of ``paths``, but the third class has only four training rows."""
+    table = pq.read_table(paths["train"])
+    labels = np.array(table["class"].to_pylist())
+    is_rare = labels == "class 2"
+    kept = ~is_rare | (np.cumsum(is_rare) <= 4)
+    pq.write_table(table.filter(pa.array(kept)), tmp_path / "train.parquet")
+    return {**paths, "train": str(tmp_path / "train.parquet")}
+
+
+def test_class_weights_count_the_labelled_rows_of_the_trial(skewed, tmp_path):
+    """So heads with other label fractions, which share no weights, are not trained together."""
+    balanced = {"classification": {"class_weight": "balanced"}}
+    world = both(tmp_path, skewed, [{"lr": 0.05}], (0, 1), (3, 0.5, 1.0), objective=balanced)
+    check(*world)
+    group, _, _, (shared, _) = world
+    data = next(iter(shared.targets.values()))
+    for one in group:
+        rows = one_trial.labelled_rows(one, shared)
+        head = one_trial.build_task(one, shared)[0].objective
+        assert head.state["counts"] == np.bincount(data.labels[rows]).tolist()
+        if one.label_fraction == 3:
+            assert head.state["counts"] == [3, 3, 3]
+
+
+@pytest.mark.parametrize("technique", [BY_STEPS, "linear_probe"], ids=str)
+def test_balanced_weights_of_equally_many_labels_per_class_change_nothing(
+    skewed, tmp_path, technique
+):
+    """Also where the head is solved, and all training rows are skewed."""
+    losses = []
+    for weight in ("none", "balanced"):
+        objective = {"classification": {"class_weight": weight}}
+        job = job_of(tmp_path / weight, skewed, objective=objective)
+        shared = shared_of(tmp_path / weight, job, skewed)
+        trial = trial_of(job, shared, technique, fraction=3)
+        (record,) = cached_heads.run([trial], shared)
+        losses.append([row.value for row in record.rows])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "objective",
