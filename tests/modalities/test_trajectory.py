@@ -545,7 +545,7 @@ def test_frames_are_given_and_asked_for_or_neither():
         Trajectory.fit(TrajectoryOptions(images=32), rows, COLUMNS, "")
     modality = Trajectory(TrajectoryOptions(images=32), made(table(GOOD)).state)
     with pytest.raises(
-        ValueError, match="and no column has them: name it in .* or by --column images=NAME"
+        ValueError, match=r"and no column has them: name it in .* or by --column images=NAME"
     ):
         modality.decode(rows, COLUMNS)
 
