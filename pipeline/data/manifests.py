@@ -535,6 +535,8 @@ class Splits:
     """
     empty_draws: Mapping[str, str] = field(default_factory=dict[str, str])
     """Why splits have no row although they are drawn, by split."""
+    shared_groups: tuple[str, ...] = ()
+    """Warnings about patients, speakers or the like with rows on both sides of a random split."""
 
     @property
     def fingerprint(self) -> str:
@@ -897,6 +899,49 @@ def _split_unit(data: Data, manifest: Manifest) -> str | None:
     return name if pc.count_distinct(recordings).as_py() < len(recordings) else None
 
 
+GROUP_COLUMNS = (
+    "patient",
+    "patient_id",
+    "subject",
+    "subject_id",
+    "speaker",
+    "entity",
+    "recording",
+)
+"""Columns that importers write to say which rows belong together, the largest groups first."""
+
+
+def _describe_shared_group(
+    rows: Selection, train: Selection, data: Data, unit_column: str | None
+) -> str:
+    """Describe the rows held out at random whose patient (speaker, ...) is also trained on.
+
+    Args:
+        rows: The rows before the draw.
+        train: Those that are left to train on.
+        unit_column: The column that the draw kept together.
+
+    Returns:
+        A sentence about the first of GROUP_COLUMNS with such rows, or "". A column with a role,
+        such as the label of speaker identification, or with fewer than three values, is no group.
+    """
+    schema = rows.manifest.schema
+    possible = set(schema.names) - {unit_column, *data.columns.values()}
+    for name in GROUP_COLUMNS:
+        if name not in possible or pa.types.is_nested(schema.field(name).type):
+            continue
+        is_trained = np.isin(rows.all_ids, train.all_ids)
+        codes, values = codes_of(read_columns(rows, [name])[name])
+        is_shared = ~is_trained & (codes >= 0) & np.isin(codes, codes[is_trained])
+        if len(values) > 2 and is_shared.any():
+            return (
+                f"{is_shared.sum():,} of the {len(rows) - len(train):,} rows held out at random "
+                f"have the same {name} as a training row, so metrics may be too good for new ones: "
+                f"say data.group: {name} to keep such rows in one split"
+            )
+    return ""
+
+
 def _is_in_fold(
     selection: Selection,
     data: Data,
@@ -998,6 +1043,7 @@ def _splits(
     unit_column = _split_unit(data, manifest) if fold is not None or to_draw else None
     by_hash = f"by hash of {unit_column or 'the row'}"
     seed = f" (split_seed {data.split_seed})" if data.split_seed else ""
+    undrawn = train
     if fold is not None:
         to_draw.pop("test", None)
         in_fold = _is_in_fold(train, data, roles, at, fold, unit_column)
@@ -1014,8 +1060,11 @@ def _splits(
             empty_draws[empty_split] = _why_empty(train, unit_column)
         given[name], train = drawn, remaining
         descriptions.append(f"{name}: random {fraction:g} of train {by_hash}{seed}")
+    shared_group = ""
     if data.group:
         descriptions.append(f"no {data.group} in two splits")
+    elif len(train) < len(undrawn):
+        shared_group = _describe_shared_group(undrawn, train, data, unit_column)
     empty = Selection(manifest, np.zeros(0, dtype=np.int64))
     parts = {name: given.get(name, empty) for name in SPLITS} | {"train": train}
     columns = file_columns(kind, data.columns)
@@ -1037,6 +1086,7 @@ def _splits(
         unused=unused,
         drawn_by=(unit_column if unit_column and not data.group else "",),
         empty_draws=empty_draws,
+        shared_groups=(shared_group,) if shared_group else (),
     )
 
 
@@ -1327,6 +1377,7 @@ def _joined(parts: list[Splits], columns: list[str], at: str, texts: frozenset[s
         unused="; ".join(dict.fromkeys(part.unused for part in parts if part.unused)),
         drawn_by=tuple(column for part in parts for column in part.drawn_by),
         empty_draws={name: why for part in parts for name, why in part.empty_draws.items()},
+        shared_groups=tuple(text for part in parts for text in part.shared_groups),
     )
 
 

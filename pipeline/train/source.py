@@ -620,6 +620,7 @@ def findings_of(stage: SourceStage, modality: ModalitySpec, limit_note: str) -> 
             "give validation files, a split_column or another split_seed"
         )
         findings.append(Finding(text, is_warning=True))
+    findings += [Finding(text, is_warning=True) for text in splits.shared_groups]
     built = bundle.build_modality(modality)
     findings += row_checks.text_findings(built, rows, columns, objective.packed)
     findings += row_checks.null_labels(objective, rows, columns)

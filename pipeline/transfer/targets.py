@@ -690,13 +690,15 @@ def plan_reading(target: TargetStage, group: BackboneGroup) -> TargetReading:
 def findings(target: TargetStage, reading: TargetReading) -> list[Finding]:
     """Return warnings from a sample of the rows.
 
-    They are about lowered options, texts that are truncated or unknown, a feature that decides the
-    label, names that only the source or the target has, and null labels.
+    They are about lowered options, groups on both sides of a random split, texts that are truncated
+    or unknown, a feature that decides the label, names that only the source or the target has, and
+    null labels.
     """
     spec, objective = target.spec, registry.get("objective", target.spec.objective.name)
     splits, columns = target.splits.by_name(), target.spec.data.columns
     return [
         *([Finding(reading.limit_note)] if reading.limit_note else []),
+        *(Finding(text, is_warning=True) for text in target.splits.shared_groups),
         *row_checks.text_findings(reading.modality, splits, columns, objective.packed),
         *leaks.find_leaks(reading.modality, spec, splits["train"], reading.state),
         *row_checks.null_labels(objective, splits, columns),

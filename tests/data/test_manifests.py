@@ -893,6 +893,41 @@ def test_a_group_never_crosses_splits(tmp_path, split, column, fields):
         assert f"by hash of {column}" in got.origin
 
 
+def test_a_patient_on_both_sides_of_a_random_split_is_a_warning(tmp_path, split):
+    frame = people(0, 800)
+    frame["speaker"] = [person if int(person[1:]) % 2 else None for person in frame.person]
+    frame["entity"] = frame.number
+    uri = str(tmp_path / "a.parquet")
+
+    def warnings(change=None, **fields) -> tuple[str, ...]:
+        write(tmp_path / "a.parquet", frame.rename(columns=change or {}), 64)
+        drawn = {"validation_fraction": 0, "test_fraction": 0.3}
+        return split(**{"uri": uri, **drawn, **fields}).shared_groups
+
+    write(tmp_path / "a.parquet", frame, 64)
+    got = split(uri=uri, validation_fraction=0, test_fraction=0.3)
+    test, train = (
+        m.read_columns(rows, ["speaker"])["speaker"].to_pylist() for rows in (got.test, got.train)
+    )
+    shared = sum(speaker in set(train) - {None} for speaker in test)
+    assert 0 < shared < len(test)
+    (warning,) = got.shared_groups
+    assert warning.startswith(f"{shared} of the {len(test)} rows held out at random have the same")
+    assert warning.endswith("say data.group: speaker to keep such rows in one split")
+    (warning,) = warnings({"person": "patient"})
+    assert "data.group: patient" in warning, "patients may have several recordings"
+    assert warnings(test_fraction=0, validation_fraction=0.2)
+    assert warnings(fold=m.Fold(1, 4, by_class=False), test_fraction=0)
+    assert warnings(more=[{"uri": uri, "modality": "text", "test_fraction": 0.3}])
+    assert not warnings(group="speaker") and not warnings(test_fraction=0)
+    assert not warnings(columns={"label": "speaker"}), "the speaker is to be recognised"
+    assert not warnings({"speaker": "who"}), "no row shares its entity"
+    frame["speaker"] = "p1"
+    assert not warnings(), "a single speaker cannot be shared out"
+    frame["speaker"] = [["p1"]] * len(frame)
+    assert not warnings()
+
+
 @pytest.mark.parametrize("named_by", ["recording", "audio"])
 def test_pieces_of_one_recording_stay_in_one_split(tmp_path, split, named_by):
     frame = people(0, 800)

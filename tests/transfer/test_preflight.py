@@ -236,6 +236,19 @@ def test_a_few_bad_rows_are_told(tmp_path, models):  # noqa: F811
     ), lines
 
 
+def test_a_speaker_on_both_sides_of_a_random_split_is_told(tmp_path, models):  # noqa: F811
+    rows = written(tmp_path / "rows.parquet")
+    table = pq.read_table(rows)
+    pq.write_table(table.append_column("speaker", pa.array([i // 2 for i in range(120)])), rows)
+    drawn = {"split_column": None, "validation_fraction": 0.2, "test_fraction": 0.3}
+    job = job_of(tmp_path, models["bert"], rows, "classification", COLUMNS, data=drawn)
+    (line,) = [one for one in preflight.check_rows(checked(job)) if "data.group: speaker" in one]
+    assert line.startswith("warning: target task: ")
+    job = with_source(tmp_path, rows, split_column=None, validation_fraction=0.2)
+    (line,) = [one for one in preflight.check_rows(checked(job)) if "data.group: speaker" in one]
+    assert line.startswith("warning: source src: ")
+
+
 @pytest.mark.parametrize("at", ["source", "target"])
 def test_files_that_a_column_names_and_that_are_not_there_are_refused(tmp_path, at):
     for i in range(30):
