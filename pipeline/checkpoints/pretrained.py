@@ -757,7 +757,10 @@ def timm_input_spec(name: str, options: dict[str, Any]) -> tuple[Architecture, M
         )
     import timm
 
-    config: Any = timm.models.get_pretrained_cfg(architecture)
+    try:
+        config: Any = timm.models.get_pretrained_cfg(architecture)
+    except RuntimeError as error:  # a tag of the same model with another activation
+        raise BundleError(f"{name}: {error}: timm has no such weights of it") from None
     if config is None:
         raise BundleError(
             f"{name}: timm has no input configuration for it; give the source data, or a name "

@@ -129,8 +129,9 @@ class CsvFile:
             if self.types.get(name, pa.binary()) != pa.binary()
         }
         own = {name: kind for name, kind in (types or {}).items() if name in self.types}
-        columns = order if set(order) == set(self.types) else None
+        is_reordered = set(order) == set(self.types) and list(order) != list(self.types)
         texts_of_codes = {name: pa.string() for name in codes}
+        columns = order if is_reordered else None
         for table in self._blocks(self.types | own | texts_of_codes, columns):
             for index, name in enumerate(table.column_names):
                 if name in codes:

@@ -280,15 +280,30 @@ def _common_type(ours: pa.DataType, theirs: pa.DataType) -> pa.DataType | None:
         return ours
     if pa.types.is_dictionary(ours) or pa.types.is_dictionary(theirs):
         ours, theirs = map(_plain_type, (ours, theirs))
-    is_text_and_bytes = {_type_family(ours), _type_family(theirs)} == {"text", "bytes"}
-    has_two_lengths = pa.types.is_fixed_size_list(ours) and pa.types.is_fixed_size_list(theirs)
-    if is_text_and_bytes or has_two_lengths:
+    if not _is_same_kind(ours, theirs):
         return None
     schemas = [pa.schema([("column", kind)]) for kind in (ours, theirs)]
     try:
         return pa.unify_schemas(schemas, promote_options="permissive").field("column").type
     except pa.ArrowException:
         return None
+
+
+def _is_same_kind(ours: pa.DataType, theirs: pa.DataType) -> bool:
+    """Return whether a type may hold the values of both. Arrow would merge structs with different
+    fields, where a renamed field is null in half of the rows.
+    """
+    if pa.types.is_struct(ours) and pa.types.is_struct(theirs):
+        names = {field.name for field in ours}
+        return names == {field.name for field in theirs} and all(
+            _is_same_kind(ours.field(name).type, theirs.field(name).type) for name in names
+        )
+    if pa.types.is_fixed_size_list(ours) and pa.types.is_fixed_size_list(theirs):
+        return ours.list_size == theirs.list_size
+    if arrow_lists.is_list(ours) and arrow_lists.is_list(theirs):
+        return _is_same_kind(ours.value_type, theirs.value_type)
+    is_text_and_bytes = {_type_family(ours), _type_family(theirs)} == {"text", "bytes"}
+    return not is_text_and_bytes and {ours, theirs} != {pa.int64(), pa.uint64()}
 
 
 def _plain_type(kind: pa.DataType) -> pa.DataType:

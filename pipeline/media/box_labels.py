@@ -71,7 +71,8 @@ def fit_state(options: BoxOptions, table: pa.Table, columns: dict[str, str]) -> 
         raise ValueError(f"column {column}: the training rows hold no box")
     if values_of_rows and not options.relative:
         numbers = _flattened(table, columns["boxes"], 2, "4 numbers for each box")
-        if is_number(numbers.type) and pc.max(numbers).as_py() <= 1:
+        largest = pc.max(numbers).as_py() if is_number(numbers.type) else None
+        if largest is not None and largest <= 1:
             raise ValueError(
                 f"objective.relative is false, but no number in column {columns['boxes']} is above "
                 "1: these boxes are shares of their images, not pixels; set relative: true"

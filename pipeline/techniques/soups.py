@@ -38,8 +38,11 @@ class _Combination(Technique):
     def __init__(self, options: CombinationOptions | None = None):
         super().__init__(options)
         for name in self.options.of:
-            technique = registry.get("technique", name)
             place = f"{self.registered_name}: of: {name}"
+            try:
+                technique = registry.get("technique", name)
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from None
             if technique.starts_from != "source":
                 raise ValueError(
                     f"{place} does not start from a source: name techniques that fine-tune one"

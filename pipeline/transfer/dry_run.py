@@ -277,9 +277,10 @@ def _add_fraction(
     else:
         cost.unknown = f" and those to be known {steps}"
     steps_or_none = steps if isinstance(steps, int) else None
+    with_all_seeds = techniques
     if allocation is not None:
         pairs = [planned for planned in techniques if planned.technique.starts_from != "random"]
-        techniques = [planned for planned in techniques if planned not in pairs]
+        with_all_seeds = [planned for planned in techniques if planned not in pairs]
         stepped = allocation.stepped_cost
         solved = allocation.cost - allocation.size.scratch - stepped
         networks = max((planned.entries for planned in pairs if planned.is_solved), default=0)
@@ -288,7 +289,7 @@ def _add_fraction(
             TrialGroup(math.ceil(stepped), steps_or_none, rows, False, 0),
             TrialGroup(math.ceil(solved), steps_or_none, rows, True, networks),
         ]
-    for planned in techniques:
+    for planned in with_all_seeds:
         of_trial = None if steps_or_none is None else planned.technique.steps(steps_or_none)
         trials = planned.trials(seeds)
         cost.steps += 0 if planned.is_solved else trials * (of_trial or 0)

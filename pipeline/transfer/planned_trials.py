@@ -9,6 +9,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 
@@ -310,6 +311,12 @@ def planned_allocations(state: JobState) -> dict[tuple[str, str], budget.Allocat
         for fraction in stage.spec.label_fractions:
             sizes[name, grid.fraction_text(fraction, stage.spec.objective.name)] = size
     allocations = budget.allocate(job.fanout.budget, list(sizes.values()), job.fanout.seeds)
+    # refused before a source is trained: heads of targets that turn out too large are not solved
+    largest = [
+        replace(size, solved=0) if state.targets[name].spec.data.decode == "auto" else size
+        for (name, _), size in sizes.items()
+    ]
+    budget.allocate(job.fanout.budget, largest, job.fanout.seeds)
     return dict(zip(sizes, allocations, strict=True))
 
 

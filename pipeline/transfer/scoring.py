@@ -556,6 +556,9 @@ def _value(score: Score, inputs: _Inputs) -> ScoreValue:
         except Exception as error:  # of the score of half of the rows: that of all rows is kept
             inputs.has_temporary_error |= not _is_deterministic(error)
             reason = f"{type(error).__name__}: {error}"
+        else:
+            if np.isnan(interval).any():
+                reason = "a random half of the rows has one class alone"
     seconds = time.perf_counter() - began
     value, low, high = (float(np.clip(number, *score.bounds)) for number in (value, *interval))
     if not np.isfinite([low, high]).all():

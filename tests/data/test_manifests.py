@@ -273,6 +273,23 @@ def test_shards_may_have_other_widths_and_orders_of_columns(tmp_path, imports, f
     assert whole["value"].to_pylist() == values and whole["number"].to_pylist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (pa.array([{"Age": 1.0}] * 2), pa.array([{"age": 1.0}] * 2)),
+        (pa.array([[{"age": 1.0}]] * 2), pa.array([[{"age": 1.0, "sex": 0}]] * 2)),
+        (pa.array([["a"]] * 2), pa.array([[b"a"]] * 2)),
+        (pa.array([2**63] * 2, pa.uint64()), pa.array([1] * 2)),
+    ],
+)
+def test_shards_that_arrow_would_merge_with_loss_are_refused(tmp_path, imports, first, second):
+    """A field of another name is null in half of the rows."""
+    for name, column in (("a", first), ("b", second)):
+        pq.write_table(pa.table({"value": column}), tmp_path / f"{name}.parquet")
+    with pytest.raises(ValueError, match=r"b\.parquet: its schema differs .* column 'value' is"):
+        m.build(str(tmp_path / "*.parquet"), "auto", imports)
+
+
 def test_metadata_of_a_schema_is_no_difference(files, imports):
     table = pa.Table.from_pandas(people(63, 70)).replace_schema_metadata(
         {"written by": "somebody else"}

@@ -309,6 +309,7 @@ def test_rows_are_named_by_the_file_that_they_were_brought_in_from(tmp_path, imp
         ("a.csv", '"a;b"\n"c;d"\n', ["a;b"]),
         ("a.csv", "a;b,c\nd;e,f\n", ["a;b", "c"]),
         ("a.tsv", "a;b\tc\nd;e\tf\n", ["a;b", "c"]),
+        ("a.csv", "a,b,b\nc,d,e\n", ["a", "b", "b"]),
     ],
 )
 def test_other_marks_in_a_table_part_no_fields(tmp_path, imports, name, content, columns):

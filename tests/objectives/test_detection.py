@@ -142,6 +142,12 @@ def test_columns_that_are_not_what_the_job_says_are_refused(boxes, labels, messa
         fitted(table, columns, relative=False)
 
 
+def test_classes_without_boxes_are_told_row_by_row():
+    kind = pa.list_(pa.list_(pa.float32()))
+    table = pa.table({"boxes": pa.array([[]], kind), "labels": [[0]], "w": [200], "h": [100]})
+    assert fitted(table, {**COLUMNS, "width": "w", "height": "h"}, relative=False)["values"] == [0]
+
+
 def test_class_numbers_may_have_holes_and_names():
     box = [0.1, 0.1, 0.5, 0.5]
     table = table_of([[box, box], [box]], [[90, 3], [17]])

@@ -153,6 +153,7 @@ def test_solved_heads_take_no_steps_of_a_budget_and_are_tried_once(
     job = changed(job_of(tmp_path, bundles, paths, 7), techniques=techniques)
     lines = dry_run.describe(prepared(job))
     assert any(line.startswith(f"in all: {trials} trials, {steps} steps;") for line in lines)
+    assert any("(linear_probe: the head is solved, no training steps)" in line for line in lines)
     _, rows = run_through(job)
     assert len(here) == len(set(here)) == len({row.trial_id for row in rows}) == trials
     solved = {row.trial_id for row in rows if row.technique == "linear_probe"}

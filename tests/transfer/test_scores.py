@@ -222,6 +222,18 @@ def test_labels_of_one_class_have_no_score(tmp_path):
     assert len(of_labels) == 9 and {found.scores[name].value for name in of_labels} == {None}
 
 
+def test_a_class_of_few_rows_leaves_a_reason_in_place_of_the_interval(tmp_path):
+    paths = image_files(tmp_path, {"train": 60, "validation": 24, "test": 24})
+    shared = shared_of(tmp_path, job_of(tmp_path, paths), paths)
+    key = next(iter(shared.backbone_groups))
+    labels = shared.targets["task", key].train.arrays["label"]
+    labels[:] = 1
+    labels[:2] = 0
+    found = score_pair(SourceTargetPair("src", key, "task"), shared).scores["knn"]
+    assert found.value is not None and found.low is None
+    assert found.reason == "a random half of the rows has one class alone"
+
+
 def test_the_classes_of_the_source_are_those_of_its_head(tmp_path):
     """LEEP reads what the source's own head says of the target's rows."""
     paths = image_files(tmp_path, {"train": 60, "validation": 24, "test": 24})
