@@ -90,7 +90,11 @@ class _Noted(dict[str, Tensor]):
 
 def as_batch(inputs: Tensors) -> Batch:
     """Return finished tensors as a batch; it has one row number and key, whatever its size."""
-    return Batch(np.zeros(1, dtype=np.int64), torch.zeros(1, dtype=torch.int64), inputs)
+    return Batch(
+        np.zeros(1, dtype=np.int64),
+        torch.zeros(1, dtype=torch.int64),
+        inputs,
+    )
 
 
 @torch.no_grad()

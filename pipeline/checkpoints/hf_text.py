@@ -380,7 +380,11 @@ def _declared_heads(family: str) -> dict[str, TransformersHead]:
     }
 
 
-def _tied_head(family: str, objective: str, tensors: dict[str, Tensor]) -> dict[str, Tensor] | str:
+def _tied_head(
+    family: str,
+    objective: str,
+    tensors: dict[str, Tensor],
+) -> dict[str, Tensor] | str:
     """Return a head whose output is the embedding, or why there is none."""
     names: dict[str, str] = {}
     output, with_bias = "lm_head", tensors
@@ -645,7 +649,11 @@ def _with_head(
     return out | {theirs: own[ours] for ours, theirs in names}
 
 
-def _sequence(family: str, task: Any, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+def _sequence(
+    family: str,
+    task: Any,
+    tensors: dict[str, Tensor],
+) -> tuple[dict[str, Tensor], str]:
     """Return the tensors of the family's ForSequenceClassification, and a note.
 
     They give the scores of a head that the class can hold (`_missing_in_family`).

@@ -212,7 +212,11 @@ NUMBERED = re.compile("layers?$|^depths?$|_depth$|blocks?$|heads$|^num_stages$")
 """Keys that count layers or heads."""
 
 
-def plain_keys(family: str, config: Mapping[str, Any], declared: frozenset[str]) -> dict[str, Any]:
+def plain_keys(
+    family: str,
+    config: Mapping[str, Any],
+    declared: frozenset[str],
+) -> dict[str, Any]:
     """Return the plain part of a configuration of any family; keys that it does not know are left
     out.
 

@@ -446,7 +446,12 @@ def _classes(tree: ast.Module) -> list[ast.ClassDef]:
     return [node for node in tree.body if isinstance(node, ast.ClassDef)]
 
 
-def _roles(node: Any, attribute: str, tree: ast.Module, file: Path) -> tuple[str, ...] | None:
+def _roles(
+    node: Any,
+    attribute: str,
+    tree: ast.Module,
+    file: Path,
+) -> tuple[str, ...] | None:
     """Return the roles that a class attribute names: the class's own, or those of a base class in
     the same file; None when neither has the attribute.
 

@@ -198,7 +198,12 @@ def _pairs(
     return {**merged, **own}
 
 
-def _expand_environment(text: str, line: int, path: Path_, problems: list[tuple[int, str]]) -> str:
+def _expand_environment(
+    text: str,
+    line: int,
+    path: Path_,
+    problems: list[tuple[int, str]],
+) -> str:
     """Return a text with the values of its ``${NAME}`` variables."""
 
     def value(match: re.Match[str]) -> str:

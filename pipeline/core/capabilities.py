@@ -362,7 +362,11 @@ class Packs(Protocol):
         """
         ...
 
-    def tokenize(self, table: Any, columns: dict[str, str]) -> tuple[Any, list[str]] | None:
+    def tokenize(
+        self,
+        table: Any,
+        columns: dict[str, str],
+    ) -> tuple[Any, list[str]] | None:
         """Replace the text column by token ids; None where rows of this kind are left as they are.
 
         Returns:
@@ -395,7 +399,11 @@ def shows_pictures(modality: Any) -> TypeIs[ShowsPictures]:
 class DecodesOnDevice(Protocol):
     """A modality whose files can be decoded on the device (JPEG on a GPU)."""
 
-    def encoded(self, table: Any, columns: dict[str, str]) -> tuple[np.ndarray, list[str]]:
+    def encoded(
+        self,
+        table: Any,
+        columns: dict[str, str],
+    ) -> tuple[np.ndarray, list[str]]:
         """Read files without decoding them.
 
         Returns:

@@ -29,7 +29,11 @@ def count_units(where: np.ndarray, groups: np.ndarray | None) -> int:
     return int(where.sum()) if groups is None else len(np.unique(groups[where]))
 
 
-def random_half(n: int, rng: np.random.Generator, groups: np.ndarray | None = None) -> np.ndarray:
+def random_half(
+    n: int,
+    rng: np.random.Generator,
+    groups: np.ndarray | None = None,
+) -> np.ndarray:
     """Return the ascending positions of a random half of n rows, or of the rows of half the groups.
 
     Args:

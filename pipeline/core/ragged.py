@@ -32,7 +32,11 @@ def pad(rows: np.ndarray, least: int = 0, fill: int = 0) -> np.ndarray:
     n is the length of the longest row, and at least ``least``.
     """
     width = max(least, int(lengths(rows).max(initial=0)))
-    out = np.full((len(rows), width), fill, dtype=rows[0].dtype if len(rows) else np.int64)
+    out = np.full(
+        (len(rows), width),
+        fill,
+        dtype=rows[0].dtype if len(rows) else np.int64,
+    )
     for i, row in enumerate(rows):
         out[i, : len(row)] = row
     return out

@@ -144,7 +144,11 @@ class SignatureMaker:
             out |= {NEAR + name: array for name, array in near.items()}
         return out
 
-    def _files(self, kind: Any, table: pa.Table) -> tuple[pa.Table, dict[str, np.ndarray]]:
+    def _files(
+        self,
+        kind: Any,
+        table: pa.Table,
+    ) -> tuple[pa.Table, dict[str, np.ndarray]]:
         """Read files whole.
 
         Returns:

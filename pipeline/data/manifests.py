@@ -667,7 +667,12 @@ number. Of other columns it shows up to the second number of values.
 """
 
 
-def _where(selection: Selection, data: Data, at: str, found: dict[str, set[str]]) -> Selection:
+def _where(
+    selection: Selection,
+    data: Data,
+    at: str,
+    found: dict[str, set[str]],
+) -> Selection:
     """Return the rows that `where` keeps, and add the values that rows have to ``found``.
 
     Raises ValueError if there are none, with the values that exist.
@@ -1368,7 +1373,12 @@ def cells_with_bytes(values: pa.Array) -> np.ndarray:
     return sizes.to_numpy(zero_copy_only=False) > 0
 
 
-def _joined(parts: list[Splits], columns: list[str], at: str, texts: frozenset[str]) -> Splits:
+def _joined(
+    parts: list[Splits],
+    columns: list[str],
+    at: str,
+    texts: frozenset[str],
+) -> Splits:
     """Join each split of several corpora to one selection, in the order of the job file."""
     job_fields = [at, *(f"{at}.more.{i}" for i in range(len(parts) - 1))]
     joined: dict[str, Selection] = {}

@@ -313,7 +313,12 @@ class Plan(Order):
         rows = rows[(rows % self.shards) % ranks == rank]
         return rows % self.shards, rows // self.shards
 
-    def batch(self, step: int, rank: int = 0, ranks: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    def batch(
+        self,
+        step: int,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Return (n,) row indices and (n,) epochs of the rank's part of a global batch, in
         order.
         """

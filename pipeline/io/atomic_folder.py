@@ -26,7 +26,11 @@ Files = Mapping[str, bytes | Path]
 def with_checksum(manifest: Mapping[str, Any], key: str = "sha256") -> dict[str, Any]:
     """Return a manifest with the SHA-256 of its own content (canonical JSON) under ``key``."""
     plain = {name: value for name, value in manifest.items() if name != key}
-    canonical = json.dumps(json.loads(json.dumps(plain)), sort_keys=True, separators=(",", ":"))
+    canonical = json.dumps(
+        json.loads(json.dumps(plain)),
+        sort_keys=True,
+        separators=(",", ":"),
+    )
     return {**plain, key: hashlib.sha256(canonical.encode()).hexdigest()}
 
 

@@ -57,7 +57,13 @@ class WebServers:
             f"{uri}: web servers do not list files, so name each file (uri takes a list)"
         )
 
-    def _ask(self, uri: str, start: int, end: int, is_look: bool = False) -> tuple[Place, bytes]:
+    def _ask(
+        self,
+        uri: str,
+        start: int,
+        end: int,
+        is_look: bool = False,
+    ) -> tuple[Place, bytes]:
         """Ask for a range; return what the answer says of the file, and the bytes.
 
         The answer of a server that sends files only as a whole is read where its content is asked

@@ -91,7 +91,15 @@ def read_range(uri: Uri, start: int, end: int, known: Place | None = None) -> by
     end = min(end, known.size)
     if start >= end:
         return b""
-    data = s3.call("read", uri, store_of(uri).read, os.fspath(uri), start, end, known)
+    data = s3.call(
+        "read",
+        uri,
+        store_of(uri).read,
+        os.fspath(uri),
+        start,
+        end,
+        known,
+    )
     if len(data) != end - start:
         raise s3.StorageError(
             f"cannot read {os.fspath(uri)}: {len(data)} of {end - start} bytes came; run again"

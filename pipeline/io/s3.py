@@ -353,7 +353,11 @@ def client(attempts: int = 1) -> Any:
 
 def on_s3(action: str, uri: Uri, method: str, *args: Any, **kw: Any) -> Any:
     """Call ``filesystem.method(bucket/key, *args, **kw)`` with retries."""
-    return call(action, uri, lambda: getattr(client(), method)(split(uri)[1], *args, **kw))
+    return call(
+        action,
+        uri,
+        lambda: getattr(client(), method)(split(uri)[1], *args, **kw),
+    )
 
 
 class Reader(RangeReader):

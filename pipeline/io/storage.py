@@ -190,7 +190,11 @@ def read_bytes(uri: Uri) -> bytes:
     return s3.call("read", uri, Path(path).read_bytes)
 
 
-def read_as(uri: Uri, load_path: Callable[[str], T], load_bytes: Callable[[bytes], T]) -> T:
+def read_as(
+    uri: Uri,
+    load_path: Callable[[str], T],
+    load_bytes: Callable[[bytes], T],
+) -> T:
     """Load a file: by ``load_path`` where it is local, so that it can be memory-mapped, else by
     ``load_bytes``.
     """
@@ -246,7 +250,11 @@ def write_file(uri: Uri, source: Path) -> None:
         # S3 takes 10,000 parts at most
         chunk_bytes = max(PARTS["chunksize"], -(-source.stat().st_size // 9_000))
         parts = {**PARTS, "chunksize": chunk_bytes}
-        s3.call("write", uri, lambda: s3.client().put_file(os.fspath(source), path, **parts))
+        s3.call(
+            "write",
+            uri,
+            lambda: s3.client().put_file(os.fspath(source), path, **parts),
+        )
     else:
         s3.call("write", uri, _copy_local, source, Path(path))
 

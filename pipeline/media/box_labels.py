@@ -43,7 +43,11 @@ class Boxes(NamedTuple):
     reason: str = ""
 
 
-NO_BOXES = Boxes(np.zeros((0, 4)), np.zeros(0, np.int64), np.zeros(0, bool))
+NO_BOXES = Boxes(
+    np.zeros((0, 4)),
+    np.zeros(0, np.int64),
+    np.zeros(0, bool),
+)
 
 
 def fit_state(options: BoxOptions, table: pa.Table, columns: dict[str, str]) -> BoxState:

@@ -67,7 +67,12 @@ def draw_boxes(
         x = min(left, max(0.0, image.width - wide))
         y = top - high if top >= high else top
         canvas.rectangle((x, y, x + wide, y + high), fill=colour(number))
-        canvas.text((x + PADDING, y + PADDING), caption, fill=(0, 0, 0), font=font)
+        canvas.text(
+            (x + PADDING, y + PADDING),
+            caption,
+            fill=(0, 0, 0),
+            font=font,
+        )
     return np.asarray(image)
 
 
@@ -116,7 +121,12 @@ def draw_mask(picture: np.ndarray, mask: np.ndarray, names: Sequence[str]) -> np
     for place, (number, text) in enumerate(lines):
         y = image.height + place * high
         canvas.rectangle((0, y, high, y + high), fill=colour(number))
-        canvas.text((high + PADDING, y + PADDING), text, fill=(0, 0, 0), font=font)
+        canvas.text(
+            (high + PADDING, y + PADDING),
+            text,
+            fill=(0, 0, 0),
+            font=font,
+        )
     return np.asarray(page)
 
 

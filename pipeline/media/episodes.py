@@ -174,7 +174,11 @@ class Episodes:
             else f"o{self.widths[row]}" + ("c" if action == CLASSES else f"a{max(0, action)}")
         )
 
-    def spaces(self, among: np.ndarray, taken: tuple[str, ...] = ()) -> dict[str, SpaceState]:
+    def spaces(
+        self,
+        among: np.ndarray,
+        taken: tuple[str, ...] = (),
+    ) -> dict[str, SpaceState]:
         """Return the spaces of some rows, by name, with their statistics over all steps.
 
         Where rows of one name differ in their widths, the most frequent widths count. A name made

@@ -132,7 +132,17 @@ def resize_antialiased(
         _weights(centre, extent / size, side)
         for centre, extent in zip(centres, (window.width, window.height), strict=True)
     )
-    values = x.float() if fill is None else x.float() - fill.view(1, -1, 1, 1)
+    values = (
+        x.float()
+        if fill is None
+        else x.float()
+        - fill.view(
+            1,
+            -1,
+            1,
+            1,
+        )
+    )
     out = _separable(values, down, across)
     if fill is None:
         return out
@@ -334,7 +344,12 @@ def hue(x: Tensor, turn: Tensor) -> Tensor:
         (green - blue) / safe,
         torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )
-    offsets = torch.tensor([5.0, 3.0, 1.0], device=x.device).view(1, 3, 1, 1)
+    offsets = torch.tensor([5.0, 3.0, 1.0], device=x.device).view(
+        1,
+        3,
+        1,
+        1,
+    )
     sector = (sixth + 6 * turn + offsets) % 6
     return value - chroma * torch.minimum(sector, 4 - sector).clamp(0, 1)
 

@@ -223,7 +223,12 @@ class StaticFeatures:
             row.setdefault(field, text)
         return row
 
-    def features(self, column: Any, name: str, min_rows: int) -> Iterator[tuple[str, np.ndarray]]:
+    def features(
+        self,
+        column: Any,
+        name: str,
+        min_rows: int,
+    ) -> Iterator[tuple[str, np.ndarray]]:
         """Yield the values of each field that is known, or of all where nothing was fitted.
 
         (n,) float64 numbers, (n,) int64 category numbers, and for lists of texts (n,) float64
@@ -426,7 +431,11 @@ def plain_spelling(value: str | bool) -> str:
     return whole_number[1] if whole_number else text
 
 
-def _codes(field: str, values: Any, known_as: Mapping[str, str] | None = None) -> list[list[str]]:
+def _codes(
+    field: str,
+    values: Any,
+    known_as: Mapping[str, str] | None = None,
+) -> list[list[str]]:
     """Return the texts of each row as FIELD=TEXT.
 
     Categories are spelled as in ``known_as``, else plainly; lists hold codes (410.0 is not 410).

@@ -192,7 +192,11 @@ class Tagset:
         open and E and S close, whatever is missing. ``strict``: only those that are complete in the
         scheme (seqeval's strict mode).
         """
-        padded = np.full((tags.shape[0], tags.shape[1] + 2), -1, dtype=np.int64)
+        padded = np.full(
+            (tags.shape[0], tags.shape[1] + 2),
+            -1,
+            dtype=np.int64,
+        )
         padded[:, 1:-1] = tags
         kind, opens, closes = (part[padded] for part in self._parts)
         cut = (kind[:, :-1] != kind[:, 1:]) | closes[:, :-1] | opens[:, 1:]

@@ -514,7 +514,11 @@ class Audio(Modality):
         out = x.new_zeros((len(x), max(1, int(new.max()))))
         for percent in chosen.unique().tolist():
             rows = (chosen == percent).nonzero()[:, 0]
-            part, _ = spectrogram.speed(x[rows, : int(lengths[rows].max())], lengths[rows], percent)
+            part, _ = spectrogram.speed(
+                x[rows, : int(lengths[rows].max())],
+                lengths[rows],
+                percent,
+            )
             out[rows, : part.shape[1]] = part
         return out, new
 

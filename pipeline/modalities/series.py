@@ -354,7 +354,11 @@ def _thumbnail(row: np.ndarray) -> np.ndarray:
     # the noise of a channel that hardly varies is not enlarged
     divisor = np.maximum(std, MIN_STD_SHARE * std.max())
     channels = torch.from_numpy((centred / np.where(divisor > 0, divisor, 1.0)).T.copy())[None]
-    averages = F.adaptive_avg_pool1d(channels, max(1, THUMB_SIZE // row.shape[1])).reshape(1, 1, -1)
+    averages = F.adaptive_avg_pool1d(channels, max(1, THUMB_SIZE // row.shape[1])).reshape(
+        1,
+        1,
+        -1,
+    )
     bins = F.adaptive_avg_pool1d(averages, THUMB_SIZE)[0, 0].numpy()
     largest = np.abs(bins).max() or 1.0
     return np.round((1 + bins / largest) * MAX_LEVEL / 2).astype(np.uint8)

@@ -268,7 +268,11 @@ class Text(Modality):
             column = table[columns["tokens"]].combine_chunks()
             # pyright: ignore
             lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False).astype(np.int32)
-            tokens = np.full((len(table), length), self.state["specials"][0], dtype=self._dtype)
+            tokens = np.full(
+                (len(table), length),
+                self.state["specials"][0],
+                dtype=self._dtype,
+            )
             tokens[np.arange(length) < lengths[:, None]] = column.flatten().to_numpy()
             return {"tokens": tokens, "lengths": lengths}, [""] * len(table)
         if is_list(table[columns["text"]].type):

@@ -276,7 +276,12 @@ class Trajectory(Modality):
         space_index, reasons, missing = np.full(len(rows.reasons), -1), list(rows.reasons), []
         good, resolved = rows.good.tolist(), {}
         for i, key in enumerate(
-            zip(rows.robot.tolist(), rows.widths.tolist(), rows.action_widths.tolist(), strict=True)
+            zip(
+                rows.robot.tolist(),
+                rows.widths.tolist(),
+                rows.action_widths.tolist(),
+                strict=True,
+            )
         ):
             if good[i]:
                 if key not in resolved:
@@ -382,7 +387,11 @@ class Trajectory(Modality):
         A row with an unknown action gets a reason; an unknown executed action is -1.
         """
         assert actions.classes is not None
-        table = np.full((len(self.names) + 1, len(actions.classes) + 1), -1.0, dtype=np.float32)
+        table = np.full(
+            (len(self.names) + 1, len(actions.classes) + 1),
+            -1.0,
+            dtype=np.float32,
+        )
         for i in np.unique(space_index[space_index >= 0]).tolist():
             class_numbers = {
                 text: number

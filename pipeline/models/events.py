@@ -290,4 +290,8 @@ class Strats(nn.Module):
         for block in self.blocks:
             x = block(x, src_key_padding_mask=~seen)
         x = self.norm(x) * mask[..., None]
-        return Features(torch.cat([self.fuse(x, mask), static], 1), tokens=x, mask=mask)
+        return Features(
+            torch.cat([self.fuse(x, mask), static], 1),
+            tokens=x,
+            mask=mask,
+        )

@@ -170,7 +170,11 @@ class Policy(Backbone):
                 x = self._connect_unused(x, self.action_encoders.values())
         tokens = self.body(x, actions, mask)
         tokens = torch.where(real, tokens, 0.0)
-        return Features(tokens.sum(1) / real.sum(1).clamp(min=1), tokens=tokens, mask=mask)
+        return Features(
+            tokens.sum(1) / real.sum(1).clamp(min=1),
+            tokens=tokens,
+            mask=mask,
+        )
 
     def _encode_by_space(self, encoders: nn.ModuleDict, x: Tensor, space: Tensor) -> Tensor:
         """Encode (B, T, n) to (B, T, width) with the encoder of each row's space, 0 where there is

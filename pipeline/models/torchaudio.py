@@ -251,7 +251,11 @@ class Torchaudio(Backbone):
         model: Any = self.deepspeech
         c = self.context
         # the earliest frame first
-        windows = F.pad(x, (0, 0, c, c)).unfold(1, 2 * c + 1, self.own[0][1])
+        windows = F.pad(x, (0, 0, c, c)).unfold(
+            1,
+            2 * c + 1,
+            self.own[0][1],
+        )
         x = windows.transpose(2, 3).flatten(2)
         lengths = conv_arithmetic.count(lengths, self.own)
         x = _packed(model.bi_rnn, model.fc3(model.fc2(model.fc1(x))), lengths)

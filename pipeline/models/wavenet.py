@@ -153,7 +153,12 @@ class WaveNet(Backbone):
         """Sum the skip connections in float32: (B, skip, n) from (B, residual, n) vectors of the
         samples.
         """
-        out = torch.zeros(x.shape[0], self.options.skip, x.shape[2], device=x.device)
+        out = torch.zeros(
+            x.shape[0],
+            self.options.skip,
+            x.shape[2],
+            device=x.device,
+        )
         for block in self.blocks:
             output: Any = (
                 checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)

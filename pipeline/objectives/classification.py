@@ -390,7 +390,11 @@ def _refuse_nulls(column: pa.ChunkedArray, name: str) -> None:
     )
 
 
-def _label_names(table: pa.Table, columns: dict[str, str], values: list[Any]) -> list[str]:
+def _label_names(
+    table: pa.Table,
+    columns: dict[str, str],
+    values: list[Any],
+) -> list[str]:
     """Return the name of each value, unique: heads are carried over by name.
 
     Where several labels have one name (ImageNet has two cranes), the value is added to it. A null

@@ -562,7 +562,12 @@ def greedy(log_probs: Tensor, ends: Tensor) -> Tensor:
     longest = 0
     if path.numel():
         longest = int(kept.sum(1).max())
-    labels = torch.full((len(path), longest), -1, dtype=torch.int32, device=path.device)
+    labels = torch.full(
+        (len(path), longest),
+        -1,
+        dtype=torch.int32,
+        device=path.device,
+    )
     row, frame = kept.nonzero(as_tuple=True)
     column = position[row, frame]
     labels[row, column] = path[row, frame].to(torch.int32)

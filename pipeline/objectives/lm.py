@@ -414,7 +414,12 @@ class CausalLM(Objective):
         tokens, mask = self._prompts(batch)
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
         past = None
-        out = torch.full((len(tokens), count), -1, dtype=torch.int64, device=tokens.device)
+        out = torch.full(
+            (len(tokens), count),
+            -1,
+            dtype=torch.int64,
+            device=tokens.device,
+        )
         has_ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         u = uniform(batch.keys, count, stream=3)
         advance: Any = backbone.advance

@@ -95,7 +95,14 @@ class MAE(Objective):
     def patches(self, image: Tensor) -> Tensor:
         """Return the targets (B, N, p * p * C) of images (B, C, H, W)."""
         b, c = image.shape[:2]
-        grid = image.float().view(b, c, self.side, self.patch, self.side, self.patch)
+        grid = image.float().view(
+            b,
+            c,
+            self.side,
+            self.patch,
+            self.side,
+            self.patch,
+        )
         grid = grid.permute(0, 2, 4, 3, 5, 1)
         patches = grid.flatten(3).flatten(1, 2)
         if not self.options.norm_pixels:

@@ -318,7 +318,12 @@ class Tagging(Objective):
         most = self.state["max_words"]
         has_word = (words >= 0) & (words < most)
         row, position = has_word.nonzero(as_tuple=True)
-        guess = torch.full((len(batch), most), -1, dtype=torch.int16, device=scores.device)
+        guess = torch.full(
+            (len(batch), most),
+            -1,
+            dtype=torch.int16,
+            device=scores.device,
+        )
         word = words[row, position]
         tag = scores.argmax(-1)[row, position]
         guess[row, word] = tag.to(torch.int16)
@@ -345,7 +350,11 @@ class Tagging(Objective):
     def _compare(self, guess: Tensor, tags: Tensor) -> dict[str, Tensor]:
         """Return the guessed tags (B, W), and what is right of them."""
         is_word = tags >= 0
-        counts = self.tagset.counts(guess.cpu().numpy(), tags.cpu().numpy(), self.options.strict)
+        counts = self.tagset.counts(
+            guess.cpu().numpy(),
+            tags.cpu().numpy(),
+            self.options.strict,
+        )
         hits, guessed, actual = (torch.from_numpy(count).to(tags.device) for count in counts)
         return {
             "prediction": guess,
@@ -461,7 +470,11 @@ def _label_numbers(flat: pa.Array, name: str, state: TaggingState) -> np.ndarray
         ValueError: a tag that is not known.
     """
     known = state["numbers"] or {label: label for label in state["labels"]}
-    positions = pc.index_in(flat, value_set=pa.array([*known], pa.string()), skip_nulls=True)
+    positions = pc.index_in(
+        flat,
+        value_set=pa.array([*known], pa.string()),
+        skip_nulls=True,
+    )
     is_unknown = pc.and_(pc.is_null(positions), pc.is_valid(flat))
     if pc.any(is_unknown).as_py():
         value = texts(flat.filter(is_unknown).slice(0, 1))[0]

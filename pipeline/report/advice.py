@@ -371,7 +371,11 @@ def advise(
         raise ValueError(_nothing_found(stores, choices, target))
     order = sorted(groups, key=lambda key: (key[0], matrix.fraction_order(key[1]), key[2]))
     known = [
-        _advice(groups[key], models.get((key[2], _of_target(groups[key][0]))), cut[key[:2]])
+        _advice(
+            groups[key],
+            models.get((key[2], _of_target(groups[key][0]))),
+            cut[key[:2]],
+        )
         for key in order
     ]
     return known + [advice for one in asked for advice in _on_new_target(one, models)]

@@ -310,7 +310,13 @@ MAX_UNBROKEN = 40
 
 
 def _html_table(table: Table) -> str:
-    def tag(i: int, name: str, inner: str, attributes: str = "", kind: str = "n") -> str:
+    def tag(
+        i: int,
+        name: str,
+        inner: str,
+        attributes: str = "",
+        kind: str = "n",
+    ) -> str:
         kind = "" if i < table.text_columns else f' class="{kind}"'
         return f"<{name}{attributes}{kind}>{inner}</{name}>"
 

@@ -191,7 +191,11 @@ def label_efficiency(entries: Sequence[MatrixEntry]) -> str:
             y = [entry.mean or 0.0 for entry in line_entries]
             low = [e.low if e.low is not None else e.mean or 0.0 for e in line_entries]
             high = [e.high if e.high is not None else e.mean or 0.0 for e in line_entries]
-            bars = np.clip([np.subtract(y, low), np.subtract(high, y)], 0.0, None)
+            bars = np.clip(
+                [np.subtract(y, low), np.subtract(high, y)],
+                0.0,
+                None,
+            )
             axes.errorbar(
                 x, y, yerr=bars, marker="o", markersize=3.5, elinewidth=1, **_line_style(key, keys)
             )

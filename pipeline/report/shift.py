@@ -232,7 +232,11 @@ def blocks_of(shifts: Mapping[str, Sequence[Shift]], techniques: Sequence[str]) 
 
 
 def _cells(shift: Shift) -> list[str]:
-    largest = max(shift.labels.items(), key=lambda label: abs(label[1].value), default=None)
+    largest = max(
+        shift.labels.items(),
+        key=lambda label: abs(label[1].value),
+        default=None,
+    )
     large = sum(drift.is_large for drift in shift.drift)
     return [
         shift.covariate.text() if shift.covariate else blocks.DASH,

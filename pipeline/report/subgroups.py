@@ -221,7 +221,12 @@ def subgroup_blocks(
         return []
     best, ours, scratch = compared
     metric = catalog.metric(best.metric)
-    everyone = _subgroup("all test rows", np.ones(len(ours[0].rows), dtype=bool), ours[0], metric)
+    everyone = _subgroup(
+        "all test rows",
+        np.ones(len(ours[0].rows), dtype=bool),
+        ours[0],
+        metric,
+    )
     shown = [everyone, *split_by_subgroup(ours[0], metric)]
     if not all(np.array_equal(run.rows, ours[0].rows) for run in ours):
         return []

@@ -59,7 +59,12 @@ class TrainingEnvironment(gymnasium.Env):
         self.observation = np.zeros(env.observation_space.shape)
         self.total, self.length = 0.0, 0
 
-    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict]:
+    def reset(
+        self,
+        *,
+        seed: int | None = None,
+        options: Any = None,
+    ) -> tuple[np.ndarray, dict]:
         """Begin another episode; the library's `seed` is not used."""
         self.total, self.length = 0.0, 0
         self.observation, _ = self.env.reset(seed=int(self.rng.integers(2**31)))
@@ -214,7 +219,11 @@ def _restore(ppo: Any, arrays: dict[str, np.ndarray]) -> None:
     optimizer.load_state_dict(state_dict)
     for name, (own, part) in STATISTICS.items():
         statistics = getattr(ppo.env, own)
-        setattr(statistics, part, arrays[name].reshape(np.shape(getattr(statistics, part))).copy())
+        setattr(
+            statistics,
+            part,
+            arrays[name].reshape(np.shape(getattr(statistics, part))).copy(),
+        )
 
 
 @contextmanager

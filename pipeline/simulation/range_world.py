@@ -220,7 +220,11 @@ def cast(
     safe = np.where(np.abs(cross) < 1e-12, np.nan, cross)
     distance = (to[..., 0] * along[:, 1] - to[..., 1] * along[:, 0]) / safe
     share = (to[..., 0] * y - to[..., 1] * x) / safe
-    distance = np.where((distance > 0) & (share >= 0) & (share <= 1), distance, np.inf)
+    distance = np.where(
+        (distance > 0) & (share >= 0) & (share <= 1),
+        distance,
+        np.inf,
+    )
     wall = distance.argmin(1)
     every, length = np.arange(len(angles)), np.linalg.norm(along, axis=1)[wall]
     met = share[every, wall] * length
@@ -235,7 +239,11 @@ def cast(
 def clearance(walls: np.ndarray, place: np.ndarray) -> float:
     """Return the metres from a point (2,) to the nearest of `walls` (M, 4)."""
     start, along = walls[:, :2], walls[:, 2:] - walls[:, :2]
-    share = np.clip(((place - start) * along).sum(1) / (along**2).sum(1), 0, 1)
+    share = np.clip(
+        ((place - start) * along).sum(1) / (along**2).sum(1),
+        0,
+        1,
+    )
     return float(np.linalg.norm(start + share[:, None] * along - place, axis=1).min())
 
 

@@ -115,7 +115,11 @@ class Reaching:
         """Return the action (2,) float32, not clipped."""
         arm = env.unwrapped
         x, y = arm.wanted(1)  # what its action is measured by
-        far = np.clip(np.hypot(x, y), abs(UPPER - LOWER) + 0.01, UPPER + LOWER - 1e-4)
+        far = np.clip(
+            np.hypot(x, y),
+            abs(UPPER - LOWER) + 0.01,
+            UPPER + LOWER - 1e-4,
+        )
         cosine = (far**2 - UPPER**2 - LOWER**2) / (2 * UPPER * LOWER)
         elbow = np.arccos(np.clip(cosine, -1, 1))
         shoulder = np.arctan2(y, x) - np.arctan2(

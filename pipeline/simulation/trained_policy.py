@@ -134,7 +134,11 @@ _ARRAYS = ("mean", "std", "low", "high", "curve")
 _WEIGHTS = [f"{layer}.{part}" for layer in ("0", "2", "4") for part in ("weight", "bias")]
 
 
-def save_arrays(arrays: dict[str, np.ndarray], kind: str, metadata: dict[str, Any]) -> bytes:
+def save_arrays(
+    arrays: dict[str, np.ndarray],
+    kind: str,
+    metadata: dict[str, Any],
+) -> bytes:
     """Write arrays and metadata as a safetensors file of some `kind`, with a checksum.
 
     The metadata is one JSON text: several entries would be written in an order that changes.
@@ -152,7 +156,11 @@ def _checksum(arrays: dict[str, np.ndarray], about: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def load_arrays(data: bytes, kind: str, wrong: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def load_arrays(
+    data: bytes,
+    kind: str,
+    wrong: str,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Read arrays and metadata of what `save_arrays` wrote.
 
     Raises ValueError, beginning with `wrong`, for anything else and for a file of another kind.

@@ -253,7 +253,13 @@ class Delta(HeadFirst):
         spread = [names[-1 - len(names) * place // count] for place in reversed(range(count))]
         return [self._last(task, rows, one, plain) for one in spread]
 
-    def _last(self, task: Task, rows: Batch, names: list[str], plain: dict[str, FilterMap]) -> str:
+    def _last(
+        self,
+        task: Task,
+        rows: Batch,
+        names: list[str],
+        plain: dict[str, FilterMap],
+    ) -> str:
         """Return the last module of a layer that reads what others of the layer return.
 
         The projection of a residual block's shortcut reads none, and may be called last.

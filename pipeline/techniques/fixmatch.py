@@ -10,7 +10,14 @@ from pipeline.core.capabilities import makes_views
 from pipeline.core.contracts import View
 from pipeline.core.nn.domain_adaptation import DomainAdaptation, DomainFeatures, mean_over_ranks
 
-STRONG = View(area=(0.3, 1.0), jitter=0.8, strength=1.0, grey=0.2, blur=0.5, solarize=0.2)
+STRONG = View(
+    area=(0.3, 1.0),
+    jitter=0.8,
+    strength=1.0,
+    grey=0.2,
+    blur=0.5,
+    solarize=0.2,
+)
 
 
 class FixMatchOptions(AdaptationOptions):

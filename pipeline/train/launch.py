@@ -318,7 +318,11 @@ def plan_resources(
     if rank_gpus is None:
         rank_gpus = _gpus_of_rank(gpus, ranks)
     left = max(0.01, math.floor(100 * (cpus - ranks * rank_cpus) / ranks) / 100)
-    data = DataWorkers(max(1, int(left)), min(1.0, left), int(object_store_bytes * 0.5 / ranks))
+    data = DataWorkers(
+        max(1, int(left)),
+        min(1.0, left),
+        int(object_store_bytes * 0.5 / ranks),
+    )
     cores = os.cpu_count() or 1
     threads = cores / ranks if cpus <= cores else rank_cpus
     return RankResources(rank_cpus, rank_gpus, data, max(1, int(threads)))

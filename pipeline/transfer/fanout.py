@@ -494,7 +494,12 @@ class ProgressCallback(tune.Callback):
         self._ended(trials, trial)
 
 
-def prune_bundles(root: str, trials: list[Trial], keep: str, best: dict[str, TrialRecord]) -> None:
+def prune_bundles(
+    root: str,
+    trials: list[Trial],
+    keep: str,
+    best: dict[str, TrialRecord],
+) -> None:
     """Remove the bundles of trials that another seed of their entry beats on validation."""
     if keep != "best":
         return

@@ -162,7 +162,12 @@ def balanced_accuracies(values: np.ndarray, tasks: list[np.ndarray]) -> list[flo
     ]
 
 
-def _hits(bins: np.ndarray, task: np.ndarray, fitted: np.ndarray, tested: np.ndarray) -> np.ndarray:
+def _hits(
+    bins: np.ndarray,
+    task: np.ndarray,
+    fitted: np.ndarray,
+    tested: np.ndarray,
+) -> np.ndarray:
     """Return (C,) how many tested rows of each class are predicted right by their bin.
 
     A bin predicts the class of which it holds the largest share of the fitted rows.

@@ -491,7 +491,13 @@ def line_chart(series: Mapping[str, Points], y_name: str) -> str:
         down = top + (height - top) * (1 - (y - y_low) / y_range)
         return f"{across:.1f},{down:.1f}"
 
-    def text(x: float, y: float, words: str, anchor: str = "start", colour: str = "soft") -> str:
+    def text(
+        x: float,
+        y: float,
+        words: str,
+        anchor: str = "start",
+        colour: str = "soft",
+    ) -> str:
         return (
             f'<text x="{x}" y="{y}" text-anchor="{anchor}" font-size="11" '
             f'fill="var(--{colour})">{html.escape(words)}</text>'

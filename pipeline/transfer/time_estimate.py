@@ -117,7 +117,11 @@ def _batch(load: Workload, rows: int) -> Batch:
     if not len(good):
         raise Unmeasured("none of the sampled rows can be used")
     repeated = np.resize(good, rows)
-    keys = row_keys(0, np.zeros(rows, dtype=np.int64), np.arange(rows, dtype=np.int64))
+    keys = row_keys(
+        0,
+        np.zeros(rows, dtype=np.int64),
+        np.arange(rows, dtype=np.int64),
+    )
     tensors = decoder.modality.collate({name: array[repeated] for name, array in arrays.items()})
     return Batch(np.arange(rows, dtype=np.int64), torch.from_numpy(keys), tensors)
 

@@ -403,7 +403,13 @@ class Tracking:
         finally:
             self._upload_bytes = 0
 
-    def _once(self, key: str, what: str, version: str, log: Callable[[str], None]) -> None:
+    def _once(
+        self,
+        key: str,
+        what: str,
+        version: str,
+        log: Callable[[str], None],
+    ) -> None:
         """Log something of a run, unless the same has been logged."""
         run = self._logged.get(key)
         if self._is_stopped or run is None or run.get(what) == version:

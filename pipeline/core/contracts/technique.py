@@ -207,7 +207,11 @@ class HeadFirst(Technique):
         return {name: float(phase == "full" or name == "head") for name in layers}
 
 
-def layer_rates(technique: Technique, layers: dict[str, list[str]], phase: str) -> dict[str, float]:
+def layer_rates(
+    technique: Technique,
+    layers: dict[str, list[str]],
+    phase: str,
+) -> dict[str, float]:
     """Return the learning-rate multiplier of every layer, with the technique's `LayerOptions`.
 
     A layer named ``NAME/PART`` (the biases or the adapters of a layer) is as deep as ``NAME``.

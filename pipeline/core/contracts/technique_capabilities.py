@@ -174,7 +174,11 @@ class AveragesWeights(Protocol):
 class ChoosesOnValidation(Protocol):
     """A technique that tries several networks on the validation rows when training is over."""
 
-    def choose(self, task: Task, goodness: Callable[[Task], float]) -> tuple[Task, dict[str, Any]]:
+    def choose(
+        self,
+        task: Task,
+        goodness: Callable[[Task], float],
+    ) -> tuple[Task, dict[str, Any]]:
         """Return the network to go on with, and what was chosen, for the record.
 
         Called once, before ``finish``. The validation metrics of the trial are those of the network

@@ -76,7 +76,11 @@ def weighted_calibration_error(
     place = np.minimum((probability * BINS).astype(np.int64), BINS - 1)
     apart = sum_draws(place, drawn, BINS, weight=true - probability)
     total = drawn.sum(0)
-    return np.where(total > 0, np.abs(apart).sum(0) / np.maximum(total, 1e-300), np.nan)
+    return np.where(
+        total > 0,
+        np.abs(apart).sum(0) / np.maximum(total, 1e-300),
+        np.nan,
+    )
 
 
 def reliability(

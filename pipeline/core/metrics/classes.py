@@ -160,7 +160,11 @@ def _ranked(ranking: Ranking, p: Predictions, counts: np.ndarray) -> np.ndarray:
     """
     scores, label, drawn = _positions(p, counts)
     if scores.shape[1] == 2:
-        return ranking(scores[:, 1].astype(np.float64) - scores[:, 0], label == 1, drawn)
+        return ranking(
+            scores[:, 1].astype(np.float64) - scores[:, 0],
+            label == 1,
+            drawn,
+        )
     import torch
 
     probabilities = torch.as_tensor(scores).double().softmax(1).numpy()

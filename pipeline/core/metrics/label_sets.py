@@ -77,7 +77,11 @@ def macro(
 
 def _of_label(name: str, ranking: Ranking) -> PerLabel:
     def values(p: Predictions, counts: np.ndarray, k: int) -> np.ndarray:
-        return ranking(p["scores"][:, k], p["labels"][:, k].astype(bool), counts_by_row(counts))
+        return ranking(
+            p["scores"][:, k],
+            p["labels"][:, k].astype(bool),
+            counts_by_row(counts),
+        )
 
     return PerLabel(name, resampled=values)
 

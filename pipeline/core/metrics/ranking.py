@@ -75,7 +75,11 @@ def weighted_average_precision(
     found = np.cumsum(hits, axis=0)
     precision = found / np.maximum(found + np.cumsum(misses, axis=0), 1e-300)
     total, both = hits.sum(0), (hits.sum(0) > 0) & (misses.sum(0) > 0)
-    return np.where(both, (hits * precision).sum(0) / np.maximum(total, 1e-300), np.nan)
+    return np.where(
+        both,
+        (hits * precision).sum(0) / np.maximum(total, 1e-300),
+        np.nan,
+    )
 
 
 def weighted_min_precision_sensitivity(

@@ -60,7 +60,13 @@ def text_to_image_recall_at_5(p: Predictions, counts: np.ndarray) -> np.ndarray:
     return _recall(p, counts, "caption", "image", 5)
 
 
-def _recall(p: Predictions, counts: np.ndarray, query: str, candidate: str, k: int) -> np.ndarray:
+def _recall(
+    p: Predictions,
+    counts: np.ndarray,
+    query: str,
+    candidate: str,
+    k: int,
+) -> np.ndarray:
     """Return (R,) shares of queries with a right candidate among the ``k`` nearest.
 
     NaN where an embedding is not finite, or where there are no more than ``k`` candidates, among

@@ -58,7 +58,13 @@ class CalledModules:
         )
 
 
-def _note(called: set[str], name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+def _note(
+    called: set[str],
+    name: str,
+    module: nn.Module,
+    inputs: Any,
+    output: Any,
+) -> None:
     """Record that a module was called (a forward hook)."""
     called.add(name)
 

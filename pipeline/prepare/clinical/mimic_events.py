@@ -221,7 +221,12 @@ class MimicImporter(GroupedImporter):
             values, good = ranges.apply(values, codes[at], names, reader.dropped, reader.table)
             yield Events(rows, hours, codes[at], names, values).filter(good)
 
-    def _times(self, table: str, batch: pa.Table, items: np.ndarray) -> tuple[Any, np.ndarray]:
+    def _times(
+        self,
+        table: str,
+        batch: pa.Table,
+        items: np.ndarray,
+    ) -> tuple[Any, np.ndarray]:
         """Return (the times at which values were known; (n,) bool, which of them are laboratory
         values without a time of their result).
 
@@ -467,7 +472,11 @@ def _name_codes(prefix: str, column: Any) -> tuple[list[str], np.ndarray]:
 
 def _values(batch: pa.Table, conversions: np.ndarray) -> plausible.Numbers:
     """Return the numbers of rows: VALUENUM, or where it is null what VALUE says."""
-    pair = np.select([conversions == PAIRS[0], conversions == PAIRS[1]], [1, 2], 0)
+    pair = np.select(
+        [conversions == PAIRS[0], conversions == PAIRS[1]],
+        [1, 2],
+        0,
+    )
     number, text = plausible.numbers(batch["valuenum"]), plausible.numbers(batch["value"], pair)
     stands = number.reasons == 0
     values = np.where(stands, number.values, text.values)

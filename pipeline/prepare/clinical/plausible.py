@@ -218,7 +218,13 @@ CONVERSIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "pounds": lambda x: x * 0.45359237,
     "inches": lambda x: x * 2.54,
     "acidity": lambda x: np.where(
-        (x >= 630) & (x <= 850), x / 100, np.where((x >= 63) & (x <= 85), x / 10, x)
+        (x >= 630) & (x <= 850),
+        x / 100,
+        np.where(
+            (x >= 63) & (x <= 85),
+            x / 10,
+            x,
+        ),
     ),
 }
 """`acidity`: a pH without its point (735 is 7.35)."""

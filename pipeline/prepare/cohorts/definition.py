@@ -323,7 +323,11 @@ def subgroups(table: pa.Table) -> dict[str, pa.Array]:
         age = numbers(table, "static.Age")
         is_known = age >= 0
         band = np.searchsorted(AGE_BOUNDS, np.where(is_known, age, 0), side="right")
-        out["age_band"] = pa.array(np.array(AGE_BANDS)[band], pa.string(), mask=~is_known)
+        out["age_band"] = pa.array(
+            np.array(AGE_BANDS)[band],
+            pa.string(),
+            mask=~is_known,
+        )
     for name, columns in (
         ("care_unit", ("care_unit", "static.CareUnit")),
         ("dbsource", ("dbsource", "static.Source")),

@@ -205,7 +205,12 @@ def _split(image: archives.Entry, one: AnnotatedImage) -> str:
     return one.split or split_of_folders(image.name) or "train"
 
 
-def _row(image: archives.Entry, one: AnnotatedImage, names: list[str], counts: Counter[str]) -> Row:
+def _row(
+    image: archives.Entry,
+    one: AnnotatedImage,
+    names: list[str],
+    counts: Counter[str],
+) -> Row:
     width, height = one.size
     kept = [
         found._replace(box=box)

@@ -96,7 +96,11 @@ def episode_fields(
     ]
 
 
-def episode_row(episode: Episode, split: str, more: dict[str, pa.Array] | None = None) -> pa.Table:
+def episode_row(
+    episode: Episode,
+    split: str,
+    more: dict[str, pa.Array] | None = None,
+) -> pa.Table:
     """Return the episode as a table of one row; `more`: further columns, arrays of one value."""
     e = episode
     columns: dict[str, object] = {

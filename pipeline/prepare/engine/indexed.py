@@ -77,7 +77,11 @@ def _order(rows: pa.Table) -> np.ndarray:
     coded, _ = dictionary_codes(by_path["split"])
     archives = [uri if is_gzipped(uri) else "" for uri in by_path["_uri"].to_pylist()]
     streams, _ = dictionary_codes(pa.array(archives, pa.string()))
-    keys = row_keys(mix(*b"prepare"), np.zeros(1, dtype=np.int64), np.arange(len(rows)))
+    keys = row_keys(
+        mix(*b"prepare"),
+        np.zeros(1, dtype=np.int64),
+        np.arange(len(rows)),
+    )
     return places[np.lexsort((keys, streams, coded))]
 
 

@@ -57,7 +57,13 @@ class Windows:
             inclusive, enter; their hours count from `zero`.
     """
 
-    def __init__(self, subjects: np.ndarray, start: np.ndarray, zero: np.ndarray, end: np.ndarray):
+    def __init__(
+        self,
+        subjects: np.ndarray,
+        start: np.ndarray,
+        zero: np.ndarray,
+        end: np.ndarray,
+    ):
         self.start, self.zero = start, zero
         self.subjects, counts = np.unique(subjects, return_counts=True)
         self.stops = np.cumsum(counts)

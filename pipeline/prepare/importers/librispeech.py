@@ -147,7 +147,11 @@ def _split(subset: str) -> str:
     return SPLITS.get(subset.partition("-")[0], "")
 
 
-def _row(entry: archives.Entry, parts: tuple[str, str, str], genders: dict[str, str]) -> Row:
+def _row(
+    entry: archives.Entry,
+    parts: tuple[str, str, str],
+    genders: dict[str, str],
+) -> Row:
     """Make a row; paths are those below LibriSpeech/, in folders and archives alike."""
     subset, speaker, chapter = parts
     file = posixpath.basename(entry.name)

@@ -414,7 +414,12 @@ class Omop(RecordsImporter):
         born = np.where(np.asarray(moment.is_valid()), filled(moment, 0), days * DAY)
         known = np.asarray(moment.is_valid()) | np.asarray(year.is_valid())
         gender = [GENDERS.get(number) for number in table["gender_concept_id"].to_pylist()]
-        return Persons(filled(table["person_id"], -1), born, known, pa.array(gender, pa.string()))
+        return Persons(
+            filled(table["person_id"], -1),
+            born,
+            known,
+            pa.array(gender, pa.string()),
+        )
 
     def _deaths(self, opener: Opener) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the sorted persons who died, and the earliest and latest time of each death.
@@ -511,7 +516,11 @@ def _times(name: str) -> dict[str, Column]:
     return {f"{name}_date": Column("moment"), f"{name}_datetime": Column("moment", False)}
 
 
-def _moments(table: pa.Table, name: str, at_end: bool = True) -> tuple[np.ndarray, np.ndarray]:
+def _moments(
+    table: pa.Table,
+    name: str,
+    at_end: bool = True,
+) -> tuple[np.ndarray, np.ndarray]:
     """Return ((n,) int64 microseconds since 1970, (n,) whether there is a time).
 
     OMOP writes 00:00 for a time that is unknown: that is a day, which counts from its end, or with

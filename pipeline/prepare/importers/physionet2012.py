@@ -153,7 +153,11 @@ class Physionet2012(GroupedImporter):
         records = pa.Table.from_pylist(rows, schema=pa.schema([("set", pa.string()), *numbers]))
         records = records.sort_by([("set", "ascending"), ("RecordID", "ascending")])
         known = {
-            name: pc.if_else(pc.and_(pc.is_finite(values), pc.not_equal(values, -1)), values, None)
+            name: pc.if_else(
+                pc.and_(pc.is_finite(values), pc.not_equal(values, -1)),
+                values,
+                None,
+            )
             for name, _ in numbers
             for values in [records[name].combine_chunks()]
         }

@@ -328,7 +328,11 @@ class Series(TableImporter):
         columns[self.options.order] = order[0] + step_of_row[first] * self._step
         return pa.table(columns)
 
-    def _cut(self, rows: pa.Table, counts: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
+    def _cut(
+        self,
+        rows: pa.Table,
+        counts: Counter[str],
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Return the first steps of windows, and those after their last ones, both (n,)."""
         o = self.options
         bounds = [0, len(rows)]

@@ -130,7 +130,11 @@ class SpeechCommands(AudioImporter):
             },
         )
 
-    def _labels(self, source: str, words: dict[str, list[archives.Entry]]) -> dict[str, str]:
+    def _labels(
+        self,
+        source: str,
+        words: dict[str, list[archives.Entry]],
+    ) -> dict[str, str]:
         """Return each word's label, "" to leave it out. Raises ValueError for a missing word."""
         wanted = chosen_names("words", self.options.words, words, source)
         other = "" if self.options.unknown == "none" else self.options.unknown

@@ -236,7 +236,11 @@ def _masks(row: Row, written_boxes: list[list[float]], picture: Picture) -> list
     return out
 
 
-def _objects(data: bytes, where: str, origin: int) -> tuple[tuple[int, int], list[VocObject]]:
+def _objects(
+    data: bytes,
+    where: str,
+    origin: int,
+) -> tuple[tuple[int, int], list[VocObject]]:
     """Return ((width, height) of the image, its objects)."""
     if b"<!DOCTYPE" in data or b"<!ENTITY" in data:  # entities may expand without end
         raise ValueError(f"{where}: an annotation with a document type; remove that line")

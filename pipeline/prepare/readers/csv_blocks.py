@@ -320,7 +320,11 @@ def _is_parquet(entry: Entry) -> bool:
     return entry.name.lower().endswith(".parquet")
 
 
-def _picked(entry: Entry, names: list[str], columns: dict[str, Column]) -> dict[str, str]:
+def _picked(
+    entry: Entry,
+    names: list[str],
+    columns: dict[str, Column],
+) -> dict[str, str]:
     """Map wanted names to the table's own. Raises ValueError for a missing or repeated column."""
     own: dict[str, list[str]] = {}
     for name in names:

@@ -375,7 +375,11 @@ def column_types(
     return types, {name: pa.array(["x"]) for name, kind in types.items() if kind == "text"}
 
 
-def holds_moments(order: str, types: dict[str, str], first: dict[str, pa.Array]) -> bool:
+def holds_moments(
+    order: str,
+    types: dict[str, str],
+    first: dict[str, pa.Array],
+) -> bool:
     """Return whether a column holds times, not numbers of steps or seconds.
 
     Args:
@@ -483,7 +487,12 @@ def check_order(rows: pa.Table, roles: ColumnRoles) -> None:
         )
 
 
-def _steps(rows: pa.Table, columns: tuple[str, ...], roles: ColumnRoles, what: str) -> np.ndarray:
+def _steps(
+    rows: pa.Table,
+    columns: tuple[str, ...],
+    roles: ColumnRoles,
+    what: str,
+) -> np.ndarray:
     """Return columns of numbers, or one column of lists, as (T, n) float64."""
     if columns[0] not in roles.listed:
         return np.stack([rows[name].to_numpy() for name in columns], axis=1)

@@ -71,7 +71,11 @@ def frames_at(
     return out
 
 
-def _decoded(av: Any, uri: str, start: float) -> Generator[tuple[float, Any], None, None]:
+def _decoded(
+    av: Any,
+    uri: str,
+    start: float,
+) -> Generator[tuple[float, Any], None, None]:
     """Yield (seconds, frame) in order, from the last key frame before `start`."""
     with storage.open_read(uri) as handle, av.open(handle) as container:
         stream = container.streams.video[0]

@@ -145,7 +145,11 @@ def _channel_summaries(
         steps: How many steps of a longer row are read.
         cut: Which ones, "first", "middle" or "last".
     """
-    out = np.full((len(series), channels, len(SERIES_SUMMARIES)), np.nan, dtype=np.float32)
+    out = np.full(
+        (len(series), channels, len(SERIES_SUMMARIES)),
+        np.nan,
+        dtype=np.float32,
+    )
     for i, (row, is_known) in enumerate(zip(series, known, strict=True)):
         room = max(0, len(row) // channels - steps)
         start = {"first": 0, "middle": room // 2, "last": room}[cut]

@@ -47,7 +47,11 @@ def knn(
     everyone = np.ones((len(features), 1))
     areas = [
         weighted_auroc(vote, label, everyone)[0]
-        for vote, label in zip(nearest.sum(1).numpy().T, (y.numpy() > 0).T, strict=True)
+        for vote, label in zip(
+            nearest.sum(1).numpy().T,
+            (y.numpy() > 0).T,
+            strict=True,
+        )
     ]
     return float(np.nanmean(areas)) if not np.isnan(areas).all() else float("nan")
 
