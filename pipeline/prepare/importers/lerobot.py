@@ -58,13 +58,18 @@ class LerobotOptions(Options):
 
 @register("importer", "lerobot", options=LerobotOptions)
 class Lerobot(EpisodeImporter):
-    """LeRobot data sets, layouts v2.0, v2.1 (a file an episode) and v3.0 (many episodes a file):
-    the folder with meta/ and data/.
+    """LeRobot data sets: episodes of a robot.
 
-    Columns: episode, task (its text), embodiment, observations, actions, rewards (next.reward, if
-    there is one), images (--set images=CAMERA, with --resize and --quality; without these, stored
-    images keep their bytes), terminated (next.done of the last row), truncated (next.truncated;
-    without it, not terminated), steps, split. A frame is the one nearest to its row's timestamp.
+    SOURCE is the folder with meta/ and data/, in layout v2.0 or v2.1 (a file for each episode) or
+    v3.0 (many episodes in a file). Columns of a row, which is an episode:
+
+    - episode, embodiment, steps, split; task: its text
+    - observations, actions, and rewards (next.reward) if there are any
+    - terminated: next.done of the last row; truncated: next.truncated, or without that column, an
+      end that is not terminated
+    - images, with --set images=CAMERA: the frame nearest to each row's timestamp. Without --resize
+      and --quality, stored images keep their bytes.
+
     Left out and counted by reason: episodes whose rows and metadata disagree (number of rows, range
     of index, widths), without their files or frames, or with values that are not finite.
     """

@@ -107,18 +107,25 @@ class Job(NamedTuple):
 
 @register("importer", "rollouts", options=RolloutsOptions)
 class Rollouts(EpisodeImporter):
-    """Episodes of an expert in simulation; SOURCE is an environment: InvertedDoublePendulum-v5,
-    Hopper-v5, onetomany/WallFollowing-v0 (extra robotics).
+    """Episodes of an expert in simulation.
 
-    Columns: episode, task (the skill), embodiment, observations, actions (the expert's own),
-    executed (what was done: the same, except in train episodes with --set explore=, whose noise
-    leads to observations that the expert alone never meets: DART, Laskey et al. 2017), rewards,
-    terminated, truncated, steps, environment (id, steps, seed and dynamics, which make the world
-    again), return, success (null if not defined), and those of a random policy in the same world:
-    random_return, random_success, random_steps (null if its simulation diverged). Validation and
-    test episodes have no noise. The same seeds give the same rows with any number of workers. An
-    expert that is trained here, by proximal policy optimisation in worlds of these dynamics, is
-    stored beside the rows as _expert.safetensors, and may be named as the expert of other runs.
+    SOURCE is an environment, such as InvertedDoublePendulum-v5, Hopper-v5 or
+    onetomany/WallFollowing-v0 (extra robotics). Columns of a row, which is an episode:
+
+    - episode, task (the skill), embodiment, observations, rewards, terminated, truncated, steps
+    - actions: those that the expert chose
+    - executed: those that were done. They are the expert's own, except in train episodes with --set
+      explore=: noise leads to observations that the expert alone never meets (DART, Laskey et al.
+      2017). Validation and test episodes have no noise.
+    - environment: id, steps, seed and dynamics, which make the world again
+    - return, and success (null if not defined)
+    - random_return, random_success, random_steps: those of a random policy in the same world (null
+      if its simulation diverged)
+
+    The same seeds give the same rows with any number of workers. An expert that is trained here, by
+    proximal policy optimisation in worlds of these dynamics, is stored beside the rows as
+    _expert.safetensors, and may be named as the expert of other runs.
+
     Left out and counted: episodes in which the simulator diverged, and with --set keep=success
     those in which the expert failed.
     """
