@@ -290,8 +290,10 @@ def _common_type(ours: pa.DataType, theirs: pa.DataType) -> pa.DataType | None:
 
 
 def _is_same_kind(ours: pa.DataType, theirs: pa.DataType) -> bool:
-    """Return whether a type may hold the values of both. Arrow would merge structs with different
-    fields, where a renamed field is null in half of the rows.
+    """Return whether a type may hold the values of both.
+
+    Arrow would merge two kinds with loss. In structs with different fields, a renamed field is null
+    in half of the rows. uint64 beside signed integers becomes int64, which ends at 2^63 - 1.
     """
     if pa.types.is_struct(ours) and pa.types.is_struct(theirs):
         names = {field.name for field in ours}
@@ -302,8 +304,9 @@ def _is_same_kind(ours: pa.DataType, theirs: pa.DataType) -> bool:
         return ours.list_size == theirs.list_size
     if arrow_lists.is_list(ours) and arrow_lists.is_list(theirs):
         return _is_same_kind(ours.value_type, theirs.value_type)
-    is_text_and_bytes = {_type_family(ours), _type_family(theirs)} == {"text", "bytes"}
-    return not is_text_and_bytes and {ours, theirs} != {pa.int64(), pa.uint64()}
+    if pa.uint64() in (ours, theirs):
+        return not any(map(pa.types.is_signed_integer, (ours, theirs)))
+    return {_type_family(ours), _type_family(theirs)} != {"text", "bytes"}
 
 
 def _plain_type(kind: pa.DataType) -> pa.DataType:

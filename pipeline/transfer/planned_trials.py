@@ -310,13 +310,21 @@ def planned_allocations(state: JobState) -> dict[tuple[str, str], budget.Allocat
         )
         for fraction in stage.spec.label_fractions:
             sizes[name, grid.fraction_text(fraction, stage.spec.objective.name)] = size
-    allocations = budget.allocate(job.fanout.budget, list(sizes.values()), job.fanout.seeds)
     # refused before a source is trained: heads of targets that turn out too large are not solved
     largest = [
         replace(size, solved=0) if state.targets[name].spec.data.decode == "auto" else size
         for (name, _), size in sizes.items()
     ]
-    budget.allocate(job.fanout.budget, largest, job.fanout.seeds)
+    try:
+        budget.allocate(job.fanout.budget, largest, job.fanout.seeds)
+    except budget.BudgetError as error:
+        if largest == list(sizes.values()):
+            raise
+        raise budget.BudgetError(
+            f"{error}; or say data.decode: memory for targets whose rows fit in memory, where "
+            "solved heads take less"
+        ) from None
+    allocations = budget.allocate(job.fanout.budget, list(sizes.values()), job.fanout.seeds)
     return dict(zip(sizes, allocations, strict=True))
 
 

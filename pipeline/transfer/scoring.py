@@ -558,7 +558,10 @@ def _value(score: Score, inputs: _Inputs) -> ScoreValue:
             reason = f"{type(error).__name__}: {error}"
         else:
             if np.isnan(interval).any():
-                reason = "a random half of the rows has one class alone"
+                reason = (
+                    "undefined on a random half of the rows: labels of one class alone, or rows "
+                    "that the score cannot distinguish"
+                )
     seconds = time.perf_counter() - began
     value, low, high = (float(np.clip(number, *score.bounds)) for number in (value, *interval))
     if not np.isfinite([low, high]).all():

@@ -244,6 +244,8 @@ def test_weights_that_were_trained_with_another_activation_are_refused(monkeypat
     with pytest.raises(BundleError, match=f"timm-hub:{name}.openai: these weights were {message}"):
         pretrained.read(f"timm-hub:{name}.openai")
     assert "openai" in registry.tags(f"timm/{meant}")
+    with pytest.raises(BundleError, match=f"timm/{meant}.laion2b: .* timm has no such weights"):
+        pretrained.timm_input_spec(f"timm/{meant}.laion2b", {})
     for usable in (meant, f"{meant}.openai", f"{name}.openai_ft_in1k", f"{name}.laion2b"):
         arch, _ = pretrained.timm_input_spec(f"timm/{usable}", {})
         assert arch.name == f"timm/{usable.partition('.')[0]}"

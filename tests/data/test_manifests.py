@@ -280,6 +280,7 @@ def test_shards_may_have_other_widths_and_orders_of_columns(tmp_path, imports, f
         (pa.array([[{"age": 1.0}]] * 2), pa.array([[{"age": 1.0, "sex": 0}]] * 2)),
         (pa.array([["a"]] * 2), pa.array([[b"a"]] * 2)),
         (pa.array([2**63] * 2, pa.uint64()), pa.array([1] * 2)),
+        (pa.array([1] * 2, pa.int8()), pa.array([2**63] * 2, pa.uint64())),
     ],
 )
 def test_shards_that_arrow_would_merge_with_loss_are_refused(tmp_path, imports, first, second):

@@ -457,7 +457,7 @@ def test_what_is_to_be_combined_must_be_there(name):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ("ful", "unknown technique 'ful'; did you mean full"),
+        ("ful", "of: ful: unknown technique 'ful'; did you mean full"),
         ("scratch", "of: scratch does not start from a source"),
         ("greedy_soup", "of: greedy_soup does not start from a source"),
         ("bottleneck", "of: bottleneck leaves modules of its own in the network"),

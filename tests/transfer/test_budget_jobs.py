@@ -288,6 +288,25 @@ def test_a_budget_that_does_not_do_is_refused_before_anything_runs(tmp_path, bun
     prepared(job_of(tmp_path, bundles, paths, 7))
 
 
+@pytest.mark.parametrize(("decode", "least"), [("memory", 5), ("auto", 7), ("train", 7)])
+def test_heads_count_as_solved_where_rows_are_sure_to_be_in_memory(
+    tmp_path, bundles, paths, decode, least
+):
+    """Three probes by hand: solved 3/9 of a trial, else 3/9 and two whole ones; the best one twice,
+    scratch twice."""
+
+    def job(allowed: int) -> Job:
+        found = changed(job_of(tmp_path, bundles, paths, allowed), techniques=["linear_probe"])
+        dumped = found.model_dump(mode="json")
+        dumped["targets"]["task"]["data"]["decode"] = decode
+        return Job.model_validate(dumped)
+
+    remedy = "; or say data.decode: memory for targets" if decode == "auto" else "seeds$"
+    with pytest.raises(budget.BudgetError, match=f"give at least {least}, .*{remedy}"):
+        prepared(job(least - 1))
+    prepared(job(least))
+
+
 @pytest.mark.parametrize(
     ("fan", "message"),
     [

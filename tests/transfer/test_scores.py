@@ -231,7 +231,10 @@ def test_a_class_of_few_rows_leaves_a_reason_in_place_of_the_interval(tmp_path):
     labels[:2] = 0
     found = score_pair(SourceTargetPair("src", key, "task"), shared).scores["knn"]
     assert found.value is not None and found.low is None
-    assert found.reason == "a random half of the rows has one class alone"
+    assert found.reason == (
+        "undefined on a random half of the rows: labels of one class alone, or rows that the score "
+        "cannot distinguish"
+    )
 
 
 def test_the_classes_of_the_source_are_those_of_its_head(tmp_path):
