@@ -14,6 +14,7 @@ from collections import defaultdict
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -58,6 +59,12 @@ def job_at(root, **config):
             **config,
         }
     )
+
+
+needs_mlflow = pytest.mark.skipif(
+    find_spec("mlflow") is None or find_spec("sqlalchemy") is None,
+    reason="extra mlflow is not installed, or SQLAlchemy, which MLflow's database needs",
+)
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +145,8 @@ def run(ended, report=True):
 
 
 def client(ended):
-    mlflow = pytest.importorskip("mlflow", reason="extra mlflow is not installed")
-    pytest.importorskip("sqlalchemy", reason="MLflow's database needs SQLAlchemy")
+    import mlflow
+
     return mlflow.MlflowClient(ended.state.job.tracking.options["uri"])
 
 
@@ -153,6 +160,7 @@ def runs(ended):
 
 
 @pytest.mark.slow
+@needs_mlflow
 def test_a_run_for_the_job_and_nested_ones_for_its_parts(ended):
     run(ended)
     assert ended.state.progress.notes == []
@@ -187,6 +195,7 @@ def test_a_run_for_the_job_and_nested_ones_for_its_parts(ended):
     assert files == {"report.html", "report.md", "results.parquet"}
 
 
+@needs_mlflow
 def test_a_run_that_goes_on_continues_the_same_runs(ended, tmp_path):
     """And no secret is written or sent."""
     whole = ended.trials
@@ -213,6 +222,7 @@ def test_a_run_that_goes_on_continues_the_same_runs(ended, tmp_path):
 
 
 @pytest.mark.slow
+@needs_mlflow
 def test_a_trial_that_was_made_anew_replaces_its_run(ended):
     run(ended)
     first = runs(ended)
@@ -228,8 +238,8 @@ def test_a_trial_that_was_made_anew_replaces_its_run(ended):
 
 
 @pytest.mark.slow
+@needs_mlflow
 def test_what_was_cut_off_in_the_middle_is_logged_anew(ended, monkeypatch):
-    client(ended)
     from pipeline.transfer.trackers.mlflow import MLflow
 
     log = MLflow.log
@@ -250,6 +260,7 @@ def test_what_was_cut_off_in_the_middle_is_logged_anew(ended, monkeypatch):
 
 
 @pytest.mark.slow
+@needs_mlflow
 def test_bundles_are_uploaded_where_they_are_asked_for(ended):
     options = {**ended.state.job.tracking.options, "bundles": True}
     config = ComponentConfig(name="mlflow", options=options)
@@ -261,6 +272,7 @@ def test_bundles_are_uploaded_where_they_are_asked_for(ended):
 
 
 @pytest.mark.slow
+@needs_mlflow
 def test_a_run_that_was_deleted_is_logged_anew(ended):
     run(ended)
     name = ended.trials[1].name
@@ -454,8 +466,8 @@ def test_a_tracker_that_hangs_holds_up_no_job(ended, monkeypatch):
 
 
 @pytest.mark.slow
+@needs_mlflow
 def test_an_error_of_the_job_stops_its_run(ended):
-    client(ended)
     with pytest.raises(RuntimeError, match="of the job"), tracking.follow(ended.state):
         raise RuntimeError("of the job")
     assert runs(ended)["toy"].info.status == "KILLED"
@@ -505,7 +517,6 @@ def test_an_unknown_tracker_or_option_is_named_with_its_line(tmp_path):
 @pytest.fixture
 def server(tmp_path):
     """The address of an MLflow server on this machine, with its own database."""
-    pytest.importorskip("mlflow", reason="extra mlflow is not installed")
     pytest.importorskip("flask", reason="an MLflow server needs Flask")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -535,6 +546,7 @@ def server(tmp_path):
 
 
 @pytest.mark.slow
+@needs_mlflow
 def test_a_real_server_on_this_machine_and_one_that_goes_away(ended, server):
     options = {"uri": server.address, "bundles": True}
     config = ComponentConfig(name="mlflow", options=options)
