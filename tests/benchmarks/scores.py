@@ -10,11 +10,12 @@ record, extrapolated from runs of one and of two epochs, and the same of 10 epoc
 seconds. Target: fine-tune / scoring at least 50. Beside them the seconds of each score alone, and
 LogME of 50,000 x 2,048 features (target: below 60 s).
 
-Measured on 2026-12-01 with --repeats 1 and one thread on a busy machine: scoring 14.7 s, a
-fine-tune of 30 epochs 1390 s, 94 times as much, and of 10 epochs 32 times. About 11 of the 14.7 s
-are the network's pass over 2500 rows. That alone is a 40th of a fine-tune of 10 epochs, so there
-the target of 50 cannot be met. LogME of the large features took 8.5 s. Since then the twelve scores
-with their intervals take 2.6 s instead of 3.5 (2000 + 500 rows x 512 features, ten classes).
+Measured on 2026-12-02 with the command above on two quiet cores: scoring 17.6 s [16.0, 18.7], a
+fine-tune of 30 epochs 1120 s [1010, 1190], 68 times as much [54, 70], and of 10 epochs 23 times.
+Most of the scoring is the network's pass over 2500 rows, which alone is a 40th of a fine-tune of 10
+epochs: there the target of 50 cannot be met. LogME of the large features took 8.6 s. With one
+thread, on 2026-12-01, it was 94 and 32 times. Beside other work the two runs of the extrapolation
+differ by chance.
 """
 
 from __future__ import annotations
@@ -101,6 +102,10 @@ def main() -> None:
 
         def fine_tuning_seconds() -> float:
             one, two = (fine_tune(shared, group[0], k, next(turn)) for k in (1, 2))
+            if two <= one:
+                raise SystemExit(
+                    f"two epochs took {two:.1f} s and one {one:.1f}: measure on a quiet machine"
+                )
             few.append(one + (FEW_EPOCHS - 1) * (two - one))
             return one + (EPOCHS - 1) * (two - one)
 
