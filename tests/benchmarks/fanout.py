@@ -24,6 +24,7 @@ from typing import Any
 import timing
 
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
+from pipeline.train.progress import Progress
 
 
 def shared_of(root: str) -> tuple[Any, Any]:
@@ -35,6 +36,7 @@ def shared_of(root: str) -> tuple[Any, Any]:
     from pipeline.config.schema import ComponentConfig, Job
     from pipeline.data.manifests import Manifest, RowGroup, Selection
     from pipeline.data.stream import Decoder, Rows
+    from pipeline.modalities.text import Text, TextOptions
     from pipeline.transfer import grid as trials
     from pipeline.transfer.trial import Shared, TargetData
 
@@ -44,9 +46,7 @@ def shared_of(root: str) -> tuple[Any, Any]:
         {
             "name": "trivial",
             "storage": root,
-            "sources": {
-                "source": {"backbone": "transformers/bert", "init": "file:none", "objective": "mlm"}
-            },
+            "sources": {"source": {"backbone": "transformers/bert", "init": "file:none"}},
             "targets": {
                 "target": {
                     "data": {
@@ -60,7 +60,11 @@ def shared_of(root: str) -> tuple[Any, Any]:
             },
         }
     )
-    text = ModalitySpec("text", {"length": 16}, {"vocabulary": 256, "specials": [0, 1, 2, 3, 4]})
+    options = TextOptions(length=16, vocabulary=256)
+    lines = pa.table({"text": Path(__file__).read_text().splitlines()})
+    text = ModalitySpec(
+        "text", options.model_dump(), Text.fit(options, lines, {"text": "text"}, "bert")
+    )
     modality = bundle.build_modality(text)
     arch = Architecture(
         "transformers/bert", {"layers": 1, "hidden": 8, "heads": 1}, modality.inputs()
@@ -116,10 +120,11 @@ def shared_of(root: str) -> tuple[Any, Any]:
     return shared, some
 
 
-class Count:
-    """Stands where the progress line does: how many trials have ended."""
+class Count(Progress):
+    """Counts the trials that have ended, and prints nothing."""
 
     def __init__(self):
+        super().__init__()
         self.ended = 0
 
     def update(self, line: str, final: bool = False) -> None:

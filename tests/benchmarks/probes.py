@@ -42,7 +42,11 @@ def shared_of(root: str, quick: bool) -> tuple[Any, list[Any]]:
     folder = timing.data_folder().resolve() / "vision" / "clothing_small"
     files = {split: str(folder / f"{split}.parquet") for split in ("train", "validation", "test")}
     if quick:
-        files = {**files, "train": files["validation"]}
+        files = {
+            "train": files["validation"],
+            "validation_fraction": 0.2,
+            "test": files["test"],
+        }
     size, backbone = (32, "timm/resnet10t") if quick else (64, "timm/resnet18")
     columns = {"image": "image", "label": "label"}
     job = Job.model_validate(
