@@ -1031,7 +1031,8 @@ class Fanout(Spec):
     search_finalists: Finalists = Field(
         default_factory=lambda: Finalists.model_validate({}),
         description="the best few draws of a search are tried again with further seeds before one "
-        "is chosen, because a choice by one seed is partly luck. top: 1 turns it off",
+        "is chosen, because a choice by one seed is partly luck. top: 1 turns it off; no gain "
+        "is then judged as won or lost",
     )
     scheduler: Literal["fifo", "asha"] = Field(
         "fifo", description="asha stops the worse search trials of an entry early"

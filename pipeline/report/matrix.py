@@ -69,6 +69,8 @@ T_INTERVAL = "95 % Student's t over seeds (test predictions are missing), not en
 WINS, LOSES, NOT_SHOWN, TOO_FEW = "wins", "loses", "not shown", "too few to tell"
 REFERENCE, FAILED, UNCOMPARED = "reference", "failed", "not compared"
 SINGLE_SEED = "one seed"
+SEARCH_NOISE = "search noise"
+"""In place of a win or a loss where the variance of choosing hyper-parameters is unknown."""
 BASELINE = "baseline"
 COMPARED = (WINS, LOSES, NOT_SHOWN)
 """Verdicts of a comparison that was made. Holm's correction counts these."""
@@ -91,6 +93,8 @@ class GainEstimate:
         seeds: Number of paired seeds.
         p_value: Of the hypothesis that the gain is zero.
         evidence: The test units, where they are too few for a verdict; otherwise "".
+        unknown_choice: Why it is unknown how much the choice of hyper-parameters varies; otherwise
+            "". The interval leaves this variance out.
         how: A description of how the interval was made.
         predicted: Whether it was computed from test predictions.
     """
@@ -101,6 +105,7 @@ class GainEstimate:
     seeds: int = 0
     p_value: float | None = None
     evidence: str = ""
+    unknown_choice: str = ""
     how: str = ""
     predicted: bool = False
 
@@ -111,7 +116,8 @@ class GainEstimate:
             return ""
         if not self.predicted:
             return UNCOMPARED
-        return verdict(self.low, self.high, self.seeds, not self.evidence)
+        word = verdict(self.low, self.high, self.seeds, not self.evidence)
+        return SEARCH_NOISE if self.unknown_choice and word in (WINS, LOSES) else word
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,8 @@ class MatrixEntry:
     - "not shown": the interval contains zero. This does not prove that there is no difference.
     - "too few to tell": there are too few test units for a verdict.
     - "one seed": there is one paired seed, whose spread is unknown.
+    - "search noise": the interval excludes zero, but it leaves out how much the choice of
+      hyper-parameters varies, which is unknown (`GainEstimate.unknown_choice`).
     - "not compared": there is no paired seed, no scratch trial to compare with, or there are no
       test predictions.
     - "reference": the entry is scratch.
@@ -804,13 +812,15 @@ def _predicted_gain(
         ValueError: The rows cannot be paired.
     """
     variance = sum(choice.variance for choice in choices)
+    unknown_choice = next((choice.unknown for choice in choices if choice.unknown), "")
     comparison = stats.compare(metric, ours, others, choice=variance)
     return GainEstimate(
         *_finite((comparison.value, comparison.low, comparison.high)),
         seeds=comparison.seeds,
         p_value=_finite_or_none(comparison.p_value),
         evidence=_missing_evidence([*ours, *others], metric.name),
-        how=_describe_interval(ours, others, comparison.seeds, choices),
+        unknown_choice=unknown_choice,
+        how=_describe_interval(ours, others, comparison.seeds, unknown_choice, variance > 0),
         predicted=True,
     )
 
@@ -872,7 +882,8 @@ def _describe_interval(
     ours: list[RunPredictions],
     theirs: list[RunPredictions],
     seeds: int,
-    choices: Sequence[_SearchVariance],
+    unknown_choice: str,
+    searched: bool,
 ) -> str:
     """Return a description of how the interval of a gain was made."""
     both = [*ours, *theirs]
@@ -880,8 +891,6 @@ def _describe_interval(
     most, common = max(len(run.rows) for run in both), len(stats.common_rows(both))
     if common < most:
         how += f", on the {common} of {most} rows that all of them have"
-    unknown = [choice.unknown for choice in choices if choice.unknown]
-    if unknown:
-        return f"{how}, without the noise of the search, {unknown[0]}"
-    searched = any(choice.variance for choice in choices)
+    if unknown_choice:
+        return f"{how}, without the noise of the search, {unknown_choice}"
     return f"{how} and the choice of hyper-parameters" if searched else how

@@ -51,6 +51,7 @@ from pipeline.report.matrix import (
     NOT_SHOWN,
     REFERENCE,
     SCRATCH,
+    SEARCH_NOISE,
     SIGNIFICANT,
     SINGLE_SEED,
     TOO_FEW,
@@ -77,16 +78,16 @@ from pipeline.report.trial_record import CurvePoint
 __all__ = ["MatrixEntry", "ReportInputs", "matrix_entries", "write"]
 
 _DASH = blocks.DASH
-UNJUDGED = (TOO_FEW, SINGLE_SEED, UNCOMPARED)
+UNJUDGED = (TOO_FEW, SINGLE_SEED, SEARCH_NOISE, UNCOMPARED)
 """Words in place of a verdict where a comparison has none."""
 MAX_NAMED_ENTRIES = 12
-SEARCH_NOISE = (
+SEARCHES = (
     "Where hyper-parameters were searched, some settings were tried again with further seeds. They "
     "show how much the choice itself varies, and intervals of gains include that: in simulated "
     "comparisons without a true difference 3 to 5 % were won or lost. If the settings were tried "
     "with one seed alone, or the search was judged by another metric than the tested one, it is "
-    "not known how much the choice varies. The intervals then say so, and 6 to 12 % were won or "
-    "lost."
+    "not known how much the choice varies: 6 to 12 % of such intervals excluded zero. The verdict "
+    "is then search noise in place of a win or a loss."
 )
 
 
@@ -789,9 +790,10 @@ def _unknown(entries: Sequence[MatrixEntry]) -> list[str]:
         for entry in entries
         if entry.n_seeds and entry.validation is None and not entry.is_baseline
     ]
-    reasons["Intervals that leave out how much the search itself varies"] = [
-        entry for entry in entries if "without the noise of the search" in entry.interval
-    ]
+    reasons[
+        "Intervals that leave out how much the search itself varies (its settings were tried with "
+        "one seed, or judged by another metric)"
+    ] = [entry for entry in entries if entry.over_scratch.unknown_choice]
     return [f"{reason}: {_names(lacking)}." for reason, lacking in reasons.items() if lacking]
 
 
@@ -1130,7 +1132,11 @@ WORDS = (
         "best_baseline_gain",
         "Over the target's best baseline, by validation.",
     ),
-    ("Verdict", "", "wins, loses, not shown, too few to tell, one seed or not compared."),
+    (
+        "Verdict",
+        "",
+        "wins, loses, not shown, too few to tell, one seed, search noise or not compared.",
+    ),
     ("Paired seeds", "paired_seeds", "Seeds that an entry and its scratch both have."),
     ("p (Holm)", "gain_p_holm", "p value, corrected for all comparisons of the job."),
     ("Training time", "seconds", "Of one trial; in tables the mean of the final ones."),
@@ -1215,7 +1221,7 @@ def _describe_statistics(entries: Sequence[MatrixEntry], rows: Sequence[ResultRo
             "values are Holm's (1979)."
         )
     if any(row.trial_stage == "search" and row.drawn != "{}" for row in rows):
-        sentences.append(SEARCH_NOISE)
+        sentences.append(SEARCHES)
     intervals = Counter(entry.interval for entry in entries if entry.interval)
     sentences += [f"{how}: {plural(count, 'result')}." for how, count in intervals.items()]
     return sentences

@@ -12,6 +12,7 @@ from pipeline.report.matrix import (
     LOSES,
     SCRATCH,
     SCRATCH_TECHNIQUE,
+    SEARCH_NOISE,
     SINGLE_SEED,
     TOO_FEW,
     WINS,
@@ -184,6 +185,9 @@ def _caption(entries: Sequence[MatrixEntry], has_others: bool) -> str:
     verdicts = {entry.verdict for entry in entries}
     if SINGLE_SEED in verdicts:
         lines.append("one seed: a verdict needs two seeds that scratch has too (paired seeds).")
+    if SEARCH_NOISE in verdicts:
+        lines.append("search noise: the interval excludes zero, but hyper-parameters were searched")
+        lines.append("with one seed or by another metric, and what that varies by is not in it.")
     if TOO_FEW in verdicts:
         lines.append("too few to tell: too few test rows for a verdict; the report has the number.")
     if has_others:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -55,12 +56,16 @@ def of_seeds(
 
 
 def searched(
-    source: str, technique: str, metric: str = "accuracy", **ran: list[int]
+    source: str,
+    technique: str,
+    metric: str = "accuracy",
+    seeds: Sequence[int] = (0, 1000, 1001),
+    **ran: list[int],
 ) -> list[ResultRow]:
-    """Validation rows of a search: two settings with three seeds each, about equally good."""
+    """Validation rows of a search: two settings with some seeds each, about equally good."""
     rng, rows = np.random.default_rng(0), []
     for lr in (0.1, 0.2):
-        for place, seed in enumerate((0, 1000, 1001)):
+        for place, seed in enumerate(seeds):
             hyper_parameters = {"lr": lr, **{name: values[place] for name, values in ran.items()}}
             drawn = {
                 "hyper_parameters": json.dumps(hyper_parameters),
@@ -82,9 +87,9 @@ def searched(
     return rows
 
 
-def compared(*searches: dict[str, Any]) -> matrix.MatrixEntry:
+def compared(*searches: dict[str, Any], level: float = 0.75) -> matrix.MatrixEntry:
     """The entry of a source, and scratch; both were searched in the same way, or not at all."""
-    scratch, fine_tuned = of_seeds("none", "scratch", 0.7), of_seeds("a", "full", 0.75)
+    scratch, fine_tuned = of_seeds("none", "scratch", 0.7), of_seeds("a", "full", level)
     rows = [*scratch[0], *fine_tuned[0]]
     for options in searches:
         rows += searched("none", "scratch", **options) + searched("a", "full", **options)
@@ -118,6 +123,15 @@ def test_a_search_by_another_metric_than_the_tested_one_says_that_its_noise_is_n
         "without the noise of the search, which was judged by action_error"
     )
     assert width(other) == pytest.approx(width(without))
+
+
+@pytest.mark.parametrize("search", [{"metric": "action_error"}, {"seeds": [0]}])
+def test_no_gain_is_won_where_the_noise_of_its_search_is_unknown(search):
+    known, unknown = compared({}, level=0.95), compared(search, level=0.95)
+    assert known.verdict == matrix.WINS and known.survives
+    assert unknown.verdict == matrix.SEARCH_NOISE and not unknown.survives
+    assert unknown.over_scratch.low is not None and unknown.over_scratch.low > 0
+    assert compared(search).verdict == matrix.NOT_SHOWN, "a wider interval holds zero too"
 
 
 def test_where_there_is_nothing_to_choose_from_nothing_is_said():
