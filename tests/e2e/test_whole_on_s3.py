@@ -5,11 +5,13 @@ does the same (test_quickstart.py).
 from __future__ import annotations
 
 import pyarrow.parquet as pq
+import pytest
 
 from pipeline.io import storage
 from tests.e2e.conftest import SMALL
 
 
+@pytest.mark.slow
 def test_everything_on_s3(s3_server, tiny_data, onetomany_here, tmp_path):
     data, runs = f"{s3_server}/tiny-data", f"{s3_server}/runs"
     for file in tiny_data.iterdir():

@@ -483,12 +483,16 @@ def recomputed(name: str) -> catalog.Metric:
 @pytest.mark.parametrize(
     ("name", "groups"),
     [
-        ("macro_auroc", None),
-        ("macro_average_precision", np.repeat(np.arange(60), 5)),
-        ("macro_f1", None),
-        ("macro_f1", np.repeat(np.arange(60), 5)),
+        pytest.param("macro_auroc", None, marks=pytest.mark.slow, id="macro_auroc-rows"),
+        pytest.param(
+            "macro_average_precision",
+            np.repeat(np.arange(60), 5),
+            marks=pytest.mark.slow,
+            id="macro_average_precision-groups",
+        ),
+        pytest.param("macro_f1", None, id="macro_f1-rows"),
+        pytest.param("macro_f1", np.repeat(np.arange(60), 5), id="macro_f1-groups"),
     ],
-    ids=["macro_auroc-rows", "macro_average_precision-groups", "macro_f1-rows", "macro_f1-groups"],
 )
 def test_counted_and_recomputed_intervals_agree(monkeypatch, name, groups):
     monkeypatch.setattr(stats, "RECOMPUTED_DRAWS", 1000)
