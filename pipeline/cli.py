@@ -33,8 +33,8 @@ class Commands(TyperGroup):
             ctx.fail(f"No such command '{args[0]}'. Did you mean '{meant}'?")
         name, command, rest = super().resolve_command(ctx, args)
         params = command.params if command else []
-        if "--help" in rest:
-            for param in params:
+        if command and "--help" in rest:
+            for param in _without_flag_types(command.get_params(ctx)):
                 param.secondary_opts = []  # two long names of an option leave no room for its text
         known = {option for param in params for option in param.opts}
         for option in (word.partition("=")[0] for word in rest):
@@ -42,6 +42,17 @@ class Commands(TyperGroup):
             if meant in known and option not in known:
                 ctx.fail(f"No such option: {option}. Did you mean {meant}?")
         return name, command, rest
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_flag_types(super().get_params(ctx))
+
+
+def _without_flag_types(params: list[Any]) -> list[Any]:
+    """Return parameters whose flags show no type: typer's <bool> looks as if they took a value."""
+    for param in params:
+        if getattr(param, "is_flag", False):
+            param.metavar = ""
+    return params
 
 
 app = typer.Typer(
@@ -911,8 +922,10 @@ def submit(
     follow: Annotated[
         bool,
         typer.Option(
-            help="Follow the log, and exit with the job's own code. With --no-follow the command "
-            "ends when the job is sent.",
+            "--follow/--no-follow",
+            show_default=False,
+            help="Follow the log, and exit with the job's own code; this is the default. With "
+            "--no-follow the command ends when the job is sent.",
         ),
     ] = True,
     wait_for_resources: Wait = None,

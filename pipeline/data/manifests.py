@@ -357,7 +357,8 @@ class Reader:
 
         schema, table = self.manifest.schema, storage.retry(read)
         table = table.select([name for name in schema.names if name in table.column_names])
-        self._tables[number] = table = cast_to_schema(table, schema)
+        table = cast_to_schema(table, schema, self.manifest.name(group.file))
+        self._tables[number] = table
         self._bytes_in_cache += table.nbytes
         while self._bytes_in_cache > self.cache_bytes and len(self._tables) > 1:
             _, oldest = self._tables.popitem(last=False)
@@ -479,12 +480,25 @@ def _too_large(name: str, number: int, size: int, packed: int) -> str:
     )
 
 
-def cast_to_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
+def cast_to_schema(table: pa.Table, schema: pa.Schema, name: str) -> pa.Table:
     """Cast a table to the schema: files of one data set or of joined corpora may hold text or
     numbers in another width, or no value.
+
+    Raises ValueError, with the file's ``name`` and the column, for a value that does not fit.
     """
     wanted = pa.schema([schema.field(name).remove_metadata() for name in table.column_names])
-    return table if table.schema.equals(wanted) else table.cast(wanted)
+    if table.schema.equals(wanted):
+        return table
+    columns: list[pa.ChunkedArray] = []
+    for column, kind in zip(wanted.names, wanted.types, strict=True):
+        try:
+            columns.append(table[column].cast(kind))
+        except pa.ArrowInvalid as error:
+            raise ValueError(
+                f"{name}: column {column!r} does not fit {kind}, its type over all "
+                f"files ({str(error).splitlines()[0]}): write the files with one type"
+            ) from None
+    return pa.table(columns, schema=wanted)
 
 
 def read_columns(selection: Selection, columns: list[str]) -> pa.Table:
@@ -498,7 +512,7 @@ def read_columns(selection: Selection, columns: list[str]) -> pa.Table:
             for group in range(file.num_row_groups):
                 _check_group(handle, file, group, columns, selection.manifest.files[number])
             table = pq.read_table(handle, columns=columns)
-        return cast_to_schema(table, selection.manifest.schema)
+        return cast_to_schema(table, selection.manifest.schema, selection.manifest.name(number))
 
     filled = sorted({group.file for group in selection.manifest.row_groups})
     parts = list(threaded_map(read, filled))

@@ -7,11 +7,11 @@ compressed (.jsonl.zst, .csv.gz, .txt.gz). They are read as a stream, never whol
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator
-from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
@@ -27,6 +27,7 @@ from pipeline.io import atomic_folder, checksums, s3, storage
 from pipeline.io import file_identity as identity
 from pipeline.io.file_identity import FileIdentity
 from pipeline.io.threads import threaded_map
+from pipeline.io.wording import plural
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,8 @@ FORMATS = {
     **dict.fromkeys(IMAGE_SUFFIXES, "images"),
     **dict.fromkeys(AUDIO_SUFFIXES, "audio"),
 }
+NO_DATA_SUFFIXES = {"", ".md", ".rst", ".html", ".yaml", ".yml", ".py", ".md5", ".sha256", ".crc"}
+"""Suffixes of files that often lie beside data and have no rows."""
 CODECS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 NAMED_FILE_KINDS = {"images", "audio"}
 """Kinds whose rows name files: the Parquet file has their URIs."""
@@ -91,6 +94,10 @@ CHUNK_BYTES, LINE_BYTES = 16 << 20, 64 << 20
 """JSON Lines are read in chunks of CHUNK_BYTES, or more for a longer line. No line and no row of
 text may have more than LINE_BYTES.
 """
+NO_WHOLE_TYPE = (
+    "no type of 64 bits holds its whole numbers together (some are below 0 and some from 2^63 on, "
+    "or from 2^64 on): write them as texts"
+)
 UTF8_BOM = b"\xef\xbb\xbf"
 UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 """Byte order marks of UTF-16."""
@@ -170,6 +177,7 @@ def _table_format(parts: tuple[str, ...]) -> str:
 def _files_of_folder(folder: str, form: str) -> list[str]:
     wanted_kind = "text" if form in TEXT_KINDS else form
     files = []
+    unknown = Counter[str]()
     for file in storage.list_files(folder):
         parts = PurePosixPath(file[len(folder) :]).parts
         table = _table_format(parts)
@@ -183,6 +191,15 @@ def _files_of_folder(folder: str, form: str) -> list[str]:
         kind = kind_of(file)
         if kind and not is_hidden and (form == "auto" or kind == wanted_kind):
             files.append(file)
+        elif not kind and not is_hidden:
+            unknown[PurePosixPath(parts[-1].lower()).suffix] += 1
+    unread = {suffix: unknown[suffix] for suffix in sorted(unknown.keys() - NO_DATA_SUFFIXES)}
+    if files and unread:
+        shown = ", ".join(f"{count} {suffix}" for suffix, count in unread.items())
+        checksums.notify(
+            f"{storage.without_secrets(folder)}: {plural(sum(unread.values()), 'file')} of unknown "
+            f"kind left out ({shown}): convert them if they are data"
+        )
     return files
 
 
@@ -634,12 +651,12 @@ def _check_delimiter(file: str, delimiter: str) -> None:
         raise ValueError(f"{file}: its content is binary, not text; write it as CSV in UTF-8")
     if delimiter.encode() in first or b'"' in first:
         return
-    for other, plural in DELIMITERS.items():
+    for other, name_of_other in DELIMITERS.items():
         count = first.count(other.encode())
         if count and count == second.count(other.encode()):
             name = "tab" if other == "\t" else f"'{other}'"
             raise ValueError(
-                f"{file}: its fields are separated by {plural}, and those of such a file by "
+                f"{file}: its fields are separated by {name_of_other}, and those of such a file by "
                 f"{DELIMITERS[delimiter]}; write it anew: onetomany prepare csv {file} -o FOLDER "
                 f"--set delimiter={name}"
             )
@@ -651,22 +668,23 @@ def _json_lines(files: list[str]) -> Iterator[tuple[str, Iterator[pa.Table]]]:
     A first pass over all files finds the columns, since a chunk may lack some.
     """
     columns: pa.DataType = pa.struct([])
-    schema_of_first = pa.schema([])
     for file in files:
-        names: set[str] = set()
+        own: pa.DataType = pa.struct([])
         for number, chunk in _chunks(file):
-            schema = _schema_of(file, number, chunk)
-            names |= set(schema.names)
             try:
-                columns = _common_type(columns, pa.struct(list(schema)))
+                own = _common_type(own, pa.struct(list(_schema_of(file, number, chunk))))
             except ValueError as error:
                 raise ValueError(f"{file}: {error} (lines from {number} on)") from None
-        if not names:
+        if not own.num_fields:
             raise ValueError(f"{file}: no line holds an object; remove it or write it again")
-        own_schema = pa.schema([field for field in columns if field.name in names])
-        schema_of_first = own_schema if file == files[0] else schema_of_first
-        if names != set(schema_of_first.names):
-            raise _other_columns(file, own_schema, files[0], schema_of_first)
+        if file == files[0]:
+            columns = schema_of_first = own
+        if {field.name for field in own} != {field.name for field in columns}:
+            raise _other_columns(file, pa.schema(own), files[0], pa.schema(schema_of_first))
+        try:
+            columns = _common_type(columns, own, is_one_file=False)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
     schema = pa.schema(list(columns))
     for file in files:
         yield file, (_parsed(file, number, chunk, schema) for number, chunk in _chunks(file))
@@ -677,16 +695,29 @@ def _schema_of(file: str, number: int, chunk: bytes) -> pa.Schema:
 
     Whole numbers from 2^63 on are uint64. Arrow itself takes them for floating-point numbers, in
     which two ids may become one.
+
+    Raises ValueError for whole numbers that no type of 64 bits holds together.
     """
     table = _parsed(file, number, chunk, None)
     schema = table.schema
     for index, field in enumerate(schema):
-        if not pa.types.is_floating(field.type) or not (pc.max(table[index]).as_py() or 0) >= 2**63:
+        if not pa.types.is_floating(field.type) or not _exceeds_int64(table[index]):
             continue
         unsigned = schema.set(index, field.with_type(pa.uint64()))
-        with suppress(ValueError):  # some of them are no whole numbers
+        try:
             schema = _parsed(file, number, chunk, unsigned).schema
+        except ValueError:
+            values = (json.loads(line).get(field.name) for line in chunk.splitlines() if line)
+            if not any(isinstance(value, float) for value in values):
+                raise ValueError(
+                    f"{file}: column {field.name!r}: {NO_WHOLE_TYPE} (lines from {number} on)"
+                ) from None
     return schema
+
+
+def _exceeds_int64(column: pa.ChunkedArray) -> bool:
+    limits = pc.min_max(column).as_py()
+    return (limits["max"] or 0) >= 2**63 or (limits["min"] or 0) <= -(2**63)
 
 
 def _chunks(file: str) -> Iterator[tuple[int, bytes]]:
@@ -725,15 +756,23 @@ def _parsed(file: str, number: int, chunk: bytes, schema: pa.Schema | None) -> p
                 f"anew: jq -c '.[]' {file} > rows.jsonl"
             ) from None
         after = f" (counted from line {number})" if number > 1 else ""
+        reason = str(error).splitlines()[0]
+        remedy = "correct the line, or let onetomany prepare text leave it out and list it"
         raise ValueError(
-            f"{file}: not readable as jsonl, one object a line: "
-            f"{str(error).splitlines()[0]}{after}; correct the line, or let onetomany prepare text "
-            "leave it out and list it"
+            f"{file}: not readable as jsonl, one object a line: {reason}{after}; "
+            f"{NO_WHOLE_TYPE if 'to uint64' in reason else remedy}"
         ) from None
 
 
-def _common_type(a: pa.DataType, b: pa.DataType, name: str = "") -> pa.DataType:
+def _common_type(
+    a: pa.DataType, b: pa.DataType, name: str = "", is_one_file: bool = True
+) -> pa.DataType:
     """Return the type that Arrow gives a column with values of both types.
+
+    Args:
+        name: The column, for errors.
+        is_one_file: Whether objects may lack fields, which are then null. Those of two files must
+            have the same ones: a renamed field would be null in all rows of a file.
 
     Raises ValueError, with the column, if there is none.
     """
@@ -747,15 +786,22 @@ def _common_type(a: pa.DataType, b: pa.DataType, name: str = "") -> pa.DataType:
     if pa.string() in (a, b) and any(pa.types.is_timestamp(kind) for kind in (a, b)):
         return pa.string()
     if pa.types.is_list(a) and pa.types.is_list(b):
-        return pa.list_(_common_type(a.value_type, b.value_type, name))
+        return pa.list_(_common_type(a.value_type, b.value_type, name, is_one_file))
     if pa.types.is_struct(a) and pa.types.is_struct(b):
         ours, theirs = ({field.name: field.type for field in kind} for kind in (a, b))
+        if not is_one_file and ours and theirs and ours.keys() != theirs.keys():
+            raise ValueError(
+                f"the objects in column {name!r} have the fields {', '.join(theirs)}, and in the "
+                f"files before {', '.join(ours)}: give all files the same fields, with null where "
+                "there is no value"
+            )
         return pa.struct(
             {
                 key: _common_type(
                     ours.get(key, pa.null()),
                     theirs.get(key, pa.null()),
                     f"{name}.{key}".lstrip("."),
+                    is_one_file,
                 )
                 for key in ours | theirs
             }

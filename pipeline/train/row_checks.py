@@ -197,7 +197,7 @@ def null_labels(
     ]
 
 
-def class_numbers(
+def doubtful_class_numbers(
     component: ComponentConfig, rows: Selection, columns: dict[str, str]
 ) -> list[Finding]:
     """Warn where the class names of boxes may be numbered from 1, and of masks of one class alone.

@@ -170,6 +170,17 @@ def test_a_row_group_that_may_not_fit_into_memory_is_named(files, imports, monke
     assert said[0].startswith(f"warning: {files}/a.parquet: a row group of it has 0.0 GiB, and ")
 
 
+def test_files_of_unknown_kind_in_a_folder_are_told_of(files, imports):
+    said: list[str] = []
+    for name in ("x.HEIC", "y.heic", "z.parquet.gz", ".hidden.m4a", "README.md", "LICENSE"):
+        (files / name).write_bytes(b"?")
+    with checksums.notifications_to(said.append):
+        assert m.build(str(files), "auto", imports).num_rows == 63
+        m.build(str(files / "*.parquet"), "auto", imports)
+    left_out = "3 files of unknown kind left out (1 .gz, 2 .heic): convert them if they are data"
+    assert said == [f"warning: {files}: {left_out}"]
+
+
 def test_the_place_of_a_row_names_its_file_and_its_row_in_it(files, imports):
     built = m.build(str(files), "auto", imports)
     assert built.location(0) == f"{files}/a.parquet row 0"
@@ -2290,7 +2301,7 @@ def test_json_lines_of_one_table_may_lack_values_in_some_files(tmp_path, imports
         match=r"c\.jsonl: its columns \(.*lable: string.* differ from those of \S+a\.jsonl",
     ):
         rows_of(tmp_path / "*.jsonl", imports)
-    lines_of(tmp_path / "c.jsonl", [{"hours": "many"}])
+    lines_of(tmp_path / "c.jsonl", [{"hours": "many", "label": None, "deep": None}])
     with pytest.raises(
         ValueError, match=r"c\.jsonl: column 'hours' is double in some lines and string in others"
     ):
@@ -2305,8 +2316,43 @@ def test_large_whole_numbers_of_json_lines_keep_their_digits(tmp_path, imports):
     assert got["id"] == [*ids, 8] and got["x"] == [1e30] * 5 + [2.0]
     assert got["y"] == [float(2**63)] * 5 + [0.5]
     lines_of(tmp_path / "c.jsonl", [{"id": -1, "x": 2, "y": 1}])
-    with pytest.raises(ValueError, match=r"c\.jsonl: not readable as jsonl.*couldn't parse:-1"):
+    message = r"c\.jsonl: not readable as jsonl.*couldn't parse:-1; no type of 64 bits"
+    with pytest.raises(ValueError, match=message):
         rows_of(tmp_path / "*.jsonl", imports)
+
+
+@pytest.mark.parametrize("ids", [[-1, 2**63 + 1], [1, 2**64], [-(2**63) - 1, None]])
+def test_whole_numbers_that_no_type_holds_are_refused(tmp_path, imports, ids):
+    """As floating-point numbers, two ids may become one."""
+    path = lines_of(tmp_path / "a.jsonl", [{"id": one} for one in ids])
+    with pytest.raises(ValueError, match=r"a\.jsonl: column 'id': no type of 64 bits holds"):
+        rows_of(path, imports)
+
+
+def test_objects_in_json_lines_have_the_same_fields_in_all_files(tmp_path, imports):
+    """As in Parquet files: a renamed field would be null in all rows of a file."""
+    lines_of(tmp_path / "a.jsonl", [{"x": [{"who": {"age": 1}}]}, {"x": [{"who": {"sex": 2}}]}])
+    lines_of(tmp_path / "b.jsonl", [{"x": []}, {"x": [{"who": {"age": 3, "sex": None}}]}])
+    assert len(rows_of(tmp_path / "*.jsonl", imports)["x"]) == 4
+    lines_of(tmp_path / "c.jsonl", [{"x": [{"who": {"age": 3, "gender": 1}}]}])
+    message = (
+        r"c\.jsonl: the objects in column 'x\.who' have the fields age, gender, and in .*age, sex"
+    )
+    with pytest.raises(ValueError, match=message):
+        rows_of(tmp_path / "*.jsonl", imports)
+
+
+def test_a_value_that_does_not_fit_the_common_type_is_placed(tmp_path, imports):
+    for name, values in (("a", [0.5]), ("b", [2**53 + 1])):
+        pq.write_table(pa.table({"dose": values}), tmp_path / f"{name}.parquet")
+    built = m.build(str(tmp_path / "*.parquet"), "auto", imports)
+    message = r"b\.parquet: column 'dose' does not fit double, .* \(Integer value 9007199254740993"
+    for read in (
+        lambda: m.read_columns(m.Selection(built), ["dose"]),
+        lambda: m.Reader(built, ["dose"]).take(np.array([1])),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read()
 
 
 def test_codes_of_the_training_rows_make_a_column_of_a_test_file_texts_too(tmp_path, split):

@@ -86,6 +86,7 @@ def test_code_in_help_is_whole_on_a_terminal_of_80_columns():
         for code in re.findall(r"`([^`]+)`", inspect.cleandoc(command.help or "")):
             assert any(code in line for line in shown.splitlines()), (name, code)
         assert "…" not in shown, "Typer cuts names for which there is no room"
+        assert "<bool>" not in shown, "a flag takes no value"
 
 
 def test_the_schema_takes_every_shipped_job(onetomany, tmp_path):
