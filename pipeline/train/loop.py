@@ -65,6 +65,9 @@ class Keeper(Protocol):
 class KeepBest:
     """Keep the weights of the best validation, or the newest with ``keep: last``.
 
+    A value that equals the best one is no better: the earlier weights are kept, and it counts for
+    patience. Hugging Face's Trainer and Lightning do the same.
+
     Args:
         primary: Name of the metric that decides.
         keep: best or last.

@@ -326,8 +326,8 @@ def decide(
         allocations: What each may spend (`allocate`).
         values: Value of each trial on validation rows, by its id, larger is better; None: it failed
             or has no value. Trials that have not ended are left out.
-        losses: Loss on validation rows of each that has a value. It compares short runs that all
-            have the same value, as where no word or box is right yet.
+        losses: Loss on validation rows of each that has a value. It compares short runs of equal
+            value, as where no word or box is right yet.
     """
     history, out = History(), Decision()
     for target in dict.fromkeys(bracket.target for bracket in brackets):
@@ -386,9 +386,11 @@ def _decide(
         out.tried += [one for one in trials.values() if one.id in values and one not in out.tried]
         if out.waiting:
             return out
-        measured = {pair: _sort_value(values[one.id]) for pair, one in trials.items()}
-        if RUNGS[rung] < 1 and len(set(measured.values()) - {-math.inf}) == 1:
-            measured |= {p: -losses[one.id] for p, one in trials.items() if one.id in losses}
+        losses_of_rung = losses if RUNGS[rung] < 1 else {}
+        measured = {
+            pair: (_sort_value(values[one.id]), -losses_of_rung.get(one.id, math.inf))
+            for pair, one in trials.items()
+        }
         out.ranks_among_sources = out.ranks_among_sources or ranks_among_sources(measured)
         if RUNGS[rung] == 1:
             out.ranks_with_all_steps = relative_ranks(measured)
@@ -420,7 +422,11 @@ def _sort_value(value: float | None) -> float:
     return -math.inf if value is None or math.isnan(value) else value
 
 
-def relative_ranks(measured: Mapping[Contender, float]) -> dict[Contender, float]:
+Measured = Mapping[Contender, tuple[float, float]]
+"""For each pair its value on validation rows, larger is better, and its negated loss for ties."""
+
+
+def relative_ranks(measured: Measured) -> dict[Contender, float]:
     """Return the rank of each pair by its value, 0 for the best and 1 for the worst."""
     most = max(1, len(measured) - 1)
     return {
@@ -429,7 +435,7 @@ def relative_ranks(measured: Mapping[Contender, float]) -> dict[Contender, float
     }
 
 
-def ranks_among_sources(measured: Mapping[Contender, float]) -> dict[Contender, float]:
+def ranks_among_sources(measured: Measured) -> dict[Contender, float]:
     """Return the rank of each pair among those with the same technique."""
     out: dict[Contender, float] = {}
     for technique in {pair.technique for pair in measured}:
@@ -439,7 +445,7 @@ def ranks_among_sources(measured: Mapping[Contender, float]) -> dict[Contender, 
     return out
 
 
-def rank_short_runs(measured: Mapping[Contender, float], history: History) -> list[Contender]:
+def rank_short_runs(measured: Measured, history: History) -> list[Contender]:
     """Return pairs by short runs, the best first.
 
     1. The pair with the largest value.
@@ -451,7 +457,7 @@ def rank_short_runs(measured: Mapping[Contender, float], history: History) -> li
     and sources differ more lastingly.
 
     Args:
-        measured: Value of each pair, larger is better.
+        measured: What each pair reached.
         history: What earlier targets have shown.
     """
     own, among_all = ranks_among_sources(measured), relative_ranks(measured)

@@ -370,6 +370,8 @@ def _removed_where_refused(rows: manifests.Manifest, imports: str) -> Iterator[N
 def _only_writer(output: str, progress: Progress) -> Iterator[None]:
     """Let no other command write into the output folder meanwhile.
 
+    A new folder that stays empty, since the command is refused, is removed.
+
     Two of equal options would remove each other's converted rows, and two of others that begin
     together would write their parts side by side.
 
@@ -377,8 +379,13 @@ def _only_writer(output: str, progress: Progress) -> Iterator[None]:
         run_lock.BusyError: Another command is writing there.
     """
     storage.refuse_read_only(output)
-    with run_lock.hold(output, progress.note):
-        yield
+    is_new = not storage.exists(output)
+    try:
+        with run_lock.hold(output, progress.note):
+            yield
+    finally:
+        if is_new:
+            storage.remove_empty_folder(output)
 
 
 def predict(

@@ -57,6 +57,7 @@ from pipeline.core.contracts.objective_capabilities import (
 )
 from pipeline.core.contracts.technique_capabilities import (
     LABELLED_SOURCE,
+    TakesSomeTrials,
     adapts_without_labels,
     adds_penalty,
     gathers_rows,
@@ -86,6 +87,9 @@ from pipeline.transfer.grid import (
     combines_trials,
     fold_suffix,
     fraction_text,
+    needs_training,
+    starts_random,
+    takes,
     techniques,
 )
 from pipeline.transfer.trial import TargetData
@@ -291,6 +295,7 @@ def plan_target(job: Job, name: str) -> TargetStage:
             f"{place}: techniques: {combining[0]} is made of the weights of finished trials, which "
             "must be kept: set fanout.keep_bundles: all"
         )
+    _check_combinations(place, components, job.fanout.seeds)
     return TargetStage(
         name, spec, splits, state, root=job.root, techniques=components, unlabelled=unlabelled
     )
@@ -392,6 +397,22 @@ def _check_ensemble(place: str, objective: str) -> None:
             f"{place}: techniques: ensemble averages the predictions of {', '.join(able)}, and "
             f"those of {objective} cannot be averaged: use uniform_soup or greedy_soup"
         )
+
+
+def _check_combinations(place: str, components: tuple[ComponentConfig, ...], seeds: int) -> None:
+    """Raise ValueError where a technique would combine fewer than two trials of the job."""
+    trained = [one for one in components if not (starts_random(one) or combines_trials(one))]
+    for component in components:
+        if not isinstance(technique_of(component), TakesSomeTrials):
+            continue
+        taken = [one for one in trained if takes(component, one)]
+        count = sum(seeds if needs_training(one) else 1 for one in taken)
+        if count < 2:
+            raise ValueError(
+                f"{place}: techniques: {component.name} combines at least two trials, and this job "
+                f"has {count} that it takes (fanout.seeds: {seeds}): raise fanout.seeds, or name "
+                "techniques of this job in its option of"
+            )
 
 
 def _check_unlabelled(

@@ -513,14 +513,20 @@ def weights_hash(task: torch.nn.Module) -> str:
 def _without_failed_members(trial: Trial, shared: Shared) -> tuple[Trial, list[str]]:
     """Return a trial without those of its members that failed, and a note that names these.
 
-    It is returned as it is where fewer than two would remain.
+    Raises:
+        ValueError: Fewer than two remain.
     """
     records = read_records(shared.root, {one.id: one.folder for one in trial.members})
     failed = [one for one in trial.members if one.id in records and _has_failed(records[one.id])]
-    members = tuple(one for one in trial.members if one not in failed)
-    if not failed or len(members) < 2:
+    if not failed:
         return trial, []
+    members = tuple(one for one in trial.members if one not in failed)
     names = ", ".join(f"{one.technique.name} seed {one.seed}" for one in failed)
+    if len(members) < 2:
+        raise ValueError(
+            f"{trial.technique.name} combines at least two trials, and {len(members)} of the "
+            f"{len(trial.members)} that it takes ended well (failed or diverged: {names})"
+        )
     return replace(trial, members=members), [f"left out, as they failed: {names}"]
 
 

@@ -409,10 +409,10 @@ def test_one_row_a_class_and_all_rows_are_not_mixed(tmp_path, paths):
         assert kinds == {type(soup.label_fraction)}
 
 
-def planned(tmp_path, paths, techniques) -> dict[str, list[grid.Trial]]:
+def planned(tmp_path, paths, techniques, seeds: int = 3) -> dict[str, list[grid.Trial]]:
     """The final trials of a job by their techniques."""
     dumped = job_of(tmp_path, paths).model_dump(mode="json") | {"techniques": techniques}
-    dumped["fanout"]["keep_bundles"] = "all"
+    dumped["fanout"] |= {"keep_bundles": "all", "seeds": seeds}
     dumped["sources"]["src"]["train"] = {"global_batch": 8}
     state = stages.check(Job.model_validate(dumped), stage_runs.Silent())
     arch = Architecture("timm/test_vit", {}, {"channels": 3, "size": 32})
@@ -471,6 +471,17 @@ def test_what_cannot_be_combined_is_refused_before_anything_is_trained(
         planned(tmp_path, paths, ["full", {name: {"of": ["full", other]}}])
 
 
+@pytest.mark.parametrize("name", ["uniform_soup", "greedy_soup", "ensemble"])
+@pytest.mark.parametrize(("seeds", "of", "count"), [(1, ["full"], 1), (3, ["lora"], 0)])
+def test_fewer_than_two_trials_are_refused_before_anything_is_trained(
+    tmp_path, paths, name, seeds, of, count
+):
+    techniques = ["full", {name: {"of": of}}]
+    message = rf"{name} combines at least two trials, and this job has {count} that it takes"
+    with pytest.raises(ValueError, match=message):
+        planned(tmp_path, paths, techniques, seeds)
+
+
 def test_a_soup_has_learned_from_the_labels_of_all_its_trials(tmp_path, paths, monkeypatch):
     """Each seed has another quarter of the rows; a trial that failed is left out."""
     job = job_of(tmp_path, paths)
@@ -498,7 +509,12 @@ def test_a_soup_has_learned_from_the_labels_of_all_its_trials(tmp_path, paths, m
     assert [one.seed for one in rest.members] == [0, 2]
     assert notes == ["left out, as they failed: full seed 1"]
     pair = replace(soup, members=members[:2])
-    assert trial._without_failed_members(pair, shared) == (pair, []), "one makes no soup"
+    with pytest.raises(
+        ValueError,
+        match=r"^uniform_soup combines at least two trials, and 1 of the 2 that it takes ended well "
+        r"\(failed or diverged: full seed 1\)$",
+    ):
+        trial._without_failed_members(pair, shared)
     diverged = replace(records[members[1].id].rows[0], split="validation", value=math.nan)
     records[members[1].id] = SimpleNamespace(rows=[diverged], failed=False)
     assert trial._without_failed_members(soup, shared)[0] == rest

@@ -270,19 +270,24 @@ def test_pairs_that_failed_or_have_no_value_are_cut_first():
     assert reasons["a"] == reasons["b"] == "no value on validation rows"
 
 
-def test_short_runs_of_which_none_differs_are_compared_by_their_loss():
+def test_short_runs_of_equal_value_are_compared_by_their_loss():
     """A ninth of the steps finds no word: each has a word error rate of 1, so their loss tells."""
     one = bracket()
     trials = {pair.rungs[0].id: pair for pair in one.pairs}
-    values = dict.fromkeys(trials, -1.0) | {one.pairs[0].rungs[0].id: None}
-    losses = {name: {"a": 5.0, "b": 4.0, "c": 2.0}[name[0]] for name in [*trials][1:]}
+    first, second = list(trials)[:2]
+    values = dict.fromkeys(trials, -1.0) | {first: None}
+    # the second has no loss: its network diverged
+    losses = {name: {"a": 5.0, "b": 4.0, "c": 2.0}[name[0]] for name in [*trials][2:]}
     allocations = spend(12, one)
     found = budget.decide([one], allocations, values, losses)
     assert {trial.source for trial in found.waiting} == {"c"}
-    assert found.reasons[one.pairs[0].rungs[0].id].endswith("no value on validation rows")
-    values[one.pairs[1].rungs[0].id] = -0.9
+    assert found.reasons[first].endswith("no value on validation rows")
+    places = {name: found.reasons[name].rpartition("rank ")[2] for name in found.reasons}
+    assert places[second] == f"{len(trials) - 1} of {len(trials)}"
+    values[second] = -0.9
     found = budget.decide([one], allocations, values, losses)
-    assert found.waiting[0] is one.pairs[1].rungs[1], "where one differs, the values count"
+    assert found.waiting[0] is trials[second].rungs[1], "where values differ, they count first"
+    assert {trial.source for trial in found.waiting[1:]} == {"c"}, "the loss orders the others"
 
 
 def test_decisions_do_not_depend_on_where_a_job_was_killed():

@@ -313,6 +313,18 @@ def test_two_commands_do_not_write_into_one_folder_at_once(command, tmp_path):
     assert os.listdir(output) == []
 
 
+@pytest.mark.parametrize("command", [inference.predict, inference.embed_files])
+def test_a_refused_command_leaves_no_folder_that_was_not_there(command, tmp_path):
+    uri, given = image_bundle(tmp_path), tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": ["a"]}), given)
+    own = tmp_path / "own"
+    own.mkdir()
+    for output in (tmp_path / "new", own):
+        with pytest.raises(ValueError, match="has no column 'image'"):
+            command(uri, [str(given)], str(output), {}, "auto", Progress())
+    assert not (tmp_path / "new").exists() and own.exists()
+
+
 @pytest.mark.parametrize("name", ["image", "text", "audio", "table", "events", "trajectory"])
 def test_columns_of_training_suit(name):
     modality, _ = modalities()[name]
