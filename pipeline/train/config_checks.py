@@ -87,7 +87,7 @@ def check_packed(place: str, data: Data, objective: str) -> None:
     kind = registry.get("modality", data.modality.name)
     optional_roles: tuple[str, ...] = kind.optional_roles
     if not can_pack(kind):
-        able = _modalities_with(can_pack)
+        able = names_with("modality", can_pack)
         raise ValueError(
             f"{place}.objective: {objective} reads packed documents, and {data.modality.name} "
             f"rows cannot be packed: it is for {', '.join(able)}"
@@ -104,7 +104,7 @@ def check_costs(place: str, data: Data, train: Train, objective: type[Objective]
     """Raise ValueError where batches cannot be cut by the cost of rows."""
     if train.batch_cost is None:
         return
-    able = _modalities_with(is_costed)
+    able = names_with("modality", is_costed)
     why = ""
     if data.modality.name not in able or objective.packed:
         why = f"rows of {data.modality.name} all cost the same here (it is for {', '.join(able)})"
@@ -183,7 +183,6 @@ def _freezes_backbone(technique: Technique) -> bool:
     return any(layer_rates(technique, layers, phase.name)["backbone"] == 0 for phase in phases)
 
 
-def _modalities_with(capability: Callable[[Any], bool]) -> list[str]:
-    return [
-        name for name in registry.names("modality") if capability(registry.get("modality", name))
-    ]
+def names_with(kind: str, capability: Callable[[Any], bool]) -> list[str]:
+    """Return the names of the registered components of a kind that have a capability."""
+    return [name for name in registry.names(kind) if capability(registry.get(kind, name))]

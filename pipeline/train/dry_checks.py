@@ -12,7 +12,7 @@ from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
-from scipy.stats import beta
+from scipy import special
 
 from pipeline.checkpoints import bundle, pretrained
 from pipeline.config import registry
@@ -223,7 +223,7 @@ def check_sample(
     # lower bound of the share of bad rows in the split
     lowest_share = 0.0
     if bad:
-        lowest_share = float(beta.ppf(1 - CONFIDENCE, len(bad), len(part) - len(bad) + 1))
+        lowest_share = float(special.betaincinv(len(bad), len(part) - len(bad) + 1, 1 - CONFIDENCE))
     if is_whole or lowest_share > max_bad:
         try:
             check_bad_row_budget(bad, len(part), max_bad, part)

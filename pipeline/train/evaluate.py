@@ -164,8 +164,6 @@ def evaluator(
 
     Args:
         rows: This rank's part of the rows (`Rows.part`).
-        names: Names of metrics.
-        batch_rows: Rows of a batch.
         threads: For decoding.
         on_bad: Called with rows that could not be decoded.
     """

@@ -19,7 +19,7 @@ from pipeline.core.capabilities import (
     ineffective_options,
     reports_coverage,
 )
-from pipeline.core.contracts import Modality, Objective
+from pipeline.core.contracts import Arrays, Modality, Objective
 from pipeline.core.sampling import evenly_spread
 from pipeline.core.specs import ModalitySpec, State
 from pipeline.data import manifests
@@ -87,8 +87,6 @@ def fit_modality(
     """Return a source's modality: the checkpoint's, or one that is fitted on the training rows.
 
     Args:
-        spec: The source.
-        rows: Its training rows.
         checkpoint: The checkpoint that it starts from; None: there is none.
         place: The source in the job file, for errors.
         path: Where the fitted state is kept, so that a restart does not fit again.
@@ -167,6 +165,13 @@ def label_columns(spec: Source | Target) -> list[str]:
     files = file_roles(modality)
     roles = (*objective.roles, *objective.optional_roles)
     return columns_of([role for role in roles if role not in files], columns)
+
+
+def encode_labels(objective: str, state: State, rows: Selection, columns: dict[str, str]) -> Arrays:
+    """Return the labels of rows as an objective encodes them."""
+    kind = registry.get("objective", objective)
+    names = columns_of((*kind.roles, *kind.optional_roles), columns)
+    return kind.encode(manifests.read_columns(rows, names), columns, state)
 
 
 def fit_objective(spec: Source | Target, splits: Splits) -> State:

@@ -478,7 +478,7 @@ class _RankInputs:
     board: Any
     """The actor of the `Board`."""
     rows: Any
-    """A reference to the decoded training rows (`put_shared`), or None."""
+    """A reference to the decoded training rows in the object store, or None."""
 
 
 def start_actor(kind: type) -> Any:
@@ -490,7 +490,7 @@ def _rank_main(config: dict[str, Any]) -> None:  # Ray Train passes a dict
     import ray.train
     import ray.train.torch
 
-    inputs: _RankInputs = get_shared(config["inputs"])
+    inputs: _RankInputs = ray.get(config["inputs"])
     work, board = inputs.work, inputs.board
     if ray.get(board.read.remote())[1] is not None:
         return  # the run ended with an error that a restart would only repeat
@@ -510,7 +510,7 @@ def _rank_main(config: dict[str, Any]) -> None:  # Ray Train passes a dict
             newest = None
 
     try:
-        rows = None if inputs.rows is None else get_shared(inputs.rows)
+        rows: Any = None if inputs.rows is None else ray.get(inputs.rows)
         with write_fence.guarded_by(work.fences):
             pretrain.train_rank(work, ranks, on_progress, rows)
     except (
@@ -677,9 +677,9 @@ def _train(
     watched = (board, stage.name, progress, ended)
     watcher = threading.Thread(target=_watch, args=watched, daemon=True)
     watcher.start()
-    reference = put_shared(rows) if rows is not None else None
+    reference = ray.put(rows) if rows is not None else None
     # by reference: Ray Train's controller reads the config, and would import all modules of ranks
-    inputs = put_shared(_RankInputs(work, board, reference))
+    inputs = ray.put(_RankInputs(work, board, reference))
     error: Exception | None = None
     try:
         _fit(_trainer(stage, rank_resources, inputs, verbose, most))
@@ -750,7 +750,6 @@ def _torch_trainer(
     """Return Ray Train's trainer of a function that runs on every rank.
 
     Args:
-        main: The function.
         config: What Ray Train passes to it.
         ranks: Their number, or for elastic ranks the fewest and the most.
         cpus: Logical CPUs of a rank.
@@ -784,16 +783,6 @@ def _backend(gpus: float) -> Any:
     return ray.train.torch.TorchConfig(backend="gloo") if 0 < gpus < 1 else None
 
 
-def put_shared(value: Any) -> Any:
-    """Put a value into the object store once; return a reference for all that read it."""
-    return ray.put(value)
-
-
-def get_shared(reference: Any) -> Any:
-    """Return the value of a reference; its arrays are read in shared memory, without a copy."""
-    return ray.get(reference)
-
-
 def run_ranks(
     fn: Callable[[dict[str, Any], Ranks], Any],
     config: dict[str, Any],
@@ -820,7 +809,7 @@ def run_ranks(
 
     def main(config: dict[str, Any]) -> Any:
         context = ray.train.get_context()
-        given = {name: get_shared(reference) for name, reference in config.items()}
+        given = {name: ray.get(reference) for name, reference in config.items()}
         torch.set_num_threads(max(1, int(cpus)))
         device = ray.train.torch.get_device()
         ranks = Ranks(context.get_world_rank(), context.get_world_size(), device)
@@ -829,7 +818,7 @@ def run_ranks(
         return out if ranks.is_first else None
 
     references = {
-        name: value if isinstance(value, ray.ObjectRef) else put_shared(value)
+        name: value if isinstance(value, ray.ObjectRef) else ray.put(value)
         for name, value in config.items()
     }
     trainer = _torch_trainer(main, references, workers, cpus, gpus, uri, name=name)

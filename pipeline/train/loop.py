@@ -82,19 +82,23 @@ class KeepBest:
         self.best, self.stale = float("nan"), 0
 
     def update(self, step, metrics, task):
+        if self.takes(step, metrics) and not self.keeps_last:
+            self.weights = {
+                name: tensor.detach().cpu().clone() for name, tensor in task.state_dict().items()
+            }
+
+    def takes(self, step: int, metrics: Metrics) -> bool:
+        """Remember a validation, and return whether its weights are to be kept."""
         value = metrics[self.primary]
         is_first = np.isnan(self.best)
         is_better = is_first or (value > self.best if self.higher_is_better else value < self.best)
         self.stale = 0 if is_better else self.stale + 1
         if is_better:
             self.best = value
-        elif not self.keeps_last:
-            return
-        self.step, self.metrics = step, dict(metrics)
-        if not self.keeps_last:
-            self.weights = {
-                name: tensor.detach().cpu().clone() for name, tensor in task.state_dict().items()
-            }
+        is_taken = is_better or self.keeps_last
+        if is_taken:
+            self.step, self.metrics = step, dict(metrics)
+        return is_taken
 
     def restore(self, task):
         if self.weights is not None:

@@ -25,7 +25,6 @@ from pipeline.core.contracts.objective_capabilities import AllowsNullLabels
 from pipeline.core.specs import ModalitySpec
 from pipeline.data import manifests
 from pipeline.data.manifests import Selection
-from pipeline.media import box_labels, image_io
 from pipeline.train import fit_components
 
 SAMPLE_ROWS, SAMPLE_BYTES = 2048, 4 << 20
@@ -204,11 +203,13 @@ def doubtful_class_numbers(
 
     Args:
         component: The objective as the job states it.
-        rows: The training rows.
     """
     objective = registry.get("objective", component.name)
     options = objective.options_class(**component.options)
     if "mask" in objective.roles and len(rows):
+        # here: torchvision is slow to import, and each worker of a job imports this module
+        from pipeline.media import image_io
+
         column = columns["mask"]
         masks = fit_components.sample(rows, [column], SAMPLE_MASKS)[column]
         ignore = getattr(options, "ignore", image_io.IGNORED)
@@ -217,6 +218,8 @@ def doubtful_class_numbers(
         return [Finding(text, is_warning=True)] if doubt else []
     if not isinstance(options, BoxOptions) or not isinstance(options.names, list):
         return []
+    from pipeline.media import box_labels
+
     column = columns["labels"]
     labels = manifests.read_columns(rows, [column])[column]
     values = pc.unique(pc.list_flatten(labels)).drop_null().to_pylist()

@@ -75,11 +75,9 @@ def technique_streams(
     """Return the streams that a technique names, as functions of a range of steps.
 
     Args:
-        technique: The technique.
         rows: The rows of each available stream.
         seed: Gives each stream an order of its own, the same after a restart and on any number of
             ranks.
-        train: Settings of the run.
         ranks: Each rank reads its part of every batch.
         batch: Rows of a batch, or all where there are fewer; None: ``global_batch``.
         known: Streams that the run has already.
@@ -121,9 +119,7 @@ def test_inputs(
     rows come in one fixed random order, in batches of nearly equal size.
 
     Args:
-        rows: The rows.
         preprocess: As in `TrainingRun`.
-        ranks: Ranks of the run.
         size: Most rows of a batch.
     """
     plain, n = unlabelled(rows), len(rows)

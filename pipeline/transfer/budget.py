@@ -168,7 +168,6 @@ def allocate(budget: int, sizes: Sequence[BracketSize], seeds: int) -> list[Allo
 
     Args:
         budget: Full-length trials of the whole job, those of scratch included.
-        sizes: The size of each bracket.
         seeds: Number of seeds of a pair that is trained in full.
 
     Raises:

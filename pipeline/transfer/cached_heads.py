@@ -255,9 +255,7 @@ class KeepHeads:
             if best.is_exhausted:  # this head alone would have stopped
                 continue
             self.curves[k].append({"step": step, **values})
-            step_before = best.step
-            best.update(step, values, _NoWeights)
-            if best.step != step_before:
+            if best.takes(step, values):
                 self.weights[k] = [p.detach()[k].clone() for p in task.stacked]
 
     @torch.no_grad()
@@ -290,14 +288,6 @@ class KeepHeads:
         for best, saved in zip(self.best, state["best"], strict=True):
             best.load_state_dict(saved)
         self.weights, self.curves = state["weights"], state["curves"]
-
-
-class _NoWeights:
-    """Stands for the task in `KeepBest.update`, which would copy all heads."""
-
-    @staticmethod
-    def state_dict() -> dict[str, Tensor]:
-        return {}
 
 
 def can_stack(group: list[Trial], shared: Shared) -> bool:
@@ -348,9 +338,6 @@ def run(
 
     Trials whose steps or batches differ are trained in stacks of their own, and so is a head that
     draws random numbers. A head with a non-finite step is trained again alone.
-
-    Args:
-        on_step: Called at every step.
 
     Returns:
         The same records as those of ``trial.run``.
@@ -561,7 +548,6 @@ def _write_head(
 
     Args:
         began: When it began, in seconds since 1970.
-        validation: Metrics of the validation rows.
         test: Predictions of all test rows, in the order of their ids; None: they were not read.
     """
     if test is not None:

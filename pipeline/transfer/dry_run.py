@@ -168,8 +168,6 @@ def describe_target(state: JobState, name: str, planned: Planned) -> TargetCost:
     """Return what the trials of a target cost.
 
     Args:
-        state: The checked job.
-        name: The target.
         planned: What is planned where the job has a budget.
     """
     job, stage = state.job, state.targets[name]
@@ -273,7 +271,8 @@ def _add_fraction(
         longest = max(steps_of_techniques, default=steps)
         length = plural(steps, "step")
         if own_steps := sorted(steps_of_techniques - {steps}):
-            length += f" (techniques with their own number of steps: {_listed(own_steps)})"
+            counts = ", ".join(map(str, own_steps))
+            length += f" (techniques with their own number of steps: {counts})"
     else:
         cost.unknown = f" and those to be known {steps}"
     steps_or_none = steps if isinstance(steps, int) else None
@@ -315,10 +314,6 @@ def _add_fraction(
         cost.lines += _slow_average(place, train, longest)
     if allocation is not None:
         cost.lines.append(f"{place}, budget: {allocation.describe()}")
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))
 
 
 def _describe_reuse(state: JobState) -> list[str]:

@@ -235,7 +235,6 @@ def _run_work_item(
     Args:
         shared_reference: Ray's reference to what all trials share. It is in a list, because Ray
             Tune puts its parameters into the object store, which takes no bare reference.
-        work: All work items.
         asha: Whether validations are reported to the scheduler.
         board: The `HeartbeatBoard` that gets heartbeats; None: no watchdog.
     """
@@ -244,7 +243,7 @@ def _run_work_item(
         sender = _register_process(
             board, config["item_index"], heartbeat_seconds, config["workers"] > 0
         )
-    shared: Shared = launch.get_shared(shared_reference[0])
+    shared: Shared = ray.get(shared_reference[0])
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     if asha:
         gc.collect()  # a stopped trial left its network in a traceback, which is free only now
@@ -731,7 +730,7 @@ def _tune(
         )
         trainable = tune.with_parameters(
             _run_work_item,
-            shared_reference=[launch.put_shared(shared)],
+            shared_reference=[ray.put(shared)],
             work=work,
             asha=asha,
             board=watchdog.board,

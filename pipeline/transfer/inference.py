@@ -22,6 +22,7 @@ from pipeline.config.schema import OutputFormat, spec_hash
 from pipeline.core import arrow_lists
 from pipeline.core.arrow_compute import pc
 from pipeline.core.capabilities import (
+    columns_of,
     extends_state,
     file_columns,
     is_costed,
@@ -556,7 +557,7 @@ def _coverage(rows: NewRows) -> str:
     if not reports_coverage(modality) or not count:
         return ""
     roles = fit_components.fitted_roles(type(modality))
-    names = list(dict.fromkeys(columns[role] for role in roles if role in columns))
+    names = columns_of(roles, columns)
     table = fit_components.sample(rows.selection, names, fit_components.FIT_ROWS)
     coverage = modality.coverage(table, columns)
     sampled = f" (of {len(table):,} rows)" if len(table) < count else ""

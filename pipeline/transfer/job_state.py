@@ -66,6 +66,11 @@ class JobState:
     trial_provenance: dict[str, TrialProvenance] = field(default_factory=dict)
     """Code and versions that made each trial in the table, by trial id."""
 
+    def note(self, line: str, is_warning: bool = False) -> None:
+        """Add a line to the notes of the run, and show it."""
+        self.notes.append(line)
+        self.progress.note(f"warning: {line}" if is_warning else line)
+
 
 def matching_sources(state: JobState, target: str) -> list[str]:
     """Return the sources that a target is adapted from: those it names, or all of its modality."""
@@ -185,7 +190,6 @@ def save_metadata(state: JobState, chosen: dict[str, set[str]]) -> None:
     """Write what a run leaves for later commands and for the report.
 
     Args:
-        state: The state after a run.
         chosen: Sources of each target that were fanned out.
     """
     metadata: _StoredMetadata = {

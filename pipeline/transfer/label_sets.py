@@ -18,9 +18,9 @@ from pipeline.core.contracts.objective_capabilities import (
     reads_texts,
 )
 from pipeline.core.specs import NO_OBJECTIVE, ObjectiveSpec
-from pipeline.data import manifests
 from pipeline.data.manifests import Selection
 from pipeline.io.wording import plural
+from pipeline.train import fit_components
 
 SHOWN = 8
 """Labels that a message names."""
@@ -103,9 +103,7 @@ def shared_rows(
     objective = registry.get("objective", source.name)
     if "label" not in objective.roles or not match.of_source_alone:
         return selection
-    roles = (*objective.roles, *objective.optional_roles)
-    names = list(dict.fromkeys(columns[role] for role in roles if role in columns))
-    labels = objective.encode(manifests.read_columns(selection, names), columns, source.state)
+    labels = fit_components.encode_labels(source.name, source.state, selection, columns)
     is_shared = np.array([name in match.target for name in match.source])
     return selection.keep(is_shared[labels["label"]])
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.config import registry
 from pipeline.config.schema import Target
-from pipeline.core.capabilities import has_single_features
+from pipeline.core.capabilities import columns_of, has_single_features
 from pipeline.core.contracts import Modality
 from pipeline.core.sampling import evenly_spread
 from pipeline.core.specs import State
@@ -47,8 +47,6 @@ def find_leaks(modality: Modality, spec: Target, rows: Selection, state: State) 
 
     Args:
         modality: The fitted modality, which knows the features.
-        spec: The target.
-        rows: Its training rows.
         state: The fitted state of its objective.
     """
     objective = registry.get("objective", spec.objective.name)
@@ -56,11 +54,7 @@ def find_leaks(modality: Modality, spec: Target, rows: Selection, state: State) 
     if role is None or not has_single_features(modality) or not len(rows):
         return []
     columns = spec.data.columns
-    label_columns = [
-        columns[label_role]
-        for label_role in (*objective.roles, *objective.optional_roles)
-        if label_role in columns
-    ]
+    label_columns = columns_of((*objective.roles, *objective.optional_roles), columns)
     indices = _sample(rows, label_columns, objective, columns, state, role)
     inputs = fit_components.fitted_columns(type(modality), objective, columns)
     table = manifests.Reader(rows.manifest, [*dict.fromkeys([*inputs, *label_columns])]).take(

@@ -68,7 +68,6 @@ def serve(state: JobState, port: int | None) -> Iterator[None]:
     """Serve the page of a run until the block ends.
 
     Args:
-        state: The state of the job that runs.
         port: A port of 127.0.0.1; 0: any free one. None: nothing is served.
 
     Raises:
@@ -176,8 +175,6 @@ class LivePage:
     """Makes the page of a job from what its run has written so far.
 
     Args:
-        name: Name of the job.
-        root: Its folder.
         progress: The progress of the run, with its newest line and its trials.
         logs: URI of the training log of each source.
     """

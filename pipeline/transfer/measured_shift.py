@@ -96,9 +96,7 @@ def class_counts_of_rows(
     kind = registry.get("objective", objective)
     if "label" not in kind.roles or "label" not in columns or not state.get("labels"):
         return {}
-    roles = (*kind.roles, *kind.optional_roles)
-    names = [*dict.fromkeys(columns[role] for role in roles if role in columns)]
-    labels = kind.encode(manifests.read_columns(selection, names), columns, state)["label"]
+    labels = fit_components.encode_labels(objective, state, selection, columns)["label"]
     return class_counts(labels, tuple(map(str, state["labels"])))
 
 
@@ -214,13 +212,9 @@ def _class_labels(
     data: TargetData, selection: Selection, ids: np.ndarray | None = None
 ) -> np.ndarray:
     """Return the (n,) class numbers of rows."""
-    kind = registry.get("objective", data.objective.name)
-    columns = data.spec.data.columns
-    roles = (*kind.roles, *kind.optional_roles)
-    names = [*dict.fromkeys(columns[role] for role in roles if role in columns)]
-    ids = selection.all_ids if ids is None else ids
-    table = manifests.Reader(selection.manifest, names).take(ids)
-    return kind.encode(table, columns, data.objective.state)["label"]
+    rows = selection if ids is None else Selection(selection.manifest, ids)
+    objective, columns = data.objective, data.spec.data.columns
+    return fit_components.encode_labels(objective.name, objective.state, rows, columns)["label"]
 
 
 def _concept_within(

@@ -31,7 +31,6 @@ def check_rows(state: JobState, workloads: Workloads | None = None) -> list[str]
     """Describe sources and targets, from a sample of their rows.
 
     Args:
-        state: A job that was checked.
         workloads: Gets what is trained.
 
     Raises:

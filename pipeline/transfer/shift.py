@@ -20,7 +20,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from scipy import special, stats  # pyright: ignore[reportMissingTypeStubs]
+import scipy  # its stats is slow to import, so it is named in full: scipy imports it at first use
+from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 from scipy.spatial.distance import (  # pyright: ignore[reportMissingTypeStubs]
     jensenshannon,
 )
@@ -234,7 +235,7 @@ def feature_drift(
         comparisons += [(name, *comparison) for comparison in _drifts(*sides, shares)]
     if not comparisons:
         return ()
-    corrected = stats.false_discovery_control([p for _, _, p, _ in comparisons])
+    corrected = scipy.stats.false_discovery_control([p for _, _, p, _ in comparisons])
     drifts = [
         Drift(name, size, float(p), kind)
         for (name, size, _, kind), p in zip(comparisons, corrected, strict=True)
@@ -262,11 +263,11 @@ def _drifts(
     values, others = values[is_known], others[other_is_known]
     if min(len(values), len(others)) < MIN_ROWS:
         return out
-    test: Any = stats.ks_2samp(values, others)
+    test: Any = scipy.stats.ks_2samp(values, others)
     p = float(test.pvalue)
     if shares != (1.0, 1.0):
         n, m = max(len(values) * shares[0], 1.0), max(len(others) * shares[1], 1.0)
-        p = float(stats.kstwo.sf(test.statistic, max(round(n * m / (n + m)), 1)))
+        p = float(scipy.stats.kstwo.sf(test.statistic, max(round(n * m / (n + m)), 1)))
     return [*out, (float(test.statistic), p, "numbers")]
 
 
@@ -279,5 +280,5 @@ def _drift_of_categories(
         return 0.0, 1.0, "categories"
     counts = np.array([(side[:, None] == kinds).sum(0) for side in (values, others)])
     size = float(jensenshannon(*counts, base=2)) ** 2
-    test: Any = stats.chi2_contingency(counts * np.array(shares)[:, None])
+    test: Any = scipy.stats.chi2_contingency(counts * np.array(shares)[:, None])
     return size, float(test.pvalue), "categories"

@@ -187,8 +187,7 @@ def _add_notes(state: JobState, notes: Iterable[str]) -> None:
     """Add notes to the run's and show them, each once: folds of a target have the same ones."""
     for note in notes:
         if note not in state.notes:
-            state.notes.append(note)
-            state.progress.note(note)
+            state.note(note)
 
 
 def at_place(place: str, error: Exception) -> str:
@@ -374,8 +373,7 @@ def _prepare_target(
     num_test_rows = len(state.targets[name].splits.test)
     state.num_dropped_test_rows[name] = num_test_rows - len(found_overlap.test)
     for note in found_overlap.notes:
-        state.notes.append(note)
-        state.progress.note(note)
+        state.note(note)
     return data
 
 
@@ -518,8 +516,7 @@ def _compute_scores(
         if pair.error:
             what = "score" if scored is None or pair.target in scored else "measured shift"
             line = f"{pair.target}: source {pair.source} has no {what} ({pair.error})"
-            state.notes.append(line)
-            state.progress.note(f"warning: {line}")
+            state.note(line, is_warning=True)
 
 
 def _class_counts(state: JobState, stage: source.SourceStage, shared: Shared) -> dict[str, int]:
@@ -567,19 +564,16 @@ def _select_sources(state: JobState, shared: Shared) -> dict[str, set[str]]:
             ranks[source_name] = _rank(score)
             state.scores[pair] = SelectionScore(score_name=select.score, score_value=score.value)
         if all(is_undefined for is_undefined, _ in ranks.values()):
-            state.notes.append(
-                f"{name}: no source has a {select.score} score, so none is left out by it"
-            )
-            state.progress.note(f"warning: {state.notes[-1]}")
+            line = f"{name}: no source has a {select.score} score, so none is left out by it"
+            state.note(line, is_warning=True)
             continue
         best = sorted(ranks, key=ranks.__getitem__)
         chosen[name] = set(best[: select.top])
         if dropped := best[select.top :]:
-            state.notes.append(
+            state.note(
                 f"{name}: sources kept by {select.score}: {', '.join(sorted(chosen[name]))}; "
                 f"left out: {', '.join(dropped)}"
             )
-            state.progress.note(state.notes[-1])
     return chosen
 
 
@@ -614,8 +608,7 @@ def _run_budget(
             strict=True,
         )
     for note in decision.notes:
-        state.notes.append(note)
-        state.progress.note(note)
+        state.note(note)
     _note_failed(state, decision.tried, records)
     return decision
 
@@ -639,12 +632,12 @@ def _note_failed(
         state.failed_in_budget += [one.id for one in failed]
         named = ", ".join(f"{one.source} · {one.technique}" for one in failed)
         labels = plots.labels_text(fraction)
-        state.notes.append(
+        state.note(
             f"{name} at {labels}: search trials of the budget failed, so these pairs were cut: "
             f"{named}. They do not run again with the job, which would then keep other pairs; "
-            "another number for fanout.select.budget tries them again"
+            "another number for fanout.select.budget tries them again",
+            is_warning=True,
         )
-        state.progress.note(f"warning: {state.notes[-1]}")
 
 
 def finetune(state: JobState, shared: Shared) -> list[Trial]:
@@ -694,11 +687,11 @@ def _run_search(
         search = [*search, *finalists]
     winners = winning_draws(search, records)
     for entry in sorted({one.entry for one in search} - set(winners)):
-        state.notes.append(
+        state.note(
             f"search: no trial of {entry} ended well, so it has no winner: its final trials run "
-            "with the target's own settings"
+            "with the target's own settings",
+            is_warning=True,
         )
-        state.progress.note(f"warning: {state.notes[-1]}")
     return search, winners
 
 

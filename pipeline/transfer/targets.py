@@ -28,7 +28,12 @@ from pipeline.config.schema import (
     Train,
     spec_hash,
 )
-from pipeline.core.capabilities import check_roles, finds_near_rows, ineffective_options
+from pipeline.core.capabilities import (
+    check_roles,
+    columns_of,
+    finds_near_rows,
+    ineffective_options,
+)
 from pipeline.core.contracts import (
     Modality,
     Objective,
@@ -57,7 +62,6 @@ from pipeline.core.contracts.objective_capabilities import (
 )
 from pipeline.core.contracts.technique_capabilities import (
     LABELLED_SOURCE,
-    TakesSomeTrials,
     adapts_without_labels,
     adds_penalty,
     gathers_rows,
@@ -160,16 +164,6 @@ class TargetStage:
         )
 
     @property
-    def has_class_labels(self) -> bool:
-        """Whether rows have classes or label sets.
-
-        A verdict then needs enough rows outside of the most frequent class, or with and without
-        the labels.
-        """
-        objective = registry.get("objective", self.spec.objective.name)
-        return has_classes(objective)
-
-    @property
     def packed(self) -> bool:
         """Whether documents are packed into rows of equal length."""
         return registry.get("objective", self.spec.objective.name).packed
@@ -190,8 +184,8 @@ class TargetStage:
             return {}
         objective, group = registry.get("objective", self.spec.objective.name), self.spec.data.group
         columns = [*fit_components.label_columns(self.spec), *([group] if group else [])]
-        # classes of rows, or of hours
-        by_class = self.has_class_labels or "label_values" in objective.roles
+        # of classes of rows, label sets, or classes of hours
+        by_class = any((has_classes(objective), "label_values" in objective.roles))
         unit = "groups" if group else "rows"
         out: dict[str, stats.Evidence] = {}
         for name, selection in self.splits.by_name().items():
@@ -331,11 +325,7 @@ def _check_spec(
     """Raise ValueError for settings that contradict each other, before any row is read."""
     name = spec.objective.name
     if not _for_targets(objective):
-        usable = [
-            other
-            for other in registry.names("objective")
-            if _for_targets(registry.get("objective", other))
-        ]
+        usable = config_checks.names_with("objective", _for_targets)
         raise ValueError(
             f"{place}.objective: {name} is for sources; a target's rows have labels, or are texts "
             f"to model: {', '.join(usable)}"
@@ -364,11 +354,7 @@ def _check_spec(
             f"{name} has no single class: give shares, such as 0.1"
         )
     if spec.drop_overlap == "near" and not finds_near_rows(modality):
-        able = [
-            other
-            for other in registry.names("modality")
-            if finds_near_rows(registry.get("modality", other))
-        ]
+        able = config_checks.names_with("modality", finds_near_rows)
         raise ValueError(
             f"{place}.drop_overlap: near duplicates are found among rows of {', '.join(able)}, "
             f"these rows are {spec.data.modality.name}: use exact"
@@ -387,11 +373,7 @@ def _check_spec(
 
 def _check_ensemble(place: str, objective: str) -> None:
     """Raise ValueError where the predictions of several networks cannot be averaged."""
-    able = [
-        one
-        for one in registry.names("objective")
-        if averages_predictions(registry.get("objective", one))
-    ]
+    able = config_checks.names_with("objective", averages_predictions)
     if objective not in able:
         raise ValueError(
             f"{place}: techniques: ensemble averages the predictions of {', '.join(able)}, and "
@@ -402,9 +384,7 @@ def _check_ensemble(place: str, objective: str) -> None:
 def _check_combinations(place: str, components: tuple[ComponentConfig, ...], seeds: int) -> None:
     """Raise ValueError where a technique would combine fewer than two trials of the job."""
     trained = [one for one in components if not (starts_random(one) or combines_trials(one))]
-    for component in components:
-        if not isinstance(technique_of(component), TakesSomeTrials):
-            continue
+    for component in filter(combines_trials, components):
         taken = [one for one in trained if takes(component, one)]
         count = sum(seeds if needs_training(one) else 1 for one in taken)
         if count < 2:
@@ -587,7 +567,7 @@ def _try_rows(selection: manifests.Selection, spec: Target, state: State) -> Non
     modality = registry.get("modality", spec.data.modality.name)
     objective, columns = registry.get("objective", spec.objective.name), spec.data.columns
     roles = (*fit_components.fitted_roles(modality), *objective.roles, *objective.optional_roles)
-    names = list(dict.fromkeys(columns[role] for role in roles if role in columns))
+    names = columns_of(roles, columns)
     table = fit_components.sample(selection, names, TRIED_ROWS)
     wrong_types = (TypeError, AttributeError, pa.ArrowNotImplementedError, pa.ArrowTypeError)
     try:

@@ -164,7 +164,6 @@ def describe(state: JobState, workloads: Mapping[str, Sequence[Workload]]) -> li
     """Return how long what is not done yet would take, in one sentence.
 
     Args:
-        state: A job that was checked.
         workloads: What is trained, by its place in the job (``sources.NAME``, ``targets.NAME``).
     """
     speeds, parts, unknown, total = _Speeds(), list[str](), list[str](), 0.0

@@ -646,12 +646,6 @@ def run(
     A trial that was killed continues from its newest resume point. The resume points are removed
     when the record is written.
 
-    Args:
-        trial: The trial.
-        shared: The data that all trials read.
-        report: Called at every validation.
-        on_step: Called at every step.
-
     Returns:
         The record.
 
@@ -782,11 +776,7 @@ def predict_test(
     """Adapt to the test rows, calibrate on the validation rows, then predict each test row once.
 
     Args:
-        task: The network after training.
         technique: Its technique, which may adapt it to the test rows.
-        data: The target.
-        train: Training settings of the trial.
-        ranks: Ranks of the run.
         may_calibrate: False where the labels of the validation rows may not be used.
 
     Returns:
@@ -855,12 +845,9 @@ def make_record(
     The rows have no gains yet: these are computed when all trials have ended.
 
     Args:
-        trial: The trial.
-        shared: The data that all trials read.
         train: Its training settings; None for a baseline.
         began: When it began, in seconds since 1970.
         summary: What it reports of its training.
-        validation: Metrics of the validation rows.
         test: Predictions of the test rows; None: they were not read.
         status: "done", "failed" or "pruned".
         error: Why it failed or was stopped.
@@ -1159,7 +1146,6 @@ def read_predictions(root: str, folder: str, seed: int) -> stats.RunPredictions 
     Args:
         root: The folder of the job.
         folder: That of the trial, relative to it.
-        seed: The trial's seed.
     """
     data = _predictions(root, folder, read_record(root, folder))
     if data is None:

@@ -20,6 +20,7 @@ import pytest
 import torch
 from ray.tune.schedulers import TrialScheduler
 from rich.console import Console
+from stage_runs import Silent
 from toys import image_files, job_of, shared_of, trial_of
 
 from pipeline.config.schema import ComponentConfig, Fanout, Job
@@ -219,7 +220,7 @@ def run_unit(monkeypatch, shared, unit, run, asha=True, **config):
     """What ``_run_work_item`` reports, with ``trial.run`` replaced."""
     reports = []
     monkeypatch.setattr(fanout.tune, "report", reports.append)
-    monkeypatch.setattr(launch, "get_shared", lambda reference: reference)
+    monkeypatch.setattr(fanout.ray, "get", lambda reference: reference)
     monkeypatch.setattr(one_trial, "run", run)
     fanout._run_work_item(
         {"item_index": 0, "threads": 1, "workers": 0, "cpus": 1.0, "gpus": 0.0, **config},
@@ -612,13 +613,6 @@ def test_frozen_trials_of_rows_that_do_not_lie_in_memory_or_of_several_ranks_run
         ] == [([one.id], False) for one in probes]
 
 
-def test_units_are_told_apart_by_the_ranks_that_their_target_asks_for(world):
-    job, shared = world
-    data = next(iter(shared.targets.values()))
-    work = fanout.group_into_work_items([trial_of(job, shared, "full")], shared)
-    assert fanout.by_num_workers(work, shared) == {0: work} and data.spec.workers == 0
-
-
 def test_the_line_tells_trials_that_have_begun_since():
     """Tune calls ``on_trial_start`` while a trial is still pending: a long trial would be told as
     none.
@@ -743,25 +737,6 @@ class Slow(Image):
         return super().collate(arrays)
 
 
-class Notes:
-    """A progress view that keeps what stays."""
-
-    def __init__(self):
-        self.lines: list[str] = []
-
-    def update(self, line, final=False):
-        pass
-
-    def note(self, line):
-        self.lines.append(line)
-
-    def add_trials(self, trials, outdated=None):
-        pass
-
-    def on_end(self, ended):
-        pass
-
-
 def with_targets(shared, one, **kinds):
     """A trial of ``one``'s kind on each of further targets, which are read by modalities of their
     own.
@@ -797,7 +772,7 @@ def test_a_trial_that_hangs_is_ended_and_the_others_go_on(paths, tmp_path, ray_h
     )
     fine = [full, probe, *with_targets(shared, full, slow=Slow)]
     spec = Fanout.model_validate({"silence_timeout_minutes": 0.5, "cpus_per_trial": 0.5})
-    progress = Notes()
+    progress = Silent()
     records = fanout.run("x", [*hanging, *fine], shared, spec, progress)
     assert [record.status for record in records] == ["failed"] * 3 + ["done"] * 3, [
         record.error for record in records
@@ -819,7 +794,7 @@ def test_a_trial_that_takes_too_long_is_ended(paths, tmp_path, ray_here):
     shared = shared_of(tmp_path, job, paths)
     (endless,) = with_targets(shared, trial_of(job, shared, "full"), slow=Slow)
     spec = Fanout.model_validate({"trial_timeout_minutes": 0.1, "cpus_per_trial": 0.5})
-    (record,) = fanout.run("x", [endless], shared, spec, Notes())
+    (record,) = fanout.run("x", [endless], shared, spec, Silent())
     assert (
         record.status == "failed"
         and "ran longer than 0.1 minutes (fanout.trial_timeout_minutes)" in record.error
@@ -874,11 +849,13 @@ def test_heads_that_train_together_share_the_time_that_each_has(world, monkeypat
     monkeypatch.setattr(launch, "start_actor", lambda kind: None)
     trials = tuple(trial_of(job, shared, "linear_probe", seed=seed) for seed in range(3))
     work = [fanout.WorkItem(trials, True), fanout.WorkItem(trials[:1], False)]
-    watchdog = fanout.Watchdog(work, Fanout.model_validate({"trial_timeout_minutes": 2.0}), Notes())
+    watchdog = fanout.Watchdog(
+        work, Fanout.model_validate({"trial_timeout_minutes": 2.0}), Silent()
+    )
     assert watchdog.limits == {0: 360.0, 1: 120.0} and watchdog.max_silence_seconds == 30 * 60
     assert (
         fanout.Watchdog(
-            work, Fanout.model_validate({"silence_timeout_minutes": None}), Notes()
+            work, Fanout.model_validate({"silence_timeout_minutes": None}), Silent()
         ).max_silence_seconds
         is None
     )

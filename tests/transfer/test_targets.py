@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+from stage_runs import Silent
 from toys import SMALL, sentences, task_of, text_modality
 
 from pipeline.checkpoints import bundle
@@ -39,14 +40,6 @@ from pipeline.transfer import (
 from pipeline.transfer.trial import Shared
 
 LENGTH = 32
-
-
-class Silent:
-    def update(self, line: str, final: bool = False) -> None:
-        pass
-
-    def note(self, line: str) -> None:
-        pass
 
 
 def modality_of(backbone: str) -> dict[str, Any]:
@@ -132,7 +125,7 @@ def job_of(
 
 
 def shared_of(job: Job) -> tuple[job_state.JobState, Shared]:
-    state = stages.check(job, Silent())  # type: ignore[arg-type]
+    state = stages.check(job, Silent())
     return state, stages.prepare_shared(state)
 
 
@@ -247,7 +240,7 @@ def test_a_probe_of_a_masked_model_trains_the_head_alone(tmp_path, models, texts
 def test_a_technique_that_would_train_nothing_is_refused(tmp_path, models, texts, technique):
     state = stages.check(
         job_of(tmp_path, models["gpt2"], texts, techniques=("scratch", technique)), Silent()
-    )  # type: ignore[arg-type]
+    )
     with pytest.raises(
         ValueError,
         match=rf"targets\.task: techniques: {technique} trains the head alone, and clm has none "
@@ -286,7 +279,6 @@ def test_a_technique_that_would_train_nothing_is_refused(tmp_path, models, texts
 )
 def test_what_packed_rows_have_not_is_refused(tmp_path, models, texts, change, message):
     with pytest.raises(ValueError, match=message):
-        # type: ignore[arg-type]
         stages.check(job_of(tmp_path, models["gpt2"], texts, **change), Silent())
 
 
@@ -336,7 +328,6 @@ def test_a_group_is_kept_out_of_other_splits_and_is_no_unit_of_packed_rows(tmp_p
 
 
 def test_an_objective_for_another_kind_of_backbone_leaves_the_target_out(tmp_path, models, texts):
-    # type: ignore[arg-type]
     state = stages.check(job_of(tmp_path, models["bert"], texts, "clm"), Silent())
     with pytest.raises(
         ValueError,
@@ -364,7 +355,7 @@ def test_rows_longer_than_the_backbone_are_refused_before_training(
         match=r"targets\.task: the backbone transformers/bert does not suit classification on "
         r"these rows .*64",
     ) as caught:
-        stages.prepare_shared(stages.check(job, Silent()))  # type: ignore[arg-type]
+        stages.prepare_shared(stages.check(job, Silent()))
     assert all(number in str(caught.value) for number in numbers)
     fits = job_of(
         tmp_path, source, texts, "classification", columns, {"modality": {"text": {"length": 16}}}
@@ -422,7 +413,7 @@ def test_a_source_to_be_pretrained_with_too_few_positions_is_told_before_anythin
     )
     job = Job.model_validate({**job.model_dump(mode="json"), "sources": {"src": source}})
     if not refused:
-        assert stages.check(job, Silent()).targets  # type: ignore[arg-type]
+        assert stages.check(job, Silent()).targets
         return
     with pytest.raises(
         ValueError,
@@ -430,7 +421,7 @@ def test_a_source_to_be_pretrained_with_too_few_positions_is_told_before_anythin
         rf"{backbone.get('positions', 32)} positions of "
         r"transformers/bert.*positions: 64",
     ):
-        stages.check(job, Silent())  # type: ignore[arg-type]
+        stages.check(job, Silent())
 
 
 def test_tags_of_a_text_that_is_no_list_of_words_are_refused_by_its_type(tmp_path, models):
@@ -449,7 +440,7 @@ def test_tags_of_a_text_that_is_no_list_of_words_are_refused_by_its_type(tmp_pat
         stages.check(
             job_of(tmp_path, models["bert"], str(tmp_path / "plain.parquet"), "tagging", columns),
             Silent(),
-        )  # type: ignore[arg-type]
+        )
     pq.write_table(
         pa.table({**table, "words": [text.split() for text in table["words"]]}),
         tmp_path / "lists.parquet",
@@ -503,7 +494,7 @@ def test_answers_are_compared_with_their_context_before_anything_starts(tmp_path
                 tmp_path, models["bert"], str(tmp_path / "numbers.parquet"), "qa", columns, windows
             ),
             Silent(),
-        )  # type: ignore[arg-type]
+        )
 
 
 @pytest.mark.parametrize(
@@ -520,7 +511,6 @@ def test_answers_are_compared_with_their_context_before_anything_starts(tmp_path
 def test_a_dry_run_does_not_count_documents_as_packed_rows(
     tmp_path, models, texts, train, steps, whole
 ):
-    # type: ignore[arg-type]
     state = stages.check(job_of(tmp_path, models["gpt2"], texts, train=train), Silent())
     lines = dry_run.describe(state)
     assert (
@@ -581,7 +571,6 @@ def pair_job(folder: Path, source: dict[str, str]) -> Job:
 
 
 def test_pairs_are_test_rows_of_a_source_when_both_texts_are_there(tmp_path):
-    # type: ignore[arg-type]
     state = stages.check(pair_job(tmp_path, {"text": "a", "text_pair": "b"}), Silent())
     found = overlap.find_overlap(state.targets["task"], state.sources, str(tmp_path / "signs"))
     left_out = "4 of 12 test rows left out because they are also in a source"
@@ -590,7 +579,6 @@ def test_pairs_are_test_rows_of_a_source_when_both_texts_are_there(tmp_path):
         and any(left_out in note for note in found.notes)
         and not any("its own" in note for note in found.notes)
     )
-    # type: ignore[arg-type]
     single = stages.check(pair_job(tmp_path / "single", {"text": "b"}), Silent())
     assert overlap.find_overlap(
         single.targets["task"], single.sources, str(tmp_path / "signs")
@@ -639,23 +627,10 @@ def test_hours_and_actions_count_for_a_verdict_as_in_the_report(
     if objective == "behaviour_cloning":
         kind = registry.get("objective", objective)
         state = kind.fit(kind.options_class(), table, columns)
-    stage = targets.TargetStage("task", spec, splits, state)  # type: ignore[arg-type]
+    stage = targets.TargetStage("task", spec, splits, state)
     predictions = {"label": np.array([[0, 1], [0, -1], [0, 0]]), "scores": np.zeros((3, 2, 2))}
     found = stats.evidence(stats.RunPredictions(np.arange(3), predictions, 0), metric or "")
     assert stage.evidence() == {"test": found} and (found.count, found.needed) == (count, needed)
-
-
-def test_the_objectives_that_may_be_targets():
-    usable = {
-        name
-        for name in registry.names("objective")
-        if targets._for_targets(registry.get("objective", name))
-    }
-    assert {"classification", "multilabel", "mlm", "clm"} <= usable and not {
-        "simclr",
-        "dino",
-        "mae",
-    } & usable
 
 
 @pytest.mark.parametrize("train", [{"global_batch": 8}, {"batch_cost": 8}])

@@ -261,18 +261,6 @@ def test_what_was_cut_off_in_the_middle_is_logged_anew(ended, monkeypatch):
 
 @pytest.mark.slow
 @needs_mlflow
-def test_bundles_are_uploaded_where_they_are_asked_for(ended):
-    options = {**ended.state.job.tracking.options, "bundles": True}
-    config = ComponentConfig(name="mlflow", options=options)
-    ended.state.job = ended.state.job.model_copy(update={"tracking": config})
-    run(ended)
-    source = runs(ended)["garments"].info.run_id
-    files = {one.path for one in client(ended).list_artifacts(source, "bundle")}
-    assert files == {"bundle/manifest.json", "bundle/weights.safetensors"}
-
-
-@pytest.mark.slow
-@needs_mlflow
 def test_a_run_that_was_deleted_is_logged_anew(ended):
     run(ended)
     name = ended.trials[1].name
@@ -478,17 +466,6 @@ def test_tracking_changes_no_hash_and_is_not_dumped(tmp_path):
     tracked = job_at(tmp_path, tracking={"mlflow": {"uri": f"https://me:{SECRET}@runs.example"}})
     assert spec_hash(without) == spec_hash(tracked)
     assert SECRET not in tracked.model_dump_json(exclude={"targets"})
-
-
-def test_what_is_not_installed_is_an_error_with_the_command(tmp_path, monkeypatch):
-    from pipeline.transfer.trackers import mlflow
-
-    monkeypatch.setattr(mlflow, "find_spec", lambda name: None)
-    job = job_at(tmp_path, tracking="mlflow")
-    with pytest.raises(
-        ValueError, match=r"tracking: mlflow is not installed: uv pip install -e '\.\[mlflow\]'"
-    ):
-        tracking.tracker_of(job)
 
 
 def test_a_dry_run_says_what_is_not_installed(tmp_path, monkeypatch):

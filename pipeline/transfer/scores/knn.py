@@ -32,7 +32,6 @@ def knn(
     Args:
         features: (n, D) features.
         labels: (n,) class numbers, or (n, L) 0 or 1.
-        k: Number of neighbours.
         groups: (n,) group of each row; None: each row is independent.
     """
     y = torch.from_numpy(labels.astype(np.int64))
