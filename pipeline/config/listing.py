@@ -141,4 +141,5 @@ def _networks(library: str, part: str) -> list[str]:
     left = len(found) - MAX_ARCHITECTURES
     if left > 0:
         text += f" and {left} more: onetomany backbones {library}/PART lists those with PART"
-    return [f"Networks ({len(found)}):", textwrap.indent(textwrap.fill(text, 92), "  "), ""]
+    text = textwrap.fill(text, 92, break_on_hyphens=False)  # blenderbot-small is one name
+    return [f"Networks ({len(found)}):", textwrap.indent(text, "  "), ""]

@@ -66,7 +66,7 @@ class WaveNetOptions(Options):
 
 @register("model", "wavenet", options=WaveNetOptions)
 class WaveNet(Backbone):
-    """WaveNet over the samples of a recording.
+    """WaveNet over the samples of a recording (van den Oord et al. 2016).
 
     Input: ``wave`` (B, n) float32 in [-1, 1] with ``mask`` (B, n).
 

@@ -50,7 +50,7 @@ class CLIPOptions(Options):
     temperature: float = Field(
         0.07,
         ge=0.01,
-        description="divisor of the cosines at the start; it is learnt, down to 0.01",
+        description="divisor of the cosines at the start; it is learned, down to 0.01",
     )
 
     @model_validator(mode="after")
@@ -139,7 +139,7 @@ class CLIP(Objective):
 
     In validation a row is compared with the rows of its evaluation batch only, so the validation
     loss depends on the batch size. Recalls compare all validation rows, 30,000 at most, evenly
-    spread (`pipeline.core.metrics.retrieval`).
+    spread.
     """
 
     state: CLIPState

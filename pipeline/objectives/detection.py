@@ -68,9 +68,9 @@ class Detection(BoxObjective):
       these, averaged over images. torchvision's mean over all samples is the same, unless an image
       has fewer. Which are sampled follows from the keys of the rows.
 
-    Tensors beside ``image`` (B, C, H, W), as arrays of ``encode`` that the modality moves with the
-    image: ``boxes`` (B, M, 4), ``labels`` (B, M; -1: none), ``crowd`` (B, M), ``frame`` (see
-    Batch), and ``image_size`` (B, 2), height and width of the stored image.
+    Tensors beside ``image`` (B, C, H, W), which the modality moves with the image: ``boxes`` (B, M,
+    4), ``labels`` (B, M; -1: none), ``crowd`` (B, M), ``frame`` (see modality image), and
+    ``image_size`` (B, 2), height and width of the stored image.
     """
 
     state: BoxState

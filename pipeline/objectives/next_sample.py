@@ -40,11 +40,11 @@ class NextSampleOptions(Options):
 
 @register("objective", "next_sample", options=NextSampleOptions)
 class NextSample(Objective):
-    """Next-sample prediction: softmax over its 256 mu-law levels (section 2.2).
+    """Next-sample prediction: a softmax over the 256 mu-law levels of a sample (WaveNet).
 
-    The head reads the sum of the skip connections: ReLU, 1 x 1, ReLU, 1 x 1 (figure 4). The loss
-    is in nats, in float32, summed over the samples that have one before them in their crop;
-    ``bits_per_sample`` is logged.
+    The head reads the sum of the skip connections: ReLU, 1 x 1, ReLU, 1 x 1 (van den Oord et al.
+    2016, section 2.2 and figure 4). The loss is in nats, in float32, summed over the samples that
+    have one before them in their crop; ``bits_per_sample`` is logged.
 
     A crop begins where the row's key says. In evaluation it is the middle of the row: recordings
     begin and end in silence, which is easy to predict.

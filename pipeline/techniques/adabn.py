@@ -15,8 +15,8 @@ class AdaBN(Technique):
     head are the source's, and nothing is trained. (Li et al., Revisiting Batch Normalization for
     Practical Domain Adaptation, ICLR workshops 2017.)
 
-    Assumes that the domains differ in the scale of the features (light, microphone, scanner). Costs
-    one pass over the rows. Hurts where the shares of the classes differ much, because the
+    It assumes that the domains differ in the scale of the features (light, microphone, scanner). It
+    costs one pass over the rows. It hurts where the shares of the classes differ much, because the
     statistics depend on them too. Networks without batch norm are refused.
     """
 

@@ -71,8 +71,9 @@ class CDAN(DomainAdaptation):
     that classes are aligned one by one. Rows with a confident prediction count more. (Long et al.,
     Conditional Adversarial Domain Adaptation, NeurIPS 2018.)
 
-    Assumes that predictions on the target are right more often than not. Helps where there are
-    several classes. Hurts where the first predictions are wrong: wrong classes are then aligned.
+    It assumes that predictions on the target are right more often than not. It helps where there
+    are several classes. It hurts where the first predictions are wrong: wrong classes are then
+    aligned.
     """
 
     needs_classes = True

@@ -30,9 +30,9 @@ class Coral(DomainAdaptation):
     It is ||C_s - C_t||^2 / (4 D^2) over the rows of the whole batch, of features that are
     normalised by row, as the head reads them. (Sun and Saenko, Deep CORAL, ECCV workshops 2016.)
 
-    Assumes that the domains differ in scale and correlation of the features. Helps when the shift
-    is small. It needs no second network and hardly any tuning. Hurts little: with batches far
-    smaller than the number of features the covariances are noise, and it does nothing.
+    It assumes that the domains differ in scale and correlation of the features. It helps when the
+    shift is small. It needs no second network and hardly any tuning. It hurts little: with batches
+    far smaller than the number of features the covariances are noise, and it does nothing.
     """
 
     def alignment(self, task, source, target):

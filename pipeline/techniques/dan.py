@@ -23,9 +23,9 @@ class DAN(DomainAdaptation):
     distance of rows. (Long et al., Learning Transferable Features with Deep Adaptation Networks,
     ICML 2015.)
 
-    Assumes about the same share of each class in both domains. Helps where adversarial training is
-    unstable: there is no second network. Hurts with small batches (the estimate is noise) and where
-    the shares of the classes differ.
+    It assumes about the same share of each class in both domains. It helps where adversarial
+    training is unstable: there is no second network. It hurts with small batches (the estimate is
+    noise) and where the shares of the classes differ.
     """
 
     def layers(self, task, rows: DomainFeatures):
@@ -51,8 +51,8 @@ class JAN(DAN):
     distribution is aligned. (Long et al., Deep Transfer Learning with Joint Adaptation Networks,
     ICML 2017.)
 
-    Assumes that predictions on the target are right more often than not. Helps where classes lie
-    apart; hurts where the first predictions are wrong.
+    It assumes that predictions on the target are right more often than not. It helps where classes
+    lie apart; it hurts where the first predictions are wrong.
     """
 
     needs_classes = True

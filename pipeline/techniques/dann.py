@@ -28,10 +28,10 @@ class DANN(DomainAdaptation):
     backbone, and multiplied by a factor that rises from 0 to 1 in the course of training. (Ganin et
     al., Domain-Adversarial Training of Neural Networks, JMLR 2016.)
 
-    Assumes that the labels depend on the features alike in both domains, and that both have about
-    the same share of each class. Helps where the inputs look different and the task is the same.
-    Hurts where the shares differ or a domain has classes of its own: rows of different classes are
-    then aligned (Zhao et al. 2019). CDAN aligns class by class.
+    It assumes that the labels depend on the features alike in both domains, and that both have
+    about the same share of each class. It helps where the inputs look different and the task is the
+    same. It hurts where the shares differ or a domain has classes of its own: rows of different
+    classes are then aligned (Zhao et al. 2019). CDAN aligns class by class.
     """
 
     def wrap(self, task):

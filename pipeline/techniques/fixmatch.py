@@ -34,8 +34,9 @@ class FixMatch(DomainAdaptation):
     colour jitter, grey, blur and solarisation (the paper has RandAugment and Cutout). Predictions
     on weak views count from a threshold on. (Sohn et al., FixMatch, NeurIPS 2020.)
 
-    Assumes that the strong changes keep the class. Helps with few labels and many rows without any.
-    Hurts where colour or fine detail is the class (lesions, species), and from a poor start.
+    It assumes that the strong changes keep the class. It helps with few labels and many rows
+    without any. It hurts where colour or fine detail is the class (lesions, species), and from a
+    poor start.
     """
 
     compares_domains = False

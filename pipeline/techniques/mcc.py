@@ -28,9 +28,9 @@ class MCC(DomainAdaptation):
     of the classes. With ``source_weight: 0`` no row of the source is read. (Jin et al., Minimum
     Class Confusion for Versatile Domain Adaptation, ECCV 2020.)
 
-    Assumes a batch with several rows of most classes. Helps also if the target has only some of the
-    source's classes. Hurts with many classes and small batches, and where the source's predictions
-    are mostly wrong: it makes them confident.
+    It assumes a batch with several rows of most classes. It helps also if the target has only some
+    of the source's classes. It hurts with many classes and small batches, and where the source's
+    predictions are mostly wrong: it makes them confident.
     """
 
     compares_domains = False

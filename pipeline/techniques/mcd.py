@@ -40,9 +40,9 @@ class MCD(DomainAdaptation):
     so that a step does all three. The first head is kept. (Saito et al., Maximum Classifier
     Discrepancy for Unsupervised Domain Adaptation, CVPR 2018.)
 
-    Assumes that rows of the target far from the source are those on which two heads differ. Helps
-    where classes must stay apart, which `dann` does not see. Hurts with few source rows, where the
-    heads differ because they lack data.
+    It assumes that rows of the target far from the source are those on which two heads differ. It
+    helps where classes must stay apart, which `dann` does not see. It hurts with few source rows,
+    where the heads differ because they lack data.
     """
 
     needs_classes = True

@@ -26,9 +26,9 @@ class Pooled(DomainAdaptation):
     to do better than this. (The weighted combination of Ben-David et al., A Theory of Learning from
     Different Domains, Machine Learning 2010.)
 
-    Assumes that one function fits both domains. Helps with few labels of the target and a source
-    that is much like it. Nothing of the source is forgotten. Hurts where the same inputs have other
-    labels: each label of the target then competes with many of the source.
+    It assumes that one function fits both domains. It helps with few labels of the target and a
+    source that is much like it. Nothing of the source is forgotten. It hurts where the same inputs
+    have other labels: each label of the target then competes with many of the source.
     """
 
     def streams(self):

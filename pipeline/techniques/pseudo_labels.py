@@ -33,9 +33,9 @@ class PseudoLabels(DomainAdaptation):
     Labels of the target are not read. With ``source_weight: 0`` no row of the source is read
     either. (Lee, Pseudo-Label, ICML workshop 2013; confidence as in Sohn et al., FixMatch, 2020.)
 
-    Assumes that confident predictions are right, and that the classes of the target's rows lie
-    apart. Helps if the source already does well, and with many rows without labels. Hurts where the
-    source is confident and wrong: the network then learns its errors.
+    It assumes that confident predictions are right, and that the classes of the target's rows lie
+    apart. It helps if the source already does well, and with many rows without labels. It hurts
+    where the source is confident and wrong: the network then learns its errors.
     """
 
     compares_domains = False

@@ -28,10 +28,10 @@ class Tent(Technique):
     of the source's network. (Wang et al., Tent: Fully Test-Time Adaptation by Entropy Minimization,
     ICLR 2021.)
 
-    Assumes test rows of all classes in every batch, and predictions that are right more often than
-    not. Helps against changes of the inputs alone (noise, blur, scanners). Hurts where one class is
-    by far the most frequent, or with many passes: every row is then put into one class. Networks
-    without norms that can be trained are refused.
+    It assumes test rows of all classes in every batch, and predictions that are right more often
+    than not. It helps against changes of the inputs alone (noise, blur, scanners). It hurts where
+    one class is by far the most frequent, or with many passes: every row is then put into one
+    class. Networks without norms that can be trained are refused.
     """
 
     def check_target(self, objective, modality):

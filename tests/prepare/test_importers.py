@@ -670,4 +670,14 @@ def test_every_importer_says_what_it_reads_and_its_options():
         assert all(
             f"--set {field}=" in explained
             for field in registry.entry("importer", name).options.model_fields
+            if field != "options"
         )
+
+
+def test_the_options_of_each_cohort_are_explained():
+    explained = importing.describe("cohort")
+    for task in registry.names("cohort"):
+        part = explained.partition(f"With --set task={task}:\n")[2].partition("With --set")[0]
+        for option in registry.entry("cohort", task).options.model_fields:
+            assert f"  --set {option}=" in part
+    assert "  --set history=true\n" in explained  # as one writes it

@@ -210,7 +210,7 @@ def _brier_bounds(p: Predictions) -> Bounds:
 @ratio(higher_is_better=False, bounds=_brier_bounds, for_role="label")
 def brier(p: Predictions) -> np.ndarray:
     """Brier score: mean squared error of the class probabilities (Brier 1950). Of two classes it is
-    that of the positive one, of more their sum over classes.
+    that of the positive one, of more their sum over classes. Lower is better.
     """
     probabilities, label = calibration.softmax(p["scores"]), p["label"]
     if probabilities.shape[-1] == 2:
@@ -223,7 +223,9 @@ def brier(p: Predictions) -> np.ndarray:
 @register("metric", "ece")
 @resampled(higher_is_better=False, bounds=SHARE, for_role="label")
 def ece(p: Predictions, counts: np.ndarray) -> np.ndarray:
-    """Expected calibration error."""
+    """Expected calibration error: how far the predicted probability is from the share of rows that
+    come true, on average. Lower is better (Guo et al. 2017).
+    """
     scores, label, drawn = _positions(p, counts)
     confidence, right = calibration.confidence(scores, label)
     return calibration.weighted_calibration_error(confidence, right, drawn)

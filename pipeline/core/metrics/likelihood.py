@@ -28,7 +28,9 @@ def _loss_bounds(p: Predictions) -> Bounds:
 @register("metric", "loss")
 @ratio(higher_is_better=False, bounds=_loss_bounds)
 def loss(p: Predictions) -> np.ndarray:
-    """Mean loss per unit that the objective counts: a token, sample, row or number."""
+    """Mean loss per unit that the objective counts: a token, sample, row or number. Lower is
+    better.
+    """
     return _mean_loss(p)
 
 
@@ -37,7 +39,7 @@ def loss(p: Predictions) -> np.ndarray:
     higher_is_better=False, bounds=(1.0, math.inf), final=lambda mean: math.exp(min(mean, 700.0))
 )
 def perplexity(p: Predictions) -> np.ndarray:
-    """Perplexity: the exponential of the mean loss per token (nats)."""
+    """Perplexity: the exponential of the mean loss per token (nats). Lower is better."""
     return _mean_loss(p)
 
 
@@ -45,7 +47,7 @@ def perplexity(p: Predictions) -> np.ndarray:
 @ratio(higher_is_better=False, bounds=NOT_NEGATIVE)
 def bits_per_sample(p: Predictions) -> np.ndarray:
     """Mean bits per audio sample, of 8 without a model where there are 256 levels (van den Oord et
-    al. 2016).
+    al. 2016). Lower is better.
     """
     return _mean_loss(p) / np.array([math.log(2), 1.0])
 
@@ -54,7 +56,7 @@ def bits_per_sample(p: Predictions) -> np.ndarray:
 @ratio(higher_is_better=False, bounds=NOT_NEGATIVE)
 def bits_per_byte(p: Predictions) -> np.ndarray:
     """Mean bits per UTF-8 byte of the text, comparable between tokenizers, as perplexity is not.
-    There is no value for rows whose bytes were not counted.
+    Lower is better. There is no value for rows whose bytes were not counted.
     """
     return numerator_denominator(
         p["loss"] / math.log(2), p["bytes"] if "bytes" in p else np.zeros(len(p["loss"]))

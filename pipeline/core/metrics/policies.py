@@ -39,7 +39,7 @@ def _steps_bounds(p: Predictions) -> Bounds:
 @register("metric", "action_error")
 @ratio(higher_is_better=False, bounds=NOT_NEGATIVE)
 def action_error(p: Predictions) -> np.ndarray:
-    """Mean squared error per dimension of the action."""
+    """Mean squared error per dimension of the action. Lower is better."""
     return numerator_denominator(p["squared_error"], p["action_numbers"])
 
 

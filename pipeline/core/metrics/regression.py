@@ -25,7 +25,7 @@ def _errors(p: Predictions) -> np.ndarray:
 @register("metric", "mae")
 @ratio(higher_is_better=False, bounds=NOT_NEGATIVE)
 def mae(p: Predictions) -> np.ndarray:
-    """Mean absolute error, in the unit of the label."""
+    """Mean absolute error, in the unit of the label. Lower is better."""
     errors = np.abs(_errors(p))
     return numerator_denominator(errors, np.ones(len(errors)))
 
@@ -33,7 +33,7 @@ def mae(p: Predictions) -> np.ndarray:
 @register("metric", "rmse")
 @ratio(higher_is_better=False, bounds=NOT_NEGATIVE, final=math.sqrt)
 def rmse(p: Predictions) -> np.ndarray:
-    """Root mean squared error, in the unit of the label."""
+    """Root mean squared error, in the unit of the label. Lower is better."""
     squares = _errors(p) ** 2
     return numerator_denominator(squares, np.ones(len(squares)))
 

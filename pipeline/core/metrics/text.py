@@ -23,7 +23,7 @@ def _f1_of_type(p: Predictions, k: int) -> np.ndarray:
 @register("metric", "entity_f1")
 @ratio(bounds=SHARE, per_label=PerLabel("entity_f1", units=_f1_of_type))
 def entity_f1(p: Predictions) -> np.ndarray:
-    """F1 = 2 hits / (found + true) over all types: a ratio of sums (micro average)."""
+    """F1 of entities: 2 hits / (found + true), each summed over all types (micro average)."""
     return numerator_denominator(2 * p["hits"].sum(1), p["guessed"].sum(1) + p["actual"].sum(1))
 
 
@@ -51,12 +51,14 @@ def exact_match(p: Predictions) -> np.ndarray:
 @register("metric", "wer")
 @ratio(higher_is_better=False, bounds=NOT_NEGATIVE)
 def wer(p: Predictions) -> np.ndarray:
-    """Word error rate."""
+    """Word error rate: wrong, missing and additional words, divided by the true words. Lower is
+    better.
+    """
     return numerator_denominator(p["word_errors"], p["words"])
 
 
 @register("metric", "cer")
 @ratio(higher_is_better=False, bounds=NOT_NEGATIVE)
 def cer(p: Predictions) -> np.ndarray:
-    """Character error rate."""
+    """Character error rate, counted as the word error rate is. Lower is better."""
     return numerator_denominator(p["char_errors"], p["chars"])

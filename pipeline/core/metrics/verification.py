@@ -49,7 +49,7 @@ class Pairs(NamedTuple):
 @resampled(higher_is_better=False, bounds=SHARE, compares_rows=True)
 def equal_error_rate(p: Predictions, counts: np.ndarray) -> np.ndarray:
     """Equal error rate: the share of impostors' pairs that are accepted, at the threshold where as
-    large a share of genuine pairs is rejected. 0.5 is chance.
+    large a share of genuine pairs is rejected. 0 is best, 0.5 is chance.
     """
     return _over_pairs(ranking.weighted_equal_error_rate, p, counts)
 
@@ -59,6 +59,7 @@ def equal_error_rate(p: Predictions, counts: np.ndarray) -> np.ndarray:
 def min_detection_cost(p: Predictions, counts: np.ndarray) -> np.ndarray:
     """Least detection cost over all thresholds, as NIST's speaker recognition evaluations have it:
     one pair in a hundred is genuine, both errors cost 1, and to reject every pair costs 1.
+    Lower is better.
     """
     return _over_pairs(ranking.weighted_min_detection_cost, p, counts)
 

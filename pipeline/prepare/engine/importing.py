@@ -362,8 +362,22 @@ def describe(name: str | None) -> str:
             [*lines, "", "onetomany prepare NAME --list explains one, with its options."]
         )
     entry = registry.entry("importer", name)
-    out = [name, listing.explanation(entry), ""]
-    for key, info in entry.options.model_fields.items():
-        description = textwrap.fill(info.description or "", 92)
-        out += [f"  --set {key}={info.default}", textwrap.indent(description, "      ")]
+    out = [name, listing.explanation(entry), "", *_options(entry)]
+    if name == "cohort":
+        for task, definition in sorted(registry.entries("cohort").items()):
+            text = textwrap.fill(listing.first_sentence(definition), 96)
+            out += ["", f"With --set task={task}:", textwrap.indent(text, "  "), ""]
+            out += _options(definition)
     return "\n".join(out).rstrip()
+
+
+def _options(entry: registry.Entry) -> list[str]:
+    """Return lines that explain the options of an importer, or of a task of ``prepare cohort``."""
+    out: list[str] = []
+    for key, info in entry.options.model_fields.items():
+        if key == "options":  # those of a cohort's task, which are explained one by one
+            continue
+        default = str(info.default).lower() if isinstance(info.default, bool) else info.default
+        description = textwrap.fill(info.description or "", 92)
+        out += [f"  --set {key}={default}", textwrap.indent(description, "      ")]
+    return out

@@ -32,8 +32,8 @@ ROWS = {
 class CohortOptions(Options):
     task: str = Field(
         "",
-        description="the definition: mortality, decompensation, length_of_stay, phenotyping, "
-        "readmission, or one of your own (a file in pipeline/prepare/cohorts)",
+        description="the definition, one of those below, or one of your own (a file in "
+        "pipeline/prepare/cohorts or in a plugin)",
     )
     history: bool = Field(
         True,
@@ -42,8 +42,7 @@ class CohortOptions(Options):
     )
     options: dict[str, str] = Field(
         {},
-        description="the definition's own options, given by their names: --set exclude=none, "
-        "--set hours=24",
+        description="the task's own options; --set gives each by its own name",
     )
 
 
@@ -51,16 +50,15 @@ class CohortOptions(Options):
 class Cohort(TableImporter):
     """A clinical task (who dies, who comes back, ...) from rows of patients' events.
 
-    Rows of events (of prepare mimic3, mimic4, eicu, physionet2012, omop or events) to the rows
-    of a cohort: --set task=mortality.
+    It makes the rows of a cohort from rows of events (of prepare mimic3, mimic4, eicu,
+    physionet2012, omop or events): --set task=mortality.
 
     Columns: `entity`, `patient`, `hospital` (of eICU), `times`, `variables`, `values`, `events`,
     `static` and `split`, without events after the prediction time; labels: `label` (mortality,
     readmission), `label_times` and `label_values` (decompensation, length_of_stay), `labels`
     (phenotyping); subgroups: `sex`, `age_band`, `care_unit`, `dbsource` where known. All other
     columns are outcomes and are not written. Stays that do not belong to the cohort are counted by
-    reason. Options of a task are given by their names: exclude=benchmark (the default: of MIMIC-III
-    adults, one ICU stay in the admission, no move between ICUs) or none, and those of its file.
+    reason. Each task has further options (--set exclude=none), which are listed below its name.
     """
 
     amounts = {"events": "times"}

@@ -37,9 +37,9 @@ class BoostedTreesOptions(Options):
 class BoostedTrees(Baseline):
     """Histogram-based gradient boosting on the numbers and texts of a row.
 
-    Each variable of events is summarised by `SUMMARIES`, each channel of series by
-    `SERIES_SUMMARIES`. The trees see which values are missing. It is the usual model for tables:
-    Grinsztajn et al. 2022.
+    Each variable of events is summarised by its count and its last, mean, smallest and largest
+    value. Each channel of series is summarised in a similar way. The trees see which values are
+    missing. It is the usual model for tables (Grinsztajn et al. 2022).
     """
 
     roles = ("features", "times", "series")

@@ -17,7 +17,7 @@ class Majority(Baseline):
 
     For demonstrations it is the mean action, which the policy takes at every step.
 
-    Any other model that is worse has learned nothing.
+    A model that is no better has learned nothing.
     """
 
     label_kinds = ("classes", "label_sets", "numbers", "position_classes", "actions")

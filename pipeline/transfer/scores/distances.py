@@ -27,8 +27,8 @@ MAX_ROWS = 500
 def frechet(features: np.ndarray, source_features: np.ndarray) -> float:
     """Return the squared Fréchet distance of two Gaussians, in units of the source's variance.
 
-    |m - m_s|^2 + tr(C + C_s - 2 (C C_s)^1/2) (Dowson and Landau 1982; Heusel et al. 2017 for
-    images), divided by tr(C_s), so that networks of different scale can be compared.
+    Lower is better. |m - m_s|^2 + tr(C + C_s - 2 (C C_s)^1/2) (Dowson and Landau 1982; Heusel et
+    al. 2017 for images), divided by tr(C_s), so that networks of different scale can be compared.
 
     Args:
         features: (n, D) features of the target's rows.
@@ -70,9 +70,9 @@ def mmd(
 ) -> float:
     """Return the squared maximum mean discrepancy, its unbiased estimate, which may be below zero.
 
-    The kernel is Gaussian with the median distance of all rows as its width (Gretton et al. 2012).
-    Pairs of rows of the same group are left out of a side's own mean: they are alike, and two
-    groups of one population would look like two domains.
+    Lower is better. The kernel is Gaussian with the median distance of all rows as its width
+    (Gretton et al. 2012). Pairs of rows of the same group are left out of a side's own mean: they
+    are alike, and two groups of one population would look like two domains.
 
     Args:
         features: (n, D) features of the target's rows.
@@ -122,11 +122,11 @@ def proxy_a(
 ) -> float | Estimate:
     """Return how well a classifier tells rows of the source from rows of the target.
 
-    The score is 2 (1 - 2 e), with the classifier's error e: 0 (or below, by chance) if the rows
-    cannot be told apart, at most 2 (Ben-David et al. 2007). The classifier is ridge regression on
-    equally many rows of both sides, cross-validated in five folds (four where a side has four
-    groups). The interval is Wilson's of the error. Where rows have groups, no group is in two
-    folds, the error is the mean of the groups' errors, and each group is one observation.
+    Lower is better. The score is 2 (1 - 2 e), with the classifier's error e: 0 (or below, by
+    chance) if the rows cannot be told apart, at most 2 (Ben-David et al. 2007). The classifier is
+    ridge regression on equally many rows of both sides, cross-validated in five folds (four where a
+    side has four groups). The interval is Wilson's of the error. Where rows have groups, no group
+    is in two folds, the error is the mean of the groups' errors, and each group is one observation.
 
     Args:
         features: (n, D) features of the target's rows.

@@ -60,9 +60,9 @@ def nleep(
 ) -> float | Estimate:
     """Return LEEP with clusters of the features in place of the source's classes.
 
-    So it can be used for sources without classes too (Li et al., CVPR 2021). The clusters are a
-    mixture of Gaussians with diagonal covariances on the principal components that keep 80 % of the
-    variance, five for each class where there are enough rows.
+    Higher is better. It can be used for sources without classes too (Li et al., CVPR 2021). The
+    clusters are a mixture of Gaussians with diagonal covariances on the principal components that
+    keep 80 % of the variance, five for each class where there are enough rows.
 
     Args:
         features: (n, D) features.
