@@ -94,9 +94,15 @@ class Policy(Backbone):
                 f"{name} reads trajectories (modality trajectory); these rows are "
                 f"{', '.join(inputs) or 'something else'}"
             )
-        stated = options.model_fields_set & ONLY_OF.keys()
-        foreign = sorted(option for option in stated if ONLY_OF[option] != architecture)
-        if foreign and stated != ONLY_OF.keys():  # a bundle has all of them
+        # a bundle states all options, those that it does not read by their defaults
+        stated, every = options.model_fields_set, PolicyOptions.model_fields
+        foreign = sorted(
+            option
+            for option in stated & ONLY_OF.keys()
+            if ONLY_OF[option] != architecture
+            and (stated != every.keys() or getattr(options, option) != every[option].default)
+        )
+        if foreign:
             raise ValueError(
                 f"{name} does not read {foreign[0]}: leave it out; {MEMORY[architecture]} says how "
                 "many steps it knows"
