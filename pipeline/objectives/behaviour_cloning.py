@@ -535,9 +535,9 @@ class BehaviourCloning(Objective):
 
         Adds arrays (n,) float64: ``success`` (0 or 1, NaN where it is not defined), ``return``,
         ``steps``, the same of ``expert_`` and ``random_`` from the rows' columns, ``most_steps``
-        (after which a world ends an episode) and ``diverged`` (0 or 1): a simulation that went
-        wrong is no success, its return that until then. The pictures are FRAMES of the first
-        world, black behind an episode's end.
+        (after which a world ends an episode) and ``diverged`` (0 or 1). An episode whose
+        simulation diverged is no success, and has the lowest return (`worst_return`). The
+        pictures are FRAMES of the first world, black behind an episode's end.
 
         All worlds go in step, one forward pass a step, in float32 on the backbone's device. The
         pass always holds all worlds, also ended ones, so that what one does never follows from
@@ -801,7 +801,30 @@ def _rollout_metrics(
         if role in raw_rows.columns:
             column = role if role.startswith("random_") else f"expert_{role}"
             measured[column] = _numbers(raw_rows.table[raw_rows.columns[role]])
+    random_return = measured.get("random_return", np.zeros(0))
+    returns = measured["return"]
+    returns[diverged > 0] = worst_return(returns, diverged > 0, random_return)
     return {**predictions, **measured}, _pictures(episodes[0].frames[:FRAMES])
+
+
+def worst_return(returns: np.ndarray, diverged: np.ndarray, random_return: np.ndarray) -> float:
+    """Return the return of episodes whose simulation diverged: the lowest that is known.
+
+    What they got until then would be better than any other return where rewards are negative, and
+    a mean without them would be over the worlds that are easy for this policy. Failed units are
+    given the worst score of all, as in clinical trials (Lachin, Controlled Clinical Trials 20(5),
+    1999).
+
+    Args:
+        returns: (n,) of the episodes, those that diverged up to then.
+        diverged: (n,) bool.
+        random_return: Those of random actions, NaN where not known.
+
+    Returns:
+        NaN where all episodes diverged and no return of random actions is known.
+    """
+    others = np.concatenate([returns[~diverged], random_return[~np.isnan(random_return)]])
+    return float(min(others.min(), returns.min())) if len(others) else float("nan")
 
 
 def _check_head(options: BehaviourCloningOptions, kind: str, name: str) -> None:

@@ -96,7 +96,8 @@ def rollout_blocks(
         f"{target}: mean over the {len(first[0].rows)} test worlds and seeds, with 95 % "
         "intervals; every policy starts from the same states. "
         + (
-            f"In {num_diverged} episodes the simulation diverged; none of them is a success."
+            f"In {num_diverged} episodes the simulation diverged; none of them is a success, and "
+            "each has the lowest return of its policy and of random actions."
             if num_diverged
             else ""
         )

@@ -40,8 +40,8 @@ ADAM = ("step", "exp_avg", "exp_avg_sq")
 class TrainingEnvironment(gymnasium.Env):
     """An environment as the library wants it.
 
-    Actions are those of the network (`Bounds`), a diverged simulation is an end of the episode, and
-    every episode begins from a seed of its own.
+    Actions are those of the network (`Bounds`), a diverged simulation cuts the episode, and every
+    episode begins from a seed of its own.
 
     Args:
         env: what `make` gave: vectors as observations (O,) and as continuous actions (A,).
@@ -71,11 +71,14 @@ class TrainingEnvironment(gymnasium.Env):
         return self.observation, {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
-        """Take one step; one that diverges ends the episode without a reward."""
+        """Take one step; one that diverges cuts the episode, without a reward.
+
+        As an end it would pay where rewards are negative: nothing more would be lost.
+        """
         units = self.bounds.units(action)
         observation, reward, terminated, truncated, _ = self.env.step(units)
         if divergence(self.env, observation, reward):
-            observation, reward, terminated = self.observation, 0.0, True
+            observation, reward, terminated, truncated = self.observation, 0.0, False, True
         self.observation = observation
         self.total, self.length = self.total + float(reward), self.length + 1
         if terminated or truncated:

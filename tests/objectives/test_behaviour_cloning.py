@@ -26,7 +26,12 @@ from pipeline.data import manifests
 from pipeline.data.stream import Decoder, Rows
 from pipeline.modalities.trajectory import Trajectory, TrajectoryOptions
 from pipeline.objectives import behaviour_cloning
-from pipeline.objectives.behaviour_cloning import BehaviourCloning, BehaviourCloningOptions, Pilot
+from pipeline.objectives.behaviour_cloning import (
+    BehaviourCloning,
+    BehaviourCloningOptions,
+    Pilot,
+    worst_return,
+)
 from pipeline.simulation.environment import World, make
 from pipeline.simulation.rollout import Episode
 from pipeline.train import evaluate
@@ -1104,7 +1109,8 @@ def test_what_is_done_lies_within_the_bounds_and_is_remembered_so():
     ]
 
 
-def test_a_simulation_that_diverged_is_no_success(monkeypatch):
+def test_a_simulation_that_diverged_has_the_lowest_return_and_no_success(monkeypatch):
+    """Until it diverged it had lost less than those that went on."""
     table = demonstrations(2)
     task, raw_rows, found = lawful(table)
 
@@ -1114,7 +1120,7 @@ def test_a_simulation_that_diverged_is_no_success(monkeypatch):
                 world,
                 np.zeros((3, 9)),
                 np.zeros((3, 1)),
-                np.array([1.0, 2.0, 3.5]),
+                np.array([-1.0, -2.0, -3.5] if i == 0 else [-1.0]),
                 False,
                 i == 0,
                 True,
@@ -1129,7 +1135,7 @@ def test_a_simulation_that_diverged_is_no_success(monkeypatch):
     assert (
         out["success"].tolist() == [1, 0]
         and out["diverged"].tolist() == [0, 1]
-        and out["return"].tolist() == [6.5, 6.5]
+        and out["return"].tolist() == [-6.5, -6.5]
     )
     # Pictures of the first alone
     assert (
@@ -1138,6 +1144,20 @@ def test_a_simulation_that_diverged_is_no_success(monkeypatch):
         and not pictures[2:].any()
     )
     assert out["success"].shape == (2,) and "film" not in out
+
+
+@pytest.mark.parametrize(
+    ("returns", "diverged", "random", "worst"),
+    [
+        ([-9.0, -1.0], [0, 1], [-40.0, np.nan], -40.0),
+        ([100.0, 3.0], [0, 1], [], 3.0),
+        ([-1.0, -1.0], [1, 1], [-40.0, -30.0], -40.0),
+        ([-1.0, -1.0], [1, 1], [np.nan, np.nan], np.nan),
+    ],
+)
+def test_a_diverged_episode_is_never_better_than_another(returns, diverged, random, worst):
+    found = worst_return(np.array(returns), np.array(diverged) > 0, np.array(random))
+    assert found == pytest.approx(worst, nan_ok=True)
 
 
 def test_worlds_that_cannot_be_are_told_before_anything_is_trained():

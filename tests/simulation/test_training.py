@@ -181,15 +181,15 @@ def test_no_two_episodes_begin_alike():
     assert len(seeds) == len(set(seeds)) > 100
 
 
-def test_a_simulation_that_blows_up_is_an_end():
+def test_a_simulation_that_blows_up_is_cut():
     training = trained(lambda k: Counting(True, broken=True), 4)
     assert all(np.isfinite(array).all() for array in training.arrays.values())
     assert training.curve[-1][1:] == (4, 5)
 
 
-def test_a_state_that_mujoco_calls_bad_is_an_end_as_in_a_rollout():
+def test_a_state_that_mujoco_calls_bad_cuts_an_episode_as_in_a_rollout():
     """MuJoCo starts anew after a bad state: what is seen is finite then, and an ordinary step
-    without that.
+    without that. It is no end: without rewards to come, that would pay where rewards are negative.
     """
     env, done, ended = make(PENDULUM), [], []
     step = env.unwrapped.step
@@ -204,10 +204,10 @@ def test_a_state_that_mujoco_calls_bad_is_an_end_as_in_a_rollout():
     training = TrainingEnvironment(env, 0, ended)
     training.reset()
     steps = [training.step(np.zeros(1)) for _ in range(3)]
-    assert [terminated for _, _, terminated, _, _ in steps] == [False, False, True]
+    assert [(ended, cut) for _, _, ended, cut, _ in steps] == [(False, False)] * 2 + [(False, True)]
     assert steps[2][1] == 0 and ended == [(2.0, 3.0)]
     training.reset()
-    assert not training.step(np.zeros(1))[2], "a warning is of its own episode alone"
+    assert not training.step(np.zeros(1))[3], "a warning is of its own episode alone"
     assert all(np.isfinite(observation).all() for observation, *_ in steps)
 
 
