@@ -537,12 +537,15 @@ def _ours(kind: str) -> tuple[Entry, ...]:
 
 @cache
 def _of_plugin(plugin: Plugin) -> tuple[Entry, ...]:
-    """Return the components of all kinds of a plugin. Raises ValueError where there is none."""
+    """Return the components of all kinds of a plugin.
+
+    Raises ValueError where there is none, and no environment that gymnasium would know either.
+    """
     modules = list(plugins.sources(plugin))
     components = tuple(
         component for module, file in modules for component in _declared(module, file)
     )
-    if not components:
+    if not components and not any(b"gymnasium" in file.read_bytes() for _, file in modules):
         raise ValueError(
             f"{plugin.named_by}: nothing is registered in {modules[0][1]}; "
             "decorate its components with @register(kind, name)"

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import extras
+from pipeline.config import extras, plugins
 from pipeline.config.registry import nearest
 from pipeline.core.rng import mix
 
@@ -36,11 +36,11 @@ ADDED = ("latency", "noise")
 published.
 """
 OWN_ENVIRONMENTS = {
-    "onetomany/Reach-v0": "reach",
-    "onetomany/Push-v0": "push",
-    "onetomany/WallFollowing-v0": "range_world",
+    "onetomany/Reach-v0": "reach:Reach",
+    "onetomany/Push-v0": "push:Push",
+    "onetomany/WallFollowing-v0": "range_world:RangeWorld",
 }
-"""Environments of this package, and the module of each."""
+"""Environments of this package, and the module and class of each."""
 PLAIN_ID = re.compile(r"([A-Za-z0-9_-]+/)?[A-Za-z0-9_.-]+")
 """Ids that rows may name, as gymnasium registers them: namespace/Name-v0. A colon would import the
 module before it.
@@ -161,12 +161,8 @@ def check_environment_id(ident: str) -> None:
 
     An id without its version would mean another environment with another release of gymnasium.
     """
-    try:
-        import gymnasium
-    except ModuleNotFoundError:
-        raise ValueError(f"{ident}: {NEEDED}") from None
     # module:id is registered by its module, when it is made
-    if ident not in OWN_ENVIRONMENTS and ident not in gymnasium.registry and ":" not in ident:
+    if ident not in OWN_ENVIRONMENTS and ":" not in ident and not is_registered(ident):
         raise _not_installed(ident)
 
 
@@ -176,23 +172,22 @@ def make(world: World) -> Any:
     Raises ValueError for an unknown id (with the nearest ones), a skill or dynamics that the
     environment does not have, and where gymnasium is missing.
     """
+    gymnasium = _library("gymnasium")
     try:
-        import gymnasium
-    except ModuleNotFoundError:
-        raise ValueError(f"{world.id}: {NEEDED}") from None
-    if world.id in OWN_ENVIRONMENTS:
-        env = _make_own(world)
-    else:
-        if world.skill:
+        if world.id in OWN_ENVIRONMENTS:
+            own = class_of(OWN_ENVIRONMENTS[world.id])
+            env = gymnasium.wrappers.TimeLimit(own(world), world.steps)
+        elif world.skill:
             raise ValueError(f"{world.id} has no skill {world.skill!r}; leave skill out")
-        try:
+        else:
+            is_registered(world.id)  # imports the plugins where gymnasium does not know it
             env = gymnasium.make(world.id, disable_env_checker=True, max_episode_steps=world.steps)
-        except gymnasium.error.DependencyNotInstalled as error:
-            raise ValueError(f"{world.id}: {NEEDED} ({error})") from None
-        except gymnasium.error.UnregisteredEnv:
-            raise _not_installed(world.id) from None
-        except (gymnasium.error.Error, ModuleNotFoundError) as error:
-            raise ValueError(f"{world.id}: {error}") from None
+    except gymnasium.error.DependencyNotInstalled as error:
+        raise ValueError(f"{world.id}: {NEEDED} ({error})") from None
+    except gymnasium.error.UnregisteredEnv:
+        raise _not_installed(world.id) from None
+    except (gymnasium.error.Error, ModuleNotFoundError) as error:
+        raise ValueError(f"{world.id}: {error}") from None
     _silence_warnings(env)
     _change_dynamics(env, world)
     latency, noise = int(world.dynamics.get("latency", 0)), world.dynamics.get("noise", 0.0)
@@ -220,33 +215,66 @@ def multipliers_without_effect(env: Any, dynamics: Mapping[str, float]) -> list[
     if model is None or not dynamics:
         return []
     reasons = {
-        "friction": "" if model.geom_contype.any() else "nothing in it touches",
+        "friction": _frictionless(model),
         "damping": "" if model.dof_damping.any() else "no joint of it is damped",
     }
     return [f"{name} ({reasons[name]})" for name in dynamics if reasons.get(name)]
 
 
-def _not_installed(ident: str) -> ValueError:
-    import gymnasium
+def _frictionless(model: Any) -> str:
+    """Return why no contact of a MuJoCo model has friction, or an empty string."""
+    meets = (model.geom_contype[:, None] & model.geom_conaffinity) != 0
+    meets = (meets | meets.T) & (model.geom_bodyid[:, None] != model.geom_bodyid)
+    if not meets.any():
+        return "nothing in it touches"
+    # a contact takes condim from the geom of higher priority, else the larger of the two
+    ahead = model.geom_priority[:, None] - model.geom_priority
+    own = np.broadcast_to(model.geom_condim[:, None], meets.shape)
+    condim = np.where(ahead > 0, own, np.where(ahead < 0, own.T, np.maximum(own, own.T)))
+    return "" if (condim[meets] > 1).any() else "its contacts have condim 1, without friction"
 
+
+def is_registered(ident: str) -> bool:
+    """Whether gymnasium knows an environment, if need be by importing the plugins in use."""
+    known = _library("gymnasium").registry
+    if ident not in known:
+        for plugin in plugins.active():
+            importlib.import_module(plugin.module)
+    return ident in known
+
+
+def is_published(ident: str) -> bool:
+    """Whether an environment is gymnasium's own, not registered by somebody else's module."""
+    known = _library("gymnasium").registry
+    entry_point = known[ident].entry_point if is_registered(ident) else ""
+    module = entry_point if isinstance(entry_point, str) else getattr(entry_point, "__module__", "")
+    return module.startswith("gymnasium.")
+
+
+def _not_installed(ident: str) -> ValueError:
+    known = [*_library("gymnasium").registry, *OWN_ENVIRONMENTS]
     return ValueError(
-        f"environment {ident!r} is not installed; "
-        f"{nearest(ident, [*gymnasium.registry, *OWN_ENVIRONMENTS])} (only `prepare` imports the "
-        "module of module:id)"
+        f"environment {ident!r} is not installed; {nearest(ident, known)} (an environment of your "
+        "own: name the module that registers it under `plugins`)"
     )
 
 
 def simulator() -> Any:
     """Return the module mujoco. Raises ValueError if it is not installed."""
+    return _library("mujoco")
+
+
+def _library(name: str) -> Any:
     try:
-        return importlib.import_module("mujoco")
+        return importlib.import_module(name)
     except ModuleNotFoundError:
         raise ValueError(NEEDED) from None
 
 
-def _make_own(world: World) -> Any:
-    module = importlib.import_module(f"pipeline.simulation.{OWN_ENVIRONMENTS[world.id]}")
-    return _TimeLimit(module.environment(world), world.steps)
+def class_of(place: str) -> Any:
+    """Return a class of this package by its module and name, ``push:Push``."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(f"pipeline.simulation.{module}"), name)
 
 
 def _silence_warnings(env: Any) -> None:
@@ -282,28 +310,6 @@ def _change_dynamics(env: Any, world: World) -> None:
         for array in FIELDS[name]:
             getattr(model, array)[:] *= factor
     simulator().mj_setConst(model, env.unwrapped.data)
-
-
-class _TimeLimit:
-    """An environment whose episodes are truncated after so many steps.
-
-    gymnasium's TimeLimit takes environments of its own class only.
-    """
-
-    def __init__(self, env: Any, steps: int):
-        self.env, self.limit, self.steps = env, steps, 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.env, name)
-
-    def reset(self, **options: Any) -> tuple[np.ndarray, dict]:
-        self.steps = 0
-        return self.env.reset(**options)
-
-    def step(self, action: Any) -> tuple[np.ndarray, Any, bool, bool, dict]:
-        self.steps += 1
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        return observation, reward, terminated, truncated or self.steps >= self.limit, info
 
 
 class _DelayedActions:

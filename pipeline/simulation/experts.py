@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.config.registry import nearest
 from pipeline.core.rng import mix
-from pipeline.simulation.environment import ADDED, World, make, simulator
+from pipeline.simulation.environment import ADDED, World, class_of, make, simulator
 from pipeline.simulation.rollout import Episode, rollout
 
 
@@ -118,32 +118,14 @@ class LQR:
         return (-self.gain @ np.concatenate([data.qpos, data.qvel])).astype(np.float32)
 
 
-def _reach(world: World) -> Expert:
-    from pipeline.simulation.reach import Reaching
-
-    return Reaching(world)
-
-
-def _push(world: World) -> Expert:
-    from pipeline.simulation.push import Pushing
-
-    return Pushing(world)
-
-
-def _wall(world: World) -> Expert:
-    from pipeline.simulation.range_world import WallFollower
-
-    return WallFollower(world)
-
-
-EXPERTS: dict[str, Callable[[World], Expert]] = {
+EXPERTS: dict[str, Callable[[World], Expert] | str] = {
     "random": Random,
     "lqr": LQR,
-    "reach": _reach,
-    "push": _push,
-    "wall": _wall,
+    "reach": "reach:Reaching",
+    "push": "push:Pushing",
+    "wall": "range_world:WallFollower",
 }
-"""Experts by name; each is made for the world in which it acts."""
+"""Experts by name, or where each one's class is; it is made for the world in which it acts."""
 
 
 def expert(name: str, world: World) -> Expert:
@@ -154,7 +136,8 @@ def expert(name: str, world: World) -> Expert:
     """
     if name not in EXPERTS:
         raise ValueError(f"unknown expert {name!r}; {nearest(name, EXPERTS)}")
-    return EXPERTS[name](world)
+    made = EXPERTS[name]
+    return (class_of(made) if isinstance(made, str) else made)(world)
 
 
 class Demonstrator:

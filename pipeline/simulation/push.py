@@ -6,7 +6,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import gymnasium
 import numpy as np
+from gymnasium import spaces
 
 from pipeline.core.rng import mix
 from pipeline.simulation.environment import World, simulator
@@ -51,7 +53,7 @@ LAST, NEAR = 10, 0.03
 ACTION_COST = 0.01
 
 
-class Push:
+class Push(gymnasium.Env):
     """The environment; 40 steps a second.
 
     Observations (10,) float32: x, y of the pusher, its velocity, of the puck, its velocity, of the
@@ -65,8 +67,6 @@ class Push:
     time_limit, frame_skip = 200, 5
 
     def __init__(self, world: World):
-        from gymnasium import spaces
-
         if world.skill:
             raise ValueError(f"{world.id} has no skill {world.skill!r}; leave skill out")
         mujoco = simulator()
@@ -75,17 +75,7 @@ class Push:
         self.observation_space = spaces.Box(-np.inf, np.inf, (10,), np.float32)
         self.action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
         self.dt = self.frame_skip * self.model.opt.timestep
-        self.spec = None
-        self.metadata = {}
-        self.render_mode = None
         self.rng, self.goal, self.distances = np.random.default_rng(), np.zeros(2), []
-
-    @property
-    def unwrapped(self) -> Push:
-        return self
-
-    def close(self) -> None:
-        return
 
     def reset(
         self, *, seed: int | None = None, options: Any = None
@@ -193,11 +183,6 @@ class Pushing:
     def _towards(self, to: np.ndarray, far: float) -> np.ndarray:
         """Return a velocity (2,) in the direction `to`, slower where `far` metres are few."""
         return to / max(float(np.linalg.norm(to)), 1e-9) * min(self.FAST, 5.0 * far)
-
-
-def environment(world: World) -> Push:
-    """Make the environment, which `pipeline.simulation.environment.make` truncates."""
-    return Push(world)
 
 
 def _around(rng: np.random.Generator, low: float, high: float) -> np.ndarray:

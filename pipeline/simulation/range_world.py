@@ -27,7 +27,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import gymnasium
 import numpy as np
+from gymnasium import spaces
 
 from pipeline.core.rng import mix
 from pipeline.simulation.environment import World
@@ -65,7 +67,7 @@ must drive at such distances, on average over an episode, for success.
 """
 
 
-class RangeWorld:
+class RangeWorld(gymnasium.Env):
     """A room with boxes in it, drawn by the seed together with the robot's start, speeds and
     sensors.
 
@@ -79,24 +81,12 @@ class RangeWorld:
     classes, time_limit, takes = ACTIONS, 450, ("gear",)
 
     def __init__(self, world: World):
-        from gymnasium import spaces
-
         if world.skill:
             raise ValueError(f"{world.id} has no skill {world.skill!r}; leave skill out")
         self.observation_space = spaces.Box(0.0, MAX_RANGE, (SENSORS,), np.float32)
         self.action_space = spaces.Discrete(len(ACTIONS))
         self.gear = world.dynamics.get("gear", 1.0)
-        self.spec = None
-        self.metadata = {}
-        self.render_mode = None
         self.reset(seed=world.seed)
-
-    @property
-    def unwrapped(self) -> RangeWorld:
-        return self
-
-    def close(self) -> None:
-        return
 
     def reset(
         self, *, seed: int | None = None, options: Any = None
@@ -326,8 +316,3 @@ class WallFollower:
         if ahead <= NEAR_AHEAD:
             return 1
         return 2 if left > FAR_LEFT else 3 if left <= NEAR_LEFT else 0
-
-
-def environment(world: World) -> RangeWorld:
-    """Make the environment, which `pipeline.simulation.environment.make` truncates."""
-    return RangeWorld(world)

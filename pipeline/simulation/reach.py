@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from gymnasium.envs.mujoco.reacher_v5 import ReacherEnv
 
 from pipeline.config.registry import nearest
 from pipeline.simulation.environment import World
 
-BASE = "Reacher-v5"
 UPPER, LOWER = 0.1, 0.11
 """Metres from the base to the elbow, and from there to the fingertip."""
 LAST, NEAR = 10, 0.02
@@ -43,7 +43,7 @@ to it, and a circle of 4 cm about a point near it.
 """
 
 
-class Reach:
+class Reach(ReacherEnv):
     """The published model, rewarded by -distance - ACTION_COST |action|^2 to the skill's point.
 
     Observations (10,) are the published ones, which do not depend on the skill; actions (2,) are
@@ -53,49 +53,30 @@ class Reach:
     time_limit = 75
 
     def __init__(self, world: World):
-        import gymnasium
-
         if world.skill not in SKILLS:
             raise ValueError(
                 f"{world.id} has no skill {world.skill!r}; {nearest(world.skill, SKILLS)}"
             )
-        self.env: Any = gymnasium.make(
-            BASE, disable_env_checker=True, max_episode_steps=1 << 30
-        ).unwrapped
+        super().__init__()
         self.point, self.distances, self.steps = SKILLS[world.skill], [], 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["env"], name)
-
-    @property
-    def unwrapped(self) -> Reach:
-        return self
 
     def reset(self, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
         self.distances, self.steps = [], 0
-        return self.env.reset(**options)
+        return super().reset(**options)
 
     def wanted(self, ahead: int = 0) -> np.ndarray:
         """Return the fingertip's point (2,), now or so many steps later."""
-        return self.point(self.env.data.qpos[2:4].copy(), (self.steps + ahead) * self.env.dt)
+        return self.point(self.data.qpos[2:4].copy(), (self.steps + ahead) * self.dt)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        observation, _, _, _, _ = self.env.step(action)
+        observation, *_ = super().step(action)
         self.steps += 1
-        self.distances.append(
-            float(np.linalg.norm(self.env.get_body_com("fingertip")[:2] - self.wanted()))
-        )
-        reward = -self.distances[-1] - ACTION_COST * float(np.square(action).sum())
-        return (
-            observation,
-            reward,
-            False,
-            False,
-            {
-                "success": float(np.mean(self.distances[-LAST:])) < NEAR,
-                "distance": self.distances[-1],
-            },
-        )
+        fingertip = self.get_body_com("fingertip")[:2]
+        distance = float(np.linalg.norm(fingertip - self.wanted()))
+        self.distances.append(distance)
+        reward = -distance - ACTION_COST * float(np.square(action).sum())
+        near = float(np.mean(self.distances[-LAST:])) < NEAR
+        return observation, reward, False, False, {"success": near, "distance": distance}
 
 
 class Reaching:
@@ -129,8 +110,3 @@ class Reaching:
         turn = (shoulder - joints[0] + np.pi) % (2 * np.pi) - np.pi
         off = np.array([turn, elbow - joints[1]])
         return ((STIFF * off - SLOW * speeds) / GEAR).astype(np.float32)
-
-
-def environment(world: World) -> Reach:
-    """Make the environment, which `pipeline.simulation.environment.make` truncates."""
-    return Reach(world)

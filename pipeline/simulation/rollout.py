@@ -91,8 +91,8 @@ class _Running:
 
 
 def has_success_criterion(ident: str) -> bool:
-    """Whether success is defined for an environment, or may be by its own module (`module:id`)."""
-    return ":" in ident or ident.partition("-")[0] in WITH_CRITERION
+    """Whether `succeeded` knows what success is in an environment."""
+    return ident.partition("-")[0] in WITH_CRITERION
 
 
 def rollout(

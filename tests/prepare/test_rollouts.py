@@ -10,12 +10,15 @@ from pathlib import Path
 
 import gymnasium
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from gymnasium import spaces
 from prepare.conftest import read, splits_of_a_job
 from typer.testing import CliRunner
 
 from pipeline import cli
+from pipeline.config import plugins
+from pipeline.objectives.behaviour_cloning import BehaviourCloning
 from pipeline.prepare.engine import importing
 from pipeline.prepare.engine.write import Preparation, Settings, verify
 from pipeline.simulation import experts, training
@@ -510,6 +513,11 @@ def test_a_job_reads_the_rows(tmp_path):
             r"friction \(nothing in it touches\) changes nothing in InvertedDoublePendulum-v5",
         ),
         (
+            "Pusher-v5",
+            ["expert=random", "dynamics=friction=3"],
+            r"friction \(its contacts have condim 1, without friction\) changes nothing",
+        ),
+        (
             "Swimmer-v5",
             ["expert=random", "dynamics=damping=3"],
             r"damping \(no joint of it is damped\) changes nothing in Swimmer-v5; leave it out",
@@ -546,6 +554,50 @@ def test_actions_that_rows_cannot_hold_are_refused(tmp_path, monkeypatch, action
     monkeypatch.setitem(gymnasium.registry, "Other-v0", spec)
     with pytest.raises(ValueError, match=f"Other-v0: actions .*{said}"):
         prepared(tmp_path / "out", "expert=random", source="Other-v0")
+
+
+@pytest.fixture
+def own_cart(monkeypatch):
+    """The plugin with an environment of its own, used by nothing yet."""
+    monkeypatch.delitem(sys.modules, "cart_world", raising=False)
+    monkeypatch.delitem(gymnasium.registry, "own/Cart-v0", raising=False)
+    plugins.use([str(Path(__file__).parents[1] / "plugin" / "cart_world.py")])
+    yield "own/Cart-v0"
+    plugins.use([])
+
+
+def test_an_environment_of_a_plugin_is_made_in_prepare_and_in_a_job(tmp_path, own_cart):
+    prepare(
+        tmp_path / "out",
+        "expert=random",
+        "episodes=12",
+        "test_episodes=12",
+        "keep=success",
+        source=own_cart,
+    )
+    rows = read(tmp_path / "out")
+    assert rows and all(row["success"] and row["steps"] == 20 for row in rows)
+    columns = {"actions": "actions", "environment": "environment"}
+    state = {"kind": "continuous", "columns": ["environment"]}
+    table = pq.read_table(tmp_path / "out")
+    registered = gymnasium.registry.pop(own_cart), sys.modules.pop("cart_world")
+    BehaviourCloning.check_test({}, table, columns, state)  # as in another process
+    assert own_cart in gymnasium.registry and registered
+    del gymnasium.registry[own_cart]
+    plugins.use([])
+    with pytest.raises(ValueError, match="registers it under `plugins`"):
+        BehaviourCloning.check_test({}, table, columns, state)
+
+
+def test_success_that_an_environment_of_its_own_does_not_report_cannot_be_kept(
+    tmp_path, own_cart, monkeypatch
+):
+    make(World(own_cart, 1, 0)).close()
+    cart = gymnasium.registry[own_cart].entry_point
+    step = cart.step
+    monkeypatch.setattr(cart, "step", lambda self, action: (*step(self, action)[:4], {}))
+    with pytest.raises(ValueError, match="own/Cart-v0 does not say in its last step's info"):
+        prepare(tmp_path / "out", "expert=random", "episodes=1", "keep=success", source=own_cart)
 
 
 def test_rows_of_a_module_s_environment_name_no_module(tmp_path, monkeypatch):

@@ -176,7 +176,8 @@ class Rollouts(EpisodeImporter):
         content = self._load()
         first_worlds = {job.world.skill: job.world for job in reversed(jobs)}
         widths = [self._check_world(world) for world in first_worlds.values()]
-        judged = rollout.has_success_criterion(source)
+        # an environment of somebody else's may report success in its last step's `info`
+        judged = rollout.has_success_criterion(source) or not environment.is_published(source)
         self.label = "task" if self.skills else "success" if judged else ""
         if o.keep == "success" and not judged:
             raise ValueError(
@@ -352,6 +353,11 @@ class Rollouts(EpisodeImporter):
                 "random return": random_figures[0],
                 **_success(random.success, " of random"),
             }
+        if self.options.keep == "success" and found.success is None:
+            raise ValueError(
+                f"--set keep=success: {job.world.id} does not say in its last step's info whether "
+                "it succeeded (success or is_success); leave keep out"
+            )
         if self.options.keep == "success" and not found.success:
             return Result(job.split, amounts={**amounts, "failed": 1})
         assert found.executed is not None
