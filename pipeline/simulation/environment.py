@@ -6,12 +6,15 @@ is stored in the rows that were made in it, and makes it again.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
 import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -144,15 +147,13 @@ def sample_dynamics(ranges: Mapping[str, float | Sequence[float]], seed: int) ->
             raise ValueError(
                 f"dynamics {name}={tuple(value)}: a range is (low, high), for multipliers above 0"
             )
+        low, high = value
         if name in MULTIPLIERS:
-            out[name] = float(np.exp(rng.uniform(*np.log(np.asarray(value, dtype=np.float64)))))
+            out[name] = float(np.exp(rng.uniform(np.log(low), np.log(high))))
+        elif name == "latency":
+            out[name] = float(rng.integers(int(low), int(high) + 1))
         else:
-            low, high = value
-            out[name] = (
-                float(rng.integers(int(low), int(high) + 1))
-                if name == "latency"
-                else float(rng.uniform(low, high))
-            )
+            out[name] = float(rng.uniform(low, high))
     return out
 
 
@@ -249,6 +250,17 @@ def is_published(ident: str) -> bool:
     entry_point = known[ident].entry_point if is_registered(ident) else ""
     module = entry_point if isinstance(entry_point, str) else getattr(entry_point, "__module__", "")
     return module.startswith("gymnasium.")
+
+
+def code_of(env: Any) -> str:
+    """Return the SHA-256 of the file that defines an environment of somebody else's.
+
+    It is empty for those of gymnasium and of this package, which have versions.
+    """
+    kind = type(env.unwrapped)
+    if kind.__module__.partition(".")[0] in ("gymnasium", "pipeline"):
+        return ""
+    return hashlib.sha256(Path(inspect.getfile(kind)).read_bytes()).hexdigest()
 
 
 def _not_installed(ident: str) -> ValueError:

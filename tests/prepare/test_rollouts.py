@@ -557,13 +557,24 @@ def test_actions_that_rows_cannot_hold_are_refused(tmp_path, monkeypatch, action
 
 
 @pytest.fixture
-def own_cart(monkeypatch):
+def own_cart(tmp_path, monkeypatch):
     """The plugin with an environment of its own, used by nothing yet."""
     monkeypatch.delitem(sys.modules, "cart_world", raising=False)
     monkeypatch.delitem(gymnasium.registry, "own/Cart-v0", raising=False)
-    plugins.use([str(Path(__file__).parents[1] / "plugin" / "cart_world.py")])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    source = Path(__file__).parents[1] / "plugin" / "cart_world.py"
+    plugins.use([shutil.copy(source, tmp_path)])
     yield "own/Cart-v0"
     plugins.use([])
+
+
+def test_rows_of_an_environment_that_was_changed_are_not_gone_on_with(tmp_path, own_cart):
+    pairs = ("expert=random", "episodes=2")
+    prepare(tmp_path / "out", *pairs, source=own_cart)
+    with (tmp_path / "cart_world.py").open("a") as file:
+        file.write("# heavier\n")
+    with pytest.raises(ValueError, match="holds parts of another source or of other options"):
+        prepare(tmp_path / "out", *pairs, source=own_cart)
 
 
 def test_an_environment_of_a_plugin_is_made_in_prepare_and_in_a_job(tmp_path, own_cart):

@@ -155,7 +155,7 @@ class Rollouts(EpisodeImporter):
             )
         self.classes: list[str] | None = None
         self.fps: float | None = None
-        self.robot, self.world = "", World("", 1, 0)
+        self.robot, self.world, self.code = "", World("", 1, 0), ""
         self.trained: Any = None
 
     # ------------------------------------------------------------ what there is to make
@@ -194,7 +194,8 @@ class Rollouts(EpisodeImporter):
             "fps": self.fps,
             "versions": versions,
         }
-        fingerprint = " ".join([source, str(steps), content, *map(" ".join, versions.items())])
+        made_by = [content, *map(" ".join, versions.items()), *filter(None, [self.code])]
+        fingerprint = " ".join([source, str(steps), *made_by])
         sizes = np.full(len(jobs), 4.0 * steps * max(seen + 2 * done + 1 for seen, done in widths))
         columns = [*episode_fields(self.classes is not None, True, executed=True), *MORE]
         return Episodes(
@@ -277,6 +278,7 @@ class Rollouts(EpisodeImporter):
             seconds = getattr(env.unwrapped, "dt", None)
             self.fps = round(1 / float(seconds), 6) if seconds else None
             environment.check_spaces(env, world.id)
+            self.code = environment.code_of(env)
             idle = environment.multipliers_without_effect(env, world.dynamics)
             if idle:
                 raise ValueError(
