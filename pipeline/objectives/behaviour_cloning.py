@@ -197,9 +197,7 @@ class BehaviourCloning(Objective):
             ValueError: no row has an action, or the head is for the other kind of actions.
         """
         name = columns["actions"]
-        kind = action_heads.kind_of(table[name], name)
-        if not action_heads.num_actions(table[name]).any():
-            raise ValueError(f"column {name}: none of {len(table)} training rows has an action")
+        kind = action_heads.kind_of_training_rows(table, name)
         _check_head(options, kind, name)
         given = [role for role in cls.optional_roles if role in columns]
         state: BehaviourCloningState = {"kind": kind, "columns": given}
@@ -241,12 +239,8 @@ class BehaviourCloning(Objective):
     @classmethod
     def invalid_label_reasons(cls, table, columns, state: BehaviourCloningState):
         """Name rows without an action, or without that of some step."""
-        name = columns.get("actions", "")
-        if name not in table.column_names:
-            return [""] * len(table)
-        counts = action_heads.num_actions(table[name])
-        reasons = ["" if count else f"{name} holds no action" for count in counts]
-        if not pc.list_flatten(table[name]).null_count:
+        name, reasons = columns.get("actions", ""), action_heads.missing_reasons(table, columns)
+        if name not in table.column_names or not pc.list_flatten(table[name]).null_count:
             return reasons
         for row, steps in enumerate(table[name].to_pylist()):
             if not reasons[row] and None in steps:
@@ -414,10 +408,7 @@ class BehaviourCloning(Objective):
             total = total + of_space.losses.sum()
             count = count + of_space.counted.sum()
             error = error + of_space.errors.detach().sum()
-        # spaces that no row of this batch belongs to: DDP waits for every gradient
-        for parameter in (*backbone.parameters(), *self.parameters()):
-            if parameter.requires_grad:
-                total = total + 0.0 * parameter.sum()
+        total = action_heads.with_all_gradients(total, backbone, self)
         return total, count, {"error": error}
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:

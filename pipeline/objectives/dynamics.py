@@ -72,20 +72,13 @@ class Dynamics(Objective):
     @classmethod
     def fit(cls, options, table, columns):
         """Raise ValueError where no row has an action; there is no state."""
-        name = columns["actions"]
-        action_heads.kind_of(table[name], name)
-        if not action_heads.num_actions(table[name]).any():
-            raise ValueError(f"column {name}: none of {len(table)} training rows has an action")
+        action_heads.kind_of_training_rows(table, columns["actions"])
         return {}
 
     @classmethod
     def invalid_label_reasons(cls, table, columns, state):
         """Name rows without an action."""
-        name = columns.get("actions", "")
-        if name not in table.column_names:
-            return [""] * len(table)
-        counts = action_heads.num_actions(table[name])
-        return ["" if count else f"{name} holds no action" for count in counts]
+        return action_heads.missing_reasons(table, columns)
 
     def __init__(self, backbone: Backbone, options: DynamicsOptions, state: State):
         """Raise ValueError for a backbone that is not a policy, and where both weights are 0."""
@@ -198,11 +191,7 @@ class Dynamics(Objective):
 
     def loss(self, backbone: Backbone, batch: Batch):
         losses, counted, logs = self._rows(backbone, batch)
-        total = losses.sum()
-        # spaces that no row of this batch belongs to: DDP waits for every gradient
-        for parameter in (*backbone.parameters(), *self.parameters()):
-            if parameter.requires_grad:
-                total = total + 0.0 * parameter.sum()
+        total = action_heads.with_all_gradients(losses.sum(), backbone, self)
         logs = {name: value.sum() for name, value in logs.items()}
         return total, counted.sum().float(), logs
 

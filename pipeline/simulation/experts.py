@@ -79,28 +79,16 @@ class LQR:
         mujoco = simulator()
         data, n, m = mujoco.MjData(model), 2 * model.nv, model.nu
 
-        def step_from(state: np.ndarray, control: np.ndarray) -> np.ndarray:
+        def step_from(change: np.ndarray) -> np.ndarray:
             mujoco.mj_resetData(model, data)
-            data.qpos[:], data.qvel[:], data.ctrl[:] = state[: model.nq], state[model.nq :], control
+            data.qpos[:], data.qvel[:], data.ctrl[:] = np.split(change, [model.nq, n])
             mujoco.mj_step(model, data, skip)
             return np.concatenate([data.qpos, data.qvel])
 
-        step, rest, no_action = 1e-5, np.zeros(n), np.zeros(m)
-        transition = np.stack(
-            [
-                (step_from(rest + change, no_action) - step_from(rest - change, no_action))
-                / (2 * step)
-                for change in step * np.eye(n)
-            ],
-            1,
-        )
-        control = np.stack(
-            [
-                (step_from(rest, change) - step_from(rest, -change)) / (2 * step)
-                for change in step * np.eye(m)
-            ],
-            1,
-        )
+        step = 1e-5  # from the state of rest, without an action
+        changes = step * np.eye(n + m)
+        slopes = [(step_from(change) - step_from(-change)) / (2 * step) for change in changes]
+        transition, control = np.stack(slopes[:n], 1), np.stack(slopes[n:], 1)
         position_cost, angle_cost, action_cost = cls.WEIGHTS
         state_costs = np.diag([position_cost] + [angle_cost] * (model.nv - 1) + [0.0] * model.nv)
         action_costs = action_cost * np.eye(m)

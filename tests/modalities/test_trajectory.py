@@ -14,10 +14,7 @@ import pytest
 import torch
 from toys import TRAJECTORY_COLUMNS, episodes
 
-from pipeline.checkpoints import bundle
 from pipeline.config import registry
-from pipeline.core.capabilities import check_roles
-from pipeline.core.specs import ModalitySpec
 from pipeline.data import manifests
 from pipeline.data.stream import Decoder, Rows, plan_of, train_batches
 from pipeline.media.episodes import Episodes, cleaned
@@ -541,6 +538,8 @@ def test_frames_are_given_and_asked_for_or_neither():
         r"\{images: 96\}\}",
     ):
         Trajectory.fit(TrajectoryOptions(), rows, {**COLUMNS, "images": "images"}, "")
+    with pytest.raises(ValueError, match="column im holds frames and the modality reads none"):
+        made(table(GOOD)).extend_state(table(GOOD), {**COLUMNS, "images": "im"})
     with pytest.raises(ValueError, match="the modality is to read frames, and no column has them"):
         Trajectory.fit(TrajectoryOptions(images=32), rows, COLUMNS, "")
     modality = Trajectory(TrajectoryOptions(images=32), made(table(GOOD)).state)
@@ -697,11 +696,6 @@ def test_what_was_executed_stands_beside_what_is_to_be_learned():
     ], "a class that nobody teaches is no class"
 
 
-def test_frames_that_a_source_does_not_read_are_refused_in_a_target():
-    with pytest.raises(ValueError, match="column im holds frames and the modality reads none"):
-        made(table(walk(4))).extend_state(table(walk(4)), {**COLUMNS, "images": "im"})
-
-
 def test_new_robots_of_known_widths_are_new():
     source = made(table(walk(4), walk(4), embodiment=["arm", "leg"]))
     assert list(source.extend_state(table(walk(4), embodiment=["tail"]), COLUMNS)["spaces"]) == [
@@ -802,24 +796,6 @@ def test_an_empty_table_and_an_empty_batch_have_their_shapes():
         and batch["actions"].shape == (0, 1, 2)
         and batch["mask"].shape == (0, 1)
     )
-
-
-def test_the_state_and_the_inputs_are_json_and_build_it_again():
-    modality = made(episodes(8))
-    spec = ModalitySpec.from_json(
-        json.loads(
-            json.dumps(
-                ModalitySpec("trajectory", modality.options.model_dump(), modality.state).to_json()
-            )
-        )
-    )
-    again = bundle.build_modality(spec)
-    assert (
-        again.inputs() == modality.inputs() == json.loads(json.dumps(modality.inputs()))
-        and again.names == modality.names
-    )
-    # A job is checked before anything is fitted
-    check_roles(Trajectory(TrajectoryOptions(), {}), ("actions",))
 
 
 def test_nothing_is_copied_of_plain_columns():

@@ -344,17 +344,6 @@ def test_a_grown_modality_and_its_source_agree_on_what_the_source_knew(name):
     assert take(trajectory_rows(2, new, grown), [0, 1])["space"].tolist() == [2, 2]
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_the_same_spaces_go_over_without_a_word(name):
-    source, target = built(name, seed=1), built(name, seed=2)
-    moved = bundle.transfer(target, source.state_dict(), "source")
-    assert (
-        furthest(source.state_dict(), target.state_dict()) == 0
-        and not moved.changed
-        and not moved.new
-    )
-
-
 def test_a_space_of_the_same_name_and_other_widths_is_new():
     source, target = (
         built("transformer", with_spaces(arm=sizes), seed=seed)

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from pipeline import cli
 from pipeline.prepare.engine import importing
-from pipeline.prepare.engine.write import Preparation, Settings, verify
+from pipeline.prepare.engine.write import verify
 from pipeline.prepare.readers import csv_blocks
 
 prepare = partial(conftest.prepare, "trajectories")
@@ -545,37 +545,12 @@ def test_an_episode_is_named_with_its_own_file(tmp_path):
         prepare(tmp_path / "odd", tmp_path / "out", "observations=x", "episode=run", "done=over")
 
 
-def test_a_run_that_was_stopped_goes_on_and_the_command_line_says_what_was_done(
-    tmp_path, monkeypatch
-):
+def test_the_command_line_says_what_was_done(tmp_path, monkeypatch):
     for i in range(3):
         numbers(20).to_csv(write(tmp_path / f"logs/{i}.csv", ""), index=False)
-    pairs = ("observations=x,y", "actions=u")
-    prepare(tmp_path / "logs", tmp_path / "whole", *pairs, part_mb=1e-5)
-    work = Preparation(
-        "trajectories",
-        str(tmp_path / "logs"),
-        str(tmp_path / "out"),
-        importing.options_of("trajectories", list(pairs)),
-        Settings(part_mb=1e-5),
-    )
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(
-            type(work.task),
-            "source_rows",
-            lambda self, part: (_ for _ in ()).throw(KeyboardInterrupt) if part.start else 1,
-        )
-        work.run()
-    assert 0 < len(list((tmp_path / "out").glob("*.parquet"))) < 3
-    assert (
-        prepare(tmp_path / "logs", tmp_path / "out", *pairs, part_mb=1e-5)["files"]
-        == verify(str(tmp_path / "whole"))["files"]
-    )
     monkeypatch.setattr("pipeline.train.launch.start", lambda *given: None)
     args = ["prepare", "trajectories", str(tmp_path / "logs"), "-o", str(tmp_path / "cli")]
-    said = CliRunner().invoke(
-        cli.app, [*args, *(word for pair in pairs for word in ("--set", pair))]
-    )
+    said = CliRunner().invoke(cli.app, [*args, "--set", "observations=x,y", "--set", "actions=u"])
     assert said.exit_code == 0 and "train 3 rows in 1 part" in said.output
     said = CliRunner().invoke(cli.app, [*args, "--resize", "32", "--set", "observations=x"])
     assert said.exit_code == 2 and "--resize 32: importer trajectories reads text" in said.output

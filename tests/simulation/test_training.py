@@ -83,17 +83,6 @@ def test_the_pendulum_is_balanced():
 
 
 @pytest.mark.slow
-def test_the_hopper_stands_up():
-    """Seen: a return of 338, and of 25 with random actions. A million steps are trained by
-    tests/benchmarks/hopper.py.
-    """
-    world, draw = World("Hopper-v5", steps=1000, seed=0, dynamics={}), np.random.default_rng(0)
-    random = returns(world, lambda env, observation: draw.uniform(-1, 1, 3), range(20))
-    expert = train(world, env_steps=40_000, seed=0)
-    assert np.mean(returns(world, expert.act, range(100, 110))) > 5 * np.mean(random)
-
-
-@pytest.mark.slow
 def test_what_is_learned_depends_on_the_dynamics_and_on_the_seed_of_training_alone():
     plain, same, other, heavy = (
         train(
@@ -294,34 +283,6 @@ def test_bytes_give_the_same_expert_back(tmp_path):
             TrainedPolicy.from_bytes(data)
 
 
-def test_act_equals_the_network_in_torch():
-    rng = np.random.default_rng(1)
-    layers = [
-        torch.nn.Linear(5, 16),
-        torch.nn.Tanh(),
-        torch.nn.Linear(16, 16),
-        torch.nn.Tanh(),
-        torch.nn.Linear(16, 2),
-    ]
-    model = torch.nn.Sequential(*layers)
-    mean, std = rng.normal(0, 3, 5), rng.uniform(0.1, 4, 5)
-    low, high = np.array([-0.4, -1.0]), np.array([0.4, 3.0])
-    for parameter in model.parameters():
-        torch.nn.init.normal_(
-            parameter, std=0.5, generator=torch.Generator().manual_seed(parameter.numel())
-        )
-    weights = {name: part.detach().numpy() for name, part in model.named_parameters()}
-    expert = TrainedPolicy(weights, mean, std, low, high, np.zeros((0, 3)))
-    cut = 0
-    for observation in rng.normal(0, 6, (200, 5)):
-        with torch.no_grad():
-            out = model(torch.from_numpy((observation - mean) / std).clamp(-10, 10).float())
-        expected = np.clip([0.4 * out[0].item(), 1 + 2 * out[1].item()], low, high)
-        cut += bool(np.isin(expected, [*low, *high]).any())
-        assert expert.act(None, observation) == pytest.approx(expected, abs=1e-5)
-    assert 20 < cut < 180
-
-
 def test_act_is_the_librarys_deterministic_action():
     training = Training(lambda k: make(PENDULUM), 6, 0, QUICK)
     training.block()
@@ -330,9 +291,14 @@ def test_act_is_the_librarys_deterministic_action():
     expert = TrainedPolicy(
         training.actor(), mean, std, np.array([-3.0]), np.array([3.0]), np.zeros((0, 3))
     )
-    for observation in np.random.default_rng(0).normal(0, 1, (50, 4)):
+    expert.weights["4.weight"] = 100 * expert.weights["4.weight"]
+    ppo.policy.action_net.weight.data *= 100  # so that some actions are cut at the bounds
+    found = []
+    for observation in np.random.default_rng(0).normal(0, 6, (50, 4)):  # beyond 10 deviations, too
         chosen, _ = ppo.predict(ppo.env.normalize_obs(observation), deterministic=True)
-        assert expert.act(None, observation) == pytest.approx(3 * chosen, abs=1e-5)
+        found.append(expert.act(None, observation).item())
+        assert found[-1] == pytest.approx(3 * chosen.item(), abs=1e-4)
+    assert 5 < np.isin(found, [-3.0, 3.0]).sum() < 45
     ppo.env.close()
 
 

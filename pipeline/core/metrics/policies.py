@@ -60,7 +60,10 @@ def mean_return(p: Predictions) -> np.ndarray:
 @register("metric", "steps")
 @ratio(bounds=_steps_bounds)
 def steps(p: Predictions) -> np.ndarray:
-    """Mean length of an episode in steps."""
+    """Mean length of an episode in steps. More are better, as where something is kept upright.
+
+    Where episodes end with success, judge by ``success`` or ``return``.
+    """
     return _mean(p, "steps")
 
 

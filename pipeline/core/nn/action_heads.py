@@ -7,12 +7,13 @@ components. Numbers are standardised, classes are one-hot.
 from __future__ import annotations
 
 import math
+from itertools import chain
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.core.arrow_compute import pc
@@ -83,9 +84,24 @@ def class_numbers(column: pa.ChunkedArray, names: list[str]) -> np.ndarray:
     return pad(ragged(rows), fill=-1)
 
 
+def kind_of_training_rows(table: pa.Table, name: str) -> Kind:
+    """Return `kind_of`. Raises ValueError where no row has an action."""
+    kind = kind_of(table[name], name)
+    if not num_actions(table[name]).any():
+        raise ValueError(f"column {name}: none of {len(table)} training rows has an action")
+    return kind
+
+
+def missing_reasons(table: pa.Table, columns: dict[str, str]) -> list[str]:
+    """Return why each row has no action; empty texts for the others, and without the column."""
+    name = columns.get("actions", "")
+    if name not in table.column_names:
+        return [""] * len(table)
+    return ["" if count else f"{name} holds no action" for count in num_actions(table[name])]
+
+
 def num_actions(column: pa.ChunkedArray) -> np.ndarray:
     """Return (n,) int64 actions of each row; 0 for null."""
-    # pyright: ignore
     return pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64)
 
 
@@ -114,6 +130,16 @@ def action_chunks(actions: Tensor, mask: Tensor, size: int) -> tuple[Tensor, Ten
     ahead = F.pad(actions, (0, 0, 0, size - 1)).unfold(1, size, 1).movedim(-1, 2)
     is_inside = F.pad(mask, (0, size - 1), value=False).unfold(1, size, 1)
     return ahead, is_inside & mask[..., None]
+
+
+def with_all_gradients(total: Tensor, *modules: nn.Module) -> Tensor:
+    """Make every parameter part of a loss's graph, also of spaces that no row of a batch belongs
+    to: DDP waits for every gradient.
+    """
+    for parameter in chain.from_iterable(module.parameters() for module in modules):
+        if parameter.requires_grad:
+            total = total + 0.0 * parameter.sum()
+    return total
 
 
 def head_of(asked: str, discrete: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import groupby, pairwise
 from typing import Any, Literal
 
@@ -102,20 +103,8 @@ class Lerobot(EpisodeImporter):
             raise ValueError(f"{source}: no episodes{why if layout.missing else ''}")
         numbers = sum(map(self._width, [*self.observed, *filter(None, [o.actions])]))
         step_bytes = 4 * numbers + self._image_bytes(layout, settings)
-        cameras = [
-            name
-            for name, about in layout.features.items()
-            if about["dtype"] in ("video", "image") and name != o.images
-        ]
-        # Travels to every task: without the episodes
-        self.layout = Layout(
-            layout.version,
-            layout.info,
-            layout.features,
-            layout.tasks,
-            [],
-            layout.fingerprint,
-        )
+        cameras = [name for name in layout.cameras if name != o.images]
+        self.layout = replace(layout, episodes=[], missing=[])  # it travels to every task
         notes = {
             "layout": layout.version,
             **(
@@ -179,12 +168,11 @@ class Lerobot(EpisodeImporter):
                         f"{source}: feature {name!r} for --set {option} {what}, where rows of "
                         f"numbers are needed; {registry.nearest(name, numbers)}"
                     )
-        cameras = [name for name, about in features.items() if about["dtype"] in ("video", "image")]
-        if o.images and o.images not in cameras:
-            raise ValueError(
-                f"{source}: no camera {o.images!r} for --set images; "
-                f"{registry.nearest(o.images, cameras) if cameras else 'it has none'}"
+        if o.images and o.images not in layout.cameras:
+            nearest = (
+                registry.nearest(o.images, layout.cameras) if layout.cameras else "it has none"
             )
+            raise ValueError(f"{source}: no camera {o.images!r} for --set images; {nearest}")
         found = named or [name for name in numbers if name.startswith("observation.")]
         if not found:
             raise ValueError(

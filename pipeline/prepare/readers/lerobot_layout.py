@@ -87,6 +87,11 @@ class Layout:
     def fps(self) -> float:
         return float(self.info["fps"])
 
+    @property
+    def cameras(self) -> list[str]:
+        """Names of the features that are videos or images."""
+        return [name for name, of in self.features.items() if of["dtype"] in ("video", "image")]
+
 
 def read_layout(source: str, camera: str) -> Layout:
     """Read the metadata below `source`.
