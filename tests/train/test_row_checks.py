@@ -222,7 +222,7 @@ def test_masks_of_one_class_alone_are_a_warning(tmp_path, masks, ignore, told):
     files = [None if mask is None else png([mask]) for mask in masks]
     rows = selected(tmp_path, "rows", pa.table({"m": pa.array(files, pa.binary())}))
     component = ComponentConfig(name="segmentation", options={"classes": 2, "ignore": ignore})
-    found = row_checks.class_numbers(component, rows, {"image": "i", "mask": "m"})
+    found = row_checks.doubtful_class_numbers(component, rows, {"image": "i", "mask": "m"})
     assert [one.is_warning for one in found] == [True] * bool(told)
     for one in found:
         assert f"column m: the masks of {len(masks)} training rows {told}" in one.text
@@ -242,7 +242,7 @@ def test_names_that_may_be_numbered_from_1_are_a_warning(tmp_path, names, labels
     """Class 3, the last, has no training row here, so that no number is past the end."""
     rows = selected(tmp_path, "rows", pa.table({"l": labels}))
     component = ComponentConfig(name="detection", options={"names": names} if names else {})
-    found = row_checks.class_numbers(component, rows, {"boxes": "b", "labels": "l"})
+    found = row_checks.doubtful_class_numbers(component, rows, {"boxes": "b", "labels": "l"})
     assert [one.is_warning for one in found] == [True] * is_told
     for one in found:
         assert "no training row has class 0 in column l (the lowest is 1): where" in one.text
