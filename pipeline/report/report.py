@@ -1210,7 +1210,9 @@ def _describe_statistics(entries: Sequence[MatrixEntry], rows: Sequence[ResultRo
         "sides. Positive is better. A verdict needs "
         f"{MIN_SEEDS} paired seeds, and {stats.MIN_RARER_UNITS} test units outside of the most "
         f"frequent class ({stats.MIN_UNITS} test units where rows have no "
-        "classes). No interval exceeds the bounds of its metric.",
+        "classes). No interval exceeds the bounds of its metric. Where all test units are alike "
+        "(20 right rows of 20), so are all draws, and the interval is Clopper and Pearson's "
+        "(1934).",
     ]
     num_compared = sum(entry.gain_p_holm is not None for entry in entries)
     if num_compared:

@@ -24,6 +24,10 @@ three seeds that agree by chance would give an interval without width.
 
 Where hyper-parameters were searched, the noise of that choice is a third part (`choice_variance`).
 
+Where all test units are alike (20 right rows of 20), so are all resamples, and their percentiles
+would claim certainty. For a metric with bounds the interval is then the exact one of Clopper and
+Pearson (`_widen`).
+
 tests/benchmarks/false_verdicts.py measures the share of false verdicts on comparisons without any
 true difference, and holds the table of results.
 """
@@ -48,6 +52,9 @@ NORMAL_95 = float(special.ndtri(0.975))
 DRAWS = 1000
 RECOMPUTED_DRAWS = 200
 """Draws for a metric that is not a sum over units and must be computed again for each draw."""
+
+ROUNDING = 1e-9
+"""Resampled values that differ by no more are the same."""
 
 _MAX_UNITS_IN_MEMORY = 4_000_000
 """Resampled units that are held at the same time (8 bytes each, twice)."""
@@ -215,7 +222,11 @@ def interval(
         The bounds, NaN without rows.
     """
     values = _resample(metric, [predictions], groups, draws, seed)
-    return _bounds(values[:, 0])
+    low, high = _bounds(values[:, 0])
+    if _has_width(values):
+        return low, high
+    alike = _num_alike(metric, [predictions], groups)
+    return _widen(low, high, low, metric.bounds(predictions), alike)
 
 
 def mean_interval(metric: Metric, runs: list[RunPredictions]) -> tuple[float, float, float]:
@@ -239,7 +250,11 @@ def mean_interval(metric: Metric, runs: list[RunPredictions]) -> tuple[float, fl
     mean, low, high, _ = _estimate(
         values, resampled, _count_sampled_units(predictions, groups), 0.0
     )
-    low, high = np.clip((low, high), *metric.bounds(predictions[0]))
+    bounds = metric.bounds(predictions[0])
+    if not _has_width(resampled):
+        alike = _num_alike(metric, predictions, groups, runs[0].labels)
+        low, high = _widen(low, high, mean, bounds, alike)
+    low, high = np.clip((low, high), *bounds)
     return mean, float(low), float(high)
 
 
@@ -285,14 +300,19 @@ def compare(
     values = np.array([metric.value(p) for p in predictions])
     gains = sign * (values[:n] - values[n:])
     resampled = _resample(metric, predictions, groups, draws, seed)
+    resampled = sign * (resampled[:, :n] - resampled[:, n:])
     mean, low, high, p_value = _estimate(
-        gains,
-        sign * (resampled[:, :n] - resampled[:, n:]),
-        _count_sampled_units(predictions, groups),
-        choice,
+        gains, resampled, _count_sampled_units(predictions, groups), choice
     )
     least, most = metric.bounds(predictions[0])
-    low, high = np.clip((low, high), least - most, most - least)
+    largest = most - least
+    if not _has_width(resampled) and math.isfinite(largest):
+        alike = _num_alike(metric, predictions, groups, ours[0].labels)
+        low, high = _widen(low, high, mean, (-largest, largest), alike)
+        # of the same test: the interval ends at 0 where this is 0.05
+        exact = min(1.0, 2 * (1 + abs(mean) / largest) ** -alike)
+        p_value = p_value if math.isnan(p_value) else max(p_value, exact)
+    low, high = np.clip((low, high), -largest, largest)
     return Gain(mean, float(low), float(high), p_value, n)
 
 
@@ -436,6 +456,59 @@ def _bounds(draws: np.ndarray) -> tuple[float, float]:
         return math.nan, math.nan
     low, high = np.percentile(finite, (2.5, 97.5))
     return float(low), float(high)
+
+
+def _has_width(resampled: np.ndarray) -> bool:
+    """Return whether resampled values (draws, S) differ; also true where none is finite."""
+    finite = resampled[np.isfinite(resampled).all(axis=1)]
+    return not len(finite) or bool((np.ptp(finite, axis=0) > ROUNDING).any())
+
+
+def _num_alike(
+    metric: Metric,
+    predictions: list[Predictions],
+    groups: np.ndarray | None,
+    labels: Sequence[str] = (),
+) -> int:
+    """Return how many units support a value that is the same in all resamples, at least 1.
+
+    Of a ratio these are the units that are counted. Of other metrics, such as AUROC, they are those
+    of `evidence`: n positive and m negative rows make at most min(n, m) independent pairs. Of the
+    metric of one label they are those of its column, or the fewest where that is not known.
+    """
+    p = predictions[0]
+    if metric.units is not None:
+        is_counted = np.logical_and.reduce([metric.units(one)[:, 1] > 0 for one in predictions])
+        return max(1, count_units(is_counted, groups))
+    label = metric.name.partition("/")[2]
+    if label and "labels" in p:
+        columns = [labels.index(label)] if label in labels else range(p["labels"].shape[1])
+        return max(1, min(rarer_side(p["labels"][:, k] > 0, groups) for k in columns))
+    rows = np.arange(len(next(iter(p.values()))))
+    return max(1, evidence(RunPredictions(rows, p, 0, groups), metric.name).count)
+
+
+def _widen(
+    low: float, high: float, value: float, bounds: tuple[float, float], alike: int
+) -> tuple[float, float]:
+    """Return the interval of a value over units that are all alike.
+
+    With n units alike, a share 1 - 0.025^(1/n) of all units may be unlike them (Clopper and
+    Pearson, Biometrika 26, 1934). Their values may be anywhere within the bounds. Without bounds
+    nothing can be said, and the interval stays.
+
+    Args:
+        low: Lower bound by resampling.
+        high: Upper bound by resampling.
+        value: The value.
+        bounds: The least and greatest possible value.
+        alike: n.
+    """
+    if not np.isfinite(bounds).all():
+        return low, high
+    unlike = 1 - 0.025 ** (1 / alike)
+    least, most = (value + unlike * (bound - value) for bound in bounds)
+    return min(low, least), max(high, most)
 
 
 def _count_sampled_units(predictions: list[Predictions], groups: np.ndarray | None) -> int:

@@ -647,7 +647,8 @@ class IA3(AdapterTechnique):
     """Scale the outputs of frozen layers by learned vectors, which start at 1 (Liu et al. 2022).
 
     The paper scales keys, values and the inner layer of the feed-forward parts. Here every layer
-    that ``modules`` names is scaled.
+    that ``modules`` names is scaled. Where its weight is computed (convolutions, recurrent layers,
+    torch's attention), that alone is scaled, and the bias stays.
 
     It assumes that the source's features need only be turned up or down. It helps on very few rows,
     and costs the fewest parameters. It hurts where features must be mixed anew.

@@ -182,7 +182,10 @@ def evaluator(
 def training_preprocessing(
     rows: Rows, objective: Objective, technique: Technique
 ) -> Callable[[Batch, bool], Batch]:
-    """Return `device_preprocessing`, adding the views that the technique compares to the rows."""
+    """Return `device_preprocessing`, which also adds the views that the technique compares.
+
+    Rows with labels have no use for them, and get none.
+    """
     preprocess, modality = device_preprocessing(rows, objective), rows.modality
     if not compares_views(technique):
         return preprocess
@@ -190,8 +193,8 @@ def training_preprocessing(
     views = technique.views()
 
     def with_views(batch: Batch, training: bool) -> Batch:
-        if len(batch) == 0:
-            return batch
+        if len(batch) == 0 or "label" in batch.data:
+            return preprocess(batch, training)
         with torch.no_grad():
             return preprocess(modality.views(batch, views), training)
 

@@ -365,6 +365,48 @@ def test_holm_agrees_with_the_definition():
     assert stats.holm([0.4, 0.9]) == pytest.approx([0.8, 0.9]) and stats.holm([]) == []
 
 
+@pytest.mark.parametrize("groups", [None, np.arange(40) // 2], ids=["rows", "groups"])
+def test_units_that_are_all_alike_do_not_make_the_interval_vanish(groups):
+    from scipy.stats import binomtest
+
+    n = 40 if groups is None else 20
+    exact = binomtest(n, n).proportion_ci(0.95, "exact")
+    right, wrong = (
+        [run(answers(np.full(40, hit)), seed, groups=groups) for seed in range(3)]
+        for hit in (True, False)
+    )
+    assert stats.interval(ACCURACY, right[0].predictions, groups=groups) == pytest.approx(exact)
+    assert stats.mean_interval(ACCURACY, right) == pytest.approx((1.0, *exact))
+    assert stats.mean_interval(ACCURACY, wrong) == pytest.approx((0.0, 0.0, 1 - exact.low))
+
+    same = stats.compare(ACCURACY, right, right)
+    assert (same.low, same.value, same.high) == pytest.approx((exact.low - 1, 0.0, 1 - exact.low))
+    assert same.p_value == 1.0
+    better = stats.compare(ACCURACY, right, wrong)
+    assert (better.low, better.value, better.high) == pytest.approx((2 * exact.low - 1, 1.0, 1.0))
+    assert better.p_value == pytest.approx(binomtest(n, n).pvalue), "the sign test"
+
+
+def test_units_that_are_all_alike_say_nothing_of_a_metric_without_bounds():
+    better, worse = ([run(losses(np.full(40, of)), seed) for seed in (0, 1)] for of in (0.5, 2.0))
+    assert stats.mean_interval(LOSS, worse) == (2.0, 2.0, 2.0)
+    assert stats.compare(LOSS, better, worse) == stats.Gain(1.5, 1.5, 1.5, 0.0, 2)
+
+
+def test_a_perfect_ranking_is_as_sure_as_its_independent_pairs():
+    p = {"scores": np.arange(60.0)[:, None] * [0, 1], "label": (np.arange(60) >= 48).astype(int)}
+    low, high = stats.interval(catalog.metric("auroc"), p)
+    assert (low, high) == pytest.approx((0.025 ** (1 / 12), 1.0)), "12 positive rows"
+
+    truth = np.arange(60)[:, None] >= [56, 30]
+    p = {"loss": np.zeros(60), "scores": truth * 1.0, "labels": truth}
+    of_labels = replace(run(p), labels=("rare", "common"))
+    for label, units in (("rare", 4), ("common", 30)):
+        metric = catalog.metric(f"auroc/{label}", of_labels.labels)
+        low, high = stats.mean_interval(metric, [of_labels])[1:]
+        assert (low, high) == pytest.approx((0.025 ** (1 / units), 1.0)), label
+
+
 def test_the_choice_of_settings_widens_the_interval_where_the_search_could_have_ended_elsewhere():
     clear, open_ended = [[0.9, 0.91, 0.9], [0.5, 0.51, 0.5]], [[0.9, 0.7, 0.8], [0.85, 0.92, 0.78]]
     assert (

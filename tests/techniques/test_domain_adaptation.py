@@ -294,6 +294,15 @@ def test_a_technique_trains_with_and_without_labels_of_the_target(world, name, l
     assert not torch.equal(after["objective.head.weight"], before["objective.head.weight"])
 
 
+def test_strong_views_are_made_of_rows_without_labels_alone():
+    rows = image_rows(8)
+    technique = registry.get("technique", "fixmatch")()
+    prepare = evaluate.training_preprocessing(rows, net_task().objective, technique)
+    for given, has_view in ((rows, False), (without_labels(rows), True)):
+        (loaded,) = eval_batches(given, 8)
+        assert ("view0" in prepare(loaded.batch, True).data) == has_view
+
+
 # ---------------------------------------------------------------- what moves, what does not
 
 
