@@ -354,6 +354,13 @@ def test_readmission_within_30_days():
     assert why == ["", "", "", "died in the hospital", "next admission before discharge", ""]
 
 
+def test_an_event_at_the_very_end_of_the_stay_is_an_input():
+    """Such as a condition that counts from the end of its visit: times are float32, 83.3 is not."""
+    assert float(np.float32(83.3)) > 83.3 + cohort.EPS
+    (row,), _ = made("readmission", stay(hours=83.3, times=(1.0, 83.3, 83.31)))
+    assert row["times"] == pytest.approx([1.0, 83.3])
+
+
 @pytest.mark.parametrize(
     ("deaths", "labels"),
     [

@@ -247,6 +247,18 @@ def test_times_in_another_zone_are_refused(folder, tmp_path):
         prepare(zoned, tmp_path / "out", **SOME)
 
 
+def test_a_zone_of_a_column_that_is_not_read_does_no_harm(folder, tmp_path):
+    prepare(folder, tmp_path / "csv", **SOME)
+    table = pd.read_csv(folder / "OBSERVATION.csv")
+    (folder / "OBSERVATION.csv").unlink()
+    for column in ("observation_date", "observation_datetime"):
+        table[column] = pd.to_datetime(table[column])
+    table["loaded_at"] = table["observation_datetime"].dt.tz_localize("Europe/Berlin")
+    table.to_parquet(folder / "observation.parquet")
+    prepare(folder, tmp_path / "out", **SOME)
+    assert read(tmp_path / "out") == read(tmp_path / "csv")
+
+
 def test_ids_of_64_bits_in_a_table_that_is_read_as_texts(folder, tmp_path):
     """As in the demo of MIMIC-IV; a number that no 64 bits hold is no id."""
     long, longer = "-9123456789012345678", "9223372036854775808"
@@ -262,6 +274,38 @@ def test_ids_of_64_bits_in_a_table_that_is_read_as_texts(folder, tmp_path):
     assert own["patient"] == int(long)
     assert triples(own) == [one for one in STAY if one[1] != "LOINC/8867-4: number"]
     assert found["notes"]["events dropped by reason"][f"measurement: {omop.NO_PERSON}"] == 2
+
+
+def with_visits_of_conditions(folder: Path) -> None:
+    """Visit 10 ends 84 hours after its start, and so after the end of the condition's day."""
+    file = folder / "CONDITION_OCCURRENCE.csv"
+    header, first, second = file.read_text().splitlines()
+    lines = f"{header},visit_occurrence_id", f"{first},10", f"{second},7"
+    file.write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize(("options", "hour"), [((), 84.0), (("conditions=start",), 16.0)])
+def test_a_condition_counts_from_the_end_of_its_visit(folder, tmp_path, options, hour):
+    """A diagnosis that is coded at discharge, and dated at admission, tells what follows."""
+    with_visits_of_conditions(folder)
+    rows, found = prepare_and_read("omop", folder, tmp_path / "out", *options, **SOME)
+    by_visit = {row["entity"]: triples(row) for row in rows}
+    old = (-5144.0, "SNOMED/38341003", 1.0)
+    name = old[1]
+    assert [one for one in by_visit[10] if one[1] == name] == [old, (hour, name, 1.0)]
+    assert found["notes"].get(omop.NO_VISIT, 0) == (0 if options else 1), "of visit 7"
+
+
+def test_the_last_event_of_a_person_may_be_the_end_of_a_visit(folder, tmp_path):
+    """Hour 0 is the last event: without a cohort nothing else would cut what was known later."""
+    for name in ("MEASUREMENT", "OBSERVATION", "DEATH"):
+        file = folder / f"{name}.csv"
+        file.write_text(file.read_text().splitlines()[0])
+    with_visits_of_conditions(folder)
+    options = ("rows=persons", "tables=condition_occurrence,measurement")
+    rows, _ = prepare_and_read("omop", folder, tmp_path / "out", *options)
+    (own,) = rows
+    assert triples(own) == [(-5228.0, "SNOMED/38341003", 1.0), (0.0, "SNOMED/38341003", 1.0)]
 
 
 def test_persons_and_labels(folder, tmp_path):
@@ -421,13 +465,14 @@ def demo(tmp_path_factory) -> Path:
             "unit_concept_id": concept("UCUM", labs["valueuom"]),
         },
     )
-    coded = diagnoses.merge(admissions[["hadm_id", "dischtime"]], on="hadm_id")
+    coded = diagnoses.merge(admissions[["hadm_id", "admittime"]], on="hadm_id")
     save(
         "condition_occurrence",
         {
             "person_id": coded["subject_id"],
             "condition_concept_id": concept("ICD9CM", coded["icd9_code"]),
-            "condition_start_date": pd.to_datetime(coded["dischtime"]).dt.date,
+            "condition_start_date": pd.to_datetime(coded["admittime"]).dt.date,
+            "visit_occurrence_id": coded["hadm_id"],
         },
     )
     save(
@@ -455,6 +500,8 @@ def reference(demo: Path) -> dict[int, list[tuple]]:
     concept = concept.set_index("concept_id")
     names = (concept["vocabulary_id"] + "/" + concept["concept_code"]).to_dict()
     units = concept["concept_code"].to_dict()
+    visits = pd.read_parquet(demo / "visit_occurrence.parquet")
+    ends = day_end(visits.set_index("visit_occurrence_id")["visit_end_datetime"])
     parts = []
     for table, (name, time_name) in omop.EVENTS.items():
         if not (demo / f"{table}.parquet").exists():
@@ -464,6 +511,8 @@ def reference(demo: Path) -> dict[int, list[tuple]]:
         if f"{time_name}_datetime" in own:
             time = own[f"{time_name}_datetime"].fillna(time)
         time = day_end(time)
+        if table == omop.CONDITIONS:  # diagnoses are coded at discharge
+            time = np.maximum(time, own["visit_occurrence_id"].map(ends))
         code = own[f"{name}_concept_id"].map(names)
         value = own.get("value_as_number", pd.Series(np.nan, index=own.index))
         unit = own.get("unit_concept_id", pd.Series(0, index=own.index)).map(units)
@@ -471,7 +520,6 @@ def reference(demo: Path) -> dict[int, list[tuple]]:
         columns = {"person_id": own["person_id"], "time": time, "name": code, "value": value}
         parts.append(pd.DataFrame(columns).dropna(subset=["time", "name"]).fillna({"value": 1.0}))
     events = pd.concat(parts)
-    visits = pd.read_parquet(demo / "visit_occurrence.parquet")
     both = visits.assign(end=day_end(visits["visit_end_datetime"])).merge(events, on="person_id")
     both = both[both["time"] <= both["end"]]
     hours = (both["time"] - both["visit_start_datetime"]) / pd.Timedelta(hours=1)

@@ -10,6 +10,7 @@ returns inputs from before the prediction time, labels and subgroups, and no out
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -156,10 +157,12 @@ def truncate_events(
     history: bool = True,
 ) -> tuple[pa.Table, np.ndarray]:
     """Drop events after the window: (the table, (B,) number of events between start and window)."""
+    # as float32, an event at the very end of the window may stand after it
+    end = np.maximum(window + EPS, window.astype(np.float32))
     lists = {name: column_array(table, name) for name in LISTS}
     row = rows_of(lists["times"])
     times = floats(lists["times"].flatten(), np.float64)
-    early = times <= window[row] + EPS
+    early = times <= end[row]
     seen = np.bincount(row[early & (times > -EPS)], minlength=len(table))
     keep = early if history else early & (times > -EPS)
     counts = np.bincount(row[keep], minlength=len(table))
@@ -245,6 +248,27 @@ def list_array(counts: np.ndarray, values: np.ndarray, kind: pa.DataType) -> pa.
     return pa.ListArray.from_arrays(
         pa.array(offsets_of(counts), pa.int32()), pa.array(values, kind)
     )
+
+
+def plain_code(code: str) -> str:
+    """Return an ICD code without its dot and in upper case."""
+    return code.strip().replace(".", "").upper()
+
+
+def labels_of_codes(column: Any, label_of: Callable[[str], str]) -> pa.Array:
+    """Return (B,) lists of the distinct labels of each row's codes, sorted.
+
+    Args:
+        column: (B,) lists of codes.
+        label_of: Returns the label of a code, "" for none.
+    """
+    codes, distinct = arrow_lists.dictionary_codes(column.flatten())
+    of_codes = [label_of(code) for code in distinct.to_pylist()]
+    labels = sorted({"", *of_codes})
+    place = np.array([*map(labels.index, of_codes), 0])[codes]  # code -1, no code, is the last one
+    pairs = np.unique(rows_of(column)[place > 0] * len(labels) + place[place > 0])
+    counts = np.bincount(pairs // len(labels), minlength=len(column))
+    return list_array(counts, np.array(labels)[pairs % len(labels)], pa.string())
 
 
 # ---------------------------------------------------------------- what definitions share

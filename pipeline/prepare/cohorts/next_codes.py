@@ -4,6 +4,7 @@ pretraining that need no annotation.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -15,9 +16,9 @@ from pipeline.core.arrow_lists import lengths
 from pipeline.prepare.cohorts.definition import (
     BenchmarkCohort,
     column_array,
-    list_array,
+    labels_of_codes,
     numbers,
-    rows_of,
+    plain_code,
 )
 
 
@@ -64,24 +65,11 @@ class NextCodes(BenchmarkCohort):
         return numbers(table, "icu_hours")
 
     def labels(self, table: pa.Table) -> dict[str, pa.Array]:
-        found = column_array(table, "next_icd9")
-        codes = [
-            _leading(code or "", self.options.characters) for code in found.flatten().to_pylist()
-        ]
-        pairs = sorted(
-            {(row, code) for row, code in zip(rows_of(found).tolist(), codes, strict=True) if code}
-        )
-        counts = np.bincount(
-            np.array([row for row, _ in pairs], dtype=np.int64), minlength=len(table)
-        )
-        return {
-            "labels": list_array(
-                counts, np.array([code for _, code in pairs], dtype=object), pa.string()
-            )
-        }
+        codes, characters = column_array(table, "next_icd9"), self.options.characters
+        return {"labels": labels_of_codes(codes, partial(_leading, characters=characters))}
 
 
 def _leading(code: str, characters: int) -> str:
     """Return the first characters of an ICD-9 code, and one more of an E code (E888)."""
-    plain = code.strip().replace(".", "").upper()
+    plain = plain_code(code)
     return plain[: characters + plain.startswith("E")]

@@ -11,14 +11,13 @@ import pyarrow as pa
 from pydantic import Field
 
 from pipeline.config.registry import BenchmarkOptions, register
-from pipeline.core.arrow_lists import dictionary_codes
 from pipeline.prepare.clinical import plausible
 from pipeline.prepare.cohorts.definition import (
     BenchmarkCohort,
     column_array,
-    list_array,
+    labels_of_codes,
     numbers,
-    rows_of,
+    plain_code,
 )
 
 
@@ -54,25 +53,13 @@ class Phenotyping(BenchmarkCohort):
         return numbers(table, "icu_hours")
 
     def labels(self, table: pa.Table) -> dict[str, pa.Array]:
-        found = column_array(table, "icd9")
         groups = {
             code: name
             for code, (name, kind) in phenotypes().items()
             if self.options.kinds in ("all", kind)
         }
-        names = np.array(sorted(set(groups.values())))
-        number = {name: i for i, name in enumerate(names.tolist())}
-        codes, distinct = dictionary_codes(found.flatten())
-        numbers_of = [number.get(groups.get(_plain(code), ""), -1) for code in distinct.to_pylist()]
-        label = np.array([*numbers_of, -1])[codes]  # code -1, no code, is the last one
-        pairs = np.unique(rows_of(found)[label >= 0] * len(names) + label[label >= 0])
-        return {
-            "labels": list_array(
-                np.bincount(pairs // len(names), minlength=len(table)),
-                names[pairs % len(names)],
-                pa.string(),
-            )
-        }
+        codes = column_array(table, "icd9")
+        return {"labels": labels_of_codes(codes, lambda code: groups.get(plain_code(code), ""))}
 
 
 @cache
@@ -80,7 +67,3 @@ def phenotypes() -> dict[str, tuple[str, str]]:
     """Return (condition; acute, chronic or mixed) of each ICD-9 code."""
     rows = plausible.rows_of("phenotypes.csv", Path(__file__).parent)
     return {code: (row["phenotype"], row["type"]) for row in rows for code in row["codes"].split()}
-
-
-def _plain(code: str | None) -> str:
-    return (code or "").strip().replace(".", "").upper()

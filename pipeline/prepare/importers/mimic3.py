@@ -42,6 +42,8 @@ class Mimic3(MimicImporter):
       item's in D_ITEMS (UNITNAME), is left out and counted.
     - A date without a time of day counts from the day's end, an infusion from its end: nothing is
       known earlier. Times have zones in all tables or in none.
+    - Laboratory values count from their charttime, when the sample was taken, as in Harutyunyan et
+      al. 2019: MIMIC-III does not tell when the result was there (MIMIC-IV does).
     - All rows are train: cut by patient.
     """
 

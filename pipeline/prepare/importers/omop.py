@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -57,7 +58,7 @@ EVENTS = {
 }
 """Tables of events, and how the names of their columns begin: of the concept, and of the time."""
 OTHERS = ("person", "death", "concept")
-DEATH = "death"
+CONDITIONS, VISITS, DEATH = "condition_occurrence", "visit_occurrence", "death"
 NO_SPANS = pa.schema([(name, pa.int64()) for name in ("person_id", "first", "last")]).empty_table()
 UTC = ("UTC", "Etc/UTC", "GMT", "Z", "+00:00")
 """Zones in which a time that is unknown, 00:00, stays 00:00."""
@@ -65,6 +66,7 @@ GENDERS = {8507: "male", 8532: "female"}
 DIED = 4216643
 """Concept of discharged_to_concept_id: patient died."""
 NO_CONCEPT, NO_TIME, NO_PERSON = "no concept (0)", "no time", "no person_id"
+NO_VISIT = "conditions of no visit with an end, which count from their own start"
 CHARACTERS = 32
 """A text value of up to so many characters is a category."""
 
@@ -88,8 +90,13 @@ class OmopOptions(Options):
     tables: str = Field(
         "condition_occurrence,drug_exposure,measurement,observation,procedure_occurrence,"
         "visit_occurrence",
-        description="tables whose events are read; conditions often carry a day before they were "
-        "known",
+        description="tables whose events are read",
+    )
+    conditions: Literal["visit_end", "start"] = Field(
+        "visit_end",
+        description="when a condition counts as known. visit_end: from the end of its visit, since "
+        "many sites code diagnoses at discharge and date them at admission; start: from "
+        "condition_start, if your site writes there when the condition became known",
     )
     history: float = Field(
         24.0 * 366,
@@ -131,6 +138,13 @@ class Concepts(NamedTuple):
         return pc.if_else(pa.array(number == 0), None, pc.coalesce(known, bare))
 
 
+class VisitEnds(NamedTuple):
+    """Ends of visits, (n,) int64 microseconds since 1970, by sorted visit_occurrence_id."""
+
+    ids: np.ndarray
+    ends: np.ndarray
+
+
 class TimedRows(NamedTuple):
     """Rows to write, each about one person.
 
@@ -167,8 +181,11 @@ class Omop(RecordsImporter):
     of the source's concept where it is 0: with a number VOCABULARY/CODE: UNIT, so that another unit
     is another variable, with a text or a value's concept VOCABULARY/CODE: VALUE. Events without a
     number have the value 1. A time of 00:00 is a day, and counts from its end: nothing is known
-    earlier. All rows are train: cut by patient.
+    earlier. A condition counts from the end of its visit_occurrence_id, if that is later than its
+    start, unless --set conditions=start. All rows are train: cut by patient.
     """
+
+    kept_reasons = (NO_VISIT,)
 
     def __init__(self, options: Any = None):
         super().__init__(options)
@@ -196,7 +213,7 @@ class Omop(RecordsImporter):
         self._tables = find_tables(found.entries, (*EVENTS, *OTHERS), source)
         needed = {"person": "age and sex"}
         if not self._of_persons:
-            needed["visit_occurrence"] = "one row a visit (--set rows=persons needs none)"
+            needed[VISITS] = "one row a visit (--set rows=persons needs none)"
         for name, purpose in needed.items():
             if name not in self._tables:
                 raise ValueError(
@@ -206,7 +223,7 @@ class Omop(RecordsImporter):
         taken = [name for name in self.wanted if name in self._tables]
         if self._of_persons and DEATH in self._tables:
             taken.append(DEATH)
-        if not set(taken) - {"visit_occurrence", DEATH}:
+        if not set(taken) - {VISITS, DEATH}:
             raise ValueError(self._no_events(source))
         self._parts = [
             part for name in taken for part in split_table(name, self._tables[name], cut_bytes)
@@ -218,8 +235,8 @@ class Omop(RecordsImporter):
 
     def _no_events(self, source: str) -> str:
         """Return what is wrong, and the fix, where no table of events is left to be read."""
-        wanted = [name for name in self.wanted if name != "visit_occurrence"]
-        others = [name for name in EVENTS if name != "visit_occurrence"]
+        wanted = [name for name in self.wanted if name != VISITS]
+        others = [name for name in EVENTS if name != VISITS]
         if not wanted:
             return (
                 f"--set tables={self.options.tables}: visits alone say nothing of what happened in "
@@ -241,7 +258,8 @@ class Omop(RecordsImporter):
         with Opener() as opener:
             self._check_midnights(opener)
             persons = self._persons(opener)
-            used, spans = self._used(opener)
+            ends = self._visit_ends(opener)
+            used, spans = self._used(ends, opener)
             concepts = self._concepts(used, opener)
             timed = (
                 self._person_rows(spans, notes)
@@ -275,10 +293,11 @@ class Omop(RecordsImporter):
             "static": list(fields),
             "outcomes": [name for name in columns if name != "prediction_time"],
             "history": self.options.history,
+            "conditions": self.options.conditions,
         }
         notes = {"persons": len(persons.ids), **{name: n for name, n in notes.items() if n}}
         windows = Windows(timed.persons, timed.start, timed.zero, timed.end)
-        keys = {"windows": windows, "concepts": concepts}
+        keys = {"windows": windows, "concepts": concepts, "ends": ends}
         return Entities(rows, keys, "patient", timed.invalid, notes, info)
 
     def _check_midnights(self, opener: Opener) -> None:
@@ -286,12 +305,14 @@ class Omop(RecordsImporter):
 
         Texts with a zone are refused anyway: the days beside them have none.
         """
-        read = {*self.wanted, "visit_occurrence", DEATH}
-        for name in sorted(read.intersection(self._tables)):
+        times_read = {name: [EVENTS[name][1]] for name in self.wanted}
+        times_read |= {VISITS: ["visit_start", "visit_end"], DEATH: [DEATH]}
+        for name in sorted(times_read.keys() & self._tables.keys()):
             entry = self._tables[name]
+            columns = {column for time in times_read[name] for column in _times(time)}
             for field in read_schema(entry, opener):
                 zone = field.type.tz if pa.types.is_timestamp(field.type) else None
-                if zone and zone not in UTC:
+                if zone and zone not in UTC and field.name.strip().lower() in columns:
                     raise ValueError(
                         f"{entry.name}: column {field.name!r} has times in the zone {zone}. OMOP "
                         "writes 00:00 where the time is unknown, which would be another time in "
@@ -318,7 +339,7 @@ class Omop(RecordsImporter):
 
     def _visit_rows(self, persons: Persons, concepts: Concepts, opener: Opener) -> TimedRows:
         """Return a row for each visit that can be used, with its outcomes."""
-        entry, tally = self._tables["visit_occurrence"], RowCounts()
+        entry, tally = self._tables[VISITS], RowCounts()
         wanted_columns = {
             **dict.fromkeys(("visit_occurrence_id", "person_id", "visit_concept_id"), Column("id")),
             **_times("visit_start"),
@@ -326,10 +347,10 @@ class Omop(RecordsImporter):
             "discharged_to_concept_id": Column("id", False),
             "discharge_to_concept_id": Column("id", False),
         }
-        table = read_table("visit_occurrence", entry, wanted_columns, opener, tally)
+        table = read_table(VISITS, entry, wanted_columns, opener, tally)
         start, started = _moments(table, "visit_start", at_end=False)
         end, ended = _moments(table, "visit_end")
-        self._check_zones("visit_occurrence", _zones(tally, np.append(start, end)))
+        self._check_zones(VISITS, _zones(tally, np.append(start, end)))
         visit, person, kind = (
             filled(table[name], -1)
             for name in ("visit_occurrence_id", "person_id", "visit_concept_id")
@@ -438,23 +459,35 @@ class Omop(RecordsImporter):
         ids, first = np.unique(filled(table["person_id"], -1)[known], return_index=True)
         return ids, earliest[known][first], latest[known][first]
 
-    def _used(self, opener: Opener) -> tuple[np.ndarray, pa.Table]:
+    def _visit_ends(self, opener: Opener) -> VisitEnds | None:
+        """Return the ends of visits, from which their conditions count; None if these do not."""
+        if CONDITIONS not in self.wanted or self.options.conditions == "start":
+            return None
+        if VISITS not in self._tables:
+            return VisitEnds(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+        columns, tally = {"visit_occurrence_id": Column("id"), **_times("visit_end")}, RowCounts()
+        table = read_table(VISITS, self._tables[VISITS], columns, opener, tally)
+        end, has_end = _moments(table, "visit_end")
+        self._check_zones(VISITS, _zones(tally, end))
+        good = has_end & np.asarray(table["visit_occurrence_id"].combine_chunks().is_valid())
+        ids, first = np.unique(filled(table["visit_occurrence_id"], -1)[good], return_index=True)
+        return VisitEnds(ids, end[good][first])
+
+    def _used(self, ends: VisitEnds | None, opener: Opener) -> tuple[np.ndarray, pa.Table]:
         """Read all events once.
 
         Returns:
             (the sorted ids of all concepts; of each person the first and the last time).
         """
         ids, spans = [np.empty(0, dtype=np.int64)], [NO_SPANS]
-        found = threaded_map(_used_by, self._parts, threads=4)
+        found = threaded_map(partial(_used_by, ends), self._parts, threads=4)
         for part, (concepts, span, zoned) in zip(self._parts, found, strict=True):
             self._check_zones(part.name, zoned)
             ids.append(concepts)
             spans.append(span)
-        if "visit_occurrence" in self._tables:
+        if VISITS in self._tables:
             columns = {"visit_concept_id": Column("id")}
-            kinds = read_table(
-                "visit_occurrence", self._tables["visit_occurrence"], columns, opener
-            )
+            kinds = read_table(VISITS, self._tables[VISITS], columns, opener)
             ids.append(filled(kinds["visit_concept_id"].unique(), -1))
         return np.unique(np.concatenate(ids)), merge_spans(spans)
 
@@ -488,6 +521,7 @@ class Omop(RecordsImporter):
     def events(self, reader: EventReader) -> Iterator[Events]:
         windows, concepts = reader.keys["windows"], reader.keys["concepts"]
         for batch, person, time in _timed(reader):
+            time = _known_times(reader.keys["ends"], batch, time, reader)
             if reader.table == DEATH:
                 codes, values = np.zeros(len(batch), dtype=np.int64), np.ones(len(batch))
                 yield from windows.events(person, time, codes, [DEATH], values, reader)
@@ -559,6 +593,8 @@ def _timed(reader: EventReader) -> Iterator[tuple[pa.Table, np.ndarray, np.ndarr
             "value_as_concept_id": Column("id", False),
             "value_as_string": Column("text", False),
         }
+    if reader.table == CONDITIONS:
+        columns["visit_occurrence_id"] = Column("id", False)
     for batch in reader.batches(columns):
         time, known = _moments(batch, time_name)
         person = batch["person_id"].combine_chunks()
@@ -574,7 +610,26 @@ def _timed(reader: EventReader) -> Iterator[tuple[pa.Table, np.ndarray, np.ndarr
         yield batch.filter(pa.array(good)), filled(person, -1)[good], time[good]
 
 
-def _used_by(part: InputSplit) -> tuple[np.ndarray, pa.Table, set[bool]]:
+def _known_times(
+    ends: VisitEnds | None,
+    batch: pa.Table,
+    time: np.ndarray,
+    reader: EventReader,
+) -> np.ndarray:
+    """Return (n,) when events were known: a condition at its time (n,) or, if later, at the end of
+    its visit. Conditions without such a visit are counted.
+    """
+    if ends is None or reader.table != CONDITIONS:
+        return time
+    at = index_in_sorted(ends.ids, filled(batch["visit_occurrence_id"], -1))
+    reader.dropped[NO_VISIT] += int(np.count_nonzero(at < 0))
+    return np.where(at < 0, time, np.maximum(time, np.append(ends.ends, 0)[at]))
+
+
+def _used_by(
+    ends: VisitEnds | None,
+    part: InputSplit,
+) -> tuple[np.ndarray, pa.Table, set[bool]]:
     """Return (concepts, first and last time of each person, timezone awareness) of a piece."""
     ids, spans = [np.empty(0, dtype=np.int64)], [NO_SPANS]
     zoned: set[bool] = set()
@@ -582,6 +637,7 @@ def _used_by(part: InputSplit) -> tuple[np.ndarray, pa.Table, set[bool]]:
         reader = EventReader(part, opener)
         for batch, person, time in _timed(reader):
             zoned |= _zones(reader.tally, time)
+            time = _known_times(ends, batch, time, reader)
             spans.append(pa.table({"person_id": person, "first": time, "last": time}))
             spans = [merge_spans(spans)] if len(spans) > 50 else spans
             for name in ("concept", "unit_concept_id", "value_as_concept_id"):
