@@ -32,6 +32,8 @@ THUMB_SIZE = THUMB * THUMB
 """Numbers of a thumbnail, by which near duplicates are found."""
 MAX_LEVEL = 255
 """Largest level of a number in a thumbnail."""
+STEP_TOLERANCE = 0.05
+"""Share by which the step of a row may differ from that of the fitted rows."""
 MIN_STD_SHARE = 0.3
 """In a thumbnail a channel is divided at least by this share of the row's largest deviation."""
 
@@ -78,11 +80,13 @@ class SeriesState(TypedDict):
     """Mean and standard deviation of each channel."""
     names: NotRequired[list[str]]
     """Names of the channels, where the rows are structs."""
+    step: NotRequired[float]
+    """Median time between two steps, where the rows have a column of it."""
 
 
 @register("modality", "series", options=SeriesOptions)
 class Series(Modality):
-    """Rows of T steps of C numbers, at one rate for all rows.
+    """Rows of T steps of C numbers, at one sampling rate for all rows.
 
     A row of the column with role ``series`` has one of three forms. NaN and null are missing
     numbers.
@@ -99,6 +103,11 @@ class Series(Modality):
     Tensors: ``series`` (B, length, C) float32, standardised by channel, and ``known`` (B, length,
     C) bool, true for numbers that are not missing.
 
+    The column with role ``step``, if it is named, has the time between two steps of each row
+    (``onetomany prepare series --set order=`` writes it). A row whose step differs from that of the
+    fitted rows by more than 5 % is bad, in training and in prediction. Without this column nothing
+    compares sampling rates.
+
     - Option ``cut`` says which steps of a longer row are read. A shorter row ends in missing steps.
     - Option ``missing`` says what replaces a missing number: the mean of its channel over the steps
       that are read, or the channel's last number.
@@ -110,6 +119,7 @@ class Series(Modality):
 
     state: SeriesState
     roles = ("series",)
+    optional_roles = ("step",)
     target_options = ("missing", "crop", "scale", "jitter")
     near_search = PerceptualSearch("signs of random projections of averaged channels")
 
@@ -134,6 +144,8 @@ class Series(Modality):
         state: SeriesState = {"mean": [], "std": []}
         if names is not None:
             state["names"] = names
+        if "step" in columns:
+            state["step"] = float(f"{_median_step(table[columns['step']], columns['step']):.6g}")
         for channel in range(rows.channels):
             values = np.concatenate([row[:, channel] for row in good])
             values = values[~np.isnan(values)]
@@ -145,6 +157,8 @@ class Series(Modality):
         return state
 
     def required_type(self, role, kind) -> str:
+        if role == "step":
+            return "" if is_number(kind) else "numbers"
         return _problem(kind, self.state)
 
     def inputs(self) -> SeriesInputs:
@@ -165,10 +179,27 @@ class Series(Modality):
         for i, row in enumerate(standardised):
             if np.isinf(row).any():
                 rows.reasons[i] = "the series holds a number far beyond its channel's deviation"
+        for i, reason in enumerate(self._step_reasons(table, columns)):
+            rows.reasons[i] = rows.reasons[i] or reason
         return {
             "series": ragged(np.nan_to_num(row).reshape(-1) for row in standardised),
             "known": ragged(~np.isnan(row).reshape(-1) for row in standardised),
         }, rows.reasons
+
+    def _step_reasons(self, table: Any, columns: dict[str, str]) -> list[str]:
+        """Return for each row "" or why it has another sampling rate than the fitted rows."""
+        if "step" not in columns or "step" not in self.state:
+            return [""] * len(table)
+        own, fitted = floats(joined(table[columns["step"]]), np.float64), self.state["step"]
+        is_equal = np.abs(own - fitted) <= STEP_TOLERANCE * fitted  # also not where it is unknown
+        return [
+            ""
+            if equal
+            else f"its steps are {step:.6g} apart ({columns['step']}), and {fitted:g} in the rows "
+            "that the network was trained on: bring it to that rate (faster logs by onetomany "
+            f"prepare series --set step={fitted:g})"
+            for equal, step in zip(is_equal, own, strict=True)
+        ]
 
     def _rows(self, table: Any, columns: dict[str, str]) -> SeriesRows:
         column = table[columns["series"]]
@@ -210,6 +241,11 @@ class Series(Modality):
         what = ("channels that these rows lack", "unknown channels, left out")
         differences = map(NameDifference, what, self._differences(table, columns))
         parts = [one.text() for one in differences if one.names]
+        if "step" in self.state and "step" not in columns:
+            parts.append(
+                f"the source's steps are {self.state['step']:g} apart; data.columns names no step "
+                "of these rows to compare"
+            )
         rows = self._rows(table, columns).values
         length = self.options.length
         longer = sum(len(row) > length for row in rows)
@@ -334,6 +370,21 @@ class Series(Modality):
         rest = {name: one for name, one in batch.data.items() if name != "series_lengths"}
         cut = {"series": series, "known": known & is_there}
         return Batch(batch.rows, batch.keys, {**rest, **cut}, batch.shards)
+
+
+def _median_step(column: Any, name: str) -> float:
+    """Return the median time between two steps, of the rows in which it is known.
+
+    Raises ValueError for a column without positive numbers.
+    """
+    steps = floats(joined(column), np.float64) if is_number(column.type) else np.empty(0)
+    steps = steps[np.isfinite(steps) & (steps > 0)]
+    if not len(steps):
+        raise ValueError(
+            f"column {name}: it holds {column.type}, and step is a positive number, the time "
+            "between two steps"
+        )
+    return float(np.median(steps))
 
 
 def _normal(keys: Tensor, count: int) -> Tensor:

@@ -48,6 +48,31 @@ def test_state_is_that_of_the_known_numbers():
     assert state == {"mean": [3.0, 5.0], "std": [pytest.approx(np.sqrt(8 / 3), rel=1e-6), 1.0]}
 
 
+def test_rows_at_another_sampling_rate_are_bad():
+    """As far as they have a column of steps; bundles without one, such as older ones, read all."""
+    table = pa.table({"x": [STEPS] * 5, "t": [0.02, 0.0204, 0.01, None, 0.02]})
+    columns = {**COLUMNS, "step": "t"}
+    state = Series.fit(registry.get("modality", "series").options_class(), table, columns, "")
+    assert state["step"] == 0.02
+    _, bad = series(state).decode(table, columns)
+    assert [reason[:45] for reason in bad] == [
+        "",
+        "",
+        "its steps are 0.01 apart (t), and 0.02 in the",
+        "its steps are nan apart (t), and 0.02 in the ",
+        "",
+    ]
+    assert "prepare series --set step=0.02" in bad[2]
+    without = {name: value for name, value in state.items() if name != "step"}
+    assert not any(series(without).decode(table, columns)[1])
+    assert not any(series(state).decode(table, COLUMNS)[1])
+    assert "the source's steps are 0.02 apart; data.c" in series(state).coverage(table, COLUMNS)
+    assert series(state).required_type("step", pa.string()) == "numbers"
+    with pytest.raises(ValueError, match="column t: it holds null, and step is a positive number"):
+        unknown = table.set_column(1, "t", pa.nulls(5))
+        Series.fit(registry.get("modality", "series").options_class(), unknown, columns, "")
+
+
 @pytest.mark.parametrize(
     ("missing", "filled"),
     [("mean", [1.0, 0.0, 1.0, 2.0, 1.0]), ("last", [1.0, 0.0, 0.0, 2.0, 2.0])],

@@ -45,6 +45,7 @@ def test_windows_of_each_recording(tmp_path, form):
     assert cut(found) == {"a": [(0, 3), (3, 6), (6, 9)], "c": [(0, 3)]}
     assert [row["start"] for row in found] == [0, 3, 6, 0]
     assert [row["subject"] for row in found] == ["p", "p", "p", "q"]
+    assert [row["step"] for row in found] == [0.1] * 4
     assert found[0]["series"] == {"x": [0, 1, 2, 3], "y": [0, -0.25, None, -0.75]}
     notes = summary(tmp_path / "out")["notes"]
     assert notes["steps in no window"] == 4 and notes["median step of t"] == "0.1"
@@ -122,6 +123,7 @@ def test_no_window_crosses_a_gap_or_a_cut_by_time(tmp_path):
         notes["gaps, which no window crosses"] == notes["infinite numbers, taken as missing"] == 1
     )
     assert notes["median step of t in seconds"] == "0.1"
+    assert read(tmp_path / "gaps")[0]["step"] == 0.1
     prepare(tmp_path / "drive.parquet", tmp_path / "out", *pairs, "gap=0", "test_share=0.25")
     found = read(tmp_path / "out")
     assert {(row["recording"], row["split"]) for row in found} == {
@@ -144,6 +146,7 @@ def test_recordings_at_several_rates_are_resampled_to_the_slowest(tmp_path):
     prepare(tmp_path / "log.csv", tmp_path / "out", *pairs, "step=0.2")
     found = [(row["recording"], row["series"]["x"], row["label"]) for row in read(tmp_path / "out")]
     assert found == [("slow", [1, 2], "a"), ("slow", [3, 4], "a"), ("fast", [2, 5], "b")]
+    assert {row["step"] for row in read(tmp_path / "out")} == {0.2}
     notes = summary(tmp_path / "out")["notes"]
     assert notes["median step of t"] == "0.2"
     assert notes["gaps, which no window crosses"] == notes["steps in no window"] / 2 == 1

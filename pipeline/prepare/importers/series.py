@@ -143,8 +143,11 @@ class Series(TableImporter):
     to windows for modality series: --set channels=S1..S24 --set window=64 --set stride=16.
 
     Columns: recording, subject, start (the window's first step, counted from 0 in the recording, or
-    in its part of a split), series (a struct with a list of numbers for each channel), label,
-    value, split. Name the recording in the job's `group` (or the subject), so that windows of one
+    in its part of a split), step (what --set order= rises by from one step to the next, in seconds
+    where it holds times), series (a struct with a list of numbers for each channel), label, value,
+    split. A job that names the step compares sampling rates: columns: {series: series, step: step}.
+
+    Name the recording in the job's `group` (or the subject), so that windows of one
     never stand on both sides of a split. A recording ends with its file; where a name stands in
     several files, recordings are named FILE/NAME. With --set test_share= each recording is cut by
     time instead, no window crosses the cut, and each side has a name of its own. Steps are taken to
@@ -291,6 +294,14 @@ class Series(TableImporter):
         """What order rises by in a step; 0: each row is a step."""
         return self.options.step * (MICROSECONDS_PER_SECOND if self.roles.moments else 1)
 
+    def _step_of(self, rows: pa.Table) -> float | None:
+        """Return the time between two steps of a segment, null where it is not known."""
+        o = self.options
+        if o.step or not o.order or len(rows) < 2:
+            return o.step or None
+        unit = MICROSECONDS_PER_SECOND if self.roles.moments else 1
+        return float(f"{np.median(np.diff(rows[o.order].to_numpy())) / unit:.6g}")
+
     def _is_faster(self, rows: pa.Table) -> bool:
         """Return whether a recording has a higher rate than option `step`.
 
@@ -409,6 +420,7 @@ class Series(TableImporter):
             pa.field("recording", pa.string()),
             *([pa.field("subject", pa.string())] if o.subject else []),
             pa.field("start", pa.int64()),
+            *([pa.field("step", pa.float64())] if o.order else []),
             pa.field("series", lists),
             *([pa.field("label", pa.string())] if self.label else []),
             *([pa.field("value", pa.float64())] if o.value else []),
@@ -487,6 +499,7 @@ class Series(TableImporter):
             "recording": [segment.recording] * count,
             "subject": [segment.subject] * count,
             "start": starts,
+            "step": [self._step_of(segment.rows)] * count,
             "series": pa.StructArray.from_arrays(lists, list(self.roles.observations)),
         }
         if o.label:
@@ -497,8 +510,9 @@ class Series(TableImporter):
             columns["label"] = [_folder(input_split)] * count
         if o.value:
             columns["value"] = segment.rows[o.value].to_numpy()[stops - 1]
-        if not o.subject:
-            columns.pop("subject")
+        for name, option in (("subject", o.subject), ("step", o.order)):
+            if not option:
+                columns.pop(name)
         return pa.table({**columns, "split": [segment.split or input_split.split] * count})
 
 
