@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from pipeline.config.registry import LinearHeadOptions, register
 from pipeline.core.arrow_compute import pc
-from pipeline.core.arrow_lists import is_list
+from pipeline.core.arrow_lists import floats, is_list, is_number, joined, lengths
 from pipeline.core.contracts import Arrays, Backbone, Batch, Features, Objective
 from pipeline.core.metrics import calibration
 from pipeline.core.nn import losses
@@ -68,6 +68,9 @@ class HourlyState(TypedDict):
     """Class names."""
     counts: list[int]
     """Training labels of each class."""
+    last_label: NotRequired[float]
+    """Hour of the last training label, until `bind_to_backbone` has compared it with ``hours``: no
+    bundle has it, since it may tell of one patient."""
     hours: NotRequired[float]
     """The last hour of which the backbone reads events; absent: all hours."""
     temperature: NotRequired[float]
@@ -126,21 +129,25 @@ class Hourly(Objective):
                 "set task: multiclass, or leave classes out"
             )
         labels = [str(k) for k in range(options.classes)]
-        values = cls._values(table, columns, {"labels": labels, "counts": []})
+        unfitted: HourlyState = {"labels": labels, "counts": []}
+        values = cls._numbers("label_values", table, columns, unfitted).astype(np.int64)
         if not len(values):
             raise ValueError(
                 f"columns {columns['label_times']} and {columns['label_values']}: none of "
                 f"{len(table)} training rows has a label"
             )
         counts = np.bincount(values, minlength=options.classes).tolist()
-        return {"labels": labels, "counts": counts}
+        last = float(cls._numbers("label_times", table, columns, unfitted).max())
+        return {"labels": labels, "counts": counts, "last_label": last}
 
     @classmethod
-    def _values(cls, table: pa.Table, columns: dict[str, str], state: HourlyState) -> np.ndarray:
-        """Return (m,) int64, every label of the rows that can be used."""
-        name = columns["label_values"]
+    def _numbers(
+        cls, role: str, table: pa.Table, columns: dict[str, str], state: HourlyState
+    ) -> np.ndarray:
+        """Return (m,) float64, all label times or values of the rows that can be used."""
+        name = columns[role]
         kept = table[name].filter(pa.array(cls._is_valid(table, columns, state)))
-        return _lists(kept, name)[0].astype(np.int64)
+        return _lists(kept, name)[0]
 
     @classmethod
     def _is_valid(cls, table: pa.Table, columns: dict[str, str], state: HourlyState) -> np.ndarray:
@@ -161,15 +168,11 @@ class Hourly(Objective):
         last_hour = state.get("hours", np.inf)
         late = (_lists(table[name], name)[0] > last_hour).sum()
         if late:
-            raise ValueError(
-                f"column {name}: {late} times lie after hour {last_hour:g}, up to which "
-                "events are read: they would be judged by what is long past: raise hours in "
-                "data.modality ({events: {hours: ...}})"
-            )
+            raise ValueError(f"column {name}: {late} {_beyond(last_hour)}")
         arrays: Arrays = {}
         for role, kind in (("label_times", np.float32), ("label_values", np.int16)):
-            flat, lengths = _lists(table[columns[role]], columns[role])
-            lists = np.split(flat, np.cumsum(lengths)[:-1])[: len(table)]
+            flat, counts = _lists(table[columns[role]], columns[role])
+            lists = np.split(flat, np.cumsum(counts)[:-1])[: len(table)]
             nothing = np.zeros(0, kind)
             arrays[role] = ragged(
                 values.astype(kind) if valid else nothing
@@ -179,9 +182,18 @@ class Hourly(Objective):
 
     @classmethod
     def bind_to_backbone(cls, state: HourlyState, backbone) -> HourlyState:
-        """Add ``hours``, up to which events are read."""
+        """Replace ``last_label`` by ``hours``, up to which events are read.
+
+        Raises ValueError for training labels after that hour.
+        """
         hours = backbone.arch.inputs.get("hours")
-        return state if hours is None else {**state, "hours": hours}
+        bound: HourlyState = {**state}
+        bound.pop("last_label", None)
+        if hours is None:
+            return bound
+        if state.get("last_label", -np.inf) > hours:
+            raise ValueError(f"role label_times: some of the training rows' {_beyond(hours)}")
+        return {**bound, "hours": hours}
 
     @classmethod
     def invalid_label_reasons(cls, table, columns, state: HourlyState):
@@ -215,7 +227,7 @@ class Hourly(Objective):
     @classmethod
     def check_test(cls, options, table, columns, state: HourlyState):
         """Labels of two classes are needed."""
-        if len(np.unique(cls._values(table, columns, state))) < 2:
+        if len(np.unique(cls._numbers("label_values", table, columns, state))) < 2:
             raise ValueError(
                 f"column {columns['label_values']}: these {len(table)} rows hold labels of one "
                 "class only, so they cannot be distinguished: give this split more rows"
@@ -418,6 +430,14 @@ class Hourly(Objective):
         return columns
 
 
+def _beyond(hours: float) -> str:
+    """Return what is wrong with label times after the last hour that is read."""
+    return (
+        f"times lie after hour {hours:g}, up to which events are read: they would be judged by "
+        "what is long past: raise hours in data.modality ({events: {hours: ...}})"
+    )
+
+
 def _lists(column: pa.ChunkedArray, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return (m,) float64, the numbers of all rows one after the other, and (n,) their lengths.
 
@@ -426,23 +446,11 @@ def _lists(column: pa.ChunkedArray, name: str) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ValueError: a column of another type.
     """
-    kind = column.type
-    if pa.types.is_null(kind):
-        kind = pa.list_(pa.float64())
-        column = column.cast(kind)
-    inner = kind.value_type if is_list(kind) else None
-    is_number = (
-        pa.types.is_integer,
-        pa.types.is_floating,
-        pa.types.is_boolean,
-        pa.types.is_null,
-    )
-    if inner is None or not any(fits(inner) for fits in is_number):
-        raise ValueError(f"column {name} holds {kind}: hourly reads a list of numbers a row")
-    array = column.cast(pa.large_list(inner)).combine_chunks()
-    lengths = pc.fill_null(pc.list_value_length(array), 0)
-    flat = pc.list_flatten(array)
-    if pa.types.is_boolean(inner):
-        flat = flat.cast(pa.int8())
-    numbers = flat.cast(pa.float64()).to_numpy(zero_copy_only=False)
-    return numbers, lengths.to_numpy(zero_copy_only=False).astype(np.int64)
+    array = joined(column)
+    if pa.types.is_null(array.type):
+        array = array.cast(pa.list_(pa.float64()))
+    inner = array.type.value_type if is_list(array.type) else None
+    if inner is None or not (is_number(inner) or pa.types.is_boolean(inner)):
+        raise ValueError(f"column {name} holds {column.type}: hourly reads a list of numbers a row")
+    counts = np.maximum(lengths(array), 0).astype(np.int64)
+    return floats(pc.list_flatten(array), np.float64), counts

@@ -2,6 +2,8 @@
 them.
 """
 
+from functools import partial
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -125,7 +127,7 @@ def test_lists_of_any_numbers_are_read(values, times):
 
     table = pa.table({"hours": cast("hours", times), "dies": cast("dies", values)})
     state = Hourly.fit(BINARY, table, COLUMNS)
-    assert state == {"labels": ["0", "1"], "counts": [4, 2]}
+    assert state == {"labels": ["0", "1"], "counts": [4, 2], "last_label": 24.0}
     found = Hourly.encode(table, COLUMNS, state)
     assert [row.tolist() for row in found["label_times"]] == [[5, 6, 7], [], [], [5], [24, 24]]
     assert [row.tolist() for row in found["label_values"]] == [[0, 0, 1], [], [], [0], [1, 0]]
@@ -194,6 +196,19 @@ def test_labels_after_the_last_hour_that_is_read_are_refused():
     message = "3 times lie after hour 6, .*raise hours in data.modality"
     with pytest.raises(ValueError, match=message):
         Hourly.encode(TABLE, COLUMNS, {**STATE, "hours": 6.0})
+
+
+def test_training_labels_after_the_last_hour_are_refused_before_any_row_is_decoded():
+    """As soon as the backbone is known, in a dry run too; no bundle has the last label's hour."""
+    state = Hourly.fit(BINARY, TABLE, COLUMNS)
+    inputs = {"variables": 1, "numbers": 0, "codes": 0, "start": 0.0, "hours": 24.0}
+    build = partial(bundle.build_backbone, seed=0)
+    bound = Hourly.bind_to_backbone(state, build(Architecture("events/gru", {}, inputs)))
+    assert bound == {"labels": ["0", "1"], "counts": [4, 2], "hours": 24.0}
+    with pytest.raises(ValueError, match=r"training rows' times lie after hour 6, .*raise hours"):
+        Hourly.bind_to_backbone(
+            state, build(Architecture("events/gru", {}, {**inputs, "hours": 6.0}))
+        )
 
 
 def test_test_rows_of_one_class_are_told():
@@ -306,13 +321,6 @@ def test_a_row_does_not_depend_on_its_neighbours_and_parts_make_the_whole():
         )
     )
     assert empty[0] == 0 and empty[1] == 0
-
-
-def test_every_parameter_gets_a_gradient():
-    task, batch = task_of(class_weight="balanced", focal=2.0), rows()
-    batch = batch.replace(label_times=batch["label_times"] - 2)  # some stand before the first token
-    task(batch)[0].backward()
-    assert [name for name, p in task.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
 def test_training_weights_are_those_of_the_formula_and_evaluation_has_none():
