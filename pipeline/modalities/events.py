@@ -360,16 +360,10 @@ class Events(Modality):
         """
         column = columns.get("events")
         if column in table.column_names:
-            return (
-                np.maximum(pc.fill_null(pc.cast(table[column], pa.float64()), 0.0).to_numpy(), 0.0)
-                + 1.0
-            )
-        return (
-            pc.fill_null(pc.list_value_length(table[columns["times"]]), 0)
-            .to_numpy()
-            .astype(np.float64)
-            + 1.0
-        )  # pyright: ignore[reportAttributeAccessIssue]
+            counts = np.nan_to_num(floats(joined(table[column]), np.float64))
+        else:
+            counts = lengths(joined(table[columns["times"]]))
+        return np.maximum(counts, 0.0) + 1.0
 
     def collate(self, arrays: Arrays) -> dict[str, Tensor]:
         own = {name: arrays[name] for name in ("times", "variables", "values", "codes")}
@@ -507,15 +501,10 @@ def _lists(table: pa.Table, columns: dict[str, str]) -> tuple[Parts, list[str]]:
         if pa.types.is_dictionary(flat["variables"].type)
         else pc.cast(flat["variables"], pa.string()).dictionary_encode()
     )
-    nameless = (
-        name.is_null().to_numpy(zero_copy_only=False)
-        if name.null_count
-        else np.zeros(len(name), dtype=bool)
-    )
     for role, wrong in (
         ("time", ~np.isfinite(time)),
         ("value", ~np.isfinite(value)),
-        ("variable", nameless),
+        ("variable", np.asarray(name.is_null())),
     ):
         for i in np.unique(row[wrong]) if wrong.any() else ():
             reasons[i] = (

@@ -4,10 +4,8 @@ parts, and a definition of one's own in one file.
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import textwrap
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -19,16 +17,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from prepare import conftest
-from prepare.conftest import parts, prepare_killed, read, summary
+from prepare.conftest import parts, read, summary
 from prepare.test_cohorts import SCHEMA, drawn, reference, rows, stay
-from typer.testing import CliRunner
 
-from pipeline import cli
-from pipeline.io import storage
 from pipeline.prepare.cohorts import phenotyping
 from pipeline.prepare.cohorts.definition import invalid_row_reasons
 from pipeline.prepare.engine import importing, row_groups
-from pipeline.prepare.engine.write import MANIFEST, Preparation, verify
+from pipeline.prepare.engine.write import Preparation, verify
 
 SMALL = 2000 / 2**20
 """MiB: parts of a few rows."""
@@ -148,28 +143,6 @@ def test_reasons_are_counted(tmp_path):
     assert "train 2 rows" in message and "left out: 0 broken, 4 dropped" in message
 
 
-def test_other_events_behind_the_prediction_time_give_the_same_bytes(stays, tmp_path):
-    folder, _ = stays
-    draw = np.random.default_rng(0)
-    other = tmp_path / "other"
-    for file in sorted(folder.glob("t*.parquet")):
-        changed = []
-        for one in pq.read_table(file).to_pylist():
-            late = [i for i, t in enumerate(one["times"]) if t > 48]
-            order = draw.permutation(late).tolist()
-            for name in ("variables", "values"):
-                one[name] = [one[name][i] for i in [*range(len(one[name]) - len(late)), *order]]
-            changed.append(one)
-        write(other / file.name, rows(*changed))
-    assert [
-        pq.read_table(folder / name)["variables"].equals(pq.read_table(other / name)["variables"])
-        for name in parts(other)
-    ].count(False) > 1
-    prepare(folder, tmp_path / "a", "task=mortality")
-    prepare(other, tmp_path / "b", "task=mortality")
-    assert parts(tmp_path / "a") == parts(tmp_path / "b") != {}
-
-
 def test_rows_do_not_depend_on_how_the_source_is_cut(stays, tmp_path):
     _, made = stays
     one = write(tmp_path / "one.parquet", rows(*made), group=1000)
@@ -177,23 +150,6 @@ def test_rows_do_not_depend_on_how_the_source_is_cut(stays, tmp_path):
     prepare(one, tmp_path / "a", "task=decompensation")
     prepare(two, tmp_path / "b", "task=decompensation")
     assert parts(tmp_path / "a") == parts(tmp_path / "b") != {}
-
-
-def test_row_groups_are_bounded(stays, tmp_path, monkeypatch):
-    monkeypatch.setattr(row_groups, "GROUP_BYTES", 10_000)
-    folder, _ = stays
-    prepare(folder, tmp_path / "out", "task=length_of_stay")
-    for file in (tmp_path / "out").glob("*.parquet"):
-        about, table = pq.ParquetFile(file).metadata, pq.read_table(file)
-        weights = row_groups.row_bytes(table)
-        start = 0
-        assert about.num_row_groups > 3
-        for i in range(about.num_row_groups):
-            stop = start + about.row_group(i).num_rows
-            assert weights[start : stop - 1].sum() < 10_000 and (
-                weights[start:stop].sum() >= 10_000 or stop == len(table)
-            )
-            start = stop
 
 
 def test_broken_rows_are_listed_by_their_place_alone(tmp_path):
@@ -335,85 +291,23 @@ def test_an_option_left_out_counts_as_its_default_and_history_can_be_cut(tmp_pat
     )
 
 
-@pytest.mark.slow
-def test_a_run_that_was_killed_goes_on_to_the_same_bytes(stays, tmp_path):
-    folder, _ = stays
-    whole = prepare(folder, tmp_path / "whole", "task=decompensation", part_mb=SMALL)
-    prepare_killed("cohort", folder, tmp_path / "out", "task=decompensation", at=3, part_mb=SMALL)
-    assert len(list((tmp_path / "out").glob("*.parquet"))) == 3
-    assert (
-        prepare(folder, tmp_path / "out", "task=decompensation", part_mb=SMALL)["files"]
-        == whole["files"]
-    )
-    assert parts(tmp_path / "out") == parts(tmp_path / "whole")
-
-
-def test_a_definition_of_ones_own_is_one_file(tmp_path):
-    """A copy of the house with one more file: a hospital's own outcome, on rows with no column of
-    MIMIC-III but the lists.
-    """
-    shutil.copytree(
-        os.path.dirname(cli.__file__),
-        tmp_path / "house/pipeline",
-        ignore=shutil.ignore_patterns("__pycache__"),
-    )
-    (tmp_path / "house/pipeline/prepare/cohorts/sepsis.py").write_text(
-        textwrap.dedent('''
-        """Sepsis on the ward."""
-        import numpy as np
-        import pyarrow as pa
-        from pydantic import Field
-        from pipeline.prepare.cohorts.definition import CohortDefinition, numbers, reasons
-        from pipeline.config.registry import Options, register
-
-        class SepsisOptions(Options):
-            lead: float = Field(6.0, description="hours before onset at which events end")
-
-        @register("cohort", "sepsis", options=SepsisOptions)
-        class Sepsis(CohortDefinition):
-            """``label``: 1 for sepsis."""
-
-            def needs(self, names):
-                return {"onset": "hour of onset"}
-
-            def include(self, table):
-                return reasons(len(table), (numbers(table, "onset") < self.options.lead, "onset too early"))
-
-            def window(self, table):
-                onset = numbers(table, "onset")
-                return np.where(np.isnan(onset), 24.0, onset) - self.options.lead
-
-            def labels(self, table):
-                return {"label": pa.array(~np.isnan(numbers(table, "onset"))).cast(pa.int64())}
-    ''')
-    )
+def test_a_definition_of_a_plugin(tmp_path):
+    """On rows with no column of MIMIC-III but the lists."""
     table = pa.table(
         {
-            "entity": ["a", "b", "c"],
-            "times": [[1.0, 9.0, 19.0]] * 3,
-            "variables": [["x", "y", "z"]] * 3,
-            "values": [[1.0, 2.0, 3.0]] * 3,
-            "onset": [14.0, None, 2.0],
+            "entity": ["a", "b"],
+            "times": [[1.0, 9.0, 25.0], [1.0]],
+            "variables": [["x", "y", "z"], ["x"]],
+            "values": [[1.0, 2.0, 3.0], [4.0]],
+            "events": [3, 1],
         }
     )
-    write(tmp_path / "a.parquet", table)
-    program = (
-        "from pipeline.prepare.engine import importing; from pipeline.prepare.engine import write; "
-        "write.Preparation('cohort', '../a.parquet', '../out', importing.options_of('cohort', "
-        "['task=sepsis', 'lead=5'])).run()"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path / "house",
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "house")},
-    )
-    assert done.returncode == 0, done.stderr
-    assert [(row["entity"], row["times"], row["label"]) for row in read(tmp_path / "out")] == [
-        ("a", [1.0, 9.0], 1),
-        ("b", [1.0, 9.0, 19.0], 0),
-    ]
+    source, plugin = write(tmp_path / "a.parquet", table), Path(__file__).parents[1] / "plugin"
+    words = ("prepare", "cohort", str(source), "-o", str(tmp_path / "out"), "--set", "task=busy")
+    options = ("--set", "least=2", "--plugin", str(plugin / "spectra"))
+    subprocess.run([sys.executable, "-m", "pipeline", *words, *options], check=True)
+    found = [(row["entity"], row["times"], row["label"]) for row in read(tmp_path / "out")]
+    assert found == [("a", [1.0, 9.0], 1), ("b", [1.0], 0)]
 
 
 STAYS = """
@@ -461,30 +355,6 @@ def test_labels_of_the_mimic3_demo_are_those_of_plain_sql(tmp_path):
         entity: sorted({groups[code][0] for code in found if code in groups})
         for entity, found in codes
     }
-
-
-@pytest.mark.slow
-@pytest.mark.ray
-def test_on_ray_the_command_line_writes_the_same_bytes(stays, ray_here, hide_ray, tmp_path):
-    folder, _ = stays
-    with hide_ray():
-        here = prepare(folder, tmp_path / "here", "task=length_of_stay", part_mb=SMALL)
-    line = [
-        "prepare",
-        "cohort",
-        str(folder),
-        "-o",
-        str(tmp_path / "ray"),
-        "--part-mb",
-        str(SMALL),
-        "--set",
-        "task=length_of_stay",
-    ]
-    done = CliRunner().invoke(cli.app, line)
-    assert done.exit_code == 0, done.output
-    assert storage.read_json(tmp_path / "ray" / MANIFEST)["files"] == here["files"] and parts(
-        tmp_path / "ray"
-    ) == parts(tmp_path / "here")
 
 
 @pytest.mark.parametrize("limit", ["GROUP_ROWS", "GROUP_BYTES"])

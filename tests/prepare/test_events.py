@@ -326,13 +326,13 @@ def test_times_with_a_zone_are_read(tmp_path, form, hour):
         (
             "2101-06-01 00:00:00",
             ["2101-06-01T06:30:00Z"],
-            r"long\.csv: column 'time' of the events has times with a zone .*, and the other "
-            r"column has none",
+            r"long\.csv, column 'time': its times have a zone .*, and those of people\.csv, column "
+            r"'begin' have none",
         ),
         (
             "2101-06-01T00:00:00Z",
             ["2101-06-01 06:30:00"],
-            r"long\.csv: column 'begin' of the entities has times with a zone",
+            r"people\.csv, column 'begin': its times have a zone .*, and those of long\.csv",
         ),
         (
             "2101-06-01T00:00:00Z",

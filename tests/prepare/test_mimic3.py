@@ -11,7 +11,6 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 import pytest
@@ -627,32 +626,6 @@ def prepared(demo, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("demo") / "out"
     prepare(demo, output)
     return output
-
-
-@DEMO
-def test_demo_as_the_publishers_csv(demo, prepared, tmp_path):
-    """Written back as CSV.gz, every other table in upper case, columns turned round, in parts of
-    1 MiB: the streams of the Parquet tables.
-    """
-    root = tmp_path / "csv"
-    root.mkdir()
-    for number, file in enumerate(sorted(demo.glob("*.parquet"))):
-        case = ("lower", "upper")[number % 2]
-        name = file.stem.removesuffix("_vitals")
-        read = pq.read_table(file)
-        for i, field in enumerate(read.schema):
-            if pa.types.is_timestamp(field.type):
-                read = read.set_column(
-                    i, field.name, pc.strftime(read.column(i), "%Y-%m-%d %H:%M:%S")
-                )
-        names = [getattr(column, case)() for column in read.column_names]
-        read = read.rename_columns(names).select(names[::-1])
-        with pa.output_stream(
-            str(root / f"{getattr(name, case)()}.csv.gz"), compression="gzip"
-        ) as sink:
-            pcsv.write_csv(read, sink)
-    manifest = prepare(root, tmp_path / "out", part_mb=1)
-    assert len(manifest["files"]) > 5 and entity_rows(tmp_path / "out") == entity_rows(prepared)
 
 
 STREAMS = """

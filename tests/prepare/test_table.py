@@ -6,9 +6,6 @@ import gzip
 import io
 import json
 import math
-import os
-import subprocess
-import sys
 from decimal import Decimal
 from functools import partial
 
@@ -19,11 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from prepare import conftest
 from prepare.conftest import parts, read, write
-from typer.testing import CliRunner
 
-from pipeline import cli
-from pipeline.io import storage
-from pipeline.prepare.engine.write import MANIFEST, verify
+from pipeline.prepare.engine.write import verify
 
 prepare = partial(conftest.prepare, "table")
 
@@ -427,53 +421,3 @@ def test_parquet_types(tmp_path):
     assert prepare(tmp_path / "b.parquet", tmp_path / "none", "label=y", "drop=when")["rows"] == {
         "train": 3
     }
-
-
-@pytest.mark.slow
-def test_distinct_values_are_counted_alike_in_every_process(tmp_path):
-    program = (
-        "from pipeline.prepare.importers import table; print([table._hash(value) for value in "
-        "('a', 1, '1', 2.0, '2', True)])"
-    )
-    runs = {
-        subprocess.run(
-            [sys.executable, "-c", program],
-            cwd=storage.join(os.path.dirname(cli.__file__), ".."),
-            capture_output=True,
-            text=True,
-            check=True,
-            env={**os.environ, "PYTHONHASHSEED": seed},
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(runs) == 1
-    hashes = json.loads(runs.pop())
-    assert hashes[1] == hashes[2] and hashes[3] == hashes[4] and len(set(hashes)) == 4
-
-
-@pytest.mark.ray
-def test_on_ray_the_command_line_writes_the_same_bytes(ray_here, hide_ray, tmp_path):
-    for name in ("train-a", "train-b", "test"):
-        frame().to_csv(write(tmp_path / f"in/{name}.csv", ""), index=False)
-    with hide_ray():
-        here = prepare(tmp_path / "in", tmp_path / "here", "label=y", "id=id", part_mb=0.01)
-    done = CliRunner().invoke(
-        cli.app,
-        [
-            "prepare",
-            "table",
-            str(tmp_path / "in"),
-            "-o",
-            str(tmp_path / "ray"),
-            "--part-mb",
-            "0.01",
-            "--set",
-            "label=y",
-            "--set",
-            "id=id",
-        ],
-    )
-    assert done.exit_code == 0, done.output
-    assert storage.read_json(tmp_path / "ray" / MANIFEST)["files"] == here["files"] and parts(
-        tmp_path / "ray"
-    ) == parts(tmp_path / "here")

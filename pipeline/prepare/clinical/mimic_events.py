@@ -244,7 +244,8 @@ class MimicImporter(GroupedImporter):
         start = self.data_set.drug_time
         columns = {**reader.ids, start: Column("time"), "drug": Column("text")}
         for batch in reader.batches(columns):
-            names, codes = _name_codes("drug: ", batch["drug"])
+            spaced = pc.replace_substring_regex(batch["drug"].combine_chunks(), r"\s+", " ")
+            names, codes = variable_codes(pc.utf8_trim_whitespace(spaced), "drug: ")
             reader.begin(len(batch))
             reader.drop("no drug", codes < 0)
             batch, codes = reader.keep(batch), codes[reader.good]
@@ -462,12 +463,6 @@ def _amount_units(written: Any, item_factors: np.ndarray) -> tuple[np.ndarray, n
     factors, kinds = map(np.array, zip(*map(_amount_unit, texts), strict=True))
     has_unit = np.array([bool(plausible.plain_unit(text or "")) for text in texts])
     return np.where(has_unit[codes], factors[codes], item_factors), kinds[codes]
-
-
-def _name_codes(prefix: str, column: Any) -> tuple[list[str], np.ndarray]:
-    """Return (distinct names, (n,) index of each row's, -1 for none) with single spaces."""
-    text = pc.utf8_trim_whitespace(pc.replace_substring_regex(column.combine_chunks(), r"\s+", " "))
-    return variable_codes(text, prefix)
 
 
 def _values(batch: pa.Table, conversions: np.ndarray) -> plausible.Numbers:

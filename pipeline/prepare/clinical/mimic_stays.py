@@ -273,15 +273,9 @@ def _check_data_set(data_set: DataSet, icustays: Entry, source: str) -> None:
 
 def missing_tables(data_set: DataSet, tables: dict[str, list[Entry]]) -> dict[str, str]:
     """Return tables that are not there, and what is then lacking."""
-    inputs = {"inputevents", "inputevents_cv", "inputevents_mv"}
-    given = inputs.intersection(tables)
-    unasked = (
-        {"inputevents"}
-        if given == inputs - {"inputevents"}
-        else inputs - {"inputevents"}
-        if not given or "inputevents" in given
-        else {"inputevents"}
-    )
+    of_systems = {"inputevents_cv", "inputevents_mv"}
+    has_systems = "inputevents" not in tables and of_systems.intersection(tables)
+    unasked = {"inputevents"} if has_systems else of_systems
     return {
         name.upper(): purpose
         for name, purpose in data_set.optional.items()

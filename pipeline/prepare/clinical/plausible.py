@@ -22,9 +22,10 @@ from pipeline.core.arrow_lists import dictionary_codes, floats, is_text
 if TYPE_CHECKING:
     from pipeline.prepare.engine.grouped import EventReader, Events
 
-NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?"
+NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?"
 """Without nan and inf, which are no measurements."""
-BOUND = r"^(?i:<=?|>=?|less than|greater than|under|over)\s*"
+BOUND = r"(?i:<=?|>=?|less than|greater than|under|over)"
+MEASURED = rf"^(?P<bound>{BOUND}?)\s*(?P<first>{NUMBER})\s*(?:/\s*(?P<second>{NUMBER}))?$"
 NO_VALUE = "no value"
 NO_NUMBER = "no number"
 PAIR = "a pair of numbers"
@@ -132,23 +133,22 @@ def _plain(array: Any) -> np.ndarray:
 def _texts(values: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Parse texts: (number, second number of a pair, index in REASONS, whether it is a bound)."""
     text = pc.utf8_trim_whitespace(values).fill_null("")
-    bare = pc.replace_substring_regex(text, BOUND, "")
-    is_number = np.asarray(pc.match_substring_regex(bare, f"^{NUMBER}$"))
-    is_pair = np.asarray(pc.match_substring_regex(text, rf"^{NUMBER}\s*/\s*{NUMBER}$"))
-    empty = np.asarray(pc.equal(text, ""))
-    censored = is_number & np.asarray(pc.not_equal(bare, text))
-    halves = pc.replace_substring_regex(pc.if_else(pa.array(is_pair), text, "0/0"), r"\s*/\s*", "/")
-    first, second = (_cast(pc.list_element(pc.split_pattern(halves, "/"), i)) for i in (0, 1))
-    single = _cast(pc.if_else(pa.array(is_number), bare, "0"))
-    one = np.select([is_pair, is_number], [first, single], np.nan)
-    reasons = np.select([empty, is_number, is_pair], [1, 0, 3], 2).astype(np.int8)
-    reasons[(reasons == 0) & ~np.isfinite(one)] = 2
-    one[reasons == 2] = np.nan
-    return one, np.where(is_pair, second, np.nan), reasons, censored
+    found = pc.extract_regex(text, MEASURED)
+    bound, first, second = (
+        pc.struct_field(found, name).fill_null("") for name in ("bound", "first", "second")
+    )
+    is_bound, is_pair = (np.asarray(pc.not_equal(part, "")) for part in (bound, second))
+    one, two = _cast(first), _cast(second)
+    is_empty = np.asarray(pc.equal(text, ""))
+    is_none = ~np.isfinite(one) | (is_bound & is_pair)
+    reasons = np.select([is_empty, is_none, is_pair], [1, 2, 3], 0).astype(np.int8)
+    one, two = (np.where(is_none, np.nan, part) for part in (one, two))
+    return one, two, reasons, is_bound & (reasons == 0)
 
 
 def _cast(texts: Any) -> np.ndarray:
-    return floats(pc.replace_substring_regex(texts, r"^\+", ""), np.float64)
+    bare = pc.replace_substring_regex(texts, r"^\+", "")
+    return floats(pc.if_else(pc.equal(bare, ""), None, bare), np.float64)
 
 
 # ---------------------------------------------------------------- units

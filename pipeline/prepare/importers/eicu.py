@@ -228,14 +228,13 @@ class Eicu(GroupedImporter):
             f"ages above 89, taken as {OLDEST}": int(np.count_nonzero(age.censored)),
             **mended,
         }
-        return Entities(
-            rows,
-            _stays(stays),
-            "patient",
-            invalid_rows(entry.name, "train", reasons),
-            notes,
-            info,
+        keys = Stays(
+            filled(stays["patientunitstayid"], -1),
+            np.minimum(filled(stays["hospitaladmitoffset"], 0), 0),
+            filled(stays["unitdischargeoffset"], 0),
         )
+        invalid = invalid_rows(entry.name, "train", reasons)
+        return Entities(rows, keys, "patient", invalid, notes, info)
 
     # ---------------------------------------------------------------- events
 
@@ -486,16 +485,6 @@ def _outcomes(stays: pa.Table, stays_in_admission: pa.Array) -> dict[str, pa.Arr
         "stays_in_admission": stays_in_admission,
         "transfers": pa.array(none),
     }
-
-
-def _stays(stays: pa.Table) -> Stays:
-    """Return what finds the stay of an event, of rows that are sorted by patientunitstayid."""
-    admitted = filled(stays["hospitaladmitoffset"], 0)
-    return Stays(
-        filled(stays["patientunitstayid"], -1),
-        np.minimum(admitted, 0),
-        filled(stays["unitdischargeoffset"], 0),
-    )
 
 
 def _batches(

@@ -46,6 +46,7 @@ from pipeline.prepare.readers.csv_blocks import (
     Column,
     RowCounts,
     batches,
+    check_zones,
     epoch_times,
     read_schema,
     split_table,
@@ -279,19 +280,11 @@ class LongTable(GroupedImporter):
                 f"--set entity={o.entity} time={o.time} variable={o.variable} value={o.value}: "
                 "two of them are the same column"
             )
+        events_times = f"{reader.input_split.entry.name}, column {o.time!r}"
+        entities_times = f"{o.entities.rpartition('/')[2]}, column {o.start!r}"
         ranges = plausible.Ranges()
         for batch in reader.batches(columns):
-            if o.unit == "timestamp" and len(zoned | keys["start_zoned"]) == 2:
-                with_zone = (
-                    f"column {o.time!r} of the events"
-                    if True in zoned
-                    else f"column {o.start!r} of the entities"
-                )
-                raise ValueError(
-                    f"{reader.input_split.entry.name}: {with_zone} has times "
-                    "with a zone (Z, +02:00), and the other column has none: nobody can tell how "
-                    "far apart they are; write both with a zone, or both without"
-                )
+            check_zones(events_times, zoned, entities_times, keys["start_zoned"])
             own = _trimmed(batch[o.entity].combine_chunks())
             rows = filled(pc.index_in(own, value_set=ids), -1)
             hours, timed = self._hours(batch[o.time], rows, keys["start"], reader.input_split)

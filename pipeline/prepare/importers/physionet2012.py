@@ -121,7 +121,12 @@ class Physionet2012(GroupedImporter):
         out, notes = [], {}
         for name in wanted:
             files = [
-                InputSplit(f"set-{name}", "", entry, size=entry.size * _expansion(entry))
+                InputSplit(
+                    f"set-{name}",
+                    "",
+                    entry,
+                    size=entry.size * (TEXT_EXPANSION if has_suffix(entry.uri, "gz") else 1),
+                )
                 for entry in sorted(self._records.get(name, ()), key=_archive_order)
             ]
             out += [files[i : i + FILES_PER_TASK] for i in range(0, len(files), FILES_PER_TASK)]
@@ -144,7 +149,7 @@ class Physionet2012(GroupedImporter):
         with Opener() as opener:
             for name in self.sets:
                 found = (
-                    self._of_tables(name, opener)
+                    _rows_of_numbers(self._tables[name][1], (*DESCRIPTORS, *LABELS), opener)
                     if name in self._tables
                     else self._of_files(name, opener, invalid)
                 )
@@ -197,7 +202,10 @@ class Physionet2012(GroupedImporter):
 
     def _of_files(self, name: str, opener: Opener, invalid: list[InvalidRow]) -> Iterator[Row]:
         """Yield the descriptors of each record (at 00:00), with its outcomes."""
-        outcomes = self._outcome_rows(name, opener)
+        outcomes: dict[int, dict[str, float]] = {}
+        if name in self._outcomes:
+            found = _rows_of_numbers(self._outcomes[name], ("RecordID", *LABELS), opener)
+            outcomes = {int(row.pop("RecordID")): row for row in found}
         seen: set[float] = set()
         for place, entry in enumerate(sorted(self._records[name], key=_archive_order), 1):
             record, _, reason = _record(entry, _lines(entry, opener))
@@ -209,15 +217,6 @@ class Physionet2012(GroupedImporter):
             else:
                 file = f"set-{name}: file {place} of {len(self._records[name])}"
                 invalid.append(invalid_row(file, self.splits[name], reason))
-
-    def _outcome_rows(self, name: str, opener: Opener) -> dict[int, dict[str, float]]:
-        if name not in self._outcomes:
-            return {}
-        found = _rows_of_numbers(self._outcomes[name], ("RecordID", *LABELS), opener)
-        return {int(row.pop("RecordID")): row for row in found}
-
-    def _of_tables(self, name: str, opener: Opener) -> Iterator[dict[str, float]]:
-        return _rows_of_numbers(self._tables[name][1], (*DESCRIPTORS, *LABELS), opener)
 
     # ---------------------------------------------------------------- events
 
@@ -281,10 +280,6 @@ class Physionet2012(GroupedImporter):
 
 def _decoded(codes: pa.Array, names: dict[float, str]) -> pa.Array:
     return pa.array([names.get(code) for code in codes.to_pylist()], pa.string())
-
-
-def _expansion(entry: Entry) -> int:
-    return TEXT_EXPANSION if has_suffix(entry.uri, "gz") else 1
 
 
 def _rows_of_numbers(

@@ -335,17 +335,13 @@ class Table(TableImporter):
     ) -> Notes:
         """Return what a user may want to know of the columns: names and counts, no values."""
         features = {name: columns[name] for name in number}
-        whole = [
-            name
-            for name, column in features.items()
-            if number[name]
-            and column.value_type == ValueType.INTEGER
-            and 1 < len(column.hashes) <= FEW
-        ]
+        numeric = {name: column for name, column in features.items() if number[name]}
+        texts = {name: column for name, column in features.items() if not number[name]}
+        guessed = {name: one for name, one in texts.items() if name not in self.categorical}
         num_not_numeric = {
             name: column.num_not_numeric
-            for name, column in features.items()
-            if number[name] and column.num_not_numeric
+            for name, column in numeric.items()
+            if column.num_not_numeric
         }
         noted = {
             "columns without a value": [
@@ -356,26 +352,24 @@ class Table(TableImporter):
                 for name, column in features.items()
                 if column.num_present and len(column.hashes) == 1
             ],
-            "whole numbers with few values (if they are codes: --set categorical=)": whole,
+            "whole numbers with few values (if they are codes: --set categorical=)": [
+                name
+                for name, column in numeric.items()
+                if column.value_type == ValueType.INTEGER and 1 < len(column.hashes) <= FEW
+            ],
             "categories though most values are numbers (if the others mean none: --set numeric=)": [
                 name
-                for name, column in features.items()
-                if not number[name]
-                and name not in self.categorical
-                and 0 < 2 * column.num_not_numeric < column.num_present
+                for name, column in guessed.items()
+                if 0 < 2 * column.num_not_numeric < column.num_present
             ],
             "categories that look like numbers with a comma (write them with a point alone)": [
                 name
-                for name, column in features.items()
-                if not number[name]
-                and name not in self.categorical
-                and column.num_with_comma
+                for name, column in guessed.items()
+                if column.num_with_comma
                 and 2 * (column.num_not_numeric - column.num_with_comma) < column.num_present
             ],
             f"categories with more than {MANY} values (names? --set drop=)": [
-                name
-                for name, column in features.items()
-                if not number[name] and len(column.hashes) > MANY
+                name for name, column in texts.items() if len(column.hashes) > MANY
             ],
         }
         missing = {
@@ -384,8 +378,8 @@ class Table(TableImporter):
             if column.num_present < rows
         }
         return {
-            "numeric features": sum(number.values()),
-            "categorical features": len(number) - sum(number.values()),
+            "numeric features": len(numeric),
+            "categorical features": len(texts),
             **({"values missing": missing} if missing else {}),
             **({"values that are no number, now null": num_not_numeric} if num_not_numeric else {}),
             **{name: first_few(found) for name, found in noted.items() if found},
