@@ -188,7 +188,11 @@ class _TestedPair:
             return "no test predictions, so its interval is over seeds alone"
         if gain.low is None or gain.high is None:
             return "no interval"
-        return f"too few test units ({gain.evidence})" if gain.evidence else ""
+        if gain.evidence:
+            return f"too few test units ({gain.evidence})"
+        if gain.unknown_choice:
+            return f"an interval without the noise of its search, {gain.unknown_choice}"
+        return ""
 
     @property
     def pays(self) -> bool:
@@ -705,6 +709,11 @@ def _more_evidence(choices: list[_TestedPair]) -> str:
         return f"scratch with the same backbone and seeds as {choice.name}"
     if gain.seeds >= MIN_SEEDS and gain.evidence:
         return "more test rows: further seeds cannot replace them"
+    if gain.seeds >= MIN_SEEDS and gain.unknown_choice:
+        return (
+            f"{choice.name} and scratch again, with the settings that were found and without a "
+            "search"
+        )
     if gain.seeds >= MIN_SEEDS:
         return (
             f"the final trials of {choice.name} and of scratch again, with their predictions kept"

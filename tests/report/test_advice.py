@@ -262,6 +262,27 @@ def test_without_predictions_there_is_no_advice():
     assert found.verdict == "not enough evidence" and "no test predictions" in found.headline
 
 
+def test_a_gain_without_the_noise_of_its_search_is_no_evidence():
+    one = store(entry("none", "scratch", 0.60), entry("good", "full", 0.80))
+    (known,) = advice.advise([one])
+    searched = [
+        replace(
+            row,
+            trial_id=f"{row.trial_id}-{lr}",
+            trial_stage="search",
+            split="validation",
+            drawn=f'{{"lr": {lr}}}',
+        )
+        for row in one.rows
+        for lr in (0.1, 0.2)
+        if row.seed == 0
+    ]
+    (unknown,) = advice.advise([Store("one", [*one.rows, *searched], one.runs)])
+    assert known.verdict == "use" and unknown.verdict == "not enough evidence"
+    assert "has an interval without the noise of its search" in unknown.headline
+    assert "without a search" in unknown.next_experiment
+
+
 def test_a_metric_without_bounds_is_pooled_within_a_target(monkeypatch):
     """Errors in degrees and in dollars have no mean; shares of right answers have."""
     assert matrix.is_bounded("accuracy") and not matrix.is_bounded("mse")
