@@ -1235,45 +1235,32 @@ class Job(Spec):
                     f"a budget (--set fanout.{field}=null)",
                 )
             )
-        if self.fanout.budget is not None:
-            problems += [
-                (
-                    ("targets", name, "label_fractions"),
+        for name, target in self.targets.items():
+            at = ("targets", name)
+            if self.fanout.budget is not None and 0 in target.label_fractions:
+                text = (
                     "at 0 no label of the target may be used to choose by, and "
                     "fanout.select.budget chooses by its validation rows: leave the budget out, or "
-                    "put 0 in a job of its own",
+                    "put 0 in a job of its own"
                 )
-                for name, target in self.targets.items()
-                if 0 in target.label_fractions
-            ]
-            problems += [
-                (
-                    ("targets", name, "folds"),
+                problems.append(((*at, "label_fractions"), text))
+            if self.fanout.budget is not None and target.folds is not None:
+                text = (
                     "fanout.select.budget would keep other pairs of source and technique in each "
-                    "fold, and a table over all folds needs the same: leave one of them out",
+                    "fold, and a table over all folds needs the same: leave one of them out"
                 )
-                for name, target in self.targets.items()
-                if target.folds is not None
-            ]
-        several = [name for name, target in self.targets.items() if target.workers]
-        if self.fanout.scheduler == "asha":
-            problems += [
-                (
-                    ("targets", name, "workers"),
-                    "asha stops no trial of several ranks: say fanout.scheduler fifo, or workers 0",
+                problems.append(((*at, "folds"), text))
+            if self.fanout.scheduler == "asha" and target.workers:
+                text = (
+                    "asha stops no trial of several ranks: say fanout.scheduler fifo, or workers 0"
                 )
-                for name in several
-            ]
-        if self.fanout.select is not None:
-            problems += [
-                (
-                    ("targets", name, "folds"),
+                problems.append(((*at, "workers"), text))
+            if self.fanout.select is not None and target.folds is not None:
+                text = (
                     "fanout.select would choose other sources in each fold, so that no source is "
-                    "tested on all rows: name the sources of the target instead",
+                    "tested on all rows: name the sources of the target instead"
                 )
-                for name, target in self.targets.items()
-                if target.folds is not None
-            ]
+                problems.append(((*at, "folds"), text))
         found = search_problems(
             self.fanout.stated_search, (target.train for target in self.targets.values())
         )

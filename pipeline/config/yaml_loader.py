@@ -846,69 +846,54 @@ def _name_problems(data: JsonObject, folder: Path, elsewhere: bool) -> list[tupl
     They are looked for in the raw mapping, so that they are found beside other mistakes.
     """
     out: list[tuple[Path_, str]] = _search_problems(data)
+    components: list[tuple[str, Json, Path_]] = [
+        (kind, component, (field, i))
+        for field, kind in (("techniques", "technique"), ("baselines", "baseline"))
+        for i, component in enumerate(as_list(data.get(field)))
+    ]
+    if data.get("tracking") is not None:
+        components.append(("tracker", data["tracking"], ("tracking",)))
     remote = False
     try:
         place = data.get("storage")
         remote = isinstance(place, str) and s3.split(place)[0]
     except storage.StorageError as error:
         out.append((("storage",), str(error)))
-    for kind, name, part in [
-        (group, *item)
-        for group in ("sources", "targets")
-        for item in _mappings(data.get(group)).items()
-    ]:
-        out += _data_problems(part, (kind, name), folder, elsewhere)
+    places = [
+        (group, name) for group in ("sources", "targets") for name in _mappings(data.get(group))
+    ]
+    for at in places:
+        group, name = at
+        part = _mappings(data.get(group))[name]
+        out += _data_problems(part, at, folder, elsewhere)
         if part.get("objective") is not None:
-            out += _component_problems("objective", part["objective"], (kind, name, "objective"))
-            places = _named_uris({"objective": part["objective"]})
+            components.append(("objective", part["objective"], (*at, "objective")))
             out += [
-                ((kind, name, *named.field), problem)
-                for named in places
+                ((*at, *named.field), problem)
+                for named in _named_uris({"objective": part["objective"]})
                 if (problem := _uri_problem(named.text, folder, elsewhere))
             ]
-        if kind == "sources" and part.get("technique") is not None:
-            place = (kind, name, "technique")
-            out += _component_problems("technique", part["technique"], place)
-        if kind == "sources" and "backbone" in part:
-            out += _component_problems("model", part["backbone"], (kind, name, "backbone"))
-            out += _reading_problems(part, (kind, name))
-            out += _checkpoint_problems(
-                _name_of(part["backbone"]), (kind, name, "backbone"), folder, elsewhere
-            )
-            out += _input_problems(part, (kind, name))
-        if part.get("init") is not None and kind == "sources":
-            out += _checkpoint_problems(part["init"], (kind, name, "init"), folder, elsewhere)
+        if group == "sources" and part.get("technique") is not None:
+            components.append(("technique", part["technique"], (*at, "technique")))
+        if group == "sources" and "backbone" in part:
+            place, backbone = (*at, "backbone"), part["backbone"]
+            components.append(("model", backbone, place))
+            out += _reading_problems(part, at)
+            out += _checkpoint_problems(_name_of(backbone), place, folder, elsewhere)
+            out += _input_problems(part, at)
+        if group == "sources" and part.get("init") is not None:
+            out += _checkpoint_problems(part["init"], (*at, "init"), folder, elsewhere)
         if remote and as_object(part.get("train")).get("trace_rows") is True:
-            out.append(
-                (
-                    (kind, name, "train", "trace_rows"),
-                    f"rows are traced to local folders only, and storage is {data['storage']}; "
-                    "leave it out",
-                )
+            text = (
+                f"rows are traced to local folders only, and storage is {data['storage']}; "
+                "leave it out"
             )
-        out += [
-            one
-            for i, component in enumerate(as_list(part.get("techniques")))
-            for one in _component_problems("technique", component, (kind, name, "techniques", i))
-        ]
-    return (
-        out
-        + [
-            one
-            for i, component in enumerate(as_list(data.get("techniques")))
-            for one in _component_problems("technique", component, ("techniques", i))
-        ]
-        + [
-            one
-            for i, component in enumerate(as_list(data.get("baselines")))
-            for one in _component_problems("baseline", component, ("baselines", i))
-        ]
-        + (
-            _component_problems("tracker", data["tracking"], ("tracking",))
-            if data.get("tracking") is not None
-            else []
-        )
-    )
+            out.append(((*at, "train", "trace_rows"), text))
+        for i, component in enumerate(as_list(part.get("techniques"))):
+            components.append(("technique", component, (*at, "techniques", i)))
+    for kind, component, place in components:
+        out += _component_problems(kind, component, place)
+    return out
 
 
 def _plugin_problems(data: JsonObject, folder: Path) -> list[tuple[Path_, str]]:

@@ -422,36 +422,29 @@ def _check_group(
     in memory: a few kilobytes can stand for gigabytes. Real bytes, however many, are read.
     """
     group, wanted = file.metadata.row_group(number), set(columns) if columns is not None else None
-    chunks = [group.column(i) for i in range(group.num_columns)]
     chunks = [
         chunk
-        for chunk in chunks
+        for chunk in map(group.column, range(group.num_columns))
         if wanted is None or chunk.path_in_schema.partition(".")[0] in wanted
     ]
     packed = sum(chunk.total_compressed_size for chunk in chunks)
     unpacked = sum(chunk.total_uncompressed_size for chunk in chunks)
     if unpacked > MAX_UNPACKED_BYTES and unpacked > MAX_COMPRESSION_RATIO * packed:
         raise ValueError(_too_large(name, number, unpacked, packed))
-    coded = [
-        chunk
+    suspect = [
+        chunk.path_in_schema
         for chunk in chunks
         if chunk.physical_type == "BYTE_ARRAY"
         and any("DICTIONARY" in kind for kind in chunk.encodings)
-    ]
-    suspect = [
-        chunk
-        for chunk in coded
-        if chunk.num_values * chunk.total_uncompressed_size > MAX_UNPACKED_BYTES
+        and chunk.num_values * chunk.total_uncompressed_size > MAX_UNPACKED_BYTES
         and "." not in chunk.path_in_schema
     ]
     if suspect:
-        with_codes = pq.ParquetFile(
-            handle, read_dictionary=[chunk.path_in_schema for chunk in suspect]
-        )
+        with_codes = pq.ParquetFile(handle, read_dictionary=suspect)
         expanded = 0
-        for chunk in suspect:
-            column = with_codes.read_row_group(number, columns=[chunk.path_in_schema]).column(0)
-            expanded += sum(_expanded_bytes(part) for part in column.chunks)
+        for name_of_column in suspect:
+            column = with_codes.read_row_group(number, columns=[name_of_column]).column(0)
+            expanded += sum(map(_expanded_bytes, column.chunks))
         if expanded > MAX_UNPACKED_BYTES and expanded > MAX_COMPRESSION_RATIO * packed:
             raise ValueError(_too_large(name, number, expanded, packed))
 
@@ -460,16 +453,8 @@ def _expanded_bytes(part: pa.Array) -> int:
     """Return the bytes of a dictionary's values, written out for each row."""
     if not pa.types.is_dictionary(part.type):
         return part.nbytes
-    sizes = pc.fill_null(pc.binary_length(part.dictionary), 0).to_numpy(zero_copy_only=False)
-    indices = pc.drop_null(part.indices).to_numpy(zero_copy_only=False)
-    return (
-        int(
-            np.bincount(indices, minlength=len(sizes))[: len(sizes)].astype(np.int64)
-            @ sizes.astype(np.int64)
-        )
-        if len(sizes)
-        else 0
-    )
+    sizes = pc.fill_null(pc.binary_length(part.dictionary), 0)
+    return pc.sum(sizes.take(pc.drop_null(part.indices)).cast(pa.int64())).as_py() or 0
 
 
 def _too_large(name: str, number: int, size: int, packed: int) -> str:
@@ -649,10 +634,16 @@ def _check_columns(manifest: Manifest, data: Data, roles: tuple[str, ...], at: s
         if column not in known
     ]
     problems += [
+        f"{at}.{field}: {manifest.name()} has {known.count(column)} columns {column!r}; rename all "
+        "but one"
+        for field, column in wanted
+        if known.count(column) > 1
+    ]
+    problems += [
         f"{at}.{field}: column {column!r} of {manifest.name()} holds {kind}, and one value a row "
         "is needed here"
         for field, column in wanted
-        if column in known
+        if known.count(column) == 1
         and not field.startswith("columns.")
         and pa.types.is_nested(kind := manifest.schema.field(column).type)
     ]
@@ -1352,17 +1343,11 @@ def _named_files(selection: Selection, columns: tuple[str, ...]) -> list[str]:
         kind = selection.manifest.schema.field(name).type
         if len(selection) and _can_name_files(kind):
             files |= dict.fromkeys(
-                _texts_of(selection, name)
+                filter(None, pc.unique(read_columns(selection, [name])[name]).to_pylist())
                 if arrow_lists.is_text(kind)
                 else _paths_of(selection, name)
             )
     return list(files)
-
-
-def _texts_of(selection: Selection, name: str) -> list[str]:
-    return [
-        value for value in pc.unique(read_columns(selection, [name])[name]).to_pylist() if value
-    ]
 
 
 def _paths_of(selection: Selection, name: str) -> list[str]:

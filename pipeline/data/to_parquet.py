@@ -177,7 +177,7 @@ def _table_format(parts: tuple[str, ...]) -> str:
 def _files_of_folder(folder: str, form: str) -> list[str]:
     wanted_kind = "text" if form in TEXT_KINDS else form
     files = []
-    unknown = Counter[str]()
+    unknown, hidden = Counter[str](), 0
     for file in storage.list_files(folder):
         parts = PurePosixPath(file[len(folder) :]).parts
         table = _table_format(parts)
@@ -193,12 +193,19 @@ def _files_of_folder(folder: str, form: str) -> list[str]:
             files.append(file)
         elif not kind and not is_hidden:
             unknown[PurePosixPath(parts[-1].lower()).suffix] += 1
+        # tables have files of their writers there, such as _SUCCESS and _manifest.json
+        hidden += kind in ("text", *NAMED_FILE_KINDS) and any(p.startswith("_") for p in parts)
     unread = {suffix: unknown[suffix] for suffix in sorted(unknown.keys() - NO_DATA_SUFFIXES)}
     if files and unread:
         shown = ", ".join(f"{count} {suffix}" for suffix, count in unread.items())
         checksums.notify(
             f"{storage.without_secrets(folder)}: {plural(sum(unread.values()), 'file')} of unknown "
             f"kind left out ({shown}): convert them if they are data"
+        )
+    if files and hidden:
+        checksums.notify(
+            f"{storage.without_secrets(folder)}: {plural(hidden, 'file')} left out, as names that "
+            "begin with _ are hidden: rename the folders or files if they are data"
         )
     return files
 
@@ -671,8 +678,9 @@ def _json_lines(files: list[str]) -> Iterator[tuple[str, Iterator[pa.Table]]]:
     for file in files:
         own: pa.DataType = pa.struct([])
         for number, chunk in _chunks(file):
+            kind = pa.struct(list(_schema_of(file, number, chunk)))
             try:
-                own = _common_type(own, pa.struct(list(_schema_of(file, number, chunk))))
+                own = _common_type(own, kind)
             except ValueError as error:
                 raise ValueError(f"{file}: {error} (lines from {number} on)") from None
         if not own.num_fields:
@@ -707,7 +715,9 @@ def _schema_of(file: str, number: int, chunk: bytes) -> pa.Schema:
         try:
             schema = _parsed(file, number, chunk, unsigned).schema
         except ValueError:
-            values = (json.loads(line).get(field.name) for line in chunk.splitlines() if line)
+            values = (
+                json.loads(line).get(field.name) for line in chunk.splitlines() if line.strip()
+            )
             if not any(isinstance(value, float) for value in values):
                 raise ValueError(
                     f"{file}: column {field.name!r}: {NO_WHOLE_TYPE} (lines from {number} on)"

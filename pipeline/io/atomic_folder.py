@@ -165,21 +165,16 @@ def entry_of_file(path: Path) -> dict[str, Any]:
     count = os.path.getsize(path)
     with open(path, "rb") as file:
         for _ in range(-(-count // file_identity.PIECE_BYTES)):
-            piece = hashlib.sha256()
-            for size in _reads(file_identity.PIECE_BYTES):
-                chunk = file.read(size)
+            piece, remaining = hashlib.sha256(), file_identity.PIECE_BYTES
+            while chunk := file.read(min(4 << 20, remaining)):
                 whole.update(chunk)
                 piece.update(chunk)
+                remaining -= len(chunk)
             pieces.append(piece.digest())
     entry: dict[str, Any] = {"sha256": whole.hexdigest(), "size": count}
     if len(pieces) > 1:
         entry["sha256_pieces"] = hashlib.sha256(b"".join(pieces)).hexdigest()
     return entry
-
-
-def _reads(total: int, size: int = 4 * 2**20) -> list[int]:
-    """Return the sizes of the reads that a number of bytes takes."""
-    return [min(size, total - start) for start in range(0, total, size)]
 
 
 def _usual_mode() -> int:
@@ -336,28 +331,21 @@ def describe_damage(uri: Uri, actual: Mapping[str, Any], wanted: Mapping[str, An
     return f"{os.fspath(uri)} is damaged: {is_now}, its manifest says {was}"
 
 
-def fetch_folder(
-    uri: Uri, destination: Path, verify: bool = True, manifest_name: str = "manifest.json"
-) -> Path:
-    """Return a committed folder as a local one.
+def fetch_folder(uri: Uri, destination: Path, manifest_name: str = "manifest.json") -> Path:
+    """Return a committed folder as a local one, every file compared with its manifest.
 
     A local folder is returned itself. A remote one is copied to ``destination``, complete or not
     at all. A ``destination`` that already holds the same folder is kept, one with other files is
     refused.
-
-    Args:
-        verify: Whether to compare every file with the manifest.
     """
     manifest, remote = open_folder(uri, manifest_name), storage.is_remote(uri)
     final = Path(os.path.realpath(destination)) if remote else Path(s3.split(uri)[1])
     if not remote:
-        if verify:
-            verify_folder(uri, manifest)
+        verify_folder(uri, manifest)
         return final
     with suppress(StorageError):
         if open_folder(final, manifest_name) == manifest:
-            if verify:
-                verify_folder(final, manifest)
+            verify_folder(final, manifest)
             return final
     s3.call("write", final, _refuse_foreign, final, manifest_name)
     temporary = storage.beside(final)
@@ -366,8 +354,7 @@ def fetch_folder(
             source, target = storage.join(uri, name), temporary / name
             s3.call("write", final, target.parent.mkdir, parents=True, exist_ok=True)
             storage.download(source, target)
-            if verify:
-                verify_file(source, entry, target)
+            verify_file(source, entry, target)
         storage.write_bytes(temporary / manifest_name, storage.encode(manifest))
         s3.call("write", final, _swap_in, temporary, final)
     except BaseException:

@@ -155,32 +155,6 @@ def test_a_plug_may_be_written_in_several_ways(load, written):
     ).techniques == [job.ComponentConfig(name="full")]
 
 
-@pytest.mark.parametrize(
-    ("written", "value"),
-    [
-        ("1e-4", 1e-4),
-        ("1E-4", 1e-4),
-        ("1.0e-4", 1e-4),
-        ("1.e-4", 1e-4),
-        ("2e+0", 2.0),
-        ("+1e-4", 1e-4),
-        ("0.001", 1e-3),
-        ("1", 1.0),
-    ],
-)
-def test_numbers_with_an_exponent_are_numbers(load, written, value):
-    got = load(change=("lr: 1e-3", f"lr: {written}")).sources["garments"].train.lr
-    assert got == value and isinstance(got, float)
-    kept = (
-        load(change=("where: {kind: [1, a, true]}", f"where: {{kind: [{written}, '{written}']}}"))
-        .sources["garments"]
-        .data.where["kind"]
-    )
-    assert kept == [value, written] and not isinstance(kept[0], str), (
-        "also where the field itself takes texts"
-    )
-
-
 def test_quoted_and_word_like_texts_stay_texts(load):
     got = load(
         change=("columns: {image: image, label: label}", 'columns: {image: "1e-4", label: e5}')
@@ -205,16 +179,6 @@ def test_environment_variables_are_put_into_keys(load, monkeypatch):
     monkeypatch.setenv("NAME_OF_TARGET", "coats")
     got = load(GOOD.replace("  clothing:", "  ${NAME_OF_TARGET}:"))
     assert [*got.targets] == ["coats"]
-
-
-def test_an_unset_variable_in_a_key_is_told_with_its_line(problems, monkeypatch):
-    monkeypatch.delenv("NOT_SET_ANYWHERE", raising=False)
-    found = problems(GOOD.replace("  clothing:", "  ${NOT_SET_ANYWHERE}:"))
-    line = 1 + next(i for i, text in enumerate(GOOD.splitlines()) if text == "  clothing:")
-    assert found == [
-        f"{line}: targets: environment variable NOT_SET_ANYWHERE is not set; set it or write "
-        "the value"
-    ]
 
 
 @pytest.mark.parametrize("written", ["[0.1, 1]", "[1, 0.5]", "[0.1, 5, 1]"])
@@ -297,14 +261,6 @@ def test_mappings_may_be_merged_and_own_keys_win(load, folder):
             "<<: *roles",
             "<<: *roles, <<: *roles",
             ["11: sources.two.data.columns.<<: this key stands here twice; write <<: [*one, *two]"],
-        ),
-        (
-            "<<: [{lr: 0.25}, *slow]",
-            "<<: 3",
-            [
-                "20: sources.three.train.<<: merges a mapping or a list of mappings, e.g. <<: "
-                "*anchor"
-            ],
         ),
         (
             "<<: [{lr: 0.25}, *slow]",
@@ -527,11 +483,6 @@ def test_joined_corpora_and_the_probe_are_relative_to_the_file(load, folder):
         ),
         (
             "modality: image, split_column",
-            "modality: imgae, split_column",
-            r"data\.more\.0\.modality: unknown modality 'imgae'; did you mean image",
-        ),
-        (
-            "modality: image, split_column",
             "split_column",
             r"data\.more\.0\.modality: this field is required",
         ),
@@ -555,21 +506,11 @@ def test_joined_corpora_and_the_probe_are_relative_to_the_file(load, folder):
             "decode: memory, split_column: split",
             r"data\.more\.0\.decode: said once, for all corpora that are joined",
         ),
-        (
-            "split_column: split",
-            "splitcolumn: split",
-            r"data\.more\.0\.splitcolumn: unknown field; did you mean split_column",
-        ),
         ("test: more, modality", "test: moer, modality", r"probe\.test: moer: no such file"),
         (
             "{image: image, label: label}",
             "{image: image}",
             r"probe\.columns: role 'label' has no column; say columns: \{label: NAME\}",
-        ),
-        (
-            "{image: image, label: label}",
-            "{image: image, label: label, labl: x}",
-            r"probe\.columns\.labl: unknown role; did you mean label",
         ),
         (
             "modality: image, columns: {image: image, label: label}, more: [{uri: more, "
@@ -581,11 +522,6 @@ def test_joined_corpora_and_the_probe_are_relative_to_the_file(load, folder):
             "init: file-by-order:weights.pth",
             "init: file-by-order:wieghts.pth",
             r"init: file-by-order wieghts\.pth: no such path",
-        ),
-        (
-            "train: rows.parquet, test",
-            "trian: rows.parquet, test",
-            r"probe\.trian: unknown field; did you mean train",
         ),
     ],
 )
@@ -681,7 +617,6 @@ targets:
             r"\d+: sources\.words\.data\.weight: other corpora of these rows have a weight",
         ),
         ("weight: 0.7", "weight: 0", r"8: sources\.words\.data\.weight: .*greater than 0"),
-        ("weight: 0.7", "weight: true", r"8: sources\.words\.data\.weight: "),
         ("weight: 0.7", "weight: .inf", r"8: sources\.words\.data\.weight: .*finite"),
         (
             "format: paragraphs",
@@ -706,11 +641,6 @@ targets:
             "tokenizer: moer}}\n",
             r"6: sources\.words\.data\.modality\.text\.tokenizer: moer: no such file, folder "
             r"or glob",
-        ),
-        (
-            "tokenizer: more}}, weight",
-            "tokenizer: moer}}, weight",
-            r"\d+: sources\.words\.data\.more\.1\.modality\.options\.tokenizer: moer: no such",
         ),
         (
             "format: paragraphs",
@@ -900,12 +830,6 @@ MISSPELT = [  # line of the good job, wrong line, the field as it is named, near
     ("    workers: [2, 8]", "    wrokers: [2, 8]", "sources.garments.wrokers", "workers"),
     ("      uri: rows.parquet", "      urii: rows.parquet", "sources.garments.data.urii", "uri"),
     (
-        "    train: {steps: 20, global_batch: 16, lr: 1e-3}",
-        "    train: {steps: 20, globalbatch: 16}",
-        "sources.garments.train.globalbatch",
-        "global_batch",
-    ),
-    (
         "    label_fractions: [0.05, 1.0, 4]",
         "    label_fraction: [0.05, 1.0, 4]",
         "targets.clothing.label_fraction",
@@ -946,12 +870,6 @@ OPTIONS = [
     ),
     (
         "    objective: {mlm: {mask_share: 0.2}}",
-        "    objective: {mlm: {mask_shar: 0.2}}",
-        "sources.words.objective.mlm.mask_shar",
-        "unknown option of mlm; did you mean mask_share?",
-    ),
-    (
-        "    objective: {mlm: {mask_share: 0.2}}",
         "    objective: {mlm: {mask_share: 2}}",
         "sources.words.objective.mlm.mask_share",
         "less than 1 (got 2)",
@@ -967,12 +885,6 @@ OPTIONS = [
         "techniques: [scratch, {lp_ft: {probe_shar: 0.5}}]",
         "techniques.1.lp_ft.probe_shar",
         "unknown option of lp_ft; did you mean probe_share?",
-    ),
-    (
-        "techniques: [scratch, full, {lp_ft: {probe_share: 0.5}}]",
-        "techniques: [{full: {x: 1}}]",
-        "techniques.0.full.x",
-        "unknown option of full",
     ),
     (
         "      modality: {image: {size: 32}}",
@@ -1012,22 +924,10 @@ NAMES = [
         ("library/model", "timm/resnet18"),
     ),
     (
-        "    backbone: {transformers/bert:",
-        "    backbone: {transformers/brt:",
-        "sources.words.backbone",
-        ("unknown transformers model 'brt'", "did you mean", "bert"),
-    ),
-    (
         "    objective: classification",
         "    objective: clasification",
         "sources.garments.objective",
         ("unknown objective 'clasification'", "did you mean classification"),
-    ),
-    (
-        "    objective: {mlm: {mask_share: 0.2}}",
-        "    objective: {mmlm: {mask_share: 0.2}}",
-        "sources.words.objective",
-        ("unknown objective 'mmlm'", "mlm"),
     ),
     (
         "      modality: {image: {size: 32}}",
@@ -1081,24 +981,6 @@ def test_an_unknown_name_is_told_with_the_nearest(problems, right, wrong, field,
     found = problems(change=(right, wrong))
     assert len(found) == 1, found
     assert field in found[0] and all(message in found[0] for message in messages)
-
-
-def test_names_of_the_issue_are_known():
-    """timm's names are read from its sources: all of them, and no others."""
-    for model in (
-        "vgg16",
-        "vgg16_bn",
-        "resnet50",
-        "inception_v4",
-        "vit_base_patch16_224",
-        "tf_efficientnet_lite0",
-        "convnext_tiny",
-    ):
-        assert model in registry.architectures("timm")
-    assert {"bert", "gpt2"} <= registry.architectures("transformers")
-    assert {"image", "text"} <= set(registry.names("modality"))
-    assert {"classification", "mlm", "clm"} <= set(registry.names("objective"))
-    assert {"scratch", "linear_probe", "full", "lp_ft"} <= set(registry.names("technique"))
 
 
 @pytest.mark.parametrize("called", ["data", "train", "targets", "select", "fanout"])
@@ -1202,22 +1084,7 @@ def test_a_source_may_have_the_name_of_a_field(load, problems, called):
             "search: {lr: [true, 1e-2]}",
             "fanout.search.lr.0: true and false are no value here (got True)",
         ),
-        (
-            "[0.05, 1.0, 4]",
-            "[true]",
-            "targets.clothing.label_fractions.0: true and false are no value here (got True)",
-        ),
         ("[0.05, 1.0, 4]", "[.nan]", "label_fractions.0: a share is above 0"),
-        (
-            "workers: [2, 8]",
-            "workers: [true, 8]",
-            "sources.garments.workers.0: true and false are no value here (got True)",
-        ),
-        (
-            "{image: {size: 32}}",
-            "{image: {size: true}}",
-            "sources.garments.data.modality.image.size: true and false are no value here",
-        ),
         (
             "uri: rows.parquet",
             "uri: [rows.parquet, 5]",
@@ -1235,7 +1102,6 @@ def test_a_source_may_have_the_name_of_a_field(load, problems, called):
         ),
         ("[0.05, 1.0, 4]", "[1.5]", "label_fractions"),
         ("[0.05, 1.0, 4]", "[0.0]", "label_fractions"),
-        ("[0.05, 1.0, 4]", "[-2]", "label_fractions"),
         ("[0.05, 1.0, 4]", "[some]", "targets.clothing.label_fractions.0: "),
         (
             "techniques: [scratch, full, {lp_ft: {probe_share: 0.5}}]",
@@ -1249,23 +1115,8 @@ def test_a_source_may_have_the_name_of_a_field(load, problems, called):
         ),
         (
             "techniques: [scratch, full, {lp_ft: {probe_share: 0.5}}]",
-            "techniques: [3]",
-            "write a name, or one name with its options",
-        ),
-        (
-            "techniques: [scratch, full, {lp_ft: {probe_share: 0.5}}]",
             "techniques: [{lp_ft: 3}]",
             "techniques.0",
-        ),
-        (
-            "    sources: [garments]",
-            "    techniques: full",
-            "targets.clothing.techniques: Input should be a valid list (got 'full')",
-        ),
-        (
-            "    sources: [garments]",
-            "    techniques: 5",
-            "targets.clothing.techniques: Input should be a valid list (got 5)",
         ),
         ("      uri: rows.parquet", "      uri: 5", "sources.garments.data.uri: "),
         ("      uri: rows.parquet", "      uri: ''", "sources.garments.data.uri: "),
@@ -1273,11 +1124,6 @@ def test_a_source_may_have_the_name_of_a_field(load, problems, called):
             "      uri: rows.parquet",
             "      uri: ftp://bucket/rows.parquet",
             "ftp:// is not supported",
-        ),
-        (
-            "      uri: rows.parquet",
-            "      uri: row.parquet",
-            "row.parquet: no such file, folder or glob",
         ),
         (
             "      uri: rows.parquet",
@@ -1593,36 +1439,27 @@ def test_a_doubled_key_is_refused_at_any_depth(problems):
     ]
 
 
-def test_a_doubled_source_is_refused(problems):
-    text = GOOD.replace("  words:", "  garments:")
-    assert any(
-        line.startswith(f"{line_of('  words:')}: sources.garments: this key stands here twice")
-        for line in problems(text)
-    )
-
-
-def test_an_unset_variable_is_an_error(problems, monkeypatch):
-    monkeypatch.delenv("NOT_SET_ANYWHERE", raising=False)
-    found = problems(change=("storage: runs", "storage: ${NOT_SET_ANYWHERE}/runs"))
-    assert found == [
-        "2: storage: environment variable NOT_SET_ANYWHERE is not set; set it or write the value"
-    ]
-
-
 @pytest.mark.parametrize(
-    ("right", "wrong"),
+    ("right", "wrong", "place"),
     [
-        ("backbone: timm/resnet18", "backbone: bundle:${NOT_SET_ANYWHERE}/bundle"),
-        ("train: more/*.parquet", "train: '${NOT_SET_ANYWHERE}/*.parquet'"),
+        ("storage: runs", "storage: ${NOT_SET_ANYWHERE}/runs", "2: storage"),
+        ("  clothing:", "  ${NOT_SET_ANYWHERE}:", f"{line_of('  clothing:')}: targets"),
+        (
+            "backbone: timm/resnet18",
+            "backbone: bundle:${NOT_SET_ANYWHERE}/bundle",
+            f"{line_of('backbone:')}: sources.garments.backbone",
+        ),
+        (
+            "train: more/*.parquet",
+            "train: '${NOT_SET_ANYWHERE}/*.parquet'",
+            f"{line_of('train: more')}: sources.words.data.train",
+        ),
     ],
 )
-def test_an_unset_variable_in_a_path_is_one_problem(problems, monkeypatch, right, wrong):
+def test_an_unset_variable_is_one_problem(problems, monkeypatch, right, wrong, place):
     monkeypatch.delenv("NOT_SET_ANYWHERE", raising=False)
-    assert right in GOOD
-    found = problems(change=(right, wrong))
-    assert len(found) == 1 and found[0].endswith(
-        "environment variable NOT_SET_ANYWHERE is not set; set it or write the value"
-    ), found
+    variable = "environment variable NOT_SET_ANYWHERE is not set; set it or write the value"
+    assert problems(change=(right, wrong)) == [f"{place}: {variable}"]
 
 
 def test_a_tab_is_named(problems):
