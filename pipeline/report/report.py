@@ -322,7 +322,7 @@ def _largest_gain(group: Sequence[MatrixEntry], decimals: int) -> str | Value:
     lines = (
         blocks.format_interval(best.gain, best.gain_low, best.gain_high, decimals, "+"),
         f"{best.source} · {best.technique} · {plots.fraction_label(best.label_fraction)}",
-        f"{blocks.MARKS.get(best.verdict, '')} {best.verdict}",
+        _verdict_words(best.verdict, best.survives),
     )
     return Value(lines, best.verdict)
 

@@ -231,7 +231,8 @@ def blocks_of(
         "best on the validation rows. Networks that are shown to be worse than scratch (after "
         "Holm's correction) are left out, unless all are. With few validation rows the choice is "
         "uncertain: onetomany advise weighs all comparisons. Values and gains are means over "
-        "seeds, with 95 % intervals. trials.csv beside this page lists every trial with its bundle."
+        "seeds, with 95 % intervals; * also after Holm's correction. trials.csv beside this page "
+        "lists every trial with its bundle."
     )
     if in_folds & groups.keys():
         text += (
@@ -300,7 +301,8 @@ def _gain(entry: MatrixEntry, decimals: int) -> str | Value:
     if entry.gain is None or entry.source == SCRATCH:
         return DASH
     gain = format_interval(entry.gain, entry.gain_low, entry.gain_high, decimals, "+")
-    return Value((gain, f"{MARKS.get(entry.verdict, '')} {entry.verdict}"), entry.verdict)
+    star = " *" if entry.survives else ""
+    return Value((gain, f"{MARKS.get(entry.verdict, '')} {entry.verdict}{star}"), entry.verdict)
 
 
 def _name(entry: MatrixEntry, rows: Sequence[ResultRow], notes: Sequence[str]) -> Value:

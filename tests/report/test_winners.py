@@ -269,6 +269,16 @@ def test_the_report_says_what_to_use_and_the_commands(tmp_path):
     assert "## What to use" in md and "onetomany predict" not in md
 
 
+def test_a_gain_that_survives_the_correction_has_a_star_in_the_first_tables(tmp_path):
+    rows, runs, curves = plain()
+    _, md, _ = write(tmp_path, validated(rows), runs, curves)
+    assert "lp_ft · 5 %<br>▲ wins \\*" in md  # the largest gain of a target
+    for entry in entries_of(rows):
+        if entry.verdict == matrix.WINS:
+            assert winners._gain(entry, 2).lines[1] == "▲ wins" + " *" * entry.survives
+    assert any(entry.survives for entry in entries_of(rows))
+
+
 def test_a_jobs_folder_stands_for_the_bundle_of_its_winner(tmp_path):
     rows, _, _ = plain()
     root = str(tmp_path)
