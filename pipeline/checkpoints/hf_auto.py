@@ -630,8 +630,7 @@ def _notes(folder: str, modality: ModalitySpec) -> tuple[str, ...]:
         return ()
     return (
         "images keep their aspect before they are cropped, as in timm; transformers squashes them "
-        f"to {height} x {width} pixels (modality: {{image: {{fit: squash}}}} squashes, too, but "
-        "does not crop)",
+        f"to {height} x {width} pixels (as modality: {{image: {{fit: squash_crop}}}} does)",
     )
 
 
@@ -838,8 +837,11 @@ def _write_processor(saved: bundle.Bundle, backbone: Any, folder: Path, words: b
             "transformers does that: take --kind state-dict, or onnx, whose README has the code; "
             "or train with fit: crop or squash"
         )
-    crops = options.fit == "crop"
-    resized = {"shortest_edge": int(side / options.crop_share)}  # as the modality does
+    crops = options.fit in ("crop", "squash_crop")
+    resized_side = int(side / options.crop_share)  # as the modality does
+    resized = {"shortest_edge": resized_side}
+    if options.fit == "squash_crop":
+        resized = {"height": resized_side, "width": resized_side}
     hf_text.write_json(
         folder / hf_speech.PREPROCESSOR,
         {

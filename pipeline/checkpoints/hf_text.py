@@ -859,10 +859,11 @@ def _write_timm(saved: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
         model.get_classifier().load_state_dict(classifier_export.linear_tensors(task))
         timm_config = {"label_names": task.objective.state["labels"]}
         note = classifier_export.add_threshold(timm_config, task.objective)
-    crop = {"crop": "center", "squash": "squash", "pad": "border"}[modality.options.fit]
+    fit = modality.options.fit
+    crop = {"crop": "center", "squash": "squash", "squash_crop": "squash", "pad": "border"}[fit]
     size = (modality.options.channels, modality.options.size, modality.options.size)
     # timm crops in every mode; here squash and pad do not
-    crop_share = modality.options.crop_share if modality.options.fit == "crop" else 1.0
+    crop_share = modality.options.crop_share if fit in ("crop", "squash_crop") else 1.0
     input_ = {
         "input_size": size,
         "mean": tuple(modality.state["mean"]),

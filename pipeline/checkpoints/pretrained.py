@@ -632,12 +632,17 @@ def _check_activation(config: dict[str, Any], model: str, place: str) -> None:
     Raises:
         BundleError: It names the model with QuickGELU.
     """
-    if "QuickGELU" in " ".join(config.get("notes") or ()) and "_quickgelu_" not in model:
+    if _wants_quickgelu(config, model):
         meant = model.replace("_clip_", "_clip_quickgelu_")
         raise BundleError(
             f"{place}: these weights were trained with QuickGELU, and {model} has GELU, so its "
             f"features would differ; give timm-hub:{meant}, or timm/{meant} with init: file:PATH"
         )
+
+
+def _wants_quickgelu(config: dict[str, Any], model: str) -> bool:
+    """Return whether timm's notes say that a model with GELU has weights made for QuickGELU."""
+    return "QuickGELU" in " ".join(config.get("notes") or ()) and "_quickgelu_" not in model
 
 
 IGNORED_ARGUMENTS = (
@@ -662,6 +667,8 @@ def _timm_folder(folder: str, config: dict[str, Any], names_only: bool) -> Pretr
     It has model.safetensors, and config.json with the architecture and pretrained_cfg (input size,
     mean, std).
     """
+    import timm
+
     architecture, weights = config["architecture"], storage.join(folder, "model.safetensors")
     if architecture not in registry.architectures("timm"):
         raise BundleError(
@@ -692,12 +699,25 @@ def _timm_folder(folder: str, config: dict[str, Any], names_only: bool) -> Pretr
     modality = _with_crop(modality, input_config, f"hf:{folder}")
     arch = replace(arch, options=options)
     tensors = _with_backbone_names(_tensors(weights, names_only), architecture)
+    notes: tuple[str, ...] = ()
+    # Folders of earlier versions of timm have the tag without its notes
+    tag = input_config.get("tag")
+    is_known = tag in registry.tags(f"timm/{architecture}")
+    known: Any = timm.models.get_pretrained_cfg(f"{architecture}.{tag}") if is_known else None
+    if known and _wants_quickgelu(known.to_dict(), architecture):
+        notes = (
+            f"{architecture} has GELU, and the first weights of its tag were trained with "
+            "QuickGELU: unless these were trained further with GELU, their features differ; then "
+            f"give backbone: timm/{architecture.replace('_clip_', '_clip_quickgelu_')}, init: "
+            f"file:{weights}",
+        )
     return PretrainedCheckpoint(
         f"hf:{folder}",
         tensors,
         arch,
         modality,
         ignored_prefixes=(*HEADS, *_classifiers(_meta_backbone(arch.name, tensors))),
+        notes=notes,
     )
 
 
@@ -781,9 +801,11 @@ def _with_crop(modality: ModalitySpec, config: dict[str, Any], name: str) -> Mod
         BundleError: Its crop_pct is no share.
     """
     fit = {"squash": "squash", "border": "pad"}.get(config.get("crop_mode", "center"), "crop")
-    options: dict[str, Any] = {"fit": fit}
     share = config.get("crop_pct")
-    if share is not None and fit == "crop":
+    if fit == "squash" and share not in (None, 1):
+        fit = "squash_crop"
+    options: dict[str, Any] = {"fit": fit}
+    if share is not None and fit in ("crop", "squash_crop"):
         if not isinstance(share, int | float) or not 0 < share <= 1:
             raise BundleError(
                 f"{name}: its configuration says crop_pct {str(share)[:60]}; the share of an image "
@@ -845,7 +867,7 @@ def describe_input(
         return ""
     options, state = modality.options, modality.state
     levels = {part: "/".join(f"{value:g}" for value in state[part]) for part in ("mean", "std")}
-    is_cropped = "crop_share" in options and options.get("fit", "crop") == "crop"
+    is_cropped = "crop_share" in options and options.get("fit", "crop") in ("crop", "squash_crop")
     crop = f", crop_share {options['crop_share']:g}" if is_cropped else ""
     resized = f", {options['interpolation']}" if "interpolation" in options else ""
     text = (

@@ -273,6 +273,35 @@ def doubt_masks(masks: Iterable[Any], ignore: int) -> str:
     return text
 
 
+def doubt_levels(images: Iterable[Any]) -> str:
+    """Say that PNG files of 16 bits use the lowest levels alone; "" where they do not.
+
+    Scanners write 10 to 14 bits into such files, of which `pixels` keeps the highest 8 of 16.
+
+    Args:
+        images: cells, as `file_bytes` takes them.
+    """
+    highest = 0
+    for value in images:
+        try:
+            data = file_bytes(value)
+            if not data.startswith(PNG) or data[24:25] != b"\x10":
+                return ""
+            _check_size(data)
+            levels = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        except (RuntimeError, ValueError):  # of an image that cannot be read
+            continue
+        highest = max(highest, int(levels.int().max()))
+    bits = highest.bit_length()
+    if not 0 < bits <= 14:
+        return ""
+    return (
+        f"are PNG files of 16 bits whose highest level is {highest} of 65535: they are read as "
+        f"levels 0 to {round(highest / 257)} of 255, and finer differences are lost; multiply "
+        f"their levels by {1 << 16 - bits}, or write them with 8 bits"
+    )
+
+
 def classes(data: bytes, size: torch.Size) -> Tensor:
     """Decode a mask to (H, W) uint8 class numbers.
 
@@ -303,8 +332,8 @@ def position_in_input(
         shape: Height and width of the image.
         size: Pixels a side of the input.
         fit: Option ``fit`` of the image modality.
-        crop_share: For ``fit`` crop, the share of the resized shorter side that the crop keeps
-            (timm's crop_pct).
+        crop_share: For ``fit`` crop and squash_crop, the share of the resized sides that the crop
+            keeps, of crop the shorter one's (timm's crop_pct).
     """
     height, width = shape
     if fit == "squash":
@@ -314,7 +343,9 @@ def position_in_input(
         new = max(1, round(height * size / most)), max(1, round(width * size / most))
         return *new, (size - new[0]) // 2, (size - new[1]) // 2
     least, side = min(height, width), int(size / crop_share)
-    new = max(side, round(height * side / least)), max(side, round(width * side / least))
+    new = side, side
+    if fit == "crop":
+        new = max(side, round(height * side / least)), max(side, round(width * side / least))
     return *new, -((new[0] - size) // 2), -((new[1] - size) // 2)
 
 

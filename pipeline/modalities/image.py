@@ -36,6 +36,8 @@ PUBLISHED = {
 """Mean and standard deviation that published checkpoints expect: those of torchvision and most of
 timm's, and those of Inception (also used by its ViTs and MobileNets).
 """
+CROPPED = ("crop", "squash_crop")
+"""Values of ``fit`` that cut the edge of an image away."""
 CROP, COLOUR, RAND, VIEWS = 0, 16, 17, 32
 """Streams of a row's key; view number i draws from VIEWS + i."""
 CACHED = 1 << 18
@@ -71,6 +73,8 @@ PREPARED_FITS = {
     "pad": """most = max(width, height)
 width, height = max(1, round(width * size / most)), max(1, round(height * size / most))
 top, left = (size - height) // 2, (size - width) // 2""",
+    "squash_crop": """width = height = int(size / {share})
+top = left = -((width - size) // 2)""",
     "crop": """least, side = min(width, height), int(size / {share})
 width = max(side, round(width * side / least))
 height = max(side, round(height * side / least))
@@ -84,11 +88,11 @@ class ImageOptions(Options):
     channels: Literal[1, 3] = Field(
         3, description="1 for grey (X-ray), 3 for colour; files of either kind are converted"
     )
-    fit: Literal["crop", "squash", "pad"] = Field(
+    fit: Literal["crop", "squash", "squash_crop", "pad"] = Field(
         "crop",
         description="crop: shorter side to size, centre crop; squash: both sides to size; pad: "
-        "longer side to size, the rest filled with the mean colour. Boxes and masks need squash "
-        "or pad",
+        "longer side to size, the rest filled with the mean colour; squash_crop: both sides to "
+        "size / crop_share, centre crop. Boxes and masks need squash or pad",
     )
     crop: Literal["auto", "shift", "resized", "none"] = Field(
         "auto",
@@ -135,8 +139,9 @@ class ImageOptions(Options):
         1.0,
         gt=0,
         le=1,
-        description="of fit: crop, the share of the resized shorter side that the centre crop "
-        "keeps (timm's crop_pct): 0.875 resizes to 256 for a size of 224; refused with another fit",
+        description="of fit: crop and squash_crop, the share of the resized (shorter) side that "
+        "the centre crop keeps (timm's crop_pct): 0.875 resizes to 256 for a size of 224; refused "
+        "with another fit",
     )
     interpolation: Literal["bilinear", "bicubic"] = Field(
         "bilinear", description="how images are resized, antialiased"
@@ -200,7 +205,7 @@ class Image(Modality):
     def ineffective_options(cls, stated, inherited=None) -> str:
         options = ImageOptions.model_construct(**{**(inherited or {}), **stated})
         share = stated.get("crop_share", 1.0)
-        if share != 1 and options.fit != "crop":
+        if share != 1 and options.fit not in CROPPED:
             return (
                 f"crop_share {share:g} has no effect with fit: {options.fit}, which crops nothing: "
                 "leave it out, or set fit: crop"
@@ -265,10 +270,11 @@ class Image(Modality):
 
     def check(self, roles: tuple[str, ...]) -> None:
         dense = [role for role in ("boxes", "mask") if role in roles]
-        if dense and self.options.fit == "crop":
+        if dense and self.options.fit in CROPPED:
+            roles_named = " and ".join(dense)
             raise ValueError(
-                f"fit: crop cuts away what lies at the edge, {' and '.join(dense)} and all; with "
-                f"{' and '.join(dense)} set fit: pad (keeps the aspect) or fit: squash"
+                f"fit: {self.options.fit} cuts away what lies at the edge, {roles_named} and all; "
+                f"with {roles_named} set fit: pad (keeps the aspect) or fit: squash"
             )
 
     def decode(self, table, columns) -> tuple[Arrays, list[str]]:
@@ -308,7 +314,7 @@ class Image(Modality):
                 (rows, self.options.channels, size, size), dtype=torch.uint8, device=device
             )
         }
-        if self.options.fit != "crop":
+        if self.options.fit not in CROPPED:
             out["frame"] = torch.zeros((rows, 4), device=device)
         return out | (
             {"mask": torch.zeros((rows, size, size), dtype=torch.uint8, device=device)}

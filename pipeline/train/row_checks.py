@@ -34,6 +34,8 @@ take more bytes in Parquet, uncompressed.
 FEWEST_ROWS = 16
 SAMPLE_MASKS = 64
 """Masks that are opened; most often the first one holds two classes, and no other is read."""
+SAMPLE_IMAGES = 8
+"""Images that are opened."""
 WARN_SHARE = 0.01
 """From this share of unread words or tokens of a split on, a finding is a warning."""
 
@@ -196,6 +198,22 @@ def null_labels(
     ]
 
 
+def picture_levels(
+    modality: ComponentConfig, rows: Selection, columns: dict[str, str]
+) -> list[Finding]:
+    """Warn where images of 16 bits would be read as nearly black."""
+    if modality.name != "image" or not len(rows):
+        return []
+    # here: torchvision is slow to import, and each worker of a job imports this module
+    from pipeline.media import image_io
+
+    column = columns["image"]
+    images = fit_components.sample(rows, [column], SAMPLE_IMAGES)[column]
+    doubt = image_io.doubt_levels(image.as_py() for image in images)
+    text = f"column {column}: the images of {len(images)} training rows {doubt}"
+    return [Finding(text, is_warning=True)] if doubt else []
+
+
 def doubtful_class_numbers(
     component: ComponentConfig, rows: Selection, columns: dict[str, str]
 ) -> list[Finding]:
@@ -207,7 +225,6 @@ def doubtful_class_numbers(
     objective = registry.get("objective", component.name)
     options = objective.options_class(**component.options)
     if "mask" in objective.roles and len(rows):
-        # here: torchvision is slow to import, and each worker of a job imports this module
         from pipeline.media import image_io
 
         column = columns["mask"]

@@ -624,6 +624,7 @@ def findings_of(stage: SourceStage, modality: ModalitySpec, limit_note: str) -> 
     built = bundle.build_modality(modality)
     findings += row_checks.text_findings(built, rows, columns, objective.packed)
     findings += row_checks.null_labels(objective, rows, columns)
+    findings += row_checks.picture_levels(spec.data.modality, splits.train, columns)
     findings += row_checks.doubtful_class_numbers(spec.objective, splits.train, columns)
     findings += _unread_augmentation(spec.data, spec.objective.name)
     if stage.checkpoint_name:  # its modality was fitted on other rows

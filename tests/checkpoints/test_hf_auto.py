@@ -559,7 +559,12 @@ def test_images_are_read_as_the_processor_says(tmp_path):
 
 @pytest.mark.parametrize(
     ("channels", "fit", "mode"),
-    [(3, "squash", "P"), (3, "squash", "RGBA"), (3, "crop", "P"), (1, "crop", "L")],
+    [
+        (3, "squash", "P"),
+        (3, "squash_crop", "RGBA"),
+        (3, "crop", "P"),
+        (1, "crop", "L"),
+    ],
 )
 def test_the_exported_processor_reads_pictures_of_other_modes(channels, fit, mode, tmp_path):
     """A picture with a palette has indices in place of levels."""

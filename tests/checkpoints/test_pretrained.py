@@ -2,14 +2,18 @@
 off, and no code is run.
 """
 
+import io
 import json
 import os
 import pickle
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
+import pyarrow as pa
 import pytest
 import timm
 import torch
@@ -232,6 +236,31 @@ def test_a_tag_of_timm_has_its_own_input(tag, mean):
     assert ("assumed" in note) == ("." not in tag) and f"mean {mean:g}" in note
 
 
+@pytest.mark.parametrize(
+    ("tag", "options"),
+    [
+        ("dm_nfnet_f0.dm_in1k", {"fit": "squash_crop", "crop_share": 0.9}),
+        ("vit_base_patch16_clip_384.laion2b_ft_in12k_in1k", {"fit": "squash"}),
+        ("resnet50.a1_in1k", {"fit": "crop", "crop_share": 0.95}),
+    ],
+)
+def test_a_tag_reads_pictures_as_timm_does(tag, options):
+    """The picture is wide, so that squashed, cropped and padded ones differ."""
+    _, modality = pretrained.timm_input_spec(f"timm/{tag}", {})
+    y, x = np.mgrid[0:300, 0:500]
+    levels = np.stack([y * 0.8, x * 0.5, (x + y) * 0.3], 2).astype(np.uint8)
+    data = io.BytesIO()
+    PIL.Image.fromarray(levels).save(data, "PNG")
+    built = bundle.build_modality(modality)
+    arrays, _ = built.decode(pa.table({"image": [data.getvalue()]}), {"image": "image"})
+    ours = built.finish(Batch(np.arange(1), torch.arange(1), built.collate(arrays)))["image"][0]
+    config = timm.data.resolve_data_config(timm.models.get_pretrained_cfg(tag).to_dict())
+    theirs: Any = timm.data.create_transform(**config)
+    difference = (ours - theirs(PIL.Image.fromarray(levels))).abs()
+    assert difference.max() * min(modality.state["std"]) * 255 <= 2
+    assert {name: modality.options.get(name) for name in options} == options
+
+
 def test_weights_that_were_trained_with_another_activation_are_refused(monkeypatch):
     """OpenAI's and MetaCLIP's with QuickGELU; what others trained further has the model's own."""
     name = "vit_base_patch32_clip_224"
@@ -249,6 +278,23 @@ def test_weights_that_were_trained_with_another_activation_are_refused(monkeypat
     for usable in (meant, f"{meant}.openai", f"{name}.openai_ft_in1k", f"{name}.laion2b"):
         arch, _ = pretrained.timm_input_spec(f"timm/{usable}", {})
         assert arch.name == f"timm/{usable.partition('.')[0]}"
+
+
+@pytest.mark.parametrize(("tag", "is_doubted"), [("openai", True), ("laion2b", False)])
+def test_a_folder_of_weights_that_may_want_another_activation_says_so(tag, is_doubted, tmp_path):
+    """Whether they were trained further with GELU is in no file."""
+    name = "vit_base_patch32_clip_224"
+    model = timm.create_model("test_vit", img_size=224)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"architecture": name, "model_args": {}}
+    config["pretrained_cfg"]["tag"] = tag
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    notes = pretrained.read(f"hf:{tmp_path}").notes
+    told = (
+        f"trained with QuickGELU: .* give backbone: timm/{name.replace('_224', '_quickgelu_224')}"
+    )
+    assert bool(notes) == is_doubted and all(re.search(told, note) for note in notes)
 
 
 def test_the_hub_without_a_network_fails_at_once_with_what_to_do(monkeypatch):

@@ -359,7 +359,9 @@ def test_of_an_animation_the_first_picture_is_taken():
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-@pytest.mark.parametrize(("fit", "channels"), [("pad", 3), ("crop", 1), ("squash", 3)])
+@pytest.mark.parametrize(
+    ("fit", "channels"), [("pad", 3), ("crop", 1), ("squash", 3), ("squash_crop", 1)]
+)
 def test_code_for_other_packages_prepares_the_same_input(
     bits, fit, channels, tmp_path, monkeypatch
 ):
@@ -369,7 +371,12 @@ def test_code_for_other_packages_prepares_the_same_input(
     (tmp_path / "picture.png").write_bytes(data)
     monkeypatch.chdir(tmp_path)
     modality = Image(
-        ImageOptions(size=32, fit=fit, channels=channels),
+        ImageOptions(
+            size=32,
+            fit=fit,
+            channels=channels,
+            crop_share=0.8 if fit == "squash_crop" else 1.0,
+        ),
         {"mean": [0.4] * channels, "std": [0.2] * channels},
     )
     prepared = {"np": np}

@@ -124,6 +124,13 @@ def test_miou_equals_the_references(seed, monkeypatch):
         ignore_index=ignore,
     )
     assert value == pytest.approx(float(theirs), abs=1e-6)
+    names = [f"class {k}" for k in range(classes)]
+    per_label = metric("miou").per_label
+    assert per_label is not None
+    by_class = per_label.values(found, names)
+    assert list(by_class) == [names[k] for k in scored]
+    wanted = jaccard_score(truth[there], guess[there], average=None, labels=scored, zero_division=0)
+    assert list(by_class.values()) == pytest.approx(list(wanted))
     assert metric("pixel_accuracy").value(found) == pytest.approx(
         (guess == truth)[there].mean(), abs=1e-9
     )

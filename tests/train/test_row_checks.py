@@ -200,9 +200,9 @@ def test_nulls_that_mean_something_are_counted(tmp_path, objective, columns, mea
     )
 
 
-def png(mask: list[list[int]]) -> bytes:
+def png(mask: list[list[int]], kind=np.uint8) -> bytes:
     buffer = io.BytesIO()
-    PIL.Image.fromarray(np.array(mask, dtype=np.uint8)).save(buffer, "PNG")
+    PIL.Image.fromarray(np.array(mask, dtype=kind)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -226,6 +226,27 @@ def test_masks_of_one_class_alone_are_a_warning(tmp_path, masks, ignore, told):
     assert [one.is_warning for one in found] == [True] * bool(told)
     for one in found:
         assert f"column m: the masks of {len(masks)} training rows {told}" in one.text
+
+
+@pytest.mark.parametrize(
+    ("highest", "kind", "told"),
+    [
+        (4095, np.uint16, "4095 of 65535: they are read as levels 0 to 16 of 255"),
+        (16383, np.uint16, "16383 of 65535: they are read as levels 0 to 64 of 255"),
+        (40000, np.uint16, ""),
+        (200, np.uint8, ""),
+        (0, np.uint16, ""),
+    ],
+)
+def test_images_of_twelve_bits_in_sixteen_are_a_warning(tmp_path, highest, kind, told):
+    """They would be nearly black, with 16 levels of the 4096."""
+    files = [png([[0, high]], kind) for high in (highest // 2, highest)]
+    files = [None, files[1][:50], *files]
+    rows = selected(tmp_path, "rows", pa.table({"i": pa.array(files, pa.binary())}))
+    component = ComponentConfig(name="image", options={})
+    found = row_checks.picture_levels(component, rows, {"image": "i"})
+    assert [one.is_warning for one in found] == [True] * bool(told)
+    assert all(told in one.text for one in found)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pipeline.config.registry import register
 from pipeline.core.metrics import coco_ap
 from pipeline.core.metrics.metric import (
     SHARE,
+    PerLabel,
     Predictions,
     mean_where,
     numerator_denominator,
@@ -86,8 +87,13 @@ def mask_average_precision_large(p: Predictions, counts: np.ndarray) -> np.ndarr
     return coco_ap.average_precision(p, counts=counts, masks=True, size="large")
 
 
+def _iou_of_class(p: Predictions, k: int) -> np.ndarray:
+    inner = p["intersection"][:, k]
+    return numerator_denominator(inner, p["predicted"][:, k] + p["actual"][:, k] - inner)
+
+
 @register("metric", "miou")
-@resampled(bounds=SHARE)
+@resampled(bounds=SHARE, per_label=PerLabel("iou", units=_iou_of_class))
 def miou(p: Predictions, counts: np.ndarray) -> np.ndarray:
     """Mean over classes of intersection over union, each summed over all images; a class that is
     neither there nor predicted is left out.
