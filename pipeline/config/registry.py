@@ -142,6 +142,22 @@ class LinearHeadOptions(Options):
         return self.dropout > 0
 
 
+class ClassHeadOptions(LinearHeadOptions):
+    """Options of objectives whose linear head has a score for each class or label."""
+
+    focal: float = Field(
+        0.0,
+        ge=0,
+        description="training only: gamma of the focal loss, (1 - p) ** gamma times the "
+        "cross-entropy (Lin et al. 2017; 2 there)",
+    )
+    calibrate: Literal["none", "temperature"] = Field(
+        "none",
+        description="temperature: after training one scalar that all scores are divided by is "
+        "fitted on the validation rows (Guo et al. 2017); test metrics and predict use it",
+    )
+
+
 class BoxOptions(Options):
     """Options of objectives that find objects: how their boxes are written, and the detector."""
 
@@ -265,6 +281,7 @@ SHARED_OPTIONS: dict[str, type[Options]] = {
         LayerOptions,
         AdaptationOptions,
         LinearHeadOptions,
+        ClassHeadOptions,
         BoxOptions,
         MaskOptions,
         RecordingOptions,

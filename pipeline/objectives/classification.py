@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.config.registry import LinearHeadOptions, nearest, register
+from pipeline.config.registry import ClassHeadOptions, nearest, register
 from pipeline.core import arrow_lists
 from pipeline.core.arrow_compute import pc
 from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
@@ -35,7 +35,7 @@ SHOWN_LABELS = 5
 """Labels that an error message names."""
 
 
-class ClassificationOptions(LinearHeadOptions):
+class ClassificationOptions(ClassHeadOptions):
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="training only (Szegedy et al. 2016)"
     )
@@ -64,17 +64,6 @@ class ClassificationOptions(LinearHeadOptions):
         "none",
         description="balanced: in training a row has the weight rows / (classes x rows of its "
         "class), counted over the labelled training rows; the evaluated loss is not weighted",
-    )
-    focal: float = Field(
-        0.0,
-        ge=0,
-        description="training only: gamma of the focal loss, (1 - p) ** gamma times the "
-        "cross-entropy (Lin et al. 2017; 2 there)",
-    )
-    calibrate: Literal["none", "temperature"] = Field(
-        "none",
-        description="temperature: after training one scalar that the scores are divided by is "
-        "fitted on the validation rows (Guo et al. 2017); test metrics and predict use it",
     )
     threshold: Literal["none", "f1", "youden"] = Field(
         "none",

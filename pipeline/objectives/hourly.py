@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.config.registry import LinearHeadOptions, register
+from pipeline.config.registry import ClassHeadOptions, register
 from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import floats, is_list, is_number, joined, lengths
 from pipeline.core.contracts import Arrays, Backbone, Batch, Features, Objective
@@ -25,7 +25,7 @@ from pipeline.core.nn import losses
 from pipeline.core.ragged import ragged
 
 
-class HourlyOptions(LinearHeadOptions):
+class HourlyOptions(ClassHeadOptions):
     task: Literal["binary", "multiclass"] = Field(
         "binary",
         description="binary: label_values are 0 or 1 (false or true); multiclass: whole numbers "
@@ -41,17 +41,6 @@ class HourlyOptions(LinearHeadOptions):
         "none",
         description="balanced: in training a label has the weight labels / (classes x labels of "
         "its class), counted over all training rows; the evaluated loss is not weighted",
-    )
-    focal: float = Field(
-        0.0,
-        ge=0,
-        description="training only: gamma of the focal loss, (1 - p) ** gamma times the "
-        "cross-entropy (Lin et al. 2017; 2 there)",
-    )
-    calibrate: Literal["none", "temperature"] = Field(
-        "none",
-        description="temperature: after training one scalar that the scores are divided by is "
-        "fitted on the validation rows (Guo et al. 2017); test metrics and predict use it",
     )
     every: float = Field(
         1.0,

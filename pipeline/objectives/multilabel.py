@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.config.registry import LinearHeadOptions, nearest, register
+from pipeline.config.registry import ClassHeadOptions, nearest, register
 from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import is_list
 from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
@@ -23,7 +23,7 @@ from pipeline.core.metrics import calibration
 from pipeline.core.nn import losses
 
 
-class MultilabelOptions(LinearHeadOptions):
+class MultilabelOptions(ClassHeadOptions):
     separator: str = Field(
         "|",
         min_length=1,
@@ -43,17 +43,6 @@ class MultilabelOptions(LinearHeadOptions):
         "none",
         description="balanced: in training a positive of a label has the weight negatives / "
         "positives, counted over all training rows; the evaluated loss is not weighted",
-    )
-    focal: float = Field(
-        0.0,
-        ge=0,
-        description="training only: gamma of the focal loss, (1 - p) ** gamma times the "
-        "cross-entropy (Lin et al. 2017; 2 there)",
-    )
-    calibrate: Literal["none", "temperature"] = Field(
-        "none",
-        description="temperature: after training one scalar that all scores are divided by is "
-        "fitted on the validation rows (Guo et al. 2017); test metrics and predict use it",
     )
 
     @property
