@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-import PIL.Image
 import pyarrow as pa
 import soundfile
 import torch
@@ -22,6 +21,7 @@ from toys import (
     SMALL,
     TRAJECTORY_COLUMNS,
     episodes,
+    image_file,
     images,
     label_state,
     rows_of,
@@ -111,12 +111,6 @@ def wake(module: torch.nn.Module) -> None:
 # ---------------------------------------------------------------- images
 
 
-def png(pixels: np.ndarray) -> bytes:
-    sink = io.BytesIO()
-    PIL.Image.fromarray(pixels).save(sink, "PNG")
-    return sink.getvalue()
-
-
 def disc(size: int, middle: float, radius: float) -> dict[str, Any]:
     """Run lengths of a disc on the diagonal, in shares of the image."""
     grid = (np.arange(size) + 0.5) / size - middle
@@ -128,7 +122,7 @@ def pictures(size: int = 32, **options: Any) -> Sample:
     masks = np.random.default_rng(1).integers(0, 3, (N, size, size), dtype=np.uint8)
     table = pa.table(
         {
-            "image": [png(np.moveaxis(one, 0, -1)) for one in pixels],
+            "image": [image_file(np.moveaxis(one, 0, -1)) for one in pixels],
             "label": labels,
             "caption": [
                 f"a {('dark', 'pale', 'striped')[i]} thing, number {n}"
@@ -139,7 +133,7 @@ def pictures(size: int = 32, **options: Any) -> Sample:
             "boxes": [[[0.0, 0.0, 1.0, 1.0], [0.15, 0.15, 0.65, 0.65], [0.7, 0.7, 0.9, 0.9]]] * N,
             "classes": [["cat", "dog", "dog"]] * N,
             "masks": [[disc(size, 0.5, 0.5), disc(size, 0.4, 0.25), disc(size, 0.8, 0.1)]] * N,
-            "mask": [png(mask) for mask in masks],
+            "mask": [image_file(mask) for mask in masks],
         }
     )
     return Sample(table, {"image": "image"}, "image", {"size": size, "channels": 3, **options})

@@ -5,12 +5,14 @@ network.
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pyarrow as pa
 import torch
 from torch import nn
@@ -35,6 +37,22 @@ from pipeline.report.stats import RunPredictions
 from pipeline.techniques.full import Full
 from pipeline.train import evaluate, loop
 from pipeline.train.ranks import Ranks
+
+
+def image_file(image: Any, form: str = "PNG", **options: Any) -> bytes:
+    """The bytes of an image's file."""
+    if not isinstance(image, PIL.Image.Image):
+        image = PIL.Image.fromarray(image)
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def rows_at(batch: Batch, places: Any) -> Batch:
+    """The rows of a batch at these places."""
+    tensors = {name: tensor[places] for name, tensor in batch.data.items()}
+    return Batch(batch.rows[places], batch.keys[places], tensors)
+
 
 FIRST_ID = 1000
 """Row ids start here, so that a place is never taken for an id."""
@@ -549,20 +567,13 @@ def image_files(
     noise: float = 0.75,
 ) -> dict[str, str]:
     """A Parquet file of PNG bytes and labels for each split; returns its paths."""
-    import io
-
-    import PIL.Image
     import pyarrow.parquet as pq
 
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
     for seed, (split, n) in enumerate(sizes.items()):
         pixels, labels = images(n, size, channels, classes, seed=100 + seed, noise=noise)
-        encoded = []
-        for image in pixels:
-            buffer = io.BytesIO()
-            PIL.Image.fromarray(np.moveaxis(image, 0, -1).squeeze()).save(buffer, "PNG")
-            encoded.append(buffer.getvalue())
+        encoded = [image_file(np.moveaxis(image, 0, -1).squeeze()) for image in pixels]
         paths[split] = str(folder / f"{split}.parquet")
         pq.write_table(
             pa.table({"picture": encoded, "class": [f"class {i}" for i in labels]}),

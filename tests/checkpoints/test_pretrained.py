@@ -2,7 +2,6 @@
 off, and no code is run.
 """
 
-import io
 import json
 import os
 import pickle
@@ -19,7 +18,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from torchvision.models.convnext import CNBlockConfig
-from toys import image_rows, label_state, take, task_of
+from toys import image_file, image_rows, label_state, take, task_of
 from web_server import web_server
 
 from pipeline.checkpoints import bundle, pretrained
@@ -249,10 +248,8 @@ def test_a_tag_reads_pictures_as_timm_does(tag, options):
     _, modality = pretrained.timm_input_spec(f"timm/{tag}", {})
     y, x = np.mgrid[0:300, 0:500]
     levels = np.stack([y * 0.8, x * 0.5, (x + y) * 0.3], 2).astype(np.uint8)
-    data = io.BytesIO()
-    PIL.Image.fromarray(levels).save(data, "PNG")
     built = bundle.build_modality(modality)
-    arrays, _ = built.decode(pa.table({"image": [data.getvalue()]}), {"image": "image"})
+    arrays, _ = built.decode(pa.table({"image": [image_file(levels)]}), {"image": "image"})
     ours = built.finish(Batch(np.arange(1), torch.arange(1), built.collate(arrays)))["image"][0]
     config = timm.data.resolve_data_config(timm.models.get_pretrained_cfg(tag).to_dict())
     theirs: Any = timm.data.create_transform(**config)

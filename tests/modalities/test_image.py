@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from toys import image_file
 
 from pipeline.core.contracts import Batch
 from pipeline.modalities.image import Image, ImageOptions
@@ -29,13 +30,6 @@ def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
     image = 128 + 70 * np.stack(waves, -1) + rng.normal(0, 4, (height, width, 3))
     image[height // 3 : height // 2, width // 4 : width // 2] = rng.integers(0, 256, 3)
     return image.clip(0, 255).astype(np.uint8)
-
-
-def encoded(pixels, form: str = "PNG", **words) -> bytes:
-    image = pixels if isinstance(pixels, PIL.Image.Image) else PIL.Image.fromarray(pixels)
-    buffer = io.BytesIO()
-    image.save(buffer, form, **words)
-    return buffer.getvalue()
 
 
 def decoded(values, kind=None, **options):
@@ -63,7 +57,7 @@ def channels_first(image: PIL.Image.Image) -> np.ndarray:
     ("height", "width"), [(96, 128), (200, 120), (64, 64), (37, 53), (20, 500)]
 )
 def test_squashed_pixels_are_those_of_pil(height, width, form):
-    data = encoded(photo(height, width), form)
+    data = image_file(photo(height, width), form)
     found, bad = decoded([data], size=48, fit="squash")
     want = (
         PIL.Image.open(io.BytesIO(data))
@@ -79,7 +73,7 @@ def test_squashed_pixels_are_those_of_pil(height, width, form):
 def test_cropped_pixels_are_those_of_torchvision_on_pil(height, width):
     from torchvision.transforms import v2
 
-    data = encoded(photo(height, width))
+    data = image_file(photo(height, width))
     found, _ = decoded([data], size=48)
     crop = v2.Compose([v2.Resize(48), v2.CenterCrop(48)])
     assert psnr(found[0], channels_first(crop(PIL.Image.open(io.BytesIO(data))))) > 45
@@ -87,7 +81,7 @@ def test_cropped_pixels_are_those_of_torchvision_on_pil(height, width):
 
 def test_an_image_of_the_right_size_is_not_touched():
     pixels = photo(40, 40)
-    assert np.array_equal(decoded([encoded(pixels)], size=40)[0][0], np.moveaxis(pixels, -1, 0))
+    assert np.array_equal(decoded([image_file(pixels)], size=40)[0][0], np.moveaxis(pixels, -1, 0))
 
 
 def test_grey_becomes_colour_and_colour_grey():
@@ -95,9 +89,9 @@ def test_grey_becomes_colour_and_colour_grey():
         PIL.Image.fromarray(photo(32, 32)).convert("L"),
         PIL.Image.fromarray(photo(32, 32)),
     )
-    found, _ = decoded([encoded(grey)], size=32)
+    found, _ = decoded([image_file(grey)], size=32)
     assert all(np.array_equal(found[0, c], np.asarray(grey)) for c in range(3))
-    found, _ = decoded([encoded(grey), encoded(colour)], size=32, channels=1)
+    found, _ = decoded([image_file(grey), image_file(colour)], size=32, channels=1)
     assert found.shape == (2, 1, 32, 32) and np.array_equal(found[0, 0], np.asarray(grey))
     assert np.abs(found[1, 0].astype(int) - np.asarray(colour.convert("L"))).max() <= 1
 
@@ -108,11 +102,11 @@ def test_sixteen_bit_images_are_scaled_to_eight():
     """
     ramp = (np.arange(64 * 64).reshape(64, 64) * 16).astype(np.uint16)
     for channels in (1, 3):
-        found, bad = decoded([encoded(ramp)], size=64, channels=channels)
+        found, bad = decoded([image_file(ramp)], size=64, channels=channels)
         assert bad == [""] and all(
             np.array_equal(found[0, c], np.round(ramp / 257)) for c in range(channels)
         )
-    found, bad = decoded([encoded(ramp)], size=16, channels=1)
+    found, bad = decoded([image_file(ramp)], size=16, channels=1)
     assert bad == [""] and abs(float(found.mean()) - float(ramp.mean() / 257)) < 1
 
 
@@ -123,9 +117,9 @@ def test_other_layouts():
     clear = np.dstack([photo(24, 24), np.full((24, 24), 7, np.uint8)])
     palette = PIL.Image.fromarray(photo(24, 24)).quantize(32)
     data = [
-        encoded(clear),
-        encoded(palette),
-        encoded(PIL.Image.new("CMYK", (24, 24), (10, 20, 30, 40)), "JPEG"),
+        image_file(clear),
+        image_file(palette),
+        image_file(PIL.Image.new("CMYK", (24, 24), (10, 20, 30, 40)), "JPEG"),
     ]
     found, bad = decoded(data, size=24)
     assert bad == [""] * 3
@@ -166,7 +160,7 @@ def test_every_suffix_of_image_folders_can_be_decoded():
         ("WEBP", colour, {"save_all": True, "append_images": [colour.rotate(180)]}),
     ]
     for form, image, words in cases:
-        data = encoded(image, form, **({"lossless": True} if form == "WEBP" else {}), **words)
+        data = image_file(image, form, **({"lossless": True} if form == "WEBP" else {}), **words)
         for channels, mode in ((3, "RGB"), (1, "L")):
             want = np.asarray(PIL.Image.open(io.BytesIO(data)).convert(mode)).reshape(
                 24, 30, channels
@@ -190,12 +184,12 @@ def test_every_suffix_of_image_folders_can_be_decoded():
 def test_broken_images_of_the_rarer_formats_have_a_reason():
     picture = PIL.Image.fromarray(photo(40, 40))
     wholes = [
-        encoded(picture.quantize(32), "GIF"),
-        encoded(picture, "BMP"),
-        encoded(picture, "WEBP"),
+        image_file(picture.quantize(32), "GIF"),
+        image_file(picture, "BMP"),
+        image_file(picture, "WEBP"),
     ]
     data = [whole[:cut] for whole in wholes for cut in (8, 30, len(whole) // 2)] + [
-        encoded(picture, "TIFF"),
+        image_file(picture, "TIFF"),
         b"%!PS-Adobe-3.0 EPSF-3.0",
     ]
     for channels in (1, 3):
@@ -211,7 +205,7 @@ def test_broken_images_of_the_rarer_formats_have_a_reason():
 def test_paths_are_read(tmp_path):
     pixels = photo(24, 24)
     path = tmp_path / "a.png"
-    path.write_bytes(encoded(pixels))
+    path.write_bytes(image_file(pixels))
     found, bad = decoded([str(path), str(path)], size=24)
     assert bad == ["", ""] and np.array_equal(found[1], np.moveaxis(pixels, -1, 0))
     # An I/O error is not a bad row: it is retried, and then it stops the run
@@ -220,9 +214,9 @@ def test_paths_are_read(tmp_path):
 
 
 def test_broken_images_have_a_reason_and_spoil_no_other_row():
-    good = encoded(photo(40, 40), "JPEG")
+    good = image_file(photo(40, 40), "JPEG")
     cut = good[: len(good) // 2]
-    data = [good, cut, b"", None, b"no image at all", encoded(photo(40, 40))[:60], good]
+    data = [good, cut, b"", None, b"no image at all", image_file(photo(40, 40))[:60], good]
     found, bad = decoded(data, pa.binary(), size=32)
     assert bad[0] == bad[-1] == "" and all(bad[1:-1])
     assert bad[2] == "the image is empty (0 bytes)" and bad[3] == "the image is null"
@@ -241,7 +235,7 @@ def test_broken_images_have_a_reason_and_spoil_no_other_row():
 def test_fit_is_the_mean_and_deviation_of_each_channel():
     pictures = [photo(20, 20, seed) for seed in range(6)]
     options = ImageOptions(size=20)
-    table = pa.table({"picture": [encoded(p) for p in pictures] + [b"broken"]})
+    table = pa.table({"picture": [image_file(p) for p in pictures] + [b"broken"]})
     state = Image.fit(options, table, {"image": "picture"}, "timm/resnet18")
     pixels = np.stack(pictures).astype(np.float64) / 255
     assert state["mean"] == pytest.approx(pixels.mean((0, 1, 2)), abs=1e-5) and state[
@@ -260,7 +254,7 @@ def test_fit_is_the_mean_and_deviation_of_each_channel():
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_fit_decodes_few_images_at_a_time_and_loses_no_precision(monkeypatch, channels):
-    pictures = [encoded(photo(24, 24, seed)) for seed in range(150)]
+    pictures = [image_file(photo(24, 24, seed)) for seed in range(150)]
     pictures[70] = pictures[149] = b"broken"
     table = pa.table({"picture": pa.chunked_array([pictures[:10], pictures[10:]])})
     options = ImageOptions(size=20, channels=channels)
@@ -297,7 +291,7 @@ def test_fit_without_a_readable_image_says_which_column():
 def test_fit_of_a_blank_corpus_divides_by_no_zero():
     state = Image.fit(
         ImageOptions(size=16),
-        pa.table({"picture": [encoded(np.zeros((16, 16, 3), np.uint8))]}),
+        pa.table({"picture": [image_file(np.zeros((16, 16, 3), np.uint8))]}),
         {"image": "picture"},
         "",
     )
@@ -420,11 +414,8 @@ def test_rows_decoded_on_the_device_are_the_batches_of_any_other_place(tmp_path)
 
     rng, encoded = np.random.default_rng(0), []
     for i in range(40):
-        buffer = io.BytesIO()
-        PIL.Image.fromarray(rng.integers(0, 255, (20 + i, 30, 3), dtype=np.uint8)).save(
-            buffer, "PNG" if i % 3 else "JPEG"
-        )
-        encoded.append(buffer.getvalue())
+        pixels = rng.integers(0, 255, (20 + i, 30, 3), dtype=np.uint8)
+        encoded.append(image_file(pixels, "PNG" if i % 3 else "JPEG"))
     encoded[7], encoded[21], encoded[30] = encoded[7][:50], b"", b"no picture"
     pq.write_table(
         pa.table({"picture": encoded, "label": [i % 2 for i in range(40)]}),

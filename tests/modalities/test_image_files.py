@@ -13,6 +13,7 @@ import PIL.ImageOps
 import pyarrow as pa
 import pytest
 import torch
+from toys import image_file
 
 from pipeline.core.contracts import Batch
 from pipeline.io import storage
@@ -24,14 +25,6 @@ STATE = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.5]}
 def soft(height: int, width: int, seed: int = 0) -> PIL.Image.Image:
     small = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
     return PIL.Image.fromarray(small).resize((width, height), PIL.Image.Resampling.BICUBIC)
-
-
-def saved(image, form: str = "PNG", **words) -> bytes:
-    buffer = io.BytesIO()
-    (image if isinstance(image, PIL.Image.Image) else PIL.Image.fromarray(image)).save(
-        buffer, form, **words
-    )
-    return buffer.getvalue()
 
 
 def read(images, masks=None, device: bool = False, **options):
@@ -76,7 +69,9 @@ def png(width: int, height: int, depth: int = 8, colour: int = 0, lines: bytes =
 def test_exif_orientation_is_applied(form, turn):
     exif = PIL.Image.Exif()
     exif[0x0112] = turn
-    data = saved(soft(24, 40), form, exif=exif, **({"lossless": True} if form == "WEBP" else {}))
+    data = image_file(
+        soft(24, 40), form, exif=exif, **({"lossless": True} if form == "WEBP" else {})
+    )
     want = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(data))).convert("RGB")
     assert want.size == ((24, 40) if turn > 4 else (40, 24))
     for device in (False, True):
@@ -95,12 +90,12 @@ def test_exif_orientation_is_applied(form, turn):
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
 def test_exif_that_is_broken_or_means_nothing_spoils_no_image(form):
     plain = np.moveaxis(
-        np.asarray(PIL.Image.open(io.BytesIO(saved(soft(32, 32), form))).convert("RGB")), -1, 0
+        np.asarray(PIL.Image.open(io.BytesIO(image_file(soft(32, 32), form))).convert("RGB")), -1, 0
     )
     strange = PIL.Image.Exif()
     strange[0x0112] = 77
     for exif in (strange.tobytes(), b"Exif\x00\x00MM\x00*\xff\xff\xff\xff broken", b"Exif\x00\x00"):
-        found, bad = read([saved(soft(32, 32), form, exif=exif)])
+        found, bad = read([image_file(soft(32, 32), form, exif=exif)])
         assert bad == [""] and np.abs(found["image"][0].astype(int) - plain).max() <= 2
 
 
@@ -110,16 +105,16 @@ def test_what_the_gpu_would_not_turn_goes_to_the_host():
 
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
-    turned, plain = saved(soft(24, 40), "JPEG", exif=exif), saved(soft(24, 40), "JPEG")
+    turned, plain = image_file(soft(24, 40), "JPEG", exif=exif), image_file(soft(24, 40), "JPEG")
     exif[0x0112] = 1
     assert (
         image_io.is_turned(turned)
         and not image_io.is_turned(plain)
-        and not image_io.is_turned(saved(soft(24, 40), "JPEG", exif=exif))
+        and not image_io.is_turned(image_file(soft(24, 40), "JPEG", exif=exif))
     )
     assert (
         image_io.jpeg_frame(turned)
-        == image_io.jpeg_frame(saved(soft(24, 40), "JPEG", progressive=True))
+        == image_io.jpeg_frame(image_file(soft(24, 40), "JPEG", progressive=True))
         == (24, 40, 3, True)
     )
     assert image_io.jpeg_frame(plain[:30]) is None
@@ -138,23 +133,23 @@ def test_colours_that_the_gpu_would_mistake_go_to_the_host(monkeypatch):
         lambda files, **words: given.extend(bytes(file.tolist()) for file in files) or files,
     )
     colour = soft(24, 40)
-    red = saved(colour, "JPEG", keep_rgb=True)
+    red = image_file(colour, "JPEG", keep_rgb=True)
     marker = red.index(b"\xff\xee")
     # Its components are called R, G and B all the same
     unmarked = (
         red[:marker] + red[marker + 2 + int.from_bytes(red[marker + 2 : marker + 4], "big") :]
     )
     host = [
-        saved(colour.convert("CMYK"), "JPEG"),
+        image_file(colour.convert("CMYK"), "JPEG"),
         red,
-        saved(colour),
-        saved(colour, "JPEG")[:30],
+        image_file(colour),
+        image_file(colour, "JPEG")[:30],
         unmarked,
     ]
     gpu = [
-        saved(colour, "JPEG"),
-        saved(colour.convert("L"), "JPEG"),
-        saved(colour, "JPEG", subsampling=0, progressive=True),
+        image_file(colour, "JPEG"),
+        image_file(colour.convert("L"), "JPEG"),
+        image_file(colour, "JPEG", subsampling=0, progressive=True),
     ]
     assert all(b"Adobe" in data[:30] for data in host[:2])
     files = [part for pair in zip(host, gpu, strict=False) for part in pair] + host[3:]
@@ -173,7 +168,7 @@ def test_the_upright_size_is_told_without_decoding(form):
     for turn in range(1, 9) if form in ("JPEG", "PNG", "WEBP") else (1,):
         exif = PIL.Image.Exif()
         exif[0x0112] = turn
-        data = saved(soft(24, 40), form, **({"exif": exif} if turn > 1 else {}))
+        data = image_file(soft(24, 40), form, **({"exif": exif} if turn > 1 else {}))
         height, width = image_io.pixels(data, 3).shape[1:]
         assert (
             image_io.upright_size(data) == (width, height) == ((24, 40) if turn > 4 else (40, 24))
@@ -190,15 +185,15 @@ def huge() -> dict[str, bytes]:
     """Files of a few bytes whose headers promise 60000 x 60000 pixels, or 16384 x 16384 (WebP's
     most).
     """
-    jpeg = saved(soft(16, 16), "JPEG")
+    jpeg = image_file(soft(16, 16), "JPEG")
     at = jpeg.index(b"\xff\xc0") + 5
     gif, bmp = (
-        bytearray(saved(soft(16, 16).quantize(8), "GIF")),
-        bytearray(saved(soft(16, 16), "BMP")),
+        bytearray(image_file(soft(16, 16).quantize(8), "GIF")),
+        bytearray(image_file(soft(16, 16), "BMP")),
     )
     gif[6:10] = struct.pack("<HH", 60000, 60000)
     bmp[18:26] = struct.pack("<ii", 60000, 60000)
-    webp = bytearray(saved(soft(16, 16), "WEBP", lossless=True))
+    webp = bytearray(image_file(soft(16, 16), "WEBP", lossless=True))
     at_webp = webp.index(b"VP8L") + 9
     webp[at_webp : at_webp + 4] = struct.pack("<I", 16383 | 16383 << 14)
     return {
@@ -220,7 +215,7 @@ def test_a_header_that_promises_too_much_is_refused_before_memory_is_taken(name,
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     tracemalloc.start()
     for device in (False, True):
-        found, bad = read([saved(soft(32, 32)), data], channels=channels, device=device)
+        found, bad = read([image_file(soft(32, 32)), data], channels=channels, device=device)
         assert (
             bad[0] == ""
             and "too large" in bad[1]
@@ -259,11 +254,11 @@ def test_an_image_too_thin_to_be_cropped_is_refused_before_memory_is_taken(heigh
     import resource
 
     data, before = (
-        saved(np.zeros((height, width, 3), np.uint8)),
+        image_file(np.zeros((height, width, 3), np.uint8)),
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     )
     for device in (False, True):
-        found, bad = read([data, saved(soft(32, 32))], size=224, device=device)
+        found, bad = read([data, image_file(soft(32, 32))], size=224, device=device)
         new = sorted((224, 1792000), reverse=width > height)
         assert (
             bad
@@ -285,7 +280,7 @@ def test_an_image_too_thin_to_be_cropped_is_refused_before_memory_is_taken(heigh
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
 def test_truncated_files_are_broken_rows(form):
-    whole = saved(soft(60, 60).quantize(16) if form == "GIF" else soft(60, 60), form)
+    whole = image_file(soft(60, 60).quantize(16) if form == "GIF" else soft(60, 60), form)
     cuts = [whole[:n] for n in (1, 4, 12, 20, 26, 30, len(whole) // 2, len(whole) * 9 // 10)] + [
         b""
     ]
@@ -309,19 +304,19 @@ def test_layouts_of_colour_are_those_of_pillow():
     colour = soft(32, 32)
     clear = np.dstack([np.asarray(colour), np.asarray(soft(32, 32, 5))[:, :, 0]])
     cases = {
-        "cmyk": saved(colour.convert("CMYK"), "JPEG", quality=95),
-        "palette": saved(colour.quantize(16)),
-        "palette, one colour clear": saved(colour.quantize(16), transparency=3),
-        "palette with alpha": saved(
+        "cmyk": image_file(colour.convert("CMYK"), "JPEG", quality=95),
+        "palette": image_file(colour.quantize(16)),
+        "palette, one colour clear": image_file(colour.quantize(16), transparency=3),
+        "palette with alpha": image_file(
             PIL.Image.fromarray(clear).quantize(16, PIL.Image.Quantize.FASTOCTREE)
         ),
-        "grey with alpha": saved(PIL.Image.fromarray(clear).convert("LA")),
-        "alpha": saved(clear),
-        "one bit": saved(colour.convert("1")),
-        "grey": saved(colour.convert("L")),
-        "grey jpeg": saved(colour.convert("L"), "JPEG"),
-        "gif": saved(colour.quantize(16), "GIF"),
-        "gif, one colour clear": saved(colour.quantize(16), "GIF", transparency=2),
+        "grey with alpha": image_file(PIL.Image.fromarray(clear).convert("LA")),
+        "alpha": image_file(clear),
+        "one bit": image_file(colour.convert("1")),
+        "grey": image_file(colour.convert("L")),
+        "grey jpeg": image_file(colour.convert("L"), "JPEG"),
+        "gif": image_file(colour.quantize(16), "GIF"),
+        "gif, one colour clear": image_file(colour.quantize(16), "GIF", transparency=2),
     }
     for name, data in cases.items():
         for channels, mode in ((3, "RGB"), (1, "L")):
@@ -338,7 +333,7 @@ def test_layouts_of_colour_are_those_of_pillow():
 def test_sixteen_bits_of_grey_and_colour_are_divided_by_257():
     levels = np.random.default_rng(0).integers(0, 65536, (32, 32, 3)).astype(">u2")
     colour = png(32, 32, 16, 2, b"".join(b"\0" + line.tobytes() for line in levels))
-    grey = saved(levels[:, :, 0].astype(np.uint16))
+    grey = image_file(levels[:, :, 0].astype(np.uint16))
     found, bad = read([colour, grey])
     want = np.moveaxis(np.round(levels / 257), -1, 0)
     assert (
@@ -350,7 +345,7 @@ def test_sixteen_bits_of_grey_and_colour_are_divided_by_257():
 
 def test_of_an_animation_the_first_picture_is_taken():
     first, second = soft(32, 32).quantize(16), soft(32, 32, 9).quantize(16)
-    data = saved(first, "GIF", save_all=True, append_images=[second, first], duration=50)
+    data = image_file(first, "GIF", save_all=True, append_images=[second, first], duration=50)
     assert getattr(PIL.Image.open(io.BytesIO(data)), "n_frames", 1) == 3
     found, bad = read([data])
     assert bad == [""] and np.array_equal(
@@ -367,7 +362,7 @@ def test_code_for_other_packages_prepares_the_same_input(
 ):
     y, x = np.mgrid[0:70, 0:50]
     levels = (y * 3 + x) * (200 if bits == 16 else 1)
-    data = saved(levels.astype(np.uint16 if bits == 16 else np.uint8))
+    data = image_file(levels.astype(np.uint16 if bits == 16 else np.uint8))
     (tmp_path / "picture.png").write_bytes(data)
     monkeypatch.chdir(tmp_path)
     modality = Image(
@@ -392,7 +387,7 @@ def test_code_for_other_packages_prepares_the_same_input(
 
 @pytest.mark.parametrize(("height", "width"), [(40, 100), (100, 40), (64, 64), (7, 900), (33, 32)])
 def test_padding_keeps_the_aspect_and_frame_tells_where_the_image_is(height, width):
-    found, bad = read([saved(soft(height, width))], size=64, fit="pad")
+    found, bad = read([image_file(soft(height, width))], size=64, fit="pad")
     w, h, left, top = (int(v) for v in found["frame"][0])
     assert (
         bad == [""]
@@ -409,12 +404,12 @@ def test_padding_keeps_the_aspect_and_frame_tells_where_the_image_is(height, wid
 
 
 def test_frame_of_squashed_and_cropped_images():
-    assert read([saved(soft(40, 100))], fit="squash")[0]["frame"].tolist() == [[32, 32, 0, 0]]
-    assert "frame" not in read([saved(soft(40, 100))])[0]
+    assert read([image_file(soft(40, 100))], fit="squash")[0]["frame"].tolist() == [[32, 32, 0, 0]]
+    assert "frame" not in read([image_file(soft(40, 100))])[0]
 
 
 def test_padding_is_no_part_of_the_mean():
-    white = saved(np.full((10, 200, 3), 240, np.uint8))
+    white = image_file(np.full((10, 200, 3), 240, np.uint8))
     state = Image.fit(
         ImageOptions(size=32, fit="pad"), pa.table({"picture": [white]}), {"image": "picture"}, ""
     )
@@ -447,8 +442,8 @@ def test_masks_give_class_numbers_with_their_images_geometry(fit, device):
         PIL.Image.fromarray(classes.astype(np.uint16)),
     ]
     found, bad = read(
-        [saved(colours[classes])] * 3,
-        [saved(form) for form in forms],
+        [image_file(colours[classes])] * 3,
+        [image_file(form) for form in forms],
         size=48,
         fit=fit,
         device=device,
@@ -484,33 +479,36 @@ def test_masks_of_few_bits_are_class_numbers_too(depth, colour):
     data = png(32, 32, depth, colour, lines)
     if colour == 3:
         data = data[:33] + chunk(b"PLTE", bytes(range(100, 148))[: 3 * 2**depth]) + data[33:]
-    found, bad = read([saved(soft(32, 32))], [data], fit="squash")
+    found, bad = read([image_file(soft(32, 32))], [data], fit="squash")
     assert bad == [""] and np.array_equal(found["mask"][0], classes)
 
 
 def test_masks_that_cannot_be_used_have_a_reason():
-    image = saved(soft(20, 30))
+    image = image_file(soft(20, 30))
     good = np.zeros((20, 30), np.uint8)
     cases = {
-        "the mask has 20 x 30 pixels, its image 30 x 20": saved(good.T.copy()),
+        "the mask has 20 x 30 pixels, its image 30 x 20": image_file(good.T.copy()),
         "the mask is null": None,
         "the mask is empty (0 bytes)": b"",
         "the mask has colours: a mask has one class number a pixel, as a palette's index or a "
-        "level of grey": saved(np.zeros((20, 30, 3), np.uint8)),
-        "the mask holds class 300: the greatest is 254, and 255 is what is left out": saved(
+        "level of grey": image_file(np.zeros((20, 30, 3), np.uint8)),
+        "the mask holds class 300: the greatest is 254, and 255 is what is left out": image_file(
             np.full((20, 30), 300, np.uint16)
         ),
-        "the mask is not a PNG file: it must be one, with a class number for each pixel": saved(
+        "the mask is not a PNG file: it must be one, with a class number for each pixel": image_file(
             good, "BMP"
         ),
-        "broken mask": saved(np.random.default_rng(0).integers(0, 20, (20, 30)).astype(np.uint8))[
-            :100
-        ],
+        "broken mask": image_file(
+            np.random.default_rng(0).integers(0, 20, (20, 30)).astype(np.uint8)
+        )[:100],
         "the image is too large": png(60000, 60000),
     }
     for device in (False, True):
         found, bad = read(
-            [image] * (len(cases) + 1), [*cases.values(), saved(good)], fit="pad", device=device
+            [image] * (len(cases) + 1),
+            [*cases.values(), image_file(good)],
+            fit="pad",
+            device=device,
         )
         assert (
             all(reason.startswith(want) for reason, want in zip(bad, cases, strict=False))
@@ -526,10 +524,10 @@ def test_masks_that_cannot_be_used_have_a_reason():
 def test_a_mask_belongs_to_the_upright_image():
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
-    image = saved(soft(20, 30), "JPEG", exif=exif)
+    image = image_file(soft(20, 30), "JPEG", exif=exif)
     _, bad = read(
         [image, image],
-        [saved(np.zeros((20, 30), np.uint8)), saved(np.zeros((30, 20), np.uint8))],
+        [image_file(np.zeros((20, 30), np.uint8)), image_file(np.zeros((30, 20), np.uint8))],
         fit="pad",
     )
     assert bad == ["the mask has 30 x 20 pixels, its image 20 x 30", ""]
@@ -538,7 +536,7 @@ def test_a_mask_belongs_to_the_upright_image():
 def test_new_rows_to_predict_have_no_mask():
     modality = Image(ImageOptions(size=16, fit="pad"), STATE)
     found, bad = modality.decode(
-        pa.table({"picture": [saved(soft(20, 20))]}), {"image": "picture", "mask": "classes"}
+        pa.table({"picture": [image_file(soft(20, 20))]}), {"image": "picture", "mask": "classes"}
     )
     assert bad == [""] and set(found) == {"image", "frame"}
 
@@ -567,7 +565,7 @@ def test_cropped_images_do_not_go_with_boxes_and_masks(roles):
 def test_mean_and_deviation_of_published_checkpoints(options, mean, std):
     state = Image.fit(
         ImageOptions(size=16, **options),
-        pa.table({"picture": [saved(soft(20, 20))]}),
+        pa.table({"picture": [image_file(soft(20, 20))]}),
         {"image": "picture"},
         "",
     )
@@ -618,8 +616,8 @@ def test_options_that_mean_nothing_are_refused(options, message):
 def test_a_picture_to_draw_on_is_the_upright_image_in_colours():
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
-    turned = saved(soft(24, 40), "JPEG", exif=exif)
-    grey = saved(soft(10, 20).convert("L"))
+    turned = image_file(soft(24, 40), "JPEG", exif=exif)
+    grey = image_file(soft(10, 20).convert("L"))
     modality = Image(ImageOptions(size=16, channels=1), {"mean": [0.5], "std": [0.2]})
     found = list(
         modality.pictures(pa.table({"x": [turned, grey, b"no image", None]}), {"image": "x"})

@@ -2,7 +2,6 @@
 on the whole image, and that it learns.
 """
 
-import io
 import json
 import os
 from pathlib import Path
@@ -82,14 +81,6 @@ def batch_of(rows: int = 4, seed: int = 0, boxes: int = 4) -> Batch:
             "frame": torch.tensor([SIDE, SIDE, 0.0, 0.0]).expand(rows, 4),
             "image_size": torch.tensor([SIDE, SIDE]).expand(rows, 2),
         },
-    )
-
-
-def part(batch: Batch, rows: slice) -> Batch:
-    return Batch(
-        batch.rows[rows],
-        batch.keys[rows],
-        {name: tensor[rows] for name, tensor in batch.data.items()},
     )
 
 
@@ -227,14 +218,14 @@ def test_boxes_in_pixels_of_a_picture_that_is_shown_otherwise_are_refused(form, 
     """Stored 40 x 80 and turned by EXIF, shown 80 x 40: shares of the one would lie elsewhere in
     the other.
     """
-    exif, buffer = PIL.Image.Exif(), io.BytesIO()
+    exif = PIL.Image.Exif()
     exif[0x0112] = 6
-    PIL.Image.new("RGB", (40, 80)).save(buffer, "JPEG", exif=exif)
-    (tmp_path / "turned.jpg").write_bytes(buffer.getvalue())
+    turned = toys.image_file(PIL.Image.new("RGB", (40, 80)), "JPEG", exif=exif)
+    (tmp_path / "turned.jpg").write_bytes(turned)
     columns = {**COLUMNS, "width": "w", "height": "h", "image": "image"}
     files = {
-        "bytes": buffer.getvalue(),
-        "cell": {"bytes": buffer.getvalue(), "path": None},
+        "bytes": turned,
+        "cell": {"bytes": turned, "path": None},
         "path": str(tmp_path / "turned.jpg"),
     }
     table = table_of(
@@ -356,7 +347,7 @@ def test_sums_and_counts_add_up_over_ranks(method):
     torch.manual_seed(1)
     total, count, logs = task(batch)
     torch.manual_seed(2)
-    halves = [task(part(batch, rows)) for rows in (slice(0, 1), slice(1, 4))]
+    halves = [task(toys.rows_at(batch, rows)) for rows in (slice(0, 1), slice(1, 4))]
     assert sum(h[1] for h in halves) == count
     assert sum(h[0] for h in halves).item() == pytest.approx(total.item(), rel=1e-4)
     for name in task.objective.log_names:
@@ -530,11 +521,8 @@ def test_predictions_are_shares_of_the_whole_image(fit, monkeypatch):
     """Detections where the objects lie in the input come out as the boxes of the table, at any
     aspect of the image.
     """
-    files = []
-    for size in ((200, 100), (60, 120)):
-        buffer = io.BytesIO()
-        PIL.Image.new("RGB", size, (90, 90, 90)).save(buffer, "PNG")
-        files.append(buffer.getvalue())
+    sizes = ((200, 100), (60, 120))
+    files = [toys.image_file(PIL.Image.new("RGB", size, (90, 90, 90))) for size in sizes]
     boxes = [[[0.1, 0.2, 0.5, 0.8], [0.0, 0.0, 1.0, 1.0]], [[0.6, 0.05, 0.9, 0.25]]]
     table, columns = table_of(boxes, [[1, 2], [0]], image=files), {**COLUMNS, "image": "image"}
     kind = registry.get("modality", "image")

@@ -2,14 +2,12 @@
 predictions in the pixels of the stored image, and that it learns.
 """
 
-import io
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -45,10 +43,8 @@ STATE: dict[str, Any] = {
 
 
 def picture(width: int, height: int) -> bytes:
-    sink = io.BytesIO()
     pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    PIL.Image.fromarray(pixels).save(sink, "PNG")
-    return sink.getvalue()
+    return toys.image_file(pixels)
 
 
 def blob(width: int, height: int, box: list[float]) -> np.ndarray:
@@ -208,11 +204,7 @@ def test_masks_move_with_their_image(crop):
     files, masks = [], []
     for width, height in SIZES:
         mask = blob(width, height, box)
-        sink = io.BytesIO()
-        PIL.Image.fromarray(np.repeat(mask[..., None], 3, 2).astype(np.uint8) * 255).save(
-            sink, "PNG"
-        )
-        files.append(sink.getvalue())
+        files.append(toys.image_file(np.repeat(mask[..., None], 3, 2).astype(np.uint8) * 255))
         masks.append([instance_masks.packed(mask)])
     table = pa.table(
         {

@@ -25,10 +25,8 @@ from tests import toys
 
 
 def png(mask: np.ndarray, mode: str | None = None) -> bytes:
-    buffer = io.BytesIO()
     image = PIL.Image.fromarray(mask)
-    (image.convert(mode) if mode else image).save(buffer, "PNG")
-    return buffer.getvalue()
+    return toys.image_file(image.convert(mode) if mode else image)
 
 
 SIDE = 64
@@ -61,14 +59,6 @@ def batch_of(
             "mask": mask,
             "frame": torch.tensor([side, side, 0.0, 0.0]).expand(rows, 4),
         },
-    )
-
-
-def part(batch: Batch, rows: slice) -> Batch:
-    return Batch(
-        batch.rows[rows],
-        batch.keys[rows],
-        {name: tensor[rows] for name, tensor in batch.data.items()},
     )
 
 
@@ -166,7 +156,7 @@ def test_sums_and_counts_add_up_over_ranks(monkeypatch):
     task, batch = task_of().eval(), batch_of(4)
     batch["mask"][2] = 255
     total, count, logs = task(batch)
-    halves = [task(part(batch, rows)) for rows in (slice(0, 1), slice(1, 3), slice(3, 4))]
+    halves = [task(toys.rows_at(batch, rows)) for rows in (slice(0, 1), slice(1, 3), slice(3, 4))]
     assert sum(h[1] for h in halves) == count == (batch["mask"] != 255).sum()
     assert sum(h[0] for h in halves).item() == pytest.approx(total.item(), rel=1e-5)
     assert sum(h[2]["pixel_accuracy"] for h in halves) == logs["pixel_accuracy"]

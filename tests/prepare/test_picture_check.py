@@ -12,6 +12,7 @@ import pytest
 import torch
 from prepare.conftest import encoded
 from torchvision.io import ImageReadMode, decode_image
+from toys import image_file
 
 from pipeline.media import image_io
 from pipeline.prepare.readers import picture_check
@@ -31,16 +32,10 @@ def smooth(width: int, height: int) -> PIL.Image.Image:
     )
 
 
-def saved(image: PIL.Image.Image, form: str = "JPEG", **options) -> bytes:
-    sink = io.BytesIO()
-    image.save(sink, form, **options)
-    return sink.getvalue()
-
-
 def oriented(image: PIL.Image.Image, turn: int, form: str = "JPEG") -> bytes:
     exif = PIL.Image.Exif()
     exif[0x0112] = turn
-    return saved(image, form, exif=exif.tobytes())
+    return image_file(image, form, exif=exif.tobytes())
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
@@ -75,7 +70,7 @@ def test_the_size_is_that_after_exif_orientation(turn, form):
 
 def test_the_shorter_side_is_made_smaller_and_antialiased():
     stripes = PIL.Image.fromarray(np.tile(np.array([0, 255], dtype=np.uint8), (256, 128)))
-    picture = examine(saved(stripes, "PNG"), resize=64)
+    picture = examine(image_file(stripes, "PNG"), resize=64)
     assert picture.size == (64, 64)
     small = np.asarray(opened(picture.data))
     assert small.shape == (64, 64) and np.abs(small.astype(int) - 127).max() < 12, (
@@ -94,7 +89,7 @@ def test_a_large_photo_is_made_smaller_as_well_as_by_the_whole_of_it(size):
         127 + 60 * np.sin(x / a + y / b) + 60 * np.sin(x / b - y / a)
         for a, b in ((41, 60), (53, 90), (77, 47))
     ]
-    data = saved(PIL.Image.fromarray(np.stack(waves, 2).astype(np.uint8)), quality=95)
+    data = image_file(np.stack(waves, 2).astype(np.uint8), "JPEG", quality=95)
     picture = examine(data, resize=160, quality=100)
     assert picture.upright_size == size and min(picture.size) == 160
     wanted = np.asarray(
@@ -125,7 +120,7 @@ def test_every_mode_becomes_grey_or_rgb(mode, after):
         if mode == "P"
         else smooth(64, 48).convert(mode)
     )
-    data = saved(
+    data = image_file(
         image, "JPEG" if mode == "CMYK" else "PNG", **({"quality": 95} if mode == "CMYK" else {})
     )
     found = opened(examine(data, quality=95).data)
@@ -140,7 +135,7 @@ def test_every_mode_becomes_grey_or_rgb(mode, after):
 
 def test_of_16_bits_are_8_as_where_the_file_itself_is_read():
     levels = (np.arange(64 * 48, dtype=np.uint32).reshape(48, 64) * 21).astype(np.uint16)
-    data = saved(PIL.Image.fromarray(levels), "PNG")
+    data = image_file(levels)
     found, wanted = (
         np.asarray(opened(examine(data, quality=98).data), dtype=float),
         image_io.pixels(data, 1)[0].numpy(),
@@ -151,7 +146,7 @@ def test_of_16_bits_are_8_as_where_the_file_itself_is_read():
 
 def test_of_an_animation_the_first_picture_is_kept():
     frames = [PIL.Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
-    data = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    data = image_file(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert examine(data).size == (20, 20)
     assert opened(examine(data, quality=95).data).getpixel((5, 5))[0] > 240
 

@@ -4,14 +4,11 @@ labels are counted.
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
-import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from toys import sentences, table_rows, text_modality
+from toys import image_file, sentences, table_rows, text_modality
 
 from pipeline.config import registry
 from pipeline.config.schema import ComponentConfig
@@ -201,9 +198,7 @@ def test_nulls_that_mean_something_are_counted(tmp_path, objective, columns, mea
 
 
 def png(mask: list[list[int]], kind=np.uint8) -> bytes:
-    buffer = io.BytesIO()
-    PIL.Image.fromarray(np.array(mask, dtype=kind)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return image_file(np.array(mask, dtype=kind))
 
 
 @pytest.mark.parametrize(
