@@ -178,16 +178,12 @@ class Events(Modality):
                 f"column {columns['variables']}: no variable is in {options.min_rows} of "
                 f"{len(table)} rows in {_window(options)}: lower min_rows, or raise hours"
             )
-        number_of = {name: number for number, name in enumerate(names)}
-        order = np.argsort(place, kind="stable")
         counts = np.bincount(place, minlength=len(names))
-        ends = np.cumsum(counts)
-        starts = ends - counts
+        by_variable = np.split(value[np.argsort(place, kind="stable")], np.cumsum(counts)[:-1])
+        values_of = dict(zip(names, by_variable, strict=True))
         state: EventsState = {"variables": kept, "mean": [], "std": []}
         for variable in kept:
-            number = number_of[variable]
-            events = order[starts[number] : ends[number]]
-            values = value[events].astype(np.float64)
+            values = values_of[variable].astype(np.float64)
             clipped = values.clip(*np.quantile(values, TAILS))
             is_float64 = value.dtype == np.float64
             std = float(divisors(clipped.std(), np.abs(clipped).max(), is_float64))
@@ -233,11 +229,14 @@ class Events(Modality):
         unread = np.count_nonzero(~_in_window(time, self.options)) / max(1, len(time))
         if unread >= MIN_UNREAD:
             text += f"; {unread:.1%} of the events are not in {_window(self.options)}, and not read"
-        static = (
-            self.static_features.coverage(table[columns["static"]], columns["static"])
-            if columns.get("static") in table.column_names
-            else ""
-        )
+        static = ""
+        if columns.get("static") in table.column_names:
+            static = self.static_features.coverage(table[columns["static"]], columns["static"])
+        elif any(self.static_features.sizes().values()):
+            static = (
+                "static features are known, and none of these rows are read: name their column "
+                "(data.columns, or --column static=NAME)"
+            )
         return text + (f"; {static}" if static else "")
 
     def check_known_share(self, table, columns) -> float:

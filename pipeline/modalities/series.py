@@ -243,8 +243,8 @@ class Series(Modality):
         parts = [one.text() for one in differences if one.names]
         if "step" in self.state and "step" not in columns:
             parts.append(
-                f"the source's steps are {self.state['step']:g} apart; data.columns names no step "
-                "of these rows to compare"
+                f"known steps are {self.state['step']:g} apart, and those of these rows are not "
+                "compared: name their column (data.columns, or --column step=NAME)"
             )
         rows = self._rows(table, columns).values
         length = self.options.length

@@ -310,10 +310,8 @@ class Hourly(Objective):
             lengths = batch["label_times_lengths"][:, None]
             return times, positions < lengths
         every = self.options.every
-        if ends.shape[1]:
-            last = ends.masked_fill(~real, -torch.inf).amax(1)
-        else:
-            last = ends.new_full((len(ends),), -torch.inf)
+        # a column of its own, since a batch may have no tokens
+        last = F.pad(ends.masked_fill(~real, -torch.inf), (0, 1), value=-torch.inf).amax(1)
         count = (last / every).ceil().clamp(min=1)
         most = int(count.max().item())
         numbers = torch.arange(1, most + 1, device=ends.device, dtype=ends.dtype)

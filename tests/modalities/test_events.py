@@ -190,6 +190,18 @@ def test_what_is_known_of_other_rows_is_told():
         Events(EventsOptions(min_rows=2), STATE).check_known_share(others, COLUMNS)
 
 
+def test_static_features_that_no_column_is_named_for_are_told():
+    """As where `predict` reads rows with a source's own bundle, which has no names of columns."""
+    static = {"numbers": ["Age"], "mean": [60.0], "std": [10.0], "codes": []}
+    modality = Events(EventsOptions(), {**STATE, "static": static})
+    rows = table(([1.0], ["HR"], [1.0]))
+    said = "static features are known, and none of these rows are read: name their column"
+    assert said in modality.coverage(rows, COLUMNS)
+    facts = pa.array([{"Age": 50.0}])
+    known = modality.coverage(rows.append_column("facts", facts), {**COLUMNS, "static": "facts"})
+    assert said not in known
+
+
 def test_events_at_hours_that_are_not_read_are_told():
     rows = table(
         ([-1.0, 0.0, 47.9], ["HR"] * 3, [1.0] * 3), ([48.0, 2000.0], ["Temp", "HR"], [37.0, 1.0])

@@ -66,7 +66,7 @@ def test_rows_at_another_sampling_rate_are_bad():
     without = {name: value for name, value in state.items() if name != "step"}
     assert not any(series(without).decode(table, columns)[1])
     assert not any(series(state).decode(table, COLUMNS)[1])
-    assert "the source's steps are 0.02 apart; data.c" in series(state).coverage(table, COLUMNS)
+    assert "known steps are 0.02 apart, and those of" in series(state).coverage(table, COLUMNS)
     assert series(state).required_type("step", pa.string()) == "numbers"
     with pytest.raises(ValueError, match="column t: it holds null, and step is a positive number"):
         unknown = table.set_column(1, "t", pa.nulls(5))

@@ -35,42 +35,16 @@ def notes(output) -> dict:
 
 
 def test_numbers_and_categories(tmp_path):
-    done = prepare(
-        write(tmp_path / "a.csv", HEAD + BODY),
-        tmp_path / "out",
-        *ROLES,
-        "numeric=lab",
-        "categorical=unit",
-    )
-    assert by(tmp_path / "out") == [
-        {
-            "features": {"age": 54.0, "sex": "f", "unit": "2", "lab": 0.5},
-            "died": 0,
-            "stay": 1,
-            "patient": 7,
-            "split": "train",
-        },
-        {
-            "features": {"age": None, "sex": "m", "unit": "1", "lab": None},
-            "died": 1,
-            "stay": 2,
-            "patient": 7,
-            "split": "train",
-        },
-        {
-            "features": {"age": 61.5, "sex": None, "unit": "1", "lab": None},
-            "died": 0,
-            "stay": 3,
-            "patient": 8,
-            "split": "train",
-        },
-        {
-            "features": {"age": None, "sex": "f", "unit": "2", "lab": 0.001},
-            "died": 1,
-            "stay": 4,
-            "patient": 9,
-            "split": "train",
-        },
+    source = write(tmp_path / "a.csv", HEAD + BODY)
+    done = prepare(source, tmp_path / "out", *ROLES, "numeric=lab", "categorical=unit")
+    rows = by(tmp_path / "out")
+    own = [(row["died"], row["stay"], row["patient"], row["split"]) for row in rows]
+    assert own == [(0, 1, 7, "train"), (1, 2, 7, "train"), (0, 3, 8, "train"), (1, 4, 9, "train")]
+    assert [row["features"] for row in rows] == [
+        {"age": 54.0, "sex": "f", "unit": "2", "lab": 0.5},
+        {"age": None, "sex": "m", "unit": "1", "lab": None},
+        {"age": 61.5, "sex": None, "unit": "1", "lab": None},
+        {"age": None, "sex": "f", "unit": "2", "lab": 0.001},
     ]
     schema = pq.read_schema(tmp_path / "out/train-00000-of-00001.parquet")
     kinds = pa.struct(

@@ -302,12 +302,8 @@ class MimicImporter(GroupedImporter):
         """
         if not set(PARTS_OF_GCS) <= set(names):
             return None
-        moments = (
-            np.flatnonzero(np.append(True, (np.diff(rows) != 0) | (np.diff(hours) != 0)))
-            if len(rows)
-            else np.empty(0, dtype=np.int64)
-        )
-        moment = np.repeat(np.arange(len(moments)), np.diff(np.append(moments, len(rows))))
+        is_new = np.append(True, (np.diff(rows) != 0) | (np.diff(hours) != 0))[: len(rows)]
+        moments, moment = np.flatnonzero(is_new), np.cumsum(is_new) - 1
         total, count = np.zeros(len(moments)), np.zeros(len(moments), dtype=np.int64)
         for name in PARTS_OF_GCS:
             here = codes == names.index(name)

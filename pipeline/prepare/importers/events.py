@@ -220,7 +220,6 @@ class LongTable(GroupedImporter):
         start = epoch_times(table[o.start], "us")[0] if o.start else None
         zoned = timezone_awareness(table[o.start]) if o.start else set()
         ids = rows["entity"].combine_chunks()
-        self._kind = "id" if pa.types.is_integer(ids.type) else "text"
         keys = {"ids": ids, "start": start, "start_zoned": zoned}
         return Entities(
             rows,
