@@ -21,7 +21,6 @@ from pipeline.train import launch, pretrain, source
 from pipeline.train.progress import Progress
 from pipeline.train.ranks import Ranks
 from pipeline.transfer import baseline_trials, fanout, inference, job_state, stages, trial
-from pipeline.transfer.scoring import score_pair
 
 COLUMNS = {"image": "picture", "label": "class"}
 MODALITY = ModalitySpec("image", {"size": 32, "channels": 3}, {"mean": [0.5] * 3, "std": [0.2] * 3})
@@ -67,11 +66,11 @@ def trials_in_this_process(monkeypatch) -> list[str]:
                     trial.run(one, shared, Ranks())
         return [trial.read_record(shared.root, one.folder) for one in wanted]
 
-    def scored(pairs, shared, spec, wait=None):
-        return [score_pair(pair, shared) for pair in pairs]
+    def for_pairs(function, pairs, shared, spec, wait=None):
+        return [function(pair, shared) for pair in pairs]
 
     monkeypatch.setattr(fanout, "run", run)
-    monkeypatch.setattr(fanout, "score_pairs", scored)
+    monkeypatch.setattr(fanout, "for_pairs", for_pairs)
     return ran
 
 

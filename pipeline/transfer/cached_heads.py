@@ -27,7 +27,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from pipeline.config import provenance
+from pipeline.config import provenance, registry
 from pipeline.config.schema import ComponentConfig, Train, spec_hash
 from pipeline.core.contracts import Backbone, Batch, Objective, Task, Technique
 from pipeline.core.contracts.objective_capabilities import (
@@ -297,8 +297,9 @@ def can_stack(group: list[Trial], shared: Shared) -> bool:
     """
     first = group[0]
     data = shared.targets[first.target, first.backbone_key]
-    objective = trials.build_task(first, shared)[0].objective
-    if not has_cached_head(objective) or mixes_inputs(objective.options):
+    objective = registry.get("objective", data.objective.name)
+    options = objective.options_class(**data.objective.options)
+    if not has_cached_head(objective) or mixes_inputs(options):
         return False
     return first.technique_object.frozen and data.spec.workers == 0
 
@@ -329,6 +330,8 @@ class SharedFeatures:
     seconds: float
     """Each trial's share of the time that the features took."""
     device: torch.device
+    built: trials.BuiltBackbone | None
+    """The backbone for further heads; None where the technique has changed it."""
 
 
 def run(
@@ -343,7 +346,7 @@ def run(
         The same records as those of ``trial.run``.
     """
     cached = _shared_features(group, shared)
-    head, _ = _build_head(group[0], shared)
+    head, _ = _build_head(group[0], shared, cached)
     is_random = draws_random_numbers(head, cached.splits["train"])
     records, stacks = _stacks(group, shared, is_random)
     technique = group[0].technique_object
@@ -373,8 +376,9 @@ def _shared_features(group: list[Trial], shared: Shared) -> SharedFeatures:
     if selects_features(first.technique_object):
         note = first.technique_object.describe_features(task.backbone, splits["train"][0])
         transfer = f"{transfer}; {note}"
+    built = None if technique else trials.BuiltBackbone(task.backbone)
     seconds = (time.time() - began) / len(group)
-    return SharedFeatures(data, task.backbone, splits, transfer, seconds, device)
+    return SharedFeatures(data, task.backbone, splits, transfer, seconds, device, built)
 
 
 def _technique_of_features(trial: Trial) -> ComponentConfig | None:
@@ -457,7 +461,7 @@ def _run_stack(
     """Train the heads of one stack, test each of them and write its record."""
     began, first = time.time(), members[0]
     heads, start_hashes = zip(
-        *(_build_head(member.trial, shared) for member in members), strict=True
+        *(_build_head(member.trial, shared, cached) for member in members), strict=True
     )
     stack = HeadStack(list(heads), [member.train for member in members]).to(cached.device)
     # a stack is small: no micro-batches, no compilation
@@ -570,7 +574,7 @@ def _solve(
 ) -> TrialRecord:
     """Solve the head of a trial for every penalty, test the best one and write its record."""
     began, trial, train = time.time(), member.trial, member.train
-    head, start_hash = _build_head(trial, shared)
+    head, start_hash = _build_head(trial, shared, cached)
     validation = cached.splits["validation"]
     features, tensors = cached.splits["train"]
     index = torch.from_numpy(_indices_of_rows(cached.data, member.rows)).to(features.device)
@@ -627,9 +631,12 @@ def _indices_of_rows(data: TargetData, rows: Rows) -> np.ndarray:
     return np.searchsorted(ids, rows.selection.all_ids)
 
 
-def _build_head(trial: Trial, shared: Shared) -> tuple[Objective, str]:
+def _build_head(trial: Trial, shared: Shared, cached: SharedFeatures) -> tuple[Objective, str]:
     """Return a trial's head and the hash of its start weights; all trials share the backbone."""
-    task, _, start_hash = _build_wrapped(trial, shared)
+    if cached.built is None:
+        task, _, start_hash = _build_wrapped(trial, shared)
+    else:
+        task, _, start_hash = trials.build_task(trial, shared, built=cached.built)
     return task.objective, start_hash
 
 

@@ -226,12 +226,14 @@ def _planned_techniques(
         technique = technique_of(component)
         if not trains(technique):
             continue
-        draws = len(grid.draws(job, target, component, in_memory))
+        settings = grid.draws(job, target, component, in_memory)
+        if job.fanout.searcher == "random":
+            settings = grid.without_repeats(settings)
+        draws = 0 if settings == [{}] else len(settings)
         entries = scratch_networks if technique.starts_from == "random" else len(names)
         repeats = job.fanout.search_finalists.further_trials(draws)
-        searched = draws if draws > 1 else 0  # a single draw needs no search
         is_solved = in_memory and grid.is_solved(target, technique)
-        out.append(_PlannedTechnique(technique, entries, searched, repeats, is_solved))
+        out.append(_PlannedTechnique(technique, entries, draws, repeats, is_solved))
     return out
 
 

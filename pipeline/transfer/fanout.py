@@ -35,8 +35,6 @@ from pipeline.core.metrics.catalog import metric
 from pipeline.data.stream import map_items
 from pipeline.io import checksums, heartbeat, storage, write_fence
 from pipeline.io.threads import threaded_map
-from pipeline.report.shift import Shift
-from pipeline.report.source_scores import PairScores
 from pipeline.report.trial_record import TrialRecord
 from pipeline.train import launch
 from pipeline.train.progress import Progress, duration
@@ -44,7 +42,7 @@ from pipeline.train.ranks import Ranks
 from pipeline.transfer import baseline_trials, cached_heads, trial
 from pipeline.transfer.grid import SCRATCH, Trial, folders
 from pipeline.transfer.heartbeat_board import HeartbeatBoard
-from pipeline.transfer.scoring import SourceTargetPair, score_pair, shift_of_test
+from pipeline.transfer.scoring import SourceTargetPair
 from pipeline.transfer.trial import Shared
 
 RUNGS = {"grace_period": 20, "reduction_factor": 2, "max_t": 100}
@@ -612,34 +610,21 @@ def per_trial(spec: Fanout, nodes: launch.Nodes) -> tuple[float, float]:
     return cpus, gpus
 
 
-def score_pairs(
-    pairs: list[SourceTargetPair], shared: Shared, spec: Fanout, wait: bool | None = None
-) -> Iterator[PairScores]:
-    """Yield the scores of each pair, in order."""
-    yield from _of_pairs(partial(score_pair, shared=shared), pairs, spec, wait)
-
-
-def shifts_of_test(
-    pairs: list[SourceTargetPair], shared: Shared, spec: Fanout, wait: bool | None = None
-) -> Iterator[Shift]:
-    """Yield for each pair the shift of the target's test rows, in order."""
-    yield from _of_pairs(partial(shift_of_test, shared=shared), pairs, spec, wait)
-
-
-def _of_pairs(
-    function: Callable[[SourceTargetPair], Any],
+def for_pairs(
+    function: Callable[..., Any],
     pairs: list[SourceTargetPair],
+    shared: Shared,
     spec: Fanout,
-    wait: bool | None,
+    wait: bool | None = None,
 ) -> Iterator[Any]:
-    """Yield what a function returns for each pair, in order.
+    """Yield what ``function(pair, shared=shared)`` returns for each pair, in order.
 
     Each call is a Ray task with the CPUs and GPUs of a trial. Without Ray it runs in this process.
     """
     cpus, gpus = 1.0, 0.0
     if pairs and ray.is_initialized():
         cpus, gpus = per_trial(spec, launch.cluster(wait).nodes)
-    yield from map_items(function, pairs, cpus=cpus, gpus=gpus)
+    yield from map_items(partial(function, shared=shared), pairs, cpus=cpus, gpus=gpus)
 
 
 def check_fits(job: Job, nodes: launch.Nodes, grows: bool = False) -> None:

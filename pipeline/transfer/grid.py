@@ -258,6 +258,11 @@ def draws(
     return out
 
 
+def without_repeats(settings: Sequence[HyperParameters]) -> list[HyperParameters]:
+    """Return each setting once: few choices are soon drawn again, which would be the same trial."""
+    return [setting for i, setting in enumerate(settings) if setting not in settings[:i]]
+
+
 @dataclass(frozen=True)
 class SearchSpace:
     """What is searched of a technique on a target."""

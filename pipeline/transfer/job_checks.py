@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pipeline.config import registry
 from pipeline.config.schema import Job
 from pipeline.core.contracts import trains
@@ -191,6 +193,25 @@ def baseline_problems(job: Job) -> list[str]:
         "it out"
         for component in job.baselines
         if not any(grid.is_suitable(component, target) for target in job.targets.values())
+    ]
+
+
+def repeat_problems(job: Job) -> list[str]:
+    """Return a problem for each list that names a thing twice: its trials would be the same."""
+    lists: dict[str, Sequence[object]] = {"techniques": job.techniques}
+    if job.baselines != "auto":
+        lists["baselines"] = job.baselines
+    for name, target in job.targets.items():
+        place = f"targets.{name}"
+        lists[f"{place}.techniques"] = target.techniques or ()
+        lists[f"{place}.sources"] = target.sources or ()
+        # 1 and 1.0 are equal numbers, but mean one row per class and all rows
+        lists[f"{place}.label_fractions"] = [*map(grid.fraction_text, target.label_fractions)]
+    return [
+        f"{place}: {value} is there twice, and its trials would be the same: leave one out"
+        for place, values in lists.items()
+        for number, value in enumerate(values)
+        if value in values[:number]
     ]
 
 

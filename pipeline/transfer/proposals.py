@@ -60,8 +60,8 @@ def search_trials(
 
     Random draws are all known at once (`grid.draws`). With Optuna the first generation consists of
     the first random draws, and each further one is known when all trials of the earlier ones have
-    ended. A setting that is proposed twice is tried once. There are no trials where there is only
-    one setting.
+    ended. A setting that is drawn or proposed twice is tried once. There are no trials where
+    nothing is searched.
 
     Args:
         in_memory: Whether the rows of the target are held in memory.
@@ -70,20 +70,20 @@ def search_trials(
             or has no value. Trials that have not ended are left out.
     """
     drawn = grid.draws(job, target, technique, in_memory)
-    if len(drawn) == 1:
+    if drawn == [{}]:
         return []
     if job.fanout.searcher == "random":
-        return [make(setting) for setting in drawn]
+        return [make(setting) for setting in grid.without_repeats(drawn)]
     space = grid.search_space(job, target, technique, in_memory)
     first, *further = _sizes(len(drawn))
-    settings = _without_repeats(drawn[:first])
+    settings = grid.without_repeats(drawn[:first])
     out = [make(setting) for setting in settings]
     for generation, size in enumerate(further, 1):
         if any(one.id not in values for one in out):
             break
         values_so_far = [values[one.id] for one in out]
         proposed = propose(space, settings, values_so_far, size, generation)
-        settings = _without_repeats([*settings, *proposed])
+        settings = grid.without_repeats([*settings, *proposed])
         out = [make(setting) for setting in settings]
     return out
 
@@ -92,10 +92,6 @@ def _sizes(trials: int) -> list[int]:
     """Return how many settings each generation has; one that would have none is left out."""
     parts = np.array_split(np.arange(trials), GENERATIONS)
     return [len(part) for part in parts if len(part)]
-
-
-def _without_repeats(settings: Sequence[HyperParameters]) -> list[HyperParameters]:
-    return [setting for i, setting in enumerate(settings) if setting not in settings[:i]]
 
 
 def propose(

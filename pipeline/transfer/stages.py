@@ -61,6 +61,7 @@ from pipeline.transfer.job_checks import (
     comparison_notes,
     identity_notes,
     library_problems,
+    repeat_problems,
     score_problems,
     search_problems,
     source_problems,
@@ -118,6 +119,7 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
         problems += _target_problems(state, target, are_all_planned)
     problems += library_problems(state)
     problems += baseline_problems(whole_job)
+    problems += repeat_problems(whole_job)
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
     if "sources" in state.remake:
@@ -509,7 +511,7 @@ def _compute_scores(
         for (name, group), sources in _pairs(state, shared, names).items()
         for source_name in sources
     ]
-    all_scores = fanout.score_pairs(pairs, shared, state.job.fanout, state.wait)
+    all_scores = fanout.for_pairs(scoring.score_pair, pairs, shared, state.job.fanout, state.wait)
     for number, pair in enumerate(all_scores, 1):
         state.progress.update(f"scores: {number}/{len(pairs)}")
         state.source_scores[f"{pair.source}|{pair.target}"] = pair
@@ -737,7 +739,9 @@ def _measure_shift_of_test(state: JobState, shared: Shared) -> None:
         if usable and name not in pairs:
             best = min(usable, key=_order_by_default_score)
             pairs[name] = SourceTargetPair(best.source, group, name)
-    shifts = fanout.shifts_of_test(list(pairs.values()), shared, state.job.fanout, state.wait)
+    shifts = fanout.for_pairs(
+        scoring.shift_of_test, list(pairs.values()), shared, state.job.fanout, state.wait
+    )
     for pair, shift in zip(pairs.values(), shifts, strict=True):
         place = f"{pair.source}|{pair.target}"
         scores = state.source_scores[place]

@@ -26,6 +26,7 @@ from pipeline.config import registry
 from pipeline.config.provenance import ProvenanceRecord
 from pipeline.config.schema import Target, Train, with_hyper_parameters
 from pipeline.core.contracts import (
+    Backbone,
     Ensemble,
     FinishedTrial,
     Objective,
@@ -374,14 +375,34 @@ def _predictions(root: str, folder: str, record: TrialRecord | None) -> bytes | 
     return data
 
 
+class BuiltBackbone:
+    """A backbone with the weights that several trials start from, and a hash of these so far."""
+
+    def __init__(self, backbone: Backbone):
+        self.backbone, self.digest = backbone, hashlib.sha256()
+        _add_weights(self.digest, "backbone", backbone)
+
+    def with_head(self, objective: ObjectiveSpec, seed: int) -> Task:
+        """Return a task with a new head, as `bundle.build_task` makes it."""
+        kind = registry.get("objective", objective.name)
+        options = kind.options_class(**objective.options)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return Task(self.backbone, kind(self.backbone, options, objective.state))
+
+
 def build_task(
-    trial: Trial, shared: Shared, technique: Technique | None = None
+    trial: Trial,
+    shared: Shared,
+    technique: Technique | None = None,
+    built: BuiltBackbone | None = None,
 ) -> tuple[Task, str, str]:
     """Build the task that a trial starts with.
 
     Args:
         technique: The trial's technique, which may keep what it reads of finished trials; None: a
             new one.
+        built: Its backbone, where another trial has built it: a large one takes a second.
 
     Returns:
         The task, a description of the tensors that came from the source, and a hash of its weights.
@@ -392,7 +413,10 @@ def build_task(
     data = shared.targets[trial.target, trial.backbone_key]
     seed = mix(shared.seed, trial.seed)
     objective = objective_of(trial, shared)
-    task = bundle.build_task(data.arch, objective, seed=seed, head_seed=mix(seed, 1))
+    if built is None:
+        task = bundle.build_task(data.arch, objective, seed=seed, head_seed=mix(seed, 1))
+    else:
+        task = built.with_head(objective, mix(seed, 1))
     if trial.combines_trials:
         records = [_record_of_member(shared, one) for one in trial.members]
         technique = technique or trial.technique_object
@@ -405,9 +429,11 @@ def build_task(
             parts += f"; {num_labelled} labelled rows in all, at most {most} of one trial"
         return task, f"weights made of finished trials ({parts})", weights_hash(task)
     if trial.source == SCRATCH:
-        return task, "new backbone and head (scratch)", weights_hash(task)
-    weights = _tensors(shared.weights[trial.source])
-    backbone_note = bundle.transfer(task.backbone, weights, trial.source).text()
+        return task, "new backbone and head (scratch)", weights_hash(task, built)
+    backbone_note = "the backbone of another trial"
+    if built is None:
+        weights = _tensors(shared.weights[trial.source])
+        backbone_note = bundle.transfer(task.backbone, weights, trial.source).text()
     num_kept, head_note = 0, "new head"
     technique = trial.technique_object
     is_untrained = not trains(technique)
@@ -426,7 +452,7 @@ def build_task(
             f"{trial.technique.name}: nothing of the head of source {trial.source} fits this "
             f"target ({head_note}): it can only be fine-tuned"
         )
-    return task, f"{backbone_note}; {head_note}", weights_hash(task)
+    return task, f"{backbone_note}; {head_note}", weights_hash(task, built)
 
 
 def _start_head(
@@ -501,13 +527,22 @@ def _finished(record: TrialRecord) -> FinishedTrial:
     )
 
 
-def weights_hash(task: torch.nn.Module) -> str:
-    """Return a hash of a network's parameters and buffers, of 12 hex digits."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(task.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+def weights_hash(task: Task, built: BuiltBackbone | None = None) -> str:
+    """Return a hash of a network's parameters and buffers, of 12 hex digits.
+
+    Args:
+        built: Its backbone, which need not be read again.
+    """
+    digest = (built or BuiltBackbone(task.backbone)).digest.copy()
+    _add_weights(digest, "objective", task.objective)
     return digest.hexdigest()[:12]
+
+
+def _add_weights(digest: Any, name: str, part: torch.nn.Module) -> None:
+    """Add the parameters and buffers of a part of a network to a hash, by their full names."""
+    for own_name, tensor in sorted(part.state_dict().items()):
+        digest.update(f"{name}.{own_name}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
 
 
 def _without_failed_members(trial: Trial, shared: Shared) -> tuple[Trial, list[str]]:

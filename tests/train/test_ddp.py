@@ -25,7 +25,7 @@ from toys import (
 from pipeline.config import registry
 from pipeline.core.contracts import Batch
 from pipeline.core.contracts.technique_capabilities import reads_source
-from pipeline.data.stream import LoadedBatch, eval_batches
+from pipeline.data.stream import LoadedBatch
 from pipeline.techniques.lp_ft import LPFT, LPFTOptions
 from pipeline.train import evaluate, loop
 from pipeline.train.loop import NonFiniteError
@@ -201,17 +201,20 @@ def test_norm_statistics_are_those_of_one_rank_everywhere(team):
 
 
 def everything(ranks: Ranks, n: int):
-    rows, task = image_rows(n), net_task()
-    found = evaluate.gather_predictions(
-        evaluate.predictions(
-            task,
-            eval_batches(rows.part(ranks.rank, ranks.count), 4),
+    """The predictions that the metrics of the loop's own evaluator see, and values of metrics."""
+    rows, seen = image_rows(n), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "compute_metrics", lambda found, names: seen.append(found) or {})
+        check = evaluate.evaluator(
+            rows.part(ranks.rank, ranks.count),
+            ("loss",),
             evaluate.device_preprocessing(rows),
             ranks,
-            torch.autocast("cpu", enabled=False),
-        ),
-        ranks,
-    )
+            lambda: torch.autocast("cpu", enabled=False),
+            4,
+        )
+        check(net_task())
+    (found,) = seen
     return found, evaluate.compute_metrics(found, ("accuracy", "macro_f1", "loss"))
 
 
@@ -226,33 +229,6 @@ def test_evaluation_sees_each_row_once(team, n):
             for name in one
         )
         assert theirs == pytest.approx(values, abs=1e-6)
-
-
-def rows_that_metrics_see(ranks: Ranks, n: int) -> list[int]:
-    """Of the loop's own evaluator: rows that stand twice would hide in a mean."""
-    rows, seen = image_rows(n), []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            evaluate,
-            "compute_metrics",
-            lambda found, names: seen.extend(found["row"].tolist()) or {},
-        )
-        check = evaluate.evaluator(
-            rows.part(ranks.rank, ranks.count),
-            ("loss",),
-            evaluate.device_preprocessing(rows),
-            ranks,
-            lambda: torch.autocast("cpu", enabled=False),
-            4,
-        )
-        check(net_task())
-    return seen
-
-
-@pytest.mark.parametrize("n", [1, 37])
-def test_the_evaluator_counts_no_row_twice(team, n):
-    want = list(range(1000, 1000 + n))
-    assert team(rows_that_metrics_see, n) == [want, want] and rows_that_metrics_see(ONE, n) == want
 
 
 # ---------------------------------------------------------------- empty parts and trouble

@@ -8,6 +8,7 @@ import dataclasses
 import io
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -37,17 +38,8 @@ SMALL_BERT = {"transformers/bert": {"layers": 1, "hidden": 16, "heads": 2, "drop
 
 
 def write_texts(path: Path, texts: list, labels: list) -> str:
-    pq.write_table(
-        pa.table(
-            {
-                "words": pa.array(
-                    texts, pa.binary() if any(isinstance(t, bytes) for t in texts) else pa.string()
-                ),
-                "kind": labels,
-            }
-        ),
-        path,
-    )
+    kind = pa.binary() if any(isinstance(text, bytes) for text in texts) else pa.string()
+    pq.write_table(pa.table({"words": pa.array(texts, kind), "kind": labels}), path)
     return str(path)
 
 
@@ -68,10 +60,10 @@ def image_job(folder, images, name="src", **more) -> Job:
     columns = {"image": "picture", "label": "class"}
     spec = {
         "data": {
-            **images,
             "modality": {"image": {"size": 32, "flip": False}},
             "columns": columns,
             "decode": "train",
+            **images,
         },
         "backbone": "timm/test_resnet",
         "objective": "classification",
@@ -107,6 +99,30 @@ def text_job(folder, uri, objective="classification", **data) -> Job:
             },
         }
     )
+
+
+def changed_source(job: Job, data: dict | None = None, **fields) -> Job:
+    """The job with other fields of its source, and of the source's data."""
+    spec = job.sources["src"]
+    if data:
+        assert spec.data is not None
+        fields["data"] = spec.data.model_copy(update=data)
+    return job.model_copy(update={"sources": {"src": spec.model_copy(update=fields)}})
+
+
+def with_bad_pictures(path: str, out: Path, rows: Iterable[int]) -> str:
+    """Write the images of a file again, some of which cannot be decoded."""
+    table = pq.read_table(path)
+    pictures = table["picture"].to_pylist()
+    for row in rows:
+        pictures[row] = b"no picture"
+    pq.write_table(table.set_column(0, "picture", pa.array(pictures)), out)
+    return str(out)
+
+
+def lines_of(stage, name: str) -> list[dict]:
+    """The records of a file of JSON lines in a source's folder."""
+    return [json.loads(line) for line in Path(stage.uri, name).read_text().splitlines()]
 
 
 def pretrained(job: Job, name="src"):
@@ -436,15 +452,7 @@ def test_parts_of_another_packing_are_no_rows_and_the_budget_is_that_of_now(tmp_
 def test_a_source_goes_on_from_a_bundle_with_rows_of_another_length(tmp_path, texts, length, fits):
     first, *_ = pretrained(text_job(tmp_path / "first", texts, "mlm"))
     job = text_job(tmp_path, texts, "mlm", modality={"text": {"length": length}})
-    job = job.model_copy(
-        update={
-            "sources": {
-                "src": job.sources["src"].model_copy(
-                    update={"backbone": ComponentConfig(name=f"bundle:{first.bundle_uri}")}
-                )
-            }
-        }
-    )
+    job = changed_source(job, backbone=ComponentConfig(name=f"bundle:{first.bundle_uri}"))
     if not fits:
         with pytest.raises(ValueError, match="32 tokens are longer than the 24 positions"):
             pretrained(job)
@@ -471,10 +479,7 @@ def test_text_that_cannot_be_read_is_counted_listed_and_held_against_the_budget(
     with pytest.raises(TooManyBadRowsError, match=r"max_bad_rows=0\.01"):
         pretrained(text_job(tmp_path, uri, "mlm"))
     stage, fitted, metadata = pretrained(text_job(tmp_path, uri, "mlm", max_bad_rows=0.05))
-    listed = [
-        json.loads(line)
-        for line in Path(stage.uri, "log/quarantine.jsonl").read_text().splitlines()
-    ]
+    listed = lines_of(stage, "log/quarantine.jsonl")
     assert sorted(row["row"] for row in listed) == [7, 12, 31, 58] and metadata["bad_rows"] == 4
     assert {row["reason"] for row in listed if row["row"] == 12} == {token_rows.EMPTY}
     assert all(
@@ -583,13 +588,7 @@ def test_a_tokenizer_counts_by_what_it_holds_and_not_by_its_place(tmp_path, text
 def test_a_checkpoint_brings_its_own_tokenizer(tmp_path, texts, tokenizer):
     stage, *_ = pretrained(text_job(tmp_path / "first", texts))
     job = text_job(tmp_path, texts, modality={"text": {"tokenizer": str(tokenizer)}})
-    job = job.model_copy(
-        update={
-            "sources": {
-                "src": job.sources["src"].model_copy(update={"init": f"bundle:{stage.bundle_uri}"})
-            }
-        }
-    )
+    job = changed_source(job, init=f"bundle:{stage.bundle_uri}")
     with pytest.raises(
         ValueError, match=r"sources\.src\.data\.modality: .*tokenizer.* contradicts bundle:"
     ):
@@ -633,10 +632,8 @@ def mixed_job(
 
 
 def drawn(stage) -> list[list[int]]:
-    lines = [
-        json.loads(line) for line in Path(stage.uri, "rows-rank0.jsonl").read_text().splitlines()
-    ]
-    return [rows for _, rows in sorted({line["step"]: line["rows"] for line in lines}.items())]
+    by_step = {line["step"]: line["rows"] for line in lines_of(stage, "rows-rank0.jsonl")}
+    return [rows for _, rows in sorted(by_step.items())]
 
 
 @pytest.mark.parametrize("objective", ["mlm", "classification"])
@@ -749,10 +746,7 @@ def test_weights_are_part_of_the_key_and_must_be_drawable(tmp_path):
 
 @pytest.mark.parametrize("decode", ["train", "memory"])
 def test_bad_rows_leave_the_corpora_of_images_where_they_are(tmp_path, images, decode):
-    table = pq.read_table(images["validation"])
-    pictures = table["picture"].to_pylist()
-    pictures[2] = b"no picture"
-    pq.write_table(table.set_column(0, "picture", pa.array(pictures)), tmp_path / "more.parquet")
+    more = with_bad_pictures(images["validation"], tmp_path / "more.parquet", [2])
     job = image_job(
         tmp_path, images, train={"steps": 12, "global_batch": 12, "trace_rows": True}
     ).model_dump(mode="json")
@@ -762,7 +756,7 @@ def test_bad_rows_leave_the_corpora_of_images_where_they_are(tmp_path, images, d
         "max_bad_rows": 0.1,
         "more": [
             {
-                "train": str(tmp_path / "more.parquet"),
+                "train": more,
                 "modality": "image",
                 "weight": 2.0,
                 "validation_fraction": 0.0,
@@ -851,34 +845,14 @@ def test_transcripts_that_no_recording_holds_are_known_before_training_whatever_
 
 @pytest.mark.parametrize("decode", ["train", "memory"])
 def test_bad_images_are_listed_once_and_counted(tmp_path, images, decode):
-    table = pq.read_table(images["train"])
-    pictures = table["picture"].to_pylist()
-    for i in (3, 40):
-        pictures[i] = pictures[i][:40]
-    pq.write_table(table.set_column(0, "picture", pa.array(pictures)), tmp_path / "train.parquet")
+    train = with_bad_pictures(images["train"], tmp_path / "train.parquet", [3, 40])
     job = image_job(
         tmp_path,
-        {**images, "train": str(tmp_path / "train.parquet")},
+        {**images, "train": train, "decode": decode, "max_bad_rows": 0.05},
         train={"steps": 12, "global_batch": 12, "checkpoint_every_steps": 5},
     )
-    job = job.model_copy(
-        update={
-            "sources": {
-                "src": job.sources["src"].model_copy(
-                    update={
-                        "data": job.sources["src"].data.model_copy(
-                            update={"decode": decode, "max_bad_rows": 0.05}
-                        )
-                    }
-                )
-            }
-        }
-    )
     stage, _, metadata = pretrained(job)
-    listed = [
-        json.loads(line)
-        for line in Path(stage.uri, "log/quarantine.jsonl").read_text().splitlines()
-    ]
+    listed = lines_of(stage, "log/quarantine.jsonl")
     assert sorted((row["split"], row["row"]) for row in listed) == [("train", 3), ("train", 40)], (
         "two epochs, each row once"
     )
@@ -887,33 +861,24 @@ def test_bad_images_are_listed_once_and_counted(tmp_path, images, decode):
 
 def test_decoding_in_memory_or_as_rows_come_gives_the_same_weights(tmp_path, images):
     """Also where rows are bad: they keep their places in the plan."""
-    table = pq.read_table(images["train"])
-    pictures = table["picture"].to_pylist()
-    pictures[11] = b"no picture"
-    pq.write_table(table.set_column(0, "picture", pa.array(pictures)), tmp_path / "train.parquet")
+    train = with_bad_pictures(images["train"], tmp_path / "train.parquet", [11])
     found = {}
     for decode in ("train", "memory"):
-        job = image_job(tmp_path / decode, {**images, "train": str(tmp_path / "train.parquet")})
-        data = job.sources["src"].data.model_copy(update={"decode": decode, "max_bad_rows": 0.05})
-        job = job.model_copy(
-            update={"sources": {"src": job.sources["src"].model_copy(update={"data": data})}}
-        )
-        stage, _, _ = pretrained(job)
+        files = {**images, "train": train, "decode": decode, "max_bad_rows": 0.05}
+        stage, _, _ = pretrained(image_job(tmp_path / decode, files))
         found[decode] = bundle.load(stage.bundle_uri).tensors
     assert all(torch.equal(t, found["memory"][n]) for n, t in found["train"].items())
 
 
 def test_a_source_of_bad_images_stops_with_their_places(tmp_path, images):
-    table = pq.read_table(images["train"])
-    pictures = [p if i % 3 else b"no picture" for i, p in enumerate(table["picture"].to_pylist())]
-    pq.write_table(table.set_column(0, "picture", pa.array(pictures)), tmp_path / "train.parquet")
+    train = with_bad_pictures(images["train"], tmp_path / "train.parquet", range(0, 60, 3))
     with pytest.raises(
         TooManyBadRowsError, match=r"of 60 rows cannot be used.*train\.parquet row 0: "
     ):
         pretrained(
             image_job(
                 tmp_path,
-                {**images, "train": str(tmp_path / "train.parquet")},
+                {**images, "train": train},
                 train={"epochs": 2, "global_batch": 12, "log_every_steps": 1},
             )
         )
@@ -928,10 +893,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bundle(tmp_path, 
     metadata = stopped_and_gone_on(cut)
     assert metadata["resumed_from"] == 4
     assert all(torch.equal(t, whole[n]) for n, t in bundle.load(cut.bundle_uri).tensors.items())
-    steps = [
-        json.loads(line)["step"]
-        for line in Path(cut.uri, "log/metrics.jsonl").read_text().splitlines()
-    ]
+    steps = [line["step"] for line in lines_of(cut, "log/metrics.jsonl")]
     assert steps == [3, 6, 9, 9], (
         "validations at 3, 6 and 9 and the log line of the end: what came after step 4 was "
         "written once"

@@ -471,6 +471,18 @@ def test_a_huge_rate_disturbs_no_other(paths, tmp_path):
 # ---------------------------------------------------------------- features, what may be batched
 
 
+def test_the_backbone_is_built_once_for_all_heads(paths, tmp_path, monkeypatch):
+    """A ViT-B takes a second, which 64 heads would wait for one after the other."""
+    job = job_of(tmp_path, paths)
+    shared = shared_of(tmp_path, job, paths)
+    group = [trial_of(job, shared, BY_STEPS, seed=seed) for seed in range(3)]
+    built, build = [], bundle.build_backbone
+    monkeypatch.setattr(bundle, "build_backbone", lambda *args: built.append(1) or build(*args))
+    (unit,) = fanout.group_into_work_items(group, shared)
+    cached_heads.run(list(unit.trials), shared)
+    assert len(built) == 1
+
+
 def test_features_are_the_backbones_in_evaluation_mode(paths, tmp_path):
     job = job_of(tmp_path, paths)
     shared = shared_of(tmp_path, job, paths)

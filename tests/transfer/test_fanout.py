@@ -869,7 +869,7 @@ def test_scores_are_computed_on_the_workers(paths, tmp_path, ray_here):
     data = shared.targets["task", key]
     rows = (data.test.selection, dict(data.spec.data.columns))
     pairs = [SourceTargetPair("src", key, "task", rows), SourceTargetPair("src", key, "task")]
-    found = list(fanout.score_pairs(pairs, shared, Fanout(cpus_per_trial=0.5)))
+    found = list(fanout.for_pairs(score_pair, pairs, shared, Fanout(cpus_per_trial=0.5)))
     for pair, theirs in zip(pairs, found, strict=True):
         ours = score_pair(pair, shared)
         assert not theirs.error and theirs.source_rows == ours.source_rows

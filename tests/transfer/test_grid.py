@@ -704,26 +704,15 @@ def test_a_trial_that_was_killed_goes_on_bit_for_bit(paths, tmp_path, technique)
     assert without_time(found) == without_time(want) and not points.exists()
     weights = [bundle.load(record.rows[0].bundle_uri).tensors for record in (found, want)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
-    logs = [
-        [
-            json.loads(line)
-            for line in Path(one_trial.folder_uri(world, one), "metrics.jsonl")
-            .read_text()
-            .splitlines()
-        ]
-        for world in (parts, whole)
-    ]
-    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]], (
-        "no step stands twice"
-    )
+
+    def lines_of(world, name: str) -> list[dict]:
+        text = Path(one_trial.folder_uri(world, one), name).read_text()
+        return [json.loads(line) for line in text.splitlines()]
+
+    logs = [[line["step"] for line in lines_of(world, "metrics.jsonl")] for world in (parts, whole)]
+    assert logs[0] == logs[1], "no step stands twice"
     traces = [
-        {
-            line["step"]: line["rows"]
-            for line in map(
-                json.loads,
-                Path(one_trial.folder_uri(world, one), "rows-rank0.jsonl").read_text().splitlines(),
-            )
-        }
+        {line["step"]: line["rows"] for line in lines_of(world, "rows-rank0.jsonl")}
         for world in (parts, whole)
     ]
     assert traces[0] == traces[1] and sorted(traces[0]) == list(range(12)), (

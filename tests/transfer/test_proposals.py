@@ -85,6 +85,15 @@ def test_there_are_as_many_settings_as_random_draws_in_four_generations(trials, 
     assert found[: sizes[0]] == drawn[: sizes[0]] and found[sizes[0] :] != drawn[sizes[0] :]
 
 
+def test_a_random_draw_that_comes_twice_is_tried_once():
+    """Equal settings are one trial, which would run twice at a time in one folder."""
+    random = {"searcher": "random", "trials": 8}
+    found = known(job_of({**random, "search": {"weight_decay": [0.0, 0.01, 0.1]}}), {})
+    assert sorted(one["weight_decay"] for one in found) == [0.0, 0.01, 0.1]
+    found = known(job_of({**random, "search": {"lr": [0.02, 0.02]}}), {})
+    assert found == [{"lr": 0.02}], "not the target's own rate"
+
+
 def test_a_generation_waits_for_every_trial_of_the_earlier_ones():
     job = job_of(RATE)
     whole, _ = searched(job, bowl({"lr": 1e-2}))

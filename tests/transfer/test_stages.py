@@ -851,6 +851,23 @@ def test_all_problems_of_a_job_are_told_at_once(tmp_path, bundles, paths):
     assert any("none.parquet" in line for line in message)
 
 
+def test_what_a_job_names_twice_is_refused(tmp_path, bundles, paths):
+    """Its trials would run at the same time in one folder, and be in the table twice."""
+    job = job_of(tmp_path, {"a": bundles["a"]}, paths)
+    target = {**job.model_dump(mode="json")["targets"]["task"], "label_fractions": [1, 1.0, 1.0]}
+    twice = {"techniques": ["full", {"lora": {"rank": 4}}, "full"], "baselines": ["majority"] * 2}
+    job = changed(job, targets={"task": {**target, "sources": ["a", "a"]}}, **twice)
+    with pytest.raises(ValueError) as caught:
+        prepared(job)
+    found = [line.partition(" is there twice")[0] for line in str(caught.value).splitlines()]
+    assert found == [
+        "techniques: full",
+        "baselines: majority",
+        "targets.task.sources: a",
+        "targets.task.label_fractions: 1.0",
+    ]
+
+
 # ----------------------------------------------------- rows of a target that are also in a source
 
 
@@ -1391,6 +1408,9 @@ def test_a_dry_run_counts_the_trials_that_try_the_best_draws_again(tmp_path, bun
         for line in lines
     )
     assert any(line.startswith("in all: 32 trials, 96 steps") for line in lines)
+    few = {**job.fanout.model_dump(mode="json"), "search": {"weight_decay": [0.0, 0.1, 0.2]}}
+    lines = dry_run.describe(prepared(changed(job, fanout=few)))
+    assert any("2 entries: 18 search trials (12 of them" in line for line in lines), "3 draws each"
 
 
 def test_a_dry_run_counts_no_steps_of_heads_that_are_solved(tmp_path, bundles, paths):
