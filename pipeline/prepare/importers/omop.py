@@ -258,13 +258,16 @@ class Omop(RecordsImporter):
         with Opener() as opener:
             self._check_midnights(opener)
             persons = self._persons(opener)
-            ends = self._visit_ends(opener)
-            used, spans = self._used(ends, opener)
-            concepts = self._concepts(used, opener)
+            visits = self._visits(opener) if VISITS in self._tables else None
+            ends = self._visit_ends(visits)
+            used, spans = self._used(ends)
+            if visits is not None:
+                used = np.append(used, filled(visits["visit_concept_id"].unique(), -1))
+            concepts = self._concepts(np.unique(used), opener)
             timed = (
                 self._person_rows(spans, notes)
-                if self._of_persons
-                else self._visit_rows(persons, concepts, opener)
+                if self._of_persons or visits is None
+                else self._visit_rows(visits, persons, concepts, opener)
             )
         if not len(timed.persons) and not timed.invalid:
             raise ValueError(
@@ -337,20 +340,13 @@ class Omop(RecordsImporter):
         persons = rows["patient"].to_numpy()
         return TimedRows(persons, zero - self.history, zero, zero, columns, invalid)
 
-    def _visit_rows(self, persons: Persons, concepts: Concepts, opener: Opener) -> TimedRows:
+    def _visit_rows(
+        self, table: pa.Table, persons: Persons, concepts: Concepts, opener: Opener
+    ) -> TimedRows:
         """Return a row for each visit that can be used, with its outcomes."""
-        entry, tally = self._tables[VISITS], RowCounts()
-        wanted_columns = {
-            **dict.fromkeys(("visit_occurrence_id", "person_id", "visit_concept_id"), Column("id")),
-            **_times("visit_start"),
-            **_times("visit_end"),
-            "discharged_to_concept_id": Column("id", False),
-            "discharge_to_concept_id": Column("id", False),
-        }
-        table = read_table(VISITS, entry, wanted_columns, opener, tally)
+        entry = self._tables[VISITS]
         start, started = _moments(table, "visit_start", at_end=False)
         end, ended = _moments(table, "visit_end")
-        self._check_zones(VISITS, _zones(tally, np.append(start, end)))
         visit, person, kind = (
             filled(table[name], -1)
             for name in ("visit_occurrence_id", "person_id", "visit_concept_id")
@@ -459,25 +455,37 @@ class Omop(RecordsImporter):
         ids, first = np.unique(filled(table["person_id"], -1)[known], return_index=True)
         return ids, earliest[known][first], latest[known][first]
 
-    def _visit_ends(self, opener: Opener) -> VisitEnds | None:
+    def _visits(self, opener: Opener) -> pa.Table:
+        """Read table visit_occurrence."""
+        columns = {
+            **dict.fromkeys(("visit_occurrence_id", "person_id", "visit_concept_id"), Column("id")),
+            **_times("visit_start"),
+            **_times("visit_end"),
+            "discharged_to_concept_id": Column("id", False),
+            "discharge_to_concept_id": Column("id", False),
+        }
+        tally = RowCounts()
+        table = read_table(VISITS, self._tables[VISITS], columns, opener, tally)
+        times = [_moments(table, name)[0] for name in ("visit_start", "visit_end")]
+        self._check_zones(VISITS, _zones(tally, np.concatenate(times)))
+        return table
+
+    def _visit_ends(self, visits: pa.Table | None) -> VisitEnds | None:
         """Return the ends of visits, from which their conditions count; None if these do not."""
         if CONDITIONS not in self.wanted or self.options.conditions == "start":
             return None
-        if VISITS not in self._tables:
+        if visits is None:
             return VisitEnds(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
-        columns, tally = {"visit_occurrence_id": Column("id"), **_times("visit_end")}, RowCounts()
-        table = read_table(VISITS, self._tables[VISITS], columns, opener, tally)
-        end, has_end = _moments(table, "visit_end")
-        self._check_zones(VISITS, _zones(tally, end))
-        good = has_end & np.asarray(table["visit_occurrence_id"].combine_chunks().is_valid())
-        ids, first = np.unique(filled(table["visit_occurrence_id"], -1)[good], return_index=True)
+        end, has_end = _moments(visits, "visit_end")
+        good = has_end & np.asarray(visits["visit_occurrence_id"].combine_chunks().is_valid())
+        ids, first = np.unique(filled(visits["visit_occurrence_id"], -1)[good], return_index=True)
         return VisitEnds(ids, end[good][first])
 
-    def _used(self, ends: VisitEnds | None, opener: Opener) -> tuple[np.ndarray, pa.Table]:
+    def _used(self, ends: VisitEnds | None) -> tuple[np.ndarray, pa.Table]:
         """Read all events once.
 
         Returns:
-            (the sorted ids of all concepts; of each person the first and the last time).
+            (the ids of all concepts; of each person the first and the last time).
         """
         ids, spans = [np.empty(0, dtype=np.int64)], [NO_SPANS]
         found = threaded_map(partial(_used_by, ends), self._parts, threads=4)
@@ -485,11 +493,7 @@ class Omop(RecordsImporter):
             self._check_zones(part.name, zoned)
             ids.append(concepts)
             spans.append(span)
-        if VISITS in self._tables:
-            columns = {"visit_concept_id": Column("id")}
-            kinds = read_table(VISITS, self._tables[VISITS], columns, opener)
-            ids.append(filled(kinds["visit_concept_id"].unique(), -1))
-        return np.unique(np.concatenate(ids)), merge_spans(spans)
+        return np.concatenate(ids), merge_spans(spans)
 
     def _concepts(self, used: np.ndarray, opener: Opener) -> Concepts:
         """Return the names of concepts: of those that are used alone, as there are millions."""
