@@ -261,13 +261,9 @@ class Eicu(GroupedImporter):
                 has_value = cells.is_valid()
                 here = np.asarray(has_value)
                 values = cells.filter(has_value)
+                codes = np.zeros(len(values), dtype=np.int64)
                 yield self._plausible_events(
-                    reader,
-                    rows[here],
-                    hours[here],
-                    np.zeros(len(values), dtype=np.int64),
-                    [variable],
-                    values,
+                    reader, rows[here], hours[here], codes, [variable], values
                 )
 
     def _laboratory_values(self, reader: EventReader) -> Iterator[Events]:
@@ -291,15 +287,7 @@ class Eicu(GroupedImporter):
                 factors.append(self._units.factor(written, name, unit, ""))
             number = batch["labresult"].cast(pa.string())
             values = pc.coalesce(number, batch["labresulttext"])  # such as >600
-            yield self._plausible_events(
-                reader,
-                rows,
-                hours,
-                codes,
-                names,
-                values,
-                factors,
-            )
+            yield self._plausible_events(reader, rows, hours, codes, names, values, factors)
 
     def _charted_values(self, reader: EventReader) -> Iterator[Events]:
         *labels, value = CHARTS[reader.table]
