@@ -130,6 +130,13 @@ def draw_mask(picture: np.ndarray, mask: np.ndarray, names: Sequence[str]) -> np
     return np.asarray(page)
 
 
+def png(pixels: np.ndarray) -> bytes:
+    """Return the bytes of a PNG file of (H, W) or (H, W, 3) uint8."""
+    sink = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(sink, "PNG")
+    return sink.getvalue()
+
+
 def jpeg(picture: np.ndarray) -> bytes:
     """Return the bytes of a JPEG file of a picture (H, W, 3) uint8."""
     sink = io.BytesIO()

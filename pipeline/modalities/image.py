@@ -4,13 +4,11 @@ device.
 
 from __future__ import annotations
 
-import io
 import struct
 from collections.abc import Callable
 from typing import Any, Literal, TypedDict
 
 import numpy as np
-import PIL.Image
 import pyarrow as pa
 import torch
 from pydantic import Field
@@ -22,7 +20,7 @@ from pipeline.core.contracts import Arrays, Batch, Modality, View
 from pipeline.core.inputs import ImageInputs
 from pipeline.core.rng import uniform
 from pipeline.core.specs import State
-from pipeline.media import image_io, image_ops, perceptual_hash
+from pipeline.media import drawing, image_io, image_ops, perceptual_hash
 from pipeline.media.image_io import resize
 
 FIT_IMAGES, FIT_BYTES = 64, 64 << 20
@@ -399,13 +397,8 @@ class Image(Modality):
         return out, bad
 
     def random_rows(self, rows, rng, length=1.0):
-        side = self.options.size
-        files: list[bytes] = []
-        for _ in range(rows):
-            sink = io.BytesIO()
-            pixels = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
-            PIL.Image.fromarray(pixels).save(sink, "PNG")
-            files.append(sink.getvalue())
+        shape = (self.options.size, self.options.size, 3)
+        files = [drawing.png(rng.integers(0, 256, shape, dtype=np.uint8)) for _ in range(rows)]
         return self.collate(self.decode(pa.table({"image": files}), {"image": "image"})[0])
 
     def preparation_code(self) -> str:

@@ -5,12 +5,10 @@ Shapes: B rows, C classes, H and W height and width of the input.
 
 from __future__ import annotations
 
-import io
 from functools import partial
 from typing import Any, TypedDict
 
 import numpy as np
-import PIL.Image
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -200,9 +198,7 @@ class Segmentation(Objective):
             width = max(1, width)
             down = slice(max(0, top), top + height)
             across = slice(max(0, left), left + width)
-            buffer = io.BytesIO()
-            PIL.Image.fromarray(classes[down, across]).save(buffer, "PNG")
-            masks[row] = buffer.getvalue()
+            masks[row] = drawing.png(classes[down, across])
         return {"mask": masks}
 
     def draw(self, picture, columns):

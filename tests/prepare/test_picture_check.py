@@ -14,7 +14,7 @@ from prepare.conftest import encoded
 from torchvision.io import ImageReadMode, decode_image
 from toys import image_file
 
-from pipeline.media import image_io
+from pipeline.media import drawing, image_io
 from pipeline.prepare.readers import picture_check
 from pipeline.prepare.readers.picture_check import BrokenImageError, _eight_bits, examine
 
@@ -204,4 +204,4 @@ def test_masks_keep_their_classes_when_they_move():
     small = picture_check.resize_nearest(mask, (30, 20))
     assert small.shape == (20, 30) and set(np.unique(small)) == {0, 90, 255}
     assert (small == mask[1::2, 1::2]).all()
-    assert (np.asarray(opened(picture_check.encode_png(mask))) == mask).all()
+    assert (np.asarray(opened(drawing.png(mask))) == mask).all()

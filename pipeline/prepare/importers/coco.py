@@ -16,7 +16,7 @@ from typing_extensions import TypedDict  # pydantic wants it before Python 3.12
 
 from pipeline.config.registry import Options, register
 from pipeline.io import storage
-from pipeline.media import instance_masks
+from pipeline.media import drawing, instance_masks
 from pipeline.prepare.engine import boxes
 from pipeline.prepare.engine.images import ImageImporter
 from pipeline.prepare.engine.importing import (
@@ -33,7 +33,6 @@ from pipeline.prepare.readers import archives
 from pipeline.prepare.readers.picture_check import (
     BrokenImageError,
     Picture,
-    encode_png,
     resize_nearest,
 )
 
@@ -323,7 +322,7 @@ class Coco(ImageImporter):
             mask = semantic(objects, shift, row["_height"], row["_width"])
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise BrokenImageError(f"its mask cannot be drawn: {error}") from None
-        return {**out, "mask": encode_png(resize_nearest(mask, picture.size))}
+        return {**out, "mask": drawing.png(resize_nearest(mask, picture.size))}
 
 
 def semantic(objects: list[Any], shift: int, height: int, width: int) -> np.ndarray:

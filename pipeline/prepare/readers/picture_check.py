@@ -166,13 +166,6 @@ def encode_jpeg(image: PIL.Image.Image, quality: int | None) -> bytes:
     return sink.getvalue()
 
 
-def encode_png(mask: np.ndarray) -> bytes:
-    """Encode (H, W) uint8 as a grey PNG."""
-    sink = io.BytesIO()
-    PIL.Image.fromarray(mask, "L").save(sink, "PNG")
-    return sink.getvalue()
-
-
 def resize_nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resize (H, W) uint8 to (width, height) by nearest neighbour: classes are not mixed."""
     if mask.shape[::-1] == size:
