@@ -141,7 +141,7 @@ def shift_from_source(
     measured = _with_labels(measured, data, source.label_counts, num_groups, source.group_count)
     measured = _with_concept(measured, source, labelled)
     if source.features is None or source.rows is None:
-        return _with_missing(measured, "covariate", "the source's rows are not there")
+        return _with_missing(measured, "the source's rows are not there", "covariate")
     train = _spread(data.train)
     known = None if labelled.ids is None else (labelled.ids, labelled.features)
     ids, of_train = _features(backbone, train, device, known)
@@ -178,10 +178,9 @@ def train_test_shift(
     measured = replace(measured, drift=drift(train.modality, rows, others, (group, group)))
     if data.labels is None or data.labels.ndim != 1 or not data.label_names:
         why = "rows have no single class"
-        return _with_missing(_with_missing(measured, "labels", why), "concept", why)
+        return _with_missing(measured, why, "labels", "concept")
     if not any(data.spec.label_fractions):
-        why = NO_LABELS
-        return _with_missing(_with_missing(measured, "labels", why), "concept", why)
+        return _with_missing(measured, NO_LABELS, "labels", "concept")
     all_test_labels = _class_labels(data, data.test.selection)
     changes = shift.label_shift(
         class_counts(all_test_labels, data.label_names),
@@ -197,7 +196,7 @@ def train_test_shift(
             (of_train, train_labels), (of_test, test_labels, test_groups), len(data.label_names)
         )
     except ValueError as error:
-        return _with_missing(measured, "concept", str(error))
+        return _with_missing(measured, str(error), "concept")
     return replace(measured, concept=concept)
 
 
@@ -280,8 +279,8 @@ def _features(
     return all_ids[order], np.concatenate(parts)[order]
 
 
-def _with_missing(measured: Shift, what: str, reason: str) -> Shift:
-    return replace(measured, missing={**measured.missing, what: reason})
+def _with_missing(measured: Shift, reason: str, *what: str) -> Shift:
+    return replace(measured, missing={**measured.missing, **dict.fromkeys(what, reason)})
 
 
 _Side = tuple[np.ndarray, np.ndarray | None]
@@ -293,7 +292,7 @@ def _with_covariate(measured: Shift, rows: _Side, others: _Side) -> Shift:
     try:
         accuracy = shift.domain_classifier_accuracy(rows[0], others[0], rows[1], others[1])
     except ValueError as error:
-        return _with_missing(measured, "covariate", str(error))
+        return _with_missing(measured, str(error), "covariate")
     return replace(measured, covariate=accuracy)
 
 
@@ -312,13 +311,13 @@ def _with_labels(
         other_groups: Number of groups of the other rows.
     """
     if not any(data.spec.label_fractions):
-        return _with_missing(measured, "labels", NO_LABELS)
+        return _with_missing(measured, NO_LABELS, "labels")
     own_counts = class_counts(data.labels, data.label_names)
     changes = shift.label_shift(own_counts, others, groups, other_groups)
     if changes:
         return replace(measured, labels=changes)
     return _with_missing(
-        measured, "labels", "rows have no single class on both sides with the same names"
+        measured, "rows have no single class on both sides with the same names", "labels"
     )
 
 
@@ -330,7 +329,7 @@ def _with_concept(measured: Shift, source: SourceSide, labelled: LabelledRows) -
     shared = [name for name in labelled.names if name in source.label_names]
     if source.probabilities is None or labelled.labels is None or len(shared) < 2:
         why = labelled.missing or "the source's head does not predict the same classes"
-        return _with_missing(measured, "concept", why)
+        return _with_missing(measured, why, "concept")
     source_columns = [source.label_names.index(name) for name in shared]
     shared_number = np.full(len(labelled.names), -1)
     shared_number[[labelled.names.index(name) for name in shared]] = np.arange(len(shared))
@@ -344,7 +343,7 @@ def _with_concept(measured: Shift, source: SourceSide, labelled: LabelledRows) -
             None if labelled.groups is None else labelled.groups[is_shared],
         )
     except ValueError as error:
-        return _with_missing(measured, "concept", str(error))
+        return _with_missing(measured, str(error), "concept")
     return replace(measured, concept=estimate)
 
 

@@ -582,6 +582,26 @@ def _select_sources(state: JobState, shared: Shared) -> dict[str, set[str]]:
 # ---------------------------------------------------------------- trials
 
 
+def _run_trials(
+    state: JobState,
+    shared: Shared,
+    name: str,
+    trials: list[Trial],
+    rerun_ids: Collection[str],
+    scheduler: str | None = None,
+) -> dict[str, TrialRecord]:
+    """Run trials as the job says (`fanout.run`), and return the record of each by its id.
+
+    Args:
+        scheduler: In place of the job's.
+    """
+    spec = state.job.fanout
+    if scheduler is not None:
+        spec = spec.model_copy(update={"scheduler": scheduler})
+    records = fanout.run(name, trials, shared, spec, state.progress, rerun_ids, state.wait)
+    return {one.id: record for one, record in zip(trials, records, strict=True)}
+
+
 def _run_budget(
     state: JobState, shared: Shared, groups: list[BackboneGroup], chosen: dict[str, set[str]]
 ) -> budget.Decision:
@@ -596,19 +616,8 @@ def _run_budget(
         if not decision.waiting:
             break
         waiting = list(decision.waiting)
-        records |= zip(
-            (one.id for one in waiting),
-            fanout.run(
-                f"budget, {decision.rung}",
-                waiting,
-                shared,
-                state.job.fanout,
-                state.progress,
-                trials_to_remake(state, waiting, groups),
-                state.wait,
-            ),
-            strict=True,
-        )
+        rerun_ids = trials_to_remake(state, waiting, groups)
+        records |= _run_trials(state, shared, f"budget, {decision.rung}", waiting, rerun_ids)
     for note in decision.notes:
         state.note(note)
     _note_failed(state, decision.tried, records)
@@ -671,21 +680,13 @@ def _run_search(
     Returns:
         Its trials, and a dict from each entry to its winning draw.
     """
-    job = state.job
     search, records = _run_draws(state, shared, groups, chosen)
     finalists = finalist_trials(state, groups, chosen, ranked_draws(search, records))
     if finalists:
+        rerun_ids = trials_to_remake(state, finalists, groups)
         # none is stopped early: a mean over seeds needs all of them
-        unpruned = job.fanout.model_copy(update={"scheduler": "fifo"})
-        records += fanout.run(
-            "search, best again",
-            finalists,
-            shared,
-            unpruned,
-            state.progress,
-            trials_to_remake(state, finalists, groups),
-            state.wait,
-        )
+        again = _run_trials(state, shared, "search, best again", finalists, rerun_ids, "fifo")
+        records += again.values()
         search = [*search, *finalists]
     winners = winning_draws(search, records)
     for entry in sorted({one.entry for one in search} - set(winners)):
@@ -711,19 +712,8 @@ def _run_draws(
         waiting = [one for one in search if one.id not in records]
         if not waiting:
             return search, [records[one.id] for one in search]
-        records |= zip(
-            (one.id for one in waiting),
-            fanout.run(
-                "search",
-                waiting,
-                shared,
-                state.job.fanout,
-                state.progress,
-                trials_to_remake(state, waiting, groups),
-                state.wait,
-            ),
-            strict=True,
-        )
+        rerun_ids = trials_to_remake(state, waiting, groups)
+        records |= _run_trials(state, shared, "search", waiting, rerun_ids)
 
 
 def _measure_shift_of_test(state: JobState, shared: Shared) -> None:
@@ -763,15 +753,7 @@ def _run_final(
     trained = [one for one in final if not one.combines_trials]
     for name, group in (("fine-tune", trained), ("combine", combined)):
         if group:
-            fanout.run(
-                name,
-                group,
-                shared,
-                state.job.fanout,
-                state.progress,
-                rerun_ids,
-                state.wait,
-            )
+            _run_trials(state, shared, name, group, rerun_ids)
 
 
 # ---------------------------------------------------------------- results and report
