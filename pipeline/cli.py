@@ -432,7 +432,8 @@ def score(
     """Rank the pretrained sources for each target by transferability scores (LogME, LEEP, ...),
     without training.
 
-    The sources must be trained already (`pretrain`).
+    The sources must be trained already (`pretrain`). The first one is the best by the score that
+    `fanout.select.score` names, or by LogME.
     """
     _run_stages(job, _with_only(set_, only), address, verbose, None, ("score",))
 

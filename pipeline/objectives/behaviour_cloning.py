@@ -114,9 +114,9 @@ class BehaviourCloning(Objective):
     - ``mse``: the squared error, averaged over the numbers of an action. The policy is the
       prediction.
     - ``gaussian`` and ``mixture``: the negative log density, in nats, of independent numbers
-      (mixture density networks, Bishop 1994). A tanh keeps the logarithm of a deviation within
-      ``action_heads.LOG_STD``. In training the density is weighted (``beta``). The policy is the
-      mean, or the mean of the likeliest component.
+      (mixture density networks, Bishop 1994). A tanh keeps the logarithm of a deviation
+      between -5 and 2. In training the density is weighted (``beta``). The policy is the mean, or
+      the mean of the likeliest component.
     - ``categorical``: the cross entropy. The policy is the likeliest class.
 
     ``auto`` takes mse for numbers. It did best for a deterministic expert; use a likelihood if

@@ -139,22 +139,25 @@ class Segment(NamedTuple):
 class Series(TableImporter):
     """Logs of sensors, cut into windows.
 
-    Logs of sensors with one row a step (CSV, also .gz or .zst, or Parquet; a file or a folder)
-    to windows for modality series: --set channels=S1..S24 --set window=64 --set stride=16.
+    It reads logs with one row a step (CSV, also .gz or .zst, or Parquet; a file or a folder), and
+    writes windows for modality series: --set channels=S1..S24 --set window=64 --set stride=16.
 
     Columns: recording, subject, start (the window's first step, counted from 0 in the recording, or
     in its part of a split), step (what --set order= rises by from one step to the next, in seconds
     where it holds times), series (a struct with a list of numbers for each channel), label, value,
     split. A job that names the step compares sampling rates: columns: {series: series, step: step}.
 
-    Name the recording in the job's `group` (or the subject), so that windows of one
-    never stand on both sides of a split. A recording ends with its file; where a name stands in
-    several files, recordings are named FILE/NAME. With --set test_share= each recording is cut by
-    time instead, no window crosses the cut, and each side has a name of its own. Steps are taken to
-    be equally far apart: numbers are resampled by --set step= alone, and a window does not cross a
-    gap in --set order=. Left out and counted: windows without a number or label, steps that fill no
-    window. Invalid: recordings whose order does not ascend, with two subjects, or at a lower rate
-    than --set step=. One task reads a whole file: split very large files.
+    - Name the recording in the job's `group` (or the subject), so that windows of one never stand
+      on both sides of a split. With --set test_share= each recording is cut by time instead: no
+      window crosses the cut, and each side has a name of its own.
+    - A recording ends with its file. Where a name stands in several files, recordings are named
+      FILE/NAME.
+    - Steps are taken to be equally far apart: numbers are resampled by --set step= alone. A window
+      does not cross a gap in --set order=.
+    - Left out and counted: windows without a number or label, steps that fill no window.
+    - Invalid: recordings whose order does not ascend, with two subjects, or at a lower rate than
+      --set step=.
+    - One task reads a whole file: split very large files.
     """
 
     def __init__(self, options: Any = None):
