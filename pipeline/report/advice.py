@@ -32,6 +32,7 @@ import numpy as np
 from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
 from pipeline.report import gain_model, matrix, plots, results, stats
+from pipeline.report.blocks import format_interval
 from pipeline.report.gain_model import GainModel
 from pipeline.report.matrix import MIN_SEEDS, SCRATCH, GainEstimate, MatrixEntry
 from pipeline.report.results import ResultRow
@@ -210,7 +211,7 @@ class _TestedPair:
     @property
     def without_labels(self) -> bool:
         """Whether it used no labels of the target, so that there is no scratch to compare with."""
-        return plots.fraction_label(self.entry.label_fraction) in ("none", "0 %")
+        return plots.fraction_label(self.entry.label_fraction) == "none"
 
     @property
     def can_be_repeated(self) -> bool:
@@ -532,7 +533,7 @@ def _predictions(untried: list[_Untried], decimals: int) -> tuple[str, ...]:
     """Return a sentence for each of the most promising of these, which are sorted."""
     return tuple(
         f"{pair.name} was not tried: predicted gain "
-        f"{_estimate((pair.mean, pair.low, pair.high), decimals)}"
+        f"{format_interval(pair.mean, pair.low, pair.high, decimals, '+')}"
         for pair in untried[:UNTRIED_SHOWN]
     )
 
@@ -635,7 +636,7 @@ def _decimals(width: float) -> int:
 def _because(choice: _TestedPair, decimals: int) -> tuple[str, ...]:
     entry, expected = choice.entry, choice.expected
     assert expected is not None
-    value = _estimate((entry.mean, entry.low, entry.high), decimals, signed=False)
+    value = format_interval(entry.mean, entry.low, entry.high, decimals)
     gain = choice.gain
     seconds = "unknown time" if entry.seconds is None else f"{entry.seconds:.3g} s"
     trained = (
@@ -647,21 +648,11 @@ def _because(choice: _TestedPair, decimals: int) -> tuple[str, ...]:
     )
     return (
         f"{entry.metric} {value}; gain over scratch "
-        f"{_estimate((gain.value, gain.low, gain.high), decimals)} over "
+        f"{format_interval(gain.value, gain.low, gain.high, decimals, '+')} over "
         f"{gain.seeds} seeds ({gain.how})",
-        f"expected gain {_estimate(expected.estimate, decimals)} ({shrunk})",
+        f"expected gain {format_interval(*expected.estimate, decimals, '+')} ({shrunk})",
         f"cost of a trial: {seconds}{trained}",
     )
-
-
-def _estimate(
-    estimate: tuple[float | None, float | None, float | None], decimals: int, signed: bool = True
-) -> str:
-    middle, low, high = (
-        "?" if value is None else f"{value:{'+' if signed else ''}.{decimals}f}"
-        for value in estimate
-    )
-    return f"{middle} [{low}, {high}]"
 
 
 def _others(
@@ -677,7 +668,7 @@ def _others(
             continue
         named.add(choice.entry.source)
         word = "hurts" if choice.hurts else "pays too" if choice.pays else "is not shown"
-        gain = _estimate(expected.estimate, decimals)
+        gain = format_interval(*expected.estimate, decimals, "+")
         out.append(f"{choice.name} {word}: expected gain {gain}")
     for choice in unsettled:
         if choice.entry.source not in named:

@@ -138,6 +138,14 @@ def format_interval(
     return f"{shown} [{low:{sign}.{decimals}f}, {high:{sign}.{decimals}f}]"
 
 
+def interval_lines(
+    middle: float | None, low: float | None, high: float | None, decimals: int, sign: str = ""
+) -> tuple[str, ...]:
+    """Return the value of `format_interval`, and its interval as a line of its own."""
+    first, _, interval = format_interval(middle, low, high, decimals, sign).partition(" ")
+    return (first, interval) if interval else (first,)
+
+
 def format_seconds(seconds: float | None) -> str:
     """Return a time in seconds, minutes or hours."""
     if seconds is None:

@@ -165,9 +165,11 @@ def _with_interval(row: ResultRow) -> str:
 
 
 def _interval(row: ResultRow) -> str:
-    if row.value_low is None or row.value_high is None:
-        return ""
-    return f"{row.value_low:.4g} to {row.value_high:.4g}"
+    return _range(row.value_low, row.value_high)
+
+
+def _range(low: float | None, high: float | None, sign: str = "") -> str:
+    return "" if low is None or high is None else f"{low:{sign}.4g} to {high:{sign}.4g}"
 
 
 def _introduction(manifest: Manifest, row: ResultRow | None) -> str:
@@ -210,7 +212,7 @@ def _metrics(manifest: Manifest, rows: Sequence[ResultRow]) -> list[str]:
             _interval(row) or "none",
             str(row.split),
             "" if row.n_eval is None else str(row.n_eval),
-            "" if row.gain is None else f"{row.gain:+.4g}{_gain_interval(row)}",
+            _gain(row),
         ]
         for row in tested
     ]
@@ -222,10 +224,11 @@ def _metrics(manifest: Manifest, rows: Sequence[ResultRow]) -> list[str]:
     return out
 
 
-def _gain_interval(row: ResultRow) -> str:
-    if row.gain_low is None or row.gain_high is None:
+def _gain(row: ResultRow) -> str:
+    if row.gain is None:
         return ""
-    return f" ({row.gain_low:+.4g} to {row.gain_high:+.4g})"
+    interval = _range(row.gain_low, row.gain_high, "+")
+    return f"{row.gain:+.4g} ({interval})" if interval else f"{row.gain:+.4g}"
 
 
 def _subgroups(rows: Sequence[ResultRow]) -> list[str]:

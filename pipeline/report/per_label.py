@@ -28,7 +28,7 @@ from pipeline.report.blocks import (
     Text,
     Value,
     decimal_places,
-    format_interval,
+    interval_lines,
 )
 from pipeline.report.matrix import (
     REFERENCE,
@@ -453,39 +453,59 @@ def _two_class_blocks(
     return out + _reliability(target, best, ours, scratch if paired else [])
 
 
-def _largest_unit(run: RunPredictions) -> int:
-    """Return the largest number of predictions of a single group or row."""
-    unit = unit_numbers(run.groups, len(run.rows))
-    labels_of_row = (run.predictions["label"] >= 0).reshape(len(run.rows), -1).sum(1)
-    return int(np.bincount(np.repeat(unit, labels_of_row)).max(initial=1))
+def _binned(
+    entry: MatrixEntry,
+    ours: list[RunPredictions],
+    scratch: list[RunPredictions],
+    pairs_of: Callable[[RunPredictions], tuple[np.ndarray, np.ndarray, np.ndarray]],
+) -> dict[str, list[tuple[float, float, int]]]:
+    """Return means of what was observed by what was predicted, for an entry and its scratch.
+
+    Bins hold equally many predictions, and each holds at least 20 groups or rows, so that nothing
+    about a single patient or row can be read from it.
+
+    Args:
+        pairs_of: Returns (k,) predictions of a run, what was observed, and the row of each.
+
+    Returns:
+        Name to points (predicted, observed, number); those with too few predictions are left out.
+    """
+    curves: dict[str, list[tuple[float, float, int]]] = {}
+    for name, side in ((entry_label(entry), ours), ("scratch", scratch)):
+        if not side:
+            continue
+        found = [pairs_of(run) for run in side]
+        largest_units = [
+            int(np.bincount(unit_numbers(run.groups, len(run.rows))[row]).max(initial=1))
+            for run, (_, _, row) in zip(side, found, strict=True)
+        ]
+        predicted, observed, _ = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        least = 20 * max(largest_units) * len(side)
+        if points := calibration.reliability(predicted, observed, least=least):
+            curves[name] = points
+    return curves
+
+
+def _class_chances(run: RunPredictions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the probability of a class at each labelled position, and whether it was right."""
+    label = run.predictions["label"]
+    known = label >= 0
+    chances, is_right = calibration.confidence(run.predictions["scores"][known], label[known])
+    return chances, is_right, known.nonzero()[0]
+
+
+def _finite_numbers(run: RunPredictions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the predicted and the true numbers that are finite: a network may have diverged."""
+    predicted, true = run.predictions["prediction"], run.predictions["value"]
+    known = np.isfinite(predicted) & np.isfinite(true)
+    return predicted[known], true[known], known.nonzero()[0]
 
 
 def _reliability(
     target: str, entry: MatrixEntry, ours: list[RunPredictions], scratch: list[RunPredictions]
 ) -> list[Block]:
-    """Return the reliability diagram of an entry and its scratch network.
-
-    Bins hold equally many predictions, and each holds at least 20 groups or rows, so that nothing
-    about a single patient or row can be read from it.
-    """
-    curves: dict[str, list[tuple[float, float, int]]] = {}
-    for name, side in ((entry_label(entry), ours), ("scratch", scratch)):
-        pairs = [
-            calibration.confidence(
-                run.predictions["scores"][known], run.predictions["label"][known]
-            )
-            for run in side
-            for known in [run.predictions["label"] >= 0]
-        ]
-        most = max((_largest_unit(run) for run in side), default=1)
-        predicted, observed = (
-            (np.concatenate(parts) for parts in zip(*pairs, strict=True))
-            if pairs
-            else (np.zeros(0), np.zeros(0))
-        )
-        least = 20 * most * max(len(side), 1)
-        if points := calibration.reliability(predicted, observed, least=least):
-            curves[name] = points
+    """Return the reliability diagram of an entry and its scratch network."""
+    curves = _binned(entry, ours, scratch, _class_chances)
     if not curves:
         return []
     listed = [
@@ -510,23 +530,8 @@ def _reliability(
 def _predicted_and_true(
     target: str, entry: MatrixEntry, ours: list[RunPredictions], scratch: list[RunPredictions]
 ) -> list[Block]:
-    """Return the figure of true numbers by predicted ones, of an entry and its scratch network.
-
-    Bins hold equally many predictions, and each holds at least 20 groups or rows, as in the
-    reliability diagram.
-    """
-    curves: dict[str, list[tuple[float, float, int]]] = {}
-    for name, side in ((entry_label(entry), ours), ("scratch", scratch)):
-        if not side:
-            continue
-        predicted = np.concatenate([run.predictions["prediction"] for run in side])
-        true = np.concatenate([run.predictions["value"] for run in side])
-        is_finite = np.isfinite(predicted) & np.isfinite(true)  # a network may have diverged
-        predicted, true = predicted[is_finite], true[is_finite]
-        units = (run.rows if run.groups is None else run.groups for run in side)
-        most = max(int(np.unique(unit, return_counts=True)[1].max(initial=1)) for unit in units)
-        if points := calibration.reliability(predicted, true, least=20 * most * len(side)):
-            curves[name] = points
+    """Return the figure of true numbers by predicted ones, of an entry and its scratch network."""
+    curves = _binned(entry, ours, scratch, _finite_numbers)
     if not curves:
         return []
     column = ours[0].labels[0]
@@ -645,11 +650,11 @@ def _enough_of_label(kind: LabelKind, run: RunPredictions, column: int) -> bool:
 def estimate(mean_and_bounds: tuple[float, float, float], digits: int) -> Value | str:
     """Return a table cell of (middle, low, high) with the interval on its second line."""
     middle, low, high = (None if np.isnan(v) else v for v in mean_and_bounds)
-    return DASH if middle is None else _lines(format_interval(middle, low, high, digits))
+    return DASH if middle is None else Value(interval_lines(middle, low, high, digits))
 
 
 def gain_estimate(gain: stats.Gain, digits: int, enough: bool) -> Value | str:
-    """Return a table cell of a gain with its verdict.
+    """Return a table cell of a gain, and below it the interval and the sign of the verdict.
 
     A win or a loss needs ``enough`` test units and two paired seeds.
     """
@@ -657,11 +662,6 @@ def gain_estimate(gain: stats.Gain, digits: int, enough: bool) -> Value | str:
     if middle is None:
         return DASH
     word = verdict(low, high, gain.seeds, enough)
-    return _lines(format_interval(middle, low, high, digits, "+"), MARKS.get(word, ""), word)
-
-
-def _lines(text: str, mark: str = "", tone: str = "") -> Value:
-    """Return a table cell: the value, and below it the interval and the sign of the verdict."""
-    first, _, bounds = text.partition(" ")
-    second = f"{bounds} {mark}".strip()
-    return Value((first, second) if second else (first,), tone)
+    first, *interval = interval_lines(middle, low, high, digits, "+")
+    second = " ".join(filter(None, (*interval, MARKS.get(word))))
+    return Value((first, second) if second else (first,), word)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import html
 import io
-import itertools
 import math
 import re
 import warnings
@@ -137,15 +136,10 @@ def learning(panels: dict[str, Series], metric: str) -> str:
     """
     with _plot_settings():
         names = sorted(panels, key=fraction_order)
-        num_columns = min(len(names), 2)
-        num_rows = math.ceil(len(names) / num_columns)
         keys = _unique_pairs(key for series in panels.values() for key in series)
         legend = _legend_entries(keys)
-        figure, grid = _figure(0.1 + 2.2 * num_rows + _legend_inches(legend), num_rows, num_columns)
-        for axes, name in itertools.zip_longest(grid, names):
-            if name is None:
-                axes.set_visible(False)
-                continue
+        figure, grid = _panels(len(names), 2.2, 0.1 + _legend_inches(legend))
+        for axes, name in zip(grid, names, strict=True):
             for key, points in panels[name].items():
                 axes.plot(
                     *zip(*points, strict=True),
@@ -191,11 +185,7 @@ def label_efficiency(entries: Sequence[MatrixEntry]) -> str:
             y = [entry.mean or 0.0 for entry in line_entries]
             low = [e.low if e.low is not None else e.mean or 0.0 for e in line_entries]
             high = [e.high if e.high is not None else e.mean or 0.0 for e in line_entries]
-            bars = np.clip(
-                [np.subtract(y, low), np.subtract(high, y)],
-                0.0,
-                None,
-            )
+            bars = np.clip([np.subtract(y, low), np.subtract(high, y)], 0.0, None)
             axes.errorbar(
                 x, y, yerr=bars, marker="o", markersize=3.5, elinewidth=1, **_line_style(key, keys)
             )
@@ -230,13 +220,8 @@ def score_gain(panels: Mapping[str, Sequence[tuple[str, float, MatrixEntry]]], s
         score: Name of the score.
     """
     with _plot_settings():
-        num_columns = min(len(panels), 2)
-        num_rows = math.ceil(len(panels) / num_columns)
-        figure, grid = _figure(0.1 + 2.3 * num_rows, num_rows, num_columns, share=False)
-        for axes, target in itertools.zip_longest(grid, panels):
-            if target is None:
-                axes.set_visible(False)
-                continue
+        figure, grid = _panels(len(panels), 2.3, 0.1, share=False)
+        for axes, target in zip(grid, panels, strict=True):
             axes.axhline(0, color=_SOFT, linewidth=0.9, zorder=1)
             for source, value, entry in panels[target]:
                 gain = entry.gain or 0.0
@@ -554,16 +539,9 @@ def _legend_entries(keys: list[tuple[str, str]]) -> Legend:
 
     They are the techniques and, where there are several sources, the dash pattern of each source.
     """
-    techniques = {
-        technique: _line_style((source, technique), keys)
-        for source, technique in reversed(keys)
-        if source != SCRATCH
-    }
-    sources = {
-        source: _line_style((source, technique), keys)
-        for source, technique in reversed(keys)
-        if source != SCRATCH
-    }
+    styles = {key: _line_style(key, keys) for key in reversed(keys) if key[0] != SCRATCH}
+    techniques = {technique: style for (_, technique), style in styles.items()}
+    sources = {source: style for (source, _), style in styles.items()}
     several = len(sources) > 1
     out = [
         (truncate(name, 32), style | ({"linestyle": "-"} if several else {}))
@@ -582,13 +560,8 @@ def _legend_entries(keys: list[tuple[str, str]]) -> Legend:
 
 
 def _legend_columns(legend: Legend) -> int:
-    return max(
-        1,
-        min(
-            len(legend),
-            int(13 * _WIDTH / (max((len(name) for name, _ in legend), default=1) + 8)),
-        ),
-    )
+    longest = max((len(name) for name, _ in legend), default=1)
+    return max(1, min(len(legend), int(13 * _WIDTH / (longest + 8))))
 
 
 def _legend_inches(legend: Legend) -> float:
@@ -659,6 +632,19 @@ def _figure(
 
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     return figure, list(figure.subplots(num_rows, num_columns, sharey=share, squeeze=False).flat)
+
+
+def _panels(
+    count: int, row_height: float, more_height: float, *, share: bool = True
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure and the axes of its panels, two a row, as `_figure`."""
+    num_columns = min(count, 2)
+    num_rows = math.ceil(count / num_columns)
+    height = more_height + row_height * num_rows
+    figure, axes = _figure(height, num_rows, num_columns, share=share)
+    for unused in axes[count:]:
+        unused.set_visible(False)
+    return figure, axes[:count]
 
 
 def _svg(figure: Figure, description: str) -> str:

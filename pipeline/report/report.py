@@ -537,9 +537,7 @@ def _value_table(
     """Return the values of entries on test rows, and their gains."""
     several = has_several_backbones(entries)
     has_gain = any(entry.gain is not None for entry in entries)
-    has_best_scratch = has_gain and has_several_backbones(
-        entry for entry in entries if entry.gain is not None
-    )
+    has_best_scratch = has_several_backbones(entry for entry in entries if entry.gain is not None)
     has_baseline = any(entry.over_best_baseline.value is not None for entry in entries)
     columns: list[tuple[str, Callable[[MatrixEntry], str | Value]]] = [
         ("Source · technique", lambda entry: _entry_name(entry, several)),
@@ -583,21 +581,13 @@ def _entry_name(entry: MatrixEntry, several: bool) -> str | Value:
 def _mean_value(entry: MatrixEntry, decimals: int) -> str | Value:
     if entry.verdict == FAILED:
         return Value(("failed", plural(entry.n_failed, "trial")), FAILED)
-    return Value(_lines(entry.mean, entry.low, entry.high, decimals))
-
-
-def _lines(
-    middle: float | None, low: float | None, high: float | None, decimals: int, sign: str = ""
-) -> tuple[str, ...]:
-    """Return a value, and its interval as a line of its own."""
-    first, _, interval = blocks.format_interval(middle, low, high, decimals, sign).partition(" ")
-    return (first, interval) if interval else (first,)
+    return Value(blocks.interval_lines(entry.mean, entry.low, entry.high, decimals))
 
 
 def _own_gain(entry: MatrixEntry, decimals: int) -> str | Value:
     if entry.verdict in (REFERENCE, BASELINE, FAILED):
         return _DASH
-    lines = _lines(entry.gain, entry.gain_low, entry.gain_high, decimals, "+")
+    lines = blocks.interval_lines(entry.gain, entry.gain_low, entry.gain_high, decimals, "+")
     if entry.against:
         lines += (f"against {entry.against}",)
     if entry.over_scratch.evidence:
@@ -609,7 +599,7 @@ def _gain_over_other(gain: GainEstimate, survives: bool, decimals: int) -> str |
     """Return a gain that is not over an entry's own scratch."""
     if gain.value is None:
         return _DASH
-    lines = _lines(gain.value, gain.low, gain.high, decimals, "+")
+    lines = blocks.interval_lines(gain.value, gain.low, gain.high, decimals, "+")
     return Value((*lines, _verdict_words(gain.verdict, survives)), gain.verdict)
 
 

@@ -67,20 +67,20 @@ class Audit:
 
     domain: str
     score: str
-    tau: float | None
-    low: float | None
-    high: float | None
-    top_1: float | None
-    """Regret of the source that the score puts first."""
-    top_3: float | None
-    """Regret of the best of its first three, where there are more than three sources."""
-    chance: float | None
-    """Regret that a source drawn at random has on average."""
     seconds: float | None
     """Seconds of the score for a source and a target, with the features that all scores share."""
     trial_seconds: float | None
     """Seconds of one fine-tuning trial."""
-    pairs: int
+    tau: float | None = None
+    low: float | None = None
+    high: float | None = None
+    top_1: float | None = None
+    """Regret of the source that the score puts first."""
+    top_3: float | None = None
+    """Regret of the best of its first three, where there are more than three sources."""
+    chance: float | None = None
+    """Regret that a source drawn at random has on average."""
+    pairs: int = 0
     """Pairs of a source and a target that have both."""
     misled: tuple[str, ...] = ()
     """A sentence for each target where following the score would have done harm."""
@@ -185,12 +185,14 @@ def audit(
             orders.append((outcome, order))
     pairs = len({(outcome.target, source) for outcome, order in orders for source in order})
     if not orders:
-        return Audit(domain, score, None, None, None, None, None, None, seconds, trial_seconds, 0)
+        return Audit(domain, score, seconds, trial_seconds)
     low, high = _interval(orders) if pairs >= MIN_PAIRS else (None, None)
     of_many_sources = [(outcome, order) for outcome, order in orders if len(outcome.means) > 3]
     return Audit(
         domain,
         score,
+        seconds,
+        trial_seconds,
         _mean_by_target((outcome.target, _tau_of(outcome, order)) for outcome, order in orders),
         low,
         high,
@@ -199,8 +201,6 @@ def audit(
             (outcome.target, regret(order, outcome, 3)) for outcome, order in of_many_sources
         ),
         _mean_by_target((outcome.target, _chance(outcome)) for outcome, _ in orders),
-        seconds,
-        trial_seconds,
         pairs,
         tuple(line for outcome, order in orders if (line := _misled(outcome, order))),
     )
@@ -239,7 +239,6 @@ def _interval(
     for outcome, order in orders:
         by_target[outcome.target].append((outcome, order))
     groups = list(by_target.values())
-    drawn_taus: list[float] = []
     if len(groups) >= MANY_TARGETS:
         taus = [
             _mean_by_target((outcome.target, _tau_of(outcome, order)) for outcome, order in group)
@@ -251,6 +250,7 @@ def _interval(
         means = finite[rng.integers(0, len(finite), (10 * DRAWS, len(finite)))].mean(1)
         low, high = np.percentile(means, (2.5, 97.5))
         return float(low), float(high)
+    drawn_taus: list[float] = []
     for _ in range(DRAWS):
         of_targets: list[float] = []
         for index in rng.integers(0, len(groups), len(groups)):

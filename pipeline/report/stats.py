@@ -248,7 +248,7 @@ def mean_interval(metric: Metric, runs: list[RunPredictions]) -> tuple[float, fl
     values = np.array([metric.value(p) for p in predictions])
     resampled = _resample(metric, predictions, groups, DRAWS, 0)
     mean, low, high, _ = _estimate(
-        values, resampled, _count_sampled_units(predictions, groups), 0.0
+        values, resampled, num_units(_num_rows(predictions[0]), groups), 0.0
     )
     bounds = metric.bounds(predictions[0])
     if not _has_width(resampled):
@@ -302,7 +302,7 @@ def compare(
     resampled = _resample(metric, predictions, groups, draws, seed)
     resampled = sign * (resampled[:, :n] - resampled[:, n:])
     mean, low, high, p_value = _estimate(
-        gains, resampled, _count_sampled_units(predictions, groups), choice
+        gains, resampled, num_units(_num_rows(predictions[0]), groups), choice
     )
     least, most = metric.bounds(predictions[0])
     largest = most - least
@@ -450,6 +450,10 @@ def _align(runs: list[RunPredictions]) -> tuple[list[Predictions], np.ndarray | 
 # ---------------------------------------------------------------- resampling
 
 
+def _num_rows(predictions: Predictions) -> int:
+    return len(next(iter(predictions.values())))
+
+
 def _bounds(draws: np.ndarray) -> tuple[float, float]:
     finite = draws[np.isfinite(draws)]
     if not len(finite):
@@ -484,7 +488,7 @@ def _num_alike(
     if label and "labels" in p:
         columns = [labels.index(label)] if label in labels else range(p["labels"].shape[1])
         return max(1, min(rarer_side(p["labels"][:, k] > 0, groups) for k in columns))
-    rows = np.arange(len(next(iter(p.values()))))
+    rows = np.arange(_num_rows(p))
     return max(1, evidence(RunPredictions(rows, p, 0, groups), metric.name).count)
 
 
@@ -509,11 +513,6 @@ def _widen(
     unlike = 1 - 0.025 ** (1 / alike)
     least, most = (value + unlike * (bound - value) for bound in bounds)
     return min(low, least), max(high, most)
-
-
-def _count_sampled_units(predictions: list[Predictions], groups: np.ndarray | None) -> int:
-    """Return the number of units: of groups where there are any, otherwise of rows."""
-    return len(next(iter(predictions[0].values()))) if groups is None else len(np.unique(groups))
 
 
 def _estimate(
@@ -572,7 +571,7 @@ def _resample(
     seed: int,
 ) -> np.ndarray:
     """Return (draws, runs) values of the metric, where all runs of a draw have the same units."""
-    n = len(next(iter(runs[0].values())))
+    n = _num_rows(runs[0])
     if not n:
         return np.full((draws, len(runs)), np.nan)
     member = None

@@ -233,12 +233,17 @@ def subgroup_blocks(
     paired = per_label.have_common_seed(ours, scratch) and all(
         np.array_equal(run.rows, ours[0].rows) for run in scratch
     )
-    means = {
-        subgroup.name: _means(metric, subgroup, ours, scratch if paired else [])
+    sides = (ours, scratch) if paired else (ours,)
+    selected = {
+        subgroup.name: [[select_subgroup(run, subgroup.where) for run in side] for side in sides]
         for subgroup in shown
         if subgroup.scored or subgroup is everyone
     }
-    digits = decimal_places([(estimates[0][1], estimates[0][2]) for estimates in means.values()])
+    means = {
+        name: [stats.mean_interval(metric, side) for side in of_sides]
+        for name, of_sides in selected.items()
+    }
+    digits = decimal_places([estimates[0][1:] for estimates in means.values()])
     unit = "Test rows" if ours[0].groups is None else "Test groups"
     head = [
         "Subgroup",
@@ -256,7 +261,11 @@ def subgroup_blocks(
                 line.append(format_size(subgroup.positives))
             line += [per_label.estimate(mean, digits) for mean in estimates]
             if paired:
-                line.append(_gain_cell(metric, subgroup, ours, scratch, digits))
+                of_ours, of_scratch = selected[subgroup.name]
+                runs_shown = (*of_ours, *of_scratch)
+                enough = all(stats.evidence(run, metric.name).enough for run in runs_shown)
+                gain = stats.compare(metric, of_ours, of_scratch)
+                line.append(per_label.gain_estimate(gain, digits, enough))
         body.append(line + [DASH] * (len(head) - len(line)))
     caption = (
         f"{target}: {entry_label(best)} of labels{' and scratch' if paired else ''}, "
@@ -265,34 +274,6 @@ def subgroup_blocks(
         f"scored.{per_label.GAIN_LEGEND if paired else ''}"
     )
     return [Heading("Subgroups", 3), Text(caption), Table(head, body)]
-
-
-def _means(
-    metric: Metric, subgroup: Subgroup, ours: list[RunPredictions], scratch: list[RunPredictions]
-) -> list[tuple[float, float, float]]:
-    """Return (mean, low, high) of a subgroup for ours, and for scratch where there is one."""
-    sides = [
-        [select_subgroup(run, subgroup.where) for run in side] for side in (ours, scratch) if side
-    ]
-    return [stats.mean_interval(metric, side) for side in sides]
-
-
-def _gain_cell(
-    metric: Metric,
-    subgroup: Subgroup,
-    ours: list[RunPredictions],
-    scratch: list[RunPredictions],
-    digits: int,
-) -> Value | str:
-    """Return the table cell of the gain over scratch on the rows of a subgroup."""
-    selected, selected_scratch = (
-        [select_subgroup(run, subgroup.where) for run in side] for side in (ours, scratch)
-    )
-    runs = (*selected, *selected_scratch)
-    enough = all(stats.evidence(run, metric.name).enough for run in runs)
-    return per_label.gain_estimate(
-        stats.compare(metric, selected, selected_scratch), digits, enough
-    )
 
 
 def format_size(count: int | None) -> str:

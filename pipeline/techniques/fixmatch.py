@@ -55,6 +55,8 @@ class FixMatch(DomainAdaptation):
         return (STRONG,)
 
     def alignment(self, task, source, target):
+        # no gradient flows through the weak view: free its activations before the strong one's
+        target.pooled = target.pooled.detach()
         confidence, label = target.probabilities(task.objective).detach().max(-1)
         batch = target.batch
         if len(batch):

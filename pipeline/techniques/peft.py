@@ -176,9 +176,8 @@ class AdaptedTask(Task):
             self._orders.setdefault(target.module, list(module._parameters))
             parametrize.register_parametrization(module, target.weight, linear, unsafe=True)
             replaced.append(f"{target.module}.parametrizations.{target.weight}.0.linear")
-        tuner, settings = technique.settings(
-            [task.backbone.get_submodule(name) for name in replaced]
-        )
+        is_transposed = any(_is_transposed(task.backbone.get_submodule(name)) for name in replaced)
+        tuner, settings = technique.settings(is_transposed)
         # a regular expression matches whole names, a list would match endings
         settings.target_modules = "|".join(name.replace(".", r"\.") for name in replaced)
         with warnings.catch_warnings():
@@ -308,11 +307,11 @@ class AdapterTechnique(Technique, ABC):
     linear layer that it adapts."""
 
     @abstractmethod
-    def settings(self, modules: list[nn.Module]) -> tuple[Any, Any]:
+    def settings(self, is_transposed: bool) -> tuple[Any, Any]:
         """Return peft's tuner class and configuration; ``target_modules`` is filled in.
 
         Args:
-            modules: The modules that peft will replace.
+            is_transposed: Whether weights of modules that peft replaces are (input, output).
         """
 
     def replaces(self, backbone: nn.Module, target: AdaptableWeight) -> bool:
@@ -610,7 +609,7 @@ class Lora(AdapterTechnique):
         layer.lora_A[ADAPTER].weight[:count] = right / scale
         layer.lora_B[ADAPTER].weight[:, :count] = left / scale
 
-    def settings(self, modules):
+    def settings(self, is_transposed):
         from peft import LoraConfig, LoraModel
 
         o = self.options
@@ -621,7 +620,7 @@ class Lora(AdapterTechnique):
             init_lora_weights="pissa" if o.start == "pissa" else True,
             use_rslora=o.rslora,
             use_dora=o.dora,  # type: ignore[arg-type]
-            fan_in_fan_out=any(_is_transposed(module) for module in modules),
+            fan_in_fan_out=is_transposed,
         )
 
 
@@ -657,11 +656,10 @@ class IA3(AdapterTechnique):
     def weight_of(self, layer):
         return layer.base_layer.weight * layer.ia3_l[ADAPTER]
 
-    def settings(self, modules):
+    def settings(self, is_transposed):
         from peft import IA3Config, IA3Model
 
-        transposed = any(_is_transposed(module) for module in modules)
-        return IA3Model, IA3Config(feedforward_modules=[], fan_in_fan_out=transposed)
+        return IA3Model, IA3Config(feedforward_modules=[], fan_in_fan_out=is_transposed)
 
 
 class VeraOptions(AdapterOptions):
@@ -678,14 +676,13 @@ class Vera(AdapterTechnique):
     lack.
     """
 
-    def settings(self, modules):
+    def settings(self, is_transposed):
         from peft import VeraConfig, VeraModel
 
         # from torch's generator, as other random numbers of techniques
         key = int(torch.randint(2**31, ()))
-        transposed = any(_is_transposed(module) for module in modules)
         return VeraModel, VeraConfig(
-            r=self.options.rank, projection_prng_key=key, fan_in_fan_out=transposed
+            r=self.options.rank, projection_prng_key=key, fan_in_fan_out=is_transposed
         )
 
 
@@ -722,7 +719,7 @@ class OFT(AdapterTechnique):
         rotated = torch.einsum("orb,rbc->orc", weight.unflatten(1, (len(blocks), -1)), blocks)
         return rotated.flatten(1)
 
-    def settings(self, modules):
+    def settings(self, is_transposed):
         from peft import OFTConfig, OFTModel
 
         return OFTModel, OFTConfig(r=0, oft_block_size=self.options.block, use_cayley_neumann=False)
@@ -744,7 +741,7 @@ class Loha(AdapterTechnique):
 
     replaced = ("Linear", "Conv1d", "Conv2d")
 
-    def settings(self, modules):
+    def settings(self, is_transposed):
         from peft import LoHaConfig, LoHaModel
 
         return LoHaModel, LoHaConfig(r=self.options.rank, alpha=self.options.alpha)
@@ -765,7 +762,7 @@ class Lokr(AdapterTechnique):
 
     replaced = ("Linear", "Conv1d", "Conv2d")
 
-    def settings(self, modules):
+    def settings(self, is_transposed):
         from peft import LoKrConfig, LoKrModel
 
         return LoKrModel, LoKrConfig(r=self.options.rank, alpha=self.options.alpha)
@@ -889,7 +886,7 @@ class AdaLora(AdapterTechnique):
     and on few rows.
     """
 
-    def settings(self, modules):
+    def settings(self, is_transposed):
         from peft import AdaLoraConfig, AdaLoraModel
 
         o = self.options
@@ -897,7 +894,7 @@ class AdaLora(AdapterTechnique):
             init_r=o.start_rank,
             target_r=o.rank,
             lora_alpha=o.alpha,
-            fan_in_fan_out=any(_is_transposed(module) for module in modules),
+            fan_in_fan_out=is_transposed,
             total_step=1,  # of peft's own schedule, which needs to know the steps before the run
             tinit=-1,
         )

@@ -135,11 +135,9 @@ def test_every_trial_and_bundle_records_what_made_it(finished_job):
         record = trial.read_record(job.root, folder)
         assert record is not None
         made = record.made
-        assert (
-            made is not None
-            and made.versions == provenance.versions()
-            and made.versions["torch"].startswith("2.")
-        )
+        assert made is not None
+        assert made.versions == provenance.versions()
+        assert made.versions["torch"].startswith("2.")
         assert {
             "objective classification",
             "modality image",
@@ -159,7 +157,8 @@ def test_a_changed_technique_is_kept_marked_and_made_anew_on_request(finished_jo
     job = finished_job
     state, rows = again(job)
     found, markdown, terminal = shown(state, rows)
-    assert here == [] and (
+    assert here == []
+    assert (
         not any(entry.code_mark for entry in found) and "†" not in terminal and "†" not in markdown
     ), "nothing has changed"
     assert not [line for line in dry_run.describe(prepared(job)) if "other code" in line]
@@ -176,12 +175,11 @@ def test_a_changed_technique_is_kept_marked_and_made_anew_on_request(finished_jo
     found, markdown, terminal = shown(state, rows)
     assert {entry.technique for entry in found if entry.code_mark == code_versions.OTHER} == {
         "full"
-    } and not any(entry.code_mark == code_versions.MIXED for entry in found)
+    }
+    assert not any(entry.code_mark == code_versions.MIXED for entry in found)
     assert "full †" in terminal and "† made by other code or versions" in terminal
-    assert (
-        "† made by other code or versions" in markdown
-        and "2 trials: technique full changed" in markdown
-    )
+    assert "† made by other code or versions" in markdown
+    assert "2 trials: technique full changed" in markdown
 
     message = dry_run.describe(prepared(job, "sources", "trials"))
     assert (
@@ -288,9 +286,8 @@ def test_records_of_before_count_as_not_recorded(finished_job, here):
         for line in code_versions.describe_changes(state.trial_provenance)
     )
     found, markdown, _ = shown(state, rows)
-    assert {entry.code_mark for entry in found} == {
-        code_versions.OTHER
-    } and "| torch | not recorded |" in markdown
+    assert {entry.code_mark for entry in found} == {code_versions.OTHER}
+    assert "| torch | not recorded |" in markdown
     again(job, "trials")
     assert len(here) == 4
 
@@ -356,10 +353,8 @@ def test_a_trial_that_other_code_goes_on_with_says_so(
     killed_in_training(monkeypatch, lambda: again(job))
     (one,) = set(here)
     folder = storage.join(job.root, trial_folder.find_all(job.root)[one])
-    assert (
-        storage.list_files(storage.join(folder, "checkpoints"))
-        and len(resume_history.read_provenance(folder)) == 1
-    )
+    assert storage.list_files(storage.join(folder, "checkpoints"))
+    assert len(resume_history.read_provenance(folder)) == 1
     edit("pipeline.train.loop")
     state, _ = again(job)
     record = trial.read_record(job.root, trial_folder.find_all(job.root)[one])
@@ -449,9 +444,8 @@ def test_a_trial_whose_resume_points_are_all_damaged_starts_again(
         path.write_bytes(path.read_bytes()[:-1] + b"?")
     record = trial.run(one, shared, Ranks())
     assert record.status == "done" and record.resumed_from == 0
-    assert (
-        "is damaged" in record.transfer and "training starts again from step 0" in record.transfer
-    )
+    assert "is damaged" in record.transfer
+    assert "training starts again from step 0" in record.transfer
 
 
 def test_features_of_other_code_are_computed_again(tmp_path, paths, here, edit):
@@ -570,9 +564,8 @@ def test_resume_points_of_other_code_are_dropped_where_a_source_is_made_anew(tmp
     anew = prepared(job, "sources").sources["src"]
     assert source.begin(anew) == [] and not storage.exists(leftover)
     storage.write_json(leftover, {})
-    assert source.begin(anew) == [] and storage.exists(leftover), (
-        "what the same code has begun is gone on with"
-    )
+    assert source.begin(anew) == []
+    assert storage.exists(leftover), "what the same code has begun is gone on with"
 
 
 def test_a_half_trained_source_of_before_is_marked_or_made_anew(tmp_path, paths):
@@ -583,9 +576,8 @@ def test_a_half_trained_source_of_before_is_marked_or_made_anew(tmp_path, paths)
     record = storage.join(stage.uri, resume_history.FILE)
     storage.write_json(leftover, {})
     others = source.begin(stage)
-    assert len(others) == 1 and provenance.from_metadata(others[0]) is None, (
-        "marked as not recorded"
-    )
+    assert len(others) == 1
+    assert provenance.from_metadata(others[0]) is None, "marked as not recorded"
     storage.remove_tree(record)
     assert source.begin(prepared(job, "sources").sources["src"]) == []
     assert not storage.exists(leftover)

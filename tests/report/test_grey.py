@@ -31,18 +31,17 @@ def test_a_grey_target_of_a_source_of_colours(tmp_path, bundles, here):
         task, moved, _ = trial.build_task(last, shared)
         modality, batch = bundle.build_modality(data.modality), toys.take(data.train, range(6))
         features.append(task.backbone.eval()(batch).pooled)
-    assert (
-        "3 input channels summed into 1" in moved
-        and data.arch.inputs == {"channels": 1, "size": 32}
-        and batch["image"].shape[1] == 1
-    )
+    assert "3 input channels summed into 1" in moved
+    assert data.arch.inputs == {"channels": 1, "size": 32}
+    assert batch["image"].shape[1] == 1
     assert modality.state == {"mean": [0.5], "std": [0.2]}
     torch.testing.assert_close(*features, rtol=1e-4, atol=1e-5)
     _, rows = run_through(one)
     assert {(row.source, row.technique) for row in rows} == {
         ("none", "scratch"),
         ("a", "full"),
-    } and len(here) == 2
+    }
+    assert len(here) == 2
     assert not stages.failures(state, rows) and storage.exists(job.root)
     kept = next(row.bundle_uri for row in rows if row.technique == "full" and row.bundle_uri)
     assert bundle.load(kept).manifest.arch.inputs["channels"] == 1

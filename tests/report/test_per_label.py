@@ -88,11 +88,9 @@ def test_the_confusion_matrix_is_that_of_the_best_entry():
         theirs.confusion_matrix(run.predictions["label"], run.predictions["scores"].argmax(1))
         for run in best
     )
-    assert (
-        np.allclose(heat.shares, want / want.sum(1, keepdims=True))
-        and "src · full" in heat.caption
-        and "2 seeds together" in heat.caption
-    )
+    assert np.allclose(heat.shares, want / want.sum(1, keepdims=True))
+    assert "src · full" in heat.caption
+    assert "2 seeds together" in heat.caption
     assert heat.names == [
         f"{name} ({size // 2})" for name, size in zip(NAMES, want.sum(1), strict=True)
     ]
@@ -252,9 +250,8 @@ def test_the_table_of_labels_has_ours_beside_scratch():
             )
             for key in (("src", "full"), ("none", "scratch"))
         )
-        assert float(line[2].lines[0]) == pytest.approx(ours, abs=0.006) and float(
-            line[3].lines[0]
-        ) == pytest.approx(scratch, abs=0.006)
+        assert float(line[2].lines[0]) == pytest.approx(ours, abs=0.006)
+        assert float(line[3].lines[0]) == pytest.approx(scratch, abs=0.006)
         assert float(line[4].lines[0]) == pytest.approx(ours - scratch, abs=0.006)
         low, mark = re.match(r"\[([+-]\d\.\d+), \+\d\.\d+\] ([▲○?])$", line[4].lines[1]).groups()
         word = (
@@ -283,9 +280,8 @@ def test_scratch_is_no_probe_of_random_weights():
             want, abs=0.05
         )
     verdicts = {entry.technique: entry.verdict for entry in matrix.matrix_entries(rows, runs)}
-    assert (
-        verdicts["scratch"] == matrix.REFERENCE and verdicts["random_probe"] == matrix.SINGLE_SEED
-    )
+    assert verdicts["scratch"] == matrix.REFERENCE
+    assert verdicts["random_probe"] == matrix.SINGLE_SEED
 
 
 def test_labels_are_compared_with_scratch_where_scratch_is_the_better():
@@ -295,11 +291,9 @@ def test_labels_are_compared_with_scratch_where_scratch_is_the_better():
         ("src", "linear_probe"): [findings(200, ("a", "b"), 0, 0.3)],
     }
     _, text, listed = said(*table("macro_auroc", made))
-    assert (
-        "src · full" in text.text
-        and "and scratch" in text.text
-        and float(listed.rows[0][4].lines[0]) < 0
-    )
+    assert "src · full" in text.text
+    assert "and scratch" in text.text
+    assert float(listed.rows[0][4].lines[0]) < 0
 
 
 def test_nothing_is_said_without_predictions_or_names():
@@ -343,11 +337,9 @@ def test_both_are_written_for_readers(tmp_path):
         in markdown
         and "### Confusion matrix" in markdown
     )
-    assert (
-        '<table class="heat">' in html
-        and "bag &amp; belt" in html
-        and f"var(--s0) {55 * share:.0f}%" in html
-    )
+    assert '<table class="heat">' in html
+    assert "bag &amp; belt" in html
+    assert f"var(--s0) {55 * share:.0f}%" in html
     assert not re.search(r"https?:|<script", html)
 
 
@@ -433,11 +425,9 @@ def test_rows_of_single_labels_go_into_the_table_and_not_into_the_matrix(world, 
         assert row.value == pytest.approx(
             other(found.predictions["labels"][:, k], found.predictions["scores"][:, k]), abs=1e-9
         )
-        assert (
-            row.value_low < row.value < row.value_high
-            and row.n_units == 30
-            and row.higher_is_better
-        )
+        assert row.value_low < row.value < row.value_high
+        assert row.n_units == 30
+        assert row.higher_is_better
     macro = records[0].rows[0]
     assert macro.value == pytest.approx(
         np.mean([row.value for row in records[0].rows if row.metric.startswith("auroc/")])
@@ -451,9 +441,8 @@ def test_rows_of_single_labels_go_into_the_table_and_not_into_the_matrix(world, 
         if (run := one_trial.read_predictions(shared.root, one.folder, one.seed)) is not None
     }
     entries = matrix.matrix_entries(read, runs)
-    assert [entry.metric for entry in entries] == ["macro_auroc"] * 2 and all(
-        entry.n_seeds == 2 and entry.low is not None for entry in entries
-    )
+    assert [entry.metric for entry in entries] == ["macro_auroc"] * 2
+    assert all(entry.n_seeds == 2 and entry.low is not None for entry in entries)
     out = per_label.label_blocks("task", entries, read, runs)
     assert [line[0] for line in out[-1].rows] == ["a", "b"]
 

@@ -248,37 +248,27 @@ def test_entries_hold_the_mean_over_seeds_and_the_paired_gain(written):
         )
 
     entry = find(entries)
-    assert (
-        entry.metric == "accuracy"
-        and entry.n_seeds == 3
-        and entry.n_failed == 0
-        and entry.n_test == 400
-        and entry.n_train == 12000
-    )
-    assert (
-        entry.mean == pytest.approx(mean("garments", "full"))
-        and entry.low < entry.mean < entry.high
-    )
-    assert (
-        entry.gain == pytest.approx(mean("garments", "full") - mean("none", "scratch"))
-        and entry.gain_low < entry.gain < entry.gain_high
-    )
-    assert (
-        entry.seconds == pytest.approx(42)
-        and entry.params_trained == 11_181_642
-        and json.loads(entry.hyper_parameters) == {"lr": 0.001}
-    )
+    assert entry.metric == "accuracy"
+    assert entry.n_seeds == 3
+    assert entry.n_failed == 0
+    assert entry.n_test == 400
+    assert entry.n_train == 12000
+    assert entry.mean == pytest.approx(mean("garments", "full"))
+    assert entry.low < entry.mean < entry.high
+    assert entry.gain == pytest.approx(mean("garments", "full") - mean("none", "scratch"))
+    assert entry.gain_low < entry.gain < entry.gain_high
+    assert entry.seconds == pytest.approx(42)
+    assert entry.params_trained == 11_181_642
+    assert json.loads(entry.hyper_parameters) == {"lr": 0.001}
     assert (
         entry.interval
         == "mean: 95 % over test units and 3 seeds; gain: 95 % over test units and 3 paired seeds"
-        and entry.paired_seeds == 3
     )
+    assert entry.paired_seeds == 3
     scratch = find(entries, source="none", technique="scratch")
-    assert (
-        scratch.gain is scratch.gain_low is None
-        and scratch.verdict == "reference"
-        and scratch.mean is not None
-    )
+    assert scratch.gain is scratch.gain_low is None
+    assert scratch.verdict == "reference"
+    assert scratch.mean is not None
 
 
 def test_verdicts_follow_the_interval(written):
@@ -288,9 +278,8 @@ def test_verdicts_follow_the_interval(written):
     assert find(entries, source="digits").verdict == "not shown"
     for entry in entries:
         if entry.gain_low is not None:
-            assert (entry.verdict == "wins") == (entry.gain_low > 0) and (
-                entry.verdict == "loses"
-            ) == (entry.gain_high < 0)
+            assert (entry.verdict == "wins") == (entry.gain_low > 0)
+            assert (entry.verdict == "loses") == (entry.gain_high < 0)
 
 
 def test_entries_are_sorted_by_target_fraction_and_value(written):
@@ -352,27 +341,21 @@ def test_missing_predictions_fall_back_to_the_seeds_and_say_so():
     entry = find(
         report.matrix_entries(rows, {k: v for k, v in runs.items() if not k.endswith("full-1.0-1")})
     )
-    assert (
-        "Student's t over seeds" in entry.interval
-        and whole.verdict == "wins"
-        and entry.verdict == "not compared"
-    ), "seeds alone do not tell"
-    assert (
-        entry.mean == pytest.approx(whole.mean)
-        and entry.gain == pytest.approx(whole.gain)
-        and entry.gain_low < entry.gain < entry.gain_high
-    )
+    assert "Student's t over seeds" in entry.interval
+    assert whole.verdict == "wins"
+    assert entry.verdict == "not compared", "seeds alone do not tell"
+    assert entry.mean == pytest.approx(whole.mean)
+    assert entry.gain == pytest.approx(whole.gain)
+    assert entry.gain_low < entry.gain < entry.gain_high
     (one,) = (
         c
         for c in report.matrix_entries([r for r in rows if r.seed == 0], {})
         if c.technique == "lp_ft"
     )
-    assert (
-        one.gain is not None
-        and one.gain_low is None
-        and one.verdict == "not compared"
-        and "one seed" in one.interval
-    )
+    assert one.gain is not None
+    assert one.gain_low is None
+    assert one.verdict == "not compared"
+    assert "one seed" in one.interval
     unpaired = {
         k: replace(v, rows=v.rows + 1000) if "-scratch-" in k else v for k, v in runs.items()
     }
@@ -382,12 +365,10 @@ def test_missing_predictions_fall_back_to_the_seeds_and_say_so():
 def test_lower_is_better_turns_the_gain():
     rows, runs, _ = simulate({"clothing": SKILL["clothing"]}, fractions=("1.0",))
     entry = find(report.matrix_entries([r for r in rows if r.metric == "loss"], runs))
-    assert (
-        entry.metric == "loss"
-        and not entry.higher_is_better
-        and entry.verdict == "wins"
-        and entry.gain > 0
-    )
+    assert entry.metric == "loss"
+    assert not entry.higher_is_better
+    assert entry.verdict == "wins"
+    assert entry.gain > 0
     assert find(
         report.matrix_entries([r for r in rows if r.metric == "loss"], {})
     ).gain == pytest.approx(entry.gain)
@@ -448,18 +429,14 @@ def test_below_two_paired_seeds_nothing_is_won_or_lost():
             "one seed",
             None,
         )
-        assert (
-            entry.gain is not None
-            and "gain: 95 % over test units of one seed, whose spread is unknown" in entry.interval
-        )
+        assert entry.gain is not None
+        assert "gain: 95 % over test units of one seed, whose spread is unknown" in entry.interval
     two = find(
         report.matrix_entries(*kept(rows, runs, lambda row: row.source != "none" or row.seed < 2))
     )
-    assert (
-        (two.n_seeds, two.paired_seeds) == (3, 2)
-        and two.verdict in entries_module.COMPARED
-        and "and 2 paired seeds" in two.interval
-    )
+    assert (two.n_seeds, two.paired_seeds) == (3, 2)
+    assert two.verdict in entries_module.COMPARED
+    assert "and 2 paired seeds" in two.interval
 
 
 def test_the_number_of_paired_seeds_stands_in_table_and_report(tmp_path):
@@ -487,9 +464,8 @@ def test_comparisons_are_corrected_for_their_number(written):
     )
     stands = [entry for entry in entries if entry.survives]
     text = render(written[0])
-    assert 0 < len(stands) < sum(entry.verdict != "not shown" for entry in entries) and len(
-        re.findall(r"(wins|loses) \*  ", text)
-    ) == len(stands)
+    assert 0 < len(stands) < sum(entry.verdict != "not shown" for entry in entries)
+    assert len(re.findall(r"(wins|loses) \*  ", text)) == len(stands)
     assert written[1].count("Holm's correction for all 16 comparisons of the job") == 1
     plain = sum(entry.verdict != "not shown" for entry in entries) - len(stands)
     assert f"**{plain}** by the plain interval alone" in written[1]
@@ -513,11 +489,9 @@ def test_too_few_units_outside_of_the_most_frequent_class_are_too_few_to_tell(tm
     entries, md, _ = write(tmp_path, rows, {name: few(run) for name, run in runs.items()}, curves)
     entry = find(entries)
     evidence = "3 test rows outside of the most frequent class, a verdict needs 10"
-    assert (
-        entry.verdict == "too few to tell"
-        and entry.gain_low > 0
-        and entry.over_scratch.evidence == evidence
-    )
+    assert entry.verdict == "too few to tell"
+    assert entry.gain_low > 0
+    assert entry.over_scratch.evidence == evidence
     assert entry.gain_p_holm is None and evidence in md and "too few to tell" in render(entries)
     assert md.startswith("# vision: no verdict: there are too few test rows")
     assert find(report.matrix_entries(rows, runs)).verdict == "wins"
@@ -564,9 +538,8 @@ def test_a_random_probe_is_held_against_the_linear_probe_of_the_best_source(tmp_
         3,
     )
     assert entry.gain == pytest.approx(entry.mean - best.mean) and not entry.transfers
-    assert "against linear_probe of garments<br>" in md and "of 2 comparisons" in md, (
-        "not a comparison with scratch"
-    )
+    assert "against linear_probe of garments<br>" in md
+    assert "of 2 comparisons" in md, "not a comparison with scratch"
     assert "linear_probe of" in render(entries)
     alone = find(
         report.matrix_entries(*kept(rows, runs, lambda row: row.technique != "linear_probe")),
@@ -602,17 +575,12 @@ def test_gains_over_different_scratch_networks_say_so_and_stand_beside_the_gain_
         entry for entry in entries if entry.source == "none" and entry.backbone == "timm/vit"
     )
     assert weak.best_scratch == strong.best_scratch == "timm/vit"
-    assert (
-        weak.over_best_scratch.value == pytest.approx(weak.mean - best.mean)
-        and weak.over_best_scratch.low < weak.over_best_scratch.value < weak.over_best_scratch.high
-    )
-    assert (
-        weak.gain > weak.over_best_scratch.value and strong.over_best_scratch.value == strong.gain
-    )
-    assert (
-        "measured against 2 different scratch networks" in md
-        and "best scratch network by validation (100 % labels: timm/vit)" in md
-    )
+    assert weak.over_best_scratch.value == pytest.approx(weak.mean - best.mean)
+    assert weak.over_best_scratch.low < weak.over_best_scratch.value < weak.over_best_scratch.high
+    assert weak.gain > weak.over_best_scratch.value
+    assert strong.over_best_scratch.value == strong.gain
+    assert "measured against 2 different scratch networks" in md
+    assert "best scratch network by validation (100 % labels: timm/vit)" in md
     assert f"{weak.over_best_scratch.value:+.3f}<br>[" in md
     assert any(
         "best scratch" in line and f"{weak.over_best_scratch.value:+.3f}" in line
@@ -634,10 +602,8 @@ def test_gains_over_different_scratch_networks_say_so_and_stand_beside_the_gain_
 def test_costs_are_not_pooled_over_backbones(tmp_path):
     _, md, _ = write(tmp_path, *backbones())
     cost = md[md.index("## Cost") :].split("\n\n**Training time of every")
-    assert (
-        "none · scratch (timm/resnet18) | 42 s" in cost[1]
-        and "none · scratch (timm/vit) | 15.0 min" in cost[1]
-    )
+    assert "none · scratch (timm/resnet18) | 42 s" in cost[1]
+    assert "none · scratch (timm/vit) | 15.0 min" in cost[1]
 
 
 def test_scores_of_sources_that_were_left_out_stay(tmp_path):
@@ -647,10 +613,8 @@ def test_scores_of_sources_that_were_left_out_stay(tmp_path):
         "letters|clothing": {"score_name": "logme", "score_value": 0.1},
     }
     _, md, _ = write(tmp_path, rows, runs, curves, scores=scores)
-    assert (
-        "| clothing | garments | LogME | fine-tuned | 0.5 |" in md
-        and "| clothing | letters | LogME | left out | 0.1 |" in md
-    )
+    assert "| clothing | garments | LogME | fine-tuned | 0.5 |" in md
+    assert "| clothing | letters | LogME | left out | 0.1 |" in md
 
 
 # ---------------------------------------------------------------- terminal
@@ -665,9 +629,8 @@ def render(entries, width=100):
 def test_scratch_is_told_apart_where_a_target_has_several_backbones(written):
     entries = [c for c in written[0] if c.target == "clothing"]
     one = entries + [replace(c, backbone="timm/vgg11") for c in entries if c.source == "none"]
-    assert any(
-        " none vgg11" in line for line in render(one).splitlines()
-    ) and "vgg11" not in render(entries)
+    assert any(" none vgg11" in line for line in render(one).splitlines())
+    assert "vgg11" not in render(entries)
 
 
 def test_table_is_readable_in_100_columns_without_colour(written):
@@ -677,19 +640,15 @@ def test_table_is_readable_in_100_columns_without_colour(written):
         assert len(re.findall(rf"^{target}\b", text, re.MULTILINE)) == 1
     wins = [line for line in text.splitlines() if re.search(r" wins( \*)?  ", line)]
     losses = [line for line in text.splitlines() if re.search(r" loses( \*)?  ", line)]
-    assert (
-        len(wins) == sum(c.verdict == "wins" for c in written[0])
-        and len(losses) == sum(c.verdict == "loses" for c in written[0]) > 0
-    )
+    assert len(wins) == sum(c.verdict == "wins" for c in written[0])
+    assert len(losses) == sum(c.verdict == "loses" for c in written[0]) > 0
     entry = find(written[0])
     (line,) = (line for line in wins if f"{entry.gain:+.3f}" in line)
-    assert (
-        "garments" in line
-        and "full" in line
-        and f"[{entry.gain_low:+.3f}, {entry.gain_high:+.3f}]" in line
-        and f"{entry.mean:.3f} [{entry.low:.3f}, {entry.high:.3f}]" in line
-        and "42 s" in line
-    )
+    assert "garments" in line
+    assert "full" in line
+    assert f"[{entry.gain_low:+.3f}, {entry.gain_high:+.3f}]" in line
+    assert f"{entry.mean:.3f} [{entry.low:.3f}, {entry.high:.3f}]" in line
+    assert "42 s" in line
     assert text.count("100 % labels") == text.count("5 % labels") == len(SKILL)
     words = {word for word, _, _ in report.WORDS}
     for name in terminal.COLUMNS:
@@ -839,19 +798,16 @@ def test_names_and_errors_are_escaped_everywhere(tmp_path):
         versions={EVIL: EVIL},
     )
     parsed = Page(html)
-    assert not {"b", "i", "script", "x"} & (set(parsed.tags) - {"b"}) and html.count(
-        "<b>"
-    ) == html.count("</b>")
+    assert not {"b", "i", "script", "x"} & (set(parsed.tags) - {"b"})
+    assert html.count("<b>") == html.count("</b>")
     assert "<b>|" not in html and "<script>" not in html and EVIL in "".join(parsed.text)
     assert (
         '<svg role="img" aria-label="Gain over scratch with 95 % intervals: &lt;b&gt;|&quot;x&quot;'
         in html
     )
     check_markdown(md)
-    assert (
-        not re.search(r"<(?!br>)", unfenced(md))
-        and "````\n<script>alert(1)</script>\n```\nend\n````" in md
-    )
+    assert not re.search(r"<(?!br>)", unfenced(md))
+    assert "````\n<script>alert(1)</script>\n```\nend\n````" in md
 
 
 def test_a_job_whose_trials_all_failed_still_reports(tmp_path):
@@ -859,12 +815,10 @@ def test_a_job_whose_trials_all_failed_still_reports(tmp_path):
     entries, md, html = write(tmp_path, rows, {}, {}, pretraining=[])
     assert [c.verdict for c in entries] == ["failed"]
     for text in (md, html):
-        assert (
-            "o trial finished" in text
-            and "3 trials failed" in text
-            and "t0" in text
-            and "is not in the state" in text
-        )
+        assert "o trial finished" in text
+        assert "3 trials failed" in text
+        assert "t0" in text
+        assert "is not in the state" in text
     Page(html)
     check_markdown(md)
     assert "failed" in render(entries)
@@ -883,10 +837,8 @@ def test_signatures_and_passwords_of_addresses_are_left_out(tmp_path):
 def test_nothing_at_all_still_reports(tmp_path):
     _, md, html = write(tmp_path, [], {}, {}, pretraining=[], splits={}, notes=[], versions={})
     Page(html)
-    assert (
-        "nothing to compare with scratch yet" in md
-        and "Nothing to compare with scratch yet" in html
-    )
+    assert "nothing to compare with scratch yet" in md
+    assert "Nothing to compare with scratch yet" in html
 
 
 def test_sparse_input_is_taken(tmp_path):
@@ -912,10 +864,8 @@ def test_the_same_input_gives_the_same_bytes(tmp_path):
 
 def test_decimals_follow_the_interval():
     assert blocks.decimal_places([(0.81, 0.83), (0.5, 0.6), (0.7, 0.72)]) == 3
-    assert (
-        blocks.decimal_places([(20.0, 21.0)]) == 2
-        and blocks.decimal_places([(1000.0, 1400.0)]) == 0
-    )
+    assert blocks.decimal_places([(20.0, 21.0)]) == 2
+    assert blocks.decimal_places([(1000.0, 1400.0)]) == 0
     assert blocks.decimal_places([(0.5, 0.5), (None, None)]) == 3
 
 

@@ -329,7 +329,5 @@ def test_rows_of_one_target_that_were_split_in_two_ways_are_told_apart():
         "photos",
     ]
     assert [row.value for row in message] == [row.value for row in rows]
-    assert (
-        results.disambiguate_targets(rows[:1] + rows[3:]) == rows[:1] + rows[3:]
-        and rows[0].target == "xray"
-    )
+    assert results.disambiguate_targets(rows[:1] + rows[3:]) == rows[:1] + rows[3:]
+    assert rows[0].target == "xray"

@@ -157,9 +157,8 @@ def test_of_many_targets_the_interval_is_over_targets():
     (found,) = score_audit.audits(matrix(targets=targets), scores, dict.fromkeys(targets, "text"))
     assert found.tau == pytest.approx(0.0)
     # of means of 20 signs: 1.96 / sqrt(20) to either side
-    assert found.low == pytest.approx(-0.44, abs=0.07) and found.high == pytest.approx(
-        0.44, abs=0.07
-    )
+    assert found.low == pytest.approx(-0.44, abs=0.07)
+    assert found.high == pytest.approx(0.44, abs=0.07)
 
 
 def test_techniques_that_train_nothing_or_were_not_tried_with_all_do_not_count():

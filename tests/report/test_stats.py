@@ -178,15 +178,14 @@ def test_mean_is_over_seeds_and_one_seed_resamples_units_only():
 def test_an_interval_of_a_share_ends_where_shares_do():
     runs = [run(answers(np.arange(20) < right), seed) for seed, right in enumerate((20, 20, 12))]
     mean, low, high = stats.mean_interval(ACCURACY, runs)
-    assert mean == pytest.approx(52 / 60) and low < 0.6 and high == 1.0, (
-        "Student's widening for 3 seeds goes beyond"
-    )
+    assert mean == pytest.approx(52 / 60)
+    assert low < 0.6
+    assert high == 1.0, "Student's widening for 3 seeds goes beyond"
     assert stats.mean_interval(LOSS, runs)[2] > LOSS.value(runs[2].predictions), (
         "a loss has no greatest value"
     )
-    assert catalog.metric("auroc/fluid", ["fluid"]).bounds({}) == (0.0, 1.0) and catalog.metric(
-        "kappa"
-    ).bounds({}) == (-1.0, 1.0)
+    assert catalog.metric("auroc/fluid", ["fluid"]).bounds({}) == (0.0, 1.0)
+    assert catalog.metric("kappa").bounds({}) == (-1.0, 1.0)
 
 
 def test_rows_are_paired_by_id_not_by_place():
@@ -352,11 +351,9 @@ def test_one_pair_of_seeds_has_no_p_value_and_an_interval_over_rows_alone():
     found = stats.compare(
         ACCURACY, [run(answers(hits[0]), 0), run(answers(hits[0]), 1)], [run(answers(hits[1]), 1)]
     )
-    assert (
-        found.seeds == 1
-        and math.isnan(found.p_value)
-        and 0.2 < found.low < found.value < found.high < 0.4
-    )
+    assert found.seeds == 1
+    assert math.isnan(found.p_value)
+    assert 0.2 < found.low < found.value < found.high < 0.4
 
 
 def test_holm_agrees_with_the_definition():
@@ -409,10 +406,8 @@ def test_a_perfect_ranking_is_as_sure_as_its_independent_pairs():
 
 def test_the_choice_of_settings_widens_the_interval_where_the_search_could_have_ended_elsewhere():
     clear, open_ended = [[0.9, 0.91, 0.9], [0.5, 0.51, 0.5]], [[0.9, 0.7, 0.8], [0.85, 0.92, 0.78]]
-    assert (
-        stats.choice_variance(clear) == pytest.approx(0.0)
-        and stats.choice_variance(clear[:1]) == 0.0
-    )
+    assert stats.choice_variance(clear) == pytest.approx(0.0)
+    assert stats.choice_variance(clear[:1]) == 0.0
     assert stats.choice_variance([[0.8, 0.9], [0.8, 0.9]]) == pytest.approx(0.0), (
         "whichever is chosen, it is as good"
     )
@@ -434,11 +429,9 @@ def test_evidence_counts_units_outside_of_the_most_frequent_class(groups):
     hits = np.ones(40, bool)
     p = {**answers(hits), "label": (np.arange(40) < 12).astype(np.int64)}
     found = stats.evidence(run(p, groups=groups))
-    assert (
-        found.count == (12 if groups is None else 3)
-        and found.what.endswith(" outside of the most frequent class")
-        and found.enough == (groups is None)
-    )
+    assert found.count == (12 if groups is None else 3)
+    assert found.what.endswith(" outside of the most frequent class")
+    assert found.enough == (groups is None)
     many = stats.evidence(run({**p, "label": np.minimum(np.arange(40), 30)}))
     assert many.count == 10
     plain = stats.evidence(run(losses(np.zeros(40)), groups=groups))
@@ -571,16 +564,13 @@ def test_counted_draws_are_whole_groups_and_the_same_for_every_run():
         [run(losses(np.arange(6.0)), groups=groups)],
         [run(losses(np.arange(6.0) - 1), groups=groups)],
     )
-    assert (
-        found[0] == 6.0 and found[1] < found[2]
-    )  # a draw of three groups holds 3 to 9 rows, each better by one
+    assert found[0] == 6.0
+    assert found[1] < found[2]
     counts = np.concatenate(seen[::2])
     assert np.array_equal(counts, np.concatenate(seen[1::2])) and counts.shape == (stats.DRAWS, 6)
-    assert (
-        (counts[:, 0] == counts[:, 1]).all()
-        and (counts[:, 3] == counts[:, 5]).all()
-        and (counts[:, [0, 2, 3]].sum(1) == 3).all()
-    )
+    assert (counts[:, 0] == counts[:, 1]).all()
+    assert (counts[:, 3] == counts[:, 5]).all()
+    assert (counts[:, [0, 2, 3]].sum(1) == 3).all()
     assert counts.std(0).min() > 0
 
 

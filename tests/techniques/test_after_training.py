@@ -222,19 +222,6 @@ def test_two_averages_at_once_are_refused():
         loop.fit(run)
 
 
-@EACH
-@pytest.mark.parametrize("name", ["swa", "ema"])
-def test_averages_of_every_modality(kind, name):
-    task, rows = classified(KINDS[kind])
-    before = weights(task)
-    run = make_run(rows, task, steps=3, technique=technique(name), global_batch=4, lr=1e-3)
-    outcome = loop.fit(run)
-    after = weights(task)
-    assert outcome.params_trained == sum(p.numel() for p in task.parameters())
-    assert any(not torch.equal(after[n], before[n]) for n in after if n.startswith("backbone."))
-    assert all(torch.isfinite(tensor).all() for tensor in after.values())
-
-
 # ---------------------------------------------------------------- WiSE-FT
 
 
@@ -392,26 +379,10 @@ def test_a_greedy_soup_is_never_worse_on_validation_than_its_best_member(seed):
     assert check(ended)["accuracy"] >= max(single)
 
 
-def test_one_row_a_class_and_all_rows_are_not_mixed(tmp_path, paths):
-    """Label fractions 1 and 1.0 are equal numbers."""
-    job = job_of(tmp_path, paths, label_fractions=[1, 1.0])
-    dumped = job.model_dump(mode="json") | {"techniques": ["full", "uniform_soup"]}
-    dumped["fanout"]["keep_bundles"] = "all"
-    dumped["sources"]["src"]["train"] = {"global_batch": 8}
-    state = stages.check(Job.model_validate(dumped), stage_runs.Silent())
-    arch = Architecture("timm/test_vit", {}, {"channels": 3, "size": 32})
-    group = grid.BackboneGroup(arch, stage_runs.MODALITY, "net", ("src",))
-    found = planned_trials.final_trials(state, [group], {"task": {"src"}}, {})
-    soups = [one for one in found if one.members]
-    assert len(soups) == 2
-    for soup in soups:
-        kinds = {type(one.label_fraction) for one in soup.members}
-        assert kinds == {type(soup.label_fraction)}
-
-
-def planned(tmp_path, paths, techniques, seeds: int = 3) -> dict[str, list[grid.Trial]]:
+def planned(tmp_path, paths, techniques, seeds: int = 3, **target) -> dict[str, list[grid.Trial]]:
     """The final trials of a job by their techniques."""
-    dumped = job_of(tmp_path, paths).model_dump(mode="json") | {"techniques": techniques}
+    job = job_of(tmp_path, paths, **target)
+    dumped = job.model_dump(mode="json") | {"techniques": techniques}
     dumped["fanout"] |= {"keep_bundles": "all", "seeds": seeds}
     dumped["sources"]["src"]["train"] = {"global_batch": 8}
     state = stages.check(Job.model_validate(dumped), stage_runs.Silent())
@@ -421,6 +392,15 @@ def planned(tmp_path, paths, techniques, seeds: int = 3) -> dict[str, list[grid.
     for one in planned_trials.final_trials(state, [group], {"task": {"src"}}, {}):
         out.setdefault(one.technique.name, []).append(one)
     return out
+
+
+def test_one_row_a_class_and_all_rows_are_not_mixed(tmp_path, paths):
+    """Label fractions 1 and 1.0 are equal numbers."""
+    found = planned(tmp_path, paths, ["full", "uniform_soup"], label_fractions=[1, 1.0])
+    assert len(found["uniform_soup"]) == 2
+    for soup in found["uniform_soup"]:
+        kinds = {type(one.label_fraction) for one in soup.members}
+        assert kinds == {type(soup.label_fraction)}
 
 
 @pytest.mark.parametrize("name", ["uniform_soup", "greedy_soup", "ensemble"])
@@ -436,21 +416,13 @@ def test_what_combines_trials_is_made_anew_by_its_ingredients_alone(tmp_path, pa
     assert members == {one.id for one in (*both["full"], *both["lora"])}
 
 
-@pytest.mark.parametrize("name", ["uniform_soup", "ensemble"])
-def test_a_technique_that_is_not_there_is_no_source_to_test(tmp_path, paths, name):
+@pytest.mark.parametrize("name", ["uniform_soup", "greedy_soup", "ensemble"])
+def test_what_is_to_be_combined_must_be_there(tmp_path, paths, name):
     job = job_of(tmp_path, paths)
     shared = shared_of(tmp_path, job, paths)
-    with pytest.raises(ValueError, match=r"there are 0: raise fanout\.seeds"):
+    message = r"trials of full, and there are 0: raise fanout\.seeds, or name"
+    with pytest.raises(ValueError, match=message):
         trial.build_task(trial_of(job, shared, name), shared)
-
-
-@pytest.mark.parametrize("name", ["uniform_soup", "greedy_soup", "ensemble"])
-def test_what_is_to_be_combined_must_be_there(name):
-    one = finished("lora", 0, {})
-    with pytest.raises(
-        ValueError, match=r"trials of full, and\s+there are 0: raise fanout.seeds, or name"
-    ):
-        technique(name).after_fanout([one])
 
 
 @pytest.mark.parametrize("name", ["uniform_soup", "greedy_soup", "ensemble"])

@@ -29,7 +29,7 @@ from toys import (
 from pipeline.checkpoints import bundle, export
 from pipeline.config import registry
 from pipeline.config.schema import Job
-from pipeline.core.contracts import Task, layer_rates
+from pipeline.core.contracts import Task, Technique, layer_rates
 from pipeline.core.nn.filter_maps import change_filters
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec, Spec
 from pipeline.techniques.bottleneck import Adapter, BottleneckTask
@@ -296,21 +296,27 @@ def test_modules_that_are_not_there_are_told_with_those_that_are():
         wrapped(classified("transformers/bert")[0], modules=["query", "fc1"])
 
 
-def test_adapters_that_a_block_goes_past_are_told_at_the_first_batch():
-    """timm's BEiT multiplies by the weights of qkv and never calls it."""
+def assert_a_block_that_goes_past_is_named(technique: Technique) -> None:
+    """A forward that is replaced, so that the code of its class does not tell: as timm's BEiT, it
+    multiplies by the weights of qkv and never calls it.
+    """
     rows = image_rows(16, size=32, channels=3)
     task = task_of("timm/test_vit", IMAGE, "classification", label_state())
     attention: Any = task.backbone.get_submodule("model.blocks.0.attn")
     attention.forward = lambda x, **words: attention.proj(
         nn.functional.linear(x, attention.qkv.weight, attention.qkv.bias)[..., : x.shape[-1]]
     )
-    run = make_run(rows, wrapped(task, modules="all"), steps=2, technique=bottleneck())
+    run = make_run(rows, technique.wrap(task), steps=2, technique=technique)
     with pytest.raises(
         ValueError,
         match=r"timm/test_vit uses the weights of model.blocks.0.attn.qkv without calling "
         r".*modules: \[fc1, fc2, proj\]",
     ):
         loop.fit(run)
+
+
+def test_adapters_that_a_block_goes_past_are_told_at_the_first_batch():
+    assert_a_block_that_goes_past_is_named(bottleneck(modules="all"))
 
 
 def test_a_trial_s_bundle_gives_what_was_recorded_and_is_refused_as_a_source(tmp_path):

@@ -71,37 +71,32 @@ def test_other_outputs_than_features_are_those_of_both(name):
     assert all(p.grad is not None for p in wrapped.backbone.side.parameters())
 
 
-def test_its_bundle_holds_both_networks(tmp_path):
+def test_its_bundle_holds_both_networks_and_is_refused_as_a_source(tmp_path):
     paths = image_files(tmp_path, {"train": 16, "validation": 8, "test": 8})
     job = job_of(tmp_path, paths, train={"steps": 3})
     shared = shared_of(tmp_path, job, paths, keep_bundles=True)
-    record = trial.run(trial_of(job, shared, "side_tuning"), shared)
-    found = bundle.load(str(record.rows[0].bundle_uri))
+    rows = {
+        name: trial.run(trial_of(job, shared, name), shared).rows[0]
+        for name in ("side_tuning", "full")
+    }
+    found = bundle.load(str(rows["side_tuning"].bundle_uri))
     assert found.manifest.technique == Spec("side_tuning")
     task = found.task()
     data = next(iter(shared.targets.values()))
     batch = take(data.test, range(8))
     hits = (scores(task, batch).argmax(-1) == batch["label"]).float().mean()
-    assert float(hits) == pytest.approx(record.rows[0].value)
+    assert float(hits) == pytest.approx(rows["side_tuning"].value)
     with pytest.raises(bundle.BundleError, match="does not fit timm/test_vit"):
         bundle.transfer(
             bundle.build_backbone(found.manifest.arch, seed=0), found.backbone_tensors(), "it"
         )
 
-
-def test_its_bundle_is_refused_as_a_source_before_anything_starts(tmp_path):
-    paths = image_files(tmp_path, {"train": 16, "validation": 8, "test": 8})
-    job = job_of(tmp_path, paths, train={"steps": 3})
-    shared = shared_of(tmp_path, job, paths, keep_bundles=True)
-    for technique in ("side_tuning", "full"):
-        record = trial.run(trial_of(job, shared, technique), shared)
-        uri = str(record.rows[0].bundle_uri)
-        spec = {"backbone": f"bundle:{uri}"}
+    def plan(row):
+        spec = {"backbone": f"bundle:{row.bundle_uri}"}
         next_job = Job.model_validate({**job.model_dump(mode="json"), "sources": {"next": spec}})
-        if technique == "full":
-            assert source.plan_source(next_job, "next").is_existing_bundle
-            continue
-        with pytest.raises(
-            ValueError, match=r"sources\.next: bundle:.* fine-tuned with side_tuning"
-        ):
-            source.plan_source(next_job, "next")
+        return source.plan_source(next_job, "next")
+
+    assert plan(rows["full"]).is_existing_bundle
+    message = r"sources\.next: bundle:.* fine-tuned with side_tuning"
+    with pytest.raises(ValueError, match=message):
+        plan(rows["side_tuning"])
