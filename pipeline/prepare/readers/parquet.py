@@ -39,23 +39,12 @@ def row_group_bytes(entry: Entry) -> list[int]:
         return [about.row_group(i).total_byte_size for i in range(about.num_row_groups)]
 
 
-def row_groups(entry: Entry, split: str, sizes: list[int], most: int) -> list[InputSplit]:
-    """Group neighbouring row groups into input splits of up to about `most` bytes."""
-    out: list[InputSplit] = []
-    for i, size in enumerate(sizes):
-        if out and out[-1].size + size <= most:
-            out[-1] = out[-1]._replace(stop=i + 1, size=out[-1].size + size)
-        else:
-            out.append(InputSplit(entry.name, split, entry, i, i + 1, size))
-    return out
-
-
 def split_files(
     listed: InputFiles,
     most: int,
     cut_others: Callable[[InputFiles], list[InputSplit]] = whole_files,
 ) -> list[InputSplit]:
-    """Cut Parquet files into input splits of about `most` bytes.
+    """Cut Parquet files into input splits of neighbouring row groups, of about `most` bytes.
 
     `cut_others` cuts other files, and Parquet that is in archives, compressed or without rows.
     """
@@ -63,8 +52,13 @@ def split_files(
     entries = [entry for entry, _ in listed.files]
     sizes_of_files = threaded_map(row_group_bytes, entries)
     for (entry, split), sizes in zip(listed.files, sizes_of_files, strict=True):
-        one = InputFiles([(entry, split)], {}, "")
-        out += row_groups(entry, split, sizes, most) or cut_others(one)
+        parts: list[InputSplit] = []
+        for i, size in enumerate(sizes):
+            if parts and parts[-1].size + size <= most:
+                parts[-1] = parts[-1]._replace(stop=i + 1, size=parts[-1].size + size)
+            else:
+                parts.append(InputSplit(entry.name, split, entry, i, i + 1, size))
+        out += parts or cut_others(InputFiles([(entry, split)], {}, ""))
     return out
 
 
