@@ -181,7 +181,7 @@ class Trajectory(Modality):
         space_index, missing, _ = self._resolve_spaces(rows)
         parts = [
             _describe_names(
-                "space",
+                "robot",
                 Counter(self.names[i] for i in space_index.tolist() if i >= 0),
                 Counter(map(rows.name, missing.tolist())),
             )

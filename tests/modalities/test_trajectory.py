@@ -566,7 +566,7 @@ def test_a_target_grows_what_its_source_lacks_and_nothing_else():
         promote_options="default",
     )
     assert source.coverage(target, COLUMNS) == (
-        "1 of 2 spaces are known; new: UR5_e (2 rows); 1 of 3 tasks are known; new: turn (3 "
+        "1 of 2 robots are known; new: UR5_e (2 rows); 1 of 3 tasks are known; new: turn (3 "
         "rows), lift (1 rows)"
     )
     before = json.dumps(source.state)
@@ -588,7 +588,7 @@ def test_a_target_grows_what_its_source_lacks_and_nothing_else():
         and batch["task"].tolist() == [1, 4, 3, 0, 4, 4]
     )
     assert (
-        grown.coverage(target, COLUMNS) == "2 of 2 spaces are known; 3 of 3 tasks are known"
+        grown.coverage(target, COLUMNS) == "2 of 2 robots are known; 3 of 3 tasks are known"
         and grown.extend_state(target, COLUMNS) is grown.state
     )
     assert source.extend_state(episodes(5, seed=9), COLUMNS) is source.state
@@ -608,7 +608,7 @@ def test_classes_that_a_source_lacks_make_a_space_of_their_own():
         assert not any(bad) and batch["space"].tolist() == [len(spaces) - 1] * 2
     assert (
         source.coverage(table(steered("aexw"), actions=NAMES), COLUMNS)
-        == "0 of 1 spaces are known; new: o3c (1 rows)"
+        == "0 of 1 robots are known; new: o3c (1 rows)"
     )
 
 
@@ -621,7 +621,7 @@ def test_rows_without_a_name_find_the_space_that_has_their_classes():
         0
     ]["space"].tolist() == [1], "those that it grew for"
     back = table(steered("abcd"), steered("ab"), actions=NAMES)
-    assert second.coverage(back, COLUMNS) == "1 of 1 spaces are known"
+    assert second.coverage(back, COLUMNS) == "1 of 1 robots are known"
     third = Trajectory(first.options, json.loads(json.dumps(second.extend_state(back, COLUMNS))))
     assert third.names == ("o3c4", "o3c3"), "no third space of the same classes"
     batch, bad = read(third, back)
@@ -631,10 +631,10 @@ def test_rows_without_a_name_find_the_space_that_has_their_classes():
 def test_numbers_far_beyond_the_source_are_told():
     source = made(table(walk(50, 3, 2, seed=1)))
     near, far = table(walk(50, 3, 2, seed=2)), table(walk(50, 3, 2, seed=2, shift=1e4))
-    assert source.coverage(near, COLUMNS) == "1 of 1 spaces are known"
+    assert source.coverage(near, COLUMNS) == "1 of 1 robots are known"
     assert (
         source.coverage(far, COLUMNS)
-        == "1 of 1 spaces are known; 100% of the numbers that o3a2 observes lie beyond 10 of its "
+        == "1 of 1 robots are known; 100% of the numbers that o3a2 observes lie beyond 10 of its "
         "deviations, and are cut there"
     )
 
