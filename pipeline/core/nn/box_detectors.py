@@ -413,7 +413,7 @@ class FasterRCNN(nn.Module):
         usable = []
         for of_image, target in zip(boxes, targets, strict=True):
             is_in_crowd = in_crowd(of_image, target["crowd"])
-            is_on_object = _overlaps(of_image, target["boxes"])
+            is_on_object = (box_iou(of_image, target["boxes"]) >= 0.5).any(1)
             usable.append(of_image[~is_in_crowd | is_on_object])
         boxes, matched, labels, wanted = self.roi_heads.select_training_samples(usable, shifted)
         scores, shifts = self._regions(maps, boxes, batch)
@@ -442,8 +442,3 @@ class FasterRCNN(nn.Module):
             {"boxes": boxes, "scores": scores, "labels": labels - 1}
             for boxes, scores, labels in zip(*processed, strict=True)
         ]
-
-
-def _overlaps(boxes: Tensor, objects: Tensor) -> Tensor:
-    """Return (k,) which boxes overlap an object by half or more."""
-    return (box_iou(boxes, objects) >= 0.5).any(1)
