@@ -72,6 +72,13 @@ Number = Annotated[float, BeforeValidator(registry.reject_bool)]
 """A number in a list, where pydantic alone would read true as 1."""
 
 
+class Problems(list[tuple[tuple[str | int, ...], str]]):
+    """What is wrong with parts of a spec: the place of each within it, and a text."""
+
+    def add(self, place: tuple[str | int, ...], text: str) -> None:
+        self.append((place, text))
+
+
 def _refuse(problems: list[tuple[tuple[str | int, ...], str]]) -> None:
     """Raise the problems of parts of a spec, each at its own place."""
     if problems:
@@ -285,31 +292,27 @@ class Data(Spec):
             raise ValueError(
                 "validation and test files need train; with uri use split_column or the fractions"
             )
-        problems: list[tuple[tuple[str | int, ...], str]] = []
+        problems = Problems()
         if self.validation is not None and self.validation_fraction:
             problems += _unused_field_problems(
                 self,
                 ["validation_fraction"],
-                (),
                 "nothing is held out where validation files are given",
             )
         if self.test is not None:
             problems += _unused_field_problems(
-                self, ["test_fraction"], (), "nothing is held out where test files are given"
+                self, ["test_fraction"], "nothing is held out where test files are given"
             )
         holds_out = (self.validation is None and self.validation_fraction) or (
             self.test is None and self.test_fraction
         )
         if not holds_out:
             problems += _unused_field_problems(
-                self,
-                ["split_seed"],
-                (),
-                "no rows are held out by validation_fraction or test_fraction",
+                self, ["split_seed"], "no rows are held out by validation_fraction or test_fraction"
             )
         if self.split_column is None:
             problems += _unused_field_problems(
-                self, ["split_values"], (), "they are values of split_column, and there is none"
+                self, ["split_values"], "they are values of split_column, and there is none"
             )
         _refuse(problems)
         named = [value for values in self.split_values.values() for value in values]
@@ -332,14 +335,12 @@ class Data(Spec):
 
     @model_validator(mode="after")
     def _joinable(self):
-        problems: list[tuple[tuple[str | int, ...], str]] = []
+        problems = Problems()
         for i, part in enumerate(self.more):
             if part.more:
-                problems.append(
-                    (
-                        ("more", i, "more"),
-                        "corpora are joined to the first one alone: list all of them there",
-                    )
+                problems.add(
+                    ("more", i, "more"),
+                    "corpora are joined to the first one alone: list all of them there",
                 )
             if part.modality.name != self.modality.name or part.modality.options not in (
                 {},
@@ -349,14 +350,12 @@ class Data(Spec):
                     f"it is {part.modality}, that of the first rows {self.modality}; joined rows "
                     "are read alike, say the same"
                 )
-                problems.append((("more", i, "modality"), text))
+                problems.add(("more", i, "modality"), text)
             if part.columns not in ({}, self.columns):
-                problems.append(
-                    (
-                        ("more", i, "columns"),
-                        f"they are {part.columns}, those of the first rows {self.columns}: "
-                        "leave them out, or say the same",
-                    )
+                problems.add(
+                    ("more", i, "columns"),
+                    f"they are {part.columns}, those of the first rows {self.columns}: "
+                    "leave them out, or say the same",
                 )
         lacking = [i for i, weight in enumerate(self.weights) if weight is None]
         if 0 < len(lacking) <= len(self.more):
@@ -495,7 +494,7 @@ class Train(Spec):
         unread = ("momentum",) if self.optimizer == "adamw" else ("beta1", "beta2")
         _refuse(
             _unused_field_problems(
-                self, unread, (), f"the optimizer is {self.optimizer}, which does not read it"
+                self, unread, f"the optimizer is {self.optimizer}, which does not read it"
             )
         )
         return self
@@ -569,7 +568,7 @@ def changed_fields(spec: BaseModel) -> set[str]:
 
 
 def _unused_field_problems(
-    spec: BaseModel, fields: Iterable[str], at: tuple[str | int, ...], why: str
+    spec: BaseModel, fields: Iterable[str], why: str, at: tuple[str | int, ...] = ()
 ) -> list[tuple[tuple[str | int, ...], str]]:
     """Return a problem for each of the fields that is changed although nothing would read it."""
     return [
@@ -702,25 +701,25 @@ class Source(Spec):
 
     def _unread_fields(self) -> list[tuple[tuple[str | int, ...], str]]:
         """Return the fields that are stated and that nothing would read, each with the reason."""
-        problems: list[tuple[tuple[str | int, ...], str]] = []
+        problems = Problems()
         if self.data is not None and self.data.weight is not None and not self.data.more:
             text = (
                 "it is the share of a corpus beside others (data.more), and there is only one "
                 "corpus here: leave it out"
             )
-            problems.append((("data", "weight"), text))
+            problems.add(("data", "weight"), text)
         if self.probe is not None:
             problems += _unused_field_problems(
                 self.probe,
                 ["decode", "shuffle"],
-                ("probe",),
                 "the rows of a probe are decoded into memory, and never shuffled",
+                ("probe",),
             )
             problems += _unused_field_problems(
                 self.probe,
                 ["test_fraction"],
-                ("probe",),
                 "a probe has training and validation rows",
+                ("probe",),
             )
         if self.data is None:
             only_with_data = (
@@ -735,7 +734,6 @@ class Source(Spec):
             problems += _unused_field_problems(
                 self,
                 only_with_data,
-                (),
                 "a source without data is a checkpoint as it is, and nothing is trained",
             )
         problems += _weight_problems(self.probe, "probe", "the rows of a probe are read whole")
@@ -861,27 +859,26 @@ class Target(Spec):
     @model_validator(mode="after")
     def _cut_in_folds(self):
         """Refuse what folds have no use for: they make the splits, and test every row."""
-        problems: list[tuple[tuple[str | int, ...], str]] = []
+        problems = Problems()
         if self.folds is None:
             nothing = "it is one of several folds, and folds is not given"
-            _refuse(_unused_field_problems(self, ["fold"], (), nothing))
+            _refuse(_unused_field_problems(self, ["fold"], nothing))
             return self
         if self.fold is not None and self.fold > self.folds:
-            problems.append((("fold",), f"there are {self.folds} folds, numbered from 1"))
+            problems.add(("fold",), f"there are {self.folds} folds, numbered from 1")
         problems += _unused_field_problems(
             self.data,
             ["validation", "test", "split_column", "test_fraction"],
-            ("data",),
             "folds test every row once and hold out validation_fraction of the others (where: "
             "keeps the rows of one declared split)",
+            ("data",),
         )
         problems += _unused_field_problems(
-            self.data, ["more"], ("data",), "folds are cut from one corpus: name its files in uri"
+            self.data, ["more"], "folds are cut from one corpus: name its files in uri", ("data",)
         )
         problems += _unused_field_problems(
             self,
             ["unlabelled"],
-            (),
             "its rows are read in each fold, and a fold's test rows may be among them",
         )
         _refuse(problems)
@@ -894,26 +891,25 @@ class Target(Spec):
         if given is None:
             return self
         place = "unlabelled"
-        problems = _weight_problems(given, place, "unlabelled rows are read as they are")
+        why = "unlabelled rows are read as they are"
+        problems = Problems(_weight_problems(given, place, why))
         for name in ("validation", "test"):
             if getattr(given, name) is not None:
-                problems.append(
-                    ((place, name), "all unlabelled rows are trained on: name the files in uri")
+                problems.add(
+                    (place, name), "all unlabelled rows are trained on: name the files in uri"
                 )
         problems += _unused_field_problems(
             given,
             ["split_column", "validation_fraction", "test_fraction", "decode", "max_bad_rows"],
-            (place,),
             "all unlabelled rows are trained on, as those of data are",
+            (place,),
         )
         own = self.data.modality
         if given.modality.name != own.name or given.modality.options not in ({}, own.options):
-            problems.append(
-                (
-                    (place, "modality"),
-                    f"it is {given.modality}, that of data {own}; unlabelled rows are read as the "
-                    "target's are: say the same",
-                )
+            problems.add(
+                (place, "modality"),
+                f"it is {given.modality}, that of data {own}; unlabelled rows are read as the "
+                "target's are: say the same",
             )
         _refuse(problems)
         return self
@@ -1094,50 +1090,42 @@ class Fanout(Spec):
 
     @model_validator(mode="after")
     def _ranges(self):
-        problems: list[tuple[tuple[str | int, ...], str]] = []
+        problems = Problems()
         for name, values in self.stated_search.items():
             if not all(map(math.isfinite, values)):
-                problems.append((("search", name), f"{values}: every value must be finite"))
+                problems.add(("search", name), f"{values}: every value must be finite")
             elif len(values) == 2 and not 0 < values[0] <= values[1]:
-                problems.append(
-                    (("search", name), f"{values} must be [low, high] with 0 < low <= high")
-                )
+                problems.add(("search", name), f"{values} must be [low, high] with 0 < low <= high")
             elif len(values) < 2:
-                problems.append((("search", name), "give [low, high] or three or more values"))
+                problems.add(("search", name), "give [low, high] or three or more values")
         if {"steps", "epochs"} <= self.stated_search.keys():
-            problems.append((("search", "epochs"), "search steps or epochs, not both"))
+            problems.add(("search", "epochs"), "search steps or epochs, not both")
         if self.trials > 1 and not self.search:
-            problems.append(
-                (
-                    ("trials",),
-                    "trials above 1 needs search: a field of train with its range, e.g. {lr: "
-                    "[1e-4, 1e-2]}, or auto",
-                )
+            problems.add(
+                ("trials",),
+                "trials above 1 needs search: a field of train with its range, e.g. {lr: "
+                "[1e-4, 1e-2]}, or auto",
             )
         if self.trials == 1 and self.search == "auto":
-            problems.append((("search",), "search needs trials above 1, e.g. trials: 8"))
+            problems.add(("search",), "search needs trials above 1, e.g. trials: 8")
         if self.trials == 1:
             nothing = "trials is 1, so that nothing is drawn"
-            problems += _unused_field_problems(self, ["search_finalists", "searcher"], (), nothing)
+            problems += _unused_field_problems(self, ["search_finalists", "searcher"], nothing)
             problems += _unused_field_problems(
-                self, ["scheduler"], (), f"{nothing}, and asha stops draws alone"
+                self, ["scheduler"], f"{nothing}, and asha stops draws alone"
             )
         if self.searcher == "optuna" and self.scheduler == "asha":
-            problems.append(
-                (
-                    ("searcher",),
-                    "optuna learns from trials that ran to their end, and asha stops some: say "
-                    "scheduler fifo, or searcher random",
-                )
+            problems.add(
+                ("searcher",),
+                "optuna learns from trials that ran to their end, and asha stops some: say "
+                "scheduler fifo, or searcher random",
             )
         if self.trials > 1 and self.budget is not None:
-            problems.append(
-                (
-                    ("select", "budget"),
-                    f"trials is {self.trials}, and a budget searches no hyper-parameters: its "
-                    "search trials compare sources and techniques. Leave trials and search out, or "
-                    "the budget",
-                )
+            problems.add(
+                ("select", "budget"),
+                f"trials is {self.trials}, and a budget searches no hyper-parameters: its "
+                "search trials compare sources and techniques. Leave trials and search out, or "
+                "the budget",
             )
         _refuse(problems)
         return self
@@ -1210,30 +1198,24 @@ class Job(Spec):
 
     @model_validator(mode="after")
     def _fits_together(self):
-        problems: list[tuple[tuple[str | int, ...], str]] = [
-            (
-                ("targets", name, "sources", i),
-                f"unknown source {source!r}; {registry.nearest(source, self.sources)}",
-            )
-            for name, target in self.targets.items()
-            for i, source in enumerate(target.sources or ())
-            if source not in self.sources
-        ]
+        problems = Problems()
+        for name, target in self.targets.items():
+            for i, source in enumerate(target.sources or ()):
+                if source not in self.sources:
+                    text = f"unknown source {source!r}; {registry.nearest(source, self.sources)}"
+                    problems.add(("targets", name, "sources", i), text)
         parts = self._parts()
-        problems += [
-            (("only", i), f"no part of this job is named {name!r}; {registry.nearest(name, parts)}")
-            for i, name in enumerate(self.only)
-            if name not in parts
-        ]
+        for i, name in enumerate(self.only):
+            if name not in parts:
+                near = registry.nearest(name, parts)
+                problems.add(("only", i), f"no part of this job is named {name!r}; {near}")
         if self.only and self.fanout.budget is not None:
             field = "select" if self.fanout.by_score is None else "select.budget"
-            problems.append(
-                (
-                    ("only",),
-                    f"fanout.select.budget ({self.fanout.budget}) is shared out over the whole "
-                    "job, and a part would spend all of it: run the whole job, or the part without "
-                    f"a budget (--set fanout.{field}=null)",
-                )
+            problems.add(
+                ("only",),
+                f"fanout.select.budget ({self.fanout.budget}) is shared out over the whole "
+                "job, and a part would spend all of it: run the whole job, or the part without "
+                f"a budget (--set fanout.{field}=null)",
             )
         for name, target in self.targets.items():
             at = ("targets", name)
@@ -1243,24 +1225,24 @@ class Job(Spec):
                     "fanout.select.budget chooses by its validation rows: leave the budget out, or "
                     "put 0 in a job of its own"
                 )
-                problems.append(((*at, "label_fractions"), text))
+                problems.add((*at, "label_fractions"), text)
             if self.fanout.budget is not None and target.folds is not None:
                 text = (
                     "fanout.select.budget would keep other pairs of source and technique in each "
                     "fold, and a table over all folds needs the same: leave one of them out"
                 )
-                problems.append(((*at, "folds"), text))
+                problems.add((*at, "folds"), text)
             if self.fanout.scheduler == "asha" and target.workers:
                 text = (
                     "asha stops no trial of several ranks: say fanout.scheduler fifo, or workers 0"
                 )
-                problems.append(((*at, "workers"), text))
+                problems.add((*at, "workers"), text)
             if self.fanout.select is not None and target.folds is not None:
                 text = (
                     "fanout.select would choose other sources in each fold, so that no source is "
                     "tested on all rows: name the sources of the target instead"
                 )
-                problems.append(((*at, "folds"), text))
+                problems.add((*at, "folds"), text)
         found = search_problems(
             self.fanout.stated_search, (target.train for target in self.targets.values())
         )

@@ -44,9 +44,22 @@ from pipeline.io.json_values import Json, JsonObject, as_list, as_object
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as its users mean it: 1e-4 is a number; 2026-10-01, no, 007 and 12:30 are texts."""
+    """YAML as its users mean it: 1e-4 is a number; 2026-10-01, no, 007 and 12:30 are texts.
 
-    visited = 0
+    Attributes:
+        lines: The line of each value, by its path.
+        problems: Mistakes, each with its line.
+    """
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.visited = 0
+        self.lines: dict[Path_, int] = {}
+        self.problems: list[tuple[int, str]] = []
+
+    def refuse(self, line: int, path: Path_, what: str) -> None:
+        """Note a mistake."""
+        self.problems.append((line, f"{_dotted_path(path)}: {what}"))
 
     def visit(self) -> None:
         """Count a value. Raise YAMLError beyond `MAX_VALUES`."""
@@ -112,52 +125,34 @@ OF_ALL = ("decode", "shuffle", "max_bad_rows")
 """Fields of data that hold for all joined corpora."""
 
 
-def _plain(
-    node: yaml.Node,
-    loader: _Loader,
-    path: Path_,
-    lines: dict[Path_, int],
-    problems: list[tuple[int, str]],
-) -> Json:
-    """Return the value of a YAML node, noting the line of every part of it in ``lines``."""
-    lines[path] = node.start_mark.line + 1
+def _plain(node: yaml.Node, loader: _Loader, path: Path_) -> Json:
+    """Return the value of a YAML node, noting the line of every part of it."""
+    line = loader.lines[path] = node.start_mark.line + 1
     loader.visit()
     if len(path) > MAX_DEPTH:
         raise yaml.YAMLError("nested too deeply, or an alias that holds itself")
     if isinstance(node, yaml.MappingNode):
         out: JsonObject = {}
-        for key, (line, value_node) in _pairs(node, path, problems, loader).items():
-            out[key] = _plain(value_node, loader, (*path, key), lines, problems)
-            lines[(*path, key)] = line
+        for key, (line_of_key, value_node) in _pairs(node, loader, path).items():
+            out[key] = _plain(value_node, loader, (*path, key))
+            loader.lines[(*path, key)] = line_of_key
         return out
     if isinstance(node, yaml.SequenceNode):
-        return [
-            _plain(child, loader, (*path, i), lines, problems) for i, child in enumerate(node.value)
-        ]
+        return [_plain(child, loader, (*path, i)) for i, child in enumerate(node.value)]
     untyped: Any = loader
     try:
         value: Json = untyped.construct_object(node)
     except (ValueError, LookupError, AttributeError) as error:
         # a text that looks like what it is not, or a tag that does not fit
-        problems.append(
-            (
-                lines[path],
-                f"{_dotted_path(path)}: {node.value!r} is no {node.tag.removeprefix(_YAML)} "
-                f"({error}); put it in quotes if it is text",
-            )
-        )
+        kind = node.tag.removeprefix(_YAML)
+        what = f"{node.value!r} is no {kind} ({error}); put it in quotes if it is text"
+        loader.refuse(line, path, what)
         return node.value
-    if isinstance(value, str):
-        return _expand_environment(value, lines[path], path, problems)
-    return value
+    return _expand_environment(value, loader, line, path) if isinstance(value, str) else value
 
 
 def _pairs(
-    node: yaml.MappingNode,
-    path: Path_,
-    problems: list[tuple[int, str]],
-    loader: _Loader,
-    depth: int = 0,
+    node: yaml.MappingNode, loader: _Loader, path: Path_, depth: int = 0
 ) -> dict[str, tuple[int, yaml.Node]]:
     """Return a dict from key to (line, value) of a mapping: its merged keys (<<) and its own.
 
@@ -172,49 +167,33 @@ def _pairs(
         loader.visit()
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode):
-            problems.append((line, f"{_dotted_path(path)}: a key is a text, no list or mapping"))
+            loader.refuse(line, path, "a key is a text, no list or mapping")
             continue
-        key = _expand_environment(key_node.value, line, path, problems)
+        key = _expand_environment(key_node.value, loader, line, path)
         merge = key_node.tag == f"{_YAML}merge"
         merges += merge
         if key in own or (merge and merges > 1):
-            problems.append(
-                (
-                    line,
-                    f"{_dotted_path((*path, key))}: this key stands here twice; "
-                    f"{'write <<: [*one, *two]' if merge else 'remove one'}",
-                )
-            )
+            remedy = "write <<: [*one, *two]" if merge else "remove one"
+            loader.refuse(line, (*path, key), f"this key stands here twice; {remedy}")
         if not merge:
             own[key] = (line, value_node)
             continue
         for base in value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]:
             if isinstance(base, yaml.MappingNode):
-                merged = {**_pairs(base, path, problems, loader, depth + 1), **merged}
+                merged = {**_pairs(base, loader, path, depth + 1), **merged}
             else:
-                place = _dotted_path((*path, key))
-                text = f"{place}: merges a mapping or a list of mappings, e.g. <<: *anchor"
-                problems.append((line, text))
+                what = "merges a mapping or a list of mappings, e.g. <<: *anchor"
+                loader.refuse(line, (*path, key), what)
     return {**merged, **own}
 
 
-def _expand_environment(
-    text: str,
-    line: int,
-    path: Path_,
-    problems: list[tuple[int, str]],
-) -> str:
+def _expand_environment(text: str, loader: _Loader, line: int, path: Path_) -> str:
     """Return a text with the values of its ``${NAME}`` variables."""
 
     def value(match: re.Match[str]) -> str:
         if match[1] not in os.environ:
-            problems.append(
-                (
-                    line,
-                    f"{_dotted_path(path)}: environment variable {match[1]} is not set; set it or "
-                    "write the value",
-                )
-            )
+            what = f"environment variable {match[1]} is not set; set it or write the value"
+            loader.refuse(line, path, what)
         return os.environ.get(match[1], match[0])  # left as it is, no other place is looked for
 
     return _VARIABLE.sub(value, text)
@@ -251,11 +230,11 @@ def _dotted_path(path: Path_) -> str:
 
 def _read(text: str, problems: list[tuple[int, str]]) -> tuple[JsonObject | None, dict[Path_, int]]:
     """Return the mapping that a job's text holds, and the line of each of its parts."""
-    lines: dict[Path_, int] = {}
     loader = _Loader(text)
+    lines = loader.lines
     try:
         node = loader.get_single_node()
-        data = _plain(node, loader, (), lines, problems) if node else None
+        data = _plain(node, loader, ()) if node else None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         written = text.splitlines()
@@ -268,6 +247,7 @@ def _read(text: str, problems: list[tuple[int, str]]) -> tuple[JsonObject | None
         problems.append((1, "not valid YAML: nested too deeply"))
         return None, lines
     finally:
+        problems += loader.problems
         loader.dispose()  # pyright: ignore[reportUnknownMemberType]
     if not isinstance(data, dict):
         problems.append((1, "a job is a mapping with name, sources and targets"))
@@ -282,11 +262,10 @@ def _apply_override(data: JsonObject, setting: str, problems: list[tuple[int, st
     if not equals or not all(path):
         problems.append((0, f"--set {setting}: write --set a.b=value"))
         return ()
-    inner: list[tuple[int, str]] = []
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
-        value = _plain(node, loader, path, {}, inner) if node else None
+        value = _plain(node, loader, path) if node else None
     except yaml.YAMLError as error:
         problems.append(
             (0, f"--set {setting}: the value is not valid YAML: {getattr(error, 'problem', error)}")
@@ -295,7 +274,7 @@ def _apply_override(data: JsonObject, setting: str, problems: list[tuple[int, st
     except RecursionError:
         problems.append((0, f"--set {dotted}: the value is nested too deeply"))
         return ()
-    problems.extend((0, f"{message} (from --set {setting})") for _, message in inner)
+    problems.extend((0, f"{message} (from --set {setting})") for _, message in loader.problems)
     steps: list[str | int] = []
     at: Json = data
     for i, part in enumerate(path):
@@ -555,13 +534,11 @@ def _input_problems(part: JsonObject, path: Path_) -> list[tuple[Path_, str]]:
         out += _component_problems("modality", part["modality"], (*path, "modality"))
     plain, tag = registry.split_tag(str(_name_of(part["backbone"])))
     if tag and part.get("data") is not None:
-        out.append(
-            (
-                (*path, "backbone"),
-                "a tag says how published weights read their images, and data.modality "
-                f"decides that here: write {plain}",
-            )
+        text = (
+            "a tag says how published weights read their images, and data.modality decides that "
+            f"here: write {plain}"
         )
+        out.append(((*path, "backbone"), text))
     return out
 
 
@@ -821,22 +798,14 @@ def _data_problems(
         if at[-1] in ("data", "probe", "unlabelled"):
             out += _role_problems(rows, part.get("objective"), at)
         else:
-            out += [
-                (
-                    (*at, field),
-                    "said once, for all corpora that are joined, beside the first one's files",
-                )
-                for field in OF_ALL
-                if field in rows
-            ]
+            once = "said once, for all corpora that are joined, beside the first one's files"
+            out += [((*at, field), once) for field in OF_ALL if field in rows]
         if at == ("targets", path[1], "data") and rows.get("decode") in ("workers", "device"):
-            out.append(
-                (
-                    (*at, "decode"),
-                    "targets are decoded in memory or in the train worker: say decode: "
-                    "memory, train or auto",
-                )
+            text = (
+                "targets are decoded in memory or in the train worker: say decode: memory, train "
+                "or auto"
             )
+            out.append(((*at, "decode"), text))
     return out
 
 
