@@ -45,8 +45,10 @@ FORWARD_SHARE = 1 / 3
 """Share of the forward pass in a training step: the backward pass takes about twice as long."""
 BUSY = 1.5
 """The machine is busy where measured steps took this many times their processor time."""
-SECONDS_PER_TRIAL = 1.0
-"""Time of a trial beside its steps: it is started, its weights are read and written."""
+SECONDS_PER_TRIAL = 0.2
+"""Time of a trial beside its steps: it is started, its weights are read and written. Small networks
+take 0.09 on two cores (tests/benchmarks/fanout.py, 2026-12-02).
+"""
 
 
 class Unmeasured(Exception):  # noqa: N818 - no error of the job
