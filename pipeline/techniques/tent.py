@@ -12,6 +12,9 @@ from pipeline.core.nn.domain_adaptation import prediction_entropies
 from pipeline.core.nn.norm_statistics import batch_norms, measure
 from pipeline.core.nn.norms import norm_parameters
 
+PART_ROWS = 32
+"""Rows of which activations are kept at the same time, where a batch may be cut."""
+
 
 class TentOptions(Options):
     lr: float = Field(1e-3, gt=0, description="learning rate of Adam for the norms")
@@ -68,9 +71,11 @@ class Tent(Technique):
         optimizer = torch.optim.Adam(trained, lr=self.options.lr)
         for _ in range(self.options.passes):
             for batch in batches():
-                with torch.enable_grad():
-                    loss = entropy(task, batch)
-                    loss.backward()
+                # batch norms read the whole batch; elsewhere the gradients of parts add up to its
+                for part in batch.split(None if norms else PART_ROWS):
+                    with torch.enable_grad():
+                        loss = entropy(task, part) * (len(part) / len(batch))
+                        loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
         if norms:

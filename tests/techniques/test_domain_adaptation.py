@@ -27,6 +27,7 @@ from pipeline.core.contracts import Batch, Task
 from pipeline.core.contracts.technique_capabilities import adapts_without_labels
 from pipeline.core.nn import domain_adaptation, domain_losses
 from pipeline.data.stream import Rows, eval_batches
+from pipeline.techniques import tent
 from pipeline.techniques.adabn import AdaBN
 from pipeline.techniques.cdan import CDAN, ConditionalClassifier
 from pipeline.techniques.coral import Coral
@@ -473,6 +474,26 @@ def test_tent_changes_norms_alone_and_lowers_the_entropy(norm):
     assert changed and all(name.startswith("backbone.norm.") for name in changed)
     assert {"backbone.norm.weight", "backbone.norm.bias"} <= changed
     assert all(parameter.requires_grad for parameter in adapted.parameters())
+
+
+@pytest.mark.parametrize(("norm", "most"), [("layer", 3), ("batch", 8)])
+def test_tent_holds_the_activations_of_few_rows_where_no_norm_reads_the_batch(
+    monkeypatch, norm, most
+):
+    rows, found = shifted(image_rows(16)), []
+    for part_rows in (100, 3):
+        monkeypatch.setattr(tent, "PART_ROWS", part_rows)
+        technique, task = Tent(TentOptions(lr=0.01)), net_task(norm=norm)
+        sizes = []
+
+        def noted(task, batch, into=sizes):
+            into.append(len(batch))
+            return entropy(task, batch)
+
+        monkeypatch.setattr(tent, "entropy", noted)
+        found.append(weights(technique.at_test(technique.wrap(task), inputs_of(rows))))
+    assert max(sizes) == most
+    assert furthest(*found) < 1e-6
 
 
 @EVERY_MODALITY

@@ -80,19 +80,34 @@ def test_a_penalty_reads_rows_of_source_and_target_without_their_labels(
     assert torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name])
 
 
-@pytest.mark.parametrize("micro_batch", [None, 5])
-def test_streams_are_cut_as_the_batch_is(tmp_path, paths, monkeypatch, micro_batch):
-    sizes = []
+@pytest.mark.parametrize(
+    ("micro_batch", "num_rows", "sizes"),
+    [
+        (None, 30, [(16, 16, 16)] * 2),
+        (5, 30, [(4, 4, 4)] * 8),
+        (4, 2, [(4, 1, 4)] * 4),  # 2 of the 4 parts have no row, and so no penalty
+    ],
+)
+def test_streams_are_cut_as_the_batch_is(
+    tmp_path, paths, monkeypatch, micro_batch, num_rows, sizes
+):
+    found = []
+    kind = registry.get("technique", "mean_alignment")
+    penalty = kind.penalty
 
     def counted(self, task, batch, streams):
-        sizes.append((len(batch), len(streams["source"]), len(streams["target"])))
+        found.append((len(batch), len(streams["source"]), len(streams["target"])))
+        return penalty(self, task, batch, streams)
 
-    monkeypatch.setattr(registry.get("technique", "mean_alignment"), "penalty", counted)
+    monkeypatch.setattr(kind, "penalty", counted)
+    rows = str(tmp_path / "rows.parquet")
+    pq.write_table(pq.read_table(paths["train"]).slice(0, num_rows), rows)
     job = job_of(tmp_path, paths, train={"micro_batch": micro_batch, "steps": 2})
     shared = shared_of(tmp_path, job, paths)
-    shared.source_rows = source_rows(paths["train"])
-    trial.run(trial_of(job, shared, "mean_alignment"), shared)
-    assert sizes == ([(16, 16, 16)] * 2 if micro_batch is None else [(4, 4, 4)] * 8)
+    shared.source_rows = source_rows(rows)
+    record = trial.run(trial_of(job, shared, "mean_alignment"), shared)
+    assert record.skipped_steps == 0
+    assert found == sizes
 
 
 @pytest.mark.parametrize("share", [0.1, 0.01])
@@ -144,23 +159,6 @@ def test_no_record_is_written_when_a_file_of_a_stream_has_changed(
     monkeypatch.setattr(trial, "predict_test", meanwhile)
     with pytest.raises(file_identity.ChangedFileError, match=name):
         trial.run(trial_of(job, shared, "mean_alignment"), shared)
-
-
-def test_an_empty_part_of_a_stream_has_no_penalty(tmp_path, paths, monkeypatch):
-    sizes = []
-    penalty = registry.get("technique", "mean_alignment").penalty
-
-    def counted(self, task, batch, streams):
-        sizes.append(len(streams["source"]))
-        return penalty(self, task, batch, streams)
-
-    monkeypatch.setattr(registry.get("technique", "mean_alignment"), "penalty", counted)
-    pq.write_table(pq.read_table(paths["train"]).slice(0, 2), tmp_path / "two.parquet")
-    job = job_of(tmp_path, paths, train={"micro_batch": 4, "steps": 2})
-    shared = shared_of(tmp_path, job, paths)
-    shared.source_rows = source_rows(str(tmp_path / "two.parquet"))
-    record = trial.run(trial_of(job, shared, "mean_alignment"), shared)
-    assert record.skipped_steps == 0 and sizes == [1] * 4, "2 of the 4 parts have no row"
 
 
 def test_a_frozen_technique_with_hooks_that_nothing_calls_is_refused(tmp_path, paths, monkeypatch):

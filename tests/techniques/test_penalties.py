@@ -388,16 +388,6 @@ def test_lwf_starts_at_zero_and_trains_the_old_head_too():
     assert all(p.grad is None for p in used.teacher.parameters())
 
 
-def test_lwf_needs_a_source_with_a_head_of_classes():
-    used = technique("lwf")
-    used.read_source(None)
-    with pytest.raises(ValueError, match="lwf keeps the source's head, and this source has none"):
-        used.wrap(net_task())
-    used.read_source(OBJECTIVES["mae"].build("mae").task)
-    with pytest.raises(ValueError, match=r"lwf compares scores .* the source's objective is mae"):
-        used.wrap(net_task())
-
-
 # ---------------------------------------------------------------- co-tuning
 
 
@@ -431,24 +421,25 @@ def test_co_tuning_counts_the_source_s_labels_by_class(kind):
     assert list(used.finish(wrapped).state_dict()) == names
 
 
-def test_co_tuning_relates_classes_alone():
-    used = technique("co_tuning")
-    used.read_source(None)
-    with pytest.raises(ValueError, match="co_tuning keeps the source's head, and this source has"):
-        used.wrap(net_task())
-    labels = OBJECTIVES["multilabel"].build("multilabel").task
-    used.read_source(labels)
-    with pytest.raises(ValueError, match="the source's objective is multilabel, whose rows have"):
-        used.wrap(net_task())
-
-
-def test_co_tuning_needs_rows_of_one_class():
-    used = technique("co_tuning")
-    used.read_source(net_task())
-    mixing = net_task()
-    mixing.objective.options = mixing.objective.options.model_copy(update={"mixup": 0.2})
-    with pytest.raises(ValueError, match="co_tuning needs the class of a row, and the options mix"):
-        used.wrap(mixing)
+@pytest.mark.parametrize(
+    ("name", "source", "message"),
+    [
+        ("lwf", None, "lwf keeps the source's head, and this source has none"),
+        ("lwf", "mae", r"lwf compares scores .* the source's objective is mae"),
+        ("co_tuning", None, "co_tuning keeps the source's head, and this source has none"),
+        ("co_tuning", "multilabel", "the source's objective is multilabel, whose rows have"),
+        ("co_tuning", "mixing", "co_tuning needs the class of a row, and the options mixup"),
+    ],
+)
+def test_heads_that_cannot_be_kept_are_refused(name, source, message):
+    used, task = technique(name), net_task()
+    if source == "mixing":
+        used.read_source(net_task())
+        task.objective.options = task.objective.options.model_copy(update={"mixup": 0.2})
+    else:
+        used.read_source(source and OBJECTIVES[source].build(source).task)
+    with pytest.raises(ValueError, match=message):
+        used.wrap(task)
 
 
 # ---------------------------------------------------------------- in a run
