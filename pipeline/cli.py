@@ -1015,6 +1015,7 @@ def _add_listing(command: str, kind: str) -> Callable[..., None]:
             ),
         ] = None,
         plugin: Plugin = None,
+        list_: Annotated[bool, typer.Option("--list", hidden=True)] = False,  # as prepare has it
     ) -> None:
         with _exit_codes():
             plugins.use(plugin or ())

@@ -32,6 +32,7 @@ def test_a_command_lists_every_component_of_its_kind(command, kind):
     assert [line.split()[0] for line in done.output.splitlines() if line[:1].strip()] == (
         registry.names(kind)
     )
+    assert onetomany(command, "--list").output == done.output  # as one writes it for prepare
 
 
 @pytest.mark.parametrize(("command", "kind"), COMPONENTS)
