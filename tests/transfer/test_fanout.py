@@ -377,19 +377,7 @@ def test_entries_keep_a_bundle_each_and_failed_trials_do_not_count(tmp_path):
         made(tmp_path, 2, 0.6, entry="lp_ft"),
         made(tmp_path, 3, 0.4, entry="lp_ft"),
     ]
-    missing = Trial(
-        "src",
-        "base",
-        "timm/x",
-        "task",
-        ComponentConfig(name="full"),
-        {},
-        1.0,
-        9,
-        "final",
-        "never-ran",
-        "trials/never-ran",
-    )
+    missing = dataclasses.replace(trials[0], id="never-ran", folder="trials/never-ran")
     fanout.prune_bundles(str(tmp_path), [missing, *trials], "best", {})
     assert left(tmp_path) == ["full-0", "full-1", "lp_ft-2"]
 

@@ -32,9 +32,8 @@ from pipeline.report import matrix
 from pipeline.report.trial_record import CurvePoint, TrialRecord
 from pipeline.train.source import SourceStage
 from pipeline.transfer import tracking
-from pipeline.transfer.grid import Trial
 from tests.report.test_report import failure, trial
-from tests.transfer.test_live_page import Lines
+from tests.transfer.test_live_page import Lines, planned_trial
 
 SECRET = "hunter2-token"
 
@@ -93,12 +92,12 @@ def ended(tmp_path, task, monkeypatch):
         source = "none" if technique == "scratch" else "garments"
         made, _, curve = trial("clothing", source, technique, "1.0", 0, level)
         made = [replace(row, value_low=row.value - 0.1, value_high=row.value + 0.1) for row in made]
-        one = planned(source, technique, made[0].trial_id)
+        one = planned_trial(source, technique, 0, made[0].trial_id)
         points = tuple(CurvePoint(p.step, dict(p.metrics)) for p in curve)
         write(job, one, TrialRecord(one.id, rows=tuple(made), curve=points, run="first"))
         trials.append(one)
         rows += [replace(row, gain=0.2, gain_low=0.1, gain_high=0.3) for row in made]
-    lost = planned("garments", "lora", "lost")
+    lost = planned_trial("garments", "lora", 0, "lost")
     row = failure("clothing", "no memory", "lost")
     write(job, lost, TrialRecord("lost", status="failed", error="no memory", rows=(row,)))
     for name in ("report.html", "report.md", "results.parquet"):
@@ -111,23 +110,6 @@ def ended(tmp_path, task, monkeypatch):
     )
     state = SimpleNamespace(job=job, progress=Lines(), sources={"garments": stage})
     return SimpleNamespace(state=state, trials=[*trials, lost], outcome=outcome)
-
-
-def planned(source, technique, name):
-    component = ComponentConfig(name=technique)
-    return Trial(
-        source,
-        "key",
-        "timm/resnet18",
-        "clothing",
-        component,
-        {},
-        1.0,
-        0,
-        "final",
-        name,
-        f"trials/{name}",
-    )
 
 
 def write(job, one, record):
