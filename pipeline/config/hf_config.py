@@ -100,11 +100,7 @@ def plain(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: A key in `CHANGES`, a value of another kind, or a size beyond its bound.
     """
-    if wrong := [key for key in CHANGES if config.get(key)]:
-        raise ValueError(
-            f"{wrong[0]}: the model is computed by other code than {family}'s own, and none from "
-            f"outside is run; take a plain {family} checkpoint"
-        )
+    _refuse_other_code(family, config)
     out = {key: config[key] for key in config if key in KEYS[family]}
     for key, value in out.items():
         _check(key, value)
@@ -115,6 +111,15 @@ def plain(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
             "model of this family has so many"
         )
     return out
+
+
+def _refuse_other_code(family: str, config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a key in `CHANGES`."""
+    if wrong := [key for key in CHANGES if config.get(key)]:
+        raise ValueError(
+            f"{wrong[0]}: the model is computed by other code than {family}'s own, and none from "
+            f"outside is run; take a plain {family} checkpoint"
+        )
 
 
 def _check(key: str, value: Json) -> None:
@@ -228,11 +233,7 @@ def plain_keys(
     Raises:
         ValueError: A key in `CHANGES`, a value of another kind, or a size beyond every model.
     """
-    if wrong := [key for key in CHANGES if config.get(key)]:
-        raise ValueError(
-            f"{wrong[0]}: the model is computed by other code than {family}'s own, and none from "
-            f"outside is run; take a plain {family} checkpoint"
-        )
+    _refuse_other_code(family, config)
     known = (declared | USUAL_KEYS) - LABELS
     out = {key: config[key] for key in config if key in known and not NEVER.search(key)}
     for key, value in out.items():

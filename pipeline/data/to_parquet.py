@@ -86,6 +86,7 @@ are read. Where each of several files is a row, there are also columns `label` (
 and `id` (the path).
 """
 TEXT_VERSION = 2
+JSON_VERSION = 2
 CSV_VERSION = 3
 """Changes when the same files become other rows, so that they are converted again."""
 GROUP_ROWS, GROUP_BYTES = 1024, 64 << 20
@@ -308,6 +309,7 @@ def to_parquet(
             kind,
             [[*name, file.content] for name, file in zip(names, read, strict=True)],
             *([TEXT_VERSION] if kind in TEXT_KINDS else []),
+            *([JSON_VERSION] if kind == "jsonl" else []),
             *([CSV_VERSION, sorted(text_columns), sorted(empty_texts)] if kind == "csv" else []),
         )
     folder = storage.join(imports_uri, key)

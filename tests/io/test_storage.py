@@ -11,8 +11,6 @@ import threading
 import time
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from faults import Flaky, run_python
 
@@ -110,15 +108,6 @@ def test_open_read_seeks(root):
         )
         file.seek(0)
         assert file.read() == data
-
-
-def test_open_read_serves_pyarrow(root):
-    table = pa.table({"row": list(range(1000))})
-    sink = io.BytesIO()
-    pq.write_table(table, sink, row_group_size=100)
-    storage.write_bytes(storage.join(root, "t.parquet"), sink.getvalue())
-    with storage.open_read(storage.join(root, "t.parquet")) as file:
-        assert pq.ParquetFile(file).read_row_group(7)["row"].to_pylist() == list(range(700, 800))
 
 
 def test_fingerprint_changes_with_content(root):
