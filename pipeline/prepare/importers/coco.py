@@ -120,9 +120,11 @@ class CocoOptions(Options):
 class Coco(ImageImporter):
     """COCO: images with boxes, classes and masks.
 
-    annotations/instances_NAME.json with the images in NAME/, images/NAME/, NAME.zip or images/.
+    It reads annotations/instances_NAME.json with the images in NAME/, images/NAME/, NAME.zip or
+    images/.
 
-    Also exports of Roboflow: train/, valid/ and test/, each with images and _annotations.coco.json.
+    It also reads exports of Roboflow: train/, valid/ and test/, each with images and
+    _annotations.coco.json.
 
     Columns: `boxes` (list of [x, y, width, height] in pixels of the written image), `labels`
     (category ids, unchanged), `label_names`, `crowd` (one for each box), `image_id` and, where

@@ -73,8 +73,8 @@ class FilesOptions(RecordingOptions):
 class Files(Importer):
     """Image or audio files that a table names, with all columns of the table.
 
-    A CSV, TSV, JSON Lines or Parquet file with a column that names image or audio files, by
-    paths relative to its folder (or --set root=), absolute paths or URIs.
+    It reads a CSV, TSV, JSON Lines or Parquet file with a column that names image or audio files,
+    by paths relative to its folder (or --set root=), absolute paths or URIs.
 
     Columns: `image` or `audio` (the file's bytes), `path`, `split`, and all other columns of the
     table. Invalid rows: no file of that name, an empty name, or a file that cannot be decoded.

@@ -90,7 +90,7 @@ class Subjects(NamedTuple):
 class Meds(RecordsImporter):
     """Patients' events in the Medical Event Data Standard (MEDS 0.4).
 
-    A folder in the Medical Event Data Standard (MEDS 0.4): data/**/*.parquet, and if present
+    It reads a folder in the standard: data/**/*.parquet, and if present
     metadata/subject_splits.parquet and metadata/dataset.json.
 
     --set labels=TASK gives one row a label (boolean_value, integer_value, float_value or

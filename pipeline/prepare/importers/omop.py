@@ -167,9 +167,9 @@ class TimedRows(NamedTuple):
 class Omop(RecordsImporter):
     """Patients' events from a database of the OMOP common data model.
 
-    Tables of the OMOP common data model 5.3 or 5.4 (CSV, also .gz or .zst, or Parquet; names and
-    columns in any case): person, visit_occurrence, condition_occurrence, drug_exposure,
-    measurement, observation, procedure_occurrence, death, concept.
+    It reads tables of versions 5.3 and 5.4 (CSV, also .gz or .zst, or Parquet; names and columns in
+    any case): person, visit_occurrence, condition_occurrence, drug_exposure, measurement,
+    observation, procedure_occurrence, death, concept.
 
     Columns: entity (visit_occurrence_id, or person_id), patient (person_id), times (hours; 0 is the
     visit's start, the prediction time, or the last event), variables, values, events, static (Age,
