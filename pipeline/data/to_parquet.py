@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 from functools import partial
@@ -658,7 +659,8 @@ def _check_delimiter(file: str, delimiter: str) -> None:
         first, second = handle.readline(LINE_BYTES), handle.readline(LINE_BYTES)
     if b"\0" in first + second:
         raise ValueError(f"{file}: its content is binary, not text; write it as CSV in UTF-8")
-    if delimiter.encode() in first or b'"' in first:
+    first, second = (re.sub(rb'"[^"]*"', b"", line) for line in (first, second))
+    if delimiter.encode() in first:
         return
     for other, name_of_other in DELIMITERS.items():
         count = first.count(other.encode())

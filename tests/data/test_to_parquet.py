@@ -321,6 +321,7 @@ def test_other_marks_in_a_table_part_no_fields(tmp_path, imports, name, content,
     ("name", "content", "says"),
     [
         ("a.csv", "a;b\nc;d\n", "separated by semicolons, .* by commas; .* --set delimiter=';'"),
+        ("a.csv", '"a, x";"b"\n"c";"d"\n', "separated by semicolons, .* by commas"),
         ("a.csv", "a|b\nc|d\n", "separated by vertical bars, .* --set delimiter='\\|'"),
         ("a.csv", "a\tb\nc\td\n", "separated by tabs, .* --set delimiter=tab"),
         ("a.tsv", "a,b\nc,d\n", "separated by commas, .* by tabs; .* --set delimiter=','"),
