@@ -389,6 +389,10 @@ def test_a_trials_code_holds_its_plugins(tmp_path, spectra):
         "objective classification",
     } <= code.keys()
     assert not [part for part in code if part.startswith("spectra.")], "each component by itself"
+    cart = SPECTRA.with_name("cart_world.py")
+    plugins.use([str(SPECTRA), str(cart)])
+    code = grid.made_by(job.targets["kinds"], made[0], job.techniques[2]).code
+    assert "cart_world" in code, "policies act in its environment"
     plugins.use([])
     bare = provenance.components_of("image", "timm/resnet18", {}, "classification", "full")
     assert not [name for kind, name in bare if kind == "metric"]

@@ -570,6 +570,11 @@ def _of_plugin(plugin: Plugin) -> tuple[Entry, ...]:
     return components
 
 
+def environment_plugins() -> tuple[str, ...]:
+    """Return the modules of plugins in use that register environments of gymnasium alone."""
+    return tuple(plugin.module for plugin in plugins.active() if not _of_plugin(plugin))
+
+
 def names(kind: str) -> list[str]:
     return sorted(entries(kind))
 

@@ -627,6 +627,7 @@ def made_by(target: Target, group: BackboneGroup, technique: ComponentConfig) ->
     frozen = registry.get("technique", technique.name).frozen
     modules = (
         *provenance.TRIAL_CODE,
+        *registry.environment_plugins(),
         *(provenance.FROZEN_CODE if frozen else ()),
         *(provenance.OVERLAP_CODE if target.drop_overlap != "none" else ()),
     )
@@ -649,7 +650,7 @@ def trial_made_by(trial: Trial, target: Target, group: BackboneGroup) -> Provena
         target.data.modality.name, NO_BACKBONE, {}, target.objective.name
     )
     made = provenance.made_by(
-        (*provenance.BASELINE_CODE, *overlap),
+        (*provenance.BASELINE_CODE, *registry.environment_plugins(), *overlap),
         (*components, ("baseline", trial.technique.name)),
     )
     library = {"scikit-learn": metadata.version("scikit-learn")}

@@ -558,14 +558,14 @@ def test_actions_that_rows_cannot_hold_are_refused(tmp_path, monkeypatch, action
 
 @pytest.fixture
 def own_cart(tmp_path, monkeypatch):
-    """The plugin with an environment of its own, used by nothing yet."""
-    monkeypatch.delitem(sys.modules, "cart_world", raising=False)
-    monkeypatch.delitem(gymnasium.registry, "own/Cart-v0", raising=False)
+    """The plugin with an environment of its own, imported by nothing before or after."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     source = Path(__file__).parents[1] / "plugin" / "cart_world.py"
     plugins.use([shutil.copy(source, tmp_path)])
     yield "own/Cart-v0"
     plugins.use([])
+    sys.modules.pop("cart_world", None)
+    gymnasium.registry.pop("own/Cart-v0", None)
 
 
 def test_rows_of_an_environment_that_was_changed_are_not_gone_on_with(tmp_path, own_cart):
@@ -591,9 +591,8 @@ def test_an_environment_of_a_plugin_is_made_in_prepare_and_in_a_job(tmp_path, ow
     columns = {"actions": "actions", "environment": "environment"}
     state = {"kind": "continuous", "columns": ["environment"]}
     table = pq.read_table(tmp_path / "out")
-    registered = gymnasium.registry.pop(own_cart), sys.modules.pop("cart_world")
+    del gymnasium.registry[own_cart], sys.modules["cart_world"]
     BehaviourCloning.check_test({}, table, columns, state)  # as in another process
-    assert own_cart in gymnasium.registry and registered
     del gymnasium.registry[own_cart]
     plugins.use([])
     with pytest.raises(ValueError, match="registers it under `plugins`"):
