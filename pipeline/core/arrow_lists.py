@@ -32,6 +32,16 @@ def is_number(kind: pa.DataType) -> bool:
     return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)
 
 
+def is_class_name(kind: pa.DataType) -> bool:
+    """Whether values of a type may name a class: texts, whole numbers and booleans."""
+    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+    types = pa.types
+    return any(
+        fits(plain)
+        for fits in (types.is_string, types.is_large_string, types.is_integer, types.is_boolean)
+    )
+
+
 def is_text(kind: pa.DataType) -> bool:
     """Return whether values are texts, also where they are stored as a dictionary."""
     plain = kind.value_type if pa.types.is_dictionary(kind) else kind

@@ -21,7 +21,15 @@ import pyarrow as pa
 from torch import nn
 
 from pipeline.core.arrow_compute import pc
-from pipeline.core.arrow_lists import filled, floats, is_list, is_number, joined, lengths
+from pipeline.core.arrow_lists import (
+    filled,
+    floats,
+    is_class_name,
+    is_list,
+    is_number,
+    joined,
+    lengths,
+)
 from pipeline.media.deviation import divisors, rounded_mean
 
 NONE, CLASSES = -1, -2
@@ -307,14 +315,7 @@ def _classes(
 ) -> tuple[np.ndarray, np.ndarray, StepValues]:
     """Do the same for lists of class names, integers or booleans, which are then the names."""
     column, kind = joined(table[name]), table.schema.field(name).type
-    value = kind.value_type if is_list(kind) else pa.null()
-    plain = value.value_type if pa.types.is_dictionary(value) else value
-    if not (
-        pa.types.is_string(plain)
-        or pa.types.is_large_string(plain)
-        or pa.types.is_integer(plain)
-        or pa.types.is_boolean(plain)
-    ):
+    if not is_class_name(kind.value_type if is_list(kind) else pa.null()):
         raise ValueError(
             f"column {name}: it holds {kind}; {role} are lists, one entry a step, of lists of "
             "numbers or of class names"

@@ -537,9 +537,8 @@ class BehaviourCloning(Objective):
         if "environment" not in raw_rows.columns:
             return predictions, None
         self.eval()
-        space = predictions["space"]
-        task = predictions["task"]
-        pilot = Pilot(backbone.eval(), self, raw_rows.modality, space, task)
+        of = predictions["space"], predictions["task"]
+        pilot = Pilot(backbone.eval(), self, raw_rows.modality, *of)
         return _rollout_metrics(pilot, predictions, raw_rows)
 
     def rollout_scores(
@@ -551,9 +550,8 @@ class BehaviourCloning(Objective):
         """With ``environment``: as ``rollout_evaluation``, of actions of any model."""
         if "environment" not in rows.columns:
             return predictions, None
-        space = predictions["space"]
-        task = predictions["task"]
-        pilot = StepPilot(scores, self, rows.modality, space, task)
+        of = predictions["space"], predictions["task"]
+        pilot = StepPilot(scores, self, rows.modality, *of)
         return _rollout_metrics(pilot, predictions, rows)
 
 
@@ -563,13 +561,20 @@ class Actor:
     `Pilot` is that of a network of this package, `StepPilot` that of any model of single steps.
 
     Args:
+        model: What chooses, see the classes.
         space: (n,) int64, of each world the index of its space among the modality's.
         task: (n,) int64, of each world the index of its task.
     """
 
     def __init__(
-        self, objective: BehaviourCloning, modality: Any, space: np.ndarray, task: np.ndarray
+        self,
+        model: Any,
+        objective: BehaviourCloning,
+        modality: Any,
+        space: np.ndarray,
+        task: np.ndarray,
     ):
+        self.model = model
         self.objective = objective
         self.modality = modality
         self.space = np.asarray(space, dtype=np.int64)
@@ -583,6 +588,7 @@ class Actor:
         self.known: dict[str, SpaceState] = {name: known[name] for name in self.rows}
         self.action_width = max(space["action"] for space in objective.spaces.values())
         self.bounds: list[tuple[Any, Any]] = [(-np.inf, np.inf)] * len(self.space)
+        self.begin(())
 
     def begin(self, worlds: Sequence[World]) -> None:
         """Forget everything seen and done."""
@@ -647,22 +653,11 @@ class Actor:
 class StepPilot(Actor):
     """The simulator's ``Policy`` for a model that reads the newest observation alone.
 
-    Args:
-        scores: Decoded rows of one step each, without actions, to standardised actions (n, A), or
-            to shares of classes.
+    It takes decoded rows of one step each, without actions, to standardised actions (n, A), or to
+    shares of classes.
     """
 
-    def __init__(
-        self,
-        scores: Callable[[Arrays], np.ndarray],
-        objective: BehaviourCloning,
-        modality: Any,
-        space: np.ndarray,
-        task: np.ndarray,
-    ):
-        super().__init__(objective, modality, space, task)
-        self.scores = scores
-        self.begin(())
+    model: Callable[[Arrays], np.ndarray]
 
     def begin(self, worlds: Sequence[World]) -> None:
         self.seen = [np.zeros(0, dtype=np.float32)] * len(self.space)
@@ -673,7 +668,7 @@ class StepPilot(Actor):
             last if observation is None else np.asarray(observation, dtype=np.float32).reshape(-1)
             for observation, last in pairs
         ]
-        value = self.scores(
+        value = self.model(
             {"observations": ragged(self.seen), "space": self.space, "task": self.task}
         )
         return self._actions(observations, value)[0]
@@ -688,28 +683,18 @@ class Pilot(Actor):
     ``act`` raises ValueError for a world whose observations are not those of its space.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        objective: BehaviourCloning,
-        modality: Any,
-        space: np.ndarray,
-        task: np.ndarray,
-    ):
-        super().__init__(objective, modality, space, task)
-        self.backbone = backbone
-        self.device = next(backbone.parameters()).device
-        self.fixed = {"space": self._integers(space), "task": self._integers(task)}
-        self.begin(())
-
-    def _integers(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.asarray(array, dtype=np.int64)).to(self.device)
+    model: Backbone
 
     def begin(self, worlds: Sequence[World]) -> None:
         """Forget everything seen and done."""
-        options = self.backbone.arch.options
+        self.device = next(self.model.parameters()).device
+        fixed = {"space": self.space, "task": self.task}
+        self.fixed = {
+            name: torch.from_numpy(array).to(self.device) for name, array in fixed.items()
+        }
+        options = self.model.arch.options
         spaces = self.objective.spaces.values()
-        is_transformer = self.backbone.arch.name.endswith("/transformer")
+        is_transformer = self.model.arch.name.endswith("/transformer")
         reach = options["context" if is_transformer else "window"]
         self.observation_width = max(space["observation"] for space in spaces)
         self.seen: deque[np.ndarray] = deque(maxlen=reach)
@@ -756,7 +741,7 @@ class Pilot(Actor):
         batch = Batch(np.arange(n), keys, {**data, **self.fixed})
         with torch.autocast(self.device.type, enabled=False):
             inputs = self.modality.finish(batch)
-            tokens = self.backbone(inputs, want=("tokens",)).tokens
+            tokens = self.model(inputs, want=("tokens",)).tokens
             assert tokens is not None
             decoded = objective.decoded(tokens[:, -1:], self.fixed["space"])
         plan = np.zeros((n, objective.options.chunk, self.action_width), dtype=np.float32)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.core.arrow_compute import pc
-from pipeline.core.arrow_lists import is_list
+from pipeline.core.arrow_lists import is_class_name, is_list, is_number
 from pipeline.core.ragged import pad, ragged
 
 LOG_STD = (-5.0, 2.0)
@@ -36,32 +36,15 @@ def kind_of(column: pa.ChunkedArray, name: str) -> Kind:
     Continuous: a list of numbers for each step; discrete: a class name (text, integer or boolean).
     Raises ValueError for a column of another type.
     """
-    inner = _value_type(column.type)
-    deep = _value_type(inner) if inner is not None else None
-    if deep is not None and (pa.types.is_floating(deep) or pa.types.is_integer(deep)):
+    inner = column.type.value_type if is_list(column.type) else pa.null()
+    if is_list(inner) and is_number(inner.value_type):
         return "continuous"
-    if inner is not None and any(
-        fits(_plain(inner))
-        for fits in (
-            pa.types.is_string,
-            pa.types.is_large_string,
-            pa.types.is_integer,
-            pa.types.is_boolean,
-        )
-    ):
+    if is_class_name(inner):
         return "discrete"
     raise ValueError(
         f"column {name} holds {column.type}: actions are, a step, a list of numbers "
         "(continuous) or a class name (discrete)"
     )
-
-
-def _value_type(kind: pa.DataType) -> pa.DataType | None:
-    return kind.value_type if is_list(kind) else None
-
-
-def _plain(kind: pa.DataType) -> pa.DataType:
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def class_names(column: pa.ChunkedArray) -> list[str]:
