@@ -103,20 +103,6 @@ def test_the_roles_read_are_the_roles_imported(kind, name):
     assert registry.roles(kind, name) == (thing.roles, getattr(thing, "optional_roles", ()))
 
 
-def test_roles_of_the_names_that_are_there():
-    assert registry.roles("modality", "image") == (("image",), ("mask",))
-    assert registry.roles("objective", "classification") == (("label",), ("label_name",))
-    assert registry.roles("objective", "clm") == ((), ())
-    with pytest.raises(ValueError, match="unknown objective 'clmm'; did you mean clm"):
-        registry.roles("objective", "clmm")
-
-
-def test_get_imports_and_gives_the_same_object():
-    from pipeline.techniques.lp_ft import LPFT
-
-    assert registry.get("technique", "lp_ft") is LPFT
-
-
 def test_an_unknown_name_or_kind_is_refused():
     with pytest.raises(ValueError, match=r"unknown technique 'lpft'; did you mean lp_ft"):
         registry.get("technique", "lpft")

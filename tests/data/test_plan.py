@@ -96,14 +96,6 @@ def test_every_batch_is_full_also_across_the_end_of_an_epoch(plan, step):
     ]
 
 
-def test_a_batch_spans_two_epochs():
-    plan = Plan(10, 0, 4, shards=2)
-    indices, epochs = plan.batch(2)  # positions 8 to 11
-    assert epochs.tolist() == [0, 0, 1, 1]
-    first, _ = positions(plan, 10)
-    assert set(indices[:2]) == set(range(10)) - set(first[:8].tolist())
-
-
 # ---------------------------------------------------------------- ranks
 
 
