@@ -464,7 +464,7 @@ def write(saved: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
         return _write_timm(saved, folder, backbone_only)
     if library != "transformers":
         raise BundleError(
-            f"{saved.uri}: a {library} backbone is not a model of transformers or timm; take "
+            f"{saved.uri}: {saved.manifest.arch.name} is no model of transformers or timm; take "
             "--kind state-dict"
         )
     import transformers

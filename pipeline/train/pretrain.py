@@ -300,6 +300,7 @@ def write_bundle(work: RankJob, finished: Finished, metadata: dict[str, Any]) ->
         training=metadata,
         spec_hash=work.key,
         metrics=finished.metrics,
+        columns=work.data.columns,
         made_by=work.made_by,
     )
     storage.remove_tree(experiment.checkpoint_folder(work.uri))

@@ -421,6 +421,8 @@ def test_labelled_text_is_tokenised_once_and_trains(tmp_path, texts):
     source.prepare_source(source.plan_source(text_job(tmp_path, texts), "src"))
     assert [path.stat().st_mtime_ns for path in shards] == before
     assert metadata["steps"] == 6 and 0 <= metadata["metrics"]["accuracy"] <= 1
+    saved = bundle.load(stage.bundle_uri).manifest.columns
+    assert saved == {"text": "words", "label": "kind"}, "those of the rows, not of the tokens"
 
 
 def test_parts_of_another_packing_are_no_rows_and_the_budget_is_that_of_now(tmp_path, texts):
@@ -504,6 +506,7 @@ def test_pairs_stay_as_they_are_and_keep_their_second_text(tmp_path, texts):
         and not Path(stage.uri, "tokens").exists()
     )
     assert metadata["steps"] == 6 and "tokenised" not in fitted.description
+    assert bundle.load(stage.bundle_uri).manifest.columns == fitted.columns
 
 
 def test_a_packed_source_has_one_text_and_rows_that_can_be_packed(tmp_path, texts, images):
