@@ -141,6 +141,8 @@ def label_blocks(
     if all(map(_has_boxes, ours)):
         has_masks = all("mask_intersections" in run.predictions for run in ours)
         return _class_table(MASK_PRECISION if has_masks else BOX_PRECISION, target, *compared)
+    if all(map(_has_pixels, ours)):
+        return _class_table(PIXEL_IOU, target, *compared)
     if all(map(_has_label_sets, ours)):
         return _label_table(LABELS, target, *compared)
     if all(map(_has_type_counts, ours)):
@@ -248,6 +250,11 @@ def _has_boxes(run: RunPredictions) -> bool:
     return needed <= set(run.predictions) and bool(run.labels)
 
 
+def _has_pixels(run: RunPredictions) -> bool:
+    """Return whether the class of every pixel is predicted."""
+    return {"intersection", "predicted", "actual"} <= set(run.predictions) and bool(run.labels)
+
+
 def _has_numbers(run: RunPredictions) -> bool:
     """Return whether a number of each row is predicted."""
     return {"prediction", "value"} <= set(run.predictions) and len(run.labels) == 1
@@ -323,6 +330,17 @@ def precision_of(column: int, masks: bool = False) -> Metric:
     return resampled(bounds=SHARE)(values)
 
 
+def iou_of(column: int) -> Metric:
+    """Return the intersection over union of the pixels of a class, summed over all images."""
+    of_class = catalog.per_label("iou")
+    assert of_class is not None
+    return of_class.of("", column)
+
+
+def _images_by_class(p: Predictions, classes: int) -> np.ndarray:
+    return (p["actual"][:, :classes] > 0).astype(np.int64)
+
+
 def _rows_by_class(p: Predictions, classes: int) -> np.ndarray:
     return (p["label"][:, None] == np.arange(classes)).astype(np.int64)
 
@@ -355,6 +373,15 @@ MASK_PRECISION = replace(
     counted="Test objects",
     meaning="the average precision of each class's masks (COCO: IoU 0.5 to 0.95)",
     of=partial(precision_of, masks=True),
+)
+PIXEL_IOU = ClassMeasure(
+    "Intersection over union of each class",
+    "Test images",
+    "IoU",
+    "the intersection over union of each class's pixels",
+    iou_of,
+    _images_by_class,
+    stats.MIN_UNITS,
 )
 
 

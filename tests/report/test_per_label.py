@@ -559,6 +559,44 @@ def test_boxes_have_the_average_precision_of_each_class():
     assert "wins" in tones.values() and set(tones.values()) <= {"wins", "not shown"}
 
 
+def pixels(seed: int, right: float) -> RunPredictions:
+    """Predictions of the class of 100 pixels in each of 60 images."""
+    rng = np.random.default_rng([seed, int(100 * right)])
+    actual = np.random.default_rng(5).multinomial(100, (0.6, 0.3, 0.1), size=60)
+    inner = rng.binomial(actual, right)
+    wrong = actual - inner
+    predicted = inner + np.roll(wrong, 1, axis=1)
+    found = {"intersection": inner, "predicted": predicted, "actual": actual}
+    zeros = {"loss": np.zeros(60), "count": np.ones(60)}
+    return RunPredictions(np.arange(60), {**found, **zeros}, seed, labels=("road", "sky", "car"))
+
+
+def test_pixels_have_the_intersection_over_union_of_each_class():
+    made = {
+        ("none", "scratch"): [pixels(seed, 0.5) for seed in range(3)],
+        ("src", "full"): [pixels(seed, 0.9) for seed in range(3)],
+    }
+    heading, text, shown = said(*table("miou", made))
+    assert heading.text == "Intersection over union of each class" and "of src · full" in text.text
+    assert shown.header == ["Class", "Test images", "IoU", "IoU, scratch", "Gain"]
+    assert sorted(row[0] for row in shown.rows) == ["car", "road", "sky"]
+    for name, count, *values, gain in shown.rows:
+        column = ("road", "sky", "car").index(name)
+        assert count == "60" and gain.tone == "wins"
+        for value, runs in zip(values, (made["src", "full"], made["none", "scratch"]), strict=True):
+            of_seeds = []
+            for run in runs:
+                sums = {
+                    key: array.sum(0)[column]
+                    for key, array in run.predictions.items()
+                    if array.ndim > 1
+                }
+                union = sums["predicted"] + sums["actual"] - sums["intersection"]
+                of_seeds.append(sums["intersection"] / union)
+            places = len(value.lines[0].partition(".")[2])
+            assert value.lines[0] == f"{np.mean(of_seeds):.{places}f}"
+
+
 @pytest.mark.slow
 def test_masks_have_the_average_precision_of_each_class():
     """Of masks, which the other network draws worse in the same boxes."""
