@@ -199,10 +199,13 @@ def test_rows_that_hold_series(form):
     )
     columns = {"series": signal, "label": ["go", "stop"] * 60, "start": list(range(120))}
     columns |= {"recording": [f"r{i // 6}" for i in range(120)], "embedding": [[0.5, 0.25]] * 120}
+    columns["step"] = [0.02] * 120 if form == "struct" else list(range(120))
     pq.write_table(pa.table(columns), "windows.parquet")
     text = init("windows.parquet")
     data = target().data
-    assert data.columns == {"series": "series", "label": "label"} and data.group == "recording"
+    step = {"step": "step"} if form == "struct" else {}
+    assert data.columns == {"series": "series", "label": "label", **step}, "a time, not a number"
+    assert data.group == "recording"
     assert data.modality.name == "series" and data.modality.options == {"length": 32}
     source = yaml_loader.load("job.yaml").sources["own"]
     assert source.objective.name == "masked_series" and source.backbone.name == "hf/patchtst"

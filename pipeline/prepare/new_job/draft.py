@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline.config import registry
 from pipeline.config.schema import Data
@@ -278,7 +279,11 @@ def _input(found: Inspection, target_column: str | None) -> Draft:
     series = guesses.series_columns(found.main.schema, free, named)
     if series and not _other_task(found):
         steps = series_steps(found.main, series[0])
-        return Draft(found, "series", {"series": series[0]}, steps_of_series=steps)
+        inputs = {"series": series[0]}
+        # the time between two steps, as `prepare series` writes it, and no number of a step
+        if any(one.name == "step" and pa.types.is_floating(one.type) for one in found.main.schema):
+            inputs |= {"step": "step"}
+        return Draft(found, "series", inputs, steps_of_series=steps)
     struct = next((one for one in found.columns if one.name == "features"), None)
     if struct is not None and struct.kind == "other":
         return Draft(found, "table", {"features": "features"})
