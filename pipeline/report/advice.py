@@ -6,17 +6,24 @@ each other. Each is first shrunk towards the sum of the effects of its source, t
 the more the larger its error is (`gain_model`). These effects are estimated from all like entries:
 those of any job with the same modality, objective and metric. Where the metric has no bounds, the
 target must be the same too. Sources of the same name and backbone count as the same one, and a
-target with another share of labels as another target.
+target with another share of labels as another target. Expected gains are best linear unbiased
+predictions (Robinson, Statistical Science 1991), averaged over the restricted likelihood of the
+spreads.
 
 Pairs that were not tried, and targets without any trial, get a prediction from the same model, but
-never a recommendation. Pairs that a budget of trials cut have no gain: they are named, and get
-neither.
+never a recommendation. The pair is named whose trial is worth most: the best expected gain after
+one more trial, on average, minus the best expected gain of today (knowledge gradient; Frazier,
+Powell and Dayanik, INFORMS Journal on Computing 2009).
+
+Pairs that a budget of trials cut have no gain: they are named, and get neither. Those that it kept
+did well on validation rows, so their effects may be too large.
 
 Gains over the same scratch network share its error, which no number of entries averages out. An
 expected gain is therefore never more certain than the measured one, and a source is recommended
-only where its measured interval lies above zero too. Of twelve pairs without any true gain one is
-then recommended in 0 to 3 % of all cases, whatever the part of the error that they share
-(tests/benchmarks/advice.py).
+only where its measured interval lies above zero too. Between two entries errors count as
+independent, which makes the doubt between them rather too large. Of twelve pairs without any true
+gain one is then recommended in 0 to 3 % of all cases, whatever the part of the error that they
+share (tests/benchmarks/advice.py).
 """
 
 from __future__ import annotations
@@ -40,18 +47,9 @@ from pipeline.report.stats import RunPredictions
 
 METHOD = (
     "Expected gain: the measured gain over the target's best scratch network, shrunk towards the "
-    "sum of the effects of its source, technique and target, with a 95 % interval. The effects are "
-    "those of all entries of the same modality, objective and metric (and of the same target where "
-    "the metric has no bounds): best linear unbiased predictions (Robinson, Statistical Science "
-    "1991), averaged over the restricted likelihood of the spreads. Entries share scratch's error, "
-    "so an interval is never narrower than the measured one, and a source is recommended only "
-    "where the measured interval lies above zero too. Between two entries errors count as "
-    "independent, which makes doubt rather too large. Pairs that were not tried are no choice yet; "
-    "the one is named whose trial is worth most. Its worth is the best expected gain after one "
-    "more trial, on average, minus the best expected gain of today (knowledge gradient; Frazier, "
-    "Powell & Dayanik, INFORMS Journal on Computing 2009). With a budget of trials "
-    "(fanout.select.budget) only the pairs that it kept have a gain; they were kept because they "
-    "did well on validation rows, so effects may be too large."
+    "sum of the effects of its source, technique and target in all entries with the same modality, "
+    "objective and metric. In brackets: its 95 % interval. The model is explained by "
+    "`python -m pydoc pipeline.report.advice`."
 )
 UNTRIED_SHOWN = 3
 

@@ -459,7 +459,7 @@ def test_a_folder_and_its_table_give_the_same_advice(tmp_path):
     assert by_folder == by_file == api.advise([tmp_path])
     shown = CliRunner().invoke(app, ["advise", str(tmp_path), "--target", "t"])
     assert shown.exit_code == 0, shown.output
-    assert "t at 100 % labels, accuracy: " in shown.stdout and "Robinson" in shown.stdout
+    assert "t at 100 % labels, accuracy: " in shown.stdout and "Expected gain" in shown.stdout
     assert "source good with full has no test predictions" in shown.stdout
 
 
