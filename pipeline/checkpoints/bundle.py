@@ -25,7 +25,7 @@ from pipeline.config import provenance, registry
 from pipeline.config.provenance import MadeBy, Provenance
 from pipeline.core.contracts import Backbone, Modality, Objective, Task
 from pipeline.core.contracts.backbone_capabilities import limits_rows
-from pipeline.core.contracts.objective_capabilities import rescales_scores
+from pipeline.core.contracts.objective_capabilities import carries_labels, rescales_scores
 from pipeline.core.specs import NO_OBJECTIVE, Architecture, ModalitySpec, ObjectiveSpec, Spec
 from pipeline.io import atomic_folder, s3, storage
 from pipeline.io.json_values import JsonObject
@@ -221,7 +221,8 @@ def transfer(
 def carry_head(task: Task, bundle: Bundle) -> str:
     """Load the bundle's head when its labels have the same names, in any order.
 
-    Labels decide, not shapes: a head for other labels is never kept.
+    Labels decide, not shapes: a head for other labels is new. One whose labels are letters
+    (`CarriesLabels`) keeps those that both have.
 
     Returns:
         What was done, in words.
@@ -242,6 +243,10 @@ def carry_head(task: Task, bundle: Bundle) -> str:
     return outcome
 
 
+OF_LABELS = ("head.weight", "head.bias")
+"""Tensors of a head that have one row a label."""
+
+
 def load_head(
     objective: Objective, tensors: Mapping[str, Tensor], labels: Sequence[str] | None
 ) -> str:
@@ -253,30 +258,39 @@ def load_head(
     Returns:
         What was done, in words.
     """
+    own = objective.state_dict()
     old, new = labels, objective.state.get("labels")
-    if old is not None and new is not None and sorted(old) != sorted(new):
-        differ = sorted(set(old) ^ set(new))
-        return (
-            f"new head: its labels differ from these ({len(differ)} names, e.g. "
-            f"{', '.join(map(str, differ[:4]))})"
-        )
-    expected = objective.state_dict()
-    if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in expected.items()}:
+    if old is None or new is None or list(old) == list(new):
+        if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in own.items()}:
+            return "new head: its options differ"
+        objective.load_state_dict(dict(tensors))
+        objective.names_taken_over = frozenset(tensors)
+        return "head kept: the same labels"
+    differ = sorted(set(old) ^ set(new))
+    shared = [label for label in new if label in old]
+    names = f"{len(differ)} names, e.g. {', '.join(map(str, differ[:4]))}"
+    if differ and not (shared and carries_labels(objective)):
+        return f"new head: its labels differ from these ({names})"
+    rows = {n for n in OF_LABELS if n in tensors and n in own}
+    rest = {n: t.shape for n, t in tensors.items() if n not in rows}
+    if rest != {n: t.shape for n, t in own.items() if n not in rows} or any(
+        tensors[n].shape[1:] != own[n].shape[1:] for n in rows
+    ):
         return "new head: its options differ"
-    outcome = "head kept: the same labels"
-    if old is not None and new is not None and list(old) != list(new):
-        outcome += ", put into their new order"
-        last = {"head.weight", "head.bias"}  # one row a label
-        others_have_labels = any(
-            t.dim() and t.shape[0] == len(old) for n, t in tensors.items() if n not in last
-        )
-        if not last & set(tensors) or others_have_labels:
-            return "new head: its labels are in another order"
-        order = torch.tensor([old.index(name) for name in new])
-        tensors = {n: t[order] if n in last else t for n, t in tensors.items()}
-    objective.load_state_dict(dict(tensors))
-    objective.names_taken_over = frozenset(tensors)
-    return outcome
+    if not rows or any(shape and shape[0] == len(old) for shape in rest.values()):
+        return "new head: its labels are in another order"
+    there = [old.index(label) for label in shared]
+    here = torch.tensor([new.index(label) for label in shared])
+    carried = {n: own[n].index_copy(0, here, tensors[n][there].to(own[n])) for n in rows}
+    objective.load_state_dict({**tensors, **carried})
+    if not differ:
+        objective.names_taken_over = frozenset(tensors)
+        return "head kept: the same labels, put into their new order"
+    objective.names_taken_over = frozenset(rest)
+    return (
+        f"head kept for {len(shared)} of {len(new)} labels, the others are new: its labels differ "
+        f"from these ({names})"
+    )
 
 
 def carry_tensors(

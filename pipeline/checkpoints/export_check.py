@@ -188,7 +188,11 @@ def compare_tensors(saved: Bundle, tensors: dict[str, Tensor]) -> Comparison:
 def compare_backbone(saved: Bundle, tensors: dict[str, Tensor]) -> Comparison:
     """Compare a plain state dict under the model library's names, loaded into its model."""
     ours = {f"backbone.{name}": tensor for name, tensor in saved.backbone_tensors().items()}
-    exported = {f"backbone.model.{name}": tensor for name, tensor in tensors.items()}
+    exported = {
+        name: tensors[plain]
+        for name in ours
+        if (plain := name.removeprefix("backbone.").removeprefix("model.")) in tensors
+    }
     return compare_tensors(Bundle(saved.uri, saved.manifest, ours), exported)
 
 

@@ -133,6 +133,9 @@ def trace(saved: Bundle, backbone_only: bool) -> Graph:
             f"{saved.uri}: torch.export cannot trace {saved.manifest.arch.name} with "
             f"{saved.manifest.objective.name}: {reason(error)}. Take --kind bundle or state-dict"
         ) from error
+    for module in program.graph_module.modules():  # of branches too
+        for node in getattr(module, "graph", torch.fx.Graph()).nodes:
+            node.meta.pop("stack_trace", None)  # places of this machine, which files would keep
     scale = export_check.PLAIN
     if isinstance(model, Task):
         scale = output_scale(model.objective)

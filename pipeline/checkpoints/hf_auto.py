@@ -553,19 +553,13 @@ def _modality(folder: str, name: str, config: Any) -> tuple[ModalitySpec, JsonOb
         raise BundleError(f"hf:{error}") from None
 
 
-def _processor(folder: str, part: str) -> HfConfig:
-    """Return the content of preprocessor_config.json, or the part of processor_config.json."""
-    content = hf_speech.read_object(folder, hf_speech.PREPROCESSOR)
-    return content or as_object(hf_speech.read_object(folder, hf_speech.PROCESSOR).get(part))
-
-
 def _image(folder: str, config: Any) -> ModalitySpec:
     """Return the image modality of a folder's image processor.
 
     Raises:
         ValueError: It is missing, or reads images that are not square.
     """
-    processor = _processor(folder, "image_processor")
+    processor = hf_speech.read_processor(folder, "image_processor")
     if not processor:
         raise ValueError(
             f"{folder}: {hf_speech.PREPROCESSOR} is missing, which says size, mean and standard "
@@ -624,7 +618,7 @@ def _notes(folder: str, modality: ModalitySpec) -> tuple[str, ...]:
     """Return in words what is read otherwise than transformers would."""
     if modality.name != "image" or modality.options["fit"] != "crop":
         return ()
-    size = _processor(folder, "image_processor").get("size")
+    size = hf_speech.read_processor(folder, "image_processor").get("size")
     height, width, shortest = _sides(size)
     if shortest or not isinstance(size, dict) or not height or not width:
         return ()
@@ -724,7 +718,7 @@ def _audio(folder: str, config: Any) -> tuple[ModalitySpec, JsonObject]:
     """
     if getattr(config, "conv_kernel", None) is not None:
         return hf_speech.modality(folder), {}
-    content = _processor(folder, "feature_extractor")
+    content = hf_speech.read_processor(folder, "feature_extractor")
     if not content:
         raise ValueError(
             f"{folder}: {hf_speech.PREPROCESSOR} is missing, which says how spectrograms are "

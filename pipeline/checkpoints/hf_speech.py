@@ -45,9 +45,7 @@ def modality(folder: str) -> ModalitySpec:
     Raises:
         ValueError: The feature extractor is missing or of another kind.
     """
-    extractor_config = read_object(folder, PREPROCESSOR)
-    if not extractor_config:
-        extractor_config = as_object(read_object(folder, PROCESSOR).get("feature_extractor"))
+    extractor_config = read_processor(folder, "feature_extractor")
     if not extractor_config:
         raise ValueError(
             f"{folder}: {PREPROCESSOR} is missing, which says the rate of the samples; save the "
@@ -154,6 +152,11 @@ def read_object(folder: str, name: str) -> JsonObject:
             f"{path}: not a JSON object; save the model again with transformers' save_pretrained"
         )
     return content
+
+
+def read_processor(folder: str, part: str) -> JsonObject:
+    """Return the content of preprocessor_config.json, or the part of processor_config.json."""
+    return read_object(folder, PREPROCESSOR) or as_object(read_object(folder, PROCESSOR).get(part))
 
 
 # ---------------------------------------------------------------- writing

@@ -546,17 +546,7 @@ def _hugging_face(folder: str, modality: str | None, names_only: bool) -> Pretra
         checkpoint = hf_text.read(folder, config, names_only)
     else:
         checkpoint = hf_auto.read(folder, config, modality, names_only)
-    return PretrainedCheckpoint(
-        f"hf:{folder}",
-        checkpoint.tensors,
-        checkpoint.arch,
-        checkpoint.modality,
-        ignored_prefixes=checkpoint.ignored_prefixes,
-        heads=checkpoint.heads,
-        labels=checkpoint.labels,
-        no_head_reasons=checkpoint.no_head_reasons,
-        notes=checkpoint.notes,
-    )
+    return PretrainedCheckpoint(f"hf:{folder}", **vars(checkpoint))
 
 
 HUB_FILES = (

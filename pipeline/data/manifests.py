@@ -940,13 +940,18 @@ GROUP_COLUMNS = (
 
 
 def _describe_shared_group(
-    rows: Selection, train: Selection, data: Data, unit_column: str | None
+    rows: Selection,
+    train: Selection,
+    held_out: Mapping[str, Selection],
+    data: Data,
+    unit_column: str | None,
 ) -> str:
     """Describe the rows held out at random whose patient (speaker, ...) is also trained on.
 
     Args:
         rows: The rows before the draw.
         train: Those that are left to train on.
+        held_out: Those that were drawn, by split.
         unit_column: The column that the draw kept together.
 
     Returns:
@@ -960,12 +965,19 @@ def _describe_shared_group(
             continue
         is_trained = np.isin(rows.all_ids, train.all_ids)
         codes, values = codes_of(read_columns(rows, [name])[name])
-        is_shared = ~is_trained & (codes >= 0) & np.isin(codes, codes[is_trained])
-        if len(values) > 2 and is_shared.any():
+        is_shared = (codes >= 0) & np.isin(codes, codes[is_trained])
+        shared_ids = rows.all_ids[is_shared]
+        counts = {split: np.isin(of.all_ids, shared_ids).sum() for split, of in held_out.items()}
+        shares = " and ".join(
+            f"{count:,} of the {len(held_out[split]):,} {split} rows"
+            for split, count in counts.items()
+            if count
+        )
+        if len(values) > 2 and shares:
             return (
-                f"{is_shared.sum():,} of the {len(rows) - len(train):,} rows held out at random "
-                f"have the same {name} as a training row, so metrics may be too good for new ones: "
-                f"say data.group: {name} to keep such rows in one split"
+                f"{shares}, held out at random, have the same {name} as a training row, so metrics "
+                f"may be too good for new ones: say data.group: {name} to keep such rows in one "
+                "split"
             )
     return ""
 
@@ -1092,7 +1104,9 @@ def _splits(
     if data.group:
         descriptions.append(f"no {data.group} in two splits")
     elif len(train) < len(undrawn):
-        shared_group = _describe_shared_group(undrawn, train, data, unit_column)
+        by_fold = [] if fold is None else ["test"]
+        held_out = {name: given[name] for name in (*to_draw, *by_fold)}
+        shared_group = _describe_shared_group(undrawn, train, held_out, data, unit_column)
     empty = Selection(manifest, np.zeros(0, dtype=np.int64))
     parts = {name: given.get(name, empty) for name in SPLITS} | {"train": train}
     columns = file_columns(kind, data.columns)

@@ -15,6 +15,10 @@ from datasketch import MinHash
 from pipeline.media.words import WORD
 
 NUM_PERM, SHINGLE = 128, 5
+VERSION = 2
+"""Of the rule by which signatures are made: raise it where the words of a text or their hashes
+change, so that a folder that was prepared by the old rule is not taken for one of the new rule.
+"""
 RECALL = 0.999
 """Two documents exactly at the threshold share a band with at least this probability."""
 BATCH_SIZE = 8192

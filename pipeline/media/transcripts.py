@@ -236,10 +236,13 @@ class Alphabet:
         return " ".join("".join(self._pieces[label] for label in labels if label > 0).split())
 
     def words(
-        self, labels: np.ndarray, first: np.ndarray, last: np.ndarray
+        self, labels: np.ndarray, first: np.ndarray, last: np.ndarray, segmented: bool = False
     ) -> list[tuple[str, int, int]]:
         """Return (word, first frame, last frame) of labels (L,) on the frames ``first`` to ``last``
-        (L,). In scripts without spaces each character is a word.
+        (L,).
+
+        In scripts without spaces each character is a word, unless ``segmented`` says that the
+        transcripts have spaces between words (`are_segmented`).
         """
         out: list[tuple[str, int, int]] = []
         letters = [
@@ -251,7 +254,7 @@ class Alphabet:
         before = " "
         for letter, a, b in letters:
             if not letter.isspace():
-                if before.isspace() or not _is_one_word(before, letter):
+                if before.isspace() or not (segmented or _is_one_word(before, letter)):
                     out.append((letter, a, b))
                 else:
                     word, begin, _ = out[-1]
@@ -264,6 +267,11 @@ def _is_one_word(before: str, letter: str) -> bool:
     """Return whether neighbouring letters are of one word; a mark is of that of its letter."""
     is_mark = unicodedata.category(letter)[0] == "M"
     return is_mark or UNSPACED.search(before + letter) is None
+
+
+def _num_unspaced(word: str) -> int:
+    """Count the letters of a word that are of a script without spaces, without marks."""
+    return sum(unicodedata.category(letter)[0] != "M" for letter in UNSPACED.findall(word))
 
 
 def _characters(texts: Iterable[str]) -> str:
@@ -358,13 +366,18 @@ class Cue(NamedTuple):
 def cues(words: Iterable[Mapping[str, Any]]) -> list[Cue]:
     """Make subtitles of {word, start, end} in the order of time; a word longer than a line has its
     own.
+
+    In scripts without spaces none is between words, unless a word has several letters of one: then
+    the transcripts had spaces (`Alphabet.words`).
     """
+    words = list(words)
+    segmented = any(_num_unspaced(entry["word"]) > 1 for entry in words)
     entries: list[tuple[float, float, list[str]]] = []
     for entry in words:
         word, start, end = entry["word"], float(entry["start"]), float(entry["end"])
         if entries:
             begun, until, lines = entries[-1]
-            space = " " if _is_one_word(lines[-1][-1], word[0]) else ""
+            space = " " if segmented or _is_one_word(lines[-1][-1], word[0]) else ""
             fits = len(lines[-1]) + len(space) + len(word) <= LINE_CHARACTERS
             if (
                 end - begun <= CUE_SECONDS

@@ -597,22 +597,22 @@ class Text(Modality):
         """Return code that makes token ids of texts, or of questions and contexts
         (`PreparesInputs`).
         """
-        has_windows = self.options.windows is not None
-        return PREPARATION.format(
-            length=self.options.length,
-            strategy="only_second" if has_windows else "longest_first",
-            pad=self.state["specials"][0],
-            texts=QUESTIONS if has_windows else TEXTS,
-            words=False,
-        )
+        if self.options.windows is None:
+            return self._preparation(TEXTS)
+        return self._preparation(QUESTIONS, strategy="only_second")
 
     def preparation_code_of_words(self) -> str:
         """Return code that makes token ids of lists of words (`PreparesWords`)."""
-        pad = self.state["specials"][0]
-        code = PREPARATION.format(
-            length=self.options.length, strategy="longest_first", pad=pad, texts=WORDS, words=True
+        return self._preparation(WORDS, words=True) + FIRST_TOKENS.lstrip()
+
+    def _preparation(self, rows: str, strategy: str = "longest_first", words: bool = False) -> str:
+        return PREPARATION.format(
+            length=self.options.length,
+            strategy=strategy,
+            pad=self.state["specials"][0],
+            texts=rows,
+            words=words,
         )
-        return code + FIRST_TOKENS.lstrip()
 
     throughput_unit = "tokens"
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from pipeline.config import extras
 from pipeline.config.registry import Options, register
+from pipeline.core.arrow_lists import is_bytes, is_text
 from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
 from pipeline.core.contracts.objective_capabilities import TransformersHead
 from pipeline.core.nn import conv_arithmetic
@@ -27,7 +28,7 @@ from pipeline.core.nn.eager import eager
 from pipeline.core.ragged import lengths, ragged
 from pipeline.media import language_model, transcripts
 from pipeline.media.tagging_schemes import texts
-from pipeline.media.words import UNSPACED
+from pipeline.media.words import UNSPACED, are_segmented
 
 BEAM_THRESHOLD = 50.0
 """A hypothesis whose log score is further below the best one's is dropped."""
@@ -106,6 +107,8 @@ class TranscriptState(transcripts.AlphabetState):
     """Option ``units``."""
     normalization: str
     """Names of the rules."""
+    segmented: NotRequired[bool]
+    """True where transcripts in a script without spaces have spaces between words, else absent."""
     lm: NotRequired[dict[str, Any]]
     """`language_model.FileCopy` of option ``lm``; bundles of earlier versions have none."""
 
@@ -151,6 +154,7 @@ class CTC(Objective):
         ),
     )
     log_names = ("dropped",)
+    labels_are_letters = True
     raw_roles = ("transcript", "start")
     output_types = {
         "words": pa.list_(
@@ -163,7 +167,7 @@ class CTC(Objective):
         """Judge by the character error rate where no space is between words, as in Chinese: each
         transcript would be one word.
         """
-        has_words = " " in state["characters"] or not UNSPACED.search(state["characters"])
+        has_words = state.get("segmented") or not UNSPACED.search(state["characters"])
         return cls.metrics if has_words else ("cer", "wer", "loss")
 
     @classmethod
@@ -195,6 +199,8 @@ class CTC(Objective):
             "units": options.units,
             "normalization": rules,
         }
+        if are_segmented(known_texts):
+            state["segmented"] = True
         if options.lm:
             state["lm"] = language_model.copy_file(options.lm)._asdict()
         return state
@@ -304,14 +310,10 @@ class CTC(Objective):
         log_probs, ends = self.emissions(backbone, batch)
         return {"log_probabilities": log_probs, "frames": ends}
 
-    def _losses(
-        self, log_probs: Tensor, ends: Tensor, batch: Batch
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return ctc_losses(log_probs, ends, batch["transcript"], batch["transcript_lengths"])
-
     def loss(self, backbone: Backbone, batch: Batch):
         log_probs, ends = self.emissions(backbone, batch)
-        losses, counts, dropped = self._losses(log_probs, ends, batch)
+        said = batch["transcript"], batch["transcript_lengths"]
+        losses, counts, dropped = ctc_losses(log_probs, ends, *said)
         return losses.sum(), counts.sum().float(), {"dropped": dropped.sum()}
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
@@ -327,7 +329,8 @@ class CTC(Objective):
         else:
             labels = greedy(log_probs, ends)
         if "transcript" in batch.data:
-            losses, counts, _ = self._losses(log_probs, ends, batch)
+            said = batch["transcript"], batch["transcript_lengths"]
+            losses, counts, _ = ctc_losses(log_probs, ends, *said)
             losses = losses.masked_fill(counts == 0, 0.0)
             return {"prediction": labels, "loss": losses, "count": counts.float()}
         count = (labels >= 0).sum(1)
@@ -378,7 +381,8 @@ class CTC(Objective):
         self, labels: np.ndarray, first: np.ndarray, last: np.ndarray, begin: float
     ) -> list[TimedWord]:
         """Return the words of labels on frames ``first`` to ``last``, from ``begin`` seconds on."""
-        placed = self.alphabet.words(labels, first, last)
+        segmented = self.state.get("segmented", False)
+        placed = self.alphabet.words(labels, first, last, segmented)
         edges = np.array([[start, end + 1] for _, start, end in placed]).reshape(-1, 2)
         seconds = (
             conv_arithmetic.seconds(edges, self.state["convolutions"], self.state["rate"]) + begin
@@ -491,14 +495,7 @@ def _normalised(table: pa.Table, columns: dict[str, str], rules: str) -> list[st
     """
     column = table[columns["transcript"]]
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    text_types = (
-        pa.types.is_string,
-        pa.types.is_large_string,
-        pa.types.is_null,
-        pa.types.is_binary,
-        pa.types.is_large_binary,
-    )
-    if not any(fits(kind) for fits in text_types):
+    if not (is_text(kind) or is_bytes(kind) or pa.types.is_null(kind)):
         raise ValueError(
             f"column {columns['transcript']} holds {column.type}: transcripts are texts"
         )
@@ -562,12 +559,7 @@ def greedy(log_probs: Tensor, ends: Tensor) -> Tensor:
     longest = 0
     if path.numel():
         longest = int(kept.sum(1).max())
-    labels = torch.full(
-        (len(path), longest),
-        -1,
-        dtype=torch.int32,
-        device=path.device,
-    )
+    labels = torch.full((len(path), longest), -1, dtype=torch.int32, device=path.device)
     row, frame = kept.nonzero(as_tuple=True)
     column = position[row, frame]
     labels[row, column] = path[row, frame].to(torch.int32)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from pipeline.config.registry import Options, register
 from pipeline.core.arrow_compute import pc
+from pipeline.core.arrow_lists import is_bytes, is_list, is_text
 from pipeline.core.contracts import Arrays, Backbone, Batch, Features, Objective
 from pipeline.core.contracts.objective_capabilities import TransformersHead
 from pipeline.core.nn.eager import eager
@@ -395,22 +396,16 @@ def _column(table: pa.Table, columns: dict[str, str], role: str) -> list[Any]:
             raise ValueError(f"column {name} holds {column.type}, without a field {inner}")
         column = pc.struct_field(column, inner)
     kind = column.type
-    while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_dictionary(kind):
+    while is_list(kind) or pa.types.is_dictionary(kind):
         kind = kind.value_type
-    text_types = (
-        pa.types.is_string,
-        pa.types.is_large_string,
-        pa.types.is_binary,
-        pa.types.is_large_binary,
-    )
-    is_text = any(fits(kind) for fits in text_types)
-    is_usable = is_text if role == "answers" else pa.types.is_integer(kind)
+    holds_texts = is_text(kind) or is_bytes(kind)
+    is_usable = holds_texts if role == "answers" else pa.types.is_integer(kind)
     if not pa.types.is_null(kind) and not is_usable:
         needed = "whole numbers or lists of them"
         if role == "answers":
             needed = "texts or lists of texts"
         raise ValueError(f"column {name} holds {column.type}: {role} are {needed}")
-    values = texts(column) if is_text else column.to_pylist()
+    values = texts(column) if holds_texts else column.to_pylist()
     return [_as_list(value) for value in values]
 
 

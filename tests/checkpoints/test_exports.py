@@ -2,13 +2,15 @@
 registered."""
 
 import copy
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers as hf
-from contract_rows import BACKBONES, pictures
+from contract_rows import BACKBONES, OBJECTIVES, pictures
 from peft import PeftModel
 from toys import (
     SMALL,
@@ -28,6 +30,7 @@ from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import registry
 from pipeline.core.batch import Batch
 from pipeline.core.specs import ModalitySpec, Spec
+from pipeline.objectives.ctc import CTC
 from pipeline.techniques.peft import Lora, LoraOptions
 
 IMAGE = {"channels": 3, "size": 32}
@@ -236,3 +239,34 @@ def test_padded_images_have_no_processor_of_transformers(tmp_path):
     assert export.usual_kind(uri) == "bundle"
     _, uri, _ = tiny(tmp_path / "other", "hf/vit")
     assert export.usual_kind(uri) == "hugging-face"
+
+
+@pytest.mark.parametrize("kind", ["state-dict", "torch-export", "onnx"])
+def test_files_name_no_place_of_this_machine(kind, tmp_path, monkeypatch):
+    """Not that of a language model, nor those of the code that was traced."""
+    if kind == "onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    conformer = "torchaudio/conformer"
+    case = replace(OBJECTIVES["ctc"], backbone=conformer, backbone_options=BACKBONES[conformer][1])
+    built = case.build("ctc")
+    searched = {"beam": 5, "lm": "/home/alice/secret/characters.arpa"}
+    built.task.objective.options = built.task.objective.options.model_copy(update=searched)
+    monkeypatch.setattr(CTC, "_decoder", lambda self: None)
+    modality = built.rows.decoder.modality
+    spec = ModalitySpec(modality.registered_name, modality.options.model_dump(), modality.state)
+    uri = str(tmp_path / "b")
+    bundle.save(uri, built.task.eval(), spec)
+    folder = tmp_path / "out"
+    for backbone_only in (False, True):
+        name = f"{backbone_only}.safetensors" if kind == "state-dict" else str(backbone_only)
+        export.export_bundle(uri, str(folder / name), kind, backbone_only)
+    places = (b"/home/alice", str(Path(torch.__file__).parent).encode(), b"/pipeline/checkpoints")
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 2 or kind == "state-dict"
+    for path in files:
+        content = path.read_bytes()
+        assert not [place for place in places if place in content], path
+    if kind == "state-dict":
+        described = json.loads((folder / "False_model.json").read_text())
+        assert described["objective"]["options"]["lm"] == "characters.arpa"

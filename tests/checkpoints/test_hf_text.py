@@ -106,39 +106,24 @@ def scattered(model):
     return model.eval()
 
 
+OF_FAMILY = {
+    "bert": {"intermediate_size": 48},
+    "roberta": {"intermediate_size": 48, "max_position_embeddings": 42, "type_vocab_size": 1},
+    "distilbert": {"hidden_dim": 48},
+    "gpt2": {"bos_token_id": 0, "eos_token_id": 0},
+}
+
+
 def small_config(family: str, vocabulary: int, **more):
     sizes = {
+        "vocab_size": vocabulary,
         "hidden_size": 32,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
-        "intermediate_size": 48,
+        "max_position_embeddings": 40,
     }
-    if family == "bert":
-        return hf.BertConfig(vocab_size=vocabulary, max_position_embeddings=40, **sizes, **more)
-    if family == "roberta":
-        return hf.RobertaConfig(
-            vocab_size=vocabulary, max_position_embeddings=42, type_vocab_size=1, **sizes, **more
-        )
-    if family == "distilbert":
-        return hf.DistilBertConfig(
-            vocab_size=vocabulary,
-            max_position_embeddings=40,
-            dim=32,
-            n_layers=2,
-            n_heads=4,
-            hidden_dim=48,
-            **more,
-        )
-    return hf.GPT2Config(
-        vocab_size=vocabulary,
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        n_positions=40,
-        bos_token_id=0,
-        eos_token_id=0,
-        **more,
-    )
+    kind = getattr(hf, f"{hf_text.FAMILIES[family][0]}Config")
+    return kind(**{**sizes, **OF_FAMILY[family], **more})
 
 
 def saved(kind: str, folder, spare: int = 3, shard: str = "1GB", **more):
@@ -148,9 +133,7 @@ def saved(kind: str, folder, spare: int = 3, shard: str = "1GB", **more):
     family, _, ending = kind.partition(".")
     tokenizer = tokenizer_of(family)
     config = small_config(family, tokenizer.get_vocab_size() + spare, **more)
-    name = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert", "gpt2": "GPT2"}[
-        family
-    ] + (ending or "Model")
+    name = f"{hf_text.FAMILIES[family][0]}{ending or 'Model'}"
     model = scattered(getattr(hf, name)(config))
     model.save_pretrained(folder, max_shard_size=shard)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -184,6 +167,17 @@ def rows(modality, texts) -> Batch:
     )
 
 
+def sample(start) -> Batch:
+    """Padded rows of text as the checkpoint's modality reads them."""
+    batch = rows(bundle.build_modality(start.modality), sentences(3, seed=8)[0])
+    assert not batch["mask"].all()
+    return batch
+
+
+def arguments(batch: Batch) -> dict[str, torch.Tensor]:
+    return {"input_ids": batch["tokens"], "attention_mask": batch["mask"].long()}
+
+
 @torch.no_grad()
 def compare(folder, masks=()):
     """The backbone's states against those of transformers' own AutoModel, on padded rows of
@@ -194,14 +188,9 @@ def compare(folder, masks=()):
     backbone = bundle.build_backbone(start.arch, seed=1).eval()
     moved = start.load_into(backbone)
     assert not moved.new and {name for name in moved.dropped if ".attn." in name} == set(masks)
-    batch = rows(bundle.build_modality(start.modality), sentences(3, seed=8)[0])
-    assert not batch["mask"].all()
+    batch = sample(start)
     ours = backbone(batch).tokens
-    theirs = (
-        hf.AutoModel.from_pretrained(folder)
-        .eval()(input_ids=batch["tokens"], attention_mask=batch["mask"].long())
-        .last_hidden_state
-    )
+    theirs = hf.AutoModel.from_pretrained(folder).eval()(**arguments(batch)).last_hidden_state
     assert (
         ours is not None
         and (ours - theirs)[batch["mask"]].abs().max() < 1e-5
@@ -215,19 +204,8 @@ def test_a_folder_gives_transformers_own_states(folder):
     family = json.loads((folder / "config.json").read_text())["model_type"]
     assert start.arch.name == f"transformers/{family}"
     # Each is reported
-    assert all(
-        name.split(".")[1]
-        in (
-            "pooler",
-            "cls",
-            "lm_head",
-            "vocab_transform",
-            "vocab_layer_norm",
-            "vocab_projector",
-            "classifier",
-        )
-        for name in moved.dropped
-    )
+    heads = tuple(f"model.{head}" for head in ("pooler.", *hf_text.HEADS))
+    assert all(name.startswith(heads) for name in moved.dropped)
     assert start.modality.options["length"] == 40
     own = Tokenizer.from_file(str(folder / "tokenizer.json"))
     own.no_padding()
@@ -404,10 +382,8 @@ def test_shards_are_read_as_one_each_once(tmp_path, monkeypatch):
 
 def test_an_index_names_files_of_its_own_folder_only(tmp_path):
     saved("bert", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
     for value in ("../model.safetensors", "/etc/model.safetensors", "model.bin", 3):
-        (tmp_path / "model.safetensors").rename(tmp_path / "kept") if (
-            tmp_path / "model.safetensors"
-        ).exists() else None
         (tmp_path / "model.safetensors.index.json").write_text(
             json.dumps({"weight_map": {"embeddings": value}})
         )
@@ -426,11 +402,9 @@ def test_the_pooler_is_kept_where_it_is_wanted(family, tmp_path):
     backbone = bundle.build_backbone(arch, seed=1).eval()
     moved = start.load_into(backbone)
     assert not moved.new and not any(".pooler." in name for name in moved.dropped)
-    batch = rows(bundle.build_modality(start.modality), sentences(3, seed=8)[0])
+    batch = sample(start)
     theirs = (
-        hf.AutoModel.from_pretrained(tmp_path / "with")
-        .eval()(input_ids=batch["tokens"], attention_mask=batch["mask"].long())
-        .pooler_output
+        hf.AutoModel.from_pretrained(tmp_path / "with").eval()(**arguments(batch)).pooler_output
     )
     assert (backbone(batch).pooled - theirs).abs().max() < 1e-5 and theirs.std() > 0.05
     without = pretrained.read(f"hf:{saved(f'{family}.ForMaskedLM', tmp_path / 'without')}")
@@ -495,16 +469,7 @@ def test_masked_language_modelling_goes_on_with_the_checkpoints_own_head(kind, m
             )
     loss, n, _ = task.objective.loss(task.backbone, batch)
     assert count == int(n) > 20 and float(loss / n) == pytest.approx(float(total / count), rel=1e-5)
-    fresh, _ = task_from(
-        pretrained.PretrainedCheckpoint(
-            start.origin,
-            start.tensors,
-            start.arch,
-            start.modality,
-            ignored_prefixes=start.ignored_prefixes,
-        ),
-        "mlm",
-    )
+    fresh, _ = task_from(replace(start, heads={}), "mlm")
     assert abs(float(fresh.objective.loss(fresh.backbone, batch)[0] - loss)) > 1  # the head decides
 
 
@@ -513,11 +478,10 @@ def test_causal_language_modelling_has_no_head_to_carry(tmp_path):
     start = pretrained.read(f"hf:{saved('gpt2.LMHeadModel', tmp_path)}")
     task, said = task_from(start, "clm")
     assert said == "no head to carry: the output is the embedding"
-    batch = rows(bundle.build_modality(start.modality), sentences(3, seed=8)[0])
+    batch = sample(start)
     model = hf.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     theirs = model(
-        input_ids=batch["tokens"],
-        attention_mask=batch["mask"].long(),
+        **arguments(batch),
         labels=batch["tokens"].masked_fill(~batch["mask"], -100),
     ).loss
     loss, count, _ = task.objective.loss(task.backbone, batch)
@@ -549,10 +513,10 @@ def test_a_tagging_head_goes_by_the_names_of_its_labels(tmp_path):
     start = pretrained.read(f"hf:{tmp_path}")
     task, said = task_from(start, "tagging", TAGS)
     assert said == "head kept: the same labels, put into their new order"
-    batch = rows(bundle.build_modality(start.modality), sentences(3, seed=8)[0])
+    batch = sample(start)
     theirs = (
         hf.AutoModelForTokenClassification.from_pretrained(tmp_path)
-        .eval()(input_ids=batch["tokens"], attention_mask=batch["mask"].long())
+        .eval()(**arguments(batch))
         .logits
     )
     ours = task.objective.head(task.backbone(batch, want=("tokens",)).tokens).flip(-1)
@@ -583,10 +547,8 @@ def test_a_question_answering_head_is_kept(tmp_path):
     start = pretrained.read(f"hf:{saved('distilbert.ForQuestionAnswering', tmp_path)}")
     task, said = task_from(start, "qa")
     assert said == "head kept: the checkpoint's own for qa"
-    batch = rows(bundle.build_modality(start.modality), sentences(3, seed=8)[0])
-    theirs = hf.AutoModelForQuestionAnswering.from_pretrained(tmp_path).eval()(
-        input_ids=batch["tokens"], attention_mask=batch["mask"].long()
-    )
+    batch = sample(start)
+    theirs = hf.AutoModelForQuestionAnswering.from_pretrained(tmp_path).eval()(**arguments(batch))
     ours, _ = task.objective.head_scores(task.backbone, batch)
     assert (ours[..., 0] - theirs.start_logits)[batch["mask"]].abs().max() < 1e-5 and (
         ours[..., 1] - theirs.end_logits
@@ -723,9 +685,7 @@ def test_transformers_gives_the_bundles_scores(family, objective, tmp_path):
         assert torch.equal(encoded["input_ids"], batch["tokens"][:, :n]) and torch.equal(
             encoded["attention_mask"].bool(), batch["mask"][:, :n]
         )
-    found = loaded(AUTO[objective], out)(
-        input_ids=batch["tokens"], attention_mask=batch["mask"].long()
-    )
+    found = loaded(AUTO[objective], out)(**arguments(batch))
     theirs = (
         torch.stack([found.start_logits, found.end_logits], -1)
         if objective == "qa"
@@ -780,9 +740,7 @@ def test_the_plain_model_is_written_alone(family, tmp_path):
             bundle.save(uri, task.backbone, bundle.load(uri).manifest.modality)
         export.export_bundle(uri, str(out), "hugging-face", only)
         batch = rows(modality_of(family), sentences(3, seed=8)[0])
-        found = loaded("AutoModel", out)(
-            input_ids=batch["tokens"], attention_mask=batch["mask"].long()
-        )
+        found = loaded("AutoModel", out)(**arguments(batch))
         features = task.backbone(batch, want=("tokens",))
         assert (found.last_hidden_state - features.tokens)[batch["mask"]].abs().max() < 1e-5
         if pool == "pooler":
@@ -807,22 +765,15 @@ def published(family: str):
     tokenizer = tokenizer_of(family)
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    ids = [
-        tokenizer.token_to_id(name)
-        for name in (
-            ("<pad>", "<unk>", "<s>", "</s>", "<mask>")
-            if family == "roberta"
-            else ["<|endoftext|>"] * 5
-        )
-    ]
-    return Text(
-        TextOptions(length=32),
-        {
-            "tokenizer": tokenizer.to_str(),
-            "vocabulary": tokenizer.get_vocab_size(),
-            "specials": ids,
-        },
-    )
+    names = ["<|endoftext|>"] * 5
+    if family == "roberta":
+        names = ["<pad>", "<unk>", "<s>", "</s>", "<mask>"]
+    state = {
+        "tokenizer": tokenizer.to_str(),
+        "vocabulary": tokenizer.get_vocab_size(),
+        "specials": [tokenizer.token_to_id(name) for name in names],
+    }
+    return Text(TextOptions(length=32), state)
 
 
 @torch.no_grad()
@@ -910,7 +861,7 @@ def test_a_classifier_that_transformers_does_not_have_is_written_beside_the_plai
     )
     if objective == "tagging":
         tokens = task.backbone(batch, want=("tokens",)).tokens
-        encoded = {"input_ids": batch["tokens"], "attention_mask": batch["mask"].long()}
+        encoded = arguments(batch)
         ours = task.objective.head(F.layer_norm(tokens, tokens.shape[-1:]))[batch["mask"]]
         theirs = exported_classifier.load(out)(encoded)[batch["mask"]]
     else:
@@ -958,10 +909,8 @@ def test_a_checkpoint_with_other_labels_is_exported_with_the_heads_own(tmp_path)
     task, _ = task_from(start, "qa", STATES["qa"])
     bundle.save(str(tmp_path / "b"), task, start.modality)
     export.export_bundle(str(tmp_path / "b"), str(tmp_path / "out"), "hugging-face", False)
-    batch = rows(bundle.build_modality(start.modality), sentences(3, seed=8)[0])
-    found = loaded("AutoModelForQuestionAnswering", tmp_path / "out")(
-        input_ids=batch["tokens"], attention_mask=batch["mask"].long()
-    )
+    batch = sample(start)
+    found = loaded("AutoModelForQuestionAnswering", tmp_path / "out")(**arguments(batch))
     ours = scores(task, "qa", batch)
     assert (found.start_logits - ours[..., 0])[
         batch["mask"]

@@ -926,11 +926,14 @@ def test_a_patient_on_both_sides_of_a_random_split_is_a_warning(tmp_path, split)
     shared = sum(speaker in set(train) - {None} for speaker in test)
     assert 0 < shared < len(test)
     (warning,) = got.shared_groups
-    assert warning.startswith(f"{shared} of the {len(test)} rows held out at random have the same")
+    assert warning.startswith(f"{shared} of the {len(test)} test rows, held out at random, have")
     assert warning.endswith("say data.group: speaker to keep such rows in one split")
     (warning,) = warnings({"person": "patient"})
     assert "data.group: patient" in warning, "patients may have several recordings"
-    assert warnings(test_fraction=0, validation_fraction=0.2)
+    (warning,) = warnings(test_fraction=0, validation_fraction=0.2)
+    assert " validation rows, held out at random" in warning
+    (warning,) = warnings(test_fraction=0.3, validation_fraction=0.2)
+    assert " test rows and " in warning and " validation rows, held out at random" in warning
     assert warnings(fold=m.Fold(1, 4, by_class=False), test_fraction=0)
     assert warnings(more=[{"uri": uri, "modality": "text", "test_fraction": 0.3}])
     assert not warnings(group="speaker") and not warnings(test_fraction=0)

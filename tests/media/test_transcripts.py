@@ -251,6 +251,18 @@ def test_words_of_scripts_without_spaces_are_characters():
     assert shown == [("天" * 42, "天" * 14), ("天" * 4 + "OK",)]
 
 
+def test_words_of_segmented_transcripts_are_what_spaces_separate():
+    text = "今天 我 用 K歌"
+    alphabet = Alphabet.of([text])
+    labels = alphabet.encode(text)
+    found = alphabet.words(labels, np.arange(len(text)), np.arange(len(text)), segmented=True)
+    assert [word for word, *_ in found] == text.split() and found[0] == ("今天", 0, 1)
+    said = spoken(*((word, start / 8, end / 8) for word, start, end in found))
+    assert [cue.lines for cue in transcripts.cues(said)] == [(text,)]
+    thai = spoken(("น้ำ", 0.0, 0.1), ("ที่", 0.1, 0.2))
+    assert [cue.lines for cue in transcripts.cues(thai)] == [("น้ำ ที่",)]
+
+
 def test_a_pause_ends_a_cue_and_a_short_one_is_shown_for_a_second():
     assert transcripts.cues(spoken(("A", 0.0, 0.2), ("B", 0.5, 0.7), ("C", 9.0, 9.1))) == [
         Cue(0.0, 1.0, ("A B",)),

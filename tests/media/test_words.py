@@ -2,14 +2,19 @@
 
 import re
 import unicodedata
+import zlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from toys import text_modality
 
+from pipeline.core.contracts import BaselineRows
 from pipeline.media import minhash
 from pipeline.media.words import WORD
 from pipeline.transfer.baselines.bag_of_words import BagOfWords, BagOfWordsOptions
+from pipeline.transfer.baselines.tag_of_word import TagOfWord
 
 REVIEW = "這部電影的節奏很好，演員也很有感情，我和朋友都看得很開心，結局讓人意外，值得再看一次。"
 NEAR = minhash.MinHashSearch(0.8)
@@ -61,7 +66,23 @@ def test_near_duplicates_are_found_in_chinese():
 
 def test_composed_and_decomposed_letters_are_one_text():
     text = "Über die schönsten Gärten und Häuser der Städte erzählt dieser Führer für Gäste"
-    assert similarity(text, unicodedata.normalize("NFD", text)) == (1.0, True)
+    decomposed = unicodedata.normalize("NFD", text)
+    assert similarity(text, decomposed) == (1.0, True)
+    rows = BaselineRows(2, {}, text_modality(), {"text": pa.array([text, decomposed])}.get)
+    one, other = BagOfWords(BagOfWordsOptions()).inputs(rows)
+    assert one == other == text
+    column = {"text": pa.array([text.split(), decomposed.split()])}
+    positions = [np.ones(len(text.split()), dtype=bool)] * 2
+    words = TagOfWord(TagOfWord.options_class()).inputs(
+        BaselineRows(2, {}, text_modality(), column.get, positions)
+    )
+    assert words == text.split() * 2
+
+
+def test_prepared_folders_know_the_rule_by_which_words_are_cut():
+    """Where this signature changes, raise `minhash.VERSION`."""
+    (signature,) = minhash.signatures(iter([f"It's 3.5m², Café! {REVIEW} हिन्दी में ดีมาก"]))
+    assert (minhash.VERSION, zlib.crc32(signature.tobytes())) == (2, 0)
 
 
 @pytest.mark.parametrize("language", ["chinese", "hindi"])

@@ -568,6 +568,10 @@ def test_metrics_are_those_of_the_rows_own_transcripts():
         (["ONE", "TWO"], "wer"),  # single words
         (["今天天气很好", "再看一次"], "cer"),
         (["今天 天气 很 好"], "wer"),
+        (
+            ["我 用 OK", "北京 上海", "今天天气很好", "再看一次"],
+            "cer",
+        ),  # few spaces, around OK or for a dash
         (["ดีมาก"], "cer"),
     ],
 )

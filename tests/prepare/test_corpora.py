@@ -258,6 +258,16 @@ def test_an_equal_of_a_near_duplicate_names_the_one_that_is_kept(tmp_path):
     ]
 
 
+def test_a_folder_that_another_rule_for_words_made_is_not_current(tmp_path, monkeypatch):
+    write(tmp_path / "a.txt", "a line\nanother line\n")
+    for dedup in ("near", "exact"):
+        prepare(tmp_path / "a.txt", tmp_path / dedup, f"dedup={dedup}")
+    monkeypatch.setattr(minhash, "VERSION", minhash.VERSION + 1)
+    prepare(tmp_path / "a.txt", tmp_path / "exact", "dedup=exact")
+    with pytest.raises(ValueError, match="of another source, of other options or of an earlier"):
+        prepare(tmp_path / "a.txt", tmp_path / "near", "dedup=near")
+
+
 def test_documents_without_words_are_alike_only_when_they_are(tmp_path):
     write(tmp_path / "a.txt", "!!!\n???\n\U0001f389 \U0001f389\nhello\n!!!\n")
     rows, _, dropped = prepare(tmp_path / "a.txt", tmp_path / "out", "dedup=near")

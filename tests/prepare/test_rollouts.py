@@ -452,7 +452,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
     assert prepare(tmp_path / "out", *pairs, rows_per_part=2) == whole and hashes(
         tmp_path / "out"
     ) == hashes(tmp_path / "whole")
-    with pytest.raises(ValueError, match="holds parts of another source or of other options"):
+    with pytest.raises(ValueError, match="holds parts of another source, of other options"):
         prepare(tmp_path / "out", *pairs, source="InvertedPendulum-v5", rows_per_part=2)
 
 

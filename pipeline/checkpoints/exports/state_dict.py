@@ -33,8 +33,7 @@ def export(saved: bundle.Bundle, output: str, backbone_only: bool) -> str:
         tensors, beside = _with_norm(saved, stem)
     elif backbone_only:
         tensors = {
-            one.removeprefix("backbone.").removeprefix("model."): tensor
-            for one, tensor in saved.backbone_tensors().items()
+            one.removeprefix("model."): tensor for one, tensor in saved.backbone_tensors().items()
         }
     else:
         tensors = saved.tensors
@@ -84,12 +83,12 @@ def _with_norm(saved: bundle.Bundle, stem: str) -> tuple[dict[str, Tensor], dict
             f"{stem}_classifier.json": json.dumps(spec, indent=2, ensure_ascii=False),
             f"{stem}_classifier.py": classifier_export.code(),
         }
-    parts = {
-        "arch": saved.manifest.arch,
-        "modality": saved.manifest.modality,
-        "objective": saved.manifest.objective,
+    manifest = saved.manifest
+    description = {  # it leaves the machine, so it names files without their folders
+        "arch": manifest.arch.to_json(),
+        "modality": bundle.without_folders("modality", manifest.modality).to_json(),
+        "objective": bundle.without_folders("objective", manifest.objective).to_json(),
     }
-    description = {name: part.to_json() for name, part in parts.items()}
     return tensors, {f"{stem}_model.json": json.dumps(description, indent=2, ensure_ascii=False)}
 
 

@@ -200,6 +200,16 @@ class NamesLabels(Protocol):
 
 
 @runtime_checkable
+class CarriesLabels(Protocol):
+    """An objective whose labels mean the same in any data set, as letters do.
+
+    A source that begins with a checkpoint of other labels keeps the rows of those that both have.
+    """
+
+    labels_are_letters: ClassVar[bool]
+
+
+@runtime_checkable
 class ReadsTexts(Protocol):
     """An objective of a source that has learned which texts suit a row.
 
@@ -662,6 +672,11 @@ def balances_labels(options: Any) -> bool:
 def names_labels(objective: Any) -> TypeIs[NamesLabels]:
     """Return whether labels of two data sets can be compared by name."""
     return isinstance(objective, NamesLabels)
+
+
+def carries_labels(objective: Any) -> TypeIs[CarriesLabels]:
+    """Return whether rows of a head are kept by label although its other labels differ."""
+    return isinstance(objective, CarriesLabels) and objective.labels_are_letters
 
 
 def reads_texts(objective: Any) -> TypeIs[ReadsTexts]:

@@ -87,8 +87,8 @@ class Preparation:
         if storage.exists(begun):
             if self._begun_key() != self.key and self._holds_parts():
                 raise ValueError(
-                    f"{self.output} holds parts of another source or of other options (see "
-                    f"{BEGUN} there); give an empty folder"
+                    f"{self.output} holds parts of another source, of other options or of an "
+                    f"earlier version's rules (see {BEGUN} there); give an empty folder"
                 )
         elif others := [
             uri

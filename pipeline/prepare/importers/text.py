@@ -176,7 +176,10 @@ class Text(TableImporter):
             by_lines = suffix in LINES or (suffix in PLAIN and self.options.documents != "file")
             return split_files(one, part_bytes) if by_lines else whole_files(one)
 
-        return parquet.split_files(listed, part_bytes, cut), listed.fingerprint, listed.notes
+        fingerprint = listed.fingerprint
+        if self.options.dedup == "near":
+            fingerprint += f" minhash {minhash.VERSION}"
+        return parquet.split_files(listed, part_bytes, cut), fingerprint, listed.notes
 
     # ------------------------------------------------------------ documents
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from typing import Any
 
@@ -40,10 +41,11 @@ class BagOfWords(Baseline):
         return tuple({"C": value} for value in self.options.penalties)
 
     def inputs(self, rows: BaselineRows) -> list[str]:
-        """Return the text of each row; that of a pair follows it."""
+        """Return the text of each row, in Unicode's form NFC; that of a pair follows it."""
         columns = [rows.read_column(role) for role in ("text", "text_pair")]
         texts_of_columns = [plain_texts(column) for column in columns if column is not None]
-        return [" ".join(filter(None, texts)) for texts in zip(*texts_of_columns, strict=True)]
+        rows_of_texts = zip(*texts_of_columns, strict=True)
+        return [unicodedata.normalize("NFC", " ".join(filter(None, row))) for row in rows_of_texts]
 
     def transformer(self) -> TfidfVectorizer:
         return _Words(

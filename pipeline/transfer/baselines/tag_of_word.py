@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Any
 
 import numpy as np
@@ -26,12 +27,14 @@ class TagOfWord(Baseline):
     label_kinds = ("position_classes",)
 
     def inputs(self, rows: BaselineRows) -> list[str]:
-        """Return the labelled words, row by row."""
+        """Return the labelled words, row by row, in Unicode's form NFC."""
         assert rows.positions is not None
         words_of_rows = texts(rows.read_column("text"))
         pairs = zip(words_of_rows, rows.positions, strict=True)
         return [
-            words[place] or "" for words, labelled in pairs for place in np.flatnonzero(labelled)
+            unicodedata.normalize("NFC", words[place] or "")
+            for words, labelled in pairs
+            for place in np.flatnonzero(labelled)
         ]
 
     def estimator(self, setting: Setting, seed: int, label_kind: LabelKind) -> Any:
