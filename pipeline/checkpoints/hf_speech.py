@@ -154,7 +154,7 @@ def read_object(folder: str, name: str) -> JsonObject:
     return content
 
 
-def read_processor(folder: str, part: str) -> JsonObject:
+def read_processor(folder: str, part: str) -> HfConfig:
     """Return the content of preprocessor_config.json, or the part of processor_config.json."""
     return read_object(folder, PREPROCESSOR) or as_object(read_object(folder, PROCESSOR).get(part))
 

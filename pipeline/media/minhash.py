@@ -10,7 +10,6 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 
 import numpy as np
-from datasketch import MinHash
 
 from pipeline.media.words import WORD
 
@@ -38,6 +37,9 @@ def shingles(text: str) -> set[bytes]:
 
 def signatures(texts: Iterator[str]) -> Iterator[np.ndarray]:
     """Yield the MinHash signature of each text, (NUM_PERM,) uint32."""
+    # here: datasketch is slow to import, and each worker that reads texts imports this module
+    from datasketch import MinHash
+
     empty = MinHash(num_perm=NUM_PERM, seed=1)
     for text in texts:
         signature, runs = empty.copy(), list(shingles(text))

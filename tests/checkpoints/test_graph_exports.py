@@ -14,9 +14,9 @@ import PIL.Image
 import pyarrow as pa
 import pytest
 import torch
-from contract_rows import BACKBONES, OBJECTIVES, classified, demonstrations, pictures, png
+from contract_rows import BACKBONES, OBJECTIVES, classified, demonstrations, pictures
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from toys import SMALL, episodes, label_state, task_of
+from toys import SMALL, episodes, image_file, label_state, task_of
 
 from pipeline.checkpoints import bundle, export, graph, graph_readme
 from pipeline.checkpoints.bundle import BundleError
@@ -232,7 +232,7 @@ def test_the_readme_prepares_a_picture_as_the_modality_does(tmp_path, monkeypatc
     pixels = np.stack([y * 3, x * 5, y + x], -1).astype(np.uint8)
     PIL.Image.fromarray(pixels).save(tmp_path / "out" / "picture.png")
     theirs = in_folder(tmp_path / "out", monkeypatch)["scores"]
-    arrays, _ = modality.decode(pa.table({"image": [png(pixels)]}), {"image": "image"})
+    arrays, _ = modality.decode(pa.table({"image": [image_file(pixels)]}), {"image": "image"})
     batch = modality.finish(Batch(np.arange(1), torch.arange(1), modality.collate(arrays)))
     with torch.no_grad():
         ours = task.eval().objective.logits(task.backbone, batch)

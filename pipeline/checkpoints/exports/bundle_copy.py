@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors.torch import (
     load_file,  # pyright: ignore[reportUnknownVariableType]
-    save_file,
+    save_file,  # pyright: ignore[reportUnknownVariableType]
 )
 
 from pipeline.checkpoints import bundle, export_check
