@@ -573,7 +573,7 @@ def test_rows_of_an_environment_that_was_changed_are_not_gone_on_with(tmp_path, 
     prepare(tmp_path / "out", *pairs, source=own_cart)
     with (tmp_path / "cart_world.py").open("a") as file:
         file.write("# heavier\n")
-    with pytest.raises(ValueError, match="holds parts of another source or of other options"):
+    with pytest.raises(ValueError, match="holds parts of another source, of other options"):
         prepare(tmp_path / "out", *pairs, source=own_cart)
 
 

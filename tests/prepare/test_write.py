@@ -436,12 +436,12 @@ def test_a_tampered_part_is_found_and_written_again(folder, tmp_path):
 def test_a_folder_of_another_source_or_other_options_is_refused(folder, tmp_path):
     prepare("imagefolder", folder, tmp_path / "out")
     for change in ({"resize": 20}, {"quality": 80}, {"rows_per_part": 1}):
-        with pytest.raises(ValueError, match="another source or of other options"):
+        with pytest.raises(ValueError, match="another source, of other options"):
             prepare("imagefolder", folder, tmp_path / "out", **change)
-    with pytest.raises(ValueError, match="another source or of other options"):
+    with pytest.raises(ValueError, match="another source, of other options"):
         prepare("imagefolder", folder / "train", tmp_path / "out")
     write(folder / "train/cat/new.jpg", encoded(77))
-    with pytest.raises(ValueError, match="another source or of other options"):
+    with pytest.raises(ValueError, match="another source, of other options"):
         prepare("imagefolder", folder, tmp_path / "out")
     with pytest.raises(ValueError, match="give a folder outside"):
         prepare("imagefolder", folder, folder / "out")
@@ -458,7 +458,7 @@ def test_a_folder_whose_columns_meant_something_else_is_refused(coco, tmp_path):
                 '"categories": [', '"categories": [{"id": 5, "name": "airplane"}, '
             )
         )
-    with pytest.raises(ValueError, match="another source or of other options"):
+    with pytest.raises(ValueError, match="another source, of other options"):
         prepare("coco", coco, tmp_path / "out")
 
 
