@@ -558,20 +558,23 @@ def test_actions_that_rows_cannot_hold_are_refused(tmp_path, monkeypatch, action
 
 @pytest.fixture
 def own_cart(tmp_path, monkeypatch):
-    """The plugin with an environment of its own, imported by nothing before or after."""
+    """A copy of the plugin with an environment of its own, imported by nothing before or after.
+
+    It has another name, because other tests of this process may have the plugin's folder on the path.
+    """
     monkeypatch.setattr(sys, "path", list(sys.path))
     source = Path(__file__).parents[1] / "plugin" / "cart_world.py"
-    plugins.use([shutil.copy(source, tmp_path)])
+    plugins.use([str(shutil.copy(source, tmp_path / "copied_cart.py"))])
     yield "own/Cart-v0"
     plugins.use([])
-    sys.modules.pop("cart_world", None)
+    sys.modules.pop("copied_cart", None)
     gymnasium.registry.pop("own/Cart-v0", None)
 
 
 def test_rows_of_an_environment_that_was_changed_are_not_gone_on_with(tmp_path, own_cart):
     pairs = ("expert=random", "episodes=2")
     prepare(tmp_path / "out", *pairs, source=own_cart)
-    with (tmp_path / "cart_world.py").open("a") as file:
+    with (tmp_path / "copied_cart.py").open("a") as file:
         file.write("# heavier\n")
     with pytest.raises(ValueError, match="holds parts of another source, of other options"):
         prepare(tmp_path / "out", *pairs, source=own_cart)
@@ -591,7 +594,7 @@ def test_an_environment_of_a_plugin_is_made_in_prepare_and_in_a_job(tmp_path, ow
     columns = {"actions": "actions", "environment": "environment"}
     state = {"kind": "continuous", "columns": ["environment"]}
     table = pq.read_table(tmp_path / "out")
-    del gymnasium.registry[own_cart], sys.modules["cart_world"]
+    del gymnasium.registry[own_cart], sys.modules["copied_cart"]
     BehaviourCloning.check_test({}, table, columns, state)  # as in another process
     del gymnasium.registry[own_cart]
     plugins.use([])
