@@ -278,7 +278,8 @@ def load_head(
     ):
         return "new head: its options differ"
     if not rows or any(shape and shape[0] == len(old) for shape in rest.values()):
-        return "new head: its labels are in another order"
+        why = f"differ from these ({names})" if differ else "are in another order"
+        return f"new head: its labels {why}"
     there = [old.index(label) for label in shared]
     here = torch.tensor([new.index(label) for label in shared])
     carried = {n: own[n].index_copy(0, here, tensors[n][there].to(own[n])) for n in rows}
@@ -288,8 +289,8 @@ def load_head(
         return "head kept: the same labels, put into their new order"
     objective.names_taken_over = frozenset(rest)
     return (
-        f"head kept for {len(shared)} of {len(new)} labels, the others are new: its labels differ "
-        f"from these ({names})"
+        f"head kept for {len(shared)} of {len(new)} labels; the rows of the others are new (labels "
+        f"that only one of both has: {names})"
     )
 
 

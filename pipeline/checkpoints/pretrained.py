@@ -696,9 +696,9 @@ def _timm_folder(folder: str, config: dict[str, Any], names_only: bool) -> Pretr
     known: Any = timm.models.get_pretrained_cfg(f"{architecture}.{tag}") if is_known else None
     if known and _wants_quickgelu(known.to_dict(), architecture):
         notes = (
-            f"{architecture} has GELU, and the first weights of its tag were trained with "
-            "QuickGELU: unless these were trained further with GELU, their features differ; then "
-            f"give backbone: timm/{architecture.replace('_clip_', '_clip_quickgelu_')}, init: "
+            f"{architecture} has GELU, and the published weights of its tag were trained with "
+            "QuickGELU. If yours were not trained further with GELU, their features are wrong: "
+            f"write backbone: timm/{architecture.replace('_clip_', '_clip_quickgelu_')}, init: "
             f"file:{weights}",
         )
     return PretrainedCheckpoint(

@@ -556,7 +556,8 @@ def _ours(kind: str) -> tuple[Entry, ...]:
 def _of_plugin(plugin: Plugin) -> tuple[Entry, ...]:
     """Return the components of all kinds of a plugin.
 
-    Raises ValueError where there is none, and no environment that gymnasium would know either.
+    Raises ValueError where there is none, and no file that names gymnasium (which may register an
+    environment).
     """
     modules = list(plugins.sources(plugin))
     components = tuple(
@@ -571,7 +572,7 @@ def _of_plugin(plugin: Plugin) -> tuple[Entry, ...]:
 
 
 def environment_plugins() -> tuple[str, ...]:
-    """Return the modules of plugins in use that register environments of gymnasium alone."""
+    """Return the modules of plugins in use that have no component: they register environments."""
     return tuple(plugin.module for plugin in plugins.active() if not _of_plugin(plugin))
 
 

@@ -97,8 +97,8 @@ CHUNK_BYTES, LINE_BYTES = 16 << 20, 64 << 20
 text may have more than LINE_BYTES.
 """
 NO_WHOLE_TYPE = (
-    "no type of 64 bits holds its whole numbers together (some are below 0 and some from 2^63 on, "
-    "or from 2^64 on): write them as texts"
+    "its whole numbers fit neither int64 (-2^63 to 2^63 - 1) nor uint64 (0 to 2^64 - 1): write "
+    "them as texts"
 )
 UTF8_BOM = b"\xef\xbb\xbf"
 UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
@@ -708,7 +708,7 @@ def _schema_of(file: str, number: int, chunk: bytes) -> pa.Schema:
     Whole numbers from 2^63 on are uint64. Arrow itself takes them for floating-point numbers, in
     which two ids may become one.
 
-    Raises ValueError for whole numbers that no type of 64 bits holds together.
+    Raises ValueError for whole numbers that fit neither int64 nor uint64.
     """
     table = _parsed(file, number, chunk, None)
     schema = table.schema

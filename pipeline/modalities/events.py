@@ -234,8 +234,8 @@ class Events(Modality):
             static = self.static_features.coverage(table[columns["static"]], columns["static"])
         elif any(self.static_features.sizes().values()):
             static = (
-                "static features are known, and none of these rows are read: name their column "
-                "(data.columns, or --column static=NAME)"
+                "the network knows static features, but no column is named for those of these "
+                "rows: name it (data.columns, or --column static=NAME)"
             )
         return text + (f"; {static}" if static else "")
 

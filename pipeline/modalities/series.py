@@ -190,16 +190,20 @@ class Series(Modality):
         """Return for each row "" or why it has another sampling rate than the fitted rows."""
         if "step" not in columns or "step" not in self.state:
             return [""] * len(table)
-        own, fitted = floats(joined(table[columns["step"]]), np.float64), self.state["step"]
-        is_equal = np.abs(own - fitted) <= STEP_TOLERANCE * fitted  # also not where it is unknown
-        return [
-            ""
-            if equal
-            else f"its steps are {step:.6g} apart ({columns['step']}), and {fitted:g} in the rows "
-            "that the network was trained on: bring it to that rate (faster logs by onetomany "
-            f"prepare series --set step={fitted:g})"
-            for equal, step in zip(is_equal, own, strict=True)
-        ]
+        name, fitted = columns["step"], self.state["step"]
+        reasons: list[str] = []
+        for step in floats(joined(table[name]), np.float64).tolist():
+            if math.isnan(step):
+                reasons.append(f"its step ({name}) is missing, so its sampling rate is unknown")
+            elif abs(step - fitted) <= STEP_TOLERANCE * fitted:
+                reasons.append("")
+            else:
+                reasons.append(
+                    f"its steps are {step:.6g} apart ({name}), and {fitted:g} in the rows that the "
+                    "network was trained on: bring it to that rate (faster logs by onetomany "
+                    f"prepare series --set step={fitted:g})"
+                )
+        return reasons
 
     def _rows(self, table: Any, columns: dict[str, str]) -> SeriesRows:
         column = table[columns["series"]]
@@ -381,8 +385,8 @@ def _median_step(column: Any, name: str) -> float:
     steps = steps[np.isfinite(steps) & (steps > 0)]
     if not len(steps):
         raise ValueError(
-            f"column {name}: it holds {column.type}, and step is a positive number, the time "
-            "between two steps"
+            f"column {name}: it holds {column.type} without a positive number, and step is the "
+            "time between two steps: correct the column, or leave step out of data.columns"
         )
     return float(np.median(steps))
 

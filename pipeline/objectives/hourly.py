@@ -420,8 +420,8 @@ class Hourly(Objective):
 def _beyond(hours: float) -> str:
     """Return what is wrong with label times after the last hour that is read."""
     return (
-        f"times lie after hour {hours:g}, up to which events are read: they would be judged by "
-        "what is long past: raise hours in data.modality ({events: {hours: ...}})"
+        f"times lie after hour {hours:g}, up to which events are read, so they would be predicted "
+        "from old events: raise hours in data.modality ({events: {hours: ...}})"
     )
 
 

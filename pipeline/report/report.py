@@ -81,13 +81,13 @@ _DASH = blocks.DASH
 UNJUDGED = (TOO_FEW, SINGLE_SEED, SEARCH_NOISE, UNCOMPARED)
 """Words in place of a verdict where a comparison has none."""
 MAX_NAMED_ENTRIES = 12
-SEARCHES = (
+SEARCH_SENTENCES = (
     "Where hyper-parameters were searched, some settings were tried again with further seeds. They "
     "show how much the choice itself varies, and intervals of gains include that: in simulated "
     "comparisons without a true difference 3 to 5 % were won or lost. If the settings were tried "
     "with one seed alone, or the search was judged by another metric than the tested one, it is "
-    "not known how much the choice varies: 6 to 12 % of such intervals excluded zero. The verdict "
-    "is then search noise in place of a win or a loss."
+    "not known how much the choice varies. In the simulated comparisons 6 to 12 % of such "
+    "intervals excluded zero, so the verdict is then search noise in place of a win or a loss."
 )
 
 
@@ -1201,8 +1201,8 @@ def _describe_statistics(entries: Sequence[MatrixEntry], rows: Sequence[ResultRo
         f"{MIN_SEEDS} paired seeds, and {stats.MIN_RARER_UNITS} test units outside of the most "
         f"frequent class ({stats.MIN_UNITS} test units where rows have no "
         "classes). No interval exceeds the bounds of its metric. Where all test units are alike "
-        "(20 right rows of 20), so are all draws, and the interval is Clopper and Pearson's "
-        "(1934).",
+        "(20 right rows of 20), all draws are equal. The interval of a metric with bounds is then "
+        "Clopper and Pearson's (1934). Other metrics keep an interval without width.",
     ]
     num_compared = sum(entry.gain_p_holm is not None for entry in entries)
     if num_compared:
@@ -1213,7 +1213,7 @@ def _describe_statistics(entries: Sequence[MatrixEntry], rows: Sequence[ResultRo
             "values are Holm's (1979)."
         )
     if any(row.trial_stage == "search" and row.drawn != "{}" for row in rows):
-        sentences.append(SEARCHES)
+        sentences.append(SEARCH_SENTENCES)
     intervals = Counter(entry.interval for entry in entries if entry.interval)
     sentences += [f"{how}: {plural(count, 'result')}." for how, count in intervals.items()]
     return sentences

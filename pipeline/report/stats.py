@@ -309,7 +309,7 @@ def compare(
     if not _has_width(resampled) and math.isfinite(largest):
         alike = _num_alike(metric, predictions, groups, ours[0].labels)
         low, high = _widen(low, high, mean, (-largest, largest), alike)
-        # of the same test: the interval ends at 0 where this is 0.05
+        # p value of the same exact test: it is 0.05 where the interval ends at 0
         exact = min(1.0, 2 * (1 + abs(mean) / largest) ** -alike)
         p_value = p_value if math.isnan(p_value) else max(p_value, exact)
     low, high = np.clip((low, high), -largest, largest)

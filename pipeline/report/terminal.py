@@ -186,8 +186,12 @@ def _caption(entries: Sequence[MatrixEntry], has_others: bool) -> str:
     if SINGLE_SEED in verdicts:
         lines.append("one seed: a verdict needs two seeds that scratch has too (paired seeds).")
     if SEARCH_NOISE in verdicts:
-        lines.append("search noise: the interval excludes zero, but hyper-parameters were searched")
-        lines.append("with one seed or by another metric, and what that varies by is not in it.")
+        lines.append(
+            "search noise: the interval excludes zero, but leaves out how much the choice of"
+        )
+        lines.append(
+            "hyper-parameters varies: they were searched with one seed, or by another metric."
+        )
     if TOO_FEW in verdicts:
         lines.append("too few to tell: too few test rows for a verdict; the report has the number.")
     if has_others:

@@ -231,8 +231,8 @@ def blocks_of(
         "best on the validation rows. Networks that are shown to be worse than scratch (after "
         "Holm's correction) are left out, unless all are. With few validation rows the choice is "
         "uncertain: onetomany advise weighs all comparisons. Values and gains are means over "
-        "seeds, with 95 % intervals; * also after Holm's correction. trials.csv beside this page "
-        "lists every trial with its bundle."
+        "seeds, with 95 % intervals. A star (*) marks a gain that survives Holm's correction too. "
+        "trials.csv beside this page lists every trial with its bundle."
     )
     if in_folds & groups.keys():
         text += (

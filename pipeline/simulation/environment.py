@@ -244,8 +244,8 @@ def is_registered(ident: str) -> bool:
     return ident in known
 
 
-def is_published(ident: str) -> bool:
-    """Whether an environment is gymnasium's own, not registered by somebody else's module."""
+def is_part_of_gymnasium(ident: str) -> bool:
+    """Whether an environment comes with gymnasium itself."""
     known = _library("gymnasium").registry
     entry_point = known[ident].entry_point if is_registered(ident) else ""
     module = entry_point if isinstance(entry_point, str) else getattr(entry_point, "__module__", "")
@@ -266,8 +266,8 @@ def code_of(env: Any) -> str:
 def _not_installed(ident: str) -> ValueError:
     known = [*_library("gymnasium").registry, *OWN_ENVIRONMENTS]
     return ValueError(
-        f"environment {ident!r} is not installed; {nearest(ident, known)} (an environment of your "
-        "own: name the module that registers it under `plugins`)"
+        f"environment {ident!r} is not installed; {nearest(ident, known)} (if it is your own, add "
+        "the file that registers it to `plugins`, or give --plugin FILE)"
     )
 
 

@@ -65,8 +65,8 @@ class Keeper(Protocol):
 class KeepBest:
     """Keep the weights of the best validation, or the newest with ``keep: last``.
 
-    A value that equals the best one is no better: the earlier weights are kept, and it counts for
-    patience. Hugging Face's Trainer and Lightning do the same.
+    A value that equals the best one is no improvement: the earlier weights are kept, and the
+    validation counts towards ``patience``. Hugging Face's Trainer and Lightning do the same.
 
     Args:
         primary: Name of the metric that decides.
@@ -82,13 +82,13 @@ class KeepBest:
         self.best, self.stale = float("nan"), 0
 
     def update(self, step, metrics, task):
-        if self.takes(step, metrics) and not self.keeps_last:
+        if self.should_keep(step, metrics) and not self.keeps_last:
             self.weights = {
                 name: tensor.detach().cpu().clone() for name, tensor in task.state_dict().items()
             }
 
-    def takes(self, step: int, metrics: Metrics) -> bool:
-        """Remember a validation, and return whether its weights are to be kept."""
+    def should_keep(self, step: int, metrics: Metrics) -> bool:
+        """Record a validation, and return whether its weights should be kept."""
         value = metrics[self.primary]
         is_first = np.isnan(self.best)
         is_better = is_first or (value > self.best if self.higher_is_better else value < self.best)

@@ -255,7 +255,7 @@ class KeepHeads:
             if best.is_exhausted:  # this head alone would have stopped
                 continue
             self.curves[k].append({"step": step, **values})
-            if best.takes(step, values):
+            if best.should_keep(step, values):
                 self.weights[k] = [p.detach()[k].clone() for p in task.stacked]
 
     @torch.no_grad()

@@ -390,8 +390,8 @@ def _check_combinations(place: str, components: tuple[ComponentConfig, ...], see
         if count < 2:
             raise ValueError(
                 f"{place}: techniques: {component.name} combines at least two trials, and this job "
-                f"has {count} that it takes (fanout.seeds: {seeds}): raise fanout.seeds, or name "
-                "techniques of this job in its option of"
+                f"has {count} that it takes (fanout.seeds: {seeds}): raise fanout.seeds, or list "
+                "more techniques of this job in its option `of`"
             )
 
 

@@ -312,7 +312,7 @@ def test_a_ctc_head_goes_by_the_names_of_its_labels(tmp_path):
     other = {**ALPHABET, "labels": ["<blank>", " ", "'", "e", "t"], "characters": " 'et"}
     partly, said = task_from(start, "ctc", other)
     assert said == (
-        "head kept for 3 of 5 labels, the others are new: its labels differ from these (4 names, "
+        "head kept for 3 of 5 labels; the rows of the others are new (labels that only one of both has: 4 names, "
         "e.g. E, T, e, t)"
     )
     shared = partly.objective.head(tokens)[..., :3] - model.lm_head(tokens)[..., [3, 2, 4]]

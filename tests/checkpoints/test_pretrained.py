@@ -289,7 +289,7 @@ def test_a_folder_of_weights_that_may_want_another_activation_says_so(tag, is_do
     (tmp_path / "config.json").write_text(json.dumps(config))
     notes = pretrained.read(f"hf:{tmp_path}").notes
     told = (
-        f"trained with QuickGELU: .* give backbone: timm/{name.replace('_224', '_quickgelu_224')}"
+        f"trained with QuickGELU. .* write backbone: timm/{name.replace('_224', '_quickgelu_224')}"
     )
     assert bool(notes) == is_doubted and all(re.search(told, note) for note in notes)
 

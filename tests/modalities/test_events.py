@@ -191,11 +191,11 @@ def test_what_is_known_of_other_rows_is_told():
 
 
 def test_static_features_that_no_column_is_named_for_are_told():
-    """As where `predict` reads rows with a source's own bundle, which has no names of columns."""
+    """As where `predict` reads rows with a bundle that holds no names of columns."""
     static = {"numbers": ["Age"], "mean": [60.0], "std": [10.0], "codes": []}
     modality = Events(EventsOptions(), {**STATE, "static": static})
     rows = table(([1.0], ["HR"], [1.0]))
-    said = "static features are known, and none of these rows are read: name their column"
+    said = "the network knows static features, but no column is named for those of these rows"
     assert said in modality.coverage(rows, COLUMNS)
     facts = pa.array([{"Age": 50.0}])
     known = modality.coverage(rows.append_column("facts", facts), {**COLUMNS, "static": "facts"})

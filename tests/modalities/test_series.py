@@ -59,7 +59,7 @@ def test_rows_at_another_sampling_rate_are_bad():
         "",
         "",
         "its steps are 0.01 apart (t), and 0.02 in the",
-        "its steps are nan apart (t), and 0.02 in the ",
+        "its step (t) is missing, so its sampling rate",
         "",
     ]
     assert "prepare series --set step=0.02" in bad[2]
@@ -68,7 +68,7 @@ def test_rows_at_another_sampling_rate_are_bad():
     assert not any(series(state).decode(table, COLUMNS)[1])
     assert "known steps are 0.02 apart, and those of" in series(state).coverage(table, COLUMNS)
     assert series(state).required_type("step", pa.string()) == "numbers"
-    with pytest.raises(ValueError, match="column t: it holds null, and step is a positive number"):
+    with pytest.raises(ValueError, match="column t: it holds null without a positive number"):
         unknown = table.set_column(1, "t", pa.nulls(5))
         Series.fit(registry.get("modality", "series").options_class(), unknown, columns, "")
 

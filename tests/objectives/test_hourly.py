@@ -190,7 +190,7 @@ def test_columns_and_options_that_cannot_be_used_are_told(options, hours, dies, 
 
 
 def test_labels_after_the_last_hour_that_is_read_are_refused():
-    """They would be judged by what is long past. A label at that very hour is none of them."""
+    """They would be predicted from old events. A label at that very hour is none of them."""
     assert len(Hourly.encode(TABLE, COLUMNS, {**STATE, "hours": 24.0})["label_times"]) == 5
     message = "3 times lie after hour 6, .*raise hours in data.modality"
     with pytest.raises(ValueError, match=message):

@@ -598,7 +598,7 @@ def test_an_environment_of_a_plugin_is_made_in_prepare_and_in_a_job(tmp_path, ow
     BehaviourCloning.check_test({}, table, columns, state)  # as in another process
     del gymnasium.registry[own_cart]
     plugins.use([])
-    with pytest.raises(ValueError, match="registers it under `plugins`"):
+    with pytest.raises(ValueError, match="add the file that registers it to `plugins`"):
         BehaviourCloning.check_test({}, table, columns, state)
 
 

@@ -66,7 +66,7 @@ GENDERS = {8507: "male", 8532: "female"}
 DIED = 4216643
 """Concept of discharged_to_concept_id: patient died."""
 NO_CONCEPT, NO_TIME, NO_PERSON = "no concept (0)", "no time", "no person_id"
-NO_VISIT = "conditions of no visit with an end, which count from their own start"
+NO_VISIT = "conditions without a visit, or whose visit has no end: they count from their own start"
 CHARACTERS = 32
 """A text value of up to so many characters is a category."""
 

@@ -176,8 +176,10 @@ class Rollouts(EpisodeImporter):
         content = self._load()
         first_worlds = {job.world.skill: job.world for job in reversed(jobs)}
         widths = [self._check_world(world) for world in first_worlds.values()]
-        # an environment of somebody else's may report success in its last step's `info`
-        judged = rollout.has_success_criterion(source) or not environment.is_published(source)
+        # other environments may report success in their last step's `info`
+        judged = rollout.has_success_criterion(source) or not environment.is_part_of_gymnasium(
+            source
+        )
         self.label = "task" if self.skills else "success" if judged else ""
         if o.keep == "success" and not judged:
             raise ValueError(
