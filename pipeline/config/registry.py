@@ -563,7 +563,7 @@ def _of_plugin(plugin: Plugin) -> tuple[Entry, ...]:
     components = tuple(
         component for module, file in modules for component in _declared(module, file)
     )
-    if not components and not any(b"gymnasium" in file.read_bytes() for _, file in modules):
+    if not components and not any(_names_gymnasium(file) for _, file in modules):
         raise ValueError(
             f"{plugin.named_by}: nothing is registered in {modules[0][1]}; "
             "decorate its components with @register(kind, name)"
@@ -572,8 +572,17 @@ def _of_plugin(plugin: Plugin) -> tuple[Entry, ...]:
 
 
 def environment_plugins() -> tuple[str, ...]:
-    """Return the modules of plugins in use that have no component: they register environments."""
-    return tuple(plugin.module for plugin in plugins.active() if not _of_plugin(plugin))
+    """Return the modules of plugins in use that name gymnasium: they may register environments."""
+    return tuple(
+        module
+        for plugin in plugins.active()
+        for module, file in plugins.sources(plugin)
+        if _names_gymnasium(file)
+    )
+
+
+def _names_gymnasium(file: Path) -> bool:
+    return b"gymnasium" in file.read_bytes()
 
 
 def names(kind: str) -> list[str]:

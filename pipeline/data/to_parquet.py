@@ -196,7 +196,8 @@ def _files_of_folder(folder: str, form: str) -> list[str]:
         elif not kind and not is_hidden:
             unknown[PurePosixPath(parts[-1].lower()).suffix] += 1
         # tables have files of their writers there, such as _SUCCESS and _manifest.json
-        hidden += kind in ("text", *NAMED_FILE_KINDS) and any(p.startswith("_") for p in parts)
+        is_marked = any(part.startswith("_") for part in parts) and not parts[-1].startswith(".")
+        hidden += is_marked and kind in ("text", *NAMED_FILE_KINDS)
     unread = {suffix: unknown[suffix] for suffix in sorted(unknown.keys() - NO_DATA_SUFFIXES)}
     if files and unread:
         shown = ", ".join(f"{count} {suffix}" for suffix, count in unread.items())

@@ -276,7 +276,7 @@ def doubt_masks(masks: Iterable[Any], ignore: int) -> str:
 def doubt_levels(images: Iterable[Any]) -> str:
     """Say that PNG files of 16 bits use the lowest levels alone; "" where they do not.
 
-    Scanners write 10 to 14 bits into such files, of which `pixels` keeps the highest 8 of 16.
+    Scanners write 10 to 14 bits into such files, whose 16 bits `pixels` scales to 8.
 
     Args:
         images: cells, as `file_bytes` takes them.

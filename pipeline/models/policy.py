@@ -94,13 +94,13 @@ class Policy(Backbone):
                 f"{name} reads trajectories (modality trajectory); these rows are "
                 f"{', '.join(inputs) or 'something else'}"
             )
-        # a bundle states all options, those that it does not read by their defaults
-        stated, every = options.model_fields_set, PolicyOptions.model_fields
+        # a bundle states all of these, those that it does not read by their defaults
+        stated, every = options.model_fields_set & ONLY_OF.keys(), PolicyOptions.model_fields
         foreign = sorted(
             option
-            for option in stated & ONLY_OF.keys()
+            for option in stated
             if ONLY_OF[option] != architecture
-            and (stated != every.keys() or getattr(options, option) != every[option].default)
+            and (stated != ONLY_OF.keys() or getattr(options, option) != every[option].default)
         )
         if foreign:
             raise ValueError(

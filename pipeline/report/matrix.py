@@ -116,8 +116,7 @@ class GainEstimate:
             return ""
         if not self.predicted:
             return UNCOMPARED
-        word = verdict(self.low, self.high, self.seeds, not self.evidence)
-        return SEARCH_NOISE if self.unknown_choice and word in (WINS, LOSES) else word
+        return verdict(self.low, self.high, self.seeds, not self.evidence, self.unknown_choice)
 
 
 @dataclass(frozen=True)
@@ -684,7 +683,9 @@ def _verdict(trials: _EntryTrials, over_scratch: GainEstimate) -> str:
     return over_scratch.verdict or UNCOMPARED
 
 
-def verdict(low: float | None, high: float | None, seeds: int, enough: bool) -> str:
+def verdict(
+    low: float | None, high: float | None, seeds: int, enough: bool, unknown_choice: str = ""
+) -> str:
     """Return the verdict on a gain.
 
     Args:
@@ -692,6 +693,7 @@ def verdict(low: float | None, high: float | None, seeds: int, enough: bool) -> 
         high: Upper bound.
         seeds: Number of paired seeds.
         enough: Whether there are enough test units.
+        unknown_choice: As in `GainEstimate`.
     """
     if seeds == 1:
         return SINGLE_SEED
@@ -699,9 +701,11 @@ def verdict(low: float | None, high: float | None, seeds: int, enough: bool) -> 
         return UNCOMPARED
     if not enough:
         return TOO_FEW
-    if low > 0:
-        return WINS
-    return LOSES if high < 0 else NOT_SHOWN
+    if low <= 0 <= high:
+        return NOT_SHOWN
+    if unknown_choice:
+        return SEARCH_NOISE
+    return WINS if low > 0 else LOSES
 
 
 def _predictions(

@@ -411,7 +411,8 @@ def _class_table(
         units = count_units(counts[:, k] > 0, ours[0].groups)
         enough = units >= measure.min_units
         shown = [estimate(mean, digits) for mean in means]
-        body.append([names[k], f"{sizes[k]:,}", *shown, gain_estimate(gain, digits, enough)])
+        cell = gain_estimate(gain, digits, enough, entry)
+        body.append([names[k], f"{sizes[k]:,}", *shown, cell])
     caption = (
         f"{target}: {measure.meaning}, of {entry_label(entry)} of labels and of scratch, mean over "
         f"{_plural(len(ours))} with 95 % intervals; the largest gain first.{GAIN_LEGEND}"
@@ -466,7 +467,7 @@ def _two_class_blocks(
             f"{name} {'↑' if metric.higher_is_better else '↓'}",
             *(estimate(mean, digits) for mean in means),
         ]
-        body.append([*line, *([gain_estimate(gain, digits, enough)] if gain else [])])
+        body.append([*line, *([gain_estimate(gain, digits, enough, best)] if gain else [])])
     caption = (
         f"{target}: {entry_label(best)} of labels{' and scratch' if paired else ''}, mean "
         f"over {_plural(len(ours))} with 95 % intervals; the positive "
@@ -593,7 +594,7 @@ def _calibration_errors(
         digits = decimal_places([(low, high) for _, low, high in means])
         enough = all(stats.evidence(run).enough for run in (*ours, *scratch))
         shown = [estimate(mean, digits) for mean in means]
-        body.append([words, *shown, gain_estimate(gain, digits, enough)])
+        body.append([words, *shown, gain_estimate(gain, digits, enough, entry)])
     return [Table(["", "scratch", f"{entry.source} · {entry.technique}", "Gain"], body)]
 
 
@@ -635,7 +636,8 @@ def _label_table(
         if paired:
             head.append(f"{shown_name}, gain")
             for line, gain, k in zip(body, gains[name], often, strict=False):
-                line.append(gain_estimate(gain, digits, _enough_of_label(kind, ours[0], k)))
+                enough = _enough_of_label(kind, ours[0], k)
+                line.append(gain_estimate(gain, digits, enough, entry))
     least = max(
         int(run.predictions.get("min_positives", np.ones(1)).max(initial=1)) for run in ours
     )
@@ -680,15 +682,16 @@ def estimate(mean_and_bounds: tuple[float, float, float], digits: int) -> Value 
     return DASH if middle is None else Value(interval_lines(middle, low, high, digits))
 
 
-def gain_estimate(gain: stats.Gain, digits: int, enough: bool) -> Value | str:
+def gain_estimate(gain: stats.Gain, digits: int, enough: bool, entry: MatrixEntry) -> Value | str:
     """Return a table cell of a gain, and below it the interval and the sign of the verdict.
 
-    A win or a loss needs ``enough`` test units and two paired seeds.
+    A win or a loss needs ``enough`` test units, two paired seeds and a search of the ``entry``
+    whose noise is known (`matrix.GainEstimate`).
     """
     middle, low, high = (None if np.isnan(v) else v for v in (gain.value, gain.low, gain.high))
     if middle is None:
         return DASH
-    word = verdict(low, high, gain.seeds, enough)
+    word = verdict(low, high, gain.seeds, enough, entry.over_scratch.unknown_choice)
     first, *interval = interval_lines(middle, low, high, digits, "+")
     second = " ".join(filter(None, (*interval, MARKS.get(word))))
     return Value((first, second) if second else (first,), word)

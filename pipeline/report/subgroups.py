@@ -265,7 +265,7 @@ def subgroup_blocks(
                 runs_shown = (*of_ours, *of_scratch)
                 enough = all(stats.evidence(run, metric.name).enough for run in runs_shown)
                 gain = stats.compare(metric, of_ours, of_scratch)
-                line.append(per_label.gain_estimate(gain, digits, enough))
+                line.append(per_label.gain_estimate(gain, digits, enough, best))
         body.append(line + [DASH] * (len(head) - len(line)))
     caption = (
         f"{target}: {entry_label(best)} of labels{' and scratch' if paired else ''}, "

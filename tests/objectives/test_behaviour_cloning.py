@@ -372,6 +372,20 @@ def test_every_parameter_gets_a_gradient_also_of_spaces_that_are_not_there(optio
     } <= still and "objective.decoders.arm.weight" not in still
 
 
+@torch.no_grad()
+def test_what_comes_later_changes_no_prediction():
+    task, rows = case(chunk=3)
+    batch = take(rows, [8])
+    del batch.data["graded"]
+    later = torch.arange(batch["mask"].shape[1])[None, :, None] >= 3
+    changed = batch.replace(
+        observations=torch.where(later, 9.0, batch["observations"]),
+        actions=torch.where(later, 9.0, batch["actions"]),
+    )
+    a, b = (task.eval().objective.predict(task.backbone, one)["action"] for one in (batch, changed))
+    assert torch.equal(a[:, :3], b[:, :3]) and not torch.isclose(a[:, 3:5, :2], b[:, 3:5, :2]).any()
+
+
 def test_dropout_is_for_training_alone():
     task, rows = case(dropout=0.5)
     batch = take(rows, np.arange(12))

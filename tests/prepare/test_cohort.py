@@ -124,6 +124,28 @@ def test_reasons_are_counted(tmp_path):
     assert "train 2 rows" in message and "left out: 0 broken, 4 dropped" in message
 
 
+def test_other_events_behind_the_prediction_time_give_the_same_bytes(stays, tmp_path):
+    folder, _ = stays
+    draw = np.random.default_rng(0)
+    other = tmp_path / "other"
+    for file in sorted(folder.glob("t*.parquet")):
+        changed = []
+        for one in pq.read_table(file).to_pylist():
+            late = [i for i, t in enumerate(one["times"]) if t > 48]
+            order = draw.permutation(late).tolist()
+            for name in ("variables", "values"):
+                one[name] = [one[name][i] for i in [*range(len(one[name]) - len(late)), *order]]
+            changed.append(one)
+        write(other / file.name, rows(*changed))
+    assert [
+        pq.read_table(folder / name)["variables"].equals(pq.read_table(other / name)["variables"])
+        for name in parts(other)
+    ].count(False) > 1
+    prepare(folder, tmp_path / "a", "task=mortality")
+    prepare(other, tmp_path / "b", "task=mortality")
+    assert parts(tmp_path / "a") == parts(tmp_path / "b") != {}
+
+
 def test_rows_do_not_depend_on_how_the_source_is_cut(stays, tmp_path):
     _, made = stays
     one = write(tmp_path / "one.parquet", rows(*made), group=1000)

@@ -259,6 +259,15 @@ def test_a_zone_of_a_column_that_is_not_read_does_no_harm(folder, tmp_path):
     assert read(tmp_path / "out") == read(tmp_path / "csv")
 
 
+def test_visits_that_nothing_needs_are_not_read(folder, tmp_path):
+    tables = "tables=condition_occurrence,measurement"
+    options = ("rows=persons", tables, "conditions=start")
+    with_visits, _ = prepare_and_read("omop", folder, tmp_path / "a", *options)
+    (folder / "VISIT_OCCURRENCE.csv").write_text("visit_occurrence_id,note\n1,no times here\n")
+    without, _ = prepare_and_read("omop", folder, tmp_path / "b", *options)
+    assert without == with_visits
+
+
 def test_ids_of_64_bits_in_a_table_that_is_read_as_texts(folder, tmp_path):
     """As in the demo of MIMIC-IV; a number that no 64 bits hold is no id."""
     long, longer = "-9123456789012345678", "9223372036854775808"

@@ -16,7 +16,7 @@ from toys import result_row
 
 from pipeline.config.provenance import Provenance
 from pipeline.core.metrics import catalog
-from pipeline.report import code_versions, matrix
+from pipeline.report import code_versions, matrix, per_label, stats
 from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
 
@@ -132,6 +132,9 @@ def test_no_gain_is_won_where_the_noise_of_its_search_is_unknown(search):
     assert unknown.verdict == matrix.SEARCH_NOISE and not unknown.survives
     assert unknown.over_scratch.low is not None and unknown.over_scratch.low > 0
     assert compared(search).verdict == matrix.NOT_SHOWN, "a wider interval holds zero too"
+    gain = stats.Gain(0.1, 0.05, 0.15, 0.001, 3)
+    cells = [per_label.gain_estimate(gain, 2, True, entry) for entry in (known, unknown)]
+    assert [cell.tone for cell in cells] == [matrix.WINS, matrix.SEARCH_NOISE], "nor of a class"
 
 
 def test_where_there_is_nothing_to_choose_from_nothing_is_said():

@@ -481,6 +481,14 @@ def test_the_backbone_is_built_once_for_all_heads(paths, tmp_path, monkeypatch):
     (unit,) = fanout.group_into_work_items(group, shared)
     cached_heads.run(list(unit.trials), shared)
     assert len(built) == 1
+    common = one_trial.BuiltBackbone(one_trial.build_task(group[0], shared)[0].backbone)
+    for trial in group:
+        alone, _, own_hash = one_trial.build_task(trial, shared)
+        beside, _, shared_hash = one_trial.build_task(trial, shared, built=common)
+        assert own_hash == shared_hash
+        heads = alone.objective.state_dict(), beside.objective.state_dict()
+        assert heads[0].keys() == heads[1].keys()
+        assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
 
 
 def test_features_are_the_backbones_in_evaluation_mode(paths, tmp_path):

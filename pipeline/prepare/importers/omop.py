@@ -250,6 +250,16 @@ class Omop(RecordsImporter):
             f"(.csv, .csv.gz or .parquet){instead}"
         )
 
+    @property
+    def _reads_visits(self) -> bool:
+        is_needed = not self._of_persons or VISITS in self.wanted or self._dates_by_visit
+        return is_needed and VISITS in self._tables
+
+    @property
+    def _dates_by_visit(self) -> bool:
+        """Whether conditions count from the end of their visit."""
+        return CONDITIONS in self.wanted and self.options.conditions == "visit_end"
+
     # ---------------------------------------------------------------- rows
 
     def entities(self, source: str) -> Entities:
@@ -258,7 +268,7 @@ class Omop(RecordsImporter):
         with Opener() as opener:
             self._check_midnights(opener)
             persons = self._persons(opener)
-            visits = self._visits(opener) if VISITS in self._tables else None
+            visits = self._visits(opener) if self._reads_visits else None
             ends = self._visit_ends(visits)
             used, spans = self._used(ends)
             if visits is not None:
@@ -309,7 +319,8 @@ class Omop(RecordsImporter):
         Texts with a zone are refused anyway: the days beside them have none.
         """
         times_read = {name: [EVENTS[name][1]] for name in self.wanted}
-        times_read |= {VISITS: ["visit_start", "visit_end"], DEATH: [DEATH]}
+        times_read |= {DEATH: [DEATH]}
+        times_read |= {VISITS: ["visit_start", "visit_end"]} if self._reads_visits else {}
         for name in sorted(times_read.keys() & self._tables.keys()):
             entry = self._tables[name]
             columns = {column for time in times_read[name] for column in _times(time)}
@@ -472,7 +483,7 @@ class Omop(RecordsImporter):
 
     def _visit_ends(self, visits: pa.Table | None) -> VisitEnds | None:
         """Return the ends of visits, from which their conditions count; None if these do not."""
-        if CONDITIONS not in self.wanted or self.options.conditions == "start":
+        if not self._dates_by_visit:
             return None
         if visits is None:
             return VisitEnds(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))

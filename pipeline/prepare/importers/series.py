@@ -205,7 +205,9 @@ class Series(TableImporter):
             self.roles = self._roles(files[0], opener)
         for file in files if o.label_folders else ():
             _folder(file)
-        return files, listed.fingerprint, listed.notes
+        # rows of an order have a column more than those of earlier versions
+        fingerprint = f"{listed.fingerprint} step" if o.order else listed.fingerprint
+        return files, fingerprint, listed.notes
 
     def _roles(self, input_split: InputSplit, opener: Opener) -> logs.ColumnRoles:
         """Return what the columns are, by the first file, in terms of trajectories.
