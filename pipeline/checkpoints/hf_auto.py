@@ -173,7 +173,6 @@ def read(
             for name in registry.names("objective")
             if name not in heads and transformers_head(registry.get("objective", name)) is not None
         },
-        notes=_notes(folder, modality),
     )
 
 
@@ -588,13 +587,20 @@ def _image_size(folder: str, processor: HfConfig) -> tuple[int, JsonObject]:
     Raises:
         ValueError: Images are not square, or smaller or larger than the image modality takes.
     """
-    height, width, shortest = _sides(processor.get("size"))
+    size = processor.get("size")
+    height, width, shortest = _sides(size)
     options: JsonObject = {"fit": "squash"}
     if processor.get("do_center_crop") and processor.get("crop_size"):
         side, other, _ = _sides(processor["crop_size"])
         resized = shortest or height
-        options = {"fit": "crop"}
+        # both sides are stated: they are resized to these, whatever the image's aspect
+        is_squashed = isinstance(size, dict) and not shortest and bool(height)
+        if is_squashed and height != width:
+            side = None
+        if not is_squashed:
+            options = {"fit": "crop"}
         if side and resized and side < resized:
+            options = {"fit": "squash_crop" if is_squashed else "crop"}
             options["crop_share"] = _share(side, resized)
     elif shortest:
         side = other = shortest
@@ -612,20 +618,6 @@ def _image_size(folder: str, processor: HfConfig) -> tuple[int, JsonObject]:
             f"{processor.get('crop_size')}: images are squares of 8 to 4096 pixels a side here"
         )
     return side, options
-
-
-def _notes(folder: str, modality: ModalitySpec) -> tuple[str, ...]:
-    """Return in words what is read otherwise than transformers would."""
-    if modality.name != "image" or modality.options["fit"] != "crop":
-        return ()
-    size = hf_speech.read_processor(folder, "image_processor").get("size")
-    height, width, shortest = _sides(size)
-    if shortest or not isinstance(size, dict) or not height or not width:
-        return ()
-    return (
-        "images keep their aspect before they are cropped, as in timm; transformers squashes them "
-        f"to {height} x {width} pixels (as modality: {{image: {{fit: squash_crop}}}} does)",
-    )
 
 
 def _image_statistics(

@@ -16,7 +16,17 @@ import torch
 import transformers as hf
 from contract_rows import HF_SERIES, pictures, recordings, texts, windows
 from hf_families import FAMILIES
-from toys import label_state, make_run, packed_rows, rows_of, take, task_of, text_modality, weights
+from toys import (
+    image_file,
+    label_state,
+    make_run,
+    packed_rows,
+    rows_of,
+    take,
+    task_of,
+    text_modality,
+    weights,
+)
 
 from pipeline.checkpoints import bundle, export, exported_classifier, pretrained
 from pipeline.checkpoints.bundle import BundleError
@@ -547,14 +557,36 @@ def test_images_are_read_as_the_processor_says(tmp_path):
         0.8,
         "bilinear",
     )
-    assert pretrained.read(f"hf:{place}").notes == ()
     edited(place, size={"height": 40, "width": 40}, **crop)  # DeiT's
-    start = pretrained.read(f"hf:{place}")
-    assert start.modality.options["crop_share"] == 0.8
-    assert "transformers squashes them to 40 x 40 pixels" in start.notes[0]
-    edited(place, do_center_crop=False, size={"height": 32, "width": 48})
-    with pytest.raises(BundleError, match="images are squares of 8 to 4096 pixels a side"):
-        pretrained.read(f"hf:{place}")
+    squashed = pretrained.read(f"hf:{place}").modality.options
+    assert (squashed["fit"], squashed["crop_share"]) == ("squash_crop", 0.8)
+    edited(place, size={"height": 32, "width": 32}, **crop)  # nothing is cut away
+    assert pretrained.read(f"hf:{place}").modality.options["fit"] == "squash"
+    for crops in (False, True):
+        edited(place, do_center_crop=crops, size={"height": 32, "width": 48})
+        with pytest.raises(BundleError, match="images are squares of 8 to 4096 pixels a side"):
+            pretrained.read(f"hf:{place}")
+
+
+@pytest.mark.parametrize("kind", ["DeiTImageProcessor", "ViTImageProcessor"])
+@pytest.mark.parametrize("resized", [{"height": 40, "width": 40}, {"shortest_edge": 40}])
+def test_pixels_are_those_of_the_image_processor(kind, resized, tmp_path):
+    """Of a picture that is no square: whether its aspect is kept makes a difference.
+
+    Its sides are resized to whole pixels, since a part of one is rounded here and cut off there.
+    """
+    place = folder_of("vit", tmp_path)
+    crop = {"do_center_crop": True, "crop_size": {"height": 32, "width": 32}}
+    edited(place, image_processor_type=kind, size=resized, resample=2, **crop)
+    processor = hf.AutoImageProcessor.from_pretrained(place)
+    modality = bundle.build_modality(pretrained.read(f"hf:{place}").modality)
+    y, x = np.mgrid[0:300, 0:450]
+    levels = np.stack([y * 0.8, x * 0.5, (x + y) * 0.3], 2).astype(np.uint8)
+    theirs = processor(PIL.Image.fromarray(levels), return_tensors="pt")["pixel_values"][0]
+    arrays, _ = modality.decode(pa.table({"image": [image_file(levels)]}), {"image": "image"})
+    batch = Batch(np.arange(1), torch.arange(1), modality.collate(arrays))
+    ours = modality.finish(batch)["image"][0]
+    assert (ours - theirs).abs().max() * min(STD) * 255 <= 2
 
 
 @pytest.mark.parametrize(
