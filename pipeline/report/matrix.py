@@ -701,7 +701,7 @@ def verdict(
         return UNCOMPARED
     if not enough:
         return TOO_FEW
-    if low <= 0 <= high:
+    if not (low > 0 or high < 0):  # also where a bound is NaN
         return NOT_SHOWN
     if unknown_choice:
         return SEARCH_NOISE

@@ -137,6 +137,20 @@ def test_no_gain_is_won_where_the_noise_of_its_search_is_unknown(search):
     assert [cell.tone for cell in cells] == [matrix.WINS, matrix.SEARCH_NOISE], "nor of a class"
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (0.1, 0.2, matrix.WINS),
+        (-0.2, -0.1, matrix.LOSES),
+        (0.0, 0.2, matrix.NOT_SHOWN),
+        (-0.2, 0.0, matrix.NOT_SHOWN),
+        (float("nan"), float("nan"), matrix.NOT_SHOWN),
+    ],
+)
+def test_an_interval_without_a_bound_beyond_zero_shows_nothing(low, high, verdict):
+    assert matrix.verdict(low, high, 3, True) == verdict
+
+
 def test_where_there_is_nothing_to_choose_from_nothing_is_said():
     assert compared().interval.endswith("gain: 95 % over test units and 3 paired seeds")
 
