@@ -340,6 +340,15 @@ def test_a_broken_file_is_named(files, imports, content, message):
     assert str(caught.value).startswith(f"{files}/b.parquet: ") and message in str(caught.value)
 
 
+def test_a_damaged_footer_is_named(files, imports):
+    content = bytearray((files / "b.parquet").read_bytes())
+    size = int.from_bytes(content[-8:-4], "little")
+    content[-8 - size : -8] = os.urandom(1) * size
+    (files / "b.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match=r"b\.parquet: not a readable Parquet file"):
+        m.build(str(files), "auto", imports)
+
+
 def test_no_files_are_an_error(tmp_path, imports):
     (tmp_path / "empty").mkdir()
     (tmp_path / "other").mkdir()
