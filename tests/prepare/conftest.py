@@ -77,8 +77,38 @@ def prepare_and_read(name: str, source, output, *pairs: str, **settings) -> tupl
     return read(output), summary(output)
 
 
+def question(name: str, text: str, answer: str, start: int) -> dict:
+    """A question of SQuAD with one answer, which begins at a character of the context."""
+    answers = [{"text": answer, "answer_start": start}]
+    return {"id": name, "question": text, "answers": answers}
+
+
+def squad_file(context: str, questions: list[dict]) -> dict:
+    """SQuAD's file of one paragraph."""
+    paragraphs = [{"context": context, "qas": questions}]
+    return {"version": "v2.0", "data": [{"title": "A", "paragraphs": paragraphs}]}
+
+
+LONG_HEAD = "entity,time,variable,value\n"
+
+
+def prepare_long(folder: Path, events: str, *pairs: str, people: str = "", **settings) -> dict:
+    """Run the importer `events` on a long table, and one of its entities if it is given.
+
+    They are written to long.csv and people.csv of the folder, and the rows to its folder out.
+    """
+    if people:
+        pairs = (f"entities={write(folder / 'people.csv', people)}", *pairs)
+    return prepare("events", write(folder / "long.csv", events), folder / "out", *pairs, **settings)
+
+
 def summary(output) -> dict:
     return json.loads(Path(output, "_summary.json").read_text())
+
+
+def reasons(found: dict) -> dict[str, str]:
+    """Why each row that a summary lists was left out, by its path."""
+    return {row["path"]: row["reason"] for row in found["broken"]["files"]}
 
 
 def parts(output) -> dict[str, bytes]:
@@ -253,28 +283,16 @@ def chest(tmp_path):
         "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View "
         "Position,OriginalImage[Width,Height],"
     )
-    write(
-        root / "Data_Entry_2017.csv",
-        "\n".join(
-            [
-                header,
-                *(
-                    f"{name},{found},{i},{patient},{age},{sex},PA,2682,2749,"
-                    for i, (name, found, patient, age, sex) in enumerate(rollouts)
-                ),
-            ]
-        )
-        + "\n",
-    )
+    lines = [
+        f"{name},{found},{i},{patient},{age},{sex},PA,2682,2749,"
+        for i, (name, found, patient, age, sex) in enumerate(rollouts)
+    ]
+    write(root / "Data_Entry_2017.csv", "\n".join([header, *lines]) + "\n")
+    sixteen_bits = io.BytesIO()
+    levels = (np.arange(30 * 40, dtype=np.uint16) * 50).reshape(30, 40)
+    PIL.Image.fromarray(levels).save(sixteen_bits, "PNG")
     for i, (name, *_) in enumerate(rollouts):
-        if i == 0:
-            sink = io.BytesIO()
-            PIL.Image.fromarray((np.arange(30 * 40, dtype=np.uint16) * 50).reshape(30, 40)).save(
-                sink, "PNG"
-            )
-            data = sink.getvalue()
-        else:
-            data = encoded(i, form="PNG", mode="L")
+        data = encoded(i, form="PNG", mode="L") if i else sixteen_bits.getvalue()
         write(root / f"images_00{1 + i % 2}/images" / name, data)
     write(root / "train_val_list.txt", "".join(f"{name}\n" for name, *_ in rollouts[:4]))
     write(root / "test_list.txt", "\n".join(name for name, *_ in rollouts[4:]))
@@ -298,97 +316,37 @@ def coco(tmp_path):
     a crowd of run lengths.
     """
     root = tmp_path / "coco"
-    for split, names in (
-        ("train2017", ("000001.jpg", "000002.jpg", "000003.jpg")),
-        ("val2017", ("000009.jpg",)),
-    ):
-        for name in names:
-            write(root / split / name, encoded(int(name[:6])))
     crowd = np.zeros((30, 40), dtype=int)
     crowd[5:20, 3:30] = 1
     categories = [
         {"id": 1, "name": "person", "supercategory": "person"},
         {"id": 90, "name": "toothbrush"},
     ]
-    images = [{"id": i, "file_name": f"{i:06d}.jpg", "width": 40, "height": 30} for i in (1, 2, 3)]
-    annotations = [
-        {
-            "id": 11,
-            "image_id": 1,
-            "category_id": 90,
-            "bbox": [4.5, 6.0, 10.0, 12.0],
-            "area": 120,
-            "iscrowd": 0,
-            "segmentation": [[4.5, 6.0, 14.5, 6.0, 14.5, 18.0, 4.5, 18.0]],
-        },
-        {
-            "id": 12,
-            "image_id": 1,
-            "category_id": 1,
-            "bbox": [3, 5, 27, 15],
-            "area": 405,
-            "iscrowd": 1,
-            "segmentation": {"size": [30, 40], "counts": rle(crowd)},
-        },
-        {
-            "id": 13,
-            "image_id": 2,
-            "category_id": 1,
-            "bbox": [30, 20, 20, 20],
-            "area": 100,
-            "iscrowd": 0,
-            "segmentation": [[30, 20, 40, 20, 40, 30, 30, 30]],
-        },
-        {
-            "id": 14,
-            "image_id": 2,
-            "category_id": 1,
-            "bbox": [1, 1, 0, 5],
-            "area": 0,
-            "iscrowd": 0,
-            "segmentation": [[1, 1, 1, 6, 1, 3]],
-        },
-        {
-            "id": 15,
-            "image_id": 2,
-            "category_id": 1,
-            "bbox": [50, 1, 5, 5],
-            "area": 25,
-            "iscrowd": 0,
-            "segmentation": [[50, 1, 55, 1, 55, 6]],
-        },
-        {
-            "id": 16,
-            "image_id": 2,
-            "category_id": 90,
-            "bbox": [float("nan"), 1, 5, 5],
-            "area": 25,
-            "iscrowd": 0,
-            "segmentation": [[1, 1, 6, 1, 6, 6]],
-        },
+    run_lengths = {"size": [30, 40], "counts": rle(crowd)}
+    nan = float("nan")
+    objects = [
+        (1, 90, [4.5, 6.0, 10.0, 12.0], 120, [[4.5, 6.0, 14.5, 6.0, 14.5, 18.0, 4.5, 18.0]]),
+        (1, 1, [3, 5, 27, 15], 405, run_lengths),
+        (2, 1, [30, 20, 20, 20], 100, [[30, 20, 40, 20, 40, 30, 30, 30]]),
+        (2, 1, [1, 1, 0, 5], 0, [[1, 1, 1, 6, 1, 3]]),
+        (2, 1, [50, 1, 5, 5], 25, [[50, 1, 55, 1, 55, 6]]),
+        (2, 90, [nan, 1, 5, 5], 25, [[1, 1, 6, 1, 6, 6]]),
+        (9, 1, [0, 0, 40, 30], 1200, [[0, 0, 40, 0, 40, 30, 0, 30]]),
     ]
-    write(
-        root / "annotations/instances_train2017.json",
-        json.dumps({"images": images, "annotations": annotations, "categories": categories}),
-    )
-    write(
-        root / "annotations/instances_val2017.json",
-        json.dumps(
-            {
-                "images": [{"id": 9, "file_name": "000009.jpg", "width": 40, "height": 30}],
-                "categories": categories,
-                "annotations": [
-                    {
-                        "id": 17,
-                        "image_id": 9,
-                        "category_id": 1,
-                        "bbox": [0, 0, 40, 30],
-                        "area": 1200,
-                        "iscrowd": 0,
-                        "segmentation": [[0, 0, 40, 0, 40, 30, 0, 30]],
-                    }
-                ],
-            }
-        ),
-    )
+    names = ("image_id", "category_id", "bbox", "area", "segmentation")
+    annotations = [
+        {"id": number, "iscrowd": int(one[-1] is run_lengths), **dict(zip(names, one, strict=True))}
+        for number, one in enumerate(objects, 11)
+    ]
+    for split, ids in (("train2017", (1, 2, 3)), ("val2017", (9,))):
+        found = {
+            "images": [
+                {"id": i, "file_name": f"{i:06d}.jpg", "width": 40, "height": 30} for i in ids
+            ],
+            "annotations": [one for one in annotations if one["image_id"] in ids],
+            "categories": categories,
+        }
+        write(root / f"annotations/instances_{split}.json", json.dumps(found))
+        for i in ids:
+            write(root / split / f"{i:06d}.jpg", encoded(i))
     return root

@@ -53,10 +53,6 @@ def bad(found: importing.Index) -> dict[str, tuple[str, str]]:
     return {row["path"]: (row["split"], row["reason"]) for row in found.invalid}
 
 
-def reasons(found: dict) -> dict[str, str]:
-    return {row["path"]: row["reason"] for row in found["broken"]["files"]}
-
-
 def manifest(root: Path, rows: list[dict], name: str = "train_manifest.json") -> Path:
     return write(root / name, "".join(json.dumps(row) + "\n" for row in rows))
 

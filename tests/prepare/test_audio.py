@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import soundfile
-from prepare.conftest import parts, prepare_and_read, prepare_killed, read, tar, write
-from prepare.speech import librispeech, manifest, reasons, samples, sound, wave
+from prepare.conftest import parts, prepare_and_read, prepare_killed, read, reasons, tar, write
+from prepare.speech import librispeech, manifest, samples, sound, wave
 from scipy.signal import resample_poly
 
 from pipeline import cli

@@ -9,11 +9,10 @@ import unicodedata
 import numpy as np
 import PIL.Image
 import pytest
-from prepare.conftest import encoded, read, tar, write
+from prepare import conftest
+from prepare.conftest import encoded, read, reasons, summary, tar, write
 from pycocotools import mask as coco_mask
 
-from pipeline.prepare.engine import importing
-from pipeline.prepare.engine.write import Preparation, Settings
 from pipeline.prepare.importers import labelstudio as label_studio
 from pipeline.prepare.readers.picture_check import resize_nearest
 
@@ -27,13 +26,7 @@ OBJECTS = {
 
 
 def prepare(name, source, output, *pairs, **settings):
-    Preparation(
-        name,
-        str(source),
-        str(output),
-        importing.options_of(name, list(pairs)),
-        Settings(**settings),
-    ).run()
+    conftest.prepare(name, source, output, *pairs, **settings)
     return {row["path"].rpartition("/")[2]: row for row in read(output)}
 
 
@@ -269,7 +262,7 @@ def test_masks_of_voc_are_no_photographs(tmp_path):
 def test_difficult_objects_of_voc_are_crowds(tmp_path):
     found = prepare("voc", voc(tmp_path / "voc"), tmp_path / "v")
     assert found["a.jpg"]["crowd"] == found["a.jpg"]["difficult"] == [False, True]
-    notes = json.loads((tmp_path / "v/_summary.json").read_text())["notes"]
+    notes = summary(tmp_path / "v")["notes"]
     assert notes["difficult objects"] == 1
 
 
@@ -316,7 +309,7 @@ def test_images_that_no_list_of_voc_names_are_left_out_and_counted(tmp_path):
         "c.jpg": "validation",
         "b 1.jpg": "validation",
     }
-    notes = json.loads((tmp_path / "v/_summary.json").read_text())["notes"]
+    notes = summary(tmp_path / "v")["notes"]
     assert notes["images that ImageSets/Main does not list, left out"] == 1
     for split in ("train", "val", "trainval"):
         write(root / f"ImageSets/Main/{split}.txt", "other\n")
@@ -432,7 +425,7 @@ def test_polygons_names_by_line_and_boxes_outside(tmp_path):
     row = prepare("yolo", root, tmp_path / "y")["a.jpg"]
     assert row["label_names"] == ["boat", "bird"]
     assert np.allclose(row["boxes"], [[10, 15, 10, 15], [30, 7.5, 10, 15]])
-    notes = json.loads((tmp_path / "y/_summary.json").read_text())["notes"]
+    notes = summary(tmp_path / "y")["notes"]
     assert notes["boxes outside the image, dropped"] == 1
     assert notes["boxes partly outside the image, cut"] == 1
 
@@ -474,7 +467,7 @@ def test_what_is_missing_is_named(tmp_path):
 
 def only_row(name, root, tmp_path):
     (row,) = prepare(name, root, tmp_path / "out").values()
-    return row, json.loads((tmp_path / "out/_summary.json").read_text())["notes"]
+    return row, summary(tmp_path / "out")["notes"]
 
 
 def turned(x, y, width, height, degrees, pivot):
@@ -917,8 +910,8 @@ def test_a_mask_that_cannot_be_used_is_one_broken_row(tmp_path, form, file, old,
     assert text.count(old) == 1
     write(source / file, text.replace(old, new))
     rows = prepare(form, source, tmp_path / "out", "masks=instance", max_bad=0.5)
-    summary = json.loads((tmp_path / "out/_summary.json").read_text())
-    assert not any("masks, whose" in note for note in summary["notes"]), "counted but not taken"
-    broken = summary["broken"]["files"]
-    assert [re.search(reason, one["reason"]) is not None for one in broken] == [True]
+    found = summary(tmp_path / "out")
+    assert not any("masks, whose" in note for note in found["notes"]), "counted but not taken"
+    (broken,) = reasons(found).values()
+    assert re.search(reason, broken)
     assert len(rows) == (1 if form == "voc" else 2)

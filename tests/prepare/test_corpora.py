@@ -13,30 +13,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from prepare.conftest import read, write
+from prepare import conftest
+from prepare.conftest import read, reasons, summary, write
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from pipeline.config import registry
 from pipeline.media import minhash
 from pipeline.prepare.engine import importing, inputs
-from pipeline.prepare.engine.write import Preparation, Settings
+from pipeline.prepare.engine.write import Preparation
 from pipeline.prepare.readers import cleaning
 
 
 def prepare(source, output, *pairs: str, **settings) -> tuple[list[dict], dict, list[dict]]:
     """The rows in the order of the parts, the summary's notes and the list of dropped documents."""
-    Preparation(
-        "text",
-        str(source),
-        str(output),
-        importing.options_of("text", list(pairs)),
-        Settings(**settings),
-    ).run()
+    conftest.prepare("text", source, output, *pairs, **settings)
     dropped = Path(output) / "_dropped.parquet"
     return (
         read_rows(output),
-        json.loads((Path(output) / "_summary.json").read_text())["notes"],
+        summary(output)["notes"],
         pq.read_table(dropped).to_pylist() if dropped.exists() else [],
     )
 
@@ -115,8 +110,7 @@ def test_documents_of_each_kind_of_file(tmp_path):
         ("seven", "c.parquet:3", 8),
     ]
     assert len(list((tmp_path / "parquet").glob("train*.parquet"))) == 3
-    found = json.loads((tmp_path / "parquet/_summary.json").read_text())["broken"]["files"]
-    assert found == [{"path": "c.parquet:2", "split": "train", "reason": "null"}]
+    assert reasons(summary(tmp_path / "parquet")) == {"c.parquet:2": "null"}
     rows, _, _ = prepare(tmp_path / "in", tmp_path / "all", max_bad=0.5)
     assert [row["text"] for row in rows] == ["one", "two", "three", "4", "5", "six", "seven"]
 

@@ -14,7 +14,16 @@ import pyarrow as pa
 import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 import pytest
-from prepare.conftest import entity_events, entity_rows, prepare, summary
+from prepare.conftest import (
+    LONG_HEAD,
+    entity_events,
+    entity_rows,
+    prepare,
+    prepare_long,
+    reasons,
+    summary,
+    write,
+)
 
 from pipeline.io import storage
 from pipeline.prepare.clinical import plausible
@@ -24,7 +33,16 @@ from pipeline.prepare.readers import csv_blocks, parquet
 from pipeline.prepare.readers.archives import Entry, Opener
 
 COLUMNS = ["entity=machine", "variable=what", "value=reading"]
+TIMES = ("unit=timestamp", "start=begin")
 KB = 1 / 1024
+
+
+def as_parquet(folder: Path, *texts: str) -> None:
+    """Write long.csv and people.csv as Parquet too, some of their columns as texts."""
+    options = pcsv.ConvertOptions(column_types=dict.fromkeys(texts, pa.string()))
+    for name in ("people", "long"):
+        table = pcsv.read_csv(folder / f"{name}.csv", convert_options=options)
+        pq.write_table(table, folder / f"{name}.parquet")
 
 
 def dropped(output) -> dict[str, int]:
@@ -109,25 +127,13 @@ def test_parts_do_not_change_rows(tmp_path):
         patch.setattr(grouped, "FLUSH_EVENTS", 700)
         patch.setattr(csv_blocks, "BLOCK_BYTES", 5000)
         patch.setattr(grouped, "RANGE_BYTES", 50_000)
-        many = prepare(
-            "events",
-            tmp_path / "long.csv",
-            tmp_path / "many",
-            *COLUMNS,
-            "newlines=false",
-            part_mb=20 * KB,
-        )
-        work = Preparation(
-            "events",
-            str(tmp_path / "long.csv"),
-            str(tmp_path / "x"),
-            importing.options_of("events", [*COLUMNS, "newlines=false"]),
-            Settings(part_mb=20 * KB),
-        ).task
-        assert len(work.sources.pieces) > 5
-    assert len(many["files"]) > 10 and entity_rows(tmp_path / "one") == entity_rows(
-        tmp_path / "many"
-    )
+        options = importing.options_of("events", [*COLUMNS, "newlines=false"])
+        places = (str(tmp_path / name) for name in ("long.csv", "many"))
+        work = Preparation("events", *places, options, Settings(part_mb=20 * KB))
+        assert len(work.task.sources.pieces) > 5
+        many = work.run()
+    assert len(many["files"]) > 10
+    assert entity_rows(tmp_path / "one") == entity_rows(tmp_path / "many")
 
 
 def test_a_killed_run_goes_on(tmp_path, monkeypatch):
@@ -195,12 +201,12 @@ def test_values_as_texts(tmp_path):
     """Bounds are taken and counted; what is no number is left out, by reason; order of columns and
     case of headers do not matter.
     """
-    (tmp_path / "long.csv").write_text(
+    events = (
         "What,READING,Machine,Time\nheat,<0.1,7,1\nheat,> "
         "10,7,2\nheat,ERROR,7,3\nheat,120/80,7,4\nheat,,7,5\nheat,LESS THAN 3,7,6\n"
         'heat,"1,200",7,7\n,5,7,8\nheat,5,,9\nheat,5,7,\nheat,1e60,7,9\nspeed,+2.50,8,-1.5\nheat,5,7,10\nheat,5,7,10\n'
     )
-    prepare("events", tmp_path / "long.csv", tmp_path / "out", *COLUMNS)
+    prepare_long(tmp_path, events, *COLUMNS)
     found = entity_rows(tmp_path / "out")
     near = np.float32(0.1).item()
     assert entity_events(found["7"]) == [
@@ -253,20 +259,15 @@ def test_numbers_equal_python():
     [("hours", 1.5, 1.5), ("minutes", 90, 1.5), ("seconds", 5400, 1.5), ("days", 0.5, 12)],
 )
 def test_units(tmp_path, unit, time, hours):
-    (tmp_path / "long.csv").write_text(f"entity,time,variable,value\na,{time},x,1\n")
-    prepare("events", tmp_path / "long.csv", tmp_path / "out", f"unit={unit}")
+    prepare_long(tmp_path, f"{LONG_HEAD}a,{time},x,1\n", f"unit={unit}")
     assert entity_events(entity_rows(tmp_path / "out")["a"]) == [(hours, "x", 1)]
 
 
 def test_timestamps_keep_fractions_of_a_second(tmp_path):
     """Of a machine that measures ten times a second."""
-    (tmp_path / "machines.csv").write_text("entity,begin\na,2101-06-01 00:00:00.050\n")
-    (tmp_path / "long.csv").write_text(
-        "entity,time,variable,value\n"
-        + "".join(f"a,2101-06-01 00:00:00.{i}5,speed,5\n" for i in range(1, 4))
-    )
-    options = (f"entities={tmp_path}/machines.csv", "unit=timestamp", "start=begin")
-    prepare("events", tmp_path / "long.csv", tmp_path / "out", *options)
+    machines = "entity,begin\na,2101-06-01 00:00:00.050\n"
+    lines = [f"a,2101-06-01 00:00:00.{i}5,speed,5\n" for i in range(1, 4)]
+    prepare_long(tmp_path, LONG_HEAD + "".join(lines), *TIMES, people=machines)
     found = entity_events(entity_rows(tmp_path / "out")["a"])
     seconds = [3600 * hours for hours, _, _ in found]
     assert seconds == pytest.approx([0.1, 0.2, 0.3], rel=1e-5)
@@ -297,27 +298,12 @@ def test_times_with_a_zone_are_read(tmp_path, form, hour):
         f"entity,time,variable,value\n1,2101-06-01T{hour},HR,80\n2,2101-06-01T{hour},HR,81\n"
     )
     if form == "parquet":
-        for name in ("people", "long"):
-            types = {"entity": pa.string(), "begin": pa.string(), "time": pa.string()}
-            pq.write_table(
-                pcsv.read_csv(
-                    tmp_path / f"{name}.csv",
-                    convert_options=pcsv.ConvertOptions(column_types=types),
-                ),
-                tmp_path / f"{name}.parquet",
-            )
-    prepare(
-        "events",
-        tmp_path / f"long.{form}",
-        tmp_path / "out",
-        f"entities={tmp_path}/people.{form}",
-        "unit=timestamp",
-        "start=begin",
-    )
+        as_parquet(tmp_path, "entity", "begin", "time")
+    people = f"entities={tmp_path}/people.{form}"
+    prepare("events", tmp_path / f"long.{form}", tmp_path / "out", people, *TIMES)
     found = entity_rows(tmp_path / "out")
-    assert entity_events(found["1"]) == [(4.5, "HR", 80)] and entity_events(found["2"]) == [
-        (4.5, "HR", 81)
-    ]
+    assert entity_events(found["1"]) == [(4.5, "HR", 80)]
+    assert entity_events(found["2"]) == [(4.5, "HR", 81)]
 
 
 @pytest.mark.parametrize(
@@ -342,19 +328,9 @@ def test_times_with_a_zone_are_read(tmp_path, form, hour):
     ],
 )
 def test_times_with_and_without_a_zone_are_not_mixed(tmp_path, begin, times, message):
-    (tmp_path / "people.csv").write_text(f"entity,begin\n1,{begin}\n")
-    (tmp_path / "long.csv").write_text(
-        "entity,time,variable,value\n" + "".join(f"1,{time},HR,80\n" for time in times)
-    )
+    events = LONG_HEAD + "".join(f"1,{time},HR,80\n" for time in times)
     with pytest.raises(ValueError, match=message):
-        prepare(
-            "events",
-            tmp_path / "long.csv",
-            tmp_path / "out",
-            f"entities={tmp_path}/people.csv",
-            "unit=timestamp",
-            "start=begin",
-        )
+        prepare_long(tmp_path, events, *TIMES, people=f"entity,begin\n1,{begin}\n")
 
 
 @pytest.mark.parametrize("form", ["csv", "parquet"])
@@ -374,12 +350,7 @@ def test_entities_with_facts_and_outcomes(tmp_path, form):
     (tmp_path / "people.csv").write_text(people)
     (tmp_path / "long.csv").write_text(long)
     if form == "parquet":
-        for name in ("people", "long"):
-            read = pcsv.read_csv(
-                tmp_path / f"{name}.csv",
-                convert_options=pcsv.ConvertOptions(column_types={"at": pa.string()}),
-            )
-            pq.write_table(read, tmp_path / f"{name}.parquet")
+        as_parquet(tmp_path, "at")
     options = [
         f"entities={tmp_path}/people.{form}",
         "entity=stay",
@@ -420,11 +391,11 @@ def test_clinical_ranges(tmp_path):
     """Outside of the outlier bounds: left out; between those and the valid ones: set to the bound;
     fractions to percent, F to C, a pH without its point.
     """
-    (tmp_path / "long.csv").write_text(
+    events = (
         "entity,time,variable,value\na,0,FiO2,0.5\na,1,FiO2,40\na,2,FiO2,105\na,3,Temp,20\na,4,Temp,100.4\na,5,pH,735\n"
         "a,6,HR,400\na,7,HR,360\na,8,Weight,0\na,9,own,1e9\na,10,SaO2,0.97\n"
     )
-    prepare("events", tmp_path / "long.csv", tmp_path / "out", "clean=clinical")
+    prepare_long(tmp_path, events, "clean=clinical")
     f = {
         name: np.float32(value).item() for name, value in (("pH", 7.35), ("SaO2", 97), ("Temp", 38))
     }
@@ -470,8 +441,7 @@ def test_a_gzip_cut_short(tmp_path):
     (tmp_path / "long.csv.gz").write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match=r"long\.csv\.gz: damaged .*; download it again"):
         prepare("events", tmp_path / "long.csv.gz", tmp_path / "out")
-    people = tmp_path / "people.csv"
-    people.write_text("entity,a\n1,1\n")
+    people = write(tmp_path / "people.csv", "entity,a\n1,1\n")
     with pytest.raises(ValueError, match=r"long\.csv\.gz: damaged .*; download it again"):
         prepare("events", tmp_path / "long.csv.gz", tmp_path / "out2", f"entities={people}")
 
@@ -480,12 +450,11 @@ def test_lines_that_are_no_rows(tmp_path):
     """Counted, named by their place alone, and held against the budget."""
     lines = [f"{i % 5},{i},x,{i}" for i in range(400)]
     lines[100] = "1,secret"
-    (tmp_path / "long.csv").write_text("entity,time,variable,value\n" + "\n".join(lines) + "\n")
-    prepare("events", tmp_path / "long.csv", tmp_path / "out")
+    prepare_long(tmp_path, LONG_HEAD + "\n".join(lines) + "\n")
     assert summary(tmp_path / "out")["notes"]["lines that are no rows, left out"] == 1
     assert sum(row["events"] for row in entity_rows(tmp_path / "out").values()) == 399
     lines[101:110] = ["1,secret"] * 9
-    (tmp_path / "long.csv").write_text("entity,time,variable,value\n" + "\n".join(lines) + "\n")
+    write(tmp_path / "long.csv", LONG_HEAD + "\n".join(lines) + "\n")
     with pytest.raises(
         ValueError,
         match=r"10 of 400 rows are broken.* long\.csv:line 102: another number of fields",
@@ -496,23 +465,19 @@ def test_lines_that_are_no_rows(tmp_path):
 
 def test_broken_entities_are_listed_by_place(tmp_path):
     lines = [f"secret{i},{i}" for i in range(300)] + ["secret7,1", ",2"]
-    (tmp_path / "people.csv").write_text("entity,a\n" + "\n".join(lines) + "\n")
-    (tmp_path / "long.csv").write_text("entity,time,variable,value\nsecret7,1,x,1\n")
-    prepare("events", tmp_path / "long.csv", tmp_path / "out", f"entities={tmp_path}/people.csv")
-    listed = summary(tmp_path / "out")["broken"]["files"]
-    assert [(row["path"], row["reason"]) for row in listed] == [
-        ("people.csv:row 301", "the same entity id again"),
-        ("people.csv:row 302", "no entity id"),
-    ]
+    people = "entity,a\n" + "\n".join(lines) + "\n"
+    prepare_long(tmp_path, LONG_HEAD + "secret7,1,x,1\n", people=people)
+    assert reasons(summary(tmp_path / "out")) == {
+        "people.csv:row 301": "the same entity id again",
+        "people.csv:row 302": "no entity id",
+    }
     assert "secret" not in "".join(file.read_text() for file in (tmp_path / "out").glob("_*.*"))
 
 
 def test_empty_tables(tmp_path):
-    (tmp_path / "long.csv").write_text("entity,time,variable,value\n")
-    (tmp_path / "people.csv").write_text("entity,a\n1,5\n")
     with pytest.raises(ValueError, match="no entities"):
-        prepare("events", tmp_path / "long.csv", tmp_path / "out")
-    prepare("events", tmp_path / "long.csv", tmp_path / "out", f"entities={tmp_path}/people.csv")
+        prepare_long(tmp_path, LONG_HEAD)
+    prepare_long(tmp_path, LONG_HEAD, people="entity,a\n1,5\n")
     assert entity_events(entity_rows(tmp_path / "out")["1"]) == []
     (tmp_path / "nothing.csv").write_text("")
     with pytest.raises(ValueError, match=r"nothing\.csv: an empty file"):
@@ -531,28 +496,20 @@ def test_empty_tables(tmp_path):
     ],
 )
 def test_wrong_options(tmp_path, pairs, message):
-    (tmp_path / "long.csv").write_text("machine,time,variable,value\n1,1,x,1\n")
     with pytest.raises(ValueError, match=message):
-        prepare("events", tmp_path / "long.csv", tmp_path / "out", *pairs)
+        prepare_long(tmp_path, "machine,time,variable,value\n1,1,x,1\n", *pairs)
 
 
 def test_wrong_columns_of_entities(tmp_path):
-    (tmp_path / "long.csv").write_text("entity,time,variable,value\n1,1,x,1\n")
-    (tmp_path / "people.csv").write_text("entity,Age,split\n1,5,x\n")
+    events, people = LONG_HEAD + "1,1,x,1\n", "entity,Age,split\n1,5,x\n"
     for pairs, message in (
         (["static=Ag"], "no column 'Ag' for --set static; did you mean Age"),
         ([], "an outcome is called 'split'"),
     ):
         with pytest.raises(ValueError, match=message):
-            prepare(
-                "events",
-                tmp_path / "long.csv",
-                tmp_path / "out",
-                f"entities={tmp_path}/people.csv",
-                *pairs,
-            )
+            prepare_long(tmp_path, events, *pairs, people=people)
     with pytest.raises(ValueError, match="makes parts of about so much source text"):
-        prepare("events", tmp_path / "long.csv", tmp_path / "out", rows_per_part=10)
+        prepare_long(tmp_path, events, rows_per_part=10)
 
 
 @pytest.mark.skipif(

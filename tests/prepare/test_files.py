@@ -8,8 +8,8 @@ import unicodedata
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from prepare.conftest import encoded, prepare, prepare_and_read, read, write
-from prepare.speech import reasons, sound
+from prepare.conftest import encoded, prepare, prepare_and_read, read, reasons, write
+from prepare.speech import sound
 
 
 def test_images_that_a_csv_names_by_paths_below_it(tmp_path):

@@ -13,11 +13,7 @@ import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from prepare.conftest import prepare_and_read, write
-
-
-def reasons(found: dict) -> dict[str, str]:
-    return {row["path"]: row["reason"] for row in found["broken"]["files"]}
+from prepare.conftest import prepare_and_read, question, reasons, squad_file, write
 
 
 def folder(place: str) -> Path:
@@ -51,16 +47,12 @@ def test_iob1_is_found_out_and_becomes_bio(tmp_path):
         f"-DOCSTART- -X- O O\n\n{lines([s], '{} NN I-NP {}' + chr(10))}" for s in CLASSIC
     )
     rows, found = prepare_and_read("conll", write(tmp_path / "eng.testa", text), tmp_path / "out")
-    assert [row["tags"] for row in rows] == AS_BIO and [row["words"] for row in rows] == [
-        words for words, _ in CLASSIC
-    ]
-    assert [row["document"] for row in rows] == [1, 2, 3, 4] and {row["split"] for row in rows} == {
-        "validation"
-    }
-    assert (
-        found["notes"]["scheme"] == "iob1, written as bio (6 I- became B-)"
-        and found["notes"]["documents"] == 4
-    )
+    assert [row["tags"] for row in rows] == AS_BIO
+    assert [row["words"] for row in rows] == [words for words, _ in CLASSIC]
+    assert [row["document"] for row in rows] == [1, 2, 3, 4]
+    assert {row["split"] for row in rows} == {"validation"}
+    assert found["notes"]["scheme"] == "iob1, written as bio (6 I- became B-)"
+    assert found["notes"]["documents"] == 4
     assert found["classes"]["validation"]["labels"] == dict(
         sorted(Counter(tag for tags in AS_BIO for tag in tags).items())
     )
@@ -73,22 +65,17 @@ def test_documents_are_numbered_over_all_files(tmp_path):
         ("c.txt", "-DOCSTART- O\nw O\n"),
     ):
         write(tmp_path / "in" / name, text)
-    assert [
-        (row["words"][0], row["document"])
-        for row in prepare_and_read("conll", tmp_path / "in", tmp_path / "out")[0]
-    ] == [("x", 1), ("y", 2), ("z", 3), ("z", 3), ("w", 4)]
+    rows, _ = prepare_and_read("conll", tmp_path / "in", tmp_path / "out")
+    found = [(row["words"][0], row["document"]) for row in rows]
+    assert found == [("x", 1), ("y", 2), ("z", 3), ("z", 3), ("w", 4)]
 
 
 GOOD = "good B-PER\nword I-PER\n\n" * 40
 
 
 def test_spaces_that_are_not_ascii_are_part_of_a_word(tmp_path):
-    rows, _ = prepare_and_read(
-        "conll",
-        write(tmp_path / "a.conll", "5\u00a0km  B-NUM \nfar\tO\n\n"),
-        tmp_path / "out",
-        max_bad=0,
-    )
+    source = write(tmp_path / "a.conll", "5\u00a0km  B-NUM \nfar\tO\n\n")
+    rows, _ = prepare_and_read("conll", source, tmp_path / "out", max_bad=0)
     assert [(row["words"], row["tags"]) for row in rows] == [(["5\u00a0km", "far"], ["B-NUM", "O"])]
 
 
@@ -96,22 +83,15 @@ def test_what_stands_before_the_first_docstart_is_a_document_of_its_own(tmp_path
     write(tmp_path / "in/a.train", "-DOCSTART- O\n\na O\n\n")
     write(tmp_path / "in/b.train", "b O\n\n-DOCSTART- O\n\nc O\n")
     rows, found = prepare_and_read("conll", tmp_path / "in", tmp_path / "out")
-    assert [(row["words"], row["document"]) for row in rows] == [
-        (["a"], 1),
-        (["b"], 2),
-        (["c"], 3),
-    ] and found["notes"]["documents"] == 3
+    assert [(*row["words"], row["document"]) for row in rows] == [("a", 1), ("b", 2), ("c", 3)]
+    assert found["notes"]["documents"] == 3
 
 
 def test_a_carriage_return_within_a_line_does_not_make_a_word_of_two_lines(tmp_path):
-    rows, found = prepare_and_read(
-        "conll",
-        write(tmp_path / "a.conll", "Anna B-PER\rsleeps O\n\nRome B-LOC\n\n"),
-        tmp_path / "out",
-    )
-    assert [row["words"] for row in rows] == [["Rome"]] and reasons(found) == {
-        "a.conll:1": "line 1: a carriage return within the line"
-    }
+    source = write(tmp_path / "a.conll", "Anna B-PER\rsleeps O\n\nRome B-LOC\n\n")
+    rows, found = prepare_and_read("conll", source, tmp_path / "out")
+    assert [row["words"] for row in rows] == [["Rome"]]
+    assert reasons(found) == {"a.conll:1": "line 1: a carriage return within the line"}
 
 
 def test_broken_sentences_are_listed_with_their_line(tmp_path):
@@ -124,63 +104,43 @@ def test_broken_sentences_are_listed_with_their_line(tmp_path):
     )
     assert len(rows) == 40
     message = reasons(found)
-    assert list(message) == ["a.conll:1", "a.conll:3", "a.conll:6", "a.conll:9", "a.conll:11"]
-    assert (
-        "I-LOC" in message["a.conll:1"]
-        and "B-" in message["a.conll:1"]
-        and "I-PER" in message["a.conll:3"]
-        and "PER" in message["a.conll:11"]
-    )
-    assert (
-        "lines of 1 columns, where the others of the file have 2" in message["a.conll:6"]
-        and "lines of 3 columns" in message["a.conll:9"]
-    )
+    wanted = {
+        "a.conll:1": "I-LOC of word 0 has no B-",
+        "a.conll:3": "I-PER",
+        "a.conll:6": "lines of 1 columns, where the others of the file have 2",
+        "a.conll:9": "lines of 3 columns",
+        "a.conll:11": "PER",
+    }
+    assert list(message) == list(wanted)
+    assert all(said in message[place] for place, said in wanted.items()), message
     fixed, found = prepare_and_read(
         "conll", tmp_path / "a.conll", tmp_path / "fixed", "scheme=bio", "repair=true", max_bad=0.2
     )
-    assert (
-        [row["tags"] for row in fixed[:2]] == [["B-LOC"], ["B-LOC", "B-PER"]]
-        and len(fixed) == 42
-        and found["notes"]["I- without B-, now B-"] == 2
-    )
+    assert [row["tags"] for row in fixed[:2]] == [["B-LOC"], ["B-LOC", "B-PER"]]
+    assert len(fixed) == 42 and found["notes"]["I- without B-, now B-"] == 2
 
 
 def test_bioes_is_checked_and_bilou_and_tags_of_another_kind_are_told(tmp_path):
+    text = "a B-X\nb E-X\n\nc S-X\n\nd B-X\n\n" + "e O\n\n" * 20
     rows, found = prepare_and_read(
-        "conll",
-        write(tmp_path / "a.txt", "a B-X\nb E-X\n\nc S-X\n\nd B-X\n\n" + "e O\n\n" * 20),
-        tmp_path / "out",
-        max_bad=0.1,
+        "conll", write(tmp_path / "a.txt", text), tmp_path / "out", max_bad=0.1
     )
-    assert (
-        found["notes"]["scheme"] == "bioes"
-        and [row["words"] for row in rows[:2]] == [["a", "b"], ["c"]]
-        and list(reasons(found)) == ["a.txt:6"]
-    )
+    assert found["notes"]["scheme"] == "bioes" and list(reasons(found)) == ["a.txt:6"]
+    assert [row["words"] for row in rows[:2]] == [["a", "b"], ["c"]]
     with pytest.raises(ValueError, match="tags that begin with L, U: neither bio, bioes nor iob1"):
         prepare_and_read(
             "conll", write(tmp_path / "b.txt", "a B-X\nb L-X\n\nc U-X\n"), tmp_path / "none"
         )
     with pytest.raises(ValueError, match=r"tags that begin with DT, NN: .*scheme=none"):
         prepare_and_read("conll", write(tmp_path / "c.txt", "the DT\ncat NN\n"), tmp_path / "none2")
-    assert prepare_and_read("conll", tmp_path / "c.txt", tmp_path / "pos", "scheme=none")[0][0][
-        "tags"
-    ] == [
-        "DT",
-        "NN",
-    ]
+    (row,), _ = prepare_and_read("conll", tmp_path / "c.txt", tmp_path / "pos", "scheme=none")
+    assert row["tags"] == ["DT", "NN"]
 
 
 def test_columns_separators_and_comments(tmp_path):
     text = "# id 1\n1\tNew York\tNNP\tB-LOC\n2\tnow\tRB\tO\n\n# id 2\n1\t#\tX\tO\n"
-    rows, _ = prepare_and_read(
-        "conll",
-        write(tmp_path / "a.tsv", text),
-        tmp_path / "out",
-        "word_column=1",
-        "separator=tab",
-        "comment=# ",
-    )
+    pairs = ("word_column=1", "separator=tab", "comment=# ")
+    rows, _ = prepare_and_read("conll", write(tmp_path / "a.tsv", text), tmp_path / "out", *pairs)
     assert [(row["words"], row["tags"]) for row in rows] == [
         (["New York", "now"], ["B-LOC", "O"]),
         (["#"], ["O"]),
@@ -242,32 +202,13 @@ def test_wnut17_comes_back_as_it_was(tmp_path):
 CONTEXT = "Denver beat Carolina. In Denver, the Broncos wön 24 to 10."
 
 
-def squad(*questions: dict, context: str = CONTEXT) -> str:
-    good = [
-        {
-            "id": f"good{i}",
-            "question": "Who?",
-            "answers": [{"text": "Carolina", "answer_start": 12}],
-        }
-        for i in range(40)
-    ]
-    return json.dumps(
-        {
-            "version": "v2.0",
-            "data": [
-                {"title": "Bowl", "paragraphs": [{"context": context, "qas": [*questions, *good]}]}
-            ],
-        }
-    )
+def squad(*questions: dict) -> str:
+    good = [asked(f"good{i}", "Carolina", 12) for i in range(40)]
+    return json.dumps(squad_file(CONTEXT, [*questions, *good]))
 
 
 def asked(name: str, text: str, start: int, **more) -> dict:
-    return {
-        "id": name,
-        "question": "What?",
-        "answers": [{"text": text, "answer_start": start}],
-        **more,
-    }
+    return {**question(name, "What?", text, start), **more}
 
 
 def test_answers_are_checked_where_they_stand(tmp_path):
@@ -294,33 +235,24 @@ def test_answers_are_checked_where_they_stand(tmp_path):
     rows, found = prepare_and_read(
         "squad", write(tmp_path / "dev-v2.0.json", text), tmp_path / "out", max_bad=0.3
     )
-    message = {
-        path.removeprefix("dev-v2.0.json:"): reason for path, reason in reasons(found).items()
+    message = {path.rpartition(":")[2]: reason for path, reason in reasons(found).items()}
+    wanted = {
+        "off": "answer 'Denver' is not at 23: there stands 'n Denv'; the nearest place is 25",
+        "far": "the nearest place is 49",
+        "never": "it stands nowhere in the context",
+        "behind": "the nearest place is 25",
+        "doubled": "its id stood before",
+        "none": "no answers, and nothing marks it",
+        "both": "is_impossible, and yet",
+        "blank": "no question",
+        "text": "an answer without text",
+        "true": "an answer without text",
     }
-    assert (
-        message["off"]
-        == "answer 'Denver' is not at 23: there stands 'n Denv'; the nearest place is 25"
-    )
-    assert (
-        message["never"].endswith("it stands nowhere in the context")
-        and message["doubled"] == "its id stood before"
-    )
-    assert message["far"].endswith("the nearest place is 49") and message["behind"].endswith(
-        "the nearest place is 25"
-    )
-    assert message["none"].startswith("no answers, and nothing marks it") and message[
-        "both"
-    ].startswith("is_impossible, and yet")
-    assert (
-        message["blank"] == "no question"
-        and {"text", "true"} <= set(message)
-        and len(message) == 10
-    )
+    assert message.keys() == wanted.keys()
+    assert all(said in message[name] for name, said in wanted.items()), message
     kept = {row["id"]: row for row in rows}
-    assert len(rows) == 42 and (
-        kept["impossible"]["answers"],
-        kept["impossible"]["answer_start"],
-    ) == ([], [])
+    assert len(rows) == 42
+    assert kept["impossible"]["answers"] == kept["impossible"]["answer_start"] == []
     assert all(
         row["context"][start : start + len(answer)] == answer
         for row in rows
@@ -329,23 +261,17 @@ def test_answers_are_checked_where_they_stand(tmp_path):
     fixed, found = prepare_and_read(
         "squad", tmp_path / "dev-v2.0.json", tmp_path / "fixed", "repair=true", max_bad=0.3
     )
-    assert {row["id"]: row["answer_start"] for row in fixed}["off"] == [25] and found["notes"][
-        "answers moved to where they stand"
-    ] == 1
-    assert {"far", "behind", "never"} <= {
-        path.removeprefix("dev-v2.0.json:") for path in reasons(found)
-    }
+    assert {row["id"]: row["answer_start"] for row in fixed}["off"] == [25]
+    assert found["notes"]["answers moved to where they stand"] == 1
+    assert {f"dev-v2.0.json:{name}" for name in ("far", "behind", "never")} <= set(reasons(found))
 
 
 def test_ids_that_stand_in_two_files_and_files_of_another_layout(tmp_path):
     write(tmp_path / "in/train-a.json", squad())
     write(tmp_path / "in/train-b.json", squad())
     rows, found = prepare_and_read("squad", tmp_path / "in", tmp_path / "out", max_bad=0.5)
-    assert (
-        len(rows) == 40
-        and set(reasons(found).values()) == {"its id stood before"}
-        and len(reasons(found)) == 40
-    )
+    assert len(rows) == 40
+    assert list(reasons(found).values()) == ["its id stood before"] * 40
     for text, said in (
         ("[1]", "not of SQuAD's layout"),
         ("{", "not JSON"),
@@ -374,33 +300,15 @@ def test_ids_that_are_none_or_cannot_be_written_or_stood_at_a_broken_question(tm
     kept = {row["id"]: row["answer_start"] for row in rows}
     assert kept["off"] == [25] and kept["7"] == [25] and "None" not in kept
     message = {path.removeprefix("dev.json:"): reason for path, reason in reasons(found).items()}
-    assert message.pop("off").startswith("answer 'Denver' is not at 23") and sorted(
-        message.values()
-    ) == [
-        "no id",
-        "the id is not UTF-8 text (at character 1)",
-    ]
+    assert message.pop("off").startswith("answer 'Denver' is not at 23")
+    assert sorted(message.values()) == ["no id", "the id is not UTF-8 text (at character 1)"]
     assert all(path.startswith("question ") for path in message)
 
 
 def test_offsets_count_characters_also_beyond_the_basic_plane(tmp_path):
     """JSON may write such a character as two escapes: it is one."""
-    question = {
-        "id": "1",
-        "question": "Who?",
-        "answers": [{"text": "cat \U0001f431", "answer_start": 3}],
-    }
-    late = {"id": "2", "question": "Who?", "answers": [{"text": "cat", "answer_start": 5}]}
-    document = {
-        "data": [
-            {
-                "title": "A",
-                "paragraphs": [
-                    {"context": "\U0001f600\U0001f600 cat \U0001f431", "qas": [question, late]}
-                ],
-            }
-        ]
-    }
+    questions = [asked("1", "cat \U0001f431", 3), asked("2", "cat", 5)]
+    document = squad_file("\U0001f600\U0001f600 cat \U0001f431", questions)
     for name, escapes in (("a", True), ("b", False)):
         rows, found = prepare_and_read(
             "squad",
@@ -422,13 +330,7 @@ def test_xquad_comes_back_as_it_was(tmp_path):
             if row["split"] == split:
                 paragraphs = articles.setdefault(row["title"], {})
                 paragraphs.setdefault(row["context"], []).append(
-                    {
-                        "id": row["id"],
-                        "question": row["question"],
-                        "answers": [
-                            {"text": row["answer_text"], "answer_start": row["answer_start"]}
-                        ],
-                    }
+                    question(row["id"], row["question"], row["answer_text"], row["answer_start"])
                 )
         data = [
             {
@@ -440,21 +342,12 @@ def test_xquad_comes_back_as_it_was(tmp_path):
         write(tmp_path / f"in/{split}-v1.1.json", json.dumps({"version": "1.1", "data": data}))
     rows, _ = prepare_and_read("squad", tmp_path / "in", tmp_path / "out", max_bad=0)
     names = ("id", "title", "context", "question", "split")
-    assert {
-        row["id"]: {
-            **{n: row[n] for n in names},
-            "answers": row["answers"],
-            "answer_start": row["answer_start"],
-        }
-        for row in rows
-    } == {
-        row["id"]: {
-            **{n: row[n] for n in names},
-            "answers": [row["answer_text"]],
-            "answer_start": [row["answer_start"]],
-        }
+    assert sorted(
+        (*(row[name] for name in names), row["answers"], row["answer_start"]) for row in rows
+    ) == sorted(
+        (*(row[name] for name in names), [row["answer_text"]], [row["answer_start"]])
         for row in wanted
-    }
+    )
 
 
 # ---------------------------------------------------------------- CSV
@@ -473,32 +366,17 @@ def test_columns_are_mapped_kept_and_dropped(tmp_path):
         {"text": "three", "label": 4, "when": None, "split": "train"},
     ]
     assert found["classes"]["train"]["labels"] == {"4": 1, "5": 1}
-    assert set(
-        prepare_and_read("csv", tmp_path / "a.csv", tmp_path / "dropped", *pairs, "keep=false")[0][
-            0
-        ]
-    ) == {"text", "label", "split"}
-    write(tmp_path / "b.csv", "5;a text\n3;b\n")
     rows, _ = prepare_and_read(
-        "csv",
-        tmp_path / "b.csv",
-        tmp_path / "bare",
-        "header=false",
-        "delimiter=;",
-        "columns=text=1,label=0",
+        "csv", tmp_path / "a.csv", tmp_path / "dropped", *pairs, "keep=false"
     )
+    assert set(rows[0]) == {"text", "label", "split"}
+    source, pairs = write(tmp_path / "b.csv", "5;a text\n3;b\n"), ["header=false", "delimiter=;"]
+    rows, _ = prepare_and_read("csv", source, tmp_path / "bare", *pairs, "columns=text=1,label=0")
     assert by_text(rows) == [
         {"label": 5, "text": "a text", "split": "train"},
         {"label": 3, "text": "b", "split": "train"},
     ]
-    rows, _ = prepare_and_read(
-        "csv",
-        tmp_path / "b.csv",
-        tmp_path / "named",
-        "header=false",
-        "delimiter=;",
-        "names=label,text",
-    )
+    rows, _ = prepare_and_read("csv", source, tmp_path / "named", *pairs, "names=label,text")
     assert by_text(rows)[0] == {"label": 5, "text": "a text", "split": "train"}
 
 
@@ -547,9 +425,8 @@ def test_quotes_line_ends_in_fields_and_a_quote_that_is_left_open(tmp_path):
         "csv", write(tmp_path / "a.csv", text), tmp_path / "out", max_bad=0.1
     )
     message = reasons(found)
-    assert set(message) == {"a.csv:4", "a.csv:7", "a.csv:69"} and all(
-        "quote" in reason or "CSV" in reason for reason in message.values()
-    )
+    assert set(message) == {"a.csv:4", "a.csv:7", "a.csv:69"}
+    assert all("quote" in reason or "CSV" in reason for reason in message.values())
     kept = {row["text"]: row["label"] for row in rows}
     assert kept == {
         'two\nlines, and "quotes"': 1,
@@ -559,13 +436,8 @@ def test_quotes_line_ends_in_fields_and_a_quote_that_is_left_open(tmp_path):
         "more": 7,
         "last": 9,
     }
-    rows, found = prepare_and_read(
-        "csv",
-        write(tmp_path / "b.tsv", 'text\tlabel\n"he said\t1\nso" he did\t2\n'),
-        tmp_path / "tsv",
-        "quote=",
-        max_bad=0,
-    )
+    source = write(tmp_path / "b.tsv", 'text\tlabel\n"he said\t1\nso" he did\t2\n')
+    rows, _ = prepare_and_read("csv", source, tmp_path / "tsv", "quote=", max_bad=0)
     assert by_text(rows)[0]["text"] == '"he said' and len(rows) == 2
 
 
@@ -613,21 +485,14 @@ def test_a_row_of_empty_fields_and_one_without_a_split_are_broken(tmp_path):
         "csv", write(tmp_path / "a.tsv", "text\tlabel\n\t\n\nfoo\t1\n"), tmp_path / "tsv"
     )
     assert len(rows) == 1 and reasons(found) == {"a.tsv:2": "no text"}
-    rows, found = prepare_and_read(
-        "csv",
-        write(tmp_path / "b.csv", "text,fold\na,train\nb, \nc,dev\n"),
-        tmp_path / "out",
-        "split_column=fold",
-    )
-    assert found["rows"] == {"train": 1, "validation": 1} and reasons(found) == {
-        "b.csv:3": "no split"
-    }
+    source = write(tmp_path / "b.csv", "text,fold\na,train\nb, \nc,dev\n")
+    _, found = prepare_and_read("csv", source, tmp_path / "out", "split_column=fold")
+    assert found["rows"] == {"train": 1, "validation": 1}
+    assert reasons(found) == {"b.csv:3": "no split"}
     with pytest.raises(
         ValueError, match="--set split=test: --set split_column=fold gives each row its own"
     ):
-        prepare_and_read(
-            "csv", tmp_path / "b.csv", tmp_path / "none", "split_column=fold", "split=test"
-        )
+        prepare_and_read("csv", source, tmp_path / "none", "split_column=fold", "split=test")
 
 
 def test_what_cannot_be_is_told(tmp_path):
@@ -650,18 +515,11 @@ def test_what_cannot_be_is_told(tmp_path):
     rows, found = prepare_and_read(
         "csv", tmp_path / "a.csv", tmp_path / "out", "split_column=split"
     )
-    assert {row["text"]: row["split"] for row in rows} == {
-        "a": "validation",
-        "b": "train",
-        "c": "test",
-    }
+    splits = {row["text"]: row["split"] for row in rows}
+    assert splits == {"a": "validation", "b": "train", "c": "test"}
     assert found["rows"] == {"test": 1, "train": 1, "validation": 1}
-    rows, _ = prepare_and_read(
-        "csv",
-        write(tmp_path / "c.csv", "text\nna\xefve\n".encode("latin-1")),
-        tmp_path / "latin",
-        "encoding=latin-1",
-    )
+    source = write(tmp_path / "c.csv", "text\nna\xefve\n".encode("latin-1"))
+    rows, _ = prepare_and_read("csv", source, tmp_path / "latin", "encoding=latin-1")
     assert rows[0]["text"] == "naïve"
 
 

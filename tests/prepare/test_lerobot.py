@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from prepare import conftest
-from prepare.conftest import encoded, read, write
+from prepare.conftest import encoded, read, reasons, summary, write
 
 from pipeline.prepare.engine.write import verify
 from pipeline.prepare.readers import parquet
@@ -39,13 +39,6 @@ FEATURES = {
     },
     "timestamp": {"dtype": "float32", "shape": [1]},
 }
-
-
-def reasons(output) -> dict[str, str]:
-    return {
-        row["path"]: row["reason"]
-        for row in json.loads((Path(output) / "_summary.json").read_text())["broken"]["files"]
-    }
 
 
 def grey(number: int, step: int) -> int:
@@ -235,7 +228,7 @@ def test_rows_of_both_layouts(layout, request, tmp_path):
             "steps": length,
             "split": "test" if number == 2 else "train",
         }
-    found = json.loads((tmp_path / "out/_summary.json").read_text())
+    found = summary(tmp_path / "out")
     assert found["notes"]["cameras left out (--set images= takes one)"] == FRONT and found["notes"][
         "steps"
     ] == {"test": 5, "train": 10}
@@ -297,7 +290,7 @@ def test_a_row_that_is_late_has_the_nearest_frame_and_one_without_any_is_told(v2
         for row in read(tmp_path / "out")
     }
     assert np.allclose(found["episode_000001"], [grey(1, i) for i in (0, 1, 2, 3)], atol=4)
-    assert reasons(tmp_path / "out") == {
+    assert reasons(summary(tmp_path / "out")) == {
         "episode 0": "episode_000000.mp4: no frame within 0.05 s of 0.600 s; the nearest is at "
         "0.500 s"
     }
@@ -363,12 +356,7 @@ def test_features_and_robot_may_be_named(v30, tmp_path):
         and "actions" not in rows[0]
         and rows[0]["embodiment"] == ""
     )
-    assert (
-        json.loads((tmp_path / "out/_summary.json").read_text())["notes"][
-            "episodes in no range of splits, taken as train"
-        ]
-        == 1
-    )
+    assert summary(tmp_path / "out")["notes"]["episodes in no range of splits, taken as train"] == 1
     prepare(v30, tmp_path / "named", "embodiment=arm")
     assert {row["embodiment"] for row in read(tmp_path / "named")} == {"arm"}
 
@@ -407,7 +395,10 @@ def test_an_episode_of_v3_whose_metadata_is_not_true_is_left_out_naming_both_num
         v30 / "meta/episodes/chunk-000/file-000.parquet", index=False
     )
     prepare(v30, tmp_path / "out")
-    assert reasons(tmp_path / "out") == {"episode 1": said} and len(read(tmp_path / "out")) == 2
+    assert (
+        reasons(summary(tmp_path / "out")) == {"episode 1": said}
+        and len(read(tmp_path / "out")) == 2
+    )
     with pytest.raises(
         ValueError,
         match=r"1 of 3 .*--max-bad 0 .*: episode 1: ",
@@ -452,20 +443,20 @@ def test_an_episode_of_v2_that_cannot_be_used_is_left_out(v21, tmp_path, change,
     change(pd.read_parquet(file)).to_parquet(file, index=False)
     prepare(v21, tmp_path / "out")
     assert len(read(tmp_path / "out")) == 2
-    assert list(reasons(tmp_path / "out")) == ["episode 1"] and reasons(tmp_path / "out")[
-        "episode 1"
-    ].startswith(said)
+    assert list(reasons(summary(tmp_path / "out"))) == ["episode 1"] and reasons(
+        summary(tmp_path / "out")
+    )["episode 1"].startswith(said)
 
 
 def test_videos_that_are_missing_or_broken(v21, tmp_path):
     (v21 / f"videos/chunk-000/{FRONT}/episode_000000.mp4").unlink()
     prepare(v21, tmp_path / "out", f"images={FRONT}")
-    assert reasons(tmp_path / "out") == {
+    assert reasons(summary(tmp_path / "out")) == {
         "episode 0": f"no file videos/chunk-000/{FRONT}/episode_000000.mp4"
     }
     write(v21 / f"videos/chunk-000/{FRONT}/episode_000001.mp4", b"no video")
     prepare(v21, tmp_path / "two", f"images={FRONT}", max_bad=0.9)
-    assert reasons(tmp_path / "two")["episode 1"].startswith(
+    assert reasons(summary(tmp_path / "two"))["episode 1"].startswith(
         "episode_000001.mp4: cannot be decoded"
     )
     assert len(read(tmp_path / "two")) == 1

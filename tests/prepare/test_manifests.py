@@ -7,8 +7,8 @@ import uuid
 
 import pyarrow.parquet as pq
 import pytest
-from prepare.conftest import prepare_and_read, write
-from prepare.speech import bad, index, librispeech, manifest, reasons, samples, sound
+from prepare.conftest import prepare_and_read, reasons, write
+from prepare.speech import bad, index, librispeech, manifest, samples, sound
 
 from pipeline.io import storage
 from pipeline.prepare.engine.write import Preparation, Settings, verify

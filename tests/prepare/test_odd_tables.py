@@ -8,7 +8,7 @@ from datetime import datetime
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from prepare.conftest import prepare, read, summary, write
+from prepare.conftest import LONG_HEAD, prepare, prepare_long, read, reasons, summary, write
 from prepare.test_cohorts import rows as event_rows
 from prepare.test_cohorts import stay
 from prepare.test_mimic3 import TABLES
@@ -17,13 +17,6 @@ from pipeline.prepare.clinical import plausible
 from pipeline.prepare.engine import importing
 from pipeline.prepare.readers import csv_blocks
 from pipeline.prepare.readers.archives import Entry, Opener
-
-HEAD = "entity,time,variable,value\n"
-
-
-def listed(output) -> list[tuple[str, str]]:
-    return [(row["path"], row["reason"]) for row in summary(output)["broken"]["files"]]
-
 
 # ---------------------------------------------------------------- long tables
 
@@ -40,10 +33,8 @@ def test_words_for_nothing_are_texts_where_texts_are_meant(order, tmp_path):
         "1,4,,1",
         "NULL,5,Na,1",
     ]
-    (tmp_path / "long.csv").write_text(
-        HEAD + "\n".join(lines if order == "id first" else [*lines, "1,6,Na,<5"]) + "\n"
-    )
-    prepare("events", tmp_path / "long.csv", tmp_path / "out")
+    lines += [] if order == "id first" else ["1,6,Na,<5"]
+    prepare_long(tmp_path, LONG_HEAD + "\n".join(lines) + "\n")
     (row,) = read(tmp_path / "out")
     assert (
         row["variables"] == ["NA", "nan", *(["Na"] if order == "text first" else [])]
@@ -60,15 +51,8 @@ def test_words_for_nothing_are_texts_where_texts_are_meant(order, tmp_path):
 
 
 def test_facts_keep_their_words(tmp_path):
-    (tmp_path / "people.csv").write_text("entity,drug,age\n1,nan,NA\n2,,50\n3,Heparin,\n")
-    (tmp_path / "long.csv").write_text(HEAD + "1,0,x,1\n")
-    prepare(
-        "events",
-        tmp_path / "long.csv",
-        tmp_path / "out",
-        f"entities={tmp_path}/people.csv",
-        "static=drug,age",
-    )
+    people = "entity,drug,age\n1,nan,NA\n2,,50\n3,Heparin,\n"
+    prepare_long(tmp_path, LONG_HEAD + "1,0,x,1\n", "static=drug,age", people=people)
     assert {row["entity"]: row["static"] for row in read(tmp_path / "out")} == {
         "1": {"drug": "nan", "age": None},
         "2": {"drug": None, "age": 50.0},
@@ -79,18 +63,9 @@ def test_facts_keep_their_words(tmp_path):
 def test_ids_of_csv_are_texts(tmp_path):
     """001 and 01 are two, 20 digits are all kept, and a group is a text as well."""
     long = "12345678901234567890"
-    (tmp_path / "people.csv").write_text(f"entity,who\n001,07\n01,7\n {long},7\n")
-    (tmp_path / "long.csv").write_text(
-        HEAD + f"001,0,x,1\n01,0,x,2\n{long},0,x,3\n{long[:-1]}1,0,x,4\n"
-    )
-    prepare(
-        "events",
-        tmp_path / "long.csv",
-        tmp_path / "out",
-        f"entities={tmp_path}/people.csv",
-        "group=who",
-        max_bad=0,
-    )
+    people = f"entity,who\n001,07\n01,7\n {long},7\n"
+    events = f"{LONG_HEAD}001,0,x,1\n01,0,x,2\n{long},0,x,3\n{long[:-1]}1,0,x,4\n"
+    prepare_long(tmp_path, events, "group=who", people=people, max_bad=0)
     assert {row["entity"]: (row["patient"], row["values"]) for row in read(tmp_path / "out")} == {
         "001": ("07", [1]),
         "01": ("7", [2]),
@@ -99,20 +74,15 @@ def test_ids_of_csv_are_texts(tmp_path):
 
 
 def test_ids_of_parquet_are_whole_numbers_or_texts(tmp_path):
-    (tmp_path / "long.csv").write_text(HEAD + "1,0,x,1\n2,0,x,2\n")
-    pq.write_table(
-        pa.table({"entity": [1.0, 2.0, None], "who": pa.array([1, 1, 1], pa.uint64())}),
-        tmp_path / "people.parquet",
+    events, pairs = (
+        LONG_HEAD + "1,0,x,1\n2,0,x,2\n",
+        (f"entities={tmp_path}/people.parquet", "group=who"),
     )
-    prepare(
-        "events",
-        tmp_path / "long.csv",
-        tmp_path / "out",
-        f"entities={tmp_path}/people.parquet",
-        "group=who",
-    )
+    people = {"entity": [1.0, 2.0, None], "who": pa.array([1, 1, 1], pa.uint64())}
+    pq.write_table(pa.table(people), tmp_path / "people.parquet")
+    prepare_long(tmp_path, events, *pairs)
     assert {row["entity"]: row["values"] for row in read(tmp_path / "out")} == {1: [1], 2: [2]}
-    assert listed(tmp_path / "out") == [("people.parquet:row 3", "no entity id")]
+    assert reasons(summary(tmp_path / "out")) == {"people.parquet:row 3": "no entity id"}
     for bad in (
         pa.array([1.5, 2.0]),
         pa.array([0, 1], pa.timestamp("us")),
@@ -120,22 +90,11 @@ def test_ids_of_parquet_are_whole_numbers_or_texts(tmp_path):
         pa.array([b"a", b"b"]),
     ):
         for column, option in (("entity", "entity"), ("who", "group")):
-            pq.write_table(
-                pa.table({"entity": [1, 2], "who": [1, 2], column: bad}),
-                tmp_path / "people.parquet",
-            )
-            with pytest.raises(
-                ValueError,
-                match=rf"people\.parquet: column '{column}' for --set {option} has the type "
-                rf"{str(bad.type)[:6]}",
-            ):
-                prepare(
-                    "events",
-                    tmp_path / "long.csv",
-                    tmp_path / "bad",
-                    f"entities={tmp_path}/people.parquet",
-                    "group=who",
-                )
+            people = {"entity": [1, 2], "who": [1, 2], column: bad}
+            pq.write_table(pa.table(people), tmp_path / "people.parquet")
+            said = rf"column '{column}' for --set {option} has the type {str(bad.type)[:6]}"
+            with pytest.raises(ValueError, match=rf"people\.parquet: {said}"):
+                prepare_long(tmp_path, events, *pairs)
 
 
 @pytest.mark.parametrize(
@@ -148,40 +107,26 @@ def test_ids_of_parquet_are_whole_numbers_or_texts(tmp_path):
 )
 def test_a_start_in_another_format_is_told(usable, max_bad, said, tmp_path, monkeypatch):
     lines = ["9,2101-06-01 00:00:00"] * usable + [f"{i},01/06/2101 SECRET" for i in range(3)]
-    (tmp_path / "people.csv").write_text("entity,begin\n" + "\n".join(lines) + "\n")
-    (tmp_path / "long.csv").write_text(
-        HEAD + "1,2101-06-01 06:30:00,HR,80\n9,2101-06-01 06:30:00,HR,80\n"
-    )
+    people = "entity,begin\n" + "\n".join(lines) + "\n"
+    events = LONG_HEAD + "1,2101-06-01 06:30:00,HR,80\n9,2101-06-01 06:30:00,HR,80\n"
+    pairs = ("unit=timestamp", "start=begin")
     monkeypatch.setattr(
         "pipeline.prepare.engine.grouped.partition_events",
         lambda *_: pytest.fail("events were read before the entities were judged"),
     )
     with pytest.raises(ValueError, match=said) as message:
-        prepare(
-            "events",
-            tmp_path / "long.csv",
-            tmp_path / "out",
-            f"entities={tmp_path}/people.csv",
-            "unit=timestamp",
-            "start=begin",
-            max_bad=max_bad,
-        )
+        prepare_long(tmp_path, events, *pairs, people=people, max_bad=max_bad)
     assert "SECRET" not in str(message.value)
 
 
 def test_rows_of_which_no_event_is_left_are_refused(tmp_path):
-    (tmp_path / "people.csv").write_text("entity,a\n1,1\n")
-    (tmp_path / "long.csv").write_text(
-        HEAD + "secret,0,x,1\nsecret,0,x,1\n1,soon,x,1\n1,3,x,1e60\n"
-    )
+    events = LONG_HEAD + "secret,0,x,1\nsecret,0,x,1\n1,soon,x,1\n1,3,x,1e60\n"
     with pytest.raises(
         ValueError,
         match="no event is left of 4 rows: events: no such entity 2, events: no time 1, events: "
         "out of range 1; name the right",
     ):
-        prepare(
-            "events", tmp_path / "long.csv", tmp_path / "out", f"entities={tmp_path}/people.csv"
-        )
+        prepare_long(tmp_path, events, people="entity,a\n1,1\n")
 
 
 @pytest.mark.parametrize(
@@ -189,15 +134,13 @@ def test_rows_of_which_no_event_is_left_are_refused(tmp_path):
     [("seconds", 1.7e9), ("hours", -100_001), ("minutes", 6_000_060), ("days", 20_000)],
 )
 def test_absolute_times_as_numbers_are_refused(unit, time, tmp_path):
-    (tmp_path / "long.csv").write_text(HEAD + f"1,5,x,1\n1,{time},x,1\n")
     with pytest.raises(
         ValueError,
         match=rf"long\.csv: 1 of 2 rows are more than 100000 hours .* unit={unit}; .*give "
         r"unit=timestamp and start=COLUMN",
     ):
-        prepare("events", tmp_path / "long.csv", tmp_path / "out", f"unit={unit}")
-    (tmp_path / "long.csv").write_text(HEAD + "1,-100000,x,1\n1,100000,x,1\n")
-    prepare("events", tmp_path / "long.csv", tmp_path / "out")
+        prepare_long(tmp_path, f"{LONG_HEAD}1,5,x,1\n1,{time},x,1\n", f"unit={unit}")
+    prepare_long(tmp_path, LONG_HEAD + "1,-100000,x,1\n1,100000,x,1\n")
     assert read(tmp_path / "out")[0]["times"] == [-100000, 100000]
 
 
@@ -224,12 +167,8 @@ def test_absolute_times_as_numbers_are_refused(unit, time, tmp_path):
     ],
 )
 def test_a_column_of_another_type_is_no_damaged_file(column, values, said, tmp_path):
-    pq.write_table(
-        pa.table(
-            {"entity": [1], "time": [0.0], "variable": ["x"], "value": [1.0]} | {column: values}
-        ),
-        tmp_path / "long.parquet",
-    )
+    usual = {"entity": [1], "time": [0.0], "variable": ["x"], "value": [1.0]}
+    pq.write_table(pa.table(usual | {column: values}), tmp_path / "long.parquet")
     with pytest.raises(ValueError, match=rf"long\.parquet: {said}"):
         prepare("events", tmp_path / "long.parquet", tmp_path / "out")
 
@@ -252,17 +191,11 @@ def test_texts_of_parquet_may_be_string_views(tmp_path):
 
 def test_rare_variables_are_not_named_in_a_summary(tmp_path):
     counts = {"HR": 40, "five": 5, "secret a": 4, "secret b": 1}
-    (tmp_path / "long.csv").write_text(
-        HEAD
-        + "".join(f"{i},{i},{name},1\n" for name, count in counts.items() for i in range(count))
-    )
-    prepare("events", tmp_path / "long.csv", tmp_path / "out", part_mb=0.0005)
+    lines = [f"{i},{i},{name},1\n" for name, count in counts.items() for i in range(count)]
+    prepare_long(tmp_path, LONG_HEAD + "".join(lines), part_mb=0.0005)
     notes = summary(tmp_path / "out")["notes"]
-    assert (
-        notes["events of HR"] == {"train": 40}
-        and notes["events of five"] == {"train": 5}
-        and notes["events"] == {"train": 50}
-    )
+    shown = {name: notes[name] for name in ("events of HR", "events of five", "events")}
+    assert [of_split["train"] for of_split in shown.values()] == [40, 5, 50]
     assert notes["variables with fewer than 5 events"] == {"train": 2}
     markdown = (tmp_path / "out/_summary.md").read_text()
     assert (
@@ -294,17 +227,10 @@ def test_errors_and_codes_of_mimic_that_are_not_known(tmp_path):
         1010: (None, None),
         2000: (None, None),
     }
-    assert [
-        time
-        for time, name in zip(found[2000]["times"], found[2000]["variables"], strict=True)
-        if name == "Urine"
-    ] == [2]
-    assert (
-        summary(tmp_path / "out")["notes"]["events dropped by reason"][
-            "outputevents: marked as an error"
-        ]
-        == 1
-    )
+    events = zip(found[2000]["times"], found[2000]["variables"], strict=True)
+    assert [time for time, name in events if name == "Urine"] == [2]
+    dropped = summary(tmp_path / "out")["notes"]["events dropped by reason"]
+    assert dropped["outputevents: marked as an error"] == 1
 
 
 # ---------------------------------------------------------------- plain tables
@@ -337,7 +263,7 @@ def test_a_split_that_is_none_is_a_broken_row(importer, tmp_path):
     source = write(tmp_path / "a.csv", "text,fold\na,Train\nb,SECRET\nc,dev\nd,testb\n")
     done = prepare(importer, source, tmp_path / "out", "split_column=fold", max_bad=0.5)
     assert done["rows"] == {"test": 1, "train": 1, "validation": 1}
-    ((path, reason),) = listed(tmp_path / "out")
+    ((path, reason),) = reasons(summary(tmp_path / "out")).items()
     assert (
         path.startswith("a.csv:3")
         and reason == "its split is not one of train, validation and test"
@@ -374,9 +300,8 @@ def test_a_stay_without_a_split_is_a_broken_row(tmp_path):
         tmp_path / "rows.parquet",
     )
     done = prepare("cohort", tmp_path / "rows.parquet", tmp_path / "out", "task=mortality")
-    assert done["rows"] == {"train": 4} and [reason for _, reason in listed(tmp_path / "out")] == [
-        "no split"
-    ]
+    assert done["rows"] == {"train": 4}
+    assert list(reasons(summary(tmp_path / "out")).values()) == ["no split"]
 
 
 def test_options_of_a_task_are_given_by_their_names():

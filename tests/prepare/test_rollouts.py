@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from gymnasium import spaces
-from prepare.conftest import read, splits_of_a_job
+from prepare.conftest import read, splits_of_a_job, summary
 from typer.testing import CliRunner
 
 from pipeline import cli
@@ -45,7 +45,7 @@ def prepare(output, *pairs: str, source: str = PENDULUM, **settings) -> dict:
 
 
 def notes(output) -> dict:
-    return json.loads((Path(output) / "_summary.json").read_text())["notes"]
+    return summary(output)["notes"]
 
 
 def hashes(output) -> dict[str, str]:
@@ -172,7 +172,7 @@ def test_episodes_are_shared_out_evenly_among_skills(tmp_path):
         "test-000000": ("reach",) * 2,
         "test-000001": ("mirror",) * 2,
     }
-    found = json.loads((tmp_path / "out/_summary.json").read_text())
+    found = summary(tmp_path / "out")
     assert found["classes"]["train"]["labels"] == {"half": 2, "mirror": 2, "reach": 3} and done[
         "rows"
     ] == {"test": 2, "train": 7}
@@ -290,7 +290,7 @@ def test_success_that_is_not_known_is_empty_and_cannot_be_kept(tmp_path):
         row["success"] is None and row["random_success"] is None and row["random_steps"] == 5
         for row in read(tmp_path / "out")
     )
-    found = json.loads((tmp_path / "out/_summary.json").read_text())
+    found = summary(tmp_path / "out")
     assert (
         found["classes"] == {}
         and not [name for name in found["notes"] if "success" in name]
@@ -343,7 +343,7 @@ def test_a_simulator_that_diverges_is_marked_counted_and_not_used(tmp_path):
     ):
         prepare(tmp_path / "strict", *pairs)
     prepare(tmp_path / "out", *pairs, max_bad=0.9)
-    found = json.loads((tmp_path / "out/_summary.json").read_text())
+    found = summary(tmp_path / "out")
     count = found["broken"]["rows"]
     assert 0 < count < 4 and len(read(tmp_path / "out")) == 4 - count
     assert found["notes"]["episodes in which the simulator diverged"] == {"train": count}

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from prepare import conftest
-from prepare.conftest import parts, read, write
+from prepare.conftest import parts, read, reasons, summary, write
 
 from pipeline.prepare.engine.write import verify
 
@@ -31,7 +31,7 @@ def by(output, key: str = "stay") -> list[dict]:
 
 
 def notes(output) -> dict:
-    return json.loads((output / "_summary.json").read_text())["notes"]
+    return summary(output)["notes"]
 
 
 def test_numbers_and_categories(tmp_path):
@@ -59,9 +59,7 @@ def test_numbers_and_categories(tmp_path):
         "values that are no number, now null": {"lab": 2},
     }
     assert done["rows"] == {"train": 4} and verify(str(tmp_path / "out")) == done
-    assert json.loads((tmp_path / "out/_summary.json").read_text())["classes"] == {
-        "train": {"labels": {"0": 2, "1": 2}}
-    }
+    assert summary(tmp_path / "out")["classes"] == {"train": {"labels": {"0": 2, "1": 2}}}
 
 
 def test_without_a_word_on_it_a_column_with_texts_is_categorical(tmp_path):
@@ -207,13 +205,9 @@ def test_labels_of_all_kinds(tmp_path):
     assert {(row["risk"], row["name"]) for row in found} == {
         (i / 8, f"c{i % 2}") for i in range(9)
     } and list(found[0]["features"]) == ["x"]
-    assert json.loads((tmp_path / "a/_summary.json").read_text())["classes"] == {}, (
-        "numbers to estimate are no classes"
-    )
+    assert summary(tmp_path / "a")["classes"] == {}, "numbers to estimate are no classes"
     prepare(tmp_path / "a.csv", tmp_path / "b", "label=name")
-    assert json.loads((tmp_path / "b/_summary.json").read_text())["classes"] == {
-        "train": {"labels": {"c0": 5, "c1": 4}}
-    }
+    assert summary(tmp_path / "b")["classes"] == {"train": {"labels": {"c0": 5, "c1": 4}}}
 
 
 def test_a_split_column(tmp_path):
@@ -235,12 +229,12 @@ def test_broken_rows_are_told_by_place_without_their_values(tmp_path):
     )
     done = prepare(source, tmp_path / "out", *ROLES, max_bad=0.02)
     assert done["broken"] == 3 and done["rows"] == {"train": 200}
-    listed = json.loads((tmp_path / "out/_summary.json").read_text())["broken"]["files"]
-    assert sorted((row["path"], row["reason"].partition(" (invalid")[0]) for row in listed) == [
-        ("a.csv:2", "no label (died)"),
-        ("a.csv:3", "3 fields, where there are 7 columns"),
-        ("a.csv:4", "not UTF-8 text"),
-    ]
+    found = reasons(summary(tmp_path / "out"))
+    assert {path: reason.partition(" (invalid")[0] for path, reason in found.items()} == {
+        "a.csv:2": "no label (died)",
+        "a.csv:3": "3 fields, where there are 7 columns",
+        "a.csv:4": "not UTF-8 text",
+    }
     with pytest.raises(ValueError, match=r"3 of 203 .*--max-bad 0\.01 ") as message:
         prepare(source, tmp_path / "none", *ROLES)
     assert "SECRET" not in str(message.value)

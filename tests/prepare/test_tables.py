@@ -16,7 +16,18 @@ import zipfile
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from prepare.conftest import prepare, prepare_killed, read, splits_of_a_job, tar, write
+from prepare.conftest import (
+    prepare,
+    prepare_killed,
+    question,
+    read,
+    reasons,
+    splits_of_a_job,
+    squad_file,
+    summary,
+    tar,
+    write,
+)
 from typer.testing import CliRunner
 
 from pipeline import cli
@@ -28,27 +39,9 @@ from pipeline.prepare.engine.write import MANIFEST, verify
 SMALL = 200 / 2**20
 """MiB: parts of a few rows."""
 CONLL = "-DOCSTART- -X- O O\n\nAnna B-PER\nsleeps O\n\nin O\nRome B-LOC\n\n".replace("-X- O O", "O")
-SQUAD = {
-    "version": "1.1",
-    "data": [
-        {
-            "title": "A",
-            "paragraphs": [
-                {
-                    "context": "The cat sat on the mat.",
-                    "qas": [
-                        {
-                            "id": f"q{i}",
-                            "question": f"Where, {i}?",
-                            "answers": [{"text": "mat", "answer_start": 19}],
-                        }
-                        for i in range(4)
-                    ],
-                }
-            ],
-        }
-    ],
-}
+SQUAD = squad_file(
+    "The cat sat on the mat.", [question(f"q{i}", f"Where, {i}?", "mat", 19) for i in range(4)]
+)
 
 
 def parts(output) -> dict[str, bytes]:
@@ -298,7 +291,7 @@ def test_names_say_splits(name, split):
 )
 def test_a_word_that_may_mean_no_split_is_noted(tmp_path, name, pairs, said):
     prepare("csv", write(tmp_path / name, "a,b\n1,2\n"), tmp_path / "out", *pairs)
-    notes = json.loads((tmp_path / "out/_summary.json").read_text())["notes"]
+    notes = summary(tmp_path / "out")["notes"]
     noted = [text for what, text in notes.items() if "held out by a word" in what]
     assert noted == ([said] if said else [])
 
@@ -316,7 +309,7 @@ def test_the_other_files_tell_whether_a_word_means_a_split(tmp_path, names, said
     for name in names:
         write(tmp_path / "raw" / name, f"a,b\n{name},2\n")
     prepare("csv", tmp_path / "raw", tmp_path / "out")
-    notes = json.loads((tmp_path / "out/_summary.json").read_text())["notes"]
+    notes = summary(tmp_path / "out")["notes"]
     noted = [text for what, text in notes.items() if "held out by a word" in what]
     assert noted == ([said] if said else [])
 
@@ -334,7 +327,7 @@ def test_other_files_are_left_out_and_counted(text, tmp_path):
     write(text / "_SUCCESS", "")
     done = prepare("text", text, tmp_path / "out")
     assert done["rows"] == {"train": 80, "validation": 10}
-    assert json.loads((tmp_path / "out/_summary.json").read_text())["notes"]["files left out"] == {
+    assert summary(tmp_path / "out")["notes"]["files left out"] == {
         ".md": 1,
         "names that begin with _": 2,
     }
@@ -384,39 +377,8 @@ def test_each_importer_lists_bytes_that_are_no_text_with_their_place(tmp_path):
         b"text,label\ngood,1\nb\xffd,2\nnul\0,3\n,4\nfive,5,5\nsix\n" + b"more,7\n" * 60,
     )
     write(tmp_path / "a.conll", b"Good O\n\nb\xffd O\nmore O\n\nnul\0 O\n\n" + b"more O\n\n" * 60)
-    bad = {
-        **SQUAD,
-        "data": [
-            {
-                "title": "A",
-                "paragraphs": [
-                    {
-                        "context": "The cat.",
-                        "qas": [
-                            {
-                                "id": "a",
-                                "question": "b\udcffd?",
-                                "answers": [{"text": "cat", "answer_start": 4}],
-                            },
-                            {
-                                "id": "b",
-                                "question": "nul\0?",
-                                "answers": [{"text": "cat", "answer_start": 4}],
-                            },
-                            *(
-                                {
-                                    "id": f"c{i}",
-                                    "question": "good?",
-                                    "answers": [{"text": "cat", "answer_start": 4}],
-                                }
-                                for i in range(60)
-                            ),
-                        ],
-                    }
-                ],
-            }
-        ],
-    }
+    questions = {"a": "b\udcffd?", "b": "nul\0?", **{f"c{i}": "good?" for i in range(60)}}
+    bad = squad_file("The cat.", [question(*one, "cat", 4) for one in questions.items()])
     write(
         tmp_path / "a.json", json.dumps(bad, ensure_ascii=False).encode("utf-8", "surrogateescape")
     )
@@ -436,28 +398,17 @@ def test_each_importer_lists_bytes_that_are_no_text_with_their_place(tmp_path):
         "a.conll": {"3": "line 3: not UTF-8", "6": "line 6: a NUL"},
         "a.json": {"a": "the question is not UTF-8", "b": "NUL"},
     }
-    for file, reasons in wanted.items():
-        name = {
-            "a.txt": "text",
-            "a.jsonl": "text",
-            "a.csv": "csv",
-            "a.conll": "conll",
-            "a.json": "squad",
-        }[file]
+    importers = dict(zip(wanted, ("text", "csv", "text", "conll", "squad"), strict=True))
+    for file, places in wanted.items():
+        name = importers[file]
         done = prepare(name, tmp_path / file, tmp_path / f"out-{file}", max_bad=0.2)
-        found = {
-            row["path"]: row["reason"]
-            for row in json.loads((tmp_path / f"out-{file}/_summary.json").read_text())["broken"][
-                "files"
-            ]
-        }
-        assert set(found) == {f"{file}:{place}" for place in reasons} and done["broken"] == len(
-            reasons
-        ), file
-        assert all(reason in found[f"{file}:{place}"] for place, reason in reasons.items()), found
+        found = reasons(summary(tmp_path / f"out-{file}"))
+        assert set(found) == {f"{file}:{place}" for place in places}, file
+        assert done["broken"] == len(places), file
+        assert all(reason in found[f"{file}:{place}"] for place, reason in places.items()), found
         with pytest.raises(
             ValueError,
-            match=rf"{len(reasons)} of {done['read']} .*--max-bad 0\.01 .*: {file}:",
+            match=rf"{len(places)} of {done['read']} .*--max-bad 0\.01 .*: {file}:",
         ):
             prepare(name, tmp_path / file, tmp_path / f"none-{file}")
         assert not list((tmp_path / f"none-{file}").glob("*.parquet")), (
@@ -473,10 +424,7 @@ def test_places_of_broken_rows_in_later_ranges_are_those_of_the_file(tmp_path):
     ):
         prepare("text", tmp_path / "a.txt", tmp_path / "none", part_mb=SMALL, max_bad=0)
     prepare("text", tmp_path / "a.txt", tmp_path / "out", part_mb=SMALL)
-    assert (
-        json.loads((tmp_path / "out/_summary.json").read_text())["broken"]["files"][0]["path"]
-        == "a.txt:77"
-    )
+    assert list(reasons(summary(tmp_path / "out"))) == ["a.txt:77"]
 
 
 @pytest.mark.parametrize(
@@ -537,10 +485,9 @@ def with_a_line_of(size: int, folder, file: str):
 
 
 def is_one_broken_row(file: str, output) -> bool:
-    found = json.loads((output / "_summary.json").read_text())["broken"]["files"]
-    return len(read(output)) == 2 and [
-        (row["path"], "longer than" in row["reason"]) for row in found
-    ] == [(f"{file}:{LINES[file][2]}", True)]
+    ((path, reason),) = reasons(summary(output)).items()
+    is_named = path == f"{file}:{LINES[file][2]}" and "longer than" in reason
+    return is_named and len(read(output)) == 2
 
 
 @pytest.mark.parametrize("file", LINES)

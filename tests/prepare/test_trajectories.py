@@ -30,10 +30,13 @@ BODY = "a,0,1,2,left,0,false\na,1,3,4,left,0.5,false\na,2,5,6,right,1,true\nb,0,
 
 
 def reasons(output) -> dict[str, str]:
-    return {
-        row["path"].rpartition("episode ")[2].split()[0]: row["reason"]
-        for row in summary(output)["broken"]["files"]
-    }
+    """Why each episode was left out, by its name."""
+    found = conftest.reasons(summary(output))
+    return {path.rpartition("episode ")[2].split()[0]: why for path, why in found.items()}
+
+
+def ends(row: dict) -> tuple[bool, bool]:
+    return row["terminated"], row["truncated"]
 
 
 def numbers(count: int, **columns) -> pd.DataFrame:
@@ -45,37 +48,28 @@ def numbers(count: int, **columns) -> pd.DataFrame:
 
 
 def test_rows_of_a_step_become_one_row_an_episode(tmp_path):
-    done = prepare(
+    source, names = (
         write(tmp_path / "a.csv", HEAD + BODY),
-        tmp_path / "out",
-        *ROLES,
-        "reward=paid",
-        "done=over",
-        "embodiment_name=rover",
-        "task_name=park",
+        ("embodiment_name=rover", "task_name=park"),
     )
+    done = prepare(source, tmp_path / "out", *ROLES, "reward=paid", "done=over", *names)
+    same = {"task": "park", "embodiment": "rover", "terminated": True, "truncated": False}
     assert read(tmp_path / "out") == [
         {
+            **same,
             "episode": "a",
-            "task": "park",
-            "embodiment": "rover",
             "observations": [[1, 2], [3, 4], [5, 6]],
             "actions": ["left", "left", "right"],
             "rewards": [0, 0.5, 1],
-            "terminated": True,
-            "truncated": False,
             "steps": 3,
             "split": "train",
         },
         {
+            **same,
             "episode": "b",
-            "task": "park",
-            "embodiment": "rover",
             "observations": [[7, 8], [9, 10]],
             "actions": ["right", "left"],
             "rewards": [2, 3],
-            "terminated": True,
-            "truncated": False,
             "steps": 2,
             "split": "train",
         },
@@ -113,14 +107,8 @@ def test_wherever_blocks_of_a_table_end_the_rows_are_the_same(tmp_path, monkeypa
         [numbers(n, run=name) for name, n in (("a", 40), ("b", 1), ("c", 90), ("d", 7))]
     )
     rows.to_parquet(tmp_path / "a.parquet")
-    pairs = (
-        "observations=x,y",
-        "actions=u",
-        "episode=run",
-        "order=t",
-        "episode_steps=16",
-        "test_share=0.25",
-    )
+    columns = ("observations=x,y", "actions=u", "episode=run", "order=t")
+    pairs = (*columns, "episode_steps=16", "test_share=0.25")
     found = []
     for size in (1, 16, 41, 16384):
         monkeypatch.setattr(csv_blocks, "BATCH_ROWS", size)
@@ -141,35 +129,17 @@ def test_wherever_blocks_of_a_table_end_the_rows_are_the_same(tmp_path, monkeypa
         ("d-00001", "test"): 2,
     }
     whole = rows[rows.run == "c"].x.astype(np.float32).tolist()
-    assert [
-        step[0]
-        for row in read(tmp_path / "out1")
-        if row["episode"].startswith("c")
-        for step in row["observations"]
-    ] == whole
+    episodes_of_c = [row for row in read(tmp_path / "out1") if row["episode"].startswith("c")]
+    assert [step[0] for row in episodes_of_c for step in row["observations"]] == whole
 
 
 def test_a_log_is_cut_by_shares_of_time_and_into_episodes(tmp_path):
     numbers(100).to_csv(tmp_path / "drive.csv", index=False)
-    prepare(
-        tmp_path / "drive.csv",
-        tmp_path / "out",
-        "observations=x,y",
-        "actions=u",
-        "order=t",
-        "episode_steps=30",
-        "test_share=0.25",
-        "validation_share=0.1",
-    )
+    columns = ("observations=x,y", "actions=u")
+    cuts = ("order=t", "episode_steps=30", "test_share=0.25", "validation_share=0.1")
+    prepare(tmp_path / "drive.csv", tmp_path / "out", *columns, *cuts)
     found = [
-        (
-            row["episode"],
-            row["split"],
-            row["observations"][0][0],
-            row["steps"],
-            row["terminated"],
-            row["truncated"],
-        )
+        (row["episode"], row["split"], row["observations"][0][0], row["steps"], *ends(row))
         for row in read(tmp_path / "out")
     ]
     assert found == [
@@ -179,23 +149,17 @@ def test_a_log_is_cut_by_shares_of_time_and_into_episodes(tmp_path):
         ("drive-00003", "validation", 65, 10, False, True),
         ("drive-00004", "test", 75, 25, False, True),
     ]
-    prepare(tmp_path / "drive.csv", tmp_path / "whole", "observations=x,y", "actions=u")
+    prepare(tmp_path / "drive.csv", tmp_path / "whole", *columns)
     assert [(row["episode"], row["steps"], row["split"]) for row in read(tmp_path / "whole")] == [
         ("drive", 100, "train")
     ]
 
 
 def test_a_split_column_cuts_where_it_changes(tmp_path):
-    numbers(10, part=["train"] * 4 + ["Val"] * 3 + ["testing"] * 3).to_csv(
-        tmp_path / "a.csv", index=False
-    )
-    prepare(
-        tmp_path / "a.csv",
-        tmp_path / "out",
-        "observations=x",
-        "split_column=part",
-        "episode_steps=3",
-    )
+    log = numbers(10, part=["train"] * 4 + ["Val"] * 3 + ["testing"] * 3)
+    log.to_csv(tmp_path / "a.csv", index=False)
+    pairs = ("observations=x", "split_column=part")
+    prepare(tmp_path / "a.csv", tmp_path / "out", *pairs, "episode_steps=3")
     assert [(row["split"], row["steps"]) for row in read(tmp_path / "out")] == [
         ("train", 3),
         ("train", 1),
@@ -204,43 +168,27 @@ def test_a_split_column_cuts_where_it_changes(tmp_path):
     ]
     assert "actions" not in read(tmp_path / "out")[0]
     numbers(4, part=["train"] * 2 + ["extra"] * 2).to_csv(tmp_path / "a.csv", index=False)
-    prepare(tmp_path / "a.csv", tmp_path / "odd", "observations=x", "split_column=part")
+    prepare(tmp_path / "a.csv", tmp_path / "odd", *pairs)
     assert reasons(tmp_path / "odd") == {"a-00001": importing.NO_SPLIT}
 
 
 def test_done_ends_episodes_of_a_log_without_an_episode_column(tmp_path):
     numbers(7, over=[0, 0, 1, 0, 1, 0, 0]).to_parquet(tmp_path / "a.parquet")
-    prepare(
-        tmp_path / "a.parquet",
-        tmp_path / "out",
-        "observations=x",
-        "actions=u",
-        "done=over",
-        "open=allow",
-    )
-    assert [
-        (row["steps"], row["terminated"], row["truncated"]) for row in read(tmp_path / "out")
-    ] == [(3, True, False), (2, True, False), (2, False, True)]
-    prepare(tmp_path / "a.parquet", tmp_path / "strict", "observations=x", "actions=u", "done=over")
-    assert [row["steps"] for row in read(tmp_path / "strict")] == [
-        3,
-        2,
-    ] and "open=allow" in reasons(tmp_path / "strict")["a-00002"]
+    pairs = ("observations=x", "actions=u", "done=over")
+    prepare(tmp_path / "a.parquet", tmp_path / "out", *pairs, "open=allow")
+    found = [(row["steps"], *ends(row)) for row in read(tmp_path / "out")]
+    assert found == [(3, True, False), (2, True, False), (2, False, True)]
+    prepare(tmp_path / "a.parquet", tmp_path / "strict", *pairs)
+    assert [row["steps"] for row in read(tmp_path / "strict")] == [3, 2]
+    assert "open=allow" in reasons(tmp_path / "strict")["a-00002"]
 
 
 def test_pieces_of_a_longer_episode_need_no_end_of_their_own(tmp_path):
     numbers(5, run="a", over=[False] * 4 + [True]).to_parquet(tmp_path / "a.parquet")
-    prepare(
-        tmp_path / "a.parquet",
-        tmp_path / "out",
-        "observations=x",
-        "episode=run",
-        "done=over",
-        "episode_steps=2",
-    )
-    assert [
-        (row["steps"], row["terminated"], row["truncated"]) for row in read(tmp_path / "out")
-    ] == [(2, False, True), (2, False, True), (1, True, False)]
+    pairs = ("observations=x", "episode=run", "done=over", "episode_steps=2")
+    prepare(tmp_path / "a.parquet", tmp_path / "out", *pairs)
+    found = [(row["steps"], *ends(row)) for row in read(tmp_path / "out")]
+    assert found == [(2, False, True), (2, False, True), (1, True, False)]
 
 
 # ---------------------------------------------------------------- columns
@@ -252,13 +200,8 @@ def test_columns_are_named_by_spans_and_by_how_they_begin(tmp_path):
         | {"q_b": [0.5, 0.5], "q_a": [0.25, 0.25], "q_t": [0, 1], "u1": [1.5, 2], "u2": [1, 2]}
     )
     rows.to_parquet(tmp_path / "a.parquet")
-    prepare(
-        tmp_path / "a.parquet",
-        tmp_path / "out",
-        "observations=S2..S11,q_*",
-        "actions=u*",
-        "order=q_t",
-    )
+    pairs = ("observations=S2..S11,q_*", "actions=u*", "order=q_t")
+    prepare(tmp_path / "a.parquet", tmp_path / "out", *pairs)
     row = read(tmp_path / "out")[0]
     assert row["observations"][0] == [*range(2, 12), 0.5, 0.25], (
         "q_t is the order and so no observation"
@@ -296,10 +239,8 @@ def test_actions_are_classes_or_numbers(tmp_path, values, pairs, want):
     prepare(tmp_path / "a.parquet", tmp_path / "parquet", "observations=x", "actions=act", *pairs)
     prepare(tmp_path / "b.csv", tmp_path / "csv", "observations=x", "actions=act", *pairs)
     assert read(tmp_path / "parquet")[0]["actions"] == want
-    assert [
-        action.lower() if isinstance(action, str) else action
-        for action in read(tmp_path / "csv")[0]["actions"]
-    ] == want
+    found = read(tmp_path / "csv")[0]["actions"]
+    assert [one.lower() if isinstance(one, str) else one for one in found] == want
 
 
 def test_fractions_after_whole_numbers_are_no_classes(tmp_path, monkeypatch):
@@ -335,37 +276,26 @@ def test_a_whole_number_is_one_class_however_it_is_written(tmp_path):
 
 
 def test_parquet_may_hold_lists(tmp_path):
-    pq.write_table(
-        pa.table(
-            {
-                "o": [[1.0, 2.0], [3.0, 4.0]],
-                "u": pa.array([[0.5], [1.0]], pa.list_(pa.float32(), 1)),
-            }
-        ),
-        tmp_path / "a.parquet",
-    )
+    actions = pa.array([[0.5], [1.0]], pa.list_(pa.float32(), 1))
+    table = pa.table({"o": [[1.0, 2.0], [3.0, 4.0]], "u": actions})
+    pq.write_table(table, tmp_path / "a.parquet")
     prepare(tmp_path / "a.parquet", tmp_path / "out", "observations=o", "actions=u")
-    assert read(tmp_path / "out")[0]["observations"] == [[1, 2], [3, 4]] and read(tmp_path / "out")[
-        0
-    ]["actions"] == [[0.5], [1]]
+    (row,) = read(tmp_path / "out")
+    assert (row["observations"], row["actions"]) == ([[1, 2], [3, 4]], [[0.5], [1]])
 
 
 def test_order_may_be_times_with_parts_of_a_second(tmp_path):
-    write(
-        tmp_path / "a.csv",
-        "when,x\n" + "".join(f"2024-05-01 10:00:00.{i}00,{i}\n" for i in range(1, 6)),
-    )
-    prepare(tmp_path / "a.csv", tmp_path / "out", "observations=x", "order=when")
+    lines = [f"2024-05-01 10:00:00.{i}00,{i}\n" for i in range(1, 6)]
+    source = write(tmp_path / "a.csv", "when,x\n" + "".join(lines))
+    prepare(source, tmp_path / "out", "observations=x", "order=when")
     times = pd.to_datetime(["2024-05-01 10:00:00.1", "2024-05-01 10:00:00.2"]).tz_localize("UTC")
     pd.DataFrame({"when": times, "x": [1.0, 2]}).to_parquet(tmp_path / "b.parquet")
     prepare(tmp_path / "b.parquet", tmp_path / "two", "observations=x", "order=when")
     assert [row["steps"] for out in ("out", "two") for row in read(tmp_path / out)] == [5, 2]
     # Ascending in UTC alone
-    write(
-        tmp_path / "c.csv",
-        "when,x\n" + "".join(f"2024-05-01T10:00:00.{i}00+0{5 - i}:00,{i}\n" for i in range(1, 6)),
-    )
-    prepare(tmp_path / "c.csv", tmp_path / "three", "observations=x", "order=when")
+    lines = [f"2024-05-01T10:00:00.{i}00+0{5 - i}:00,{i}\n" for i in range(1, 6)]
+    source = write(tmp_path / "c.csv", "when,x\n" + "".join(lines))
+    prepare(source, tmp_path / "three", "observations=x", "order=when")
     assert [row["steps"] for row in read(tmp_path / "three")] == [5]
 
 
@@ -418,18 +348,9 @@ def test_every_episode_that_cannot_be_used_is_counted_with_its_reason(tmp_path):
         table("fine"),
     ]
     pd.concat(tables).to_csv(tmp_path / "a.csv", index=False)
-    pairs = (
-        "observations=x,y",
-        "actions=u",
-        "episode=run",
-        "order=t",
-        "reward=paid",
-        "done=over",
-        "task=goal",
-        "action_low=-1",
-        "action_high=2",
-        "discrete=false",
-    )
+    columns = ("observations=x,y", "actions=u", "episode=run", "order=t", "reward=paid")
+    bounds = ("action_low=-1", "action_high=2", "discrete=false")
+    pairs = (*columns, "done=over", "task=goal", *bounds)
     prepare(tmp_path / "a.csv", tmp_path / "out", *pairs, max_bad=0.9)
     assert [row["episode"] for row in read(tmp_path / "out")] == ["good", "fine"]
     found = reasons(tmp_path / "out")
@@ -452,28 +373,18 @@ def test_widths_of_actions_that_differ(tmp_path):
         "u": [[1.0, 2], [1.0, 2], [1.0, 2], [1.0]],
     }
     pq.write_table(pa.table(rows), tmp_path / "a.parquet")
-    prepare(tmp_path / "a.parquet", tmp_path / "out", "observations=x", "actions=u", "episode=run")
+    pairs = ("observations=x", "actions=u", "episode=run")
+    prepare(tmp_path / "a.parquet", tmp_path / "out", *pairs)
     assert reasons(tmp_path / "out") == {"b": "action of 1 numbers in step 1, where step 0 has 2"}
-    pq.write_table(
-        pa.table(rows | {"u": [[1.0, 2], [1.0, 2], [1.0], [1.0]], "who": ["r1", "r1", "r2", "r2"]}),
-        tmp_path / "b.parquet",
-    )
+    rows |= {"u": [[1.0, 2], [1.0, 2], [1.0], [1.0]], "who": ["r1", "r1", "r2", "r2"]}
+    pq.write_table(pa.table(rows), tmp_path / "b.parquet")
     with pytest.raises(
         ValueError,
         match=r"b\.parquet: episode b: actions of 1 numbers, where b\.parquet: episode a has 2, "
         r"of the same robot",
     ):
-        prepare(
-            tmp_path / "b.parquet", tmp_path / "two", "observations=x", "actions=u", "episode=run"
-        )
-    prepare(
-        tmp_path / "b.parquet",
-        tmp_path / "two",
-        "observations=x",
-        "actions=u",
-        "episode=run",
-        "embodiment=who",
-    )
+        prepare(tmp_path / "b.parquet", tmp_path / "two", *pairs)
+    prepare(tmp_path / "b.parquet", tmp_path / "two", *pairs, "embodiment=who")
     assert [len(row["actions"][0]) for row in read(tmp_path / "two")] == [2, 1]
 
 
@@ -564,16 +475,9 @@ def test_the_log_of_the_scitos_robot(tmp_path):
     file = Path(
         os.environ["ONETOMANY_DATA"], "robotics/scitos_wall_following/wall_following.parquet"
     )
-    prepare(
-        file,
-        tmp_path / "out",
-        "observations=S1..S24",
-        "actions=action_name",
-        "order=step",
-        "episode_steps=40",
-        "test_share=0.25",
-        "embodiment_name=scitos",
-    )
+    columns = ("observations=S1..S24", "actions=action_name", "order=step")
+    cuts = ("episode_steps=40", "test_share=0.25")
+    prepare(file, tmp_path / "out", *columns, *cuts, "embodiment_name=scitos")
     rows, own = read(tmp_path / "out"), pd.read_parquet(file)
     assert {
         split: sum(row["steps"] for row in rows if row["split"] == split)

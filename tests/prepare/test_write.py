@@ -21,7 +21,9 @@ from prepare.conftest import (
     prepare,
     prepare_killed,
     read,
+    reasons,
     splits_of_a_job,
+    summary,
     tar,
     write,
 )
@@ -204,15 +206,10 @@ def test_the_detection_objective_reads_coco(coco, tmp_path, settings):
 def test_an_image_of_another_size_than_its_annotations_is_left_out(coco, tmp_path):
     write(coco / "train2017/000002.jpg", encoded(2, size=(30, 40)))
     done = prepare("coco", coco, tmp_path / "out")
-    found = json.loads((tmp_path / "out/_summary.json").read_text())
     assert done["rows"] == {"train": 2, "validation": 1}
-    assert found["broken"]["files"] == [
-        {
-            "path": "000002.jpg",
-            "split": "train",
-            "reason": "the image is 30 x 40 pixels, its annotations are for 40 x 30",
-        }
-    ]
+    assert reasons(summary(tmp_path / "out")) == {
+        "000002.jpg": "the image is 30 x 40 pixels, its annotations are for 40 x 30"
+    }
 
 
 @pytest.mark.parametrize(
@@ -235,10 +232,8 @@ def test_a_mask_that_cannot_be_drawn_is_one_broken_row(coco, tmp_path, segmentat
         "train": 2,
         "validation": 1,
     }
-    (broken,) = json.loads((tmp_path / "out/_summary.json").read_text())["broken"]["files"]
-    assert broken["path"] == "000001.jpg" and broken["reason"].startswith(
-        "its mask cannot be drawn"
-    )
+    ((path, reason),) = reasons(summary(tmp_path / "out")).items()
+    assert path == "000001.jpg" and reason.startswith("its mask cannot be drawn")
 
 
 def test_larger_images_are_made_smaller_once_and_smaller_ones_kept(folder, tmp_path):
@@ -268,11 +263,8 @@ def test_broken_files_are_listed_up_to_a_budget(folder, tmp_path):
     assert not (tmp_path / "out" / MANIFEST).exists()
     done = prepare("imagefolder", folder, tmp_path / "out", max_bad=0.2)
     assert (done["rows"], done["broken"]) == ({"train": 8, "validation": 4}, 2)
-    found = json.loads((tmp_path / "out/_summary.json").read_text())
-    assert {row["path"] for row in found["broken"]["files"]} == {
-        "train/cat/cut.jpg",
-        "train/dog/empty.jpg",
-    }
+    found = reasons(summary(tmp_path / "out"))
+    assert set(found) == {"train/cat/cut.jpg", "train/dog/empty.jpg"}
     assert (
         "train/dog/empty.jpg: the file is empty (0 bytes)"
         in (tmp_path / "out/_summary.md").read_text()
@@ -293,7 +285,7 @@ def test_exact_duplicates_and_classes_are_counted(folder, tmp_path):
     for place in ("train/cat/again.jpg", "train/dog/again.jpg", "val/cat/again.jpg"):
         write(folder / place, data)
     prepare("imagefolder", folder, tmp_path / "out")
-    found = json.loads((tmp_path / "out/_summary.json").read_text())
+    found = summary(tmp_path / "out")
     same = found["duplicates"]
     assert (
         same["files"],
@@ -328,10 +320,10 @@ def test_lists_of_labels_are_counted_one_by_one_and_no_patient_is_named(chest, t
     shutil.copy(images / "00000001_001.png", images / "00000003_000.png")
     prepare("chestxray14", chest, tmp_path / "out")
     written = (tmp_path / "out/_summary.json").read_text()
-    summary = json.loads(written)
-    assert summary["duplicates"]["files"] == 1
+    found = summary(tmp_path / "out")
+    assert found["duplicates"]["files"] == 1
     assert "0000000" not in written + (tmp_path / "out/_summary.md").read_text()
-    assert summary["classes"] == {
+    assert found["classes"] == {
         "train": {"labels": {"Cardiomegaly": 1, "Effusion": 1, "Hernia": 1}, "rows_without": 2},
         "test": {"labels": {"Hernia": 1, "Mass": 2, "Nodule": 1}, "rows_without": 0},
     }
@@ -631,10 +623,9 @@ def test_an_importer_is_one_class_with_a_plan(tmp_path, monkeypatch):
     assert [row["square"] for row in read(tmp_path / "out")] == [
         n * n for n in range(20) if n != 13
     ]
-    summary = json.loads((tmp_path / "out/_summary.json").read_text())
-    assert summary["notes"] == {"sum": {"train": sum(range(20)) - 13}} and summary["classes"][
-        "train"
-    ]["labels"] == {"False": 9, "True": 10}
+    found = summary(tmp_path / "out")
+    assert found["notes"] == {"sum": {"train": sum(range(20)) - 13}}
+    assert found["classes"]["train"]["labels"] == {"False": 9, "True": 10}
     with pytest.raises(
         ValueError,
         match=r"1 of 20 rows are broken, more than --max-bad 0 allows\. First ones: 13: bad luck",
