@@ -149,18 +149,6 @@ def build(uris: str | list[str], form: str, imports_uri: str) -> Manifest:
     return build_with_files(uris, form, imports_uri)[0]
 
 
-def build_with_named(
-    uris: str | list[str],
-    form: str,
-    imports_uri: str,
-    mode: file_identity.Mode = "content",
-    empty_texts: Collection[str] = (),
-) -> tuple[Manifest, tuple[FileIdentity, ...]]:
-    """Build a manifest, and return it with the images or recordings that its rows name."""
-    manifest, imported = build_with_files(uris, form, imports_uri, mode, (), empty_texts)
-    return manifest, imported.named
-
-
 def build_with_files(
     uris: str | list[str],
     form: str,

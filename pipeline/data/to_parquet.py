@@ -287,8 +287,8 @@ def to_parquet(
         listed = _identified_files(pairs, mode)
         cut = [AUDIO_VERSION, LONGEST_SECONDS] if kind == "audio" else []
         read = [file.identity for file in listed]
-        key = spec_hash(kind, [[file.uri, file.content_hash] for file in listed], *cut)
-        contents = [[file.name, file.label, file.content_hash] for file in listed]
+        key = spec_hash(kind, [[file.uri, file.content] for file in read], *cut)
+        contents = [[file.name, file.label, file.identity.content] for file in listed]
         fingerprint = spec_hash(kind, contents, *cut)
     else:
         if has_labels:
@@ -319,12 +319,11 @@ def to_parquet(
         with storage.scratch_folder() as scratch:
             path = Path(scratch, "rows.parquet")
             with s3.naming("write", path, only_full_disk=True):
-                if kind in NAMED_FILE_KINDS:
-                    pq.write_table(
-                        _audio_table(listed) if kind == "audio" else _image_table(listed),
-                        path,
-                        row_group_size=GROUP_ROWS,
-                    )
+                if kind == "audio":
+                    pq.write_table(_audio_table(listed), path, row_group_size=GROUP_ROWS)
+                elif kind == "images":
+                    rows = [{"image": file.uri, "label": file.label} for file in listed]
+                    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=GROUP_ROWS)
                 elif has_labels:
                     _write_documents(listed, path)
                 else:
@@ -448,11 +447,6 @@ class _File(NamedTuple):
     def uri(self) -> str:
         return self.identity.uri
 
-    @property
-    def content_hash(self) -> str:
-        """The identity of the content (`FileIdentity.content`)."""
-        return self.identity.content
-
 
 def _identified_files(pairs: list[tuple[str, str]], mode: identity.Mode) -> list[_File]:
     plain = [storage.without_query(file) for file, _ in pairs]
@@ -476,12 +470,6 @@ def _identified_files(pairs: list[tuple[str, str]], mode: identity.Mode) -> list
         label = PurePosixPath(storage.without_query(known.uri)).parent.name
         files.append(_File(known, name, label))
     return files
-
-
-def _image_table(files: list[_File]) -> pa.Table:
-    return pa.table(
-        {"image": [file.uri for file in files], "label": [file.label for file in files]}
-    )
 
 
 def _audio_table(files: list[_File]) -> pa.Table:
@@ -511,14 +499,11 @@ def _audio_table(files: list[_File]) -> pa.Table:
         for file, parts in zip(files, threaded_map(segments, files), strict=True)
         for start, seconds in parts
     ]
-    table = {
-        "audio": [file.uri for file, _, _ in rows],
-        "label": [file.label for file, _, _ in rows],
-        "recording": [file.name for file, _, _ in rows],
-    }
     return pa.table(
         {
-            **table,
+            "audio": [file.uri for file, _, _ in rows],
+            "label": [file.label for file, _, _ in rows],
+            "recording": [file.name for file, _, _ in rows],
             "start": pa.array([start for _, start, _ in rows], pa.float64()),
             "seconds": pa.array([seconds for _, _, seconds in rows], pa.float64()),
         }

@@ -544,11 +544,6 @@ def _is_leftover(name: str) -> bool:
     return fnmatch.fnmatchcase(name, ".*.tmp-*")
 
 
-def _is_probe(name: str) -> bool:
-    """Return whether `check_writable` or `keeps_conditions` wrote a file of this name."""
-    return name.startswith((".probe-", ".run-probe-"))
-
-
 def _writer_is_gone(name: str) -> bool:
     """Return whether the process that was writing this file is known to have ended.
 
@@ -618,7 +613,8 @@ def _remove_left(entries: set[Path], older_than_s: float) -> list[str]:
 
 
 def _is_left(path: Path) -> bool:
-    return _is_leftover(path.name) or _is_probe(path.name)
+    """Return whether a file is unfinished, or of `check_writable` or `keeps_conditions`."""
+    return _is_leftover(path.name) or path.name.startswith((".probe-", ".run-probe-"))
 
 
 def _leftovers_below(folder: Path) -> list[Path]:

@@ -42,9 +42,9 @@ def length_ratio(file: Any) -> float:
     find = {
         b"RIFF": _riff,
         b"RF64": _riff,
-        b"FORM": _aiff,
-        b"riff": _w64,
-        b"caff": _caf,
+        b"FORM": _in_chunks,
+        b"riff": _in_chunks,
+        b"caff": _in_chunks,
         b".snd": _au,
         b"dns.": _au,
         b"NIST": _sphere,
@@ -90,34 +90,20 @@ def _riff(file: Any, size: int, start: bytes) -> tuple[int, int]:
     return 0, 0
 
 
-def _aiff(file: Any, size: int, start: bytes) -> tuple[int, int]:
-    return next(
-        (
-            (length if length < STREAMED else 0, at)
-            for name, at, length in _chunks(file, size, 12, ">I", even=2)
-            if name == b"SSND"
-        ),
-        (0, 0),
-    )
-
-
-def _w64(file: Any, size: int, start: bytes) -> tuple[int, int]:
-    return next(
-        (
-            (length - 24, at)
-            for name, at, length in _chunks(file, size, 40, "<Q", 16, 8)
-            if name == b"data"
-        ),
-        (0, 0),
-    )
-
-
-def _caf(file: Any, size: int, start: bytes) -> tuple[int, int]:
-    """Read CAF (Apple, "Core Audio Format Specification"); length -1 means unknown."""
-    return next(
-        ((length, at) for name, at, length in _chunks(file, size, 8, ">q") if name == b"data"),
-        (0, 0),
-    )
+def _in_chunks(file: Any, size: int, start: bytes) -> tuple[int, int]:
+    """Read AIFF, W64 or CAF (Apple, "Core Audio Format Specification"; length -1: unknown)."""
+    is_aiff, is_w64 = start[:4] == b"FORM", start[:4] == b"riff"
+    if is_aiff:
+        chunks = _chunks(file, size, 12, ">I", even=2)
+    elif is_w64:
+        chunks = _chunks(file, size, 40, "<Q", 16, 8)
+    else:
+        chunks = _chunks(file, size, 8, ">q")
+    for name, at, length in chunks:
+        if name == (b"SSND" if is_aiff else b"data"):
+            unknown = is_aiff and length >= STREAMED
+            return 0 if unknown else length - (24 if is_w64 else 0), at
+    return 0, 0
 
 
 def _au(file: Any, size: int, start: bytes) -> tuple[int, int]:

@@ -321,7 +321,8 @@ def _read_input(
     modality = trained.build_modality()
     empty_texts = readable_columns(modality, {**trained.columns, **columns})
     with file_identity.progress_to(progress.update):
-        rows, named_files = manifests.build_with_named(data, form, imports, empty_texts=empty_texts)
+        rows, imported = manifests.build_with_files(data, form, imports, empty_texts=empty_texts)
+        named_files = imported.named
         name = trained.objective.name
         objective = Objective if name == "none" else registry.get("objective", name)
         where = rows.files[0] if rows.files else data[0]

@@ -1624,7 +1624,7 @@ def test_a_copy_of_an_image_folder_has_its_fingerprint(pets, imports, tmp_path):
     ).stat().st_mtime_ns
     assert m.build(str(tmp_path / "copy"), "auto", imports).fingerprint == first.fingerprint
     by_stat = [
-        m.build_with_named(str(folder), "auto", imports, "stat")[0].fingerprint
+        m.build_with_files(str(folder), "auto", imports, "stat")[0].fingerprint
         for folder in (pets, tmp_path / "copy")
     ]
     assert len({first.fingerprint, *by_stat}) == 3

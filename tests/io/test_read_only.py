@@ -257,7 +257,7 @@ def test_a_signature_is_no_part_of_what_is_known_without_reading(web, tmp_path, 
     uri = web.put(name, data)
     other = web.put(f"other/{name}", data)
     found = [
-        manifests.build_with_named(place, "auto", str(tmp_path / "imports"), "stat")[0]
+        manifests.build_with_files(place, "auto", str(tmp_path / "imports"), "stat")[0]
         for place in (uri, f"{uri}?Signature=one", f"{uri}?Signature=two", other)
     ]
     first, *same, apart = (manifest.fingerprint for manifest in found)

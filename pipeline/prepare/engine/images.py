@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.prepare.engine.importing import Index, InvalidRow, Row, invalid_row
+from pipeline.prepare.engine.importing import Index, Row, invalid_row
 from pipeline.prepare.engine.indexed import IndexShardTask, load_rows
 from pipeline.prepare.engine.row_groups import RowGroups, tables_of
 from pipeline.prepare.engine.shard_tasks import Importer, Settings, ShardResult
@@ -93,36 +93,25 @@ def _make(
     scratch: Path,
 ) -> ShardResult:
     """Read, check and write one shard."""
-    path = scratch / "part.parquet"
+    path, out, invalid = scratch / "part.parquet", {}, []
     with Reader() as reader:
-        out, invalid = _rows(importer, settings, reader, rows)
+        for i, row, data in load_rows(
+            rows.to_pylist(),
+            lambda row: reader(row["_uri"], row["_member"], row["_offset"], row["_size"]),
+        ):
+            try:
+                if isinstance(data, BrokenImageError):
+                    raise data
+                picture = examine(data, settings.resize, settings.quality)
+                columns = importer.postprocess(row, picture)
+            except BrokenImageError as error:
+                invalid.append(invalid_row(importer.name_of(row), row["split"], str(error)))
+                continue
+            out[i] = {**columns, **picture_columns(picture, data)}
     with RowGroups(path, schema, holds_files=True) as writer:
-        for block in tables_of(out, schema):
+        for block in tables_of([out[i] for i in sorted(out)], schema):
             writer.add(block)
     return ShardResult(path, writer.rows, invalid)
-
-
-def _rows(
-    importer: ImageImporter,
-    settings: Settings,
-    reader: Reader,
-    rows: pa.Table,
-) -> tuple[list[Row], list[InvalidRow]]:
-    out, invalid = {}, []
-    for i, row, data in load_rows(
-        rows.to_pylist(),
-        lambda row: reader(row["_uri"], row["_member"], row["_offset"], row["_size"]),
-    ):
-        try:
-            if isinstance(data, BrokenImageError):
-                raise data
-            picture = examine(data, settings.resize, settings.quality)
-            columns = importer.postprocess(row, picture)
-        except BrokenImageError as error:
-            invalid.append(invalid_row(importer.name_of(row), row["split"], str(error)))
-            continue
-        out[i] = {**columns, **picture_columns(picture, data)}
-    return [out[i] for i in sorted(out)], invalid
 
 
 def picture_columns(picture: Picture, data: bytes) -> Row:

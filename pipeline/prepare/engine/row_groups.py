@@ -139,6 +139,12 @@ def lengths(column: Any) -> np.ndarray:
     return np.asarray(found.fill_null(0).to_numpy(), dtype=np.int64)
 
 
+def by_split(rows: pa.Table) -> dict[str, pa.Table]:
+    """Return the rows of each split, sorted by its name."""
+    splits = sorted(set(rows["split"].to_pylist()))
+    return {split: rows.filter(pc.equal(rows["split"], split)) for split in splits}
+
+
 def row_bytes(block: pa.Table) -> np.ndarray:
     """Estimate the bytes of each row, (rows,) int64; a character counts as one."""
     out = np.zeros(len(block), dtype=np.int64)

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from pipeline.core.arrow_compute import pc
 from pipeline.io import storage
 from pipeline.prepare.engine.importing import InvalidRow
+from pipeline.prepare.engine.row_groups import by_split
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 SHARES = [f"{share} %" for share in PERCENTILES]
@@ -69,8 +70,8 @@ def _classes(rows: pa.Table, label: str) -> dict[str, Any]:
         return {}
     listed = pa.types.is_list(rows.schema.field(label).type)
     out: dict[str, Any] = {}
-    for split in sorted(set(rows["split"].to_pylist())):
-        column = rows.filter(pc.equal(rows["split"], split))[label].combine_chunks()
+    for split, here in by_split(rows).items():
+        column = here[label].combine_chunks()
         values = column.flatten() if listed else column
         counts = {count["values"]: count["counts"] for count in values.value_counts().to_pylist()}
         out[split] = {
@@ -109,8 +110,7 @@ def _percentiles(values: np.ndarray) -> dict[str, float]:
 def _recordings(rows: pa.Table) -> dict[str, Any]:
     """Return hours, percentiles of seconds, and rows a speaker (least, most) of each split."""
     out: dict[str, Any] = {}
-    for split in sorted(set(rows["split"].to_pylist())):
-        here = rows.filter(pc.equal(rows["split"], split))
+    for split, here in by_split(rows).items():
         seconds = here["seconds"].to_numpy()
         out[split] = {
             "hours": round(float(seconds.sum()) / 3600, 4),

@@ -22,11 +22,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.arrow_compute import pc
 from pipeline.io import checksums, storage
 from pipeline.prepare.engine.importing import Info, Notes, Row
 from pipeline.prepare.engine.inputs import InputSplit, SplitReader, find_inputs, whole_files
-from pipeline.prepare.engine.row_groups import RowGroups, lengths, tables_of
+from pipeline.prepare.engine.row_groups import RowGroups, by_split, lengths, tables_of
 from pipeline.prepare.engine.shard_tasks import (
     SCANS,
     BudgetCheck,
@@ -288,13 +287,16 @@ def _make(
     scratch: Path,
 ) -> ShardResult:
     """Write a shard's rows to Parquet, with one row group (or what is shuffled) in memory."""
-    path, invalid, counts = scratch / "part.parquet", [], Counter()
+    path, invalid = scratch / "part.parquet", []
+    counts = Counter[tuple[str, str]]()
     with Opener() as opener, RowGroups(path, schema, importer.shuffles_rows) as writer:
         for input_split, before, scan_result in payload:
             reading = SplitReader(input_split, opener, scan_result, before, most=1 << 62)
             rows = (_with_split(row, input_split.split) for row in importer.rows(reading))
             for block in tables_of(rows, schema):
-                counts.update(_counted(block, importer.amounts))
+                for split, here in by_split(block).items() if importer.amounts else ():
+                    for name, column in importer.amounts.items():
+                        counts[split, name] += int(lengths(here[column]).sum())
                 writer.add(block)
             invalid += reading.listed
     amounts = sum_by_split((name, split, count) for (split, name), count in sorted(counts.items()))
@@ -308,13 +310,3 @@ def _with_split(row: Row | pa.Table, split: str) -> Row | pa.Table:
     if "split" in row.column_names:
         return row
     return row.append_column("split", pa.array([split] * len(row), pa.string()))
-
-
-def _counted(block: pa.Table, amounts: dict[str, str]) -> dict[tuple[str, str], int]:
-    """Add up the lengths of columns of a table in each split; `amounts`: as `TableImporter` has."""
-    out: dict[tuple[str, str], int] = {}
-    for split in sorted(set(block["split"].to_pylist())) if amounts else ():
-        here = block.filter(pc.equal(block["split"], split))
-        for name, column in amounts.items():
-            out[split, name] = int(lengths(here[column]).sum())
-    return out

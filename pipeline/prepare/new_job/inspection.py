@@ -8,7 +8,7 @@ import os
 import posixpath
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -64,7 +64,7 @@ class Media:
     """
 
     what: str
-    column: str
+    column: str = ""
     sides: tuple[int, ...] = ()
     grey: bool = False
     seconds: tuple[float, ...] = ()
@@ -330,7 +330,7 @@ def _manifest(uris: list[str], kind: str, scratch: str, delimiter: str) -> Manif
         files = [file for file, _ in to_parquet.expand(uris, "csv")]
         uris, kind = _as_parquet(files, delimiter, scratch), "parquet"
     try:
-        found, _ = manifests.build_with_named(uris, kind, scratch, "stat")
+        found, _ = manifests.build_with_files(uris, kind, scratch, "stat")
     except ValueError as error:
         if "differ" not in str(error):
             raise
@@ -429,18 +429,12 @@ def media_of(found: Inspection) -> Media | None:
             )
         media = _pictures(here) or _recordings(here)
         if media is not None:
-            what, sides, grey, seconds, rates = media
-            share = math.ceil(200 * len(missing) / (len(here) + len(missing))) / 100
-            return Media(
-                what,
-                column.name,
-                sides,
-                grey,
-                seconds,
-                rates,
-                tuple(missing),
-                share,
-                root,
+            return replace(
+                media,
+                column=column.name,
+                missing=tuple(missing),
+                missing_share=math.ceil(200 * len(missing) / len(cells)) / 100,
+                root=root,
             )
     return None
 
@@ -475,8 +469,8 @@ def _file_of(cell: Any) -> Any:
     return storage.read_bytes(value) if isinstance(value, str) else value
 
 
-def _pictures(cells: Sequence[Any]) -> tuple[Any, ...] | None:
-    """Return what `Media` says of images; None where most cells are none."""
+def _pictures(cells: Sequence[Any]) -> Media | None:
+    """Describe images, without where they lie; None where most cells are none."""
     sizes = [size for cell in cells if (size := image_io.upright_size(cell))]
     if not sizes or len(sizes) < len(cells) / 2:
         return None
@@ -487,11 +481,11 @@ def _pictures(cells: Sequence[Any]) -> tuple[Any, ...] | None:
             with PIL.Image.open(io.BytesIO(data)) as image:
                 modes.add(image.mode)
     grey = modes <= {"L", "1", "LA", "I;16", "I"}
-    return "image", tuple(min(size) for size in sizes), grey, (), ()
+    return Media("image", sides=tuple(min(size) for size in sizes), grey=grey)
 
 
-def _recordings(cells: Sequence[Any]) -> tuple[Any, ...] | None:
-    """Return what `Media` says of recordings; None where most cells are none."""
+def _recordings(cells: Sequence[Any]) -> Media | None:
+    """Describe recordings, without where they lie; None where most cells are none."""
     from pipeline.media import audio_io  # here: only sound needs its library
 
     infos = []
@@ -503,7 +497,7 @@ def _recordings(cells: Sequence[Any]) -> tuple[Any, ...] | None:
     if not infos or len(infos) < len(cells) / 2:
         return None
     seconds = tuple(info.seconds for info in infos)
-    return "audio", (), False, seconds, tuple(info.rate for info in infos)
+    return Media("audio", seconds=seconds, rates=tuple(info.rate for info in infos))
 
 
 def relative_to(place: str, folder: str) -> str:
