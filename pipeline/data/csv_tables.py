@@ -16,9 +16,9 @@ BLOCK_BYTES, ROW_BYTES = 4 << 20, 64 << 20
 """A block, and the longest row. Arrow reads a dozen or more blocks ahead: 0.25 GB in memory for a
 file of any size (2026-11-24, 4 MiB; 0.7 GB with 16)."""
 LEADING_ZERO = r"[+-]?0\d.*"
-CODE = rf"{LEADING_ZERO}|[+-]?\d{{19,}}"
-"""Pattern of a field that looks like a number and is an identifier (007, or 19 and more digits). A
-number would lose its leading zeros or its last digits.
+CODE = rf"{LEADING_ZERO}|[+-]?(9\d{{15}}|\d{{17,}})"
+"""Pattern of a field that looks like a number and is an identifier: 007, or a whole number beyond
+2^53. A floating-point number would lose its leading zeros or its last digits.
 """
 WIDER = {
     pa.null(): pa.int64(),
@@ -101,13 +101,19 @@ class CsvFile:
         self._nulls = pacsv.ConvertOptions().null_values if nulls is None else list(nulls)
         self._block_bytes = BLOCK_BYTES
         self.types = self._find_types(dict(types or {}))
-        self.code_columns = self._find_code_columns(set(self.types) - set(types or {}))
+        inferred = {name: kind for name, kind in self.types.items() if name not in (types or {})}
+        self.code_columns = self.find_code_columns(inferred)
 
     @property
     def number_columns(self) -> frozenset[str]:
         """Columns of which each value looks like a number, also those without a value."""
         numbers = (pa.null(), pa.int64(), pa.float64())
         return frozenset(name for name, kind in self.types.items() if kind in numbers)
+
+    @property
+    def time_columns(self) -> frozenset[str]:
+        """Columns of which each value looks like a date or a time."""
+        return frozenset(name for name, kind in self.types.items() if pa.types.is_temporal(kind))
 
     def tables(
         self,
@@ -184,15 +190,17 @@ class CsvFile:
                     where = f" (column {column!r})" if column else ""
                     raise ValueError(f"{self._name}: not readable as csv: {text}{where}") from None
 
-    def _find_code_columns(self, names: Collection[str]) -> frozenset[str]:
-        """Return which of some columns look like numbers and have codes.
+    def find_code_columns(self, types: Mapping[str, pa.DataType]) -> frozenset[str]:
+        """Return which columns look like numbers and have codes.
 
-        A column of int64 holds 19 digits exactly: there only leading zeros would be lost.
+        Args:
+            types: The types that columns would have. One of int64 holds all digits of a number:
+                there only leading zeros would be lost.
         """
         patterns = {
             name: LEADING_ZERO if kind == pa.int64() else CODE
-            for name, kind in self.types.items()
-            if name in names and kind in (pa.int64(), pa.float64())
+            for name, kind in types.items()
+            if name in self.number_columns and kind in (pa.int64(), pa.float64())
         }
         code_columns: set[str] = set()
         if not patterns:

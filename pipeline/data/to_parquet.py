@@ -87,8 +87,8 @@ are read. Where each of several files is a row, there are also columns `label` (
 and `id` (the path).
 """
 TEXT_VERSION = 2
-JSON_VERSION = 2
-CSV_VERSION = 3
+JSON_VERSION = 3
+CSV_VERSION = 4
 """Changes when the same files become other rows, so that they are converted again."""
 GROUP_ROWS, GROUP_BYTES = 1024, 64 << 20
 """Most rows of a row group of text, and the bytes from which on it ends earlier."""
@@ -585,9 +585,9 @@ def csv_tables_of(
 ) -> Iterator[tuple[str, Iterator[pa.Table]]]:
     """Yield each CSV file with its tables, which are read block by block.
 
-    A column that has codes (007) in one of the files is a column of texts in all of them. One that
-    has whole numbers or no value in some files has the type that it has in the others. An empty
-    field is null, as pandas has it.
+    A column that has codes (007) or times in one of the files is a column of texts in all of them,
+    so that each value stays as it is written. One that has whole numbers or no value in some files
+    has the type that it has in the others. An empty field is null, as pandas has it.
 
     Args:
         files: Files with the same columns, in any order.
@@ -602,8 +602,11 @@ def csv_tables_of(
         if not delimiter:
             _check_delimiter(file, mark)
         readers.append(CsvFile(partial(open_decompressed, file), file, delimiter=mark))
-    code_columns = frozenset[str]().union(*(reader.code_columns for reader in readers))
     types = _common_types(readers)
+    code_columns = frozenset[str]().union(
+        *(reader.code_columns | reader.time_columns for reader in readers),
+        *(reader.find_code_columns(_as_floats(reader.types, types)) for reader in readers),
+    )
     for file, reader in zip(files, readers, strict=True):
         codes = code_columns | (reader.number_columns & set(text_columns))
         tables = reader.tables(codes, types, list(readers[0].types))
@@ -624,6 +627,17 @@ def _common_types(readers: list[CsvFile]) -> dict[str, pa.DataType]:
         elif len(kinds) == 1:
             out[name] = kinds.pop()
     return out
+
+
+def _as_floats(
+    own: dict[str, pa.DataType], types: dict[str, pa.DataType]
+) -> dict[str, pa.DataType]:
+    """Return the columns of a file that have whole numbers there and fractions in another file."""
+    return {
+        name: pa.float64()
+        for name, kind in own.items()
+        if kind == pa.int64() and types.get(name) == pa.float64()
+    }
 
 
 def _empty_as_null(table: pa.Table, empty_texts: Collection[str]) -> pa.Table:
@@ -699,25 +713,59 @@ def _schema_of(file: str, number: int, chunk: bytes) -> pa.Schema:
     table = _parsed(file, number, chunk, None)
     schema = table.schema
     for index, field in enumerate(schema):
-        if not pa.types.is_floating(field.type) or not _exceeds_int64(table[index]):
-            continue
-        unsigned = schema.set(index, field.with_type(pa.uint64()))
-        try:
-            schema = _parsed(file, number, chunk, unsigned).schema
-        except ValueError:
-            values = (
-                json.loads(line).get(field.name) for line in chunk.splitlines() if line.strip()
+        kind = _with_texts(field.type)
+        if any(map(_exceeds_int64, table[index].chunks)):
+            rows = (json.loads(line) for line in chunk.splitlines() if line.strip())
+            kind = _with_unsigned(kind, [row.get(field.name) for row in rows])
+        if kind is None:
+            raise ValueError(
+                f"{file}: column {field.name!r}: {NO_WHOLE_TYPE} (lines from {number} on)"
             )
-            if not any(isinstance(value, float) for value in values):
-                raise ValueError(
-                    f"{file}: column {field.name!r}: {NO_WHOLE_TYPE} (lines from {number} on)"
-                ) from None
+        schema = schema.set(index, field.with_type(kind))
     return schema
 
 
-def _exceeds_int64(column: pa.ChunkedArray) -> bool:
-    limits = pc.min_max(column).as_py()
+def _with_texts(kind: pa.DataType) -> pa.DataType:
+    """Return a type with texts for what Arrow takes for times: 2020-01-01 stays as it is written."""
+    if pa.types.is_list(kind):
+        return pa.list_(_with_texts(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_with_texts(field.type)) for field in kind])
+    return pa.string() if pa.types.is_timestamp(kind) else kind
+
+
+def _exceeds_int64(values: Any) -> bool:
+    """Return whether floating-point numbers in an array, or in its lists and objects, do so."""
+    if pa.types.is_list(values.type) or pa.types.is_struct(values.type):
+        parts = values.flatten()
+        return any(map(_exceeds_int64, [parts] if pa.types.is_list(values.type) else parts))
+    if not pa.types.is_floating(values.type):
+        return False
+    limits = pc.min_max(values).as_py()
     return (limits["max"] or 0) >= 2**63 or (limits["min"] or 0) <= -(2**63)
+
+
+def _with_unsigned(kind: pa.DataType, values: list[Any]) -> pa.DataType | None:
+    """Return a type with uint64 for whole numbers from 2^63 on, or None where they do not fit.
+
+    Args:
+        kind: Their type as Arrow finds it.
+        values: The values in Python, null for None.
+    """
+    values = [value for value in values if value is not None]
+    if pa.types.is_list(kind):
+        inner = _with_unsigned(kind.value_type, [item for value in values for item in value])
+        return inner and pa.list_(inner)
+    if pa.types.is_struct(kind):
+        fields = {
+            field.name: _with_unsigned(field.type, [value.get(field.name) for value in values])
+            for field in kind
+        }
+        return None if None in fields.values() else pa.struct(fields)
+    is_whole = all(isinstance(value, int) for value in values)
+    if not pa.types.is_floating(kind) or not is_whole:
+        return kind
+    return pa.uint64() if 0 <= min(values) and max(values) < 2**64 else None
 
 
 def _chunks(file: str) -> Iterator[tuple[int, bytes]]:
@@ -782,9 +830,6 @@ def _common_type(
         return b
     if {a, b} <= {pa.int64(), pa.uint64(), pa.float64()}:
         return pa.float64() if pa.float64() in (a, b) else pa.uint64()
-    # texts of which some are dates
-    if pa.string() in (a, b) and any(pa.types.is_timestamp(kind) for kind in (a, b)):
-        return pa.string()
     if pa.types.is_list(a) and pa.types.is_list(b):
         return pa.list_(_common_type(a.value_type, b.value_type, name, is_one_file))
     if pa.types.is_struct(a) and pa.types.is_struct(b):

@@ -2087,6 +2087,33 @@ def test_a_column_with_codes_in_one_csv_file_is_text_in_all(tmp_path, imports):
     }
 
 
+def test_ids_beyond_2_to_the_53_keep_their_digits_beside_fractions(tmp_path, imports):
+    (tmp_path / "a.csv").write_text("id,x\n9007199254740993,1\n0.5,2\n")
+    assert rows_of(tmp_path / "a.csv", imports)["id"] == ["9007199254740993", "0.5"]
+    (tmp_path / "a.csv").write_text("id,x\n90071992547409931,1\n7,2\n")
+    (tmp_path / "b.csv").write_text("id,x\n7.0,1\n,0.5\n")
+    assert rows_of(tmp_path / "*.csv", imports) == {
+        "id": ["90071992547409931", "7", "7.0", None],
+        "x": [1.0, 2.0, 1.0, 0.5],
+    }
+
+
+def test_dates_of_csv_and_json_lines_stay_as_they_are_written(tmp_path, imports):
+    values = ["2020-01-01", "2020-01-02T03:04:05", None]
+    for name in ("a.csv", "b.csv"):
+        text = "\n".join(f"{value or 'NA'},{i}:30" for i, value in enumerate(values, 10))
+        (tmp_path / name).write_text(f"day,at\n{text}\n")
+    (tmp_path / "b.csv").write_text("day,at\nunknown,late\n")
+    assert rows_of(tmp_path / "*.csv", imports) == {
+        "day": [*values, "unknown"],
+        "at": ["10:30", "11:30", "12:30", "late"],
+    }
+    rows = [{"day": value, "days": [value], "of": {"day": value}} for value in values]
+    assert rows_of(lines_of(tmp_path / "a.jsonl", rows), imports) == {
+        name: [row[name] for row in rows] for name in rows[0]
+    }
+
+
 def test_csv_files_of_one_table_may_lack_values_and_differ_in_the_order_of_columns(
     tmp_path, imports
 ):
@@ -2122,12 +2149,14 @@ def test_json_lines_of_one_table_may_lack_values_in_some_files(tmp_path, imports
 
 def test_large_whole_numbers_of_json_lines_keep_their_digits(tmp_path, imports):
     ids = [7, 2**63, 2**63 + 1, 2**64 - 1, None]
-    lines_of(tmp_path / "a.jsonl", [{"id": one, "x": 1e30, "y": 2**63} for one in ids])
-    lines_of(tmp_path / "b.jsonl", [{"id": 8, "x": 2, "y": 0.5}])
+    rows = [{"id": i, "x": 1e30, "y": 2**63, "deep": [{"id": i, "x": 1e30}]} for i in ids]
+    lines_of(tmp_path / "a.jsonl", rows)
+    lines_of(tmp_path / "b.jsonl", [{"id": 8, "x": 2, "y": 0.5, "deep": None}])
     got = rows_of(tmp_path / "*.jsonl", imports)
+    assert got["deep"] == [*(row["deep"] for row in rows), None]
     assert got["id"] == [*ids, 8] and got["x"] == [1e30] * 5 + [2.0]
     assert got["y"] == [float(2**63)] * 5 + [0.5]
-    lines_of(tmp_path / "c.jsonl", [{"id": -1, "x": 2, "y": 1}])
+    lines_of(tmp_path / "c.jsonl", [{"id": -1, "x": 2, "y": 1, "deep": []}])
     message = r"c\.jsonl: not readable as jsonl.*couldn't parse:-1; its whole numbers fit neither"
     with pytest.raises(ValueError, match=message):
         rows_of(tmp_path / "*.jsonl", imports)
@@ -2136,11 +2165,11 @@ def test_large_whole_numbers_of_json_lines_keep_their_digits(tmp_path, imports):
 @pytest.mark.parametrize("ids", [[-1, 2**63 + 1], [1, 2**64], [-(2**63) - 1, None]])
 def test_whole_numbers_that_no_type_holds_are_refused(tmp_path, imports, ids):
     """As floating-point numbers, two ids may become one."""
-    path = lines_of(tmp_path / "a.jsonl", [{"id": one} for one in ids])
-    with pytest.raises(
-        ValueError, match=r"^\S+a\.jsonl: column 'id': its whole numbers fit neither"
-    ):
-        rows_of(path, imports)
+    for lines in ([{"id": one} for one in ids], [{"id": [{"of": ids}]}]):
+        path = lines_of(tmp_path / "a.jsonl", lines)
+        message = r"^\S+a\.jsonl: column 'id': its whole numbers fit neither"
+        with pytest.raises(ValueError, match=message):
+            rows_of(path, imports)
 
 
 def test_objects_in_json_lines_have_the_same_fields_in_all_files(tmp_path, imports):

@@ -89,6 +89,8 @@ MIN_WORDS, MIN_DISTINCT_SHARE = 6.0, 0.1
 NO_VALUES = ("bytes", "file", "list", "time", "other")
 """Kinds of columns of which no values are counted."""
 SHOWN = 6
+TIME = re.compile(r"\d{4}-\d\d-\d\d([ T]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d(:?\d\d)?)?)?")
+"""A text that is a date or a time, as CSV and JSON have them."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,8 @@ def profile(name: str, values: pa.ChunkedArray) -> Column:
     found = [value for value in values.to_pylist() if value is not None and value == value]
     if kind == "text":
         found = [value for value in found if value.strip()]
+    if kind == "text" and found and all(map(TIME.fullmatch, found)):
+        return Column(name, "time", rows, present)
     counts = dict(Counter(found).most_common())
     if kind == "number" and found and all(float(value).is_integer() for value in counts):
         kind = "whole"
