@@ -94,6 +94,13 @@ MAKES_NO_NUMBERS = frozenset(
 Any other module of ours counts, also a new one.
 """
 
+IMPORTED_BY_NAME = {
+    "pipeline.simulation.environment": tuple(
+        f"pipeline.simulation.{world}" for world in ("push", "range_world", "reach")
+    )
+}
+"""Modules that a module imports without an import statement: the worlds that policies act in."""
+
 WITHOUT_SOURCE = "without source"
 """Recorded for a module without Python source, such as a plugin's compiled one.
 
@@ -298,7 +305,10 @@ def _source(module: str) -> ast.Module | None:
 def _module(module: str) -> tuple[str, tuple[str, ...]]:
     """Return the hash of a whole module, and the modules of ours that it imports."""
     tree = _source(module)
-    return (_hash(tree.body), _own_modules(module, tree.body)) if tree else (WITHOUT_SOURCE, ())
+    if tree is None:
+        return WITHOUT_SOURCE, ()
+    by_name = IMPORTED_BY_NAME.get(module, ())
+    return _hash(tree.body), (*_own_modules(module, tree.body), *by_name)
 
 
 @cache

@@ -726,7 +726,7 @@ def _schema_of(file: str, number: int, chunk: bytes) -> pa.Schema:
 
 
 def _with_texts(kind: pa.DataType) -> pa.DataType:
-    """Return a type with texts for what Arrow takes for times: 2020-01-01 stays as it is written."""
+    """Return a type with texts for what Arrow takes for times, so that they stay as written."""
     if pa.types.is_list(kind):
         return pa.list_(_with_texts(kind.value_type))
     if pa.types.is_struct(kind):
@@ -765,7 +765,7 @@ def _with_unsigned(kind: pa.DataType, values: list[Any]) -> pa.DataType | None:
     is_whole = all(isinstance(value, int) for value in values)
     if not pa.types.is_floating(kind) or not is_whole:
         return kind
-    return pa.uint64() if 0 <= min(values) and max(values) < 2**64 else None
+    return pa.uint64() if min(values) >= 0 and max(values) < 2**64 else None
 
 
 def _chunks(file: str) -> Iterator[tuple[int, bytes]]:

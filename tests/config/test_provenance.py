@@ -18,6 +18,7 @@ from pipeline.config.provenance import (
     from_metadata,
     source_hash,
 )
+from pipeline.simulation import environment
 
 SAMPLE = '''"""A sample that has what versions of Python parse or dump differently."""
 import os.path
@@ -192,6 +193,12 @@ def test_a_backbone_that_holds_another_brings_its_library_in():
         ("objective", "behaviour_cloning"),
         ("technique", "full"),
     )
+
+
+def test_the_record_of_a_policys_trial_has_the_code_of_its_environments():
+    code = code_of((), [("objective", "behaviour_cloning")])
+    places = environment.OWN_ENVIRONMENTS.values()
+    assert {f"pipeline.simulation.{place.partition(':')[0]}" for place in places} <= code.keys()
 
 
 HASHES = """

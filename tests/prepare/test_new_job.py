@@ -620,6 +620,7 @@ def test_values_are_read_back_as_they_were_written(value):
         ([1.0, 2.0, None], "whole"),
         ([1.5, 2.0, None], "number"),
         (["a", "", None], "text"),
+        (["2020-01-01", "2020-01-02T03:04:05Z", None], "time"),
         ([True, False, None], "bool"),
         ([b"a", b"b", None], "bytes"),
         ([["a"], [], None], "list"),
