@@ -6,6 +6,7 @@ import ast
 import io
 import subprocess
 import tokenize
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -375,8 +376,8 @@ def test_a_capability_is_asked_for_in_one_place():
     assert not {name: places for name, places in asked.items() if len(places) > 1}
 
 
-def test_a_line_of_code_has_nine_tokens_at_most_on_average():
-    """As in well-kept libraries of this field: 6 (torchtitan) to 9 (big_vision)."""
+def tokens_by_line(file: Path) -> Counter[int]:
+    """How many tokens a line of code has. Docstrings and comments are no code."""
     layout = (
         tokenize.COMMENT,
         tokenize.NL,
@@ -385,17 +386,28 @@ def test_a_line_of_code_has_nine_tokens_at_most_on_average():
         tokenize.DEDENT,
         tokenize.ENDMARKER,
     )
-    lines, tokens = 0, 0
-    for file in FILES:
-        with tokenize.open(file) as opened:
-            found = [
-                token.start[0]
-                for token in tokenize.generate_tokens(opened.readline)
-                if token.type not in layout
-            ]
-        lines += len(set(found))
-        tokens += len(found)
-    assert tokens / lines <= 9
+    text = file.read_text()
+    documentation = {
+        line
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if isinstance(node.value.value, str)
+        for line in range(node.lineno, node.end_lineno + 1)
+    }
+    return Counter(
+        token.start[0]
+        for token in tokenize.generate_tokens(io.StringIO(text).readline)
+        if token.type not in layout and token.start[0] not in documentation
+    )
+
+
+def test_a_line_of_code_has_nine_tokens_at_most_on_average():
+    """As in well-kept libraries of this field: 6 (torchtitan) to 9 (big_vision). There, one line in
+    a hundred has 30 tokens or more.
+    """
+    counts = [count for file in FILES for count in tokens_by_line(file).values()]
+    assert sum(counts) / len(counts) <= 9
+    assert sum(count >= 30 for count in counts) / len(counts) <= 0.01
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no clone of the repository")

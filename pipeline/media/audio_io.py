@@ -441,8 +441,10 @@ def level(samples: np.ndarray, subtype: str = "") -> tuple[float, float]:
     """
     if not len(samples):
         return 0.0, 0.0
-    size = np.abs(samples.astype(np.float32) / (32768 if samples.dtype == np.int16 else 1))
-    return float(size.max()), float((size >= FULL_SCALE.get(subtype, 1.0) - 1e-4).mean(0).max())
+    full_scale = 32768 if samples.dtype == np.int16 else 1
+    size = np.abs(samples.astype(np.float32) / full_scale)
+    is_clipped = size >= FULL_SCALE.get(subtype, 1.0) - 1e-4
+    return float(size.max()), float(is_clipped.mean(0).max())
 
 
 # ---------------------------------------------------------------- pieces

@@ -703,7 +703,8 @@ def _curve_table(panels: dict[str, plots.Series], metric: str, decimals: int) ->
 
 def _unique_trials(rows: Sequence[ResultRow]) -> list[ResultRow]:
     """Return one row for each trial and stage."""
-    return list({(row.trial_id, row.trial_stage): row for row in reversed(rows)}.values())[::-1]
+    first = {(row.trial_id, row.trial_stage): row for row in reversed(rows)}
+    return list(first.values())[::-1]
 
 
 def _missing_blocks(

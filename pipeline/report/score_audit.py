@@ -156,7 +156,8 @@ def regret(order: Mapping[str, float], outcome: Outcome, top: int) -> float:
     above = [outcome.means[source] for source, score in order.items() if score > last]
     tied = [outcome.means[source] for source, score in order.items() if score == last]
     choices = itertools.combinations(tied, top - len(above))
-    return outcome.means[outcome.best] - fmean(max(*above, *choice, -np.inf) for choice in choices)
+    best_of_choices = fmean(max(*above, *choice, -np.inf) for choice in choices)
+    return outcome.means[outcome.best] - best_of_choices
 
 
 def audit(

@@ -194,7 +194,8 @@ def choice_variance(trials: Sequence[Sequence[float]]) -> float:
         return 0.0
     means = np.array([np.mean(values) for values in trials])
     degrees = sum(len(values) - 1 for values in trials)
-    pooled = sum((len(values) - 1) * float(np.var(values, ddof=1)) for values in trials) / degrees
+    squares = sum((len(values) - 1) * float(np.var(values, ddof=1)) for values in trials)
+    pooled = squares / degrees
     noise = np.sqrt([pooled / len(values) for values in trials])
     rng = np.random.default_rng(0)
     chosen = (means + noise * rng.normal(size=(CHOICE_DRAWS, len(means)))).argmax(1)
@@ -584,7 +585,8 @@ def _resample(
     rng = np.random.default_rng(seed)
     if metric.units is None:
         return _resample_rows(metric, runs, member, n, min(draws, RECOMPUTED_DRAWS), rng)
-    units = np.concatenate([np.asarray(metric.units(p), dtype=np.float64) for p in runs], axis=1)
+    units_of_runs = [np.asarray(metric.units(p), dtype=np.float64) for p in runs]
+    units = np.concatenate(units_of_runs, axis=1)
     if member is not None:
         units = np.stack([np.bincount(member, column) for column in units.T], axis=1)
     totals = resampled_totals(units, draws, rng).reshape(-1, len(runs), 2)

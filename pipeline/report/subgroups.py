@@ -138,7 +138,8 @@ def split_by_subgroup(run: RunPredictions, metric: Metric) -> list[Subgroup]:
 def _subgroup(name: str, where: np.ndarray, run: RunPredictions, metric: Metric) -> Subgroup:
     p = _select_rows(run.predictions, where)
     units = count_units(where, run.groups)
-    label = p["label"] if "label" in p and p.get("scores", np.zeros(0)).shape[-1] == 2 else None
+    is_binary = "label" in p and "scores" in p and p["scores"].shape[-1] == 2
+    label = p["label"] if is_binary else None
     both = label is None or ((label == 1).any() and (label == 0).any())
     return Subgroup(
         name,

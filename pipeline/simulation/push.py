@@ -158,7 +158,8 @@ class Pushing:
         if far < 0.004:
             return np.zeros(2), False
         line, to = left / far, puck - pusher
-        gap, side = float(np.linalg.norm(to)), np.array([-left[1], left[0]]) / far
+        gap = float(np.linalg.norm(to))
+        side = np.array([-left[1], left[0]]) / far
         # metres from the pusher to the puck along the line to the goal, and beside it
         ahead, beside = float(to @ line), float(to @ side)
         if ahead > 0.9 * TOUCH and abs(beside) < 0.35 * TOUCH:
@@ -182,10 +183,12 @@ class Pushing:
 
     def _towards(self, to: np.ndarray, far: float) -> np.ndarray:
         """Return a velocity (2,) in the direction `to`, slower where `far` metres are few."""
-        return to / max(float(np.linalg.norm(to)), 1e-9) * min(self.FAST, 5.0 * far)
+        direction = to / max(float(np.linalg.norm(to)), 1e-9)
+        return direction * min(self.FAST, 5.0 * far)
 
 
 def _around(rng: np.random.Generator, low: float, high: float) -> np.ndarray:
     """Draw a point (2,) uniformly by area, from `low` to `high` metres from the origin."""
-    angle, far = rng.uniform(-np.pi, np.pi), np.sqrt(rng.uniform(low**2, high**2))
+    angle = rng.uniform(-np.pi, np.pi)
+    far = np.sqrt(rng.uniform(low**2, high**2))
     return far * np.array([np.cos(angle), np.sin(angle)])

@@ -88,8 +88,8 @@ class Relabel:
         out = dict(labels)
         if "label" in labels:
             known = {name: number for number, name in enumerate(self.match.target)}
-            numbers = np.array([known.get(name, -1) for name in self.match.source], dtype=np.int64)
-            out["label"] = numbers[labels["label"]]
+            numbers = [known.get(name, -1) for name in self.match.source]
+            out["label"] = np.array(numbers, dtype=np.int64)[labels["label"]]
         if "labels" in labels:
             columns = [self.match.source.index(name) for name in self.match.target]
             out["labels"] = np.ascontiguousarray(labels["labels"][:, columns])

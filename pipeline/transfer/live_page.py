@@ -239,7 +239,8 @@ class LivePage:
         if running:
             content += [Heading("Running now"), Table(["Trial", "Step", "Newest"], running, 1)]
         content += self._source_blocks()
-        errors = [[_name_of(planned[one]), r.error or ""] for one, r in records.items() if r.failed]
+        failed = {one: record for one, record in records.items() if record.failed}
+        errors = [[_name_of(planned[one]), record.error or ""] for one, record in failed.items()]
         if errors:
             content.append(Details(f"Failed: {len(errors)}", [Table(["Trial", "Why"], errors, 2)]))
         return title, content

@@ -139,7 +139,8 @@ def finalist_trials(
     spec, out = state.job.fanout.search_finalists, []
     for name, entry in _entries(state, groups, chosen) if ranked else ():
         first = grid.SEARCH_SEED
-        best = ranked.get(_trial(state, name, entry, {}, first, "search").entry, [])[: spec.top]
+        of_entry = _trial(state, name, entry, {}, first, "search").entry
+        best = ranked.get(of_entry, [])[: spec.top]
         if len(best) > 1:
             out += [
                 _trial(state, name, entry, hyper, first + i, "search")

@@ -267,7 +267,8 @@ def _drifts(
     p = float(test.pvalue)
     if shares != (1.0, 1.0):
         n, m = max(len(values) * shares[0], 1.0), max(len(others) * shares[1], 1.0)
-        p = float(scipy.stats.kstwo.sf(test.statistic, max(round(n * m / (n + m)), 1)))
+        rows = max(round(n * m / (n + m)), 1)
+        p = float(scipy.stats.kstwo.sf(test.statistic, rows))
     return [*out, (float(test.statistic), p, "numbers")]
 
 

@@ -99,9 +99,11 @@ def reliability(
     if bins < 2:
         return []
     parts = np.array_split(np.argsort(probability, kind="stable"), bins)
-    return [
-        (float(probability[part].mean()), float(true[part].mean()), len(part)) for part in parts
-    ]
+    bins_of_rows: list[tuple[float, float, int]] = []
+    for part in parts:
+        mean_probability = float(probability[part].mean())
+        bins_of_rows.append((mean_probability, float(true[part].mean()), len(part)))
+    return bins_of_rows
 
 
 # ---------------------------------------------------------------- what is fitted on validation rows

@@ -35,6 +35,5 @@ def row_norm(x: Tensor, norm: nn.GroupNorm, lengths: Tensor) -> Tensor:
     count, wide = lengths.clamp(min=1)[:, None, None], x.float()
     centred = wide - (wide * real).sum(2, keepdim=True) / count
     variance = (centred * real).square().sum(2, keepdim=True) / count
-    return (
-        centred * (norm.weight[:, None] * (variance + norm.eps).rsqrt()) + norm.bias[:, None]
-    ).to(x.dtype)
+    scale = norm.weight[:, None] * (variance + norm.eps).rsqrt()
+    return (centred * scale + norm.bias[:, None]).to(x.dtype)

@@ -62,7 +62,8 @@ def clip(
     if w <= 0 or h <= 0:
         counts["boxes without area, dropped"] += 1
         return None
-    x0, y0, x1, y1 = max(0.0, x), max(0.0, y), min(float(width), x + w), min(float(height), y + h)
+    x0, x1 = max(0.0, x), min(float(width), x + w)
+    y0, y1 = max(0.0, y), min(float(height), y + h)
     if x1 <= x0 or y1 <= y0:
         counts["boxes outside the image, dropped"] += 1
         return None

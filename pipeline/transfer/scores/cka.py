@@ -36,4 +36,5 @@ def cka(features: np.ndarray, labels: np.ndarray) -> float:
 
 def _norm_of_gram(x: np.ndarray) -> float:
     """Return the Frobenius norm of x' x, which is that of x x'."""
-    return float(np.linalg.norm(x @ x.T if len(x) < x.shape[1] else x.T @ x))
+    gram = x @ x.T if len(x) < x.shape[1] else x.T @ x
+    return float(np.linalg.norm(gram))

@@ -40,4 +40,5 @@ def transrate(features: np.ndarray, labels: np.ndarray) -> float:
 def _rate(z: np.ndarray) -> float:
     """Return the coding rate of (n, D) rows, from the smaller of both Gram matrices."""
     gram = z @ z.T if len(z) < z.shape[1] else z.T @ z
-    return 0.5 * float(np.linalg.slogdet(np.eye(len(gram)) + gram / (len(z) * DISTORTION))[1])
+    _, log_determinant = np.linalg.slogdet(np.eye(len(gram)) + gram / (len(z) * DISTORTION))
+    return 0.5 * float(log_determinant)
