@@ -344,8 +344,8 @@ def position_in_input(
         return *new, (size - new[0]) // 2, (size - new[1]) // 2
     least, side = min(height, width), int(size / crop_share)
     new = side, side
-    if fit == "crop":
-        new = max(side, round(height * side / least)), max(side, round(width * side / least))
+    if fit == "crop":  # rounded down, as by torchvision and transformers
+        new = height * side // least, width * side // least
     return *new, -((new[0] - size) // 2), -((new[1] - size) // 2)
 
 

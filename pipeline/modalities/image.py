@@ -74,8 +74,7 @@ top, left = (size - height) // 2, (size - width) // 2""",
     "squash_crop": """width = height = int(size / {share})
 top = left = -((width - size) // 2)""",
     "crop": """least, side = min(width, height), int(size / {share})
-width = max(side, round(width * side / least))
-height = max(side, round(height * side / least))
+width, height = width * side // least, height * side // least
 top, left = -((height - size) // 2), -((width - size) // 2)""",
 }
 """Code that makes the input of a network outside of this package, and its part for each ``fit``."""

@@ -14,6 +14,7 @@ import torch
 from toys import image_file
 
 from pipeline.core.contracts import Batch
+from pipeline.media import image_io
 from pipeline.modalities.image import Image, ImageOptions
 
 STATE = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.5]}
@@ -77,6 +78,16 @@ def test_cropped_pixels_are_those_of_torchvision_on_pil(height, width):
     found, _ = decoded([data], size=48)
     crop = v2.Compose([v2.Resize(48), v2.CenterCrop(48)])
     assert psnr(found[0], channels_first(crop(PIL.Image.open(io.BytesIO(data))))) > 45
+
+
+@pytest.mark.parametrize("sides", [(100, 149), (375, 500), (427, 640), (31, 33), (512, 512)])
+def test_the_longer_side_is_that_of_torchvision(sides):
+    """It is rounded down: 149 of 100 x 149 become 71 where 100 become 48, not 72."""
+    from torchvision.transforms import v2
+
+    for shape in (sides, sides[::-1]):
+        wanted = v2.Resize(48)(torch.zeros(1, *shape, dtype=torch.uint8)).shape[1:]
+        assert image_io.position_in_input(torch.Size(shape), 48, "crop")[:2] == tuple(wanted)
 
 
 def test_an_image_of_the_right_size_is_not_touched():

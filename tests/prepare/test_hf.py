@@ -8,6 +8,7 @@ import PIL.Image
 import pyarrow.parquet as pq
 import pytest
 from prepare.conftest import encoded, read, write
+from toys import image_file
 
 from pipeline.config.schema import Data
 from pipeline.data import manifests
@@ -153,6 +154,15 @@ def test_images_are_resized_and_broken_ones_left_out(tmp_path):
             assert min(image.size) == 16 == min(row["width"], row["height"])
     with pytest.raises(ValueError, match=r"1 of 5 rows are broken.*train/2: not a JPEG"):
         prepare(tmp_path / "saved", tmp_path / "strict", max_bad=0)
+
+
+def test_scans_of_12_bits_that_resize_makes_nearly_black_are_told(tmp_path):
+    made = cells(5)
+    scan = np.linspace(0, 4095, 40 * 40).reshape(40, 40).astype(np.uint16)
+    made["image"][2] = {"bytes": image_file(scan), "path": None}
+    datasets.Dataset.from_dict(made, features=features()).save_to_disk(str(tmp_path / "saved"))
+    manifest, _ = prepare(tmp_path / "saved", tmp_path / "out", resize=16)
+    assert "written with 8 bits: train 1; they are" in manifest["warnings"][0]
 
 
 def test_a_changed_image_that_is_named_by_its_path_is_noticed(tmp_path):

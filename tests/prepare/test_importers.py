@@ -14,6 +14,7 @@ import pytest
 from prepare import conftest
 from prepare.conftest import WNIDS, encoded, tar, write
 from pydantic import model_validator
+from toys import image_file
 
 from pipeline.config import registry
 from pipeline.prepare.engine import importing
@@ -100,6 +101,16 @@ def test_folders_of_splits_may_be_written_in_any_case_and_have_a_year(folder, tm
         ("validation", "cat"): 2,
         ("validation", "dog"): 2,
     }
+
+
+def test_scans_of_12_bits_that_resize_makes_nearly_black_are_told(folder, tmp_path):
+    scan = np.linspace(0, 4095, 40 * 40).reshape(40, 40).astype(np.uint16)
+    for split, number in (("train", 0), ("train", 1), ("val", 0)):
+        write(folder / split / "cat" / f"scan{number}.png", image_file(scan + number))
+    assert "warnings" not in conftest.prepare("imagefolder", folder, tmp_path / "whole")
+    manifest = conftest.prepare("imagefolder", folder, tmp_path / "small", resize=20)
+    assert "written with 8 bits: train 2, validation 1; they are" in manifest["warnings"][0]
+    assert manifest["warnings"][0] in (tmp_path / "small" / "_summary.md").read_text()
 
 
 def test_class_folders_composed_differently_are_one_class(tmp_path):

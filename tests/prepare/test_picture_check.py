@@ -144,6 +144,14 @@ def test_of_16_bits_are_8_as_where_the_file_itself_is_read():
     assert (np.asarray(_eight_bits(opened(data))) == wanted).all()
 
 
+@pytest.mark.parametrize(("highest", "is_dark"), [((1 << 14) - 1, True), (1 << 14, False)])
+def test_an_image_of_16_bits_that_holds_14_is_dark_once_it_has_8(highest, is_dark):
+    data = image_file(np.linspace(0, highest, 64 * 48).reshape(48, 64).astype(np.uint16))
+    assert examine(data, quality=98).is_dark == is_dark
+    assert not examine(data).is_dark, "it keeps its levels"
+    assert not examine(image_file(np.zeros((48, 64), np.uint8)), quality=98).is_dark
+
+
 def test_of_an_animation_the_first_picture_is_kept():
     frames = [PIL.Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
     data = image_file(frames[0], "GIF", save_all=True, append_images=frames[1:])

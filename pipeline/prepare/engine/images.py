@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,8 @@ import pyarrow as pa
 from pipeline.prepare.engine.importing import Index, Row, invalid_row
 from pipeline.prepare.engine.indexed import IndexShardTask, load_rows
 from pipeline.prepare.engine.row_groups import RowGroups, tables_of
-from pipeline.prepare.engine.shard_tasks import Importer, Settings, ShardResult
+from pipeline.prepare.engine.shard_tasks import Amounts, Importer, Settings, ShardResult
+from pipeline.prepare.engine.summary import DARK_IMAGES
 from pipeline.prepare.readers.archives import Reader
 from pipeline.prepare.readers.picture_check import BrokenImageError, Picture, examine
 
@@ -94,6 +96,7 @@ def _make(
 ) -> ShardResult:
     """Read, check and write one shard."""
     path, out, invalid = scratch / "part.parquet", {}, []
+    dark = Counter[str]()
     with Reader() as reader:
         for i, row, data in load_rows(
             rows.to_pylist(),
@@ -107,11 +110,18 @@ def _make(
             except BrokenImageError as error:
                 invalid.append(invalid_row(importer.name_of(row), row["split"], str(error)))
                 continue
+            dark[row["split"]] += picture.is_dark
             out[i] = {**columns, **picture_columns(picture, data)}
     with RowGroups(path, schema, holds_files=True) as writer:
         for block in tables_of([out[i] for i in sorted(out)], schema):
             writer.add(block)
-    return ShardResult(path, writer.rows, invalid)
+    return ShardResult(path, writer.rows, invalid, dark_images(dark))
+
+
+def dark_images(by_split: Counter[str]) -> Amounts:
+    """Return what the summary says of 16-bit images that `--resize` made nearly black."""
+    counts: dict[str, float] = dict(+by_split)
+    return {DARK_IMAGES: counts} if counts else {}
 
 
 def picture_columns(picture: Picture, data: bytes) -> Row:

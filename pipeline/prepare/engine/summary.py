@@ -20,6 +20,8 @@ PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 SHARES = [f"{share} %" for share in PERCENTILES]
 EXAMPLES = 20
 """The Markdown names so many of each kind; the JSON has all invalid files."""
+DARK_IMAGES = "16-bit images without a level above 16383, written with 8 bits"
+"""Name of the count of such images, by split."""
 
 
 def summarise(
@@ -155,13 +157,20 @@ def _speakers(rows: pa.Table) -> dict[str, Any]:
 
 def warnings(summary: dict[str, Any]) -> list[str]:
     """Return what is also shown at the end of the run."""
+    out: list[str] = []
+    if dark := summary["notes"].get(DARK_IMAGES):
+        out.append(
+            f"{DARK_IMAGES}: {_format_counts(dark)}; they are nearly black now, and their fine "
+            "differences are lost: multiply their levels (12 bits by 16), or write them with 8 "
+            "bits, before --resize or --quality"
+        )
     two = summary.get("speakers", {}).get("in_two_splits", {})
-    if not two.get("speakers"):
-        return []
-    return [
-        f"{two['speakers']} speakers stand in two splits ({_format_counts(two['across'])}); "
-        "a job without split_column that says group: speaker cuts splits of its own"
-    ]
+    if two.get("speakers"):
+        out.append(
+            f"{two['speakers']} speakers stand in two splits ({_format_counts(two['across'])}); "
+            "a job without split_column that says group: speaker cuts splits of its own"
+        )
+    return out
 
 
 def duplicates(rows: pa.Table, label: str) -> dict[str, Any]:

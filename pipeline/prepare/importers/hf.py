@@ -410,13 +410,16 @@ def _make(
     dataset, split, given = payload
     names = iter(given) if isinstance(given, list) else (f"{given}/{row}" for row in count())
     path, invalid = scratch / "part.parquet", []
+    dark = Counter[str]()
     with RowGroups(path, schema) as writer:
         for block in dataset.with_format("arrow").iter(batch_size=BATCH_ROWS):
             paths = [next(names) for _ in range(len(block))]
             columns = {one.name: _values(block, one) for one in kept}
             columns["split"] = pa.array([split] * len(block), pa.string())
             if what:
-                measured, bad = _checked(block[media].to_pylist(), paths, what, settings)
+                cells = block[media].to_pylist()
+                measured, bad, num_dark = _checked(cells, paths, what, settings)
+                dark[split] += num_dark
                 invalid += [invalid_row(one, split, why) for one, why in bad.items()]
                 good = pa.array([number for number, one in enumerate(paths) if one not in bad])
                 columns = {name: values.take(good) for name, values in columns.items()}
@@ -425,7 +428,7 @@ def _make(
                     for name in (what.lower(), "path", *MEASURED[what])
                 }
             writer.add(pa.table([columns[name] for name in schema.names], schema=schema))
-    return ShardResult(path, writer.rows, invalid)
+    return ShardResult(path, writer.rows, invalid, images.dark_images(dark))
 
 
 def _checked(
@@ -433,21 +436,24 @@ def _checked(
     paths: list[str],
     what: str,
     settings: Settings,
-) -> tuple[list[Row], dict[str, str]]:
-    """Return (the columns of each valid image or recording, the reasons of the others by path)."""
-    good, bad = [], {}
+) -> tuple[list[Row], dict[str, str], int]:
+    """Return the columns of each valid image or recording, the reasons of the others by path, and
+    the number of dark images (`Picture`).
+    """
+    good, bad, num_dark = [], {}, 0
     for cell, path in zip(cells, paths, strict=True):
         try:
             data = _bytes_of(cell)
             if what == "Image":
                 picture = examine(data, settings.resize, settings.quality)
                 columns = images.picture_columns(picture, data)
+                num_dark += picture.is_dark
             else:
                 columns = _recording(data)
             good.append({**columns, "path": path})
         except (BrokenImageError, audio_io.BrokenAudioError, storage.NotFoundError) as error:
             bad[path] = str(error)
-    return good, bad
+    return good, bad, num_dark
 
 
 def _bytes_of(cell: Any) -> bytes:

@@ -12,6 +12,10 @@ import PIL.Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 QUALITY = 92
+DARK_LEVEL = (1 << 14) - 1
+"""Highest level of 14 bits. Scanners write 10 to 14 bits into files of 16, whose 8 highest bits are
+nearly black then.
+"""
 _ORIENTATION, _TURNED = 0x0112, range(5, 9)
 _UPRIGHT = {
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
@@ -37,11 +41,14 @@ class Picture:
         data: the file to keep.
         upright_size: (width, height) in its header, after EXIF orientation.
         size: of what `data` shows.
+        is_dark: a 16-bit image that was written with 8 bits, and that has no level above
+            `DARK_LEVEL`.
     """
 
     data: bytes
     upright_size: tuple[int, int]
     size: tuple[int, int]
+    is_dark: bool = False
 
 
 def examine(data: bytes, resize: int | None = None, quality: int | None = None) -> Picture:
@@ -67,13 +74,14 @@ def examine(data: bytes, resize: int | None = None, quality: int | None = None) 
     size = shrunk_size(upright_size, resize)
     if size == upright_size and quality is None:
         return Picture(data, upright_size, upright_size)
+    is_dark = image.mode.startswith("I") and int(np.asarray(image).max()) <= DARK_LEVEL
     image = _eight_bits(image)
     if size != upright_size:
         image = image.resize(
             _turned(size) if turned else size, PIL.Image.Resampling.BICUBIC, box, reducing_gap=3.0
         )
     image = image.transpose(_UPRIGHT[turn]) if turn in _UPRIGHT else image
-    return Picture(encode_jpeg(image, quality), upright_size, size)
+    return Picture(encode_jpeg(image, quality), upright_size, size, is_dark)
 
 
 def shrunk_size(size: tuple[int, int], shorter_side: int | None) -> tuple[int, int]:
