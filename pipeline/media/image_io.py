@@ -273,8 +273,8 @@ def doubt_masks(masks: Iterable[Any], ignore: int) -> str:
     return text
 
 
-def doubt_levels(images: Iterable[Any]) -> str:
-    """Say that PNG files of 16 bits use the lowest levels alone; "" where they do not.
+def describe_unused_levels(images: Iterable[Any]) -> str:
+    """Describe 16-bit PNG files that use the lowest levels alone; "" where they do not.
 
     Scanners write 10 to 14 bits into such files, whose 16 bits `pixels` scales to 8.
 

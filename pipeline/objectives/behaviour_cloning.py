@@ -537,8 +537,8 @@ class BehaviourCloning(Objective):
         if "environment" not in raw_rows.columns:
             return predictions, None
         self.eval()
-        of = predictions["space"], predictions["task"]
-        pilot = Pilot(backbone.eval(), self, raw_rows.modality, *of)
+        space, task = predictions["space"], predictions["task"]
+        pilot = Pilot(backbone.eval(), self, raw_rows.modality, space, task)
         return _rollout_metrics(pilot, predictions, raw_rows)
 
     def rollout_scores(
@@ -550,8 +550,8 @@ class BehaviourCloning(Objective):
         """With ``environment``: as ``rollout_evaluation``, of actions of any model."""
         if "environment" not in rows.columns:
             return predictions, None
-        of = predictions["space"], predictions["task"]
-        pilot = StepPilot(scores, self, rows.modality, *of)
+        space, task = predictions["space"], predictions["task"]
+        pilot = StepPilot(scores, self, rows.modality, space, task)
         return _rollout_metrics(pilot, predictions, rows)
 
 

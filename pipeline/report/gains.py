@@ -164,8 +164,9 @@ def heat_maps(entries: Sequence[MatrixEntry], decimals: Mapping[str, int]) -> li
     ]
     for number, (fraction, group) in enumerate(_by_fraction(compared).items()):
         labels = plots.labels_text(fraction)
-        table = _heat_map(labels, group, decimals)
-        out.append(Details(labels, [table]) if number else table)
+        is_folded = number > 0
+        table = _heat_map("" if is_folded else labels, group, decimals)
+        out.append(Details(labels, [table]) if is_folded else table)
     techniques = list(dict.fromkeys(entry.technique for entry in compared))
     for technique in techniques if len(techniques) > 1 else ():
         alone = [entry for entry in compared if entry.technique == technique]

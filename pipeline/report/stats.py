@@ -475,11 +475,13 @@ def _num_alike(
     groups: np.ndarray | None,
     labels: Sequence[str] = (),
 ) -> int:
-    """Return how many units support a value that is the same in all resamples, at least 1.
+    """Return the number of units behind a value that is the same in all resamples, at least 1.
 
-    Of a ratio these are the units that are counted. Of other metrics, such as AUROC, they are those
-    of `evidence`: n positive and m negative rows make at most min(n, m) independent pairs. Of the
-    metric of one label they are those of its column, or the fewest where that is not known.
+    - A ratio: the units that its denominator counts.
+    - Other metrics, such as AUROC: the units of `evidence`, because n positive and m negative rows
+      make at most min(n, m) independent pairs.
+    - The metric of one label: the units of that label's rarer side. If the label's column is not
+      known, the smallest such number over all labels.
     """
     p = predictions[0]
     if metric.units is not None:

@@ -40,8 +40,8 @@ ADAM = ("step", "exp_avg", "exp_avg_sq")
 class TrainingEnvironment(gymnasium.Env):
     """An environment as the library wants it.
 
-    Actions are those of the network (`Bounds`), a diverged simulation cuts the episode, and every
-    episode begins from a seed of its own.
+    Actions are those of the network (`Bounds`), a diverged simulation truncates the episode,
+    and every episode begins from a seed of its own.
 
     Args:
         env: what `make` gave: vectors as observations (O,) and as continuous actions (A,).
@@ -71,9 +71,9 @@ class TrainingEnvironment(gymnasium.Env):
         return self.observation, {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
-        """Take one step; one that diverges cuts the episode, without a reward.
+        """Take one step; one that diverges truncates the episode, without a reward.
 
-        As an end it would pay where rewards are negative: nothing more would be lost.
+        Termination would pay where rewards are negative: nothing more would be lost.
         """
         units = self.bounds.units(action)
         observation, reward, terminated, truncated, _ = self.env.step(units)

@@ -209,9 +209,9 @@ def picture_levels(
 
     column = columns["image"]
     images = fit_components.sample(rows, [column], SAMPLE_IMAGES)[column]
-    doubt = image_io.doubt_levels(image.as_py() for image in images)
-    text = f"column {column}: the images of {len(images)} training rows {doubt}"
-    return [Finding(text, is_warning=True)] if doubt else []
+    finding = image_io.describe_unused_levels(image.as_py() for image in images)
+    text = f"column {column}: the images of {len(images)} training rows {finding}"
+    return [Finding(text, is_warning=True)] if finding else []
 
 
 def doubtful_class_numbers(

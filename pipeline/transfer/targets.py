@@ -90,7 +90,6 @@ from pipeline.transfer.grid import (
     BackboneGroup,
     combines_trials,
     fold_suffix,
-    fraction_text,
     needs_training,
     starts_random,
     takes,
@@ -739,9 +738,8 @@ def _unmet_batch(target: TargetStage, searched: Sequence[float]) -> list[Finding
     if train.batch_cost is not None or target.packed:
         return []
     batch = int(max(train.global_batch, *searched)) if searched else train.global_batch
-    objective = target.spec.objective.name
     too_few = [
-        f"{count:,} at {fraction_text(fraction, objective)}"
+        f"{count:,} at label fraction {fraction}"
         for fraction in filter(None, target.spec.label_fractions)
         if (count := target.num_labelled_rows(fraction)) < batch
     ]

@@ -151,6 +151,8 @@ def test_the_technique_of_a_heat_map_is_chosen_on_validation_rows(entries):
         "lp_ft alone",
         "linear_probe alone",
     }
+    folded = next(block for block in out[3:] if block.title == "5 % labels")
+    assert folded.blocks[0].header[0] == "", "its title has the labels already"
 
 
 def test_the_most_labels_are_those_of_the_most_rows(entries):

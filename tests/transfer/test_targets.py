@@ -773,7 +773,7 @@ def test_batches_and_label_counts_beyond_the_data_are_told(tmp_path, models, tex
     state, _ = shared_of(job)
     rows = state.targets["task"].num_labelled_rows(0.1)
     expected = (
-        f"a batch of 64 rows is more than the labelled training rows ({rows} at 0.1): each "
+        f"a batch of 64 rows is more than the labelled training rows ({rows} at label fraction 0.1): each "
         "step then takes all of them"
     )
     assert f"task: {expected}" in state.notes
