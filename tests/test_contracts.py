@@ -5,6 +5,7 @@
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -570,6 +571,13 @@ def test_a_technique_that_changes_the_names_of_the_backbone_says_so(technique):
     is_changed = set(technique.wrap(task).backbone.state_dict()) != before
     says_so = isinstance(technique, AddsModules) or keeps_modules(technique)
     assert is_changed == says_so
+
+
+def test_a_technique_says_when_to_use_it(technique):
+    """Each page of ``onetomany techniques`` has what it assumes, when it helps and hurts, a paper."""
+    page = " ".join((type(technique).__doc__ or "").split())
+    assert "assumes" in page and "helps" in page and "hurts" in page
+    assert re.search(r"(19|20)\d\d", page) or "As `" in page
 
 
 def test_scratch_may_be_given_more_steps_than_others():

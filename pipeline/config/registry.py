@@ -629,7 +629,9 @@ def close_names(value: str, valid: Iterable[str]) -> list[str]:
         return same
     familiar = [name for name in familiar_names.same_thing(value) if name in valid]
     close = familiar or difflib.get_close_matches(value, valid, n=3, cutoff=0.6)
-    return close or [name for name in valid if value.lower() in name.lower()][:3]
+    is_telling = len(value) > 2  # one or two letters are part of many names
+    parts = [name for name in valid if value.lower() in name.lower()] if is_telling else []
+    return close or parts[:3]
 
 
 def backbone_advice(name: str) -> str:

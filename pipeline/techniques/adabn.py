@@ -15,9 +15,10 @@ class AdaBN(Technique):
     head are the source's, and nothing is trained. (Li et al., Revisiting Batch Normalization for
     Practical Domain Adaptation, ICLR workshops 2017.)
 
-    It assumes that the domains differ in the scale of the features (light, microphone, scanner). It
-    costs one pass over the rows. It hurts where the shares of the classes differ much, because the
-    statistics depend on them too. Networks without batch norm are refused.
+    It assumes that the domains differ in the scale of the features. It helps where light,
+    microphone or scanner are other ones, and costs one pass over the rows. It hurts where the
+    shares of the classes differ much, because the statistics depend on them too. Networks without
+    batch norm are refused.
     """
 
     def check_target(self, objective, modality):

@@ -33,6 +33,9 @@ class SWA(Technique):
     whatever ``train.keep`` says.
     """
 
+    def search_space(self):
+        return {"lr": (0.1, 10.0), "last_share": (0.1, 0.5)}
+
     def phases(self, steps):
         return (Phase("all", steps, factor=constant),)
 
@@ -65,9 +68,13 @@ class EMA(Technique):
     depends on the length of the run; ``train.ema``, for any technique, is a fixed decay. During the
     first ``span`` the average is the plain mean, so that the start does not weigh too much.
 
-    It helps where single weights are noisy. It changes little under a schedule that ends at zero,
-    and lags behind where the span is long and the weights still move.
+    It assumes that the weights move around a minimum, or slowly towards one. It helps where single
+    weights are noisy. It changes little under a schedule that ends at zero. It hurts where the span
+    is long and the weights still move: the average lags behind them.
     """
+
+    def search_space(self):
+        return {"lr": (0.1, 10.0), "span": (0.03, 0.3)}
 
     def averaging(self, step, steps):
         return 1.0 / min(step + 1, max(1.0, self.options.span * steps))

@@ -110,6 +110,9 @@ class Distillation(Technique):
     def read_source(self, source):
         self.source = source
 
+    def search_space(self):
+        return {"lr": (0.1, 10.0), "features": (0.1, 10.0)}
+
     def wrap(self, task):
         if not self.options.features and not self.options.logits:
             raise ValueError("distillation: features and logits are both 0: give one a weight")
@@ -195,6 +198,9 @@ class _KeepsHead(HeadFirst):
 
     source: Task | None = None
     calls: LatestCall
+
+    def search_space(self):
+        return {"lr": (0.1, 10.0), "weight": (0.1, 10.0)}
 
     def read_source(self, source: Task | None) -> None:
         self.source = source
@@ -333,8 +339,9 @@ class CoTuning(_KeepsHead):
 
     For classification on a source of classification. It assumes that the classes of both are
     related. It helps with few labels, where the source's labels tell more about a row than its
-    class alone. It does nothing where the source's head predicts the same for every class. With
-    several ranks the rows of all are counted.
+    class alone. It does nothing where the source's head predicts the same for every class. It hurts
+    where classes are related by chance: the backbone then has to keep what does not serve the
+    target. With several ranks the rows of all are counted.
 
     Raises:
         ValueError: source or target is not classification, or the source has no head.

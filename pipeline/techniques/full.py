@@ -10,10 +10,14 @@ from pipeline.core.contracts import Technique
 class Full(Technique):
     """Train every layer from the first step on.
 
+    It assumes that the source's weights are a good start, and nothing else. It helps with many
+    rows, or inputs unlike the source's. It hurts with few rows: the source's features are then
+    spoiled by a new head, or fitted to noise (Kumar et al. 2022).
+
     With ``layer_decay`` lower layers learn more slowly (Clark et al. 2020; Bao et al. 2022). With
-    ``freeze`` the lowest layers do not learn at all. Both help where the source's features suit the
-    target and its rows are few. They hurt where the inputs differ, because then the lowest layers
-    must change.
+    ``freeze`` the lowest layers do not learn at all. Both are useful where the source's features
+    suit the target and its rows are few. They do harm where the inputs differ, because then the
+    lowest layers must change.
     """
 
     def search_space(self):

@@ -41,11 +41,20 @@ class GradualUnfreezing(Technique):
     change (other sensors, other spectra): they learn last and least.
     """
 
+    def __init__(self, options=None):
+        super().__init__(options)
+        self.groups: int = self.options.groups
+
+    def wrap(self, task):
+        # a backbone may have fewer layers
+        self.groups = min(self.options.groups, len(backbone_layers(task.layers())))
+        return task
+
     def search_space(self):
         return {"lr": (0.1, 10.0), "discriminative": (1.0, 4.0)}
 
     def phases(self, steps):
-        groups = self.options.groups
+        groups = self.groups
         unfreezing = round(self.options.unfreeze_share * steps)
         ends = [round(unfreezing * (i + 1) / groups) for i in range(groups)]
         phases, began = [], 0
@@ -62,7 +71,7 @@ class GradualUnfreezing(Technique):
         )
 
     def rates(self, layers, phase):
-        thawed, groups = int(phase.split()[0]), self.options.groups
+        thawed, groups = int(phase.split()[0]), self.groups
         own = backbone_layers(layers)
         rates = dict.fromkeys(layers, 1.0)
         for number, name in enumerate(own):

@@ -33,6 +33,9 @@ class L2SP(Technique):
     The paper has no other weight decay: set ``weight_decay: 0``.
     """
 
+    def search_space(self):
+        return {"lr": (0.1, 10.0), "weight": (0.001, 1.0)}
+
     def wrap(self, task):
         self.start = {
             name: p.detach().clone() for name, p in task.backbone.named_parameters("backbone")

@@ -26,6 +26,9 @@ class LPFTOptions(LayerOptions):
 class LPFT(HeadFirst):
     """Train the head first, then everything.
 
+    Linear probing, then fine-tuning (Kumar et al., Fine-Tuning can Distort Pretrained Features and
+    Underperform Out-of-Distribution, ICLR 2022).
+
     It assumes that the source's features are good, and that a random head would spoil them. It
     helps where the target's test rows differ from its training rows, and on few rows. It hurts in
     short runs, because fewer steps are left for the rest.

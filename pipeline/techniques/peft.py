@@ -676,6 +676,9 @@ class Vera(AdapterTechnique):
     lack.
     """
 
+    def search_space(self):
+        return {**super().search_space(), "rank": (64, 128, 256)}
+
     def settings(self, is_transposed):
         from peft import VeraConfig, VeraModel
 
@@ -719,6 +722,9 @@ class OFT(AdapterTechnique):
         rotated = torch.einsum("orb,rbc->orc", weight.unflatten(1, (len(blocks), -1)), blocks)
         return rotated.flatten(1)
 
+    def search_space(self):
+        return {**super().search_space(), "block": (16, 32, 64)}
+
     def settings(self, is_transposed):
         from peft import OFTConfig, OFTModel
 
@@ -741,6 +747,9 @@ class Loha(AdapterTechnique):
 
     replaced = ("Linear", "Conv1d", "Conv2d")
 
+    def search_space(self):
+        return {**super().search_space(), "rank": (4, 8, 16, 32)}
+
     def settings(self, is_transposed):
         from peft import LoHaConfig, LoHaModel
 
@@ -761,6 +770,9 @@ class Lokr(AdapterTechnique):
     """
 
     replaced = ("Linear", "Conv1d", "Conv2d")
+
+    def search_space(self):
+        return {**super().search_space(), "rank": (4, 8, 16, 32)}
 
     def settings(self, is_transposed):
         from peft import LoKrConfig, LoKrModel

@@ -31,6 +31,9 @@ class Pooled(DomainAdaptation):
     have other labels: each label of the target then competes with many of the source.
     """
 
+    def search_space(self):
+        return {"lr": (0.1, 10.0), "weight": (0.1, 10.0)}
+
     def streams(self):
         return (LABELLED_SOURCE,) if self.options.weight else ()
 

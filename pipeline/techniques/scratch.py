@@ -20,7 +20,12 @@ class ScratchOptions(Options):
 
 @register("technique", "scratch", options=ScratchOptions)
 class Scratch(Technique):
-    """Train the same network from random weights, for the same steps or a multiple of them."""
+    """Train the same network from random weights, for the same steps or a multiple of them.
+
+    Every gain is measured against it (He et al., Rethinking ImageNet Pre-training, ICCV 2019: with
+    enough rows and steps it may be as good). It assumes nothing of a source, since it reads none.
+    It helps with many rows, and where no source suits. It hurts with few rows and in short runs.
+    """
 
     starts_from = "random"
 

@@ -81,9 +81,9 @@ class SideTuning(Technique):
     source's, and nothing of the source can be lost.
 
     It assumes that the target needs further features in addition to the source's. It helps against
-    forgetting, with few labels. It gains nothing over full fine-tuning where the target is far from
-    the source. It costs twice the memory and time of one network in use, and one and a half times
-    the time of full fine-tuning.
+    forgetting, with few labels. It hurts where the target is far from the source: half of the
+    features are then of no use. It costs twice the memory and time of one network in use, and one
+    and a half times the time of full fine-tuning.
 
     The bundle has both networks. ``predict`` reads it, but it cannot be the source of another job.
     If a language model's output layer is its token embedding, the frozen one scores the tokens.

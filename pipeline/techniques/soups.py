@@ -78,7 +78,7 @@ class _Combination(Technique):
 
 @register("technique", "uniform_soup", options=CombinationOptions)
 class UniformSoup(_Combination):
-    """Average the weights of all seeds of a technique, with equal weights.
+    """Average the weights of all seeds of a technique, with equal weights (Wortsman et al. 2022).
 
     It assumes that the networks lie in one basin of the loss, as fine-tunes of one source at small
     learning rates do. It then helps nearly as much as an ensemble, at the cost of one network. It
@@ -97,10 +97,12 @@ class UniformSoup(_Combination):
 class GreedySoup(_Combination):
     """Average the weights of those seeds that make the mean better on the validation rows.
 
+    It assumes that at least some of the networks lie in one basin of the loss. It helps where
+    others do not, or are bad. It hurts with few validation rows, on which the choice is luck.
+
     The networks are tried from the best to the worst; one that makes the mean worse is left out
     (Wortsman et al. 2022, recipe 1). So on the validation rows the soup is never worse than the
-    best network. With few validation rows this may be chance. It costs two passes over the
-    validation rows for each network; nothing is trained.
+    best network. It costs two passes over the validation rows for each network; nothing is trained.
 
     Measured on the quickstart's restaurants, accuracy, three seeds of full fine-tuning
     (2026-11-30): with a tenth of the labels the seeds' mean is .691, greedy_soup has .777,
@@ -132,9 +134,10 @@ class SeedEnsemble(_Combination):
 
     For classification, multilabel and regression, of every modality. It assumes nothing of its
     members: unlike in a soup, their weights may be far apart. It nearly always helps, also the
-    calibration. Each prediction costs the memory and the time of all members. It has no bundle of
-    its own, because it is not one network; its members have theirs. Nothing is trained. Below a
-    label fraction of 1 each seed has learned from other rows, and the ensemble from all of them.
+    calibration. It hurts where a member is bad, and in use: each prediction costs the memory and
+    the time of all members. It has no bundle of its own, because it is not one network; its members
+    have theirs. Nothing is trained. Below a label fraction of 1 each seed has learned from other
+    rows, and the ensemble from all of them.
     """
 
     def choose(self, task, goodness):

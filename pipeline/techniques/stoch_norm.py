@@ -48,6 +48,9 @@ class StochNorm(Technique):
         ValueError: the network has no batch norm.
     """
 
+    def search_space(self):
+        return {"lr": (0.1, 10.0), "p": (0.25, 0.5, 0.75)}
+
     def wrap(self, task):
         self.norms = [
             one for one in task.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)

@@ -21,9 +21,11 @@ class ZeroShotOptions(Options):
 class ZeroShot(Technique):
     """Test the source's backbone and head without any training.
 
-    It shows where adaptation starts. It is for objectives whose head is transferred. In
-    classification and multilabel the head is transferred label by label, by the labels' names: the
-    source must know every label of the target.
+    It shows where adaptation starts. It assumes that source and target mean the same by the same
+    labels. It helps where the target has no labels. It hurts where the inputs or the meaning of the
+    labels differ. It is for objectives whose head is transferred. In classification and multilabel
+    the head is transferred label by label, by the labels' names: the source must know every label
+    of the target.
 
     A source of `clip` has learned from texts instead. For a target of classification the head is
     then made of texts about the classes (option ``prompt``; Radford et al. 2021): the scores are

@@ -316,6 +316,7 @@ def test_names_read_from_timm_are_those_that_timm_has():
             ["a_long_name_with_vit_in_it", "other"],
             "did you mean a_long_name_with_vit_in_it?",
         ),
+        ("x", ["fixmatch", "full"], "valid names: fixmatch, full"),
         ("zzz", ["b", "a"], "valid names: a, b"),
         ("zzz", [], "valid names: "),
     ],

@@ -337,6 +337,15 @@ def test_declared_ranges_hold_values_that_the_technique_takes(name):
                 kind.options_class(**{option: value})
 
 
+@pytest.mark.parametrize(
+    "name", ["l2_sp", "delta", "bss", "distillation", "lwf", "co_tuning", "pooled"]
+)
+def test_the_strength_of_a_penalty_is_searched(name):
+    """With one strength for every target the search would compare defaults, not techniques."""
+    declared = registry.get("technique", name)().search_space()
+    assert {"weight", "features"} & set(declared)
+
+
 def test_declared_ranges_are_drawn_for_each_technique_alike(world):
     """As many trials each, the job's own settings first, lr relative to the target's."""
     job = searching(world[0], "auto", 200)

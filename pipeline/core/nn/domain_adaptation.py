@@ -38,6 +38,9 @@ class DomainAdaptation(Technique, ABC):
 
     Options are ``weight``, of the penalty, and ``source_weight``, of the loss of the source's
     labelled rows; 0: they are read without labels, or not at all.
+
+    A search draws ``lr`` alone. Without labels of the target it chooses on the source's validation
+    rows, which are best with no penalty at all.
     """
 
     gathers_rows = True
