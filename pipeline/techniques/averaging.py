@@ -34,7 +34,10 @@ class SWA(Technique):
     """
 
     def search_space(self):
-        return {"lr": (0.1, 10.0), "last_share": (0.1, 0.5)}
+        return {
+            "lr": (0.1, 10.0),
+            "last_share": (0.1, 0.5),
+        }
 
     def phases(self, steps):
         return (Phase("all", steps, factor=constant),)
@@ -74,7 +77,10 @@ class EMA(Technique):
     """
 
     def search_space(self):
-        return {"lr": (0.1, 10.0), "span": (0.03, 0.3)}
+        return {
+            "lr": (0.1, 10.0),
+            "span": (0.03, 0.3),
+        }
 
     def averaging(self, step, steps):
         return 1.0 / min(step + 1, max(1.0, self.options.span * steps))

@@ -37,7 +37,10 @@ class BSS(Technique):
     gathers_rows = True
 
     def search_space(self):
-        return {"lr": (0.1, 10.0), "weight": (1e-4, 0.01)}
+        return {
+            "lr": (0.1, 10.0),
+            "weight": (1e-4, 0.01),
+        }
 
     def wrap(self, task):
         self.calls = LatestCall(task.backbone)

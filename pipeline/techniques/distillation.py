@@ -111,7 +111,10 @@ class Distillation(Technique):
         self.source = source
 
     def search_space(self):
-        return {"lr": (0.1, 10.0), "features": (0.1, 10.0)}
+        return {
+            "lr": (0.1, 10.0),
+            "features": (0.1, 10.0),
+        }
 
     def wrap(self, task):
         if not self.options.features and not self.options.logits:
@@ -200,7 +203,10 @@ class _KeepsHead(HeadFirst):
     calls: LatestCall
 
     def search_space(self):
-        return {"lr": (0.1, 10.0), "weight": (0.1, 10.0)}
+        return {
+            "lr": (0.1, 10.0),
+            "weight": (0.1, 10.0),
+        }
 
     def read_source(self, source: Task | None) -> None:
         self.source = source

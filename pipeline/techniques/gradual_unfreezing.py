@@ -51,7 +51,10 @@ class GradualUnfreezing(Technique):
         return task
 
     def search_space(self):
-        return {"lr": (0.1, 10.0), "discriminative": (1.0, 4.0)}
+        return {
+            "lr": (0.1, 10.0),
+            "discriminative": (1.0, 4.0),
+        }
 
     def phases(self, steps):
         groups = self.groups

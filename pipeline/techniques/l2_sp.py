@@ -34,7 +34,10 @@ class L2SP(Technique):
     """
 
     def search_space(self):
-        return {"lr": (0.1, 10.0), "weight": (0.001, 1.0)}
+        return {
+            "lr": (0.1, 10.0),
+            "weight": (0.001, 1.0),
+        }
 
     def wrap(self, task):
         self.start = {

@@ -345,7 +345,10 @@ class AdapterTechnique(Technique, ABC):
         self.chosen(backbone)
 
     def search_space(self):
-        return {"lr": (0.1, 10.0), "lr_scale": (0.3, 30.0)}
+        return {
+            "lr": (0.1, 10.0),
+            "lr_scale": (0.3, 30.0),
+        }
 
     def wrap(self, task: Task) -> Task:
         """Add the adapters.
@@ -555,7 +558,10 @@ class Lora(AdapterTechnique):
     """
 
     def search_space(self):
-        return {**super().search_space(), "rank": (4, 8, 16, 32)}
+        return {
+            **super().search_space(),
+            "rank": (4, 8, 16, 32),
+        }
 
     def weight_of(self, layer):
         weight = super().weight_of(layer)
@@ -677,7 +683,10 @@ class Vera(AdapterTechnique):
     """
 
     def search_space(self):
-        return {**super().search_space(), "rank": (64, 128, 256)}
+        return {
+            **super().search_space(),
+            "rank": (64, 128, 256),
+        }
 
     def settings(self, is_transposed):
         from peft import VeraConfig, VeraModel
@@ -723,7 +732,10 @@ class OFT(AdapterTechnique):
         return rotated.flatten(1)
 
     def search_space(self):
-        return {**super().search_space(), "block": (16, 32, 64)}
+        return {
+            **super().search_space(),
+            "block": (16, 32, 64),
+        }
 
     def settings(self, is_transposed):
         from peft import OFTConfig, OFTModel
@@ -748,7 +760,10 @@ class Loha(AdapterTechnique):
     replaced = ("Linear", "Conv1d", "Conv2d")
 
     def search_space(self):
-        return {**super().search_space(), "rank": (4, 8, 16, 32)}
+        return {
+            **super().search_space(),
+            "rank": (4, 8, 16, 32),
+        }
 
     def settings(self, is_transposed):
         from peft import LoHaConfig, LoHaModel
@@ -772,7 +787,10 @@ class Lokr(AdapterTechnique):
     replaced = ("Linear", "Conv1d", "Conv2d")
 
     def search_space(self):
-        return {**super().search_space(), "rank": (4, 8, 16, 32)}
+        return {
+            **super().search_space(),
+            "rank": (4, 8, 16, 32),
+        }
 
     def settings(self, is_transposed):
         from peft import LoKrConfig, LoKrModel

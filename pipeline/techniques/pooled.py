@@ -32,7 +32,10 @@ class Pooled(DomainAdaptation):
     """
 
     def search_space(self):
-        return {"lr": (0.1, 10.0), "weight": (0.1, 10.0)}
+        return {
+            "lr": (0.1, 10.0),
+            "weight": (0.1, 10.0),
+        }
 
     def streams(self):
         return (LABELLED_SOURCE,) if self.options.weight else ()

@@ -49,7 +49,10 @@ class StochNorm(Technique):
     """
 
     def search_space(self):
-        return {"lr": (0.1, 10.0), "p": (0.25, 0.5, 0.75)}
+        return {
+            "lr": (0.1, 10.0),
+            "p": (0.25, 0.5, 0.75),
+        }
 
     def wrap(self, task):
         self.norms = [
