@@ -755,7 +755,7 @@ def _with_unsigned(kind: pa.DataType, values: list[Any]) -> pa.DataType | None:
     values = [value for value in values if value is not None]
     if pa.types.is_list(kind):
         inner = _with_unsigned(kind.value_type, [item for value in values for item in value])
-        return inner and pa.list_(inner)
+        return None if inner is None else pa.list_(inner)
     if pa.types.is_struct(kind):
         fields = {
             field.name: _with_unsigned(field.type, [value.get(field.name) for value in values])
