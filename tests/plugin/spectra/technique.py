@@ -14,7 +14,12 @@ class LastLayersOptions(Options):
 
 @register("technique", "last_layers", options=LastLayersOptions)
 class LastLayers(Technique):
-    """Train the head and the backbone's last ``count`` layers; the others stay as they are."""
+    """Train the head and the backbone's last ``count`` layers (Yosinski et al. 2014).
+
+    It assumes that the first layers' features are as good for the target as for the source. It
+    helps with few rows, and where inputs look alike. It hurts where inputs differ, since the first
+    layers stay as they are.
+    """
 
     def rates(self, layers: dict[str, list[str]], phase: str) -> dict[str, float]:
         trained = list(layers)[-1 - self.options.count :]
