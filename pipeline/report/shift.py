@@ -24,6 +24,11 @@ from which they are named. Intervals must lie beyond the first two; a drift must
 ALIGNING = ("dann", "cdan", "coral", "dan", "adabn")
 REFITTING = ("lp_ft", "full", "lora")
 AT_TEST = ("tent",)
+UNALIGNED = ("mcc",)
+NOT_BY_SHARE = (
+    "The metrics balanced_accuracy and (of two classes) auroc do not depend on the shares; "
+    "class_weight: balanced trains for the first"
+)
 SHOWN = 5
 
 
@@ -131,7 +136,8 @@ def sentences(target: str, shift: Shift, techniques: Sequence[str]) -> list[str]
         )
         out.append(
             f"{target}: {rows} have other shares of classes (label shift): {named}. Do not rely on "
-            f"{whose} them by the shares of classes; metrics that weigh classes alike change least"
+            f"{whose} them by the shares of classes. {NOT_BY_SHARE}"
+            + _label_advice(shift, techniques)
         )
     if shift.concept and shift.concept.low > LARGE_LOSS:
         out.append(f"{target}: {_concept_sentence(shift, changed, techniques)}")
@@ -161,6 +167,15 @@ def _covariate_advice(shift: Shift, changed: list[str], techniques: Sequence[str
             "together hurt then"
         )
     return _advice("techniques that bring their features together", ALIGNING, techniques)
+
+
+def _label_advice(shift: Shift, techniques: Sequence[str]) -> str:
+    """Return the techniques that fit other shares of classes than the source's."""
+    if shift.within_target:
+        return ""
+    learning = "techniques that learn the shares from the target's labels"
+    unaligned = "without labels, a technique that does not bring the domains together"
+    return _advice(learning, REFITTING, techniques) + _advice(unaligned, UNALIGNED, techniques)
 
 
 def _concept_sentence(shift: Shift, changed: list[str], techniques: Sequence[str]) -> str:

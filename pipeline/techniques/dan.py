@@ -21,7 +21,9 @@ class DAN(DomainAdaptation):
 
     The unbiased estimate over the whole batch, with a sum of five Gaussian kernels around the mean
     distance of rows. (Long et al., Learning Transferable Features with Deep Adaptation Networks,
-    ICML 2015.)
+    ICML 2015.) Only the pooled features, which the head reads, are aligned. The paper aligns
+    several layers, the head's output among them, and also fits a weight to each kernel. `jan`
+    aligns the predictions too.
 
     It assumes about the same share of each class in both domains. It helps where adversarial
     training is unstable: there is no second network. It hurts with small batches (the estimate is

@@ -234,11 +234,17 @@ def test_what_is_large_is_named_with_the_techniques_that_fit():
     assert "coral" not in covariate, "other shares of classes would be aligned too"
     assert concept.endswith(": full") and "or it is the other shares of classes" in concept
     assert "sick +0.30 [+0.20, +0.40]" in labels and "well" not in labels
+    assert "balanced_accuracy" in labels and "class_weight: balanced" in labels
+    assert labels.endswith("learn the shares from the target's labels: full")
     assert "1 of 2 comparisons of features show a difference: age (0.40)" in drift
     inputs_alone = shown.sentences("task", replace(LARGE, labels={}), ["coral", "full", "scratch"])
     assert inputs_alone[0].endswith(": coral") and "shares" not in inputs_alone[1]
     small = Shift("source corpus", "the training rows", covariate=Estimate(0.55, 0.45, 0.65))
     assert shown.sentences("task", small, ["coral"]) == []
+    without_labels = shown.sentences("task", LARGE, ["coral", "mcc"])[1]
+    assert without_labels.endswith("does not bring the domains together: mcc")
+    of_test = shown.sentences("task", replace(LARGE, within_target=True), ["full", "mcc"])[1]
+    assert of_test.endswith("trains for the first"), "test rows have no labels to learn from"
 
 
 def test_no_technique_that_aligns_with_a_source_is_named_for_test_rows():

@@ -18,7 +18,8 @@ def transrate(features: np.ndarray, labels: np.ndarray) -> float:
 
     R(Z) - sum_c n_c / n R(Z_c) with R(Z) = log det(I + Z' Z / (n e)) / 2 in nats (Huang et al.,
     ICML 2022). The features are centred and divided by the root of their total variance, so that
-    the scale of a network does not count.
+    the scale of a network does not count. The authors' code has 1 / C in place of n_c / n, which is
+    the same for C balanced classes; information weighs them by their frequency.
 
     Args:
         features: (n, D) features.
