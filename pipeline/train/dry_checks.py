@@ -121,6 +121,7 @@ def _plan_corpus(
     arch = train_source.arch_of(spec, checkpoint, bundle.build_modality(modality).inputs())
     modality, limit_note = bundle.limit_modality(modality, arch)
     state = train_source.bind_state(objective, state, arch)
+    train_source.check_labels_for_backbone(spec, splits, state)
     objective_spec = ObjectiveSpec(spec.objective.name, options.model_dump(), state)
     task = build_task(arch, objective_spec)
     if checkpoint:

@@ -12,7 +12,15 @@ from pipeline.checkpoints import bundle, pretrained
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import provenance, registry
 from pipeline.config.provenance import Provenance, ProvenanceRecord
-from pipeline.config.schema import CHECKPOINT_PREFIXES, Data, Job, Source, Train, spec_hash
+from pipeline.config.schema import (
+    CHECKPOINT_PREFIXES,
+    Data,
+    Job,
+    Source,
+    Target,
+    Train,
+    spec_hash,
+)
 from pipeline.core.capabilities import augment_options, columns_of, cost_column, is_costed
 from pipeline.core.contracts import Modality, Objective
 from pipeline.core.contracts.objective_capabilities import (
@@ -497,6 +505,7 @@ def _fit_network(
     if arch is None:
         arch = arch_of(spec, checkpoint, bundle.build_modality(modality).inputs())
     state = bind_state(objective, state, arch)
+    check_labels_for_backbone(spec, splits, state)
     objective_spec = ObjectiveSpec(spec.objective.name, options.model_dump(), state)
     if checkpoint is not None:
         stage.check_checkpoint()
@@ -727,6 +736,25 @@ def bind_state(objective: type[Objective], state: State, arch: Architecture) -> 
         return state
     with torch.device("meta"):
         return objective.bind_to_backbone(state, bundle.build_backbone(arch, seed=0))
+
+
+def check_labels_for_backbone(spec: Source | Target, splits: Splits, state: State) -> None:
+    """Raise ValueError for labels of held-out rows that the backbone cannot predict.
+
+    Otherwise they would be found during training, at the first evaluation. `bind_state` has checked
+    those of the training rows.
+    """
+    assert spec.data is not None and spec.objective is not None
+    name = spec.objective.name
+    if not binds_to_backbone(registry.get("objective", name)):
+        return
+    for split, rows in splits.by_name().items():
+        if split == "train":
+            continue
+        try:
+            fit_components.encode_labels(name, state, rows, spec.data.columns)
+        except ValueError as error:
+            raise ValueError(f"{split} split: {error}") from None
 
 
 def arch_of(

@@ -682,6 +682,7 @@ def plan_reading(target: TargetStage, group: BackboneGroup) -> TargetReading:
     state = train_source.bind_state(
         objective, target.state or fit_components.fit_objective(target.spec, target.splits), arch
     )
+    train_source.check_labels_for_backbone(target.spec, target.splits, state)
     fitted = ObjectiveSpec(target.spec.objective.name, options.model_dump(), state)
     _check_group(target, group, arch, fitted)
     return TargetReading(modality_spec, modality, coverage, arch, fitted, limit_note)

@@ -23,7 +23,7 @@ from pipeline.core.ragged import ragged
 from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.objectives.hourly import Hourly, HourlyOptions
 from pipeline.report import subgroups
-from pipeline.train import evaluate
+from pipeline.train import dry_checks, evaluate, source
 from pipeline.transfer import grid, targets
 from pipeline.transfer import trial as one_trial
 
@@ -562,3 +562,51 @@ def test_a_trial_on_a_recurrent_backbone_of_events(tmp_path, classes):
     assert parts == [(f"{names[0]}@Gender={gender}", 25) for gender in ("female", "male")]
     state = bundle.load(record.rows[0].bundle_uri).manifest.objective.state
     assert ("temperature" in state) == (classes == 2) and "last_label" not in state
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_held_out_labels_after_the_last_hour_are_refused_before_training(tmp_path, split):
+    """Of targets and of sources, however rows are decoded, and by a dry run too."""
+    columns = {"times": "times", "variables": "variables", "values": "values"}
+    labels = {"label_times": "label_times", "label_values": "label_values"}
+    for name in ("train", "validation", "test"):
+        last = 60.0 if name == split else 48.0
+        row = {"times": [1.0, 5.0], "variables": ["HR", "HR"], "values": [80.0, 90.0]}
+        rows = [{**row, "label_times": [6.0, last], "label_values": [0, 1]}] * 12
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
+    data = {"modality": "events", "columns": {**columns, **labels}, "decode": "train"}
+    files = {name: str(tmp_path / f"{name}.parquet") for name in ("train", "validation", "test")}
+    train = {"steps": 1, "global_batch": 4}
+    source_files = {"train": files["train"], "validation": files[split]}
+    job = Job.model_validate(
+        {
+            "name": "toy",
+            "storage": str(tmp_path / "runs"),
+            "techniques": ["scratch"],
+            "sources": {
+                "src": {
+                    "data": {**data, **source_files},
+                    "backbone": {"events/gru": {"width": 16}},
+                    "objective": "hourly",
+                    "train": train,
+                }
+            },
+            "targets": {"task": {"data": {**data, **files}, "objective": "hourly", "train": train}},
+        }
+    )
+    late = "column label_times: 12 times lie after hour 48"
+    source_stage = source.plan_source(job, "src")
+    for prepare in (source.prepare_source, dry_checks.plan_without_training):
+        with pytest.raises(ValueError, match=f"validation split: {late}"):
+            prepare(source_stage)
+
+    table = pq.read_table(files["train"])
+    kind = registry.get("modality", "events")
+    options = kind.options_class()
+    modality = ModalitySpec(
+        "events", options.model_dump(), kind.fit(options, table, columns, "events/gru")
+    )
+    arch = Architecture("events/gru", {"width": 16}, bundle.build_modality(modality).inputs())
+    group = grid.backbone_groups({"src": (arch, modality)})[0]
+    with pytest.raises(ValueError, match=f"{split} split: {late}"):
+        targets.plan_reading(targets.plan_target(job, "task"), group)
