@@ -32,10 +32,10 @@ from pycocotools import mask as reference
 from typer.testing import CliRunner
 
 from pipeline import cli
-from pipeline.config import registry
+from pipeline.config import provenance, registry
 from pipeline.config.registry import Options
 from pipeline.data import manifests
-from pipeline.io import storage
+from pipeline.io import checksums, storage
 from pipeline.prepare.engine import importing
 from pipeline.prepare.engine.shard_tasks import (
     Importer,
@@ -44,7 +44,7 @@ from pipeline.prepare.engine.shard_tasks import (
     group_neighbours,
     sum_by_split,
 )
-from pipeline.prepare.engine.write import MANIFEST, Preparation, Settings, verify
+from pipeline.prepare.engine.write import BEGUN, MANIFEST, Preparation, Settings, verify
 
 ROOT = Path(cli.__file__).parents[1]
 SOURCES = {
@@ -440,6 +440,28 @@ def test_a_folder_of_another_source_or_other_options_is_refused(folder, tmp_path
     write(tmp_path / "mine/thesis.txt", "x")
     with pytest.raises(ValueError, match=r"holds other files \(thesis\.txt\)"):
         prepare("imagefolder", folder, tmp_path / "mine")
+
+
+def test_an_incomplete_folder_is_not_completed_by_other_code(folder, tmp_path):
+    """Its rows would follow two rules; one that is complete stays as it is."""
+    out = tmp_path / "out"
+    prepare("imagefolder", folder, out, rows_per_part=3)
+    begun = str(out / BEGUN)
+    stated = checksums.read_document(begun)
+    checksums.write_document(begun, {**stated, "code": "that of an earlier version"})
+    prepare("imagefolder", folder, out, rows_per_part=3)
+    (out / MANIFEST).unlink()
+    (out / next(iter(parts(out)))).unlink()
+    with pytest.raises(ValueError, match="is incomplete, and another version of the code made"):
+        prepare("imagefolder", folder, out, rows_per_part=3)
+    checksums.write_document(begun, stated)
+    prepare("imagefolder", folder, out, rows_per_part=3)
+
+
+def test_the_code_of_a_cohort_is_that_of_its_definition_too():
+    kind = registry.get("importer", "cohort")
+    cohort = kind(kind.options_class(task="mortality"))
+    assert "cohort mortality" in provenance.code_of((), cohort.components)
 
 
 def test_a_folder_whose_columns_meant_something_else_is_refused(coco, tmp_path):

@@ -138,6 +138,11 @@ class Importer(ABC):
     def __init__(self, options: Any = None):
         self.options: Any = options if options is not None else self.options_class()
 
+    @property
+    def components(self) -> tuple[tuple[str, str], ...]:
+        """The (kind, name) of the registered components whose code makes the rows."""
+        return (("importer", self.registered_name),)
+
     @abstractmethod
     def plan(self, source: str, settings: Settings) -> ShardTask:
         """Cut `source` into shards. Raises ValueError for files that are not in this format."""

@@ -1,8 +1,8 @@
 """Write a source as Parquet shards: in parallel, each shard whole and with checksums; shards that
 exist are kept.
 
-A shard's rows follow from the source and the options alone, so a run that was killed and goes on
-writes the same bytes. What a shard is and how it is made is the importer's plan
+A shard's rows follow from the source, the options and the code alone, so a run that was killed and
+goes on writes the same bytes. What a shard is and how it is made is the importer's plan
 (`shard_tasks.ShardTask`).
 """
 
@@ -13,7 +13,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
-from pipeline.config import registry
+from pipeline.config import provenance, registry
 from pipeline.config.schema import spec_hash
 from pipeline.io import atomic_folder, checksums, file_identity, s3, storage
 from pipeline.io.threads import threaded_map
@@ -75,7 +75,7 @@ class Preparation:
                 f"{self.output} lies in {self.source}: the parts would become part of what "
                 "they are made of; give a folder outside"
             )
-        self.options = importer.options
+        self.options, self._components = importer.options, importer.components
         with file_identity.recorded_identities() as self._files:
             self.task = importer.plan(self.source, self.settings)
         self.shards = self.task.shards
@@ -113,6 +113,26 @@ class Preparation:
                 f"{begun} is damaged ({error}), so nobody can tell what the parts there are "
                 "made of; give an empty folder"
             ) from None
+
+    @cached_property
+    def _code(self) -> str:
+        """Hash of the code that makes the rows."""
+        return provenance.made_by((), self._components).hash
+
+    def _check_code(self) -> None:
+        """Remove scans of another source or of other code.
+
+        Raises ValueError for parts of other code: rows of two versions would stand in one folder.
+        """
+        stated = checksums.read_document(storage.join(self.output, BEGUN))
+        if stated["key"] == self.key and stated.get("code") == self._code:
+            return
+        if self._holds_parts():
+            raise ValueError(
+                f"{self.output} is incomplete, and another version of the code made the parts "
+                "there, by rules that may be others: give an empty folder"
+            )
+        storage.remove_tree(storage.join(self.output, SCANS))
 
     def _holds_parts(self) -> bool:
         """Whether a run that began here has written anything but scans."""
@@ -198,12 +218,13 @@ class Preparation:
             )
             return manifest
         begun = storage.join(self.output, BEGUN)
-        if storage.exists(begun) and self._begun_key() != self.key:
-            storage.remove_tree(storage.join(self.output, SCANS))
+        if storage.exists(begun):
+            self._check_code()
         checksums.write_document(
             begun,
             {
                 "key": self.key,
+                "code": self._code,
                 "importer": self.name,
                 "source": self.source,
                 "options": self.options.model_dump(mode="json"),

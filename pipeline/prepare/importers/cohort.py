@@ -80,6 +80,10 @@ class Cohort(TableImporter):
         self.label = self.definition.label
         self.schema: pa.Schema | None = None
 
+    @property
+    def components(self):
+        return (*super().components, ("cohort", self.task))
+
     def input_splits(self, source: str, part_bytes: int) -> tuple[list[InputSplit], str, Notes]:
         if not self.task:
             raise ValueError(
