@@ -557,3 +557,16 @@ def test_sentiment_sentences_come_back_as_pandas_reads_them(suffix, tmp_path):
     assert sorted(other["sentence"]) == sorted(
         row["text"] for row in rows if row["split"] == "test"
     )
+
+
+def test_ids_beside_fractions_stay_exact(tmp_path):
+    """As floats two of them would become one; without a fraction they are whole numbers."""
+    ids = ["9007199254740993", "123456789012345678", "0.5"]
+    text = "text,id,long\n" + "".join(f"t{i},{id},{ids[0]}\n" for i, id in enumerate(ids))
+    rows, _ = prepare_and_read("csv", write(tmp_path / "a.csv", text), tmp_path / "out")
+    assert {row["text"]: row["id"] for row in rows} == {f"t{i}": id for i, id in enumerate(ids)}
+    assert {row["long"] for row in rows} == {int(ids[0])}
+    lines = "".join(f'{{"text": "t{i}", "number": {id}}}\n' for i, id in enumerate(ids))
+    source = write(tmp_path / "b.jsonl", lines)
+    rows, _ = prepare_and_read("text", source, tmp_path / "texts", "keep=number", "dedup=none")
+    assert {row["number"] for row in rows} == {*ids}

@@ -8,20 +8,40 @@ from typing import Any
 
 import pyarrow as pa
 
+EXACT_IN_FLOAT = 1 << 53
+"""Up to here a float64 holds every whole number."""
+
 
 class ValueType(IntEnum):
-    """Each type holds the values of those before it, except that only a STRING holds a BOOL."""
+    """Each type holds the values of those before it.
+
+    But only a STRING holds a BOOL beside other values, or a LONG_INTEGER beside a FLOAT, which
+    would round it: two ids could become one.
+    """
 
     NULL = 0
     BOOL = 1
     INTEGER = 2
-    FLOAT = 3
-    STRING = 4
+    LONG_INTEGER = 3
+    FLOAT = 4
+    STRING = 5
 
     @property
     def column_type(self) -> pa.DataType:
         """Of a column of such values; one without any value holds strings."""
-        return (pa.string(), pa.bool_(), pa.int64(), pa.float64(), pa.string())[self]
+        if self.is_whole:
+            return pa.int64()
+        return {ValueType.BOOL: pa.bool_(), ValueType.FLOAT: pa.float64()}.get(self, pa.string())
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its values are whole numbers."""
+        return self in (ValueType.INTEGER, ValueType.LONG_INTEGER)
+
+
+def type_of_integer(value: int) -> ValueType:
+    """Return the type of a whole number that int64 holds."""
+    return ValueType.INTEGER if abs(value) <= EXACT_IN_FLOAT else ValueType.LONG_INTEGER
 
 
 def type_of_value(value: Any) -> ValueType:
@@ -31,7 +51,7 @@ def type_of_value(value: Any) -> ValueType:
     if isinstance(value, bool):
         return ValueType.BOOL
     if isinstance(value, int) and abs(value) < 1 << 63:
-        return ValueType.INTEGER
+        return type_of_integer(value)
     return ValueType.FLOAT if isinstance(value, float) else ValueType.STRING
 
 
@@ -39,7 +59,8 @@ def common_type(a: int, b: int) -> ValueType:
     """Return the type that holds the values of both."""
     has_bool = ValueType.BOOL in (a, b)
     is_mixed = has_bool and max(a, b) > ValueType.BOOL
-    return ValueType.STRING if is_mixed else ValueType(max(a, b))
+    is_rounded = {a, b} == {ValueType.LONG_INTEGER, ValueType.FLOAT}
+    return ValueType.STRING if is_mixed or is_rounded else ValueType(max(a, b))
 
 
 def convert(value: Any, value_type: int) -> Any:

@@ -23,8 +23,9 @@ from pipeline.prepare.engine.table_importer import InferredSchema, Scan, TableIm
 from pipeline.prepare.engine.value_types import ValueType, common_type
 from pipeline.prepare.readers.dialect import SUFFIXES, Dialect, type_of_field, value_of_field
 
-NAMES = {"string": ValueType.STRING, "float": ValueType.FLOAT, "int": ValueType.INTEGER}
+NAMES = {"string": ValueType.STRING, "float": ValueType.FLOAT, "int": ValueType.LONG_INTEGER}
 TEXTS = ("text", "text_pair")
+NO_NUMBERS = "no numbers, or whole numbers beyond 2^53 beside fractions, which float would round"
 
 
 class CsvOptions(DelimitedOptions):
@@ -162,7 +163,7 @@ class Csv(TableImporter):
                 is_string = types[name] == ValueType.STRING
                 raise ValueError(
                     f"--set types={name}={given}: it holds values that are "
-                    f"{'no numbers' if is_string else 'no whole numbers'}"
+                    f"{NO_NUMBERS if is_string else 'no whole numbers'}"
                 )
             types[name] = NAMES[given]
         missing = {

@@ -33,7 +33,7 @@ from pipeline.prepare.engine.inputs import (
     plain_suffix,
 )
 from pipeline.prepare.engine.table_importer import InferredSchema, Scan, TableImporter
-from pipeline.prepare.engine.value_types import ValueType, common_type
+from pipeline.prepare.engine.value_types import ValueType, common_type, type_of_integer
 from pipeline.prepare.readers import dialect, parquet
 
 FEW, MANY = 10, 1000
@@ -433,6 +433,8 @@ class _ColumnStatistics:
             self.num_present += count
             is_code = are_ids and isinstance(value, str) and not ID_NUMBER.fullmatch(value)
             value_type = ValueType.STRING if is_code else _type_of(value)
+            if are_ids and value_type == ValueType.INTEGER:
+                value_type = type_of_integer(_convert(value, value_type))
             self.value_type = common_type(self.value_type, value_type)
             self.num_not_numeric += count * (_as_finite_number(value) is None)
             self.num_with_comma += count * bool(COMMA_NUMBER.fullmatch(str(value)))
@@ -473,7 +475,9 @@ def _type_of(value: Any) -> ValueType:
     """Return the type of a value; bools are categories, 1.0 is a whole number."""
     if isinstance(value, str):
         of_field = dialect.type_of_field(value)
-        return _type_of(float(value)) if of_field == ValueType.FLOAT else of_field
+        if of_field == ValueType.FLOAT:
+            return _type_of(float(value))
+        return ValueType.INTEGER if of_field.is_whole else of_field
     if isinstance(value, float):
         is_whole = value.is_integer() and abs(value) < 1 << 53
         return ValueType.INTEGER if is_whole else ValueType.FLOAT
@@ -511,7 +515,7 @@ def _convert(value: Any, value_type: ValueType) -> Any:
         return _as_category(value)
     if value is None or value != value:
         return None
-    if value_type != ValueType.INTEGER:
+    if not value_type.is_whole:
         return float(value)
     is_float = isinstance(value, str) and not dialect.WHOLE.fullmatch(value)
     return int(float(value)) if is_float else int(value)

@@ -18,7 +18,7 @@ from typing import Any
 from pipeline.config import registry
 from pipeline.data.csv_tables import CODE
 from pipeline.prepare.engine.inputs import ROW_BYTES, InputSplit, SplitReader, decoded, plain_suffix
-from pipeline.prepare.engine.value_types import ValueType
+from pipeline.prepare.engine.value_types import ValueType, type_of_integer
 from pipeline.prepare.readers.archives import Entry, Opener
 
 SUFFIXES = (".csv", ".tsv", ".tab")
@@ -247,7 +247,7 @@ def type_of_field(text: str) -> ValueType:
     if not text:
         return ValueType.NULL
     if WHOLE.fullmatch(text):
-        return ValueType.INTEGER
+        return type_of_integer(int(text))
     is_number = NUMBER.fullmatch(text) and not LABEL.fullmatch(text)
     return ValueType.FLOAT if is_number else ValueType.STRING
 
@@ -259,4 +259,4 @@ def value_of_field(text: str, value_type: int) -> Any:
     text = text.strip()
     if not text:
         return None
-    return int(text) if value_type == ValueType.INTEGER else float(text)
+    return int(text) if ValueType(value_type).is_whole else float(text)
