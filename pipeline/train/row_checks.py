@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
 from pipeline.config.registry import BoxOptions
 from pipeline.config.schema import ComponentConfig
 from pipeline.core.arrow_compute import pc
+from pipeline.core.arrow_lists import floats
 from pipeline.core.capabilities import (
     ComparesFeatureNames,
     CountsUnreadText,
@@ -212,6 +215,42 @@ def picture_levels(
     finding = image_io.describe_unused_levels(image.as_py() for image in images)
     text = f"column {column}: the images of {len(images)} training rows {finding}"
     return [Finding(text, is_warning=True)] if finding else []
+
+
+def doubtful_steps(metric: str | None, rows: Selection, columns: dict[str, str]) -> list[Finding]:
+    """Warn where the metric is ``steps``, more of which count as better, though they are worse.
+
+    So it is where an episode ends with success: better episodes are shorter. Demonstrations and
+    random episodes are compared.
+    """
+    if metric != "steps" or not len(rows):
+        return []
+    roles = [f"{who}{role}" for who in ("", "random_") for role in ("steps", "success", "return")]
+    table = manifests.read_columns(rows, columns_of(roles, columns))
+
+    def numbers(role: str) -> np.ndarray:
+        of_both = [columns.get(name) for name in (role, f"random_{role}")]
+        missing = np.full(len(table), np.nan)
+        return np.concatenate([floats(table[name]) if name else missing for name in of_both])
+
+    steps = numbers("steps")
+    for role in ("success", "return"):
+        quality = numbers(role)
+        is_known = np.isfinite(steps) & np.isfinite(quality)
+        lengths, quality = steps[is_known], quality[is_known]
+        if not len(quality) or quality.min() == quality.max():
+            continue
+        is_better = quality > quality.mean()
+        better, others = lengths[is_better].mean(), lengths[~is_better].mean()
+        if better >= others:
+            return []
+        text = (
+            f"metric steps counts longer episodes as better, and in these rows those of higher "
+            f"{role} are shorter (on average {better:.0f} steps, the others {others:.0f}): set "
+            f"metric: {role}"
+        )
+        return [Finding(text, is_warning=True)]
+    return []
 
 
 def doubtful_class_numbers(

@@ -704,6 +704,7 @@ def findings(target: TargetStage, reading: TargetReading) -> list[Finding]:
         *leaks.find_leaks(reading.modality, spec, splits["train"], reading.state),
         *row_checks.null_labels(objective, splits, columns),
         *row_checks.picture_levels(spec.data.modality, splits["train"], columns),
+        *row_checks.doubtful_steps(spec.metric, splits["test"], columns),
         *row_checks.doubtful_class_numbers(spec.objective, splits["train"], columns),
         *row_checks.unshared_names(reading.modality_spec, objective, splits["train"], columns),
         *(_pair_problems(target, reading.state) if _compares_rows(objective) else []),

@@ -263,3 +263,31 @@ def test_names_that_may_be_numbered_from_1_are_a_warning(tmp_path, names, labels
     for one in found:
         assert "no training row has class 0 in column l (the lowest is 1): where" in one.text
         assert one.text.endswith("write the number of each name, {1: ant, ...}")
+
+
+@pytest.mark.parametrize(
+    ("metric", "success", "returns", "warned"),
+    [
+        ("steps", [True, True, False, None], None, "success"),  # it ends where it succeeds
+        ("steps", [False, False, True, None], None, None),  # it ends where it falls
+        ("steps", [True, True, True, None], [-10.0, -12.0, -50.0, None], "return"),
+        ("steps", None, [10.0, 12.0, 50.0, 1.0], None),
+        ("steps", None, None, None),
+        ("success", [True, True, False, None], None, None),
+    ],
+)
+def test_steps_as_metric_where_better_episodes_are_shorter(
+    tmp_path, metric, success, returns, warned
+):
+    table = {"n": [10, 12, 50, None], "s": success, "r": returns, "n0": [50, 50, 50, 50]}
+    present = {name: values for name, values in table.items() if values is not None}
+    rows = selected(tmp_path, "rows", pa.table(present))
+    columns = {"steps": "n", "success": "s", "return": "r", "random_steps": "n0"}
+    columns = {role: name for role, name in columns.items() if table[name] is not None}
+    found = row_checks.doubtful_steps(metric, rows, columns)
+    assert [finding.is_warning for finding in found] == [True] * bool(warned)
+    if warned:
+        assert (
+            f"those of higher {warned} are shorter (on average 11 steps, the others 50): set "
+            in (found[0].text)
+        )
