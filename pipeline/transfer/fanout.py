@@ -360,10 +360,22 @@ def release_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+WORST_METRIC = -1e30
+"""In the place of NaN, which compares with nothing: ASHA would neither count nor stop it."""
+
+
+def _with_finite_metric(result: dict[str, Any]) -> dict[str, Any]:
+    """Return a result of Tune whose metric can be compared."""
+    if math.isfinite(result["signed_metric"]):
+        return result
+    return {**result, "signed_metric": WORST_METRIC}
+
+
 class GroupedASHA(TrialScheduler):
     """ASHA (Li et al. 2020) within each entry.
 
-    Only trials of one source, target, technique and label fraction compete.
+    Only trials of one source, target, technique and label fraction compete. A metric that is not
+    finite, as of a network whose weights are lost, counts as worse than any other.
     """
 
     def __init__(self, entries: dict[int, str]):
@@ -397,11 +409,12 @@ class GroupedASHA(TrialScheduler):
     def on_trial_result(self, tune_controller, trial, result):
         if result.get("finished"):
             return TrialScheduler.CONTINUE
-        return self._of(trial).on_trial_result(tune_controller, trial, result)
+        return self._of(trial).on_trial_result(tune_controller, trial, _with_finite_metric(result))
 
     def on_trial_complete(self, tune_controller, trial, result):
         if not result.get("finished"):
-            self._of(trial).on_trial_complete(tune_controller, trial, result)
+            rivals = self._of(trial)
+            rivals.on_trial_complete(tune_controller, trial, _with_finite_metric(result))
 
     def on_trial_remove(self, tune_controller, trial):
         self._of(trial).on_trial_remove(tune_controller, trial)

@@ -162,6 +162,15 @@ def test_entries_do_not_compete():
     assert play(dict.fromkeys(entries, "one"), signed_metric) == {4: 20.0, 5: 20.0}
 
 
+@pytest.mark.parametrize("lost", [np.nan, -np.inf])
+def test_a_trial_whose_metric_is_not_finite_is_stopped(lost):
+    """It is worse than any other; where all are so, nothing tells which to stop."""
+    entries = dict.fromkeys(range(3), "one")
+    assert play(entries, {0: [0.9] * 5, 1: [0.9] * 5, 2: [lost] * 5}) == {2: 20.0}
+    assert play(entries, {0: [0.1] * 5, 1: [0.1, lost] + [0.1] * 3, 2: [0.1] * 5}) == {1: 40.0}
+    assert play(entries, {unit: [lost] * 5 for unit in range(3)}) == {}
+
+
 def test_trials_of_an_entry_may_come_when_others_are_through():
     scheduler = GroupedASHA({0: "a", 1: "a"})
     first, second = (
