@@ -241,6 +241,10 @@ class Policy(Backbone):
             mask[..., None], features
         )
 
+    def undecayed_parameters(self) -> set[str]:
+        exempt = self.vision.undecayed_parameters() if self.options.vision else ()
+        return {f"vision.{name}" for name in exempt}
+
     def layers(self) -> dict[str, list[str]]:
         out: dict[str, list[str]] = {}
         if self.options.vision:

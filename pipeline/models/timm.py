@@ -180,6 +180,13 @@ class Timm(Backbone):
                 notes.append(f"{name}: resampled to a window of {window[0]} x {window[1]} patches")
         return out, notes
 
+    def undecayed_parameters(self) -> set[str]:
+        """Return what timm's ``no_weight_decay`` names: class tokens, position embeddings and bias
+        tables.
+        """
+        exempt = getattr(self.model, "no_weight_decay", set)()
+        return {f"model.{name}" for name in exempt}
+
     def layers(self) -> dict[str, list[str]]:
         if hasattr(self.model, "group_matcher"):
             groups = group_parameters(self.model, self.model.group_matcher(coarse=False))

@@ -214,10 +214,11 @@ class AdaptedTask(Task):
         return {layer: list(names) for layer, names in self._layers.items()}
 
     def undecayed_parameters(self) -> set[str]:
-        """Return the adapters' parameters that multiply weights: at 0 the layer would be gone."""
-        return {
+        """Add the adapters' parameters that multiply weights: at 0 the layer would be gone."""
+        multipliers = {
             name for name, _ in self.named_parameters() if MULTIPLIERS.intersection(name.split("."))
         }
+        return super().undecayed_parameters() | multipliers
 
     def _hold_in_4_bits(self, name: str) -> None:
         """Put a layer whose weight is held in 4 bits in the place of a linear layer."""

@@ -245,6 +245,19 @@ class _PhaseState:
             else:
                 current.copy_(backup)
 
+    def restore_optimizer(self, saved: dict[str, Any]) -> None:
+        """Put the optimiser into the state of a resume point.
+
+        Raises ValueError where other code wrote it, which grouped the parameters in another way.
+        """
+        sizes = [len(group["params"]) for group in saved["param_groups"]]
+        if sizes != [len(group["params"]) for group in self.groups]:
+            raise ValueError(
+                "the resume point was written by other code, which gave other parameters a rate or "
+                "weight decay of their own: start again with --remake changed"
+            )
+        self.optimizer.load_state_dict(saved)
+
     def set_lr(self, phase: Phase, step_in_phase: int, train: Train) -> None:
         """Set the learning rate of every group for a step of the phase."""
         if phase.factor:
@@ -346,7 +359,7 @@ def fit(run: TrainingRun) -> TrainingOutcome:
                     run.keeper.start_phase()
                 if saved and step == start:
                     if saved["phase"] == phase_number:
-                        state.optimizer.load_state_dict(saved["optimizer"])
+                        state.restore_optimizer(saved["optimizer"])
                     checkpoint.restore_rng(saved, run.seed, ranks)
             phase = phases[phase_number]
             step_in_phase = step - phase_starts[phase_number]

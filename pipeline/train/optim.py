@@ -116,7 +116,8 @@ class ParameterGroup(TypedDict):
 def parameter_groups(task: Task, rates: dict[str, float], train: Train) -> list[ParameterGroup]:
     """Make optimiser groups of equal rate and decay.
 
-    Vectors and scalars (norms, biases) have no weight decay, nor have `Task.undecayed_parameters`.
+    Vectors and scalars (norms, biases) have no weight decay, nor have `Task.undecayed_parameters`,
+    as in timm (Wightman 2019).
     """
     undecayed = task.undecayed_parameters()
     out: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -208,7 +209,9 @@ class WeightAverage:
 
     Args:
         share: Share of the newest weights in the average after a step.
-        statistics: Whether norm statistics are averaged too.
+        statistics: Whether norm statistics are averaged too, as timm's ModelEmaV3 does unless it is
+            given ``exclude_buffers``. Otherwise they are the newest ones, as in torch's
+            AveragedModel: they are running averages already, of the newest weights' activations.
     """
 
     def __init__(self, task: nn.Module, share: Callable[[int], float], statistics: bool = False):

@@ -32,7 +32,7 @@ from toys import (
 
 from pipeline.config.registry import Options
 from pipeline.config.schema import Train
-from pipeline.core.contracts import Batch, Technique
+from pipeline.core.contracts import Batch, Task, Technique
 from pipeline.data.stream import LoadedBatch
 from pipeline.io import storage
 from pipeline.techniques.linear_probe import LinearProbe
@@ -802,6 +802,16 @@ def test_resume_points_that_are_all_damaged_are_refused(rows, validation, tmp_pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-0000000006", "step-0000000009"], (
         "the two newest are kept, and none was removed"
     )
+
+
+def test_a_resume_point_of_other_parameter_groups_is_refused(
+    rows, validation, tmp_path, monkeypatch
+):
+    """Moments of one parameter would go to another, or torch would not say what to do."""
+    loop.fit(resumable(rows, validation, tmp_path, "full"))
+    monkeypatch.setattr(Task, "undecayed_parameters", lambda self: {"objective.head.weight"})
+    with pytest.raises(ValueError, match=r"written by other code, .*--remake changed"):
+        loop.fit(resumable(rows, validation, tmp_path, "full"))
 
 
 @pytest.mark.parametrize(

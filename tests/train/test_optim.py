@@ -7,11 +7,14 @@ import math
 
 import pytest
 import torch
+from timm.optim import param_groups_weight_decay
 from torch import nn
 from toys import furthest, net_task, weights
 
+from pipeline.config import registry
 from pipeline.config.schema import Train
-from pipeline.train import optim
+from pipeline.core.specs import Architecture, ObjectiveSpec
+from pipeline.train import dry_checks, optim
 
 
 def train(**words) -> Train:
@@ -100,6 +103,25 @@ def test_vectors_and_scalars_are_not_decayed_and_rates_scale_the_peak():
         "objective.head.weight": (0.5, 0.3),
         "objective.head.bias": (0.5, 0.0),
     }
+
+
+@pytest.mark.parametrize(
+    "name", ["test_vit", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"]
+)
+def test_timm_backbones_decay_what_timm_decays(name):
+    """Position embeddings, class tokens and bias tables are not decayed, nor are they in timm."""
+    inputs = {"channels": 3, "size": 224}
+    state = {"labels": ["a", "b"], "counts": [1, 1]}
+    options = registry.get("objective", "classification").options_class().model_dump()
+    objective = ObjectiveSpec("classification", options, state)
+    task = dry_checks.build_task(Architecture(f"timm/{name}", {}, inputs), objective)
+    model = task.backbone.model
+    rates = dict.fromkeys(dict(task.named_parameters()), 1.0)
+    groups = optim.parameter_groups(task, rates, train(weight_decay=0.5))
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    theirs = param_groups_weight_decay(model, 0.5, no_weight_decay_list=model.no_weight_decay())
+    expected = {id(p) for group in theirs if group["weight_decay"] for p in group["params"]}
+    assert decayed - {id(task.objective.head.weight)} == expected
 
 
 def test_decay_moves_matrices_alone():

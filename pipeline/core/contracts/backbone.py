@@ -133,6 +133,10 @@ class Backbone(nn.Module, ABC):
         Every parameter is in exactly one layer.
         """
 
+    def undecayed_parameters(self) -> set[str]:
+        """Return the names of matrices that have no weight decay, such as position embeddings."""
+        return set()
+
     def convert_checkpoint(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Convert a checkpoint's tensors to this input: resample position embeddings, sum colours.
 

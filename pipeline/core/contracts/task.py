@@ -51,9 +51,10 @@ class Task(nn.Module):
     def undecayed_parameters(self) -> set[str]:
         """Return the names of parameters that must have no weight decay although they are matrices.
 
-        They multiply weights, and do nothing at 1, not at 0: scales of IA3, lengths of DoRA.
+        Those that the backbone names, and what multiplies weights, which does nothing at 1, not at
+        0: scales of IA3, lengths of DoRA.
         """
-        return set()
+        return {f"backbone.{name}" for name in self.backbone.undecayed_parameters()}
 
 
 class Ensemble(Task):
