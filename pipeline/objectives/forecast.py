@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.config.registry import Options, register
-from pipeline.core.contracts import Backbone, Batch, Objective
+from pipeline.core.contracts import Backbone, Batch
+from pipeline.core.nn.position_losses import PositionLosses
 from pipeline.core.rng import uniform
 from pipeline.core.specs import State
 
@@ -43,7 +44,7 @@ class ForecastOptions(Options):
 
 
 @register("objective", "forecast", options=ForecastOptions)
-class Forecast(Objective):
+class Forecast(PositionLosses):
     """Forecast the mean standardised value of each variable over the next ``horizon`` hours.
 
     The loss is the squared error over the variables that are measured there; an error counts up to
@@ -156,10 +157,8 @@ class Forecast(Objective):
         pooled = backbone(seen).pooled
         return pooled[:, None], hours, seen["mask"].any(1, keepdim=True), pooled
 
-    def row_losses(
-        self, backbone: Backbone, batch: Batch
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return (B, T) losses, which count, and (B, T) parts of them to log."""
+    def position_losses(self, backbone: Backbone, batch: Batch):
+        """Return (B, T) losses of the hours forecast from, which count, and what is logged."""
         features, hours, real, pooled = self._features(backbone, batch)
         mean, present = self.ahead(batch, hours)
         real = real & present.any(2) & (hours <= self.latest)
@@ -178,13 +177,3 @@ class Forecast(Objective):
             "measured": present.float().mean(2) * real,
         }
         return losses * real, real.float(), logs
-
-    def loss(self, backbone: Backbone, batch: Batch):
-        losses, real, logs = self.row_losses(backbone, batch)
-        logs = {name: value.detach().sum() for name, value in logs.items()}
-        return losses.sum(), real.sum(), logs
-
-    def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        """Return ``loss``, summed over the hours forecast from, and their ``count``, (B,) each."""
-        losses, real, _ = self.row_losses(backbone, batch)
-        return {"loss": losses.sum(1), "count": real.sum(1)}

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.config.registry import Options, register
-from pipeline.core.contracts import Backbone, Batch, Objective
+from pipeline.core.contracts import Backbone, Batch
 from pipeline.core.contracts.backbone_capabilities import (
     causal_head_settings,
     longest_continued,
@@ -32,6 +32,7 @@ from pipeline.core.contracts.backbone_capabilities import (
 )
 from pipeline.core.contracts.objective_capabilities import TransformersHead
 from pipeline.core.inputs import Inputs
+from pipeline.core.nn.position_losses import PositionLosses
 from pipeline.core.rng import uniform
 from pipeline.core.specs import State
 
@@ -69,7 +70,7 @@ class CausalOptions(Options):
 
 
 @register("objective", "mlm", options=MaskedOptions)
-class MaskedLM(Objective):
+class MaskedLM(PositionLosses):
     """Masked language modelling.
 
     Every row predicts at most the same number of positions. So shapes are fixed, and scores over
@@ -228,8 +229,8 @@ class MaskedLM(Objective):
 
     # ---------------------------------------------------------------- loss and predictions
 
-    def _rows(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return losses, weights and hits, (B, k) each."""
+    def position_losses(self, backbone: Backbone, batch: Batch):
+        """Return losses, weights and hits of the tokens that may be hidden, (B, k) each."""
         positions, valid, tokens = self.chosen_positions(batch)
         masked = batch.replace(tokens=tokens)
         hidden = backbone(masked, want=("tokens",)).tokens
@@ -242,7 +243,7 @@ class MaskedLM(Objective):
         losses = F.cross_entropy(flat_scores, target.flatten(), reduction="none")
         weight = valid.to(losses.dtype)
         hits = (scores.argmax(-1) == target) & valid
-        return losses.view_as(target) * weight, weight, hits
+        return losses.view_as(target) * weight, weight, {"accuracy": hits}
 
     def _scores(self, backbone: Backbone, hidden: Tensor) -> Tensor:
         """Return (..., V) scores of the vocabulary for (..., D) states."""
@@ -251,18 +252,13 @@ class MaskedLM(Objective):
     def logits(self, backbone, batch):
         return self._scores(backbone, backbone(batch, want=("tokens",)).tokens)
 
-    def loss(self, backbone: Backbone, batch: Batch):
-        losses, weight, hits = self._rows(backbone, batch)
-        return losses.sum(), weight.sum(), {"accuracy": hits.sum()}
-
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         """Return ``loss`` and ``count`` (B,), and ``bytes`` (B,) where the batch has them.
 
         Bytes are those of the predicted share of the tokens that encode text, unknown words
         among them, which are never predicted.
         """
-        losses, weight, _ = self._rows(backbone, batch)
-        predictions = {"loss": losses.sum(1), "count": weight.sum(1)}
+        predictions = super().predict(backbone, batch)
         if "bytes" in batch.data:
             is_text = ~torch.isin(batch["tokens"], self.silent)  # type: ignore[arg-type]
             num_text = is_text.sum(1).clamp(min=1)
@@ -275,7 +271,7 @@ class MaskedLM(Objective):
 
 
 @register("objective", "clm", options=CausalOptions)
-class CausalLM(Objective):
+class CausalLM(PositionLosses):
     """Next-token prediction within each document.
 
     The output is the token embedding, or a layer ``output`` where the family has one (Llama).
@@ -332,7 +328,7 @@ class CausalLM(Objective):
         self.vocabulary: int = backbone.arch.inputs["vocabulary"]
         self.pad_id, _, self.begin_id, self.end_id, _ = backbone.arch.inputs["specials"]
 
-    def _rows(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
+    def position_losses(self, backbone: Backbone, batch: Batch):
         """Return losses and weights (B, N - 1) of the tokens behind the first one."""
         hidden = backbone(batch, want=("tokens",)).tokens
         assert hidden is not None
@@ -349,7 +345,7 @@ class CausalLM(Objective):
             reduction="none",
             ignore_index=IGNORED,
         )
-        return losses.view_as(target), real.to(losses.dtype)
+        return losses.view_as(target), real.to(losses.dtype), {}
 
     def _scores(self, backbone: Backbone, hidden: Tensor) -> Tensor:
         """Return (..., V) scores of the vocabulary for (..., D) states."""
@@ -362,16 +358,12 @@ class CausalLM(Objective):
     def logits(self, backbone, batch):
         return self._scores(backbone, backbone(batch, want=("tokens",)).tokens)
 
-    def loss(self, backbone: Backbone, batch: Batch):
-        losses, weight = self._rows(backbone, batch)
-        return losses.sum(), weight.sum(), {}
-
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         """Return ``loss`` and ``count`` (B,), and ``bytes`` (B,) where the batch has them.
 
         With ``generate`` also ``generated`` (B, generate) ids, -1 behind their end.
         """
-        losses, weight = self._rows(backbone, batch)
+        losses, weight, _ = self.position_losses(backbone, batch)
         predictions = {"loss": losses.sum(1), "count": weight.sum(1)}
         if "bytes" in batch.data:
             # a document's first token is followed by another one, an end of text is not

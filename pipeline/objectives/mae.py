@@ -12,8 +12,9 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from pipeline.config.registry import Options, register
-from pipeline.core.contracts import Backbone, Batch, Objective
+from pipeline.core.contracts import Backbone, Batch
 from pipeline.core.contracts.backbone_capabilities import patch_size
+from pipeline.core.nn.position_losses import PositionLosses
 from pipeline.core.rng import uniform
 from pipeline.core.specs import State
 
@@ -36,7 +37,7 @@ class MAEOptions(Options):
 
 
 @register("objective", "mae", options=MAEOptions)
-class MAE(Objective):
+class MAE(PositionLosses):
     """Masked autoencoder pretraining: a small decoder predicts the pixels of hidden patches.
 
     The backbone reads the visible patches alone. The loss of a patch is its mean squared error
@@ -140,8 +141,8 @@ class MAE(Objective):
         of_hidden = decoded[:, prefix:].gather(1, hidden)
         return self.pixels(of_hidden)
 
-    def _rows(self, backbone: Backbone, batch: Batch) -> Tensor:
-        """Return (B, H) losses."""
+    def position_losses(self, backbone: Backbone, batch: Batch):
+        """Return (B, H) losses of the hidden patches; all of them count."""
         mask = self.masks(batch.keys)
         features = backbone(batch, token_mask=mask, want=("tokens",))
         assert features.tokens is not None
@@ -151,14 +152,5 @@ class MAE(Objective):
         difference = predicted - target.gather(1, hidden)
         losses = difference.square().mean(-1)
         # a pooling layer with weights is part of the graph: DDP waits for every gradient
-        return losses + 0.0 * features.pooled.sum()
-
-    def loss(self, backbone: Backbone, batch: Batch):
-        losses = self._rows(backbone, batch)
-        return losses.sum(), losses.new_full((), float(losses.numel())), {}
-
-    def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        """Return ``loss``, summed over the hidden patches, and their ``count``, both (B,)."""
-        losses = self._rows(backbone, batch)
-        count = losses.new_full((len(batch),), float(self.hidden))
-        return {"loss": losses.sum(1), "count": count}
+        losses = losses + 0.0 * features.pooled.sum()
+        return losses, torch.ones_like(losses), {}

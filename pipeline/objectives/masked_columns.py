@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.config.registry import Options, register
-from pipeline.core.contracts import Backbone, Batch, Objective
+from pipeline.core.contracts import Backbone, Batch
+from pipeline.core.nn.position_losses import PositionLosses
 from pipeline.core.rng import uniform
 from pipeline.core.specs import State
 
@@ -32,7 +33,7 @@ class MaskedColumnsOptions(Options):
 
 
 @register("objective", "masked_columns", options=MaskedColumnsOptions)
-class MaskedColumns(Objective):
+class MaskedColumns(PositionLosses):
     """Masked pretraining on rows of a table: predict hidden numbers and texts from the others.
 
     Hidden numbers and texts are missing for the backbone. Linear heads on the pooled features
@@ -63,8 +64,8 @@ class MaskedColumns(Objective):
         self.numbers, self.codes = inputs["numbers"], inputs["codes"]
         self.head = nn.Linear(backbone.pooled_dim, self.numbers + self.codes)
 
-    def _losses(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return (B,) losses, (B,) which rows count, and what is logged, (B,) each."""
+    def position_losses(self, backbone: Backbone, batch: Batch):
+        """Return (B,) losses, 1 or 0 for rows that count, and what is logged."""
         known, codes = batch["numbers_known"], batch["codes"]
         share = self.options.share
         hidden = known & (uniform(batch.keys, known.shape[1], NUMBERS) < share)
@@ -92,16 +93,6 @@ class MaskedColumns(Objective):
         losses = number_error + self.options.weight * text_loss
         parts = {"number_error": number_error, "zero_error": zero_error, "text_loss": text_loss}
         return losses, counts.float(), parts
-
-    def loss(self, backbone: Backbone, batch: Batch):
-        losses, counts, logs = self._losses(backbone, batch)
-        logs = {name: value.detach().sum() for name, value in logs.items()}
-        return losses.sum(), counts.sum(), logs
-
-    def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        """Return ``loss`` and ``count``, 0 for rows of which nothing is hidden, both (B,)."""
-        losses, counts, _ = self._losses(backbone, batch)
-        return {"loss": losses, "count": counts}
 
 
 def _mean_where(values: Tensor, counted: Tensor) -> Tensor:

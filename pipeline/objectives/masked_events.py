@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.config.registry import Options, register
-from pipeline.core.contracts import Backbone, Batch, Objective
+from pipeline.core.contracts import Backbone, Batch
+from pipeline.core.nn.position_losses import PositionLosses
 from pipeline.core.rng import uniform
 from pipeline.core.specs import State
 
@@ -38,7 +39,7 @@ class MaskedEventsOptions(Options):
 
 
 @register("objective", "masked_events", options=MaskedEventsOptions)
-class MaskedEvents(Objective):
+class MaskedEvents(PositionLosses):
     """Masked pretraining on events: predict hidden values, and which variables lost events.
 
     The loss of a row is the mean squared error of its hidden standardised values, plus ``weight``
@@ -96,20 +97,10 @@ class MaskedEvents(Objective):
         entropy = F.binary_cross_entropy_with_logits(logits, is_left_out, reduction="none")
         return error, entropy.mean(1), hidden.any(1), mask.any(1)
 
-    def _losses(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return (B,) losses, (B,) which rows count, and what is logged, (B,) each."""
+    def position_losses(self, backbone: Backbone, batch: Batch):
+        """Return (B,) losses, 1 or 0 for rows that count, and what is logged."""
         error, entropy, has_hidden, has_events = self._rows(backbone, batch)
         values = error * has_hidden
         events = entropy * has_events
         losses = values + self.options.weight * events
         return losses, has_events.float(), {"value_error": values, "events_loss": events}
-
-    def loss(self, backbone: Backbone, batch: Batch):
-        losses, counts, logs = self._losses(backbone, batch)
-        logs = {name: value.detach().sum() for name, value in logs.items()}
-        return losses.sum(), counts.sum(), logs
-
-    def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        """Return ``loss`` and ``count``, 0 for rows without events, both (B,)."""
-        losses, counts, _ = self._losses(backbone, batch)
-        return {"loss": losses, "count": counts}

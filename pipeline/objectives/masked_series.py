@@ -10,8 +10,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.config.registry import Options, register
-from pipeline.core.contracts import Backbone, Batch, Objective
+from pipeline.core.contracts import Backbone, Batch
 from pipeline.core.contracts.backbone_capabilities import patch_steps
+from pipeline.core.nn.position_losses import PositionLosses
 from pipeline.core.rng import uniform
 from pipeline.core.specs import State
 
@@ -31,7 +32,7 @@ class MaskedSeriesOptions(Options):
 
 
 @register("objective", "masked_series", options=MaskedSeriesOptions)
-class MaskedSeries(Objective):
+class MaskedSeries(PositionLosses):
     """Masked pretraining on series: predict hidden patches from the others.
 
     A hidden patch is missing for the backbone. Missing numbers are replaced by the mean of the
@@ -68,8 +69,8 @@ class MaskedSeries(Objective):
         by_step = chosen.view(b, patches, width).repeat_interleave(self.steps, 1)
         return by_step.expand(b, t, c)
 
-    def _losses(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return (B,) losses, and (B,) 1 for rows that count."""
+    def position_losses(self, backbone: Backbone, batch: Batch):
+        """Return (B,) losses, and 1 or 0 for rows that count."""
         known, series = batch["known"], batch["series"]
         hidden = self.hidden(batch)
         seen = known & ~hidden
@@ -83,13 +84,4 @@ class MaskedSeries(Objective):
         is_target = known & hidden & seen.any(1, keepdim=True)
         squares = (predicted - (series - mean)).square() * is_target
         losses = squares.sum((1, 2)) / is_target.sum((1, 2)).clamp(min=1)
-        return losses, is_target.any(2).any(1).float()
-
-    def loss(self, backbone: Backbone, batch: Batch):
-        losses, counts = self._losses(backbone, batch)
-        return losses.sum(), counts.sum(), {}
-
-    def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        """Return ``loss`` and ``count``, 0 for rows of which nothing is hidden, both (B,)."""
-        losses, counts = self._losses(backbone, batch)
-        return {"loss": losses, "count": counts}
+        return losses, is_target.any(2).any(1).float(), {}

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.config.registry import Options, register
-from pipeline.core.contracts import Backbone, Batch, Objective
+from pipeline.core.contracts import Backbone, Batch
 from pipeline.core.contracts.backbone_capabilities import predicts_samples
+from pipeline.core.nn.position_losses import PositionLosses
 from pipeline.core.rng import uniform
 from pipeline.core.specs import State
 
@@ -39,7 +40,7 @@ class NextSampleOptions(Options):
 
 
 @register("objective", "next_sample", options=NextSampleOptions)
-class NextSample(Objective):
+class NextSample(PositionLosses):
     """Next-sample prediction: a softmax over the 256 mu-law levels of a sample (WaveNet).
 
     The head reads the sum of the skip connections: ReLU, 1 x 1, ReLU, 1 x 1 (van den Oord et al.
@@ -92,7 +93,7 @@ class NextSample(Objective):
         samples = start[:, None] + torch.arange(self.crop, device=wave.device)
         return batch.replace(wave=wave.gather(1, samples), mask=mask.gather(1, samples))
 
-    def row_losses(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def position_losses(self, backbone: Backbone, batch: Batch):
         """Return (B, n - 1) losses in nats, weights and hits of the samples behind the first."""
         batch = self.cropped(batch)
         features = backbone(batch, want=("latent",))
@@ -106,19 +107,12 @@ class NextSample(Objective):
         # the layers over tokens are part of the graph: DDP waits for every gradient
         losses = losses + 0.0 * features.pooled.sum()
         hits = (scores.argmax(-1) == levels) & weight
-        return losses, weight.float(), hits
+        return losses, weight.float(), {"accuracy": hits}
 
     def loss(self, backbone: Backbone, batch: Batch):
-        losses, weight, hits = self.row_losses(backbone, batch)
-        total = losses.sum()
-        logs = {"bits_per_sample": total.detach() / math.log(2), "accuracy": hits.sum()}
-        return total, weight.sum(), logs
+        total, count, logs = super().loss(backbone, batch)
+        return total, count, {"bits_per_sample": total.detach() / math.log(2), **logs}
 
     def after_training(self, backbone: Backbone) -> None:
         """Initialise the layers over tokens anew: nothing trained them."""
         backbone.renew_frames()  # type: ignore[operator]
-
-    def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        """Return ``loss`` in nats and ``count``, the samples that were predicted, both (B,)."""
-        losses, weight, _ = self.row_losses(backbone, batch)
-        return {"loss": losses.sum(1), "count": weight.sum(1)}

@@ -105,7 +105,7 @@ def test_what_the_window_cuts_off_is_no_absence(rows):
     measured there.
     """
     made, batch = task(rows, "forecast", horizon=6.0), take(rows, np.arange(8))
-    _, real, _ = made.objective.row_losses(made.backbone, batch)
+    _, real, _ = made.objective.position_losses(made.backbone, batch)
     hours = made.backbone(batch).stages["times"]
     assert real[hours == 18.0].any() and not real[hours > 18.0].any() and (hours > 18.0).any()
     with pytest.raises(ValueError, match="24 hours ahead are as many as the window has"):

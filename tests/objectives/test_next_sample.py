@@ -85,7 +85,7 @@ def test_a_prediction_sees_the_past_alone():
         return seen[-1]
 
     task.backbone.embed.register_forward_hook(watch)
-    losses = task.objective.row_losses(task.backbone, waves(40))[0][0]
+    losses = task.objective.position_losses(task.backbone, waves(40))[0][0]
     field = task.backbone.receptive_field
     for t in range(1, 40):
         own = torch.autograd.grad(losses[t - 1], seen[0], retain_graph=True)[0][0].abs().sum(1)
