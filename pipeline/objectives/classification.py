@@ -20,11 +20,12 @@ from torch.nn import functional as F
 from pipeline.config.registry import ClassHeadOptions, nearest, register
 from pipeline.core import arrow_lists
 from pipeline.core.arrow_compute import pc
-from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
+from pipeline.core.contracts import Arrays, Backbone, Batch
 from pipeline.core.contracts.objective_capabilities import TransformersHead
 from pipeline.core.metrics import calibration
 from pipeline.core.nn import losses
 from pipeline.core.nn.eager import eager
+from pipeline.core.nn.linear_head import PooledHead, head_inputs
 from pipeline.core.rng import uniform
 
 _BETA, _CUT = 101, 102
@@ -97,7 +98,7 @@ class ClassificationState(TypedDict):
 
 
 @register("objective", "classification", options=ClassificationOptions)
-class Classification(Objective):
+class Classification(PooledHead):
     """Classification: a linear head on the pooled features."""
 
     state: ClassificationState
@@ -203,9 +204,7 @@ class Classification(Objective):
 
     def scores(self, pooled: Tensor) -> Tensor:
         """Return logits (B, C) of pooled features (B, D)."""
-        if self.options.norm:
-            pooled = F.layer_norm(pooled, pooled.shape[-1:])
-        return self.head(F.dropout(pooled, self.options.dropout, self.training))
+        return self.head(head_inputs(pooled, self.options, self.training))
 
     # ---------------------------------------------------------------- loss
 
@@ -239,7 +238,7 @@ class Classification(Objective):
     def loss(self, backbone: Backbone, batch: Batch):
         if self.options.mixes_inputs and self.training:
             return self._mixed_loss(backbone, batch)
-        return self.head_loss(backbone(batch).pooled, batch)
+        return super().loss(backbone, batch)
 
     def _mixed_loss(self, backbone: Backbone, batch: Batch):
         """Return the loss of mixed images, each label weighed by its image's share."""
@@ -259,9 +258,6 @@ class Classification(Objective):
         return total, count, {"accuracy": hits.detach()}
 
     # ---------------------------------------------------------------- predictions
-
-    def head_predict(self, features: Tensor, batch: Batch) -> dict[str, Tensor]:
-        return self.predict_scores(self.scores(features).float(), batch)
 
     def predict_scores(self, scores: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return ``scores`` (B, C), with labels ``label`` and ``loss``, and the ``threshold``."""
@@ -287,12 +283,6 @@ class Classification(Objective):
                 device=scores.device,
             )
         return predictions
-
-    def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        return self.head_predict(backbone(batch).pooled, batch)
-
-    def logits(self, backbone, batch):
-        return self.predict(backbone, batch)["scores"]
 
     def raw_outputs(self, backbone, batch):
         """`scores` (B, C): one for each of `labels`. Their softmax are the probabilities."""

@@ -22,6 +22,7 @@ from pipeline.core.arrow_lists import floats, is_list, is_number, joined, length
 from pipeline.core.contracts import Arrays, Backbone, Batch, Features, Objective
 from pipeline.core.metrics import calibration
 from pipeline.core.nn import losses
+from pipeline.core.nn.linear_head import head_inputs
 from pipeline.core.ragged import ragged
 
 
@@ -253,9 +254,7 @@ class Hourly(Objective):
 
     def _head_scores(self, read: Tensor, log_age: Tensor) -> Tensor:
         """Return scores (B, M, C) of tokens (B, M, D) and of time (B, M, 1)."""
-        if self.options.norm:
-            read = F.layer_norm(read, read.shape[-1:])
-        read = F.dropout(read, self.options.dropout, self.training)
+        read = head_inputs(read, self.options, self.training)
         inputs = torch.cat([read, log_age.to(read.dtype)], dim=-1)
         return self.head(inputs).float()
 

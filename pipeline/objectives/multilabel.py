@@ -17,10 +17,11 @@ from torch.nn import functional as F
 from pipeline.config.registry import ClassHeadOptions, nearest, register
 from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import is_list
-from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
+from pipeline.core.contracts import Arrays, Backbone, Batch
 from pipeline.core.contracts.objective_capabilities import TransformersHead
 from pipeline.core.metrics import calibration
 from pipeline.core.nn import losses
+from pipeline.core.nn.linear_head import PooledHead, head_inputs
 
 
 class MultilabelOptions(ClassHeadOptions):
@@ -66,7 +67,7 @@ class MultilabelState(TypedDict):
 
 
 @register("objective", "multilabel", options=MultilabelOptions)
-class Multilabel(Objective):
+class Multilabel(PooledHead):
     """Multi-label classification: a linear head on the pooled features, one logit per label.
 
     Binary cross entropy, summed over rows and averaged over labels.
@@ -145,10 +146,8 @@ class Multilabel(Objective):
 
     def scores(self, pooled: Tensor) -> Tensor:
         """Return logits (B, L) of pooled features (B, D)."""
-        if self.options.norm:
-            pooled = F.layer_norm(pooled, pooled.shape[-1:])
-        pooled = F.dropout(pooled, self.options.dropout, self.training)
-        return losses.at_least_float32(self.head(pooled))
+        inputs = head_inputs(pooled, self.options, self.training)
+        return losses.at_least_float32(self.head(inputs))
 
     def _pos_weight(self, device: torch.device) -> Tensor | None:
         """Return (L,) negatives a positive. No buffer: a stack of heads shares its template's."""
@@ -176,12 +175,6 @@ class Multilabel(Objective):
         count = torch.full((), float(labels.shape[0]), device=labels.device)
         return row_losses.mean(-1).sum(), count, {}
 
-    def loss(self, backbone: Backbone, batch: Batch):
-        return self.head_loss(backbone(batch).pooled, batch)
-
-    def head_predict(self, features: Tensor, batch: Batch) -> dict[str, Tensor]:
-        return self.predict_scores(self.scores(features), batch)
-
     def predict_scores(self, scores: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return ``scores`` (B, L), and with labels ``labels``, ``loss`` and ``min_positives``."""
         return self._calibrated(scores, batch.data.get("labels"))
@@ -205,12 +198,6 @@ class Multilabel(Objective):
             "loss": row_losses.mean(-1),
             "min_positives": torch.full((rows,), least, dtype=torch.int32, device=labels.device),
         }
-
-    def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        return self.head_predict(backbone(batch).pooled, batch)
-
-    def logits(self, backbone, batch):
-        return self.predict(backbone, batch)["scores"]
 
     def raw_outputs(self, backbone, batch):
         """`scores` (B, L): one for each of `labels`. Their sigmoid are the probabilities."""

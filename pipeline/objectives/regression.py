@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.config.registry import LinearHeadOptions, register
-from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
+from pipeline.core.contracts import Arrays, Backbone, Batch
 from pipeline.core.contracts.objective_capabilities import TransformersHead
 from pipeline.core.nn import losses
+from pipeline.core.nn.linear_head import PooledHead, head_inputs
 from pipeline.core.nn.losses import without_autocast
 
 LOSSES = {"squared": F.mse_loss, "absolute": F.l1_loss, "huber": F.huber_loss}
@@ -45,7 +46,7 @@ class RegressionState(TypedDict):
 
 
 @register("objective", "regression", options=RegressionOptions)
-class Regression(Objective):
+class Regression(PooledHead):
     """Regression: a linear head on the pooled features that predicts one number a row.
 
     The number is standardised by mean and deviation of the training rows, so learning rates and
@@ -123,9 +124,7 @@ class Regression(Objective):
         would get the same.
         """
         pooled = losses.at_least_float32(pooled)
-        if self.options.norm:
-            pooled = F.layer_norm(pooled, pooled.shape[-1:])
-        pooled = F.dropout(pooled, self.options.dropout, self.training)
+        pooled = head_inputs(pooled, self.options, self.training)
         with without_autocast(pooled):
             return self.head(pooled)
 
@@ -137,12 +136,6 @@ class Regression(Objective):
         row_losses = self._losses(self.scores(features)[:, 0], batch["value"])
         count = torch.full((), float(len(row_losses)), device=row_losses.device)
         return row_losses.sum(), count, {}
-
-    def loss(self, backbone: Backbone, batch: Batch):
-        return self.head_loss(backbone(batch).pooled, batch)
-
-    def head_predict(self, features: Tensor, batch: Batch) -> dict[str, Tensor]:
-        return self.predict_scores(self.scores(features), batch)
 
     def predict_scores(self, scores: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return ``prediction`` (B,) float64, and with labels ``value`` and ``loss``.
@@ -171,9 +164,6 @@ class Regression(Objective):
             averaged["value"] = first["value"]
             averaged["loss"] = self._losses(*((one - shift) / scale for one in both))
         return averaged
-
-    def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        return self.head_predict(backbone(batch).pooled, batch)
 
     def logits(self, backbone, batch):
         return self.raw_outputs(backbone, batch)["prediction"][:, None]

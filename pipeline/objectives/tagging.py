@@ -20,6 +20,7 @@ from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import is_list
 from pipeline.core.contracts import Arrays, Backbone, Batch, Features, Objective
 from pipeline.core.contracts.objective_capabilities import TransformersHead
+from pipeline.core.nn.linear_head import head_inputs
 from pipeline.media.tagging_schemes import Tagset, check, scheme, texts
 
 MAX_TAGS = int(np.iinfo(np.int16).max)
@@ -254,11 +255,8 @@ class Tagging(Objective):
         return self._scores(features), features
 
     def _scores(self, features: Features) -> Tensor:
-        tokens = features.tokens
-        assert tokens is not None
-        if self.options.norm:
-            tokens = F.layer_norm(tokens, tokens.shape[-1:])
-        tokens = F.dropout(tokens, self.options.dropout, self.training)
+        assert features.tokens is not None
+        tokens = head_inputs(features.tokens, self.options, self.training)
         return self.head(tokens).float()
 
     def logits(self, backbone, batch):

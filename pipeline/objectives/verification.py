@@ -19,6 +19,7 @@ from pipeline.config.registry import LinearHeadOptions, register
 from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
 from pipeline.core.identity_numbers import identity_numbers
 from pipeline.core.nn import losses
+from pipeline.core.nn.linear_head import head_inputs
 
 MIN_SINE_SQUARED = 1e-7
 """Least squared sine of an angle.
@@ -145,9 +146,7 @@ class Verification(Objective):
         In float32 under autocast too: bfloat16 has 3 digits, and many pairs would be equal.
         """
         pooled = losses.at_least_float32(pooled)
-        if self.options.norm:
-            pooled = F.layer_norm(pooled, pooled.shape[-1:])
-        pooled = F.dropout(pooled, self.options.dropout, self.training)
+        pooled = head_inputs(pooled, self.options, self.training)
         with losses.without_autocast(pooled):
             return F.normalize(self.projection(pooled), dim=-1)
 
