@@ -27,7 +27,7 @@ from pipeline.core.contracts import Backbone, Modality, Objective, Task
 from pipeline.core.contracts.backbone_capabilities import limits_rows
 from pipeline.core.contracts.objective_capabilities import carries_labels, rescales_scores
 from pipeline.core.specs import NO_OBJECTIVE, Architecture, ModalitySpec, ObjectiveSpec, Spec
-from pipeline.io import atomic_folder, s3, storage
+from pipeline.io import atomic_folder, places, s3, storage
 from pipeline.io.json_values import JsonObject
 
 FORMAT_VERSION = 2
@@ -221,7 +221,8 @@ def transfer(
 def carry_head(task: Task, bundle: Bundle) -> str:
     """Load the bundle's head when its labels have the same names, in any order.
 
-    Labels decide, not shapes: a head for other labels is new. One whose labels are letters
+    Labels decide, not shapes: a head for other labels is new, and so is one that reads other
+    features (option ``norm``). One whose labels are letters
     (`CarriesLabels`) keeps those that both have.
 
     Returns:
@@ -233,6 +234,10 @@ def carry_head(task: Task, bundle: Bundle) -> str:
             f"new head: the objective was {source_objective.name}, now it is "
             f"{objective.registered_name}"
         )
+    options = objective.options
+    source_options = type(options)(**source_objective.options)
+    if getattr(source_options, "norm", None) != getattr(options, "norm", None):
+        return "new head: the bundle's was trained with another norm"
     outcome = load_head(objective, bundle.head_tensors(), source_objective.state.get("labels"))
     if (
         outcome.startswith("head kept")
@@ -373,6 +378,17 @@ class Manifest:
     def build_modality(self) -> Modality:
         """Return the modality as it was fitted, for rows that the backbone can read."""
         return build_modality(limit_modality(self.modality, self.arch)[0])
+
+    def to_publish(self) -> Manifest:
+        """Return the manifest of a whole bundle that names no place of this machine."""
+        return replace(
+            self,
+            modality=without_folders("modality", self.modality),
+            objective=without_folders("objective", self.objective),
+            base=None,
+            parent=None if self.parent is None else places.without_places(self.parent),
+            training=places.json_without_places(self.training),
+        )
 
     def to_json(self) -> JsonObject:
         """The manifest as its folder's JSON, without the checksums, which writing the folder

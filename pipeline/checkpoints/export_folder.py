@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pipeline.checkpoints import bundle, export_check, graph
-from pipeline.io import atomic_folder, storage
+from pipeline.io import atomic_folder, places, storage
 
 EXPORTED = "onetomany.json"
 """File of an exported folder with its origin and the checksum of each file."""
@@ -58,7 +58,7 @@ def commit(saved: bundle.Bundle, output: str, backbone_only: bool, write: Write)
         raise ValueError(f"{output} is there already; give a new folder, or remove it first")
     metadata: dict[str, object] = {
         "kind": "export",
-        "bundle": saved.uri,
+        "bundle": places.without_places(saved.uri),  # the folder may be published
         "sha256_of_bundle": saved.manifest.sha256,
         "backbone_only": backbone_only,
         "versions": bundle.versions(),

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.checkpoints import export_check
+from pipeline.checkpoints import export_check, recurrent_shapes
 from pipeline.checkpoints.bundle import Bundle, BundleError, Manifest
 from pipeline.config import registry
 from pipeline.core.contracts import Batch, Modality, Task
@@ -122,12 +122,13 @@ def trace(saved: Bundle, backbone_only: bool) -> Graph:
         for name in names
     }
     try:
-        program = torch.export.export(
-            _Network(model, compute).eval(),
-            (inputs[0],),
-            dynamic_shapes=({name: dynamic[name] for name in names},),
-            strict=False,
-        )
+        with recurrent_shapes.known_shapes():
+            program = torch.export.export(
+                _Network(model, compute).eval(),
+                (inputs[0],),
+                dynamic_shapes=({name: dynamic[name] for name in names},),
+                strict=False,
+            )
     except Exception as error:  # torch raises many kinds; each says which operator it stopped at
         raise BundleError(
             f"{saved.uri}: torch.export cannot trace {saved.manifest.arch.name} with "

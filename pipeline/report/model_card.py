@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pipeline.checkpoints import bundle
 from pipeline.checkpoints.bundle import Manifest
-from pipeline.io import storage
+from pipeline.io import places, storage
 from pipeline.report import results, trial_folder
 from pipeline.report.results import ResultRow
 
@@ -285,7 +285,7 @@ def _making(manifest: Manifest, row: ResultRow | None) -> list[str]:
     libraries = ("onetomany", "torch", "timm", "transformers", "peft")
     named = [f"{one} {manifest.versions[one]}" for one in libraries if one in manifest.versions]
     facts["versions"] = ", ".join(named)
-    cells = [[name, without_places(str(value))] for name, value in facts.items() if value]
+    cells = [[name, places.without_places(str(value))] for name, value in facts.items() if value]
     return ["## How it was made", _table(["", ""], cells)]
 
 
@@ -294,14 +294,15 @@ def _data(manifest: Manifest, rows: Sequence[ResultRow], licence: str) -> list[s
     lines: list[str] = []
     if rows:
         first = rows[0]
+        origin = places.without_places(first.split_origin or "")
         lines.append(
             f"Trained and tested on the target `{first.target}`: {first.n_train} training rows, "
             f"{first.n_eval} rows of {first.split}"
-            + (f". Splits: {without_places(first.split_origin)}" if first.split_origin else "")
+            + (f". Splits: {origin}" if origin else "")
             + "."
         )
     elif splits := manifest.training.get("splits"):
-        lines.append(f"Rows: {without_places(str(splits))}.")
+        lines.append(f"Rows: {places.without_places(str(splits))}.")
     if manifest.columns:
         columns = ", ".join(f"{role} (`{name}`)" for role, name in manifest.columns.items())
         lines.append(f"Columns that it was trained on: {columns}.")
@@ -350,12 +351,3 @@ def with_licence(card: str, licence: str) -> str:
     stated = f"{LICENCE}: {header.license}."
     header.license = licence
     return str(changed).replace(stated, f"{LICENCE}: {licence}.")
-
-
-def without_places(text: str) -> str:
-    """Return a text with the last part alone of each place on a disk or in a bucket.
-
-    The user name, password and query of an address are cut too.
-    """
-    text = storage.without_secrets(text).replace("://***@", "://").replace("?***", "")
-    return re.sub(r"(?:\w+://|(?<![\w.])~?/)(?:[^\s,;'\"|]*/)?(?=[^\s/,;'\"|])", "", text)

@@ -6,16 +6,13 @@ import json
 import posixpath
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 
 from pipeline.checkpoints import bundle
 from pipeline.checkpoints.export_folder import EXPORTED
-from pipeline.io import atomic_folder, storage
+from pipeline.io import atomic_folder, places, storage
 from pipeline.io.wording import plural
 from pipeline.prepare import lerobot_export
 from pipeline.report import model_card
@@ -93,15 +90,7 @@ def _repository(to: str) -> str | None:
 def _copy_bundle(uri: str, folder: Path, licence: str) -> None:
     """Write a bundle whole, with a manifest that names no place of this machine."""
     whole = bundle.load(uri)
-    parent = whole.manifest.parent
-    manifest = replace(
-        whole.manifest,
-        modality=bundle.without_folders("modality", whole.manifest.modality),
-        objective=bundle.without_folders("objective", whole.manifest.objective),
-        base=None,
-        parent=None if parent is None else model_card.without_places(parent),
-        training=_without_places(whole.manifest.training),
-    )
+    manifest = whole.manifest.to_publish()
     with storage.scratch_folder() as scratch:
         weights = Path(scratch, "weights.safetensors")
         save_file(whole.tensors, weights)
@@ -127,21 +116,14 @@ def _copy_export(uri: str, folder: Path, licence: str) -> None:
         for name in described["files"]:  # and nothing that somebody has put beside them
             Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(Path(source, name), Path(folder, name))
-    origin = str(described.get("bundle", ""))
-    described = _without_places(described)
+    described = places.json_without_places(described)
     text = json.dumps(atomic_folder.with_checksum(described), indent=2, sort_keys=True)
     Path(folder, EXPORTED).write_text(text + "\n", encoding="utf-8")
     is_taken = model_card.FILE in described["files"]
     name = BESIDE_README if is_taken else model_card.FILE
-    if bundle.exists(origin):
-        card = model_card.model_card(origin, licence, files=described["files"])
-    else:
-        card = _written_card(uri, name, licence)
+    card = _written_card(uri, name, licence)
     if card is None:
-        raise ValueError(
-            f"{uri}: its model card {name} is gone, and the bundle {origin} is not there to write "
-            "it again: export the bundle once more"
-        )
+        raise ValueError(f"{uri}: its model card {name} is gone: export the bundle once more")
     Path(folder, name).write_text(card, encoding="utf-8")
 
 
@@ -155,17 +137,6 @@ def _written_card(folder: str, name: str, licence: str) -> str | None:
         return None
     text = storage.read_bytes(place).decode(errors="replace")
     return model_card.with_licence(text, licence) if model_card.is_card(text) else None
-
-
-def _without_places(value: Any) -> Any:
-    """Return JSON with the last part alone of each place on a disk in its texts."""
-    if isinstance(value, str):
-        return model_card.without_places(value)
-    if isinstance(value, Mapping):
-        return {name: _without_places(one) for name, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_places(one) for one in value]
-    return value
 
 
 def _put(folder: Path, to: str) -> None:

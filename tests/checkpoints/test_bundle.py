@@ -4,11 +4,13 @@ it did.
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from contract_rows import OBJECTIVES
 from toys import image_rows, label_state, net_task, take, task_of, weights
 
 from pipeline.checkpoints import bundle
@@ -238,6 +240,24 @@ def test_a_head_for_other_features_is_new(tmp_path):
     """The same labels, but another backbone's width."""
     wide = make(seed=1, name="timm/test_resnet")
     assert bundle.carry_head(wide, loaded(make(), tmp_path)) == "new head: its options differ"
+
+
+@pytest.mark.parametrize("objective", ["classification", "tagging"])
+def test_a_head_with_another_norm_is_new(objective, tmp_path):
+    """It has the same shapes and labels, and reads other features."""
+    task = OBJECTIVES[objective].build(objective).task
+    spec = ObjectiveSpec(objective, task.objective.options.model_dump(), task.objective.state)
+    saved = loaded(task, tmp_path)
+    other = replace(spec, options={**spec.options, "norm": not spec.options["norm"]})
+    for asked, expected in (
+        (spec, "head kept"),
+        (other, "new head: the bundle's was trained with"),
+    ):
+        new = bundle.build_task(task.backbone.arch, asked, seed=5)
+        before = weights(new.objective)
+        assert bundle.carry_head(new, saved).startswith(expected)
+        is_same = all(torch.equal(before[n], t) for n, t in weights(new.objective).items())
+        assert is_same == (asked is other)
 
 
 # ---------------------------------------------------------------- transfer

@@ -180,6 +180,26 @@ def test_labels_of_each_hour_are_traced_at_all_hours(tmp_path):
     assert theirs.std(1).min() > 1e-4
 
 
+@pytest.mark.parametrize("kind", ["torch-export", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_a_long_recurrent_network_is_traced_without_its_steps(kind, tmp_path, monkeypatch):
+    """torch would run each of 2000 hours to know a shape, which takes minutes."""
+    from torch._decomp import decompositions
+
+    def refuse(*arguments):
+        raise AssertionError("a step is run")
+
+    monkeypatch.setattr(decompositions, "gru_cell", refuse)
+    case = OBJECTIVES["hourly"].build("hourly")
+    modality = case.rows.decoder.modality
+    options = modality.options.model_copy(update={"hours": 2000.0})
+    modality = type(modality)(options, modality.state)
+    state = {**case.task.objective.state, "hours": 2000.0}
+    task = task_of("events/gru", modality.inputs(), "hourly", state, **BACKBONES["events/gru"][1])
+    uri = saved(tmp_path, task, modality)
+    said = export.export_bundle(uri, str(tmp_path / "out"), kind, False)
+    assert "largest difference of scores in batches of 4, 1, 3, 2 rows" in said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["policy/mlp", "policy/transformer"])
 def test_a_policy_is_exported_with_its_statistics(architecture, tmp_path):

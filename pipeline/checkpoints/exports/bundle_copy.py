@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import (
@@ -18,9 +17,9 @@ from pipeline.io import atomic_folder, storage
 @register("export", "bundle")
 def export(saved: bundle.Bundle, output: str, backbone_only: bool) -> str:
     """A verified copy of the folder, whole where it held what differs from another one: this
-    program.
+    program. It names no folder of this machine.
     """
-    manifest = replace(saved.manifest, base=None)
+    manifest = saved.manifest.to_publish()
     with storage.scratch_folder() as scratch:
         path = Path(scratch, "weights.safetensors")
         save_file(saved.tensors, path)

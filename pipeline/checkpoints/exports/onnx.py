@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 
-from pipeline.checkpoints import export_check, export_folder, graph, graph_readme
+from pipeline.checkpoints import (
+    export_check,
+    export_folder,
+    graph,
+    graph_readme,
+    recurrent_shapes,
+)
 from pipeline.checkpoints.bundle import Bundle, BundleError
 from pipeline.config import extras
 from pipeline.config.registry import register
@@ -72,7 +78,11 @@ def _translated(saved: Bundle, traced: graph.Graph) -> Any:
     """
     inputs = traced.samples[0][0]
     try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            redirect_stdout(io.StringIO()),
+            recurrent_shapes.known_shapes(),
+        ):
             warnings.simplefilter("ignore")
             untyped: Any = torch.onnx
             program = untyped.export(
