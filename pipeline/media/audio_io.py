@@ -70,6 +70,9 @@ FULL_SCALE = {
     "PCM_S8": 127 / 128,
 }
 """Largest sample of a subtype where it is below 0.9999: 32767 of 32768 is 0.99997."""
+MIN_MEAN_ENERGY = 0.02
+"""Least energy of the mean of n channels, times n, as a share of theirs: n where all are alike, 1
+where they have nothing in common, 0 where one of two is the other inverted."""
 MAX_PEAK = 16.0
 """Times full scale that samples of a floating-point file may reach. Beyond it the file is probably
 in integer scale (32768 is full there) and nearly all of it would be clipped.
@@ -310,7 +313,7 @@ def decode(
     Raises:
         BrokenAudioError: not a sound file, no samples, fewer samples than the header promises, a
             piece after the recording's end, samples that are not finite or above 16 times full
-            scale.
+            scale, channels that cancel each other.
         LongAudioError: more than ``max_seconds``; raised before they are read.
     """
     _, samples, rate, _ = _read(data, start, seconds, max_seconds, sixteen_at)
@@ -371,6 +374,13 @@ def _read(
             "are in integer scale; divide them by what is full there (ffmpeg -i in.wav -af "
             "volume=1/32768 out.wav)"
         )
+    if channels.shape[1] > 1:
+        least = MIN_MEAN_ENERGY * np.square(channels).mean() / channels.shape[1]
+        if np.square(samples).mean() < least:
+            raise BrokenAudioError(
+                "its channels cancel each other in their mean, as where one is the other inverted: "
+                "keep one of them (ffmpeg -i in.wav -af pan='mono|c0=c0' out.wav)"
+            )
     return channels, samples, rate, subtype
 
 

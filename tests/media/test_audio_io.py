@@ -81,6 +81,18 @@ def test_every_kind_decodes_to_its_samples(form, subtype, seconds):
     assert audio_io.inspect(io.BytesIO(data)) == info
 
 
+def test_channels_that_cancel_each_other_are_told():
+    """Their mean is silence. Unlike channels, one that is silent and silence are none of these."""
+    rng = np.random.default_rng(0)
+    one, other = rng.uniform(-0.5, 0.5, (2, 1000))
+    for inverted in (-one, -0.98 * one + 0.01 * other):
+        with pytest.raises(audio_io.BrokenAudioError, match="channels cancel each other"):
+            audio_io.decode(saved(np.stack([one, inverted], axis=1)))
+    for fine in (other, 0 * one, one, -0.5 * one):
+        assert len(audio_io.decode(saved(np.stack([one, fine], axis=1)))[0]) == 1000
+    audio_io.decode(saved(np.zeros((1000, 2))))
+
+
 def test_channels_are_averaged():
     channels = np.random.default_rng(0).uniform(-0.5, 0.5, (1000, 5)).astype(np.float32)
     found, _ = audio_io.decode(saved(channels, subtype="FLOAT"))
@@ -407,10 +419,10 @@ def test_samples_that_are_no_numbers(wrong):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_floating_point_samples_in_integer_scale_are_told(subtype, sign):
     """16 times full scale is let through, as loud as nobody writes it; beyond it nearly all samples
-    would be clipped. Channels may cancel each other.
+    would be clipped. Channels may have unlike signs.
     """
     samples = np.zeros((800, 2))
-    samples[5] = [20_000.0 * sign, -20_000.0 * sign]
+    samples[5] = [20_000.0 * sign, -10_000.0 * sign]
     for data in (saved(samples, subtype=subtype), saved(samples[:, 0], subtype=subtype)):
         for work in (audio_io.decode, audio_io.measure):
             with pytest.raises(
@@ -557,7 +569,7 @@ def test_level():
 )
 def test_clipping_is_seen_in_samples_of_any_width_and_in_one_channel(form, subtype):
     loud, quiet = np.clip(tone(amplitude=3.0), -1, 1), tone(amplitude=0.9)
-    for samples in (loud, np.stack([quiet, loud], 1), np.stack([loud, -loud], 1)):
+    for samples in (loud, np.stack([quiet, loud], 1), np.stack([loud, -0.5 * loud], 1)):
         found, _, peak, clipped = audio_io.measure(saved(samples, form=form, subtype=subtype))
         assert (
             peak > 0.98
