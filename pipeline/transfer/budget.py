@@ -325,8 +325,8 @@ def decide(
         allocations: What each may spend (`allocate`).
         values: Value of each trial on validation rows, by its id, larger is better; None: it failed
             or has no value. Trials that have not ended are left out.
-        losses: Loss on validation rows of each that has a value. It compares short runs of equal
-            value, as where no word or box is right yet.
+        losses: Loss on validation rows of each that has a value. It compares trials of equal value:
+            few rows are often all right, and after a short run no word or box may be right yet.
     """
     history, out = History(), Decision()
     for target in dict.fromkeys(bracket.target for bracket in brackets):
@@ -385,9 +385,8 @@ def _decide(
         out.tried += [one for one in trials.values() if one.id in values and one not in out.tried]
         if out.waiting:
             return out
-        losses_of_rung = losses if RUNGS[rung] < 1 else {}
         measured = {
-            pair: (_sort_value(values[one.id]), -losses_of_rung.get(one.id, math.inf))
+            pair: (_sort_value(values[one.id]), -losses.get(one.id, math.inf))
             for pair, one in trials.items()
         }
         out.ranks_among_sources = out.ranks_among_sources or ranks_among_sources(measured)

@@ -290,6 +290,19 @@ def test_short_runs_of_equal_value_are_compared_by_their_loss():
     assert {trial.source for trial in found.waiting[1:]} == {"c"}, "the loss orders the others"
 
 
+def test_trials_with_all_steps_of_equal_value_are_compared_by_their_loss():
+    """A few validation rows are often all right, and then the loss still tells."""
+    one = bracket()
+    trials = {trial.id: pair for pair in one.pairs for trial in pair.rungs}
+    values = {name: 1.0 - 0.1 * SOURCES.index(name[0]) for name in trials}
+    for technique in ("lp_ft", "bitfit", "full", "linear_probe", "lora"):
+        losses = {name: float(technique not in name) for name in trials if name.endswith("1")}
+        found = budget.decide([one], spend(14, one), values, losses)
+        assert kept(found, one) == [f"a|task|{technique}"]
+    worse = values | {"a|task|lora|1": 0.95}
+    assert kept(budget.decide([one], spend(14, one), worse, losses), one) != ["a|task|lora"]
+
+
 def test_decisions_do_not_depend_on_where_a_job_was_killed():
     """With any part of the values recorded, what follows is the same."""
     brackets = [bracket("first"), bracket("second")]
