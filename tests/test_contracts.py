@@ -580,6 +580,25 @@ def test_a_technique_says_when_to_use_it(technique):
     assert re.search(r"(19|20)\d\d", page) or "As `" in page
 
 
+def page(kind: str, name: str) -> str:
+    """The documentation that ``onetomany objectives NAME`` and the like print."""
+    return " ".join(registry.entry(kind, name).documentation.split())
+
+
+@pytest.mark.parametrize("kind", ["objective", "model", "score"])
+def test_a_page_says_when_to_use_the_component_and_names_its_paper(kind):
+    for name in registry.names(kind):
+        text = page(kind, name)
+        assert re.search(r"\b(Use|Take) (it|this|`)", text), f"{kind} {name}: when to use it"
+        assert re.search(r"\b(19|20)\d\d\b", text), f"{kind} {name}: its paper"
+
+
+def test_the_page_of_a_baseline_names_its_paper():
+    known_to_all = {"majority"}
+    for name in set(registry.names("baseline")) - known_to_all:
+        assert re.search(r"\b(19|20)\d\d\b", page("baseline", name)), name
+
+
 def test_scratch_may_be_given_more_steps_than_others():
     kind = registry.get("technique", "scratch")
     assert [kind(kind.options_class(budget=budget)).steps(40) for budget in (1.0, 2.5, 0.001)] == [

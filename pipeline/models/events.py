@@ -39,6 +39,9 @@ class EventsModelOptions(Options):
 class EventsBackbone(Backbone):
     """Networks for records of events (modality ``events``).
 
+    Use ``gru`` for predictions of each hour, and where only the past may be read; ``strats``
+    where few of many variables are measured.
+
     ``gru``: a GRU over a grid of hours.
 
     - A step is ``bin`` hours long. It has three numbers for every variable: its last mean value,

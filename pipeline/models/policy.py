@@ -59,6 +59,9 @@ class PolicyOptions(Options):
 class Policy(Backbone):
     """Networks for episodes of observations and actions (modality ``trajectory``).
 
+    Use ``mlp`` where the last observations say enough, and few demonstrations are there;
+    ``transformer`` where the policy must remember.
+
     ``mlp``: the encoded observations of the last ``window`` steps, concatenated (0 before the
     start), then ``layers`` times linear, GELU, dropout. It does not read actions.
 

@@ -33,6 +33,10 @@ class FTTransformerOptions(Options):
 class FTTransformer(Backbone):
     """FT-Transformer for rows of a table (modality ``table``).
 
+    Use it for tables of numbers and categories; compare it with ``baselines: [boosted_trees]``,
+    which is hard to beat. Gorishniy et al. 2021, "Revisiting Deep Learning Models for Tabular
+    Data".
+
     The tokens of a row are [CLS], one for each number x_k (x_k W_k + b_k), and one for each
     category, which has a vector of its own (section 3.3 of the paper). Missing numbers and unknown
     categories have no token. The blocks have their norms first (pre-norm; the first block has no

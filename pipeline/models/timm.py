@@ -43,6 +43,9 @@ class TimmOptions(Options):
 class Timm(Backbone):
     """A timm model without its classifier; its parameters keep timm's names.
 
+    Use it for images; ``timm-hub:NAME.TAG`` brings published weights. Wightman 2019, "PyTorch
+    Image Models".
+
     Input: ``image`` (B, C, size, size).
 
     - ``pooled``: what timm feeds its classifier (VGG: 4096 numbers)

@@ -113,6 +113,9 @@ class TorchaudioOptions(Options):
 class Torchaudio(Backbone):
     """Speech recognisers over log-mel frames, without their output layer.
 
+    Use it to train a recogniser of speech from the start. Deep Speech (Hannun et al. 2014),
+    Deep Speech 2 (Amodei et al. 2016), Conformer (Gulati et al. 2020).
+
     - ``deepspeech``: torchaudio's modules, whose parameters keep their names. The neighbours of
       each frame are stacked here, as in its paper; torchaudio leaves that to the caller.
     - ``deepspeech2``: has layer norms instead of the paper's batch norms, whose statistics would

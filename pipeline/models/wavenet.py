@@ -68,6 +68,9 @@ class WaveNetOptions(Options):
 class WaveNet(Backbone):
     """WaveNet over the samples of a recording (van den Oord et al. 2016).
 
+    Use it to pretrain on the samples themselves (``next_sample``). It is slow: it has a step
+    for each sample.
+
     Input: ``wave`` (B, n) float32 in [-1, 1] with ``mask`` (B, n).
 
     Each sample becomes one of 256 mu-law levels, and each level has a vector (a 1 x 1 convolution

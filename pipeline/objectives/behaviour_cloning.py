@@ -103,6 +103,10 @@ class BehaviourCloningState(TypedDict):
 class BehaviourCloning(Objective):
     """Behaviour cloning: predict the actions of demonstrations from what is known before them.
 
+    It needs demonstrations (modality ``trajectory``) and a ``policy/...`` backbone. Use it to
+    imitate an expert whose actions are recorded; demonstrations of what to do after a mistake
+    help, as the policy meets states that the expert never saw (Ross et al. 2011).
+
     What is predicted: from what is known at step t, the actions t to t + ``chunk`` - 1 (action
     chunks, Zhao et al. 2023, "Learning Fine-Grained Bimanual Manipulation with Low-Cost Hardware").
     Each space has a linear decoder (``decoders.<space>``) on the tokens of a causal backbone. Steps

@@ -99,7 +99,12 @@ class ClassificationState(TypedDict):
 
 @register("objective", "classification", options=ClassificationOptions)
 class Classification(PooledHead):
-    """Classification: a linear head on the pooled features."""
+    """Classification: a linear head on the pooled features.
+
+    Use it where each row has one class of several; where a row has several labels, take
+    ``multilabel``, and for a number ``regression``. The loss is the cross entropy of a softmax
+    (Bridle 1990).
+    """
 
     state: ClassificationState
     roles = ("label",)

@@ -123,6 +123,10 @@ class CLIP(Objective):
     """CLIP: bring a row nearer to its own caption than to the other captions, and each caption
     nearer to its own row.
 
+    It needs rows with captions, best many thousands. Use it to pretrain without class labels,
+    and to name classes by texts (``zero_shot``). Radford et al. 2021, "Learning Transferable
+    Visual Models From Natural Language Supervision".
+
     Columns: ``caption``, a text, and where an image has several captions, each in a row of its own,
     ``image_id``, which is the same in its rows. Tensors: ``caption`` (B, L) int32 token ids,
     ``caption_lengths`` (B,), and ``caption_number`` and ``image_number`` (B,), the same where the

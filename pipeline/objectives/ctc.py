@@ -133,6 +133,9 @@ class TimedWord(TypedDict):
 class CTC(Objective):
     """Speech recognition with CTC: a linear head on frames, over all alignments of a transcript.
 
+    It needs recordings with transcripts. Use it to recognise speech; no times of words or
+    letters are needed. Graves et al. 2006, "Connectionist Temporal Classification".
+
     Columns: ``transcript``, a text. Tensors: ``transcript`` (B, L) int32 label numbers, from 1
     on, and ``transcript_lengths`` (B,). Label 0 is the blank.
 

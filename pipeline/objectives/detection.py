@@ -48,6 +48,10 @@ class DetectionOptions(BoxOptions):
 class Detection(BoxObjective):
     """Object detection: boxes and their classes.
 
+    It needs images with boxes, and a backbone with feature maps. Use it to find objects and
+    their classes. ``method: fcos`` (Tian et al. 2019) has one stage and fewer settings,
+    ``faster_rcnn`` (Ren et al. 2015) two stages. Both read a feature pyramid (Lin et al. 2017).
+
     Columns, by role. An empty list is an image without objects.
 
     - ``boxes``: a list of 4 numbers for each object

@@ -45,6 +45,9 @@ class DynamicsOptions(Options):
 class Dynamics(Objective):
     """Forward and inverse dynamics: predict the next observation, and the action between two steps.
 
+    It needs episodes with actions, not rewards or an expert, and a ``policy/...`` backbone. Use
+    it to pretrain on random or mixed behaviour of a robot.
+
     Each space has two heads on a causal backbone's tokens, for every step that has a next one.
 
     ``forward_heads.<space>`` predicts the change of the observation from t to t + 1, from token t

@@ -47,6 +47,10 @@ class ForecastOptions(Options):
 class Forecast(PositionLosses):
     """Forecast the mean standardised value of each variable over the next ``horizon`` hours.
 
+    It needs records of events (modality ``events``) of some hours. Use it to pretrain
+    ``events/gru`` or ``events/strats`` without outcomes. Tipirneni and Reddy 2022 (STraTS, section
+    3.3).
+
     The loss is the squared error over the variables that are measured there; an error counts up to
     5 standard deviations. To this ``presence`` times the cross entropy of whether they are measured
     is added. Both are averaged over all variables.

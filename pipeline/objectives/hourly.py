@@ -71,6 +71,9 @@ class HourlyState(TypedDict):
 class Hourly(Objective):
     """Labels of each hour: a linear head on a causal backbone's tokens, read at the label's time.
 
+    Use it where a row has a label for each hour, such as the risk of dying within a day. It
+    needs a causal backbone (``events/gru``).
+
     The label at time t is predicted from the last token that holds events and ends at t or before,
     and from log(1 + hours since then). Before the first such token a learned start vector takes its
     place. Tokens without events are not used, because the place where a row's tokens end would

@@ -73,6 +73,9 @@ class CausalOptions(Options):
 class MaskedLM(PositionLosses):
     """Masked language modelling.
 
+    It needs texts and an encoder (BERT, RoBERTa and the like). Use it to pretrain, or to train
+    a checkpoint further, on texts without labels.
+
     Every row predicts at most the same number of positions. So shapes are fixed, and scores over
     the vocabulary are computed for these positions only. Padding does not count: in a batch with
     long texts the same tokens of a short text are masked as when it is alone.
@@ -273,6 +276,10 @@ class MaskedLM(PositionLosses):
 @register("objective", "clm", options=CausalOptions)
 class CausalLM(PositionLosses):
     """Next-token prediction within each document.
+
+    It needs texts and a decoder (``transformers/gpt2``, Llama, Qwen and the like). Use it to
+    pretrain, or to train a checkpoint further, on texts without labels, or to write texts.
+    Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training".
 
     The output is the token embedding, or a layer ``output`` where the family has one (Llama).
 

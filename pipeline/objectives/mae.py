@@ -40,6 +40,11 @@ class MAEOptions(Options):
 class MAE(PositionLosses):
     """Masked autoencoder pretraining: a small decoder predicts the pixels of hidden patches.
 
+    It needs images alone, and a plain vision transformer (``timm/vit_*``, ``timm/deit_*``). Use it
+    to pretrain one without labels: it is cheaper a step than ``dino``, and pays with full
+    fine-tuning more than with a linear probe. He et al. 2022, "Masked Autoencoders Are Scalable
+    Vision Learners".
+
     The backbone reads the visible patches alone. The loss of a patch is its mean squared error
     over channels and pixels; patches count once each. Which patches are hidden follows from the
     row's key.

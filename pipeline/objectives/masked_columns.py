@@ -36,6 +36,9 @@ class MaskedColumnsOptions(Options):
 class MaskedColumns(PositionLosses):
     """Masked pretraining on rows of a table: predict hidden numbers and texts from the others.
 
+    It needs rows of a table (modality ``table``). Use it to pretrain ``table/ft_transformer`` where
+    few rows have a label.
+
     Hidden numbers and texts are missing for the backbone. Linear heads on the pooled features
     predict them; a target starts from these features. The loss of a row is the mean squared error
     of its hidden standardised numbers, plus ``weight`` times the cross entropy of which texts are

@@ -42,6 +42,10 @@ class MaskedEventsOptions(Options):
 class MaskedEvents(PositionLosses):
     """Masked pretraining on events: predict hidden values, and which variables lost events.
 
+    It needs records of events (modality ``events``) and ``events/strats``; for ``events/gru`` take
+    ``forecast``. Use it to pretrain without outcomes. It is masked modelling (Devlin et al. 2019)
+    of a set of events.
+
     The loss of a row is the mean squared error of its hidden standardised values, plus ``weight``
     times the cross entropy of the variables left out, averaged over variables. What is hidden
     follows from the row's key, in evaluation too, so that evaluations can be compared. Rows

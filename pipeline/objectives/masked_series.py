@@ -35,6 +35,10 @@ class MaskedSeriesOptions(Options):
 class MaskedSeries(PositionLosses):
     """Masked pretraining on series: predict hidden patches from the others.
 
+    It needs rows of modality ``series``, and ``hf/patchtst`` or ``hf/patchtsmixer`` with
+    ``patch_stride`` equal to ``patch_length``. Use it to pretrain on recordings without labels. Nie
+    et al. 2023, "A Time Series is Worth 64 Words" (PatchTST).
+
     A hidden patch is missing for the backbone. Missing numbers are replaced by the mean of the
     channel's other numbers in the row, whatever option ``missing`` says. A linear layer on the
     token of the patch predicts how far its numbers are from that mean, in standard deviations of

@@ -70,6 +70,10 @@ class MultilabelState(TypedDict):
 class Multilabel(PooledHead):
     """Multi-label classification: a linear head on the pooled features, one logit per label.
 
+    Use it where a row may have several labels or none, such as findings or diagnoses; each
+    label is its own yes or no (binary relevance, Boutell et al. 2004). Where each row has one
+    class, take ``classification``.
+
     Binary cross entropy, summed over rows and averaged over labels.
 
     The ``labels`` column holds lists of texts or integers, or texts with a separator. A null, an

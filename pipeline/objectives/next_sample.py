@@ -43,6 +43,9 @@ class NextSampleOptions(Options):
 class NextSample(PositionLosses):
     """Next-sample prediction: a softmax over the 256 mu-law levels of a sample (WaveNet).
 
+    It needs recordings alone, and the backbone ``wavenet/wavenet``. Use it to pretrain that
+    network without transcripts.
+
     The head reads the sum of the skip connections: ReLU, 1 x 1, ReLU, 1 x 1 (van den Oord et al.
     2016, section 2.2 and figure 4). The loss is in nats, in float32, summed over the samples that
     have one before them in their crop; ``bits_per_sample`` is logged.

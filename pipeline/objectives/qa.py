@@ -64,6 +64,9 @@ class QAState(TypedDict):
 class QuestionAnswering(Objective):
     """Extractive question answering: a linear head scores tokens as start and end (BERT).
 
+    It needs questions, contexts, and answers that are parts of the contexts. Use it to find the
+    answer in a text, not to write one.
+
     The modality reads the question as ``text`` and the context as ``text_pair``, which it cuts into
     windows.
 

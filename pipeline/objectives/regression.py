@@ -49,6 +49,10 @@ class RegressionState(TypedDict):
 class Regression(PooledHead):
     """Regression: a linear head on the pooled features that predicts one number a row.
 
+    Use it to predict a number, such as a price, an age or a duration; for ordered grades
+    ``classification`` with metric ``kappa`` may fit better. The loss is the squared error, or
+    Huber's (Huber 1964), which suits numbers with a few far values.
+
     The number is standardised by mean and deviation of the training rows, so learning rates and
     penalties do not depend on its unit. Predictions and metrics are in the unit of the column;
     ``loss`` is that of the standardised number. If rows have several numbers, write a target for

@@ -78,6 +78,9 @@ class TaggingState(TypedDict):
 class Tagging(Objective):
     """Tagging of words: a linear head on the first sub-token of each (Devlin et al. 2019).
 
+    It needs lists of words with a tag for each. Use it to find names or other entities in
+    texts, or parts of speech.
+
     The column ``tags`` is a list of texts or numbers, one for each word of the column ``text``,
     which is then a list of words.
 

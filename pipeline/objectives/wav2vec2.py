@@ -133,6 +133,11 @@ class Compared:
 class Wav2Vec2Pretraining(Objective):
     """wav2vec 2.0 pretraining: tell a hidden frame's code from those of other hidden frames.
 
+    It needs recordings alone, best hundreds of hours, and ``transformers/wav2vec2``,
+    ``torchaudio/deepspeech2`` or ``torchaudio/conformer``. Use it to pretrain a recogniser where
+    few recordings have transcripts. Baevski et al. 2020, "wav2vec 2.0: A Framework for
+    Self-Supervised Learning of Speech Representations".
+
     The context network predicts, at every hidden frame, the frame's own code (equation 3; equal
     codes are not distractors). Spans, distractors and Gumbel noise follow from the row's key. A
     recording with fewer frames than a span, or with a single hidden frame, takes no part.

@@ -20,7 +20,9 @@ from pipeline.core.metrics.metric import (
 @register("metric", "map")
 @resampled(bounds=SHARE)
 def mean_average_precision(p: Predictions, counts: np.ndarray) -> np.ndarray:
-    """COCO's mean average precision, over classes and IoU thresholds from 0.5 to 0.95."""
+    """COCO's mean average precision, over classes and IoU thresholds from 0.5 to 0.95 (Lin et al.
+    2014).
+    """
     return coco_ap.average_precision(p, coco_ap.IOU_THRESHOLDS, counts)
 
 
@@ -55,7 +57,9 @@ def mean_average_precision_large(p: Predictions, counts: np.ndarray) -> np.ndarr
 @register("metric", "mask_map")
 @resampled(bounds=SHARE)
 def mask_average_precision(p: Predictions, counts: np.ndarray) -> np.ndarray:
-    """COCO's mean average precision of instance masks, over IoU thresholds from 0.5 to 0.95."""
+    """COCO's mean average precision of instance masks, over IoU thresholds from 0.5 to 0.95 (Lin et
+    al. 2014).
+    """
     return coco_ap.average_precision(p, counts=counts, masks=True)
 
 

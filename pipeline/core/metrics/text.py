@@ -23,7 +23,9 @@ def _f1_of_type(p: Predictions, k: int) -> np.ndarray:
 @register("metric", "entity_f1")
 @ratio(bounds=SHARE, per_label=PerLabel("entity_f1", units=_f1_of_type))
 def entity_f1(p: Predictions) -> np.ndarray:
-    """F1 of entities: 2 hits / (found + true), each summed over all types (micro average)."""
+    """F1 of entities: 2 hits / (found + true), each summed over all types (micro average),
+    as seqeval counts them (Tjong Kim Sang and De Meulder 2003).
+    """
     return numerator_denominator(2 * p["hits"].sum(1), p["guessed"].sum(1) + p["actual"].sum(1))
 
 
@@ -37,14 +39,16 @@ def word_accuracy(p: Predictions) -> np.ndarray:
 @register("metric", "answer_f1")
 @ratio(bounds=SHARE)
 def answer_f1(p: Predictions) -> np.ndarray:
-    """F1 of the words of the answer, by SQuAD's rules; the best one over the true answers."""
+    """F1 of the words of the answer, by SQuAD's rules (Rajpurkar et al. 2016); the best one over
+    the true answers.
+    """
     return sum_known(p["f1"], ~np.isnan(p["f1"]))
 
 
 @register("metric", "exact_match")
 @ratio(bounds=SHARE)
 def exact_match(p: Predictions) -> np.ndarray:
-    """Share of answers that are equal to a true one, by SQuAD's rules."""
+    """Share of answers that are equal to a true one, by SQuAD's rules (Rajpurkar et al. 2016)."""
     return sum_known(p["exact"], ~np.isnan(p["exact"]))
 
 

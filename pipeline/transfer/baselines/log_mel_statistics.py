@@ -37,6 +37,8 @@ class LogMelStatistics(Baseline):
 
     It knows timbre and level, but not the order of sounds: strong for scenes and speakers, weak for
     words.
+
+    The features are the usual ones of speech (Davis and Mermelstein 1980).
     """
 
     roles = ("audio",)

@@ -30,6 +30,8 @@ class NearestPixels(Baseline):
     their pixels.
 
     Strong where objects are centred and alike (digits), weak for photographs.
+
+    Cover and Hart 1967, "Nearest Neighbor Pattern Classification".
     """
 
     roles = ("image",)

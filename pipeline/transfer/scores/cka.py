@@ -16,6 +16,8 @@ def cka(features: np.ndarray, labels: np.ndarray) -> float:
     |Y' F|^2 / (|F' F| |Y' Y|) with centred features F and labels Y (Cortes et al. 2012; Kornblith
     et al., ICML 2019). Classes are one-hot vectors; real numbers are standardised.
 
+    Use it for classes, label sets or numbers; it compares features of any width.
+
     Args:
         features: (n, D) features.
         labels: (n,) class numbers, or (n, L) 0 or 1, or (n,) or (n, T) real numbers.

@@ -30,6 +30,9 @@ def frechet(features: np.ndarray, source_features: np.ndarray) -> float:
     Lower is better. |m - m_s|^2 + tr(C + C_s - 2 (C C_s)^1/2) (Dowson and Landau 1982; Heusel et
     al. 2017 for images), divided by tr(C_s), so that networks of different scale can be compared.
 
+    It needs rows of the source, and no labels. Use it to see whether the target looks like the
+    source; it does not say whether the features help the task.
+
     Args:
         features: (n, D) features of the target's rows.
         source_features: (m, D) features of the source's rows.
@@ -73,6 +76,9 @@ def mmd(
     Lower is better. The kernel is Gaussian with the median distance of all rows as its width
     (Gretton et al. 2012). Pairs of rows of the same group are left out of a side's own mean: they
     are alike, and two groups of one population would look like two domains.
+
+    It needs rows of the source, and no labels. Use it as ``frechet``, where features are not
+    Gaussian.
 
     Args:
         features: (n, D) features of the target's rows.
@@ -127,6 +133,9 @@ def proxy_a(
     ridge regression on equally many rows of both sides, cross-validated in five folds (four where a
     side has four groups). The interval is Wilson's of the error. Where rows have groups, no group
     is in two folds, the error is the mean of the groups' errors, and each group is one observation.
+
+    It needs rows of the source, and no labels. Use it to see whether a shift between source and
+    target can be told at all.
 
     Args:
         features: (n, D) features of the target's rows.

@@ -23,6 +23,8 @@ def gbc(features: np.ndarray, labels: np.ndarray) -> float:
     Higher is better, 0 is the best (Pandy et al., CVPR 2022). Each class is a Gaussian with a
     diagonal covariance on the first 64 principal components of the features.
 
+    It needs classes. Use it to see how far the classes overlap in the features.
+
     Args:
         features: (n, D) features.
         labels: (n,) class numbers.

@@ -21,6 +21,8 @@ def h_score(features: np.ndarray, labels: np.ndarray) -> float:
     cov(f) is shrunk by a (Ledoit and Wolf 2004), as Ibrahim et al. (2021) propose. Without
     shrinkage the score of wide features is the number of classes.
 
+    It needs classes. Use it as a quick measure beside ``logme``.
+
     Args:
         features: (n, D) features.
         labels: (n,) class numbers.

@@ -29,6 +29,9 @@ def knn(
     the score is the macro AUROC of the number of neighbours with each label. It is NaN where no
     label varies, where no class has rows of two groups, or where all rows are of one group.
 
+    It needs classes or label sets. Use it where a linear head may be too simple (Cover and Hart
+    1967).
+
     Args:
         features: (n, D) features.
         labels: (n,) class numbers, or (n, L) 0 or 1.

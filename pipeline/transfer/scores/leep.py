@@ -31,6 +31,9 @@ def leep(probabilities: np.ndarray, labels: np.ndarray) -> float:
     Higher is better, 0 is the best: log sum_z p(y | z) p(z | x), where p(y | z) is counted on the
     same rows (Nguyen et al., ICML 2020). The source must predict one of several classes.
 
+    It needs classes, and a source with a head for classes. Use it for two tasks of
+    classification with related labels.
+
     Args:
         probabilities: (n, Z) of the source's classes.
         labels: (n,) class numbers.
@@ -44,6 +47,9 @@ def nce(probabilities: np.ndarray, labels: np.ndarray) -> float:
     """Return minus the conditional entropy of the labels given the source's likeliest class.
 
     In nats; higher is better, 0 is the best (negative conditional entropy, Tran et al., ICCV 2019).
+
+    It needs classes, and a source with a head for classes. Use it as ``leep``, where the source's
+    probabilities are badly calibrated.
 
     Args:
         probabilities: (n, Z) of the source's classes.
@@ -63,6 +69,8 @@ def nleep(
     Higher is better. It can be used for sources without classes too (Li et al., CVPR 2021). The
     clusters are a mixture of Gaussians with diagonal covariances on the principal components that
     keep 80 % of the variance, five for each class where there are enough rows.
+
+    It needs classes. Use it as ``leep``, where the source has no classes of its own.
 
     Args:
         features: (n, D) features.

@@ -26,6 +26,9 @@ def logme(features: np.ndarray, labels: np.ndarray) -> float:
     gave NaN or -inf in 117 of 300 random cases, nearly all with D > n, and stopped at the lower of
     two maxima in others.
 
+    It takes classes, label sets and numbers. Use it first: it is the default of
+    ``fanout.select``.
+
     Args:
         features: (n, D) features.
         labels: (n,) class numbers, or (n, L) 0 or 1, or (n,) or (n, T) real numbers. Columns that

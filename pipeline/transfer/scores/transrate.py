@@ -21,6 +21,8 @@ def transrate(features: np.ndarray, labels: np.ndarray) -> float:
     the scale of a network does not count. The authors' code has 1 / C in place of n_c / n, which is
     the same for C balanced classes; information weighs them by their frequency.
 
+    It needs classes. Use it beside ``logme``; it reads features alone, without fitting a head.
+
     Args:
         features: (n, D) features.
         labels: (n,) class numbers.
