@@ -382,7 +382,7 @@ def _count_nodes(client: _Client) -> int | None:
         return None
 
 
-class _Lines:
+class LogLines:
     """Passes complete lines of a log to ``echo``.
 
     After `restart` the log comes again from its beginning, and text that was seen is skipped.
@@ -413,7 +413,7 @@ async def _follow(client: _Client, submission_id: str, echo: Callable[[str], obj
     A broken stream is opened again. Where there is no stream (a proxy without WebSockets), and
     once at the end, the complete log is fetched.
     """
-    lines, last_answer = _Lines(echo), time.monotonic()
+    lines, last_answer = LogLines(echo), time.monotonic()
     while True:
         lines.restart()
         # whatever broke, the next request shows whether the job is still running
@@ -442,7 +442,7 @@ async def _follow(client: _Client, submission_id: str, echo: Callable[[str], obj
         await asyncio.sleep(RETRY_SECONDS)
 
 
-async def _tail(client: _Client, submission_id: str, lines: _Lines) -> None:
+async def _tail(client: _Client, submission_id: str, lines: LogLines) -> None:
     """Pass the log on as it comes, until the server ends it or the job has ended."""
     stream = client.tail_job_logs(submission_id)
     chunk: asyncio.Future[str] | None = None

@@ -4,6 +4,7 @@ import.
 
 import ast
 import io
+import re
 import subprocess
 import tokenize
 from collections import Counter
@@ -180,6 +181,14 @@ def test_imports_go_to_lower_layers_only(module):
             assert layer(other) < layer(module), (
                 f"{module} (layer {layer(module)}) imports {other} (layer {layer(other)})"
             )
+
+
+def test_every_folder_says_what_it_may_import():
+    folders = {module for module, file in NAMES.items() if file.name == "__init__.py"} - {
+        "pipeline"
+    }
+    texts = {module: ast.get_docstring(tree(module)) or "" for module in folders}
+    assert not [module for module, text in texts.items() if not re.search(r"[Ii]mports?\b", text)]
 
 
 def test_importers_know_nothing_of_each_other():

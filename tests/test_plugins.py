@@ -83,10 +83,20 @@ def test_one_file_adds_a_piece_and_nothing_else_is_touched(spectra, kind):
     assert not set(names) & registry.entries(kind).keys()
 
 
-def test_the_readme_says_what_to_touch():
+def test_the_readme_says_what_to_touch(tmp_path, monkeypatch):
+    """It names one place for each kind, and a file that is put there is found by its name."""
     text = (Path(__file__).parents[1] / "README.md").read_text()
-    for kind, place in registry.FOLDERS.items():
-        assert f"pipeline/{place}" in text, f"README says where a {kind} goes"
+    stated = re.findall(r"[Aa]n? (\w+)(?: \(kind `(\w+)`\))?\s+in\s+`pipeline/([\w/]+)`", text)
+    places = {kind or name: place for name, kind, place in stated}
+    assert len(stated) == len(places) and places == registry.FOLDERS
+    for kind, place in places.items():
+        (tmp_path / place).mkdir(parents=True)
+        shutil.copy(SPECTRA / COMPONENTS[kind][0], tmp_path / place)
+    monkeypatch.setattr(registry, "PACKAGE", tmp_path)
+    registry.forget()
+    found = {kind: [*registry.entries(kind)] for kind in places}
+    registry.forget()
+    assert found == {kind: names for kind, (_, names) in COMPONENTS.items()}
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pyarrow as pa
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -583,6 +584,17 @@ def image_files(
     return paths
 
 
+def image_splits(train: int, validation: int, test: int, scope: Any = "module"):
+    """A fixture ``paths`` of `image_files` with so many rows."""
+    sizes = {"train": train, "validation": validation, "test": test}
+
+    @pytest.fixture(scope=scope)
+    def paths(tmp_path_factory):
+        return image_files(tmp_path_factory.mktemp("data"), sizes)
+
+    return paths
+
+
 def job_of(folder, paths: dict[str, str], train: dict[str, Any] | None = None, **target: Any):
     """A job with one image source ``src`` and the target ``task`` on the given files."""
     from pipeline.config.schema import Job
@@ -684,3 +696,31 @@ def trial_of(
         "source key",
         "data key",
     )
+
+
+def task_from(start, objective: str, state=None, options=None, seed: int = 3):
+    """A task whose backbone and head start from a checkpoint, and what became of the head."""
+    task = bundle.build_task(
+        start.arch, ObjectiveSpec(objective, options or {}, state or {}), seed=seed
+    ).eval()
+    start.load_into(task.backbone)
+    return task, start.load_head_into(task)
+
+
+def transformers_model(kind: str, folder):
+    """A model of transformers with nothing missing and nothing left over."""
+    import transformers as hf
+
+    model, report = getattr(hf, kind).from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    return model.eval()
+
+
+def sound_file(
+    samples: np.ndarray, rate: int = 16000, form: str = "WAV", subtype: str | None = None
+) -> bytes:
+    import soundfile
+
+    out = io.BytesIO()
+    soundfile.write(out, samples, rate, format=form, subtype=subtype)
+    return out.getvalue()

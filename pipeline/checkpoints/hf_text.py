@@ -181,7 +181,7 @@ def _speech(
     tensors = _current_names(tensors, hf_speech.PREFIX)
     try:
         modality = hf_speech.modality(folder)
-        declared = _declared_heads("wav2vec2")
+        declared = declared_heads("wav2vec2")
         heads, labels, no_head_reasons = hf_speech.heads(folder, config, tensors, declared)
     except ValueError as error:
         raise BundleError(f"hf:{error}") from None
@@ -338,7 +338,7 @@ def _heads(
     labels = None
     built = (config.get("architectures") or [""])[0]
     tied_model = "ForMaskedLM" if family in MASKED else "LMHeadModel"
-    for objective, declared in _declared_heads(family).items():
+    for objective, declared in declared_heads(family).items():
         if declared.model == tied_model:
             head = _tied_head(family, objective, tensors)
         elif declared.tensors:
@@ -365,7 +365,7 @@ def label_names(config: HfConfig, number: int) -> tuple[str, ...]:
     return tuple(str(labels[key]) for key in sorted(labels, key=int))
 
 
-def _declared_heads(family: str) -> dict[str, TransformersHead]:
+def declared_heads(family: str) -> dict[str, TransformersHead]:
     """Return the heads for which transformers has a class of the family, by objective."""
     import transformers
 
@@ -471,7 +471,7 @@ def write(saved: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
 
     objective = saved.manifest.objective.name
     backbone_only = backbone_only or objective == "none"
-    known = _declared_heads(family)
+    known = declared_heads(family)
     if not backbone_only and objective not in known:
         raise BundleError(
             f"{saved.uri}: transformers has no class with a head for {objective} (it has for "

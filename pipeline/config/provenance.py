@@ -294,6 +294,12 @@ def code_of(modules: Iterable[str], components: Iterable[Component]) -> dict[str
     return dict(sorted(out.items()))
 
 
+def forget() -> None:
+    """Read the sources of modules anew when they are next asked for: one was edited."""
+    for function in (source_file, _source, _module, _component_source):
+        function.cache_clear()
+
+
 @cache
 def _source(module: str) -> ast.Module | None:
     """Return a module's syntax tree, or None where it has no Python source."""

@@ -712,6 +712,12 @@ def get(kind: str, name: str) -> Any:
     return getattr(module, component.attribute)
 
 
+def forget() -> None:
+    """Read the files of components anew when they are next asked for: one was added or edited."""
+    for function in (_entries, _ours, _architectures):
+        function.cache_clear()
+
+
 def architectures(library: str) -> frozenset[str]:
     """Return the model names of a model library, without importing it.
 

@@ -232,7 +232,7 @@ def _dotted_path(path: Path_) -> str:
     return ".".join(str(part) for part in path) or "the job"
 
 
-def _read(text: str, problems: list[tuple[int, str]]) -> tuple[JsonObject | None, dict[Path_, int]]:
+def parse(text: str, problems: list[tuple[int, str]]) -> tuple[JsonObject | None, dict[Path_, int]]:
     """Return the mapping that a job's text holds, and the line of each of its parts."""
     loader = _Loader(text)
     lines = loader.lines
@@ -973,7 +973,7 @@ def relative_places(path: str | Path, overrides: list[str] | tuple[str, ...] = (
 
 def field_lines(path: str | Path) -> dict[str, int]:
     """Return the line of each field of a job file, by its dotted place. The file must be there."""
-    _, lines = _read(Path(path).read_text(encoding="utf-8"), [])
+    _, lines = parse(Path(path).read_text(encoding="utf-8"), [])
     return {_dotted_path(place): line for place, line in lines.items() if place}
 
 
@@ -1013,7 +1013,7 @@ def _checked(path: Path, overrides: list[str] | tuple[str, ...], elsewhere: bool
         raise JobError([f"{path}: a folder; name the job file (.yaml)"]) from None
     except (UnicodeDecodeError, OSError) as error:
         raise JobError([f"{path}: cannot be read as UTF-8 text: {error}"]) from None
-    data, lines = _read(text, problems)
+    data, lines = parse(text, problems)
     set_by: dict[Path_, str] = {}
     if data is not None:
         for setting in overrides:

@@ -319,7 +319,7 @@ class Reader:
         self.manifest, self.columns, self.cache_bytes = manifest, columns, cache_bytes
         self._tables: OrderedDict[int, pa.Table] = OrderedDict()
         """Row groups by number, the one used last at the end."""
-        self._bytes_in_cache = 0
+        self.bytes_in_cache = 0
 
     def _table(self, number: int) -> pa.Table:
         """Return a row group of the manifest by its number."""
@@ -347,10 +347,10 @@ class Reader:
         table = table.select([name for name in schema.names if name in table.column_names])
         table = cast_to_schema(table, schema, self.manifest.name(group.file))
         self._tables[number] = table
-        self._bytes_in_cache += table.nbytes
-        while self._bytes_in_cache > self.cache_bytes and len(self._tables) > 1:
+        self.bytes_in_cache += table.nbytes
+        while self.bytes_in_cache > self.cache_bytes and len(self._tables) > 1:
             _, oldest = self._tables.popitem(last=False)
-            self._bytes_in_cache -= oldest.nbytes
+            self.bytes_in_cache -= oldest.nbytes
         return table
 
     def take(self, rows: np.ndarray) -> pa.Table:

@@ -548,7 +548,7 @@ def _write(
     if kind == "csv":
         tables = csv_tables_of(files, text_columns=text_columns, empty_texts=empty_texts)
     elif kind == "jsonl":
-        tables = _json_lines(files)
+        tables = json_tables_of(files)
     else:
         read = {"text": _lines, "paragraphs": _paragraphs, "documents": _document}[kind]
         tables = ((file, read(file)) for file in files)
@@ -673,7 +673,7 @@ def _check_delimiter(file: str, delimiter: str) -> None:
             )
 
 
-def _json_lines(files: list[str]) -> Iterator[tuple[str, Iterator[pa.Table]]]:
+def json_tables_of(files: list[str]) -> Iterator[tuple[str, Iterator[pa.Table]]]:
     """Yield each JSON Lines file with its tables, which are read chunk by chunk.
 
     A first pass over all files finds the columns, since a chunk may lack some.

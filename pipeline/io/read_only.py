@@ -60,11 +60,11 @@ class Store(Protocol):
 
 def store_of(uri: Uri) -> Store:
     """Return the store of a URI."""
-    return _store(s3.READ_ONLY[os.fspath(uri).partition("://")[0]], os.getpid())
+    return store_of_module(s3.READ_ONLY[os.fspath(uri).partition("://")[0]], os.getpid())
 
 
 @functools.cache
-def _store(module: str, process: int) -> Store:
+def store_of_module(module: str, process: int) -> Store:
     """Return what a module's ``store()`` returns, which is imported when needed.
 
     Each process has its own: sockets do not survive a fork.

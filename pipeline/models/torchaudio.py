@@ -148,7 +148,7 @@ class Torchaudio(Backbone):
         self.architecture = architecture
         self.arch = Architecture(name, o, dict(inputs))
         bins, drop = inputs["channels"], o["dropout"]
-        self.front: _Front | None = None
+        self.front: Front | None = None
         self.deepspeech: Any = None
         self.recurrent: nn.ModuleList | None = None
         self.conformer: Any = None
@@ -166,7 +166,7 @@ class Torchaudio(Backbone):
             conformer = architecture == "conformer"
             plane = conformer or o["convolution"] == "time_frequency"
             kernels = [3] * len(o["strides"]) if conformer else o["kernels"]
-            self.front = _Front(
+            self.front = Front(
                 bins, o["channels"], kernels, o["strides"], plane, wide=not conformer
             )
             self.latent_dim = self.front.width
@@ -313,7 +313,7 @@ def _resolved(architecture: str, options: TorchaudioOptions) -> dict[str, Any]:
     return o
 
 
-class _Front(nn.Module):
+class Front(nn.Module):
     """Strided convolutions over (B, T, F), each followed by a norm over a step's values and a ReLU.
 
     Padding is 0 before each convolution.

@@ -401,7 +401,9 @@ class CTC(Objective):
         options = self.options
         held = self.state.get("lm")
         copy = language_model.FileCopy(**held) if held else None
-        return _search(self.alphabet.labels, options.beam, options.lm, copy, options.lm_weight)
+        return beam_search_decoder(
+            self.alphabet.labels, options.beam, options.lm, copy, options.lm_weight
+        )
 
     def _beam_search(self, log_probs: Tensor, ends: Tensor) -> Tensor:
         """Return (B, L) int32, -1 behind: the best hypothesis of each row.
@@ -440,7 +442,7 @@ class _Decoder(NamedTuple):
 
 
 @lru_cache(maxsize=4)
-def _search(
+def beam_search_decoder(
     labels: tuple[str, ...],
     beam: int,
     lm: str | None,

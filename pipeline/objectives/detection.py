@@ -243,7 +243,7 @@ class OneStage(FCOS):
             detections_per_img=DETECTIONS,
         )
 
-    def _outputs(self, maps: dict[str, Tensor], batch: Batch):
+    def outputs_of_maps(self, maps: dict[str, Tensor], batch: Batch):
         """Return the head's outputs, the anchors and the number of points of each level."""
         levels = [*maps.values()]
         sizes = [level.shape[-2] * level.shape[-1] for level in levels]
@@ -253,7 +253,7 @@ class OneStage(FCOS):
         self, maps: dict[str, Tensor], batch: Batch, targets: Targets
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Return sums (B,) by name, and the counts (B,) by which their sum is to be divided."""
-        outputs, anchors, sizes = self._outputs(maps, batch)
+        outputs, anchors, sizes = self.outputs_of_maps(maps, batch)
         with torch.autocast(batch["image"].device.type, enabled=False):
             parts = self.compute_loss(targets, outputs, anchors, sizes)
         return parts, parts.pop("count")
@@ -278,7 +278,7 @@ class OneStage(FCOS):
 
     def detections(self, maps: dict[str, Tensor], batch: Batch) -> Detections:
         """Return ``boxes``, ``scores`` and ``labels`` of each image."""
-        outputs, anchors, sizes = self._outputs(maps, batch)
+        outputs, anchors, sizes = self.outputs_of_maps(maps, batch)
         by_level: Any = {
             name: list(tensor.float().split(sizes, dim=1)) for name, tensor in outputs.items()
         }

@@ -345,7 +345,7 @@ class MaskRCNN(FasterRCNN):
         self.mask_head = MaskRCNNHeads(width, [width] * options.mask_convs, 1)
         self.mask_predictor = MaskRCNNPredictor(width, width, classes)
 
-    def _mask_scores(self, maps: dict[str, Tensor], boxes: list[Tensor], batch: Batch) -> Tensor:
+    def mask_scores(self, maps: dict[str, Tensor], boxes: list[Tensor], batch: Batch) -> Tensor:
         """Return logits (R, C, 28, 28) of the boxes of all images, one after the other."""
         maps = {name: level.float() for name, level in maps.items()}
         pooled = self.mask_pool(maps, boxes, image_list(batch).image_sizes)
@@ -362,7 +362,7 @@ class MaskRCNN(FasterRCNN):
             boxes.append(of_image[is_object])
             matched.append(objects[is_object])
             classes.append(labels[is_object] - 1)
-        scores = self._mask_scores(maps, boxes, batch)
+        scores = self.mask_scores(maps, boxes, batch)
         wanted = [scores.new_zeros(0, MASK_SIDE, MASK_SIDE)]
         for row, target in enumerate(targets):
             if len(boxes[row]):
@@ -378,7 +378,7 @@ class MaskRCNN(FasterRCNN):
     def masks(self, maps: dict[str, Tensor], detections: Detections, batch: Batch) -> list[Tensor]:
         """Return the probabilities (k, 28, 28) that pixels of each detection's box are of it."""
         boxes = [detected["boxes"] for detected in detections]
-        scores = self._mask_scores(maps, boxes, batch)
+        scores = self.mask_scores(maps, boxes, batch)
         classes = torch.cat([detected["labels"] for detected in detections])
         of_class = scores[torch.arange(len(scores), device=scores.device), classes].sigmoid()
         return [*of_class.split([len(of_image) for of_image in boxes])]

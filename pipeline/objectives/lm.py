@@ -426,7 +426,7 @@ class CausalLM(PositionLosses):
             hidden, past = advance(tokens, mask, positions, past)
             scores = self._scores(backbone, hidden[:, -1])
             scores = scores[:, : self.vocabulary].float()
-            new = self._sampled(scores, u[:, step])
+            new = self.sample_tokens(scores, u[:, step])
             has_ended = has_ended | (new == self.end_id)
             if bool(has_ended.all()):
                 break
@@ -437,7 +437,7 @@ class CausalLM(PositionLosses):
             mask = torch.cat([mask, one_more], dim=1)
         return out
 
-    def _sampled(self, scores: Tensor, u: Tensor) -> Tensor:
+    def sample_tokens(self, scores: Tensor, u: Tensor) -> Tensor:
         """Return (B,) ids: the likeliest, or one sampled from the top ones by probability.
 
         Args:

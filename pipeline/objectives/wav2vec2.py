@@ -287,7 +287,7 @@ class Wav2Vec2Pretraining(Objective):
 
     # ---------------------------------------------------------------- loss
 
-    def _compared(self, backbone: Any, batch: Batch) -> Compared:
+    def compare(self, backbone: Any, batch: Batch) -> Compared:
         options = self.options
         real = backbone.frame_mask(batch)
         spans = self.spans(batch.keys, real)
@@ -330,7 +330,7 @@ class Wav2Vec2Pretraining(Objective):
         return Compared(losses, hits, valid, logits, squares, real.sum())
 
     def loss(self, backbone: Backbone, batch: Batch):
-        compared = self._compared(backbone, batch)
+        compared = self.compare(backbone, batch)
         total = compared.losses.sum()
         count = compared.valid.sum().float()
         logs = {"accuracy": compared.hits.sum(), "contrastive": total.detach()}
@@ -402,7 +402,7 @@ class Wav2Vec2Pretraining(Objective):
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         """Return ``loss``, summed over the hidden frames, and their ``count``, both (B,)."""
-        compared = self._compared(backbone, batch)
+        compared = self.compare(backbone, batch)
         return {"loss": compared.losses.sum(1), "count": compared.valid.sum(1).float()}
 
 

@@ -57,7 +57,7 @@ def _compared(entries: Sequence[MatrixEntry]) -> list[MatrixEntry]:
     return [entry for entry in entries if entry.source != SCRATCH and entry.gain is not None]
 
 
-def _gain(entry: MatrixEntry, decimals: int) -> str:
+def gain_text(entry: MatrixEntry, decimals: int) -> str:
     return format_interval(entry.gain, entry.gain_low, entry.gain_high, decimals, "+")
 
 
@@ -117,7 +117,7 @@ def _warning(target: str, fraction: str, entries: Sequence[MatrixEntry], decimal
         with_all = f"any of {len(tried)} techniques" if len(tried) > 2 else names
         how = with_all if len(lost) == len(tried) else names
         most = "at worst " if len(lost) > 1 else ""
-        losses.append(f"{source} with {how} ({most}{_gain(lost[0], decimals)})")
+        losses.append(f"{source} with {how} ({most}{gain_text(lost[0], decimals)})")
     labels = plots.labels_text(fraction)
     scratch = (
         "the target's best network from scratch" if _over(entries) else "training from scratch"
@@ -135,7 +135,9 @@ def _alternative(entries: Sequence[MatrixEntry], decimals: int) -> str:
         return "use scratch"
     surviving = [entry for entry in winners if entry.survives]
     best = chosen(surviving or winners)
-    text = f"better than scratch is {best.source} with {best.technique} ({_gain(best, decimals)})"
+    text = (
+        f"better than scratch is {best.source} with {best.technique} ({gain_text(best, decimals)})"
+    )
     return text if surviving else f"{text}, though not after Holm's correction"
 
 
@@ -165,13 +167,13 @@ def heat_maps(entries: Sequence[MatrixEntry], decimals: Mapping[str, int]) -> li
     for number, (fraction, group) in enumerate(_by_fraction(compared).items()):
         labels = plots.labels_text(fraction)
         is_folded = number > 0
-        table = _heat_map("" if is_folded else labels, group, decimals)
+        table = heat_map("" if is_folded else labels, group, decimals)
         out.append(Details(labels, [table]) if is_folded else table)
     techniques = list(dict.fromkeys(entry.technique for entry in compared))
     for technique in techniques if len(techniques) > 1 else ():
         alone = [entry for entry in compared if entry.technique == technique]
         tables = [
-            _heat_map(plots.labels_text(fraction), group, decimals)
+            heat_map(plots.labels_text(fraction), group, decimals)
             for fraction, group in _by_fraction(alone).items()
         ]
         out.append(Details(f"{technique} alone", tables))
@@ -182,7 +184,7 @@ MAX_TARGETS_ACROSS = 7
 """Of more targets a heat map has a line each, where its sources are fewer: it stays narrow."""
 
 
-def _heat_map(corner: str, entries: Sequence[MatrixEntry], decimals: Mapping[str, int]) -> Table:
+def heat_map(corner: str, entries: Sequence[MatrixEntry], decimals: Mapping[str, int]) -> Table:
     sources, targets = (
         sorted({getattr(entry, name) for entry in entries}) for name in ("source", "target")
     )
@@ -285,7 +287,7 @@ def score_figures(
         if not shown:
             continue
         listed: list[list[str | Value]] = [
-            [target, source, f"{value:.4g}", _gain(entry, decimals[target])]
+            [target, source, f"{value:.4g}", gain_text(entry, decimals[target])]
             for target, points in shown.items()
             for source, value, entry in sorted(
                 points, key=lambda point: _best_first(name, point[1])
@@ -390,7 +392,7 @@ def _cost_figure(target: str, group: Sequence[MatrixEntry], decimals: int) -> li
     for number, index in enumerate(numbered, 1):
         entry = shown[index]
         on = " and ".join(name for name, front in fronts.items() if index in front)
-        gain = "0 (scratch)" if entry.verdict == REFERENCE else _gain(entry, decimals)
+        gain = "0 (scratch)" if entry.verdict == REFERENCE else gain_text(entry, decimals)
         params = DASH if entry.params_trained is None else f"{entry.params_trained:,}"
         name = f"{number}: {entry.source} · {entry.technique}"
         body.append([name, on, gain, f"{entry.seconds:.3g} s", params])

@@ -184,7 +184,7 @@ def _all_score_blocks(
     """Return the sections on transferability scores, and what they were worth."""
     rows, source_scores = inputs.rows, inputs.source_scores
     cut = {(row.target, row.label_fraction) for row in rows if row.is_cut_by_budget}
-    values = _known_scores(rows, inputs.scores) | gains.all_scores(source_scores)
+    values = known_scores(rows, inputs.scores) | gains.all_scores(source_scores)
     # of a target with one source shift is measured alone
     scored = {name: pair for name, pair in source_scores.items() if pair.scores}
     return [
@@ -737,7 +737,7 @@ def _sources_left_out(rows: Sequence[ResultRow], scores: Mapping[str, SelectionS
     """Return a line for each target with sources that were not fine-tuned because of a score."""
     tried = {(row.target, row.source) for row in rows}
     left_out: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for target, source, name in _known_scores(rows, scores):
+    for target, source, name in known_scores(rows, scores):
         if (target, source) not in tried:
             left_out[target, name].append(source)
     return [
@@ -966,7 +966,7 @@ def _shifts(source_scores: Mapping[str, PairScores]) -> dict[str, list[Shift]]:
     return shifts
 
 
-def _known_scores(
+def known_scores(
     rows: Sequence[ResultRow], scores: Mapping[str, SelectionScore]
 ) -> dict[tuple[str, str, str], float]:
     """Return the value of each (target, source, name of the score), NaN where it is not defined."""
@@ -988,7 +988,7 @@ def _known_scores(
 def _score_blocks(rows: Sequence[ResultRow], scores: Mapping[str, SelectionScore]) -> list[Block]:
     """Return the table of transferability scores, also of sources left out because of theirs."""
     tried = {(row.target, row.source) for row in rows}
-    values = _known_scores(rows, scores)
+    values = known_scores(rows, scores)
     if not values:
         return []
     body: list[list[str]] = []

@@ -56,9 +56,9 @@ RECOMPUTED_DRAWS = 200
 ROUNDING = 1e-9
 """Resampled values that differ by no more are the same."""
 
-_MAX_UNITS_IN_MEMORY = 4_000_000
+MAX_UNITS_IN_MEMORY = 4_000_000
 """Resampled units that are held at the same time (8 bytes each, twice)."""
-_MAX_UNITS_SAMPLED = 200_000_000
+MAX_UNITS_SAMPLED = 200_000_000
 """Resampled units in all draws. Where they would be more, there are fewer draws, down to
 RECOMPUTED_DRAWS.
 """
@@ -611,15 +611,15 @@ def resampled_totals(units: np.ndarray, draws: int, rng: np.random.Generator) ->
     n = len(units)
     distinct, counts = np.unique(units, axis=0, return_counts=True)
     if 4 * len(distinct) <= n:
-        chunk = max(1, _MAX_UNITS_IN_MEMORY // len(distinct))
+        chunk = max(1, MAX_UNITS_IN_MEMORY // len(distinct))
         return np.concatenate(
             [
                 rng.multinomial(n, counts / n, size=min(chunk, draws - i)) @ distinct
                 for i in range(0, draws, chunk)
             ]
         )
-    draws = max(min(draws, RECOMPUTED_DRAWS), min(draws, _MAX_UNITS_SAMPLED // n))
-    chunk = max(1, _MAX_UNITS_IN_MEMORY // n)
+    draws = max(min(draws, RECOMPUTED_DRAWS), min(draws, MAX_UNITS_SAMPLED // n))
+    chunk = max(1, MAX_UNITS_IN_MEMORY // n)
     out: list[np.ndarray] = []
     for start in range(0, draws, chunk):
         out.append(_counts(n, min(chunk, draws - start), rng).astype(np.float64) @ units)
@@ -661,10 +661,10 @@ def _resample_counts(
     cells = max(array.size for p in runs for array in p.values())
     if metric.compares_rows:  # n rows have n (n - 1) / 2 pairs
         draws = min(draws, RECOMPUTED_DRAWS)
-    draws = max(min(draws, RECOMPUTED_DRAWS), min(draws, _MAX_UNITS_SAMPLED // cells))
+    draws = max(min(draws, RECOMPUTED_DRAWS), min(draws, MAX_UNITS_SAMPLED // cells))
     # a row may have many positions, and each is sampled with it
     positions = max((p["label"].size for p in runs if "label" in p), default=n)
-    chunk = max(1, _MAX_UNITS_IN_MEMORY // max(n, positions))
+    chunk = max(1, MAX_UNITS_IN_MEMORY // max(n, positions))
     sampled = n if member is None else int(member.max()) + 1
     if metric.compares_rows and member is not None:  # rows of one group are drawn together
         runs = [{**p, "unit": member} for p in runs]

@@ -219,7 +219,7 @@ def blocks_of(
                 target,
                 _name(best, rows, notes),
                 Value((value, best.metric)),
-                _gain(best, decimals[target]),
+                gain_cell(best, decimals[target]),
                 DASH if best.seconds is None else f"{best.seconds:.3g} s",
             ]
         )
@@ -297,7 +297,7 @@ def _commands(
     ]
 
 
-def _gain(entry: MatrixEntry, decimals: int) -> str | Value:
+def gain_cell(entry: MatrixEntry, decimals: int) -> str | Value:
     if entry.gain is None or entry.source == SCRATCH:
         return DASH
     gain = format_interval(entry.gain, entry.gain_low, entry.gain_high, decimals, "+")

@@ -119,7 +119,7 @@ class Training:
         last = min(self.iterations, (self.iteration // block + 1) * block)
         ended: list[tuple[float, float]] = []
         with _library_state_kept():
-            ppo = self._assemble(ended)
+            ppo = self.assemble(ended)
             try:
                 ppo.learn((last - self.iteration) * self.settings.steps, log_interval=None)
                 self.arrays = _arrays_of(ppo)
@@ -129,7 +129,7 @@ class Training:
         reward, length = np.mean(ended, axis=0) if ended else (np.nan, np.nan)
         self.curve.append((float(self.steps), float(reward), float(length)))
 
-    def _assemble(self, ended: list[tuple[float, float]]) -> Any:
+    def assemble(self, ended: list[tuple[float, float]]) -> Any:
         """Return the library's PPO with new environments, in the state after the last block."""
         s, begin = self.settings, self.iteration
         first = begin // s.block * s.environments

@@ -110,7 +110,7 @@ class RangeWorld(gymnasium.Env):
         self.echo_draws = rng.random(SENSORS)
         self.place, self.heading = _start(self.walls, rng)
         self.steps, self.driven = 0, 0.0
-        return self._seen(), {}
+        return self.sense(), {}
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Take one step. Raises ValueError for an unknown action."""
@@ -128,7 +128,7 @@ class RangeWorld(gymnasium.Env):
         self.steps, self.driven = self.steps + 1, self.driven + reward
         has_hit = clearance(self.walls, self.place) < RADIUS
         return (
-            self._seen(),
+            self.sense(),
             reward,
             bool(has_hit),
             False,
@@ -161,7 +161,7 @@ class RangeWorld(gymnasium.Env):
             ] = colour
         return out
 
-    def _seen(self) -> np.ndarray:
+    def sense(self) -> np.ndarray:
         """Return the sensors' readings: the nearest echo of their beams.
 
         Where all walls are met at a glancing angle, the echo is that of the second wall to which

@@ -231,7 +231,7 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
             record.write({"step": outcome.steps, "steps": experiment.steps, "stopped": why})
         metrics, chosen = keeper.metrics, {}
         if isinstance(technique, ChoosesOnValidation):
-            goodness = _goodness(technique, validate, experiment.metrics[0])
+            goodness = goodness_of(technique, validate, experiment.metrics[0])
             task, chosen = technique.choose(task, goodness)
             metrics = validate(task) if validate else metrics
     return Finished(
@@ -266,7 +266,7 @@ def _metadata(
     return metadata
 
 
-def _goodness(
+def goodness_of(
     technique: Technique, validate: Callable[[Task], dict[str, float]] | None, primary: str
 ) -> Callable[[Task], float]:
     """Return a function that computes the primary validation metric, negated if lower is better."""

@@ -543,7 +543,7 @@ def first_cause(error: BaseException) -> str:
     return str(error) if is_plain else f"{type(error).__name__}: {error}"
 
 
-def _watch(board: Any, name: str, progress: Progress, stop: threading.Event) -> None:
+def follow_ranks(board: Any, name: str, progress: Progress, stop: threading.Event) -> None:
     last_warning, last_start = "", 0
     while not stop.wait(0.5):
         try:
@@ -675,14 +675,14 @@ def _train(
     board = start_actor(Board)
     ended = threading.Event()
     watched = (board, stage.name, progress, ended)
-    watcher = threading.Thread(target=_watch, args=watched, daemon=True)
+    watcher = threading.Thread(target=follow_ranks, args=watched, daemon=True)
     watcher.start()
     reference = ray.put(rows) if rows is not None else None
     # by reference: Ray Train's controller reads the config, and would import all modules of ranks
     inputs = ray.put(_RankInputs(work, board, reference))
     error: Exception | None = None
     try:
-        _fit(_trainer(stage, rank_resources, inputs, verbose, most))
+        _fit(make_trainer(stage, rank_resources, inputs, verbose, most))
     except ray.train.TrainingFailedError as failed:
         error = failed
     finally:
@@ -719,7 +719,7 @@ def _reason(error: Exception | None) -> str:
     return f"training ended without a bundle: {error}"
 
 
-def _trainer(
+def make_trainer(
     stage: source.SourceStage, rank_resources: RankResources, inputs: Any, verbose: bool, most: int
 ) -> Any:
     import ray.train
@@ -764,7 +764,7 @@ def _torch_trainer(
     return ray.train.torch.TorchTrainer(
         main,
         train_loop_config=config,
-        torch_config=_backend(gpus),
+        torch_config=backend_of(gpus),
         scaling_config=ray.train.ScalingConfig(
             num_workers=ranks,
             use_gpu=gpus > 0,
@@ -776,7 +776,7 @@ def _torch_trainer(
     )
 
 
-def _backend(gpus: float) -> Any:
+def backend_of(gpus: float) -> Any:
     """Return gloo for ranks that share a GPU, which NCCL does not allow, else Ray's choice."""
     import ray.train.torch
 

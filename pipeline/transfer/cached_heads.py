@@ -345,7 +345,7 @@ def run(
     Returns:
         The same records as those of ``trial.run``.
     """
-    cached = _shared_features(group, shared)
+    cached = shared_features(group, shared)
     head, _ = _build_head(group[0], shared, cached)
     is_random = draws_random_numbers(head, cached.splits["train"])
     records, stacks = _stacks(group, shared, is_random)
@@ -359,7 +359,7 @@ def run(
     return records
 
 
-def _shared_features(group: list[Trial], shared: Shared) -> SharedFeatures:
+def shared_features(group: list[Trial], shared: Shared) -> SharedFeatures:
     """Compute or read the features of the splits that the trials need."""
     device = default_device()
     first, began = group[0], time.time()

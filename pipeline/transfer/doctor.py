@@ -42,11 +42,11 @@ class Line(NamedTuple):
 
 def run_checks(job: Job | None, address: str | None) -> list[Line]:
     """Return one line for each check: ok, warn or FAIL, the finding, and what to do."""
-    lines = _machine()
+    lines = check_machine()
     ray_lines, cluster = _ray(address)
     lines += ray_lines
     if job is not None:
-        lines += _job(job)
+        lines += check_job(job)
         if cluster is not None:
             lines += _resources(job, cluster)
     return lines
@@ -119,7 +119,7 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, version.split(".")))
 
 
-def _machine() -> list[Line]:
+def check_machine() -> list[Line]:
     python = platform.python_version()
     right = OLDEST_PYTHON <= sys.version_info[:2] <= NEWEST_PYTHON
     supported = " to ".join(f"{a}.{b}" for a, b in (OLDEST_PYTHON, NEWEST_PYTHON))
@@ -228,7 +228,7 @@ def _resources(job: Job, cluster: launch.Cluster) -> list[Line]:
     return lines
 
 
-def _job(job: Job) -> list[Line]:
+def check_job(job: Job) -> list[Line]:
     lines = []
     try:
         storage.check_writable(job.root)

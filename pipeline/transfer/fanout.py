@@ -218,7 +218,7 @@ class _TuneConfig(TypedDict):
     """GPUs of each rank."""
 
 
-def _run_work_item(
+def run_work_item(
     config: _TuneConfig,
     shared_reference: list[Any],
     work: list[WorkItem],
@@ -296,7 +296,7 @@ def _run_work_item(
     )
 
 
-def _rank_of_trial(config: dict[str, Any], ranks: Ranks) -> TrialRecord:
+def run_rank(config: dict[str, Any], ranks: Ranks) -> TrialRecord:
     """One rank of a trial under Ray Train."""
     sender: HeartbeatSender | None = config["sender"]
     with heartbeat.listening(sender.listener() if sender else lambda: None):
@@ -328,7 +328,7 @@ def _records(
             job = {"trial": item.first, "shared": reference, "sender": sender}
             return [
                 launch.run_ranks(
-                    _rank_of_trial,
+                    run_rank,
                     job,
                     config["workers"],
                     config["cpus"],
@@ -522,14 +522,14 @@ def prune_bundles(
             continue
         old = best.get(one.entry)
         loser: TrialRecord | None = record
-        if old is None or _is_better(record, old):
+        if old is None or is_better(record, old):
             best[one.entry], loser = record, old
         uri = loser.rows[0].bundle_uri if loser is not None else None
         if loser is not None and uri and loser.trial_id != best[one.entry].trial_id:
             storage.remove_tree(uri)
 
 
-def _is_better(a: TrialRecord, b: TrialRecord) -> bool:
+def is_better(a: TrialRecord, b: TrialRecord) -> bool:
     """Return whether record a beats b on the primary validation metric.
 
     Of equal ones, and of records without validation rows, the one with the smaller seed is better.
@@ -727,7 +727,7 @@ def _tune(
             name, work, shared, progress, spec.keep_bundles, watchdog.ended, num_done_before
         )
         trainable = tune.with_parameters(
-            _run_work_item,
+            run_work_item,
             shared_reference=[ray.put(shared)],
             work=work,
             asha=asha,
@@ -747,7 +747,7 @@ def _tune(
                 reuse_actors=True,
                 max_concurrent_trials=at_once,
                 scheduler=scheduler,
-                trial_name_creator=lambda one: _tune_name(work, one.config["item_index"]),
+                trial_name_creator=lambda one: tune_name(work, one.config["item_index"]),
             ),
             run_config=tune.RunConfig(
                 name="fanout", storage_path=scratch, verbose=0, callbacks=[callback]
@@ -762,7 +762,7 @@ def _tune(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _tune_name(work: list[WorkItem], index: int) -> str:
+def tune_name(work: list[WorkItem], index: int) -> str:
     """Return the name of a work item in Ray's logs and dashboard."""
     item = work[index]
     others = f"+{len(item.trials) - 1}" if len(item.trials) > 1 else ""

@@ -144,7 +144,7 @@ def shift_from_source(
         return _with_missing(measured, "the source's rows are not there", "covariate")
     train = _spread(data.train)
     known = None if labelled.ids is None else (labelled.ids, labelled.features)
-    ids, of_train = _features(backbone, train, device, known)
+    ids, of_train = features_of_rows(backbone, train, device, known)
     groups = groups_of(train.selection, group, ids)
     measured = _with_covariate(measured, (of_train, groups), (source.features, source.groups))
     own_rows = (train.selection, data.spec.data.columns)
@@ -169,7 +169,7 @@ def train_test_shift(
         measured = replace(measured, counted=NOTE_GROUPS)
     sides = []
     for rows in (train, test):
-        ids, features = _features(backbone, rows, device)
+        ids, features = features_of_rows(backbone, rows, device)
         sides.append((features, groups_of(rows.selection, group, ids), ids))
     (of_train, train_groups, train_ids), (of_test, test_groups, test_ids) = sides
     measured = _with_covariate(measured, (of_test, test_groups), (of_train, train_groups))
@@ -250,7 +250,7 @@ def _spread(rows: Rows) -> Rows:
     return rows if n <= MAX_ROWS else rows.subset(evenly_spread(n, MAX_ROWS))
 
 
-def _features(
+def features_of_rows(
     backbone: Backbone,
     rows: Rows,
     device: torch.device,

@@ -117,7 +117,7 @@ def propose(
         (tuple(sorted(space.from_hyper_parameters(hyper).items())), value)
         for hyper, value in zip(tried, values, strict=True)
     )
-    proposed = _ask(ranges, known, count, mix(space.seed, generation) % 2**32)
+    proposed = ask(ranges, known, count, mix(space.seed, generation) % 2**32)
     return [
         space.to_hyper_parameters(
             {
@@ -130,7 +130,7 @@ def propose(
 
 
 @lru_cache(maxsize=4096)  # a command asks again whenever trials have ended
-def _ask(
+def ask(
     ranges: tuple[tuple[str, tuple[float, ...] | int], ...],
     known: tuple[tuple[Drawn, float | None], ...],
     count: int,

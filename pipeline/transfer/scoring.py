@@ -208,7 +208,7 @@ def _cache_uri(pair: SourceTargetPair, shared: Shared, kind: str = "") -> str:
 
 
 @dataclass
-class _Inputs:
+class ScoreInputs:
     """The arrays that scores read, and why some are missing."""
 
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
@@ -260,7 +260,7 @@ def _score_pair(
     """
     began = time.perf_counter()
     data = shared.targets[pair.target, pair.backbone_key]
-    inputs = _Inputs()
+    inputs = ScoreInputs()
     if not label_kinds(registry.get("objective", data.objective.name)):
         inputs.missing["labels"] = (
             f"{data.objective.name} gives neither rows nor their positions labels that scores read"
@@ -268,7 +268,7 @@ def _score_pair(
     if pair.source_rows is None:
         inputs.missing["source_features"] = "the source is a checkpoint, whose rows are not there"
     if wanted and all(set(score.inputs) & set(inputs.missing) for score in wanted.values()):
-        undefined = {name: _value(score, inputs) for name, score in wanted.items()}
+        undefined = {name: value_of(score, inputs) for name, score in wanted.items()}
         return PairScores(pair.source, pair.target, undefined), False
     device = default_device()
     backbone = _backbone(pair, shared, data)
@@ -279,7 +279,7 @@ def _score_pair(
     computed = PairScores(
         pair.source,
         pair.target,
-        {name: _value(score, inputs) for name, score in wanted.items()},
+        {name: value_of(score, inputs) for name, score in wanted.items()},
         len(inputs.arrays["features"]),
         len(inputs.arrays.get("source_features", ())),
         seconds,
@@ -293,7 +293,7 @@ def _shifts(
     pair: SourceTargetPair,
     shared: Shared,
     data: TargetData,
-    inputs: _Inputs,
+    inputs: ScoreInputs,
     backbone: Backbone,
     device: torch.device,
 ) -> tuple[Shift, ...]:
@@ -365,7 +365,7 @@ def _backbone(pair: SourceTargetPair, shared: Shared, data: TargetData) -> Backb
 
 
 def _add_target(
-    inputs: _Inputs,
+    inputs: ScoreInputs,
     pair: SourceTargetPair,
     shared: Shared,
     data: TargetData,
@@ -384,7 +384,7 @@ def _add_target(
     if labels_positions(objective):
         options = objective.options_class(**data.objective.options)  # type: ignore[attr-defined]
         task = objective(backbone, options, data.objective.state)  # type: ignore[operator]
-        inputs.ids, features, of_positions, labels, row_of_position = _position_features(
+        inputs.ids, features, of_positions, labels, row_of_position = features_of_positions(
             task, backbone, rows, device
         )
     else:
@@ -420,7 +420,7 @@ def _add_target(
 
 
 @torch.no_grad()
-def _position_features(
+def features_of_positions(
     objective: Any, backbone: Backbone, rows: Rows, device: torch.device
 ) -> tuple[np.ndarray, torch.Tensor, torch.Tensor, torch.Tensor, np.ndarray]:
     """Return pooled features, and those of at most SCORE_ROWS positions with their labels.
@@ -489,7 +489,7 @@ def _source_probabilities(
 
 
 def _add_source(
-    inputs: _Inputs,
+    inputs: ScoreInputs,
     pair: SourceTargetPair,
     data: TargetData,
     backbone: Backbone,
@@ -520,7 +520,7 @@ def _add_source(
 # ---------------------------------------------------------------- one score
 
 
-def _value(score: Score, inputs: _Inputs) -> ScoreValue:
+def value_of(score: Score, inputs: ScoreInputs) -> ScoreValue:
     """Return a score with its interval, or why it is not defined."""
     undefined = partial(ScoreValue, None, None, None, score.higher_is_better, None)
     for name in score.inputs:

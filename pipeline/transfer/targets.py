@@ -222,7 +222,7 @@ class TargetStage:
         num_rows = len(self.splits.train)
         if fraction == 1 and isinstance(fraction, float):
             return num_rows
-        labels = _classes(self.spec, self.splits.train, self.state)
+        labels = classes_of_rows(self.spec, self.splits.train, self.state)
         counts = [num_rows] if labels is None else np.bincount(labels).tolist()
         counts = [count for count in counts if count]
         if isinstance(fraction, int):
@@ -275,7 +275,7 @@ def plan_target(job: Job, name: str) -> TargetStage:
         state = fit_components.fit_objective(spec, splits)
     except ValueError as error:
         raise ValueError(f"{place}.data, train split: {error}") from None
-    _check_metric(place, spec, objective, state)
+    check_metric(place, spec, objective, state)
     subgroups.read(splits.test, spec.subgroups, f"{place}.subgroups")
     for split, selection in splits.by_name().items():
         try:
@@ -502,7 +502,7 @@ def reads_source(technique: Technique) -> bool:
     return bool({"source", LABELLED_SOURCE} & {*technique.streams()})
 
 
-def _check_metric(place: str, spec: Target, objective: type[Objective], state: State) -> None:
+def check_metric(place: str, spec: Target, objective: type[Objective], state: State) -> None:
     """Raise ValueError where the target names a metric that its objective does not have."""
     if spec.metric is None:
         return
@@ -584,7 +584,7 @@ def _try_rows(selection: manifests.Selection, spec: Target, state: State) -> Non
         ) from error
 
 
-def _classes(spec: Target, rows: Selection, state: State) -> np.ndarray | None:
+def classes_of_rows(spec: Target, rows: Selection, state: State) -> np.ndarray | None:
     """Return the (n,) class numbers of rows, for objectives whose rows have one class."""
     objective = registry.get("objective", spec.objective.name)
     if not draws_by_class(objective):
@@ -758,7 +758,7 @@ def _unmet_batch(target: TargetStage, searched: Sequence[float]) -> list[Finding
 def _unmet_label_counts(target: TargetStage) -> list[Finding]:
     """Return a finding for each number of rows per class that some classes do not have."""
     fractions = [fraction for fraction in target.spec.label_fractions if fraction]
-    classes = _classes(target.spec, target.splits.train, target.state)
+    classes = classes_of_rows(target.spec, target.splits.train, target.state)
     counts = np.array([len(target.splits.train)]) if classes is None else np.bincount(classes)
     names = [str(name) for name in target.state.get("labels", ())] if classes is not None else []
     out: list[Finding] = []
@@ -790,7 +790,7 @@ def missing_classes(target: TargetStage) -> list[Finding]:
     """Return the classes of which a fold has no test row: groups stay whole."""
     if not target.spec.folds:
         return []
-    classes = _classes(target.spec, target.splits.test, target.state)
+    classes = classes_of_rows(target.spec, target.splits.test, target.state)
     if classes is None:
         return []
     present = set(classes.tolist())
@@ -953,7 +953,7 @@ def _trainable(target: TargetStage, rows: Rows, num_left_out: int) -> tuple[Rows
 def _labels(target: TargetStage, rows: Rows, state: State) -> np.ndarray | None:
     """Return (n_train,) class numbers of the training rows, where rows have one class."""
     if rows.arrays is None:
-        return _classes(target.spec, rows.selection, state)
+        return classes_of_rows(target.spec, rows.selection, state)
     objective = registry.get("objective", target.spec.objective.name)
     return rows.arrays.get("label") if draws_by_class(objective) else None
 

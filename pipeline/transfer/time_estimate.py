@@ -82,11 +82,11 @@ class _Speeds:
         empty = dry_checks.build_task(load.arch, load.objective)
         if sum(parameter.numel() for parameter in empty.parameters()) > MAX_PARAMETERS:
             raise Unmeasured("the network is too large to be tried here")
-        batch = _batch(load, min(rows, MAX_ROWS))
+        batch = batch_of(load, min(rows, MAX_ROWS))
         task, count = bundle.build_task(load.arch, load.objective, seed=0), MIN_ROWS
         while True:
             part = batch.split(count)[0]
-            seconds, waited = _step_seconds(load, task, part, train)
+            seconds, waited = step_seconds(load, task, part, train)
             self.steps += 2
             self.worked += seconds
             self.waited += waited
@@ -105,7 +105,7 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _batch(load: Workload, rows: int) -> Batch:
+def batch_of(load: Workload, rows: int) -> Batch:
     """Return a batch of rows of the workload. Raises Unmeasured where none of them can be used."""
     decoder, selection = load.decoder, load.rows
     ids = selection.ids(evenly_spread(len(selection), rows))
@@ -128,7 +128,7 @@ def _batch(load: Workload, rows: int) -> Batch:
     return Batch(np.arange(rows, dtype=np.int64), torch.from_numpy(keys), tensors)
 
 
-def _step_seconds(load: Workload, task: Task, batch: Batch, train: Train) -> tuple[float, float]:
+def step_seconds(load: Workload, task: Task, batch: Batch, train: Train) -> tuple[float, float]:
     """Return the processor time and the time of the second of two training steps on a batch."""
     technique = technique_of(FULL)
     device = default_device()
@@ -228,7 +228,7 @@ def _source_seconds(
     if not isinstance(steps, int):
         raise Unmeasured(f"its steps are known {steps}")
     ranks, cores = stage.spec.worker_range[1], os.cpu_count() or 1
-    rows = _rows_per_step(loads[0], train)
+    rows = rows_per_step(loads[0], train)
     threads = max(1, cores // ranks)
     step = speeds.seconds(f"sources.{name}", loads[0], -(-rows // ranks), threads, train)
     step *= max(1.0, ranks / cores)  # more ranks than cores share them
@@ -249,7 +249,7 @@ def _target_seconds(
             raise Unmeasured("the checkpoints of its sources are not here yet")
         if group.steps is None:
             raise Unmeasured("its steps are known when its rows have been packed or sorted")
-        rows = min(_rows_per_step(loads[0], train), group.rows)
+        rows = min(rows_per_step(loads[0], train), group.rows)
         step = fmean(
             speeds.seconds(f"targets.{name}", load, rows, threads, train) for load in loads
         )
@@ -264,7 +264,7 @@ def _target_seconds(
     return total + features  # all trials with a frozen backbone share the features
 
 
-def _rows_per_step(load: Workload, train: Train) -> int:
+def rows_per_step(load: Workload, train: Train) -> int:
     """Return the rows of a step over all ranks; of batches by cost, those of mean cost."""
     modality = load.decoder.modality
     if train.batch_cost is None or not is_costed(modality):

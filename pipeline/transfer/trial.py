@@ -545,7 +545,7 @@ def _add_weights(digest: Any, name: str, part: torch.nn.Module) -> None:
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
 
 
-def _without_failed_members(trial: Trial, shared: Shared) -> tuple[Trial, list[str]]:
+def without_failed_members(trial: Trial, shared: Shared) -> tuple[Trial, list[str]]:
     """Return a trial without those of its members that failed, and a note that names these.
 
     Raises:
@@ -690,7 +690,7 @@ def run(
     """
     ranks = ranks or Ranks(device=default_device())
     began = time.time()
-    trial, failed_members = _without_failed_members(trial, shared)
+    trial, failed_members = without_failed_members(trial, shared)
     data, folder = data_of(trial, shared), folder_uri(shared, trial)
     technique = trial.technique_object  # one for the whole trial: it may have a state
     train, rows, steps = resolve_training(trial, shared)

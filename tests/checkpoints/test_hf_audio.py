@@ -12,12 +12,13 @@ import soundfile
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
-from toys import furthest, label_state, task_of, weights
+from toys import furthest, label_state, task_from, task_of, weights
+from toys import transformers_model as loaded
 
 from pipeline.checkpoints import bundle, export, exported_classifier, pretrained
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.core.contracts import Batch
-from pipeline.core.specs import ModalitySpec, ObjectiveSpec
+from pipeline.core.specs import ModalitySpec
 from pipeline.modalities.audio import Audio, AudioOptions
 
 CONFIG = {
@@ -277,14 +278,6 @@ def test_what_rows_a_name_stands_for(name, kind):
 # ---------------------------------------------------------------- heads of checkpoints
 
 
-def task_from(start, objective: str, state=None, options=None):
-    task = bundle.build_task(
-        start.arch, ObjectiveSpec(objective, options or {}, state or {}), seed=3
-    ).eval()
-    start.load_into(task.backbone)
-    return task, start.load_head_into(task)
-
-
 @torch.no_grad()
 def test_a_ctc_head_goes_by_the_names_of_its_labels(tmp_path):
     """Its blank and its space under our names, its other special tokens left out; in the order of
@@ -383,13 +376,6 @@ def bundled(
         ModalitySpec("audio", modality.options.model_dump(), modality.state),
     )
     return task, modality, str(folder / "bundle")
-
-
-def loaded(kind: str, folder):
-    """A model of transformers with nothing missing and nothing left over."""
-    model, report = getattr(hf, kind).from_pretrained(folder, output_loading_info=True)
-    assert not any(report.values()), report
-    return model.eval()
 
 
 @torch.no_grad()

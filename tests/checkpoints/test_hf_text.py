@@ -24,10 +24,12 @@ from toys import (
     packed_rows,
     sentences,
     take,
+    task_from,
     task_of,
     text_modality,
     weights,
 )
+from toys import transformers_model as loaded
 
 from pipeline.checkpoints import bundle, export, exported_classifier, hf_text, pretrained
 from pipeline.checkpoints.bundle import BundleError
@@ -425,14 +427,6 @@ def test_the_pooler_is_kept_where_it_is_wanted(family, tmp_path):
 # ---------------------------------------------------------------- heads of checkpoints
 
 
-def task_from(start, objective: str, state=None, options=None, seed: int = 3):
-    task = bundle.build_task(
-        start.arch, ObjectiveSpec(objective, options or {}, state or {}), seed=seed
-    ).eval()
-    start.load_into(task.backbone)
-    return task, start.load_head_into(task)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("kind", "more"),
@@ -651,13 +645,6 @@ def scores(task, objective: str, batch: Batch):
             task.objective.bias if objective == "mlm" else None,
         )
     return task.objective.head(tokens)
-
-
-def loaded(kind: str, folder):
-    """A model of transformers with nothing missing and nothing left over."""
-    model, report = getattr(hf, kind).from_pretrained(folder, output_loading_info=True)
-    assert not any(report.values()), report
-    return model.eval()
 
 
 @torch.no_grad()
@@ -1108,7 +1095,7 @@ def test_an_objective_says_which_class_of_transformers_has_its_head(monkeypatch)
     """No second place names it: what an objective declares is what the families are asked for."""
 
     def known(family: str) -> set[str]:
-        return set(hf_text._declared_heads(family))
+        return set(hf_text.declared_heads(family))
 
     assert "tagging" in known("bert") and not {"ctc", "detection"} & known("bert")
     assert "ctc" in known("wav2vec2") and "tagging" not in known("wav2vec2")

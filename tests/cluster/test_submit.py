@@ -351,7 +351,7 @@ def test_http_is_for_this_machine_alone(address, host):
 def test_a_log_that_starts_over_is_printed_once(seed):
     draw, said = random.Random(seed), []
     log = "".join(draw.choice(["", "x", "line\n", "\n"]) for _ in range(30)) + "end"
-    lines = submit_module._Lines(said.append)
+    lines = submit_module.LogLines(said.append)
     for reach in [*sorted(draw.choices(range(len(log)), k=4)), len(log)]:
         lines.restart()
         at = 0

@@ -294,13 +294,7 @@ def test_a_piece_of_a_plugin_counts_with_the_plugins_own_modules(tmp_path, monke
     monkeypatch.setattr(registry, "entry", lambda kind, name: declared)
 
     def code() -> dict[str, str]:
-        for cached in (
-            plugins.source_file,
-            provenance._source,
-            provenance._module,
-            provenance._component_source,
-        ):
-            cached.cache_clear()
+        provenance.forget()
         return code_of((), (("technique", "shake"),))
 
     before = code()

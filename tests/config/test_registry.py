@@ -26,21 +26,17 @@ def house(tmp_path, monkeypatch):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / place).touch() if place.endswith(".py") else (tmp_path / place).mkdir()
     monkeypatch.setattr(registry, "PACKAGE", tmp_path)
-    caches = (registry._entries, registry._ours, registry._architectures)
-    for function in caches:
-        function.cache_clear()
+    registry.forget()
 
     def write(file: str = "made.py", **texts: str) -> Path:
         for kind, text in texts.items():
             path = tmp_path / registry.FOLDERS[kind] / file
             path.write_text(textwrap.dedent(text))
-        for function in caches:
-            function.cache_clear()
+        registry.forget()
         return path
 
     yield write
-    for function in caches:
-        function.cache_clear()
+    registry.forget()
 
 
 def test_something_of_every_kind_is_declared():

@@ -1304,9 +1304,9 @@ def test_what_a_search_may_not_draw_is_one_error_with_its_line(problems, search,
     found = problems(text)
     assert len(found) == 1 and found[0].startswith(f"{line_of(f'    {search}', text)}: {message}")
     with pytest.raises(pydantic.ValidationError, match=r"fanout\.search|no number"):
-        data = yaml_loader._read(GOOD, [])[0]
+        data = yaml_loader.parse(GOOD, [])[0]
         job.Job.model_validate(
-            {**data, "fanout": {"trials": 4, "search": yaml_loader._read(f"{{{search}}}", [])[0]}}
+            {**data, "fanout": {"trials": 4, "search": yaml_loader.parse(f"{{{search}}}", [])[0]}}
         )
 
 

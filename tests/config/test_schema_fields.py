@@ -124,7 +124,7 @@ def test_a_source_reads_every_field_of_data_and_train(paths, tmp_path):
             stage = source.plan_source(job, "src")
             fitted = source.prepare_source(stage)
             pretrain.train_rank(pretrain.rank_job(stage, fitted, DataWorkers(), 1), Ranks())
-            launch._trainer(stage, launch.plan_resources(stage.spec, 2, 0), {}, False, 1)
+            launch.make_trainer(stage, launch.plan_resources(stage.spec, 2, 0), {}, False, 1)
     assert set(Data.model_fields) - seen[Data] == set()
     assert set(Train.model_fields) - seen[Train] == set()
     assert set(Source.model_fields) - seen[Source] == set()

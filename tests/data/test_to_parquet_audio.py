@@ -185,7 +185,7 @@ def test_a_long_recording_that_is_broken_is_not_called_too_long(tmp_path, import
 def test_the_import_is_kept_and_made_anew_for_another_file(tmp_path, imports, monkeypatch):
     sound(tmp_path / "x" / "a.wav", 1.0)
     first = m.build(str(tmp_path / "x"), "auto", imports)
-    monkeypatch.setattr(made, "_audio_table", None)
+    monkeypatch.setattr(made.pq, "write_table", None)
     assert m.build(str(tmp_path / "x"), "auto", imports).fingerprint == first.fingerprint
     monkeypatch.undo()
     os.utime(sound(tmp_path / "x" / "a.wav", 2.0), ns=(1, 1))

@@ -154,3 +154,17 @@ def run_job(command, tmp_path_factory):
         return where / "runs" / job.stem, ended.stdout + ended.stderr
 
     return call
+
+
+def result_rows(done: Path) -> list[dict]:
+    """The results of a job's folder."""
+    return pq.read_table(done / "results.parquet").to_pylist()
+
+
+def best_bundle(done: Path, target: str, technique: str) -> str:
+    """The first bundle that a technique has left of a target."""
+    return next(
+        row["bundle_uri"]
+        for row in result_rows(done)
+        if row["target"] == target and row["technique"] == technique and row["bundle_uri"]
+    )

@@ -18,6 +18,7 @@ import soundfile
 import torch
 
 from pipeline.checkpoints import bundle
+from tests.e2e.conftest import best_bundle, result_rows
 
 JOB = Path(__file__).with_name("speech.yaml")
 WORDS = ("zero", "one", "two", "three")
@@ -83,13 +84,9 @@ def done(speech_data, run_job) -> Path:
 pytestmark = pytest.mark.timeout(600)
 
 
-def rows(done: Path) -> list[dict]:
-    return pq.read_table(done / "results.parquet").to_pylist()
-
-
 def test_every_target_has_its_entries_and_metrics(done):
-    tested = [row for row in rows(done) if row["split"] == "test"]
-    assert all(row["status"] == "done" for row in rows(done))
+    tested = [row for row in result_rows(done) if row["split"] == "test"]
+    assert all(row["status"] == "done" for row in result_rows(done))
     metrics = {
         name: {row["metric"] for row in tested if row["target"] == name}
         for name in ("words", "letters", "digits")
@@ -112,7 +109,7 @@ def test_every_target_has_its_entries_and_metrics(done):
 def test_the_table_tells_how_transcripts_were_normalised(done):
     message = {
         row["target"]: json.loads(row["hyper_parameters"]).get("normalization")
-        for row in rows(done)
+        for row in result_rows(done)
     }
     assert (
         message["digits"] is None
@@ -147,17 +144,9 @@ def test_batches_by_duration_tell_their_padding(done):
     assert [float(share) for share in shares] == [
         pytest.approx(100 * metadata["padding_share"], abs=0.06) for metadata in found.values()
     ]
-    ran = [json.loads(row["hyper_parameters"]) for row in rows(done)]
+    ran = [json.loads(row["hyper_parameters"]) for row in result_rows(done)]
     assert [one["padding_share"] for one in ran if one.get("batch_cost")] and all(
         0 <= one["padding_share"] < 0.3 for one in ran if one.get("batch_cost")
-    )
-
-
-def best(done: Path, target: str, technique: str) -> str:
-    return next(
-        row["bundle_uri"]
-        for row in rows(done)
-        if row["target"] == target and row["technique"] == technique and row["bundle_uri"]
     )
 
 
@@ -166,7 +155,7 @@ def test_a_folder_of_recordings_is_transcribed_with_times_and_subtitles(
 ):
     ended = command(
         "predict",
-        best(done, "words", "full"),
+        best_bundle(done, "words", "full"),
         speech_data / "recordings",
         "-o",
         tmp_path / "out",
@@ -191,7 +180,7 @@ def test_a_folder_of_recordings_is_transcribed_with_times_and_subtitles(
 def test_wav2vec2_leaves_as_a_folder_and_comes_back(done, command, tmp_path):
     from transformers import Wav2Vec2ForCTC
 
-    uri = best(done, "letters", "lora")
+    uri = best_bundle(done, "letters", "lora")
     ended = command("export", uri, tmp_path / "hf", "--kind", "hugging-face", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     os.environ["HF_HUB_OFFLINE"] = "1"

@@ -17,6 +17,7 @@ import pytest
 from toys import sentences
 
 from pipeline.checkpoints import bundle
+from tests.e2e.conftest import best_bundle, result_rows
 
 JOB = Path(__file__).with_name("text.yaml")
 NAMES = ("Ada", "Boole", "Curie", "Dirac")
@@ -92,13 +93,9 @@ def done(text_data, run_job) -> Path:
 pytestmark = pytest.mark.timeout(600)
 
 
-def rows(done: Path) -> list[dict]:
-    return pq.read_table(done / "results.parquet").to_pylist()
-
-
 def test_every_target_has_its_entries_and_metrics(done):
-    tested = [row for row in rows(done) if row["split"] == "test"]
-    assert all(row["status"] == "done" for row in rows(done))
+    tested = [row for row in result_rows(done) if row["split"] == "test"]
+    assert all(row["status"] == "done" for row in result_rows(done))
     metrics = {
         name: {row["metric"] for row in tested if row["target"] == name}
         for name in ("pairs", "entities", "questions", "stories")
@@ -135,7 +132,7 @@ def test_perplexity_and_bits_per_byte_tell_the_same_loss(done):
     bits per token is their ratio, in every trial.
     """
     found = {}
-    for row in rows(done):
+    for row in result_rows(done):
         if row["target"] == "stories" and row["split"] == "test":
             found.setdefault(row["trial_id"], {})[row["metric"]] = row["value"]
     ratios = [one["bits_per_byte"] / (math.log2(one["perplexity"])) for one in found.values()]
@@ -148,14 +145,6 @@ def test_the_report_tells_the_mixture_and_the_types(done):
     assert "person" in message and "place" in message and "0.7" in message
 
 
-def best(done: Path, target: str, technique: str) -> str:
-    return next(
-        row["bundle_uri"]
-        for row in rows(done)
-        if row["target"] == target and row["technique"] == technique and row["bundle_uri"]
-    )
-
-
 def predicted(uri: str, data: Path, command, where: Path, *words: str) -> pa.Table:
     ended = command("predict", uri, data, "-o", where / "out", *words, cwd=where)
     assert ended.returncode == 0, ended.stderr[-3000:]
@@ -164,7 +153,7 @@ def predicted(uri: str, data: Path, command, where: Path, *words: str) -> pa.Tab
 
 def test_entities_are_predicted_as_words_and_types(done, text_data, command, tmp_path):
     found = predicted(
-        best(done, "entities", "lora"), text_data / "entities.parquet", command, tmp_path
+        best_bundle(done, "entities", "lora"), text_data / "entities.parquet", command, tmp_path
     )
     assert len(found) == 100 and all(len(tags) == 6 for tags in found["tags"].to_pylist())
     assert {tag for tags in found["tags"].to_pylist() for tag in tags} <= {
@@ -178,7 +167,7 @@ def test_entities_are_predicted_as_words_and_types(done, text_data, command, tmp
 
 def test_answers_stand_in_their_contexts(done, text_data, command, tmp_path):
     found = predicted(
-        best(done, "questions", "full"), text_data / "questions.parquet", command, tmp_path
+        best_bundle(done, "questions", "full"), text_data / "questions.parquet", command, tmp_path
     )
     contexts = pq.read_table(text_data / "questions.parquet")["context"].to_pylist()
     given = [
@@ -192,7 +181,9 @@ def test_answers_stand_in_their_contexts(done, text_data, command, tmp_path):
 
 def test_prompts_are_continued(done, command, tmp_path):
     (tmp_path / "prompts.txt").write_text("the old film was\na new play\n")
-    found = predicted(best(done, "stories", "full"), tmp_path / "prompts.txt", command, tmp_path)
+    found = predicted(
+        best_bundle(done, "stories", "full"), tmp_path / "prompts.txt", command, tmp_path
+    )
     texts = found["generated"].to_pylist()
     assert len(texts) == 2 and all(isinstance(text, str) for text in texts) and any(texts)
 
@@ -203,7 +194,7 @@ def test_a_language_model_leaves_as_a_folder_and_comes_back(done, command, tmp_p
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    uri = best(done, "stories", "lora")
+    uri = best_bundle(done, "stories", "lora")
     ended = command("export", uri, tmp_path / "hf", "--kind", "hugging-face", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     os.environ["HF_HUB_OFFLINE"] = "1"

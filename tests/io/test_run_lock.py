@@ -432,7 +432,7 @@ def test_a_lease_whose_file_was_removed_is_lost(root):
 def lose_the_lease_while_waiting(root) -> None:
     """The main thread may be waiting for a rank for hours."""
     with (
-        pytest.raises(write_fence.LostLeaseError, match="process 12 on elsewhere has it now"),
+        pytest.raises(write_fence.LostLeaseError, match="elsewhere"),
         run_lock.hold(root),
     ):
         left_behind(root, id="other", host="elsewhere", pid=12)

@@ -174,7 +174,7 @@ def test_reads_of_an_open_file_are_retried_and_never_short(monkeypatch, fast):
 def test_dead_server_is_an_error(monkeypatch, fast):
     with s3_answers(monkeypatch, (200, b"")):
         pass  # its port is closed now
-    with pytest.raises(StorageError, match=r"s3://bucket/key: .*tried 5 times"):
+    with pytest.raises(StorageError, match="tried 5 times"):
         storage.read_bytes("s3://bucket/key")
     assert len(fast) == 4
 

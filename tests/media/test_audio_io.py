@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 from scipy import signal
+from toys import sound_file as saved
 
 from pipeline.media import audio_header, audio_io
 from pipeline.media.audio_io import BrokenAudioError, LongAudioError
@@ -24,14 +25,6 @@ def tone(
     return (amplitude * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)).astype(
         np.float32
     )
-
-
-def saved(
-    samples: np.ndarray, rate: int = RATE, form: str = "WAV", subtype: str | None = None
-) -> bytes:
-    out = io.BytesIO()
-    soundfile.write(out, samples, rate, format=form, subtype=subtype)
-    return out.getvalue()
 
 
 KINDS = [

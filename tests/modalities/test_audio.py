@@ -13,12 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
+from toys import sound_file as saved
 
 from pipeline.core.capabilities import measures_throughput
 from pipeline.core.contracts import Batch
 from pipeline.core.nn import conv_arithmetic
 from pipeline.core.ragged import ragged
 from pipeline.io import s3, storage
+from pipeline.media import audio_io
 from pipeline.media import spectrogram as ops
 from pipeline.modalities.audio import Audio, AudioOptions, AudioState
 
@@ -32,14 +34,6 @@ def noise(seconds: float = 0.5, rate: int = 16000, seed: int = 0, channels: int 
         .uniform(-0.4, 0.4, (round(seconds * rate), channels))
         .astype(np.float32)
     )
-
-
-def saved(
-    samples: np.ndarray, rate: int = 16000, form: str = "WAV", subtype: str | None = None
-) -> bytes:
-    out = io.BytesIO()
-    soundfile.write(out, samples, rate, format=form, subtype=subtype)
-    return out.getvalue()
 
 
 def read(values, kind=None, start=None, seconds=None, state=MEL, **options):
@@ -310,15 +304,14 @@ def test_costs_are_seconds(tmp_path):
 def test_costs_hold_no_second_copy_of_files():
     table = pa.table({"sound": [saved(noise(4.0, seed=i)) for i in range(100)]})
     before, tracking = pa.total_allocated_bytes(), []
-    measured = Audio._measured
+    inspect = audio_io.inspect
+
+    def tracked(file):
+        tracking.append(pa.total_allocated_bytes() - before)
+        return inspect(file)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            Audio,
-            "_measured",
-            lambda self, *row: (
-                tracking.append(pa.total_allocated_bytes() - before) or measured(self, *row)
-            ),
-        )
+        patch.setattr(audio_io, "inspect", tracked)
         tracemalloc.start()
         assert Audio(AudioOptions(), MEL).costs(table, {"audio": "sound"}).tolist() == [4.0] * 100
         peak = tracemalloc.get_traced_memory()[1]

@@ -13,7 +13,7 @@ from pipeline.core.contracts import Batch
 from pipeline.core.contracts.backbone_capabilities import hides_frames
 from pipeline.core.nn import conv_arithmetic
 from pipeline.core.specs import Architecture, ModalitySpec
-from pipeline.models.torchaudio import _Front
+from pipeline.models.torchaudio import Front
 
 BINS = 12
 INPUTS = {"features": "mel", "rate": 16000, "channels": BINS, "convolutions": [[400, 160, 0]]}
@@ -274,7 +274,7 @@ def test_two_threads_compute_the_gradients_that_torchs_own_kernels_compute(two_t
     and looks at what the convolution is given.
     """
     torch.manual_seed(0)
-    front = _Front(256, 256, [11], [2], plane=False, wide=True)
+    front = Front(256, 256, [11], [2], plane=False, wide=True)
     x, lengths = torch.randn(41, 23, 256, requires_grad=True), torch.full((41,), 23)
     given = []
     front.layers[0]["convolution"].register_forward_pre_hook(

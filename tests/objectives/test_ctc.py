@@ -31,7 +31,7 @@ from pipeline.core.specs import Architecture
 from pipeline.data import manifests
 from pipeline.data.loader import Decoder
 from pipeline.data.stream import Rows, TooManyBadRowsError
-from pipeline.media import language_model, transcripts
+from pipeline.media import audio_io, language_model, transcripts
 from pipeline.modalities.audio import Audio, AudioOptions
 from pipeline.objectives import ctc
 from pipeline.objectives.ctc import CTC, CTCOptions
@@ -257,7 +257,7 @@ def test_rows_that_cannot_be_learned_from_are_left_out_before_any_is_decoded(
         pa.table(dict(zip(("sound", "long", "said"), zip(*rows, strict=True), strict=True))),
         tmp_path / "rows.parquet",
     )
-    state, opened, measured = CTC.bind_to_backbone(fitted(["AB"]), Known(4)), [], Audio._measured
+    state, opened, inspect = CTC.bind_to_backbone(fitted(["AB"]), Known(4)), [], audio_io.inspect
     decoder = Decoder(
         Audio(AudioOptions(), {"features": "mel"}),
         "ctc",
@@ -268,11 +268,12 @@ def test_rows_that_cannot_be_learned_from_are_left_out_before_any_is_decoded(
         manifests.Selection(manifests.build(str(tmp_path / "rows.parquet"), "auto", str(tmp_path))),
         decoder,
     ).with_costs(cpus=0)
-    monkeypatch.setattr(
-        Audio,
-        "_measured",
-        lambda self, cell, start: opened.append(len(cell.as_py())) or measured(self, cell, start),
-    )
+
+    def noted(file):
+        opened.append(len(file))
+        return inspect(file)
+
+    monkeypatch.setattr(audio_io, "inspect", noted)
     left, bad = source.drop_untrainable(rows, 0.5)
     assert not message or len(recording(20.0)) not in opened
     reasons = {
@@ -698,7 +699,7 @@ def test_a_language_model_is_the_one_that_was_fitted(tmp_path, monkeypatch):
     assert large["lm"] == {"sha256": small["lm"]["sha256"], "content": None}
 
     path.write_text(ARPA.replace("-0.2\tA B", "-9.2\tA B"))
-    ctc._search.cache_clear()
+    ctc.beam_search_decoder.cache_clear()
     assert searched(task_of(small, **options), mels) == right
     changed = hashlib.sha256(path.read_bytes()).hexdigest()
     trained_with = large["lm"]["sha256"]
@@ -707,7 +708,7 @@ def test_a_language_model_is_the_one_that_was_fitted(tmp_path, monkeypatch):
         task_of(large, **options)
 
     path.unlink()
-    ctc._search.cache_clear()
+    ctc.beam_search_decoder.cache_clear()
     assert searched(task_of(small, **options), mels) == right
     with pytest.raises(ValueError, match=r"there is no file \S+labels.arpa on this machine, and"):
         task_of(large, **options)
@@ -737,7 +738,7 @@ def test_beam_search_that_cannot_be_made_is_refused_at_once(tmp_path):
 
 
 def test_beam_search_without_its_library_is_refused_at_once(monkeypatch):
-    ctc._search.cache_clear()
+    ctc.beam_search_decoder.cache_clear()
     monkeypatch.setitem(sys.modules, "flashlight.lib.text.decoder", None)
     with pytest.raises(
         ValueError,

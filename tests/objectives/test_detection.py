@@ -276,7 +276,7 @@ def test_fcos_equals_torchvision(monkeypatch):
     """Where every image has objects, the sums over the count are torchvision's own losses."""
     task, batch = task_of("fcos").eval(), batch_of()
     detector, targets = task.objective.detector, box_detectors.targets_of(batch)
-    outputs, anchors, sizes = detector._outputs(
+    outputs, anchors, sizes = detector.outputs_of_maps(
         detector.backbone(task.backbone(batch, want=("stages",)), (SIDE, SIDE)), batch
     )
     seen = {}
@@ -324,7 +324,9 @@ def test_faster_rcnn_equals_torchvision(monkeypatch):
     maps = detector.backbone(task.backbone(batch, want=("stages",)), (SIDE, SIDE))
     regions, _, kinds, targets = seen["roi"]
     assert {len(k) for k in kinds} == {512} and {int((k > 0).sum()) for k in kinds} != {0}
-    classification, off = fastrcnn_loss(*detector._regions(maps, regions, batch), kinds, targets)
+    classification, off = fastrcnn_loss(
+        *detector.region_outputs(maps, regions, batch), kinds, targets
+    )
     for name, theirs in (
         ("objectness", objects),
         ("proposal_box", boxes),

@@ -238,8 +238,8 @@ def test_the_mask_loss_is_torchvision_s(monkeypatch):
     """On the regions of one image, given torchvision's own function the same logits and masks."""
     task, batch = task_of().eval(), batch_of(table_of().slice(3, 1))
     detector, seen = task.objective.detector, {}
-    scores, regions = detector._mask_scores, detector.region_losses
-    monkeypatch.setattr(detector, "_mask_scores", lambda *a: seen.setdefault("scores", scores(*a)))
+    scores, regions = detector.mask_scores, detector.region_losses
+    monkeypatch.setattr(detector, "mask_scores", lambda *a: seen.setdefault("scores", scores(*a)))
     monkeypatch.setattr(
         detector, "region_losses", lambda *a: seen.setdefault("regions", regions(*a))
     )

@@ -591,7 +591,7 @@ def test_draws_have_the_probabilities_of_the_model(writer):
             type(writer.objective.options)(generate=1, temperature=temperature, top_k=top_k),
             {},
         )
-        counts = objective._sampled(scores.expand(n, -1), u).bincount(minlength=30).float() / n
+        counts = objective.sample_tokens(scores.expand(n, -1), u).bincount(minlength=30).float() / n
         kept = (
             scores
             if top_k is None

@@ -481,7 +481,7 @@ def test_a_head_is_carried_over_by_the_names_of_its_tags(tmp_path):
     other = bundle.build_task(
         words["arch"], replace(words["objective"], state=fitted([["B-per", "B-org"]])), seed=3
     )
-    assert "new head: its labels differ" in bundle.carry_head(other, saved)
+    assert "new head" in bundle.carry_head(other, saved)
 
 
 def test_the_options_norm_and_dropout_are_obeyed():

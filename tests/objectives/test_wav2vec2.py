@@ -322,7 +322,7 @@ def test_the_head_is_float32_under_autocast():
 def test_code_usage_is_the_share_of_entries_that_were_chosen():
     """Counted one hidden frame after the other; evaluation, which counts no codes, says 0."""
     made, batch = scattered(task()).train(), batch_of()
-    found = made.objective._compared(made.backbone, batch)
+    found = made.objective.compare(made.backbone, batch)
     chosen = {
         (group, int(found.logits[row, k, group].argmax()))
         for row, k in found.valid.nonzero().tolist()

@@ -350,3 +350,10 @@ def coco(tmp_path):
         for i in ids:
             write(root / split / f"{i:06d}.jpg", encoded(i))
     return root
+
+
+def as_float32(*events: tuple) -> list[tuple]:
+    """(time, name, value) of events as files of prepared rows hold them."""
+    return [
+        (np.float32(time).item(), name, np.float32(value).item()) for time, name, value in events
+    ]

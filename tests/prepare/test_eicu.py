@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 
 import duckdb
-import numpy as np
 import pytest
 from prepare import conftest
+from prepare.conftest import as_float32 as f
 from prepare.conftest import entity_events, entity_rows, summary
 
 from pipeline.prepare.clinical import plausible
@@ -109,12 +109,6 @@ def prepared(tmp_path_factory) -> Path:
     (root / "vitalAperiodic.csv").rename(root / "VITALAPERIODIC.csv")
     prepare(root, root.parent / "out", max_bad=0.9)
     return root.parent / "out"
-
-
-def f(*events: tuple) -> list[tuple]:
-    return [
-        (np.float32(time).item(), name, np.float32(value).item()) for time, name, value in events
-    ]
 
 
 def test_events_by_hand(prepared):

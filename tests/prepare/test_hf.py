@@ -174,7 +174,7 @@ def test_a_changed_image_that_is_named_by_its_path_is_noticed(tmp_path):
     assert [row["image"] for row in rows] == [encoded(0), encoded(1)]
     assert prepare(root, tmp_path / "out")[0] == manifest
     write(root / "a.jpg", encoded(5))
-    with pytest.raises(ValueError, match="holds parts of another source"):
+    with pytest.raises(ValueError, match="another source"):
         prepare(root, tmp_path / "out")
     _, rows = prepare(root, tmp_path / "new")
     assert [row["image"] for row in rows] == [encoded(5), encoded(1)]
@@ -187,10 +187,10 @@ def test_an_image_that_is_replaced_while_rows_are_written_is_an_error(tmp_path):
         write(root / f"{name}.jpg", encoded(n))
     preparation = Preparation("hf", str(root), str(tmp_path / "out"))
     write(root / "a.jpg", encoded(5))
-    with pytest.raises(file_identity.ChangedFileError, match=r"a\.jpg was changed while it was in"):
+    with pytest.raises(file_identity.ChangedFileError, match=r"a\.jpg was changed"):
         preparation.run()
     assert not (tmp_path / "out" / "_manifest.json").exists()
-    with pytest.raises(ValueError, match="holds parts of another source"):
+    with pytest.raises(ValueError, match="another source"):
         prepare(root, tmp_path / "out")
 
 

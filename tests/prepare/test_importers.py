@@ -13,19 +13,13 @@ import numpy as np
 import pytest
 from prepare import conftest
 from prepare.conftest import WNIDS, encoded, tar, write
+from prepare.speech import index
 from pydantic import model_validator
 from toys import image_file
 
 from pipeline.config import registry
 from pipeline.prepare.engine import importing
 from pipeline.prepare.readers import archives
-
-
-def index(name: str, source, *pairs: str) -> tuple[list[dict], importing.Index]:
-    found = registry.get("importer", name)(importing.options_of(name, list(pairs))).index(
-        str(source)
-    )
-    return found.rows.to_pylist(), found
 
 
 def counts(rows: list[dict], column: str) -> Counter:

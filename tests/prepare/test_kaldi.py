@@ -143,6 +143,6 @@ def test_fields_between_tabs_and_names_as_windows_and_macos_write_them(tmp_path)
     ],
 )
 def test_only_what_gives_the_files_own_samples_is_taken(entry, path):
-    from pipeline.prepare.importers.kaldi import _path
+    from pipeline.prepare.importers.kaldi import path_of_entry
 
-    assert _path(entry) == path
+    assert path_of_entry(entry) == path

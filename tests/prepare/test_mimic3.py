@@ -14,6 +14,7 @@ import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 import pytest
 from prepare import conftest
+from prepare.conftest import as_float32 as f
 from prepare.conftest import entity_events, entity_rows, summary
 
 from pipeline.prepare.clinical import plausible
@@ -120,12 +121,6 @@ TABLES = {
     "0.9%,metavision\n",
 }
 SOME = {"max_bad": 0.9}
-
-
-def f(*events: tuple) -> list[tuple]:
-    return [
-        (np.float32(time).item(), name, np.float32(value).item()) for time, name, value in events
-    ]
 
 
 @pytest.fixture

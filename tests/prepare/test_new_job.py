@@ -610,7 +610,7 @@ def test_values_are_read_back_as_they_were_written(value):
         Path("v.yaml"),
         f"name: v\nsources: {{a: {{backbone: timm/resnet18}}}}\nx: {scalar(value)}\n",
     )
-    data, _ = yaml_loader._read(Path("v.yaml").read_text(), [])
+    data, _ = yaml_loader.parse(Path("v.yaml").read_text(), [])
     assert data["x"] == value
 
 

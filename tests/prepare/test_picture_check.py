@@ -16,7 +16,7 @@ from toys import image_file
 
 from pipeline.media import drawing, image_io
 from pipeline.prepare.readers import picture_check
-from pipeline.prepare.readers.picture_check import BrokenImageError, _eight_bits, examine
+from pipeline.prepare.readers.picture_check import BrokenImageError, eight_bits, examine
 
 
 def opened(data: bytes) -> PIL.Image.Image:
@@ -141,7 +141,7 @@ def test_of_16_bits_are_8_as_where_the_file_itself_is_read():
         image_io.pixels(data, 1)[0].numpy(),
     )
     assert np.abs(found - wanted).max() <= 4
-    assert (np.asarray(_eight_bits(opened(data))) == wanted).all()
+    assert (np.asarray(eight_bits(opened(data))) == wanted).all()
 
 
 @pytest.mark.parametrize(("highest", "is_dark"), [((1 << 14) - 1, True), (1 << 14, False)])

@@ -377,7 +377,7 @@ def test_a_folder_is_known_by_what_its_files_hold(tmp_path):
         importing.options_of("table", ["label=label"]),
     ).is_done
     _change_in_place(source / "train.csv", lambda data: data.replace(b"1,a", b"1,b"))
-    with pytest.raises(ValueError, match="holds parts of another source"):
+    with pytest.raises(ValueError, match="another source"):
         prepare("table", source, tmp_path / "out", "label=label")
 
 
@@ -391,7 +391,7 @@ def test_recordings_that_a_manifest_names_elsewhere_are_known_by_content(tmp_pat
     os.utime(recording, ns=(1, 1))
     assert Preparation("manifest", str(tmp_path / "source"), str(tmp_path / "out")).is_done
     _change_in_place(recording, lambda data: data[:-2] + bytes([data[-2] ^ 1, data[-1]]))
-    with pytest.raises(ValueError, match="holds parts of another source"):
+    with pytest.raises(ValueError, match="another source"):
         Preparation("manifest", str(tmp_path / "source"), str(tmp_path / "out"))
 
 
@@ -472,7 +472,7 @@ def test_a_folder_whose_columns_meant_something_else_is_refused(coco, tmp_path):
                 '"categories": [', '"categories": [{"id": 5, "name": "airplane"}, '
             )
         )
-    with pytest.raises(ValueError, match="another source, of other options"):
+    with pytest.raises(ValueError, match="another source"):
         prepare("coco", coco, tmp_path / "out")
 
 

@@ -25,7 +25,7 @@ from stage_runs import (
     trials_in_this_process,
 )
 from stage_runs import run_through as again
-from toys import image_files
+from toys import image_splits
 
 from pipeline.checkpoints import bundle
 from pipeline.config import plugins, provenance
@@ -48,10 +48,7 @@ from pipeline.transfer import (
     trial,
 )
 
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    return image_files(tmp_path_factory.mktemp("data"), {"train": 36, "validation": 18, "test": 18})
+paths = image_splits(36, 18, 18)
 
 
 @pytest.fixture(scope="module")

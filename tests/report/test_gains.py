@@ -189,17 +189,17 @@ def test_the_most_labels_are_those_of_the_most_rows(entries):
     scores = {("clothing", "garments", "logme"): 0.5, ("clothing", "digits", "logme"): 0.1}
     (figure,) = gains.score_figures(entries, scores, DECIMALS)
     digits = find(entries, source="digits", fraction="50/class")
-    assert figure.numbers.rows[1][3] == gains._gain(digits, 3)
+    assert figure.numbers.rows[1][3] == gains.gain_text(digits, 3)
 
 
 def test_many_targets_stand_below_each_other(entries):
     full = [entry for entry in entries if entry.technique == "full" and entry.gain is not None]
     many = [replace(entry, target=f"{entry.target}{i}") for entry in full for i in range(4)]
-    table = gains._heat_map("all", many, dict.fromkeys((one.target for one in many), 3))
+    table = gains.heat_map("all", many, dict.fromkeys((one.target for one in many), 3))
     assert table.header == ["all", "digits", "garments"]
     assert [line[0] for line in table.rows] == sorted({one.target for one in many})
     few = [one for one in many if not one.target.startswith("handwriting")]
-    across = gains._heat_map("all", few, dict.fromkeys((one.target for one in few), 3))
+    across = gains.heat_map("all", few, dict.fromkeys((one.target for one in few), 3))
     assert across.header[1:] == [f"clothing{i}" for i in range(4)]
     lines = {line[0]: line[1:] for line in table.rows}
     assert [line[1:] for line in across.rows] == [
@@ -295,7 +295,7 @@ def test_a_distance_is_listed_nearest_first_and_has_one_name(entries):
     assert [line[1] for line in figure.numbers.rows] == ["digits", "garments"]
     pair = PairScores("digits", "clothing", {"mmd": ScoreValue(0.1, higher_is_better=False)})
     rows = [replace(row, score_name="mmd", score_value=0.1) for row in simulate()[0][:1]]
-    known = report._known_scores(rows, {})
+    known = report.known_scores(rows, {})
     assert {key[2] for key in known} == {key[2] for key in gains.all_scores({"": pair})} == {name}
 
 

@@ -100,11 +100,12 @@ def test_people_read_intervals_subgroups_cost_and_limits(job):
     assert "lr 0.001" in text and "ab12cd3" in text and "| steps |" in text
 
 
-def test_a_head_that_was_solved_has_iterations_and_no_steps(job):
+def test_a_head_that_was_solved_has_iterations_and_no_steps(job, monkeypatch):
     uri, rows = job
     settings = json.dumps({"solver": "lbfgs", "iterations": 57, "steps": None})
     solved = replace(rows[0], hyper_parameters=settings, steps=57)
-    text = "\n".join(model_card._making(bundle.read_manifest(uri), solved))
+    monkeypatch.setattr(model_card, "rows_of_bundle", lambda uri, manifest: [solved])
+    text = model_card.model_card(uri)
     assert "iterations 57" in text and "| steps |" not in text
 
 

@@ -134,9 +134,9 @@ def test_groups_widen_the_interval_by_the_design_effect():
 def test_memory_is_bounded(monkeypatch):
     p = losses(np.random.default_rng(8).random(500))
     whole = stats.interval(LOSS, p)
-    monkeypatch.setattr(stats, "_MAX_UNITS_IN_MEMORY", 1500)  # three draws a chunk
+    monkeypatch.setattr(stats, "MAX_UNITS_IN_MEMORY", 1500)  # three draws a chunk
     assert stats.interval(LOSS, p) == pytest.approx(whole, abs=1e-12)
-    monkeypatch.setattr(stats, "_MAX_UNITS_SAMPLED", 1)
+    monkeypatch.setattr(stats, "MAX_UNITS_SAMPLED", 1)
     assert stats.resampled_totals(
         np.random.default_rng(0).random((50, 2)), 1000, np.random.default_rng(0)
     ).shape == (stats.RECOMPUTED_DRAWS, 2)
@@ -585,13 +585,13 @@ def test_counted_draws_hold_bounded_memory(monkeypatch):
     p = losses(np.random.default_rng(8).random(500))
     whole = stats.interval(of, p)
     assert sizes == [stats.DRAWS]
-    monkeypatch.setattr(stats, "_MAX_UNITS_IN_MEMORY", 1500)  # three draws a chunk
+    monkeypatch.setattr(stats, "MAX_UNITS_IN_MEMORY", 1500)  # three draws a chunk
     assert stats.interval(of, p) == pytest.approx(whole, abs=1e-12) and set(sizes[1:]) == {3, 1}
     for cells, draws in (
         (500 * 700 * 3, 700),
         (1, stats.RECOMPUTED_DRAWS),
     ):  # scores of 3 classes a row: three times the work
         sizes.clear()
-        monkeypatch.setattr(stats, "_MAX_UNITS_SAMPLED", cells)
+        monkeypatch.setattr(stats, "MAX_UNITS_SAMPLED", cells)
         stats.interval(of, {**p, "scores": np.zeros((500, 3))})
         assert sum(sizes) == draws

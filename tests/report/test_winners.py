@@ -278,7 +278,7 @@ def test_a_gain_that_survives_the_correction_has_a_star_in_the_first_tables(tmp_
         entry, verdict=matrix.WINS, over_scratch=matrix.GainEstimate(value=0.2, low=0.1, high=0.3)
     )
     for p_value, words in ((0.01, "▲ wins *"), (0.2, "▲ wins")):
-        assert winners._gain(replace(won, gain_p_holm=p_value), 2).lines[1] == words
+        assert winners.gain_cell(replace(won, gain_p_holm=p_value), 2).lines[1] == words
 
 
 def test_a_jobs_folder_stands_for_the_bundle_of_its_winner(tmp_path):

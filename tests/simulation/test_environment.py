@@ -172,14 +172,14 @@ def test_what_is_not_installed_is_named(monkeypatch):
     with pytest.raises(ValueError, match="Hopper-v5 has no skill 'jump'"):
         make(World("Hopper-v5", 10, 0, {}, "jump"))
     monkeypatch.setitem(__import__("sys").modules, "gymnasium", None)
-    with pytest.raises(ValueError, match=r"uv pip install -e '\.\[robotics\]'"):
+    with pytest.raises(ValueError, match="robotics"):
         make(World(PENDULUM, 10, 0))
 
 
 def test_a_missing_simulator_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "mujoco", None)
     for ident in (PENDULUM, "onetomany/Push-v0"):
-        with pytest.raises(ValueError, match=r"uv pip install -e '\.\[robotics\]'"):
+        with pytest.raises(ValueError, match="robotics"):
             make(World(ident, 10, 0))
 
 

@@ -297,7 +297,7 @@ def test_bytes_give_the_same_expert_back(tmp_path):
 def test_act_is_the_librarys_deterministic_action():
     training = Training(lambda k: make(PENDULUM), 6, 0, QUICK)
     training.block()
-    ppo = training._assemble([])
+    ppo = training.assemble([])
     mean, std = training.observation_statistics()
     expert = TrainedPolicy(
         training.actor(), mean, std, np.array([-3.0]), np.array([3.0]), np.zeros((0, 3))

@@ -178,7 +178,7 @@ def test_walls_are_mirrors_to_glancing_beams():
         ]
     )
     env.place, env.heading = np.array([0.0, 0.6]), np.pi  # the wall on the left
-    seen = env._seen()
+    seen = env.sense()
     assert (
         np.allclose(seen[17:20], 0.6, atol=0.04)
         and (seen[[15, 21]] < 1).all()

@@ -15,8 +15,8 @@ from contract_rows import MODALITIES, OBJECTIVES, classified
 from stage_runs import primary, run_through, saved_vit, trials_in_this_process
 from toys import (
     furthest,
-    image_files,
     image_rows,
+    image_splits,
     job_of,
     kill_at,
     make_run,
@@ -278,9 +278,7 @@ def test_among_equals_the_coefficient_is_a_half():
     assert used.choose(wrapped, lambda one: 1.0)[1] == {"coefficient": 0.5}
 
 
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    return image_files(tmp_path_factory.mktemp("data"), {"train": 30, "validation": 12, "test": 20})
+paths = image_splits(30, 12, 20)
 
 
 def test_the_coefficient_is_chosen_without_the_test_rows(tmp_path, paths):
@@ -357,7 +355,7 @@ def test_a_broken_network_is_no_ingredient_of_a_greedy_soup():
 
     used = technique("greedy_soup")
     used.after_fanout([finished("full", 0, broken), finished("full", 1, good)])
-    _, chosen = used.choose(task, experiment._goodness(used, check, "accuracy"))
+    _, chosen = used.choose(task, experiment.goodness_of(used, check, "accuracy"))
     assert chosen == {"soup": ["full 1"]}
 
 
@@ -465,19 +463,22 @@ def test_a_soup_has_learned_from_the_labels_of_all_its_trials(tmp_path, paths, m
     assert {*together.tolist()} == set.union(*rows_of_each)
     assert not len(trial.labelled_rows(trial_of(job, shared, "zero_shot"), shared))
 
-    def record(shared, one):
-        return SimpleNamespace(rows=[result_row("src", "full", one.seed)], failed=one.seed == 1)
+    def record(one):
+        row = result_row("src", "full", one.seed, bundle_uri="weights")
+        failed = one.seed == 1
+        return SimpleNamespace(rows=[row], failed=failed, status="done", validation={})
 
+    records = {one.id: record(one) for one in members}
+    by_folder = {one.folder: records[one.id] for one in members}
     start = weights(trial.build_task(members[0], shared)[0])
-    monkeypatch.setattr(trial, "_record_of_member", record)
-    monkeypatch.setattr(trial, "_finished", lambda one: finished("full", one.rows[0].seed, start))
+    monkeypatch.setattr(trial, "read_record", lambda root, folder: by_folder[folder])
+    monkeypatch.setattr(trial.bundle, "load", lambda uri: SimpleNamespace(tensors=start))
     most = max(map(len, rows_of_each))
     assert trial.build_task(soup, shared)[1].endswith(
         f"(3 of full; {len(together)} labelled rows in all, at most {most} of one trial)"
     )
-    records = {one.id: record(shared, one) for one in members}
     monkeypatch.setattr(trial, "read_records", lambda *_: records)
-    rest, notes = trial._without_failed_members(soup, shared)
+    rest, notes = trial.without_failed_members(soup, shared)
     assert [one.seed for one in rest.members] == [0, 2]
     assert notes == ["left out, as they failed: full seed 1"]
     pair = replace(soup, members=members[:2])
@@ -486,10 +487,10 @@ def test_a_soup_has_learned_from_the_labels_of_all_its_trials(tmp_path, paths, m
         match=r"^uniform_soup combines at least two trials, and 1 of the 2 that it takes ended well "
         r"\(failed or diverged: full seed 1\)$",
     ):
-        trial._without_failed_members(pair, shared)
+        trial.without_failed_members(pair, shared)
     diverged = replace(records[members[1].id].rows[0], split="validation", value=math.nan)
     records[members[1].id] = SimpleNamespace(rows=[diverged], failed=False)
-    assert trial._without_failed_members(soup, shared)[0] == rest
+    assert trial.without_failed_members(soup, shared)[0] == rest
 
 
 # ---------------------------------------------------------------- ensembles

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
-from toys import image_files, image_rows, job_of, net_task, shared_of, take, trial_of, weights
+from toys import image_rows, image_splits, job_of, net_task, shared_of, take, trial_of, weights
 
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
@@ -232,9 +232,7 @@ def test_the_head_is_scikit_learn_s_on_the_kept_features_and_0_elsewhere(penalty
 # ---------------------------------------------------------------- trials
 
 
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    return image_files(tmp_path_factory.mktemp("data"), {"train": 48, "validation": 24, "test": 30})
+paths = image_splits(48, 24, 30)
 
 
 def test_a_trial_keeps_the_backbone_and_its_bundle_predicts_what_was_recorded(paths, tmp_path):

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 from toys import (
     furthest,
-    image_files,
     image_rows,
+    image_splits,
     job_of,
     kill_at,
     label_state,
@@ -493,9 +493,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, name):
     assert furthest(weights(again.finish(rest.task)), weights(used.finish(whole.task))) == 0.0
 
 
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    return image_files(tmp_path_factory.mktemp("data"), {"train": 30, "validation": 12, "test": 20})
+paths = image_splits(30, 12, 20)
 
 
 @pytest.mark.parametrize("name", ["lwf", "co_tuning", {"distillation": {"logits": 1.0}}])

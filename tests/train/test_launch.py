@@ -136,7 +136,7 @@ def test_what_fits_by_the_check_leaves_cpus_to_the_data_workers(ranks, cpus, eac
 def test_ranks_that_share_a_gpu_talk_over_gloo(ranks, gpus, each, backend):
     mine = plan_resources(spec(ranks), 64, gpus)
     assert mine.gpus == each
-    found = launch._backend(mine.gpus)
+    found = launch.backend_of(mine.gpus)
     assert backend == (found and found.backend)
     assert not gpus or capacity([(64.0, float(gpus))], mine.cpus, mine.gpus) >= ranks, (
         "what is given out can be placed"
@@ -520,7 +520,7 @@ def test_a_warning_of_the_ranks_is_told_once_and_their_last_step_is_left_to_the_
     board = SimpleNamespace(read=SimpleNamespace(remote=lambda: None))
     progress = SimpleNamespace(note=lines.append, update=shown.append)
     monkeypatch.setattr(stop, "wait", lambda seconds: len(shown) == 3)
-    launch._watch(board, "heard", progress, stop)
+    launch.follow_ranks(board, "heard", progress, stop)
     assert lines == ["warning: heard: the quantiser has collapsed"]
     assert shown == [
         "heard: step 1/3",
@@ -546,5 +546,5 @@ def test_where_a_source_goes_on_is_told_once_after_each_restart(monkeypatch):
         note=lines.append, update=lambda line: stop.set() if "step 190" in line else None
     )
     monkeypatch.setattr(stop, "wait", lambda seconds: stop.is_set())
-    launch._watch(board, "a", progress, stop)
+    launch.follow_ranks(board, "a", progress, stop)
     assert lines == ["a: goes on from step 150 of 300", "a: goes on from step 170 of 300"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import stage_runs
 from stage_runs import changed, prepared, primary, run_through, saved_vit, trials_in_this_process
-from toys import image_files
+from toys import image_splits
 
 from pipeline.config.schema import Fanout, Job
 from pipeline.io import storage
@@ -20,9 +20,7 @@ from pipeline.transfer import budget, dry_run, existing_trials, fanout, stages
 SOURCES, TECHNIQUES = ("a", "b", "c"), ("full", "lp_ft", "bitfit")
 
 
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    return image_files(tmp_path_factory.mktemp("data"), {"train": 36, "validation": 18, "test": 18})
+paths = image_splits(36, 18, 18)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from toys import SMALL, image_files, job_of, sentences, shared_of, text_modality, trial_of
+from toys import SMALL, image_splits, job_of, sentences, shared_of, text_modality, trial_of
 
 from pipeline.checkpoints import bundle
 from pipeline.config import provenance
@@ -25,9 +25,7 @@ BY_STEPS = {"linear_probe": {"solver": "sgd"}}
 LRS, SEEDS, FRACTIONS = (1e-3, 3e-2, 0.5), (0, 1), (0.5, 4)
 
 
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    return image_files(tmp_path_factory.mktemp("data"), {"train": 64, "validation": 30, "test": 36})
+paths = image_splits(64, 30, 36)
 
 
 def both(
@@ -520,7 +518,7 @@ def test_features_of_a_changed_backbone_are_those_of_its_options(paths, tmp_path
 
     def train_features(**options):
         used = {"linear_probe": {"solver": "sgd", **options}}
-        found = cached_heads._shared_features([trial_of(job, shared, used)], shared)
+        found = cached_heads.shared_features([trial_of(job, shared, used)], shared)
         return found.splits["train"][0]
 
     def scaled(self, task):

@@ -69,7 +69,7 @@ def test_the_driver_is_read_from_what_nvidia_prints(monkeypatch, tmp_path, text,
 
 
 def test_doctor_has_a_line_for_the_driver():
-    assert "NVIDIA driver" in [line.what for line in doctor._machine()]
+    assert "NVIDIA driver" in [line.what for line in doctor.check_machine()]
 
 
 def test_a_warning_about_the_job_is_marked_as_one(monkeypatch, tmp_path):
@@ -77,7 +77,7 @@ def test_a_warning_about_the_job_is_marked_as_one(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor.stages, "check", lambda *given: None)
     monkeypatch.setattr(doctor.dry_run, "describe", lambda *given: lines)
     job: Any = SimpleNamespace(root=str(tmp_path))
-    storage, *found = doctor._job(job)
+    storage, *found = doctor.check_job(job)
     assert storage.mark == "ok"
     assert [(line.mark, line.found) for line in found] == [
         ("ok", "2 sources"),
@@ -93,7 +93,7 @@ def test_doctor_takes_the_versions_of_python_that_the_package_takes(monkeypatch,
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     stated = SpecifierSet(project["requires-python"]).contains(f"{version[0]}.{version[1]}.0")
     monkeypatch.setattr(doctor.sys, "version_info", version)
-    (line,) = [line for line in doctor._machine() if line.what == "Python"]
+    (line,) = [line for line in doctor.check_machine() if line.what == "Python"]
     assert line.mark == mark == ("ok" if stated else "FAIL")
     assert line.advice == ("" if stated else "use 3.11 to 3.13")
 

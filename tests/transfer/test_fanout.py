@@ -21,7 +21,7 @@ import torch
 from ray.tune.schedulers import TrialScheduler
 from rich.console import Console
 from stage_runs import Silent
-from toys import image_files, job_of, shared_of, trial_of
+from toys import image_splits, job_of, shared_of, trial_of
 
 from pipeline.config.schema import ComponentConfig, Fanout, Job
 from pipeline.modalities.image import Image
@@ -37,10 +37,7 @@ from pipeline.transfer.grid import Trial
 from pipeline.transfer.heartbeat_board import HeartbeatBoard
 from pipeline.transfer.scoring import SourceTargetPair, score_pair
 
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    return image_files(tmp_path_factory.mktemp("data"), {"train": 30, "validation": 12, "test": 12})
+paths = image_splits(30, 12, 12)
 
 
 @pytest.fixture(scope="module")
@@ -226,12 +223,12 @@ def test_a_trial_that_says_it_is_finished_is_not_stopped_and_its_last_report_is_
 
 
 def run_unit(monkeypatch, shared, unit, run, asha=True, **config):
-    """What ``_run_work_item`` reports, with ``trial.run`` replaced."""
+    """What ``run_work_item`` reports, with ``trial.run`` replaced."""
     reports = []
     monkeypatch.setattr(fanout.tune, "report", reports.append)
     monkeypatch.setattr(fanout.ray, "get", lambda reference: reference)
     monkeypatch.setattr(one_trial, "run", run)
-    fanout._run_work_item(
+    fanout.run_work_item(
         {"item_index": 0, "threads": 1, "workers": 0, "cpus": 1.0, "gpus": 0.0, **config},
         [shared],
         [unit],
@@ -837,7 +834,7 @@ def test_a_rank_is_heard_of_before_it_does_anything(monkeypatch):
 
     sender = SimpleNamespace(listener=lambda: lambda: heard.append("beat"))
     monkeypatch.setattr(fanout.trial, "run", hangs)
-    fanout._rank_of_trial({"sender": sender, "trial": None, "shared": None}, Ranks())
+    fanout.run_rank({"sender": sender, "trial": None, "shared": None}, Ranks())
     assert heard == ["beat", "ran"]
 
 

@@ -136,7 +136,7 @@ def test_what_a_dry_run_counts(toy):
 def test_a_fold_without_test_rows_of_a_class_says_so(toy):
     stage = stages.check(job_of(toy), Silent()).targets["task.fold2"]
     assert not targets.missing_classes(stage)
-    classes = targets._classes(stage.spec, stage.splits.test, stage.state)
+    classes = targets.classes_of_rows(stage.spec, stage.splits.test, stage.state)
     test = stage.splits.test.keep(classes != 1)
     (found,) = targets.missing_classes(replace(stage, splits=replace(stage.splits, test=test)))
     assert found.text.startswith(f"no test row of this fold has class {stage.state['labels'][1]};")
@@ -205,14 +205,14 @@ def test_too_many_folds_are_refused_once(toy):
 
 def test_a_fold_that_cannot_be_prepared_leaves_out_the_whole_target(toy, monkeypatch, tmp_path):
     """Four of five folds would pass for all rows."""
-    prepare = stages._prepare_target
+    prepare = targets.prepare
 
-    def of_a_bad_fold(state, name, groups):
-        if name == "task.fold2":
+    def of_a_bad_fold(target, group):
+        if target.spec.fold == 2:
             raise ValueError("9 of 16 rows cannot be used")
-        return prepare(state, name, groups)
+        return prepare(target, group)
 
-    monkeypatch.setattr(stages, "_prepare_target", of_a_bad_fold)
+    monkeypatch.setattr(targets, "prepare", of_a_bad_fold)
     dumped = job_of(toy, storage=str(tmp_path)).model_dump(mode="json")
     dumped["targets"]["other"] = job_of(toy, folds=None, data={"test_fraction": 0.25}).model_dump(
         mode="json"

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from pydantic import Field
-from toys import image_files, image_rows, job_of, rows_of, shared_of, trial_of
+from toys import image_files, image_rows, image_splits, job_of, rows_of, shared_of, trial_of
 
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
@@ -37,10 +37,7 @@ from pipeline.transfer import baseline_trials, cached_heads, fanout, grid, targe
 from pipeline.transfer import trial as one_trial
 from pipeline.transfer.grid import label_subset
 
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    return image_files(tmp_path_factory.mktemp("data"), {"train": 60, "validation": 24, "test": 24})
+paths = image_splits(60, 24, 24)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +70,7 @@ def test_a_name_says_what_the_trial_is(world):
     assert drawn.name == "task/src/full/1.0/seed0/search/lr=0.003,weight_decay=0.1"
     assert trial_of(job, shared, "full", stage="search").name == "task/src/full/1.0/seed0/search"
     together = [fanout.WorkItem((first, scratch), True)]
-    assert fanout._tune_name(together, 0) == f"0-{first.name}+1", "what Ray shows"
+    assert fanout.tune_name(together, 0) == f"0-{first.name}+1", "what Ray shows"
 
 
 @pytest.mark.parametrize(

@@ -267,7 +267,7 @@ def test_of_trials_without_labels_the_best_on_the_sources_rows_is_chosen(tmp_pat
     ]
     assert {row.split for record in records for row in record.rows} == {"source_validation"}
     assert planned_trials.winning_draws(tried, records) == {tried[0].entry: {"lr": 1e-2}}
-    assert fanout._is_better(records[1], records[0]) and not fanout._is_better(*records)
+    assert fanout.is_better(records[1], records[0]) and not fanout.is_better(*records)
 
 
 def test_a_trained_head_of_which_nothing_is_kept_is_refused_without_labels(tmp_path, paths):

@@ -13,9 +13,9 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from toys import SMALL, sentences
+from toys import SMALL, image_files, sentences
 
-from pipeline.config.schema import Job, Train
+from pipeline.config.schema import Job
 from pipeline.io import storage
 from pipeline.techniques.peft import Lora
 from pipeline.train import dry_checks, source
@@ -457,21 +457,35 @@ def test_patience_that_ends_no_run_is_told(tmp_path, models, texts, patience, id
     assert found == ([line] if idle else [])
 
 
-def test_patience_of_what_takes_its_last_weights_is_told():
-    assert dry_run._idle_patience("source a", Train(patience=2), 100, takes_last=True) == [
-        "warning: source a: train.patience is ignored, as the last weights are always taken"
-    ]
-    assert not dry_run._idle_patience("source a", Train(), 100, takes_last=True)
+@pytest.mark.parametrize("patience", [2, None])
+def test_patience_of_what_takes_its_last_weights_is_told(tmp_path, patience):
+    paths = image_files(tmp_path, {"train": 12, "validation": 4})
+    data = {"train": paths["train"], "validation": paths["validation"], "modality": "image"}
+    source = {
+        "data": {**data, "columns": {"image": "picture"}},
+        "backbone": "timm/test_vit",
+        "objective": "simclr",
+        "train": {"steps": 100, "global_batch": 4, "patience": patience},
+    }
+    job = {"name": "toy", "storage": str(tmp_path / "runs"), "sources": {"a": source}}
+    found = dry_run.describe(checked(Job.model_validate(job)))
+    line = "warning: source a: train.patience is ignored, as the last weights are always taken"
+    assert [one for one in found if "train.patience" in one] == ([line] if patience else [])
 
 
-def test_an_average_that_is_mostly_the_start_is_told(tmp_path, models, texts):  # noqa: F811
-    train = {"steps": 10, "global_batch": 4, "ema": 0.99}
+@pytest.mark.parametrize(("average", "is_slow"), [(0.99, True), (0.7, False)])
+def test_an_average_that_is_mostly_the_start_is_told(
+    tmp_path,
+    models,  # noqa: F811
+    texts,  # noqa: F811
+    average,
+    is_slow,
+):
+    train = {"steps": 10, "global_batch": 4, "ema": average}
     job = job_of(tmp_path, models["bert"], texts, "classification", COLUMNS, train=train)
-    (line,) = [one for one in dry_run.describe(checked(job)) if "train.ema" in one]
-    assert line.startswith(
-        "warning: target task at 100 % labels: train.ema: 0.99 is slow for 10 steps: 90 % of the "
-    )
-    assert not dry_run._slow_average("source a", Train(ema=0.7), 10)
+    found = [one for one in dry_run.describe(checked(job)) if "train.ema" in one]
+    line = "warning: target task at 100 % labels: train.ema: 0.99 is slow for 10 steps: 90 % of the"
+    assert [one[: len(line)] for one in found] == ([line] if is_slow else [])
 
 
 def test_4_bits_without_their_library_are_refused_once(tmp_path, models, monkeypatch):  # noqa: F811

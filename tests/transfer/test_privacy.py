@@ -165,5 +165,5 @@ def test_a_missing_or_repeated_image_of_a_patient_is_told_by_its_line(tmp_path):
             match=r"table\.csv:[23]: its (Image Index has a row already|Patient ID is no whole "
             r"number)",
         ) as caught:
-            chestxray14._records(str(tmp_path / "table.csv"))
+            chestxray14.read_records(str(tmp_path / "table.csv"))
         assert CANARY not in str(caught.value)

@@ -447,16 +447,16 @@ def test_copies_of_a_row_make_no_interval_narrower(name):
     x, y = rows(60, 4, signal=1)
     (s, _), theta = rows(40, 4, signal=0, seed=2), np.random.default_rng(0).random((60, 3))
     given = {"features": x, "labels": y, "probabilities": theta, "source_features": s}
-    one = scoring._value(registry.get("score", name), scoring._Inputs(given))
+    one = scoring.value_of(registry.get("score", name), scoring.ScoreInputs(given))
     copies = {key: np.repeat(array, 9, 0) for key, array in given.items()}
     groups = {"groups": np.repeat(np.arange(60), 9), "source_groups": np.repeat(np.arange(40), 9)}
-    nine = scoring._value(registry.get("score", name), scoring._Inputs(copies, **groups))
-    alone = scoring._value(registry.get("score", name), scoring._Inputs(copies))
+    nine = scoring.value_of(registry.get("score", name), scoring.ScoreInputs(copies, **groups))
+    alone = scoring.value_of(registry.get("score", name), scoring.ScoreInputs(copies))
     assert nine.high - nine.low > 1.5 * (alone.high - alone.low)
     if name in ("leep", "cka", "frechet"):  # of which copies change no value
         assert (nine.value, nine.low, nine.high) == pytest.approx((one.value, one.low, one.high))
-    few = scoring._Inputs(given, groups=np.arange(60) % 9)
-    assert scoring._value(registry.get("score", name), few).reason == (
+    few = scoring.ScoreInputs(given, groups=np.arange(60) % 9)
+    assert scoring.value_of(registry.get("score", name), few).reason == (
         "9 groups; an interval needs 10"
     )
 

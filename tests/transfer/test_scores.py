@@ -509,7 +509,7 @@ def test_every_kind_of_target_has_the_scores_that_are_defined_for_it(name, monke
 
 def test_labels_of_words_are_scored_by_the_features_of_words():
     built = OBJECTIVES["tagging"].build("tagging")
-    ids, found, labelled, labels, row = scoring._position_features(
+    ids, found, labelled, labels, row = scoring.features_of_positions(
         built.task.objective, built.task.backbone, built.rows, torch.device("cpu")
     )
     tags = built.rows.arrays["tags"]

@@ -398,15 +398,15 @@ def test_sources_rows_are_as_evenly_spread_as_the_targets(tmp_path):
 def test_features_that_the_scores_have_read_are_not_computed_again():
     rows, net = image_rows(20), net_task().backbone
     cpu = torch.device("cpu")
-    ids, features = measured_shift._features(net, rows, cpu)
+    ids, features = measured_shift.features_of_rows(net, rows, cpu)
     asked = []
     net.register_forward_hook(lambda module, inputs, out: asked.extend(inputs[0].rows.tolist()))
     some = [3, 7, 19]
     known = (np.append(ids[some], 400), np.concatenate([features[some], features[:1]]))
-    again, found = measured_shift._features(net, rows, cpu, known)
+    again, found = measured_shift.features_of_rows(net, rows, cpu, known)
     assert sorted(asked) == np.delete(ids, some).tolist()
     assert again.tolist() == ids.tolist()
     np.testing.assert_allclose(found, features, rtol=1e-6, atol=1e-6)
     asked.clear()
-    _, found = measured_shift._features(net, rows, cpu, (ids, features))
+    _, found = measured_shift.features_of_rows(net, rows, cpu, (ids, features))
     assert not asked and np.array_equal(found, features)

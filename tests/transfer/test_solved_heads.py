@@ -13,7 +13,7 @@ from contract_rows import MODALITIES, classified
 from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression, Ridge
 from torch.nn import functional as F
-from toys import image_files, job_of, net_task, shared_of, take, trial_of
+from toys import image_splits, job_of, net_task, shared_of, take, trial_of
 
 from pipeline.checkpoints import bundle
 from pipeline.core.contracts import Task
@@ -211,9 +211,7 @@ def test_a_loss_that_is_not_finite_is_an_error():
 # ---------------------------------------------------------------- trials
 
 
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    return image_files(tmp_path_factory.mktemp("data"), {"train": 64, "validation": 30, "test": 36})
+paths = image_splits(64, 30, 36)
 
 
 def test_a_probe_needs_no_learning_rate(paths, tmp_path, monkeypatch):

@@ -788,7 +788,7 @@ def test_batches_and_label_counts_beyond_the_data_are_told(tmp_path, models, tex
     )
     state, _ = shared_of(job)
     counts = np.bincount(
-        targets._classes(
+        targets.classes_of_rows(
             job.targets["task"], state.targets["task"].splits.train, state.targets["task"].state
         )
     )
@@ -851,8 +851,8 @@ def test_kappa_refuses_texts_whose_order_is_alphabetical():
         {"values": values, "labels": ["a", "b", "c"]} for values in ("abc", [1, 2, 3])
     )
     with pytest.raises(ValueError, match=r"targets\.t\.metric: kappa reads .* column stage holds"):
-        targets._check_metric("targets.t", spec, kind, texts)
-    targets._check_metric("targets.t", spec, kind, numbers)
-    targets._check_metric(
+        targets.check_metric("targets.t", spec, kind, texts)
+    targets.check_metric("targets.t", spec, kind, numbers)
+    targets.check_metric(
         "targets.t", spec, kind, {"values": ["no", "yes"], "labels": ["no", "yes"]}
     )

@@ -43,7 +43,7 @@ def test_real_steps_are_measured(tmp_path, objective):
 
 def test_a_source_takes_its_steps_and_validations(tmp_path, monkeypatch, two_cores):
     """Two steps of 8 rows, and 24 validation rows twice, each a third of a training row."""
-    monkeypatch.setattr(time_estimate, "_step_seconds", lambda *_: (30.0, 30.0))
+    monkeypatch.setattr(time_estimate, "step_seconds", lambda *_: (30.0, 30.0))
     (line,) = estimate(with_source(tmp_path, written(tmp_path / "rows.parquet")))
     assert "from 2 measured steps: source src 4m00s, about 4m00s in total" in line, (
         "30 s for 4 rows are 60 s for 8"
@@ -65,7 +65,7 @@ def test_trials_take_steps_validations_and_a_test(
     """10 steps of 4 rows, 48 rows validated five times and tested once, and 0.2 seconds to begin;
     features of a frozen backbone are computed once for 240 rows.
     """
-    monkeypatch.setattr(time_estimate, "_step_seconds", lambda *_: (1.0, 1.0))
+    monkeypatch.setattr(time_estimate, "step_seconds", lambda *_: (1.0, 1.0))
     job = job_of(
         tmp_path,
         models["bert"],
@@ -81,7 +81,7 @@ def test_trials_take_steps_validations_and_a_test(
 
 
 def test_what_other_programs_take_is_said_and_not_counted(tmp_path, monkeypatch, two_cores):
-    monkeypatch.setattr(time_estimate, "_step_seconds", lambda *_: (30.0, 75.0))
+    monkeypatch.setattr(time_estimate, "step_seconds", lambda *_: (30.0, 75.0))
     line, busy = estimate(with_source(tmp_path, written(tmp_path / "rows.parquet")))
     assert "about 4m00s in total" in line
     assert "this one is busy, and the measured steps took 2.5 times as long" in busy
@@ -100,8 +100,8 @@ def test_a_step_on_a_cpu_has_the_processor_time_of_its_thread(tmp_path, monkeypa
     preflight.check_rows(state, workloads)
     (load,) = workloads["sources.src"]
     task = bundle.build_task(load.arch, load.objective, seed=0)
-    batch = time_estimate._batch(load, 4)
-    worked, waited = time_estimate._step_seconds(load, task, batch, Train(steps=2))
+    batch = time_estimate.batch_of(load, 4)
+    worked, waited = time_estimate.step_seconds(load, task, batch, Train(steps=2))
     assert worked < 0.25 <= 0.5 <= waited
 
 
@@ -121,13 +121,12 @@ def test_tasks_of_one_network_are_measured_each(
     texts,  # noqa: F811
 ):
     """Their rows may be of any length."""
-    job, workloads = job_of(tmp_path, models["bert"], texts, "classification", COLUMNS), {}
-    preflight.check_rows(checked(job), workloads)
-    (load,), speeds = workloads["targets.task"], time_estimate._Speeds()
-    measured = iter([1.0, 2.0])
-    monkeypatch.setattr(speeds, "_measure", lambda load, rows, train: next(measured))
-    found = [speeds.seconds(place, load, 4, 1, Train()) for place in ("a", "b", "a")]
-    assert found == [1.0, 2.0, 1.0]
+    job = job_of(tmp_path, models["bert"], texts, "classification", COLUMNS).model_dump(mode="json")
+    job["targets"] = {name: job["targets"]["task"] for name in ("a", "b")}
+    measured = []
+    monkeypatch.setattr(time_estimate, "step_seconds", lambda *_: measured.append(1) or (1.0, 1.0))
+    line, *_ = estimate(Job.model_validate(job))
+    assert len(measured) == 2 and "from 4 measured steps" in line
 
 
 @pytest.mark.parametrize(
@@ -144,8 +143,8 @@ def test_batches_by_cost_have_their_rows_and_label_fractions_share_features(
     text,
 ):
     """Steps of 16 rows take 4 seconds, and those of 4 rows one."""
-    monkeypatch.setattr(time_estimate, "_step_seconds", lambda *_: (1.0, 1.0))
-    monkeypatch.setattr(time_estimate, "_rows_per_step", lambda load, train: rows_a_step)
+    monkeypatch.setattr(time_estimate, "step_seconds", lambda *_: (1.0, 1.0))
+    monkeypatch.setattr(time_estimate, "rows_per_step", lambda load, train: rows_a_step)
     job = job_of(
         tmp_path,
         models["bert"],
@@ -168,7 +167,7 @@ def test_an_estimate_refuses_no_job(tmp_path, monkeypatch, error, said):
     def step(*_):
         raise error
 
-    monkeypatch.setattr(time_estimate, "_step_seconds", step)
+    monkeypatch.setattr(time_estimate, "step_seconds", step)
     assert estimate(with_source(tmp_path, written(tmp_path / "rows.parquet"))) == [
         f"no estimate of the time: source src (a step cannot be tried: {said})"
     ]

@@ -455,7 +455,7 @@ def test_a_dry_run_says_what_is_not_installed(tmp_path, monkeypatch):
 
     job = job_at(tmp_path, tracking="mlflow")
     monkeypatch.setattr(mlflow, "find_spec", lambda name: None)
-    monkeypatch.setattr(cli, "_job", lambda file, overrides: job)
+    monkeypatch.setattr(cli, "load", lambda file, overrides, elsewhere: job)
     monkeypatch.setattr(api, "open_job", lambda *_: nullcontext(SimpleNamespace(job=job)))
     file = tmp_path / "job.yaml"
     file.write_text("name: toy\ntracking: mlflow\n")

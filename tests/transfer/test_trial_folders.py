@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 from stage_runs import changed, job_of, prepared, run_through, saved_vit, trials_in_this_process
-from toys import image_files
+from toys import image_splits
 
 from pipeline import api
 from pipeline.checkpoints import bundle
@@ -22,9 +22,7 @@ LOCAL_AND_S3 = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    return image_files(tmp_path_factory.mktemp("data"), {"train": 36, "validation": 18, "test": 18})
+paths = image_splits(36, 18, 18)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from stage_runs import prepared, primary, without_ray
-from toys import image_files, job_of, shared_of, trial_of
+from toys import image_splits, job_of, shared_of, trial_of
 from transfer.test_stages import Silent
 
 from pipeline.checkpoints import bundle
@@ -23,9 +23,7 @@ from pipeline.transfer import dry_run, grid, stages, targets, trial
 SAMPLES = Path(__file__).parents[2] / "jobs" / "data"
 
 
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    return image_files(tmp_path_factory.mktemp("data"), {"train": 30, "validation": 12, "test": 12})
+paths = image_splits(30, 12, 12)
 
 
 class KeepsHead(Classification):

@@ -1,5 +1,7 @@
 """Ways to write a bundle elsewhere, one file each.
 
+An export imports the rest of ``checkpoints`` and lower layers, never another export.
+
 Each is a function that is registered as ``@register("export", NAME)``, with a docstring whose first
 paragraph says what the export is for and what opens it::
 

@@ -1,4 +1,7 @@
-"""What modalities, backbones, objectives, techniques and baselines promise: a page for each."""
+"""What modalities, backbones, objectives, techniques and baselines promise: a page for each.
+
+Imports other files of ``core`` and lower layers, never a component that keeps a promise.
+"""
 
 from pipeline.core.batch import Batch
 from pipeline.core.contracts.backbone import Backbone, FeatureMapSpec, Features

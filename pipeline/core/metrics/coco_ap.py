@@ -17,9 +17,9 @@ RECALLS = np.linspace(0.0, 1.0, 101)
 SIZES = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
 """Least and greatest area of an object of each size, in pixels of its image."""
 
-_IMAGES = 128
+IMAGES_AT_ONCE = 128
 """Images matched at once: their IoU (images, 100, boxes) and the loops over it fit in the cache."""
-_CELLS = 8_000_000
+CELLS_AT_ONCE = 8_000_000
 """Drawn detections (resamples x detections of a class) held at once."""
 
 
@@ -136,8 +136,8 @@ def _matched(
     hit = np.zeros((len(thresholds), n, d), dtype=bool)
     ignored = np.zeros((len(thresholds), n, d), dtype=bool)
     limit = np.minimum(thresholds, 1 - 1e-10)[:, None, None]
-    for start in range(0, n, _IMAGES):
-        part = slice(start, start + _IMAGES)
+    for start in range(0, n, IMAGES_AT_ONCE):
+        part = slice(start, start + IMAGES_AT_ONCE)
         true_classes, crowd = found["true_classes"][part], found["true_crowd"][part].astype(bool)
         width = int(np.flatnonzero((true_classes >= 0).any(0)).max(initial=-1)) + 1
         depth = int((classes[part] >= 0).sum(1).max(initial=0))
@@ -241,7 +241,7 @@ def _average_precision_of_class(
         objects: (R,) number of objects in each resample.
     """
     out = np.zeros((len(counts), len(hit)))
-    size = max(1, _CELLS // max(1, len(image)))
+    size = max(1, CELLS_AT_ONCE // max(1, len(image)))
     for start in range(0, len(counts), size):
         part = slice(start, start + size)
         drawn, num_objects = counts[part][:, image], np.maximum(objects[part], 1)[:, None]

@@ -28,7 +28,7 @@ have 25,010 captions.
 """
 TIE = 1e-6
 """Scores that differ by less are ties: the same product may be rounded in several ways."""
-_SCORES_AT_ONCE = 16_000_000
+SCORES_AT_ONCE = 16_000_000
 """Scores (queries x candidates) that are held at once."""
 
 
@@ -114,7 +114,7 @@ def _wrong_before(
     first_rows = np.unique(queries, return_index=True)[1]
     vectors = query_vectors[first_rows]
     others = candidate_vectors[np.unique(candidates, return_index=True)[1]].T
-    size = max(1, _SCORES_AT_ONCE // others.shape[1])
+    size = max(1, SCORES_AT_ONCE // others.shape[1])
     before = np.zeros(len(vectors), dtype=np.int64)
     for start in range(0, len(vectors), size):
         scores = vectors[start : start + size] @ others

@@ -28,7 +28,7 @@ Of more, this many are drawn, the same for all networks. 1,000 rows have fewer.
 """
 _WEIGHTS_AT_ONCE = 4_000_000
 """Weights (pairs x resamples) that are held at once."""
-_SCORES_AT_ONCE = 65_536
+SCORES_AT_ONCE = 65_536
 """Pairs whose scores are computed at once."""
 
 
@@ -103,8 +103,8 @@ def ranked_pairs(embedding: np.ndarray, identity: np.ndarray) -> Pairs:
     first, second = (order[np.concatenate(both)] for both in zip(genuine, impostors, strict=True))
     is_genuine = np.arange(len(first)) < len(genuine[0])
     scores = np.empty(len(first))
-    for start in range(0, len(first), _SCORES_AT_ONCE):
-        part = slice(start, start + _SCORES_AT_ONCE)
+    for start in range(0, len(first), SCORES_AT_ONCE):
+        part = slice(start, start + SCORES_AT_ONCE)
         one, other = (embedding[rows[part]].astype(np.float64) for rows in (first, second))
         scores[part] = np.einsum("pe,pe->p", one, other)
     by_score = np.argsort(-scores, kind="stable")

@@ -382,7 +382,7 @@ class FasterRCNN(nn.Module):
         for part, sampler in zip(sampled, self.samplers, strict=True):
             part.fg_bg_sampler = sampler
 
-    def _regions(
+    def region_outputs(
         self, maps: dict[str, Tensor], boxes: list[Tensor], batch: Batch
     ) -> tuple[Tensor, Tensor]:
         """Return scores and shifts of the boxes of all images, one after the other."""
@@ -416,7 +416,7 @@ class FasterRCNN(nn.Module):
             is_on_object = (box_iou(of_image, target["boxes"]) >= 0.5).any(1)
             usable.append(of_image[~is_in_crowd | is_on_object])
         boxes, matched, labels, wanted = self.roi_heads.select_training_samples(usable, shifted)
-        scores, shifts = self._regions(maps, boxes, batch)
+        scores, shifts = self.region_outputs(maps, boxes, batch)
         sizes = [len(of_image) for of_image in boxes]
         classes = torch.cat(labels)
         is_object = torch.cat(labels) > 0
@@ -434,7 +434,7 @@ class FasterRCNN(nn.Module):
     def detections(self, maps: dict[str, Tensor], batch: Batch) -> Detections:
         """Return ``boxes``, ``scores`` and ``labels`` of each image."""
         boxes, _ = self.rpn(image_list(batch), maps)
-        scores, shifts = self._regions(maps, boxes, batch)
+        scores, shifts = self.region_outputs(maps, boxes, batch)
         processed = self.roi_heads.postprocess_detections(
             scores, shifts, boxes, image_list(batch).image_sizes
         )

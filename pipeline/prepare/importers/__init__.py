@@ -1,1 +1,5 @@
-"""One file for each publisher or layout of raw files. An importer never imports another one."""
+"""One file for each publisher or layout of raw files.
+
+An importer imports other folders of ``prepare`` (but ``new_job``) and lower layers, never another
+importer.
+"""

@@ -108,7 +108,7 @@ class ChestXray14(ImageImporter):
                 f"{source}: neither Data_Entry_2017.csv nor Data_Entry_2017_v2020.csv; pass "
                 "--set table=NAME"
             )
-        records = _records(uri)
+        records = read_records(uri)
         listing = archives.listing(source)
         images: dict[str, archives.Entry] = {}
         for entry in listing.images:
@@ -187,7 +187,7 @@ class ChestXray14(ImageImporter):
         return out
 
 
-def _records(uri: str) -> list[Record]:
+def read_records(uri: str) -> list[Record]:
     """Read the CSV.
 
     Raises ValueError naming the column, line or finding that is wrong.

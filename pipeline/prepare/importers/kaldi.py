@@ -99,7 +99,7 @@ class Kaldi(AudioImporter):
         for folder, split in sets.items():
             wav = _Table(tables, folder, "wav.scp", split, invalid)
             for name, line in wav.items():
-                path = _path(line.text)
+                path = path_of_entry(line.text)
                 if path is None:
                     invalid.append(invalid_row(line.location, split, IS_COMMAND))
                 else:
@@ -227,7 +227,7 @@ def _first_field(text: str) -> tuple[str, str]:
     return first, "".join(rest)
 
 
-def _path(text: str) -> str | None:
+def path_of_entry(text: str) -> str | None:
     """Return the file that an entry of wav.scp names, None for a command."""
     if not text.endswith("|"):
         return text

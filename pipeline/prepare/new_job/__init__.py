@@ -1,1 +1,4 @@
-"""A first job for data that nobody has described: what is in the files, and a job that fits."""
+"""A first job for data that nobody has described: what is in the files, and a job that fits.
+
+Imports other folders of ``prepare`` and lower layers.
+"""

@@ -75,7 +75,7 @@ def examine(data: bytes, resize: int | None = None, quality: int | None = None) 
     if size == upright_size and quality is None:
         return Picture(data, upright_size, upright_size)
     is_dark = image.mode.startswith("I") and int(np.asarray(image).max()) <= DARK_LEVEL
-    image = _eight_bits(image)
+    image = eight_bits(image)
     if size != upright_size:
         image = image.resize(
             _turned(size) if turned else size, PIL.Image.Resampling.BICUBIC, box, reducing_gap=3.0
@@ -151,7 +151,7 @@ def _orientation(image: PIL.Image.Image) -> int:
         return 1
 
 
-def _eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
+def eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
     """Convert to grey or RGB with 8 bits, without transparency, as the image modality decodes."""
     if image.mode.startswith("I"):
         return PIL.Image.fromarray(

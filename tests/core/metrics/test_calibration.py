@@ -62,7 +62,7 @@ def predicted(task, rows, shared):
     ready = one_trial.evaluate.device_preprocessing(rows)
     return one_trial.evaluate.predictions(
         task,
-        one_trial._batches(rows, Ranks()),
+        one_trial.eval_batches(rows, 16),
         ready,
         Ranks(),
         one_trial.torch.no_grad(),

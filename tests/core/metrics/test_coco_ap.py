@@ -263,8 +263,8 @@ def test_nothing_to_find_has_no_value():
 def test_more_images_than_are_matched_at_once(monkeypatch):
     found = case(5, images=30)
     whole = ours(found)
-    monkeypatch.setattr("pipeline.core.metrics.coco_ap._IMAGES", 7)
-    monkeypatch.setattr("pipeline.core.metrics.coco_ap._CELLS", 100)
+    monkeypatch.setattr("pipeline.core.metrics.coco_ap.IMAGES_AT_ONCE", 7)
+    monkeypatch.setattr("pipeline.core.metrics.coco_ap.CELLS_AT_ONCE", 100)
     np.testing.assert_allclose(ours(found), whole, atol=1e-12)
     counts = np.random.default_rng(0).integers(0, 3, (9, 30))
     many = ours(found, counts)

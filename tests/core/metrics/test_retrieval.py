@@ -97,7 +97,7 @@ def test_alike_rows_find_nothing_and_broken_ones_have_no_value(monkeypatch):
         assert np.isnan([metric(name).value(rows) for rows in (broken, few, none)]).all()
         assert metric(name).higher_is_better and metric(name).fixed_bounds == (0.0, 1.0)
     whole = {name: metric(name).value(p) for name in NAMES}
-    monkeypatch.setattr(retrieval, "_SCORES_AT_ONCE", 100)
+    monkeypatch.setattr(retrieval, "SCORES_AT_ONCE", 100)
     assert {name: metric(name).value(p) for name in NAMES} == whole
     monkeypatch.setattr(retrieval, "MAX_ROWS", 20)
     some = {name: array[np.linspace(0, 59, 20).astype(int)] for name, array in p.items()}

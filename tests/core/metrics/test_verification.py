@@ -1,6 +1,7 @@
 """Metrics of pairs of rows against scikit-learn's ROC curve, on all rows and on resamples."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -87,8 +88,14 @@ def test_the_interval_of_groups_is_that_of_groups(monkeypatch):
 
 def test_pairs_are_resampled_as_often_as_what_is_computed_anew():
     """1000 draws of the pairs of 600 rows took 8 seconds for each run of a report."""
-    found = stats._resample(metric("eer"), [people()], None, 1000, np.random.default_rng(0))
-    assert found.shape == (stats.RECOMPUTED_DRAWS, 1) and np.isfinite(found).all()
+    sizes, eer = [], metric("eer")
+
+    def counted(p, counts):
+        sizes.append(len(counts))
+        return eer.resampled(p, counts)
+
+    low, high = stats.interval(replace(eer, resampled=counted), people())
+    assert sum(sizes) == stats.RECOMPUTED_DRAWS and low < eer.value(people()) < high
 
 
 def test_many_rows_have_the_value_of_some_of_their_pairs(monkeypatch):
