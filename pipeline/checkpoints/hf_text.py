@@ -357,12 +357,14 @@ def _heads(
 def label_names(config: HfConfig, number: int) -> tuple[str, ...]:
     """Return the names of a head's labels.
 
-    If the configuration does not name as many, they are LABEL_0, LABEL_1, ... as in transformers.
+    If the configuration does not name each of them, from 0 on, and no others, they are LABEL_0,
+    LABEL_1, ... as in transformers.
     """
     labels = as_object(config.get("id2label"))
-    if len(labels) != number:
-        return tuple(f"LABEL_{i}" for i in range(number))
-    return tuple(str(labels[key]) for key in sorted(labels, key=int))
+    numbers = [str(i) for i in range(number)]
+    if labels.keys() != set(numbers):
+        return tuple(f"LABEL_{i}" for i in numbers)
+    return tuple(str(labels[i]) for i in numbers)
 
 
 def declared_heads(family: str) -> dict[str, TransformersHead]:

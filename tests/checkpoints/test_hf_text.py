@@ -1106,3 +1106,19 @@ def test_an_objective_says_which_class_of_transformers_has_its_head(monkeypatch)
     assert "detection" not in known("bert")
     monkeypatch.setattr(detection, "transformers_head", TransformersHead("ForMultipleChoice"))
     assert "detection" in known("bert") and "detection" not in known("gpt2")
+
+
+@pytest.mark.parametrize(
+    ("id2label", "expected"),
+    [
+        ({"1": "b", "0": "a"}, ("a", "b")),
+        ({str(i): f"c{i}" for i in range(12)}, tuple(f"c{i}" for i in range(12))),
+        ({"1": "a", "2": "b"}, ("LABEL_0", "LABEL_1")),
+        ({"0": "a", "2": "b"}, ("LABEL_0", "LABEL_1")),
+        ({"0": "a"}, ("LABEL_0", "LABEL_1")),
+        (None, ("LABEL_0", "LABEL_1")),
+    ],
+)
+def test_labels_are_named_by_their_numbers(id2label, expected):
+    """Numbers from 1 on, or with a gap, do not say which row of the head is whose."""
+    assert hf_text.label_names({"id2label": id2label}, len(expected)) == expected
