@@ -214,6 +214,16 @@ def test_other_labels_get_a_new_head_that_says_so(task, tmp_path):
         assert all(torch.equal(before[n], t) for n, t in weights(new.objective).items())
 
 
+def test_labels_that_share_a_name_do_not_tell_whose_row_is_whose(tmp_path):
+    """A crane is a bird or a machine. In the very same order they are the same."""
+    cranes = ("crane", "cat", "crane")
+    new = make(("cat", "crane"), seed=5)
+    found = carried(make(cranes, seed=1), new, tmp_path)
+    assert found.startswith("new head: two of its labels have one name")
+    new = make(cranes, seed=5)
+    assert carried(make(cranes, seed=1), new, tmp_path) == "head kept: the same labels"
+
+
 def test_another_objective_gets_a_new_head(tmp_path):
     from toys import SMALL, text_modality
 
