@@ -589,6 +589,7 @@ class Squares(Importer):
     registered_name = "squares"
     label = "even"
     reads_files = False
+    components = ()  # it is not registered
 
     def plan(self, source, settings):
         return SquaresWork(self, int(source), settings)
