@@ -65,6 +65,9 @@ class SideBackbone(Backbone):
         side, side_past = side_network.advance(tokens, mask, positions, side_past)
         return self._mixed(base, side), (base_past, side_past)
 
+    def undecayed_parameters(self) -> set[str]:
+        return {f"side.{name}" for name in self.side.undecayed_parameters()}
+
     def layers(self) -> dict[str, list[str]]:
         layers = self.base.layers()
         base = {f"base.{name}": [f"base.{one}" for one in names] for name, names in layers.items()}

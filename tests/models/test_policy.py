@@ -548,3 +548,9 @@ def test_lora_and_the_other_techniques_take_it(name):
         done = lora.finish(wrapped)
         assert list(done.state_dict()) == names
         torch.testing.assert_close(done.eval().backbone(batch).pooled, want, rtol=1e-4, atol=1e-5)
+
+
+def test_position_embeddings_of_the_vision_backbone_have_no_weight_decay():
+    backbone = built("mlp", FRAMES, vision="timm/test_vit")
+    assert "vision.model.pos_embed" in backbone.undecayed_parameters()
+    assert built("mlp").undecayed_parameters() == set()

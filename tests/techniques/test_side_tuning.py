@@ -100,3 +100,10 @@ def test_its_bundle_holds_both_networks_and_is_refused_as_a_source(tmp_path):
     message = r"sources\.next: bundle:.* fine-tuned with side_tuning"
     with pytest.raises(ValueError, match=message):
         plan(rows["side_tuning"])
+
+
+def test_position_embeddings_of_the_side_network_have_no_weight_decay():
+    task, _ = classified("timm/test_vit")
+    wrapped = registry.get("technique", "side_tuning")().wrap(task)
+    undecayed = wrapped.undecayed_parameters()
+    assert {"backbone.side.model.pos_embed", "backbone.side.model.cls_token"} <= undecayed
