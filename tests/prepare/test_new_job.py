@@ -655,6 +655,14 @@ def test_images_of_every_mode_are_looked_at():
             "this is question answering; write its job after jobs/text/qa_small.yaml",
         ),
         (
+            {
+                "text": [f"Ada went to {town}." for town in ("Rome", "Oslo", "Lima")] * 2,
+                "entities": [[{"start": 0, "end": 3, "label": "PER"}]] * 6,
+            },
+            "this is tagging, which reads the words of a text and a tag for each (make both of the "
+            "spans); write its job after jobs/text/ner_small.yaml",
+        ),
+        (
             {"image": [encoded(i) for i in range(6)], "boxes": [[1.0]] * 6, "width": [40, 41] * 3},
             "this is detection; write its job after jobs/vision/detection_small.yaml",
         ),

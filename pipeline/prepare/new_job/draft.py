@@ -56,6 +56,12 @@ ELSEWHERE = (
         "jobs/healthcare/physionet2012_small.yaml",
     ),
     ({"answer", "answers"}, "answers", "question answering", "jobs/text/qa_small.yaml"),
+    (
+        {"spans", "entities"},
+        "spans",
+        "tagging, which reads the words of a text and a tag for each (make both of the spans)",
+        "jobs/text/ner_small.yaml",
+    ),
     ({"actions"}, "actions", "behaviour cloning", "jobs/robotics/wall_following_small.yaml"),
 )
 """Columns of tasks that a first job is not written for, and a job that shows how."""
