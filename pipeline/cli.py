@@ -293,7 +293,7 @@ def init(
         typer.Option(
             "-o",
             "--output",
-            help="The job file to write; default: NAME.yaml in the current folder.",
+            help="The job file to write; default: named after the data, in the current folder.",
             metavar="JOB",
         ),
     ] = "",
@@ -321,8 +321,8 @@ def init(
     """Look at data and write a first job for them, with a comment on every line.
 
     It says what was found (classes, lengths, splits, patients or speakers that must stay together)
-    and why each choice was made. Some files must be converted first (plain tables, tables of file
-    names). For those it prints the `prepare` command.
+    and why each choice was made. Tables of features, and tables that name files, must be converted
+    first. For those it prints the `prepare` command.
 
     Example: `onetomany init reviews.csv --target-column stars`
     """
@@ -432,8 +432,10 @@ def score(
     """Rank the pretrained sources for each target by transferability scores (LogME, LEEP, ...),
     without training.
 
-    The sources must be trained already (`pretrain`). The first one is the best by the score that
-    `fanout.select.score` names, or by LogME.
+    The sources must be trained already (`onetomany pretrain JOB`). The best source comes first, by
+    the score that `fanout.select.score` names (`logme` if it names none).
+
+    Example: `onetomany score jobs/quickstart.yaml`
     """
     _run_stages(job, _with_only(set_, only), address, verbose, None, ("score",))
 
@@ -690,9 +692,8 @@ def export(
     bundle: Annotated[
         str,
         typer.Argument(
-            help="A bundle (folder or s3://). Or a job (file or folder): then the network is taken "
-            "that the report says to use for --target. Or, for kind lerobot, a folder of prepared "
-            "episodes.",
+            help="A bundle (folder or s3://). Or a job (file or folder), for the network that its "
+            "report says to use for --target. For kind lerobot: a folder of prepared episodes.",
             metavar="BUNDLE|JOB",
         ),
     ],
@@ -713,14 +714,16 @@ def export(
 ) -> None:
     """Write a bundle in a form that other programs open.
 
+    The forms are those of `--kind`. What is written is compared with the bundle on random rows, and
+    refused if it gives other numbers.
+
     A `hugging-face` folder of images is opened by
     `timm.create_model("local-dir:OUTPUT", pretrained=True)`.
 
-    `onnx` and `torch-export` write the whole network as a graph, a description of how rows are
-    prepared, and code that runs it. If transformers or timm has no class for a head,
-    `hugging-face` and `state-dict` add the code that loads it, in the folder
-    (`from classifier import load`) or beside the file (`NAME_classifier.py`). Every export is
-    compared with the bundle on random rows, and refused if it gives other numbers.
+    Other folders are opened by transformers' Auto classes. `onnx` and `torch-export` add a
+    description of how rows are prepared, and code that runs the graph. If timm or transformers has
+    no class for the head, `hugging-face` adds the code that loads it
+    (`from classifier import load`), and `state-dict` a file `NAME_classifier.py`.
 
     Example: `onetomany export runs/quickstart model --target clothing --kind onnx`
     """
@@ -780,7 +783,8 @@ def prepare(
     source: Annotated[
         str | None,
         typer.Argument(
-            help="The raw files: a folder, archive or file, local, s3://, https:// or hf://.",
+            help="The raw files (not a source of a job): a folder, archive or file, local, s3://, "
+            "https:// or hf://.",
             metavar="SOURCE",
         ),
     ] = None,
@@ -791,7 +795,9 @@ def prepare(
     set_: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="An option of the format; NAME --list shows them.", metavar="KEY=VALUE"
+            "--set",
+            help="An option of the format; prepare NAME --list shows them.",
+            metavar="KEY=VALUE",
         ),
     ] = None,
     resize: Annotated[
@@ -828,7 +834,7 @@ def prepare(
     ] = False,
     verify: Annotated[
         bool,
-        typer.Option(help="Compare every Parquet file of OUTPUT with its SHA-256; write nothing."),
+        typer.Option(help="Compare every file of --output with its checksum; write nothing."),
     ] = False,
     plugin: Plugin = None,
     address: Address = None,
@@ -939,8 +945,10 @@ def submit(
 ) -> None:
     """Run a job on a Ray cluster, and follow its log.
 
-    It sends the job file, the files in its folder that it names, and the code (`--dry-run` lists
-    them).
+    It sends the job file, the files that it names by paths relative to itself, and this program's
+    code. `--dry-run` lists them.
+
+    Example: `onetomany submit vision.yaml --address http://head:8265`
     """
     _job(job, set_, elsewhere=True)
     from cluster.package import SubmitError, collect
@@ -988,7 +996,10 @@ def doctor(
     set_: Set = None,
     address: Address = None,
 ) -> None:
-    """Check that this machine or cluster is ready, and say what is missing."""
+    """Check that this machine or cluster is ready, and say what is missing.
+
+    Example: `onetomany doctor jobs/quickstart.yaml`
+    """
     from pipeline.transfer.doctor import run_checks
 
     lines = run_checks(_job(job, set_) if job else None, address)
@@ -1043,7 +1054,11 @@ def print_schema(
         bool, typer.Option("--markdown", help="Print a Markdown page for people instead.")
     ] = False,
 ) -> None:
-    """Print every field of a job file, its default and meaning, as a JSON Schema for editors."""
+    """Print every field of a job file, its default and meaning, as a JSON Schema for editors.
+
+    Example: `onetomany schema > schema.json`. A job file that begins with the comment
+    `# yaml-language-server: $schema=schema.json` is then checked by editors while you write it.
+    """
     with _exit_codes():
         plugins.use(plugin or ())
     if markdown:

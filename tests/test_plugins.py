@@ -122,7 +122,7 @@ def names_in(node: object) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in COMPONENTS if kind != "export"])
-def test_it_shows_up_in_the_schema(kind, schemas):
+def test_a_plugin_is_in_the_schema(kind, schemas):
     added = set(COMPONENTS[kind][1])
     if kind in ("importer", "cohort"):  # no part of a job: they have definitions of their own
         added = {f"{kind} {name}" for name in added}

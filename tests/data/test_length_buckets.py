@@ -110,7 +110,7 @@ def test_items_bring_what_the_batches_need_from_any_step(ranks):
             assert not any(held.values()), "nothing is read that no batch needs"
 
 
-def test_it_is_the_same_after_a_journey_and_for_the_same_seed():
+def test_a_plan_by_cost_is_the_same_after_pickling_and_for_the_same_seed():
     costs = lengths(300)
     plan = BucketPlan(costs, 60, 5)
     plan.batch(3)

@@ -51,7 +51,7 @@ def done(s3_server, onetomany_alone, folder, ray_folder):
     return done
 
 
-def test_it_wins_somewhere_and_hides_no_loss(done, s3_server):
+def test_the_quickstart_wins_somewhere_and_hides_no_loss(done, s3_server):
     with storage.open_read(f"{s3_server}/quick/quickstart/results.parquet") as file:
         rows = pq.read_table(file).to_pylist()
     tested = [row for row in rows if row["split"] == "test" and row["metric"] == "accuracy"]
@@ -77,12 +77,12 @@ def test_it_wins_somewhere_and_hides_no_loss(done, s3_server):
         assert gain and gain[1] == f"{sum(gains) / len(gains):+.{len(gain[2])}f}", line
 
 
-def test_it_leaves_nothing_on_this_machine_and_takes_no_package_of_the_current_folder(done, folder):
+def test_a_run_on_s3_leaves_nothing_here_and_takes_no_package_of_the_current_folder(done, folder):
     assert "was taken" not in done.stdout + done.stderr
     assert {path.name for path in folder.iterdir()} == {"pipeline", "cluster"}
 
 
-def test_it_leaves_no_secret(done, s3_server, folder, ray_folder):
+def test_a_run_leaves_no_secret(done, s3_server, folder, ray_folder):
     """Not in Ray's logs, in the results or in what was printed."""
     assert list(ray_folder.rglob("logs/raylet.out")), "Ray's session is not where it is looked for"
     assert files_that_hold_a_secret(ray_folder) == []

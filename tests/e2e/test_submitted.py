@@ -184,7 +184,7 @@ def test_a_job_file_runs_on_the_cluster_to_its_table_and_its_exit_code(done, s3_
     assert {row["technique"] for row in rows} == {"scratch", "full"}
 
 
-def test_it_leaves_no_secret_on_the_cluster(done, two_nodes, s3_server):
+def test_a_submitted_job_leaves_no_secret_on_the_cluster(done, two_nodes, s3_server):
     """Not in Ray's logs, in the package, in the results or in what was printed."""
     assert list(two_nodes.temp_dir.rglob("logs/raylet.out"))
     assert list(two_nodes.temp_dir.rglob("job-driver-*.log"))

@@ -69,7 +69,7 @@ def test_a_second_run_is_refused_and_told_who_is_at_work(root):
             pass  # another job is not concerned
 
 
-def test_it_is_released_afterwards(root):
+def test_the_lock_is_released_afterwards(root):
     for _ in range(2):
         with run_lock.hold(root):
             assert held(root) is not None

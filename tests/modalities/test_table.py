@@ -126,7 +126,7 @@ def test_a_token_is_the_papers_formula_and_missing_ones_are_none():
     ].abs().max() > 1e-4
 
 
-def test_it_has_the_papers_parts():
+def test_the_transformer_of_tables_has_the_papers_parts():
     """Parameters of the default model by the paper's own counts (its table 13): first norm absent,
     ReGLU twice as wide going in.
     """

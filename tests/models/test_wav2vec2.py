@@ -231,7 +231,7 @@ def test_sizes_are_the_papers():
     )
 
 
-def test_it_can_be_built_without_memory():
+def test_the_network_is_built_on_the_meta_device():
     with torch.device("meta"):
         backbone = bundle.build_backbone(
             Architecture("transformers/wav2vec2", {"config": GROUP}, INPUTS)
@@ -243,7 +243,7 @@ def test_it_can_be_built_without_memory():
 
 
 @torch.no_grad()
-def test_it_survives_a_bundle(kind, tmp_path):
+def test_a_bundle_gives_the_same_features(kind, tmp_path):
     backbone = build(kind)
     bundle.save(str(tmp_path / "b"), backbone, ModalitySpec("audio", {}, {}))
     found = bundle.load(str(tmp_path / "b"))

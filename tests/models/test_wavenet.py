@@ -58,7 +58,7 @@ def latent(backbone, wave: torch.Tensor) -> torch.Tensor:
     ("layers", "stacks", "kernel", "field"),
     [(3, 2, 2, 15), (4, 1, 2, 16), (2, 3, 3, 19), (1, 1, 2, 2)],
 )
-def test_it_is_causal_and_its_receptive_field_is_what_it_says(layers, stacks, kernel, field):
+def test_wavenet_is_causal_and_its_receptive_field_is_as_stated(layers, stacks, kernel, field):
     """By the gradient of each output with respect to each sample's vector: none ahead, none further
     back than stated, all between.
     """

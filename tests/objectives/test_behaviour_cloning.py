@@ -701,7 +701,7 @@ def test_new_rows_are_written_in_their_own_units(tmp_path, discrete):
     )
 
 
-def test_it_can_be_written_down_and_carried_over():
+def test_a_target_of_other_spaces_keeps_the_shared_decoder():
     """Options and state are JSON; a target of other spaces keeps the decoder of the space that it
     shares.
     """

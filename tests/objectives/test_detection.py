@@ -624,7 +624,7 @@ def test_what_cannot_be_built_is_refused():
 
 
 @pytest.mark.slow
-def test_it_learns_rectangles():
+def test_a_detector_learns_rectangles():
     """Two kinds of rectangles on noise, 4 images: FCOS finds them again. Instance segmentation
     shows on photographs that Faster R-CNN learns.
     """
@@ -680,7 +680,7 @@ def test_it_learns_rectangles():
 @pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.timeout(1200)
-def test_it_learns_eight_photographs_from_scratch():
+def test_a_detector_learns_eight_photographs_from_scratch():
     """ResNet-18, 128 px, FCOS: mAP@[.5:.95] on the images that it was trained on. Seen: 0.85 after
     48 steps, 0.95 after 64.
     """

@@ -230,7 +230,7 @@ def test_the_forward_part_does_not_see_what_it_tells(architecture):
         pytest.param("transformer", True, marks=pytest.mark.slow),
     ],
 )
-def test_it_learns_better_than_to_tell_nothing_and_trains_all_that_it_made(architecture, discrete):
+def test_dynamics_is_better_than_no_change_and_trains_all_of_its_heads(architecture, discrete):
     task, batch, _ = case(architecture, discrete, n=60)
     optimiser = torch.optim.Adam(task.parameters(), 1e-2)
     task.train()

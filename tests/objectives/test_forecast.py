@@ -123,7 +123,7 @@ def test_rows_without_a_future_take_no_part(rows):
     ("objective", "backbone"),
     [("forecast", "events/gru"), ("forecast", "events/strats"), ("masked_events", "events/strats")],
 )
-def test_it_learns_and_every_part_is_trained(rows, objective, backbone):
+def test_forecast_learns_and_trains_every_part(rows, objective, backbone):
     torch.manual_seed(0)
     made, batch = task(rows, objective, backbone), take(rows, np.arange(8))
     made.train()

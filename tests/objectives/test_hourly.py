@@ -380,7 +380,7 @@ def learned(classes: int = 2, steps: int = 150, **options):
 
 
 @pytest.mark.parametrize("classes", [2, 4])
-def test_it_learns_and_its_metrics_are_over_all_positions(classes):
+def test_hourly_learns_and_its_metrics_are_over_all_positions(classes):
     task, batch, found = learned(classes)
     known = (torch.arange(12) < batch["label_times_lengths"][:, None]).numpy()
     y, scores = batch["label_values"].numpy()[known], found["scores"][known]

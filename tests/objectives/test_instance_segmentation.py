@@ -494,7 +494,7 @@ def photographs(folder: Path, images: int) -> pa.Table:
 
 @pytest.mark.slow
 @pytest.mark.data
-def test_it_learns_eight_photographs_from_scratch():
+def test_mask_rcnn_learns_eight_photographs_from_scratch():
     """ResNet-10, 128 px: the mask loss falls, and masks of the images that it saw are found."""
     folder = Path(
         os.environ.get("ONETOMANY_DATA") or pytest.skip("ONETOMANY_DATA names no data folder"),

@@ -169,7 +169,7 @@ def test_every_parameter_has_a_gradient(name):
     assert [n for n, p in made.named_parameters() if p.grad is None] == []
 
 
-def test_it_learns_without_labels():
+def test_mae_learns_without_labels():
     assert MAE.roles == () and not isinstance(MAE, CouplesRows)
     rows = image_rows(32, size=32, channels=3, noise=0.2)
     run = make_run(

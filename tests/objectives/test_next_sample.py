@@ -197,7 +197,7 @@ def test_backbones_that_see_the_future_are_refused():
         make(name="torchaudio/deepspeech", inputs=inputs, hidden=8)
 
 
-def test_it_learns_a_tone_without_labels():
+def test_next_sample_learns_a_tone_without_labels():
     """The next level of a slow sine is near the last one: far below the 8 bits of a guess, on
     recordings not trained on.
     """

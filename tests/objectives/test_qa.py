@@ -590,7 +590,7 @@ def test_rows_without_windows_and_backbones_without_tokens_are_refused():
 @pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.timeout(900)
-def test_it_learns_sixteen_questions_of_xquad(tmp_path):
+def test_qa_learns_sixteen_questions_of_xquad(tmp_path):
     """Through the modality, contexts in windows, from scratch: 16 questions are learned by
     heart.
     """

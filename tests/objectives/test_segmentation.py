@@ -137,7 +137,7 @@ def test_miou_equals_the_references(seed, monkeypatch):
     np.testing.assert_allclose(resampled(found, counts), again, atol=1e-12)
 
 
-def test_it_is_the_set_s_mean_not_the_images(monkeypatch):
+def test_miou_is_the_sets_mean_not_that_of_images(monkeypatch):
     truth = np.zeros((2, 4, 4), dtype=np.int64)
     truth[1, :, 2:] = 1
     guess = np.zeros_like(truth)
@@ -288,7 +288,7 @@ def test_masks_move_with_their_images(fit):
 
 @pytest.mark.slow
 @pytest.mark.data
-def test_it_learns_four_masks_from_scratch():
+def test_segmentation_learns_four_masks_from_scratch():
     """ResNet-18, 96 px: mIoU over the labelled classes of the masks that it was trained on. Seen:
     0.92.
     """

@@ -89,7 +89,7 @@ def test_a_run_that_was_stopped_ends_the_same(tmp_path):
     check_resume(tmp_path, "simclr")
 
 
-def test_it_learns():
+def test_simclr_learns():
     run = run_of(task("simclr", temperature=0.5), steps=40, lr=0.02, log_every_steps=10)
     losses: list[float] = []
     run.on_log = lambda record: losses.append(record["loss"])

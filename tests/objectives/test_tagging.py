@@ -554,7 +554,7 @@ def test_the_report_tells_types_one_by_one():
 @pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.timeout(600)
-def test_it_learns_sixteen_rows_of_wnut():
+def test_tagging_learns_sixteen_rows_of_wnut():
     """Through the modality, from scratch: 16 rows with entities are learned by heart."""
     folder = Path(
         os.environ.get("ONETOMANY_DATA") or pytest.skip("ONETOMANY_DATA names no data folder"),

@@ -546,7 +546,7 @@ def test_networks_over_log_mels_learn_by_it(name, sizes):
     assert losses[-1] < 0.8 * losses[0], losses
 
 
-def test_it_reads_no_labels():
+def test_wav2vec2_reads_no_labels():
     assert wav2vec2.Wav2Vec2Pretraining.roles == () and isinstance(
         wav2vec2.Wav2Vec2Pretraining, CouplesRows
     )

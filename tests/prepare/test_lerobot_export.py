@@ -220,7 +220,7 @@ def test_what_has_no_place_is_refused_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_it_is_not_pushed_as_a_network(written, tmp_path):
+def test_an_export_of_episodes_is_not_pushed_as_a_network(written, tmp_path):
     with pytest.raises(ValueError, match="it is a data set; hf upload USER/NAME"):
         push(str(written), str(tmp_path / "pushed"))
     assert not (tmp_path / "pushed").exists()

@@ -75,7 +75,7 @@ def wake_adapters(task: Task) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_starts_as_the_source_and_moves_nothing_but_adapters_and_head(kind):
+def test_bottleneck_starts_as_the_source_and_trains_adapters_and_head_alone(kind):
     task, rows = classified(KINDS[kind])
     batch = take(rows, range(4))
     plain, before = scores(task, batch), weights(task)
@@ -187,7 +187,7 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
     assert_a_killed_run_ends_as_a_whole_one(run)
 
 
-def test_it_takes_objectives_that_read_more_than_pooled_features():
+def test_bottleneck_takes_objectives_that_read_more_than_pooled_features():
     for name in ("tagging", "detection", "segmentation", "ctc"):
         task, rows = OBJECTIVES[name].build(name)[:2]
         task = wrapped(task)
@@ -253,7 +253,7 @@ def test_outputs_go_through_it_filter_by_filter(kind):
     torch.testing.assert_close(found, expected)
 
 
-def test_it_stands_behind_the_layer_that_is_named():
+def test_an_adapter_stands_behind_the_layer_that_is_named():
     task = wrapped(net_task(), modules=["stem"])
     wake_adapters(task)
     assert list(task.places) == ["stem"]

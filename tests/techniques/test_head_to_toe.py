@@ -297,7 +297,7 @@ def test_features_that_would_take_too_much_memory_are_refused(paths, tmp_path, m
 
 
 @pytest.mark.slow
-def test_it_reads_layers_that_a_probe_cannot_see(paths, tmp_path):
+def test_head_to_toe_reads_layers_that_a_probe_cannot_see(paths, tmp_path):
     """The last block gives the same for every row; the layers before it tell the classes apart."""
     job = job_of(tmp_path, paths)
     shared = shared_of(tmp_path, job, paths)

@@ -24,7 +24,7 @@ def scores(task: Task, batch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_starts_as_the_source_and_leaves_it_as_it_was(kind):
+def test_side_tuning_starts_as_the_source_and_leaves_it_as_it_was(kind):
     task, rows = classified(KINDS[kind])
     batch = take(rows, range(4))
     plain, before = scores(task, batch), weights(task.backbone)

@@ -140,7 +140,7 @@ def test_features_of_a_text_in_windows_are_the_mean_of_its_windows(monkeypatch):
 # ---------------------------------------------------------------- in a run
 
 
-def test_it_is_tried_at_every_validation_and_kept_with_the_bundle(tmp_path, images, labelled):
+def test_the_probe_runs_at_every_validation_and_stays_with_the_bundle(tmp_path, images, labelled):
     seen = []
     stage, fitted, metadata = pretrained(
         job(tmp_path, images, labelled, objective="mae", keep="last"), seen.append

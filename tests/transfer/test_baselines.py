@@ -507,7 +507,7 @@ def test_a_trial_writes_the_results_of_any_other(image_job, name):
     assert "scikit-learn" in record.made_by["code"] and f"baseline {name}" in record.made_by["code"]
 
 
-def test_it_has_the_labelled_rows_of_the_trials(image_job, monkeypatch):
+def test_a_baseline_has_the_labelled_rows_of_the_trials(image_job, monkeypatch):
     job, shared = image_job
     job = job.model_copy(
         update={
