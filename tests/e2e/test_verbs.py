@@ -4,7 +4,6 @@ bad input.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import json
 import os
@@ -14,7 +13,6 @@ import sys
 from pathlib import Path
 
 import jsonschema
-import numpy as np
 import pytest
 import typer
 import yaml
@@ -24,14 +22,13 @@ from pipeline import cli
 from pipeline.checkpoints import bundle
 from pipeline.config import yaml_loader
 from pipeline.core.specs import ModalitySpec
-from pipeline.data import manifests
 from pipeline.io import atomic_folder, storage
 from pipeline.prepare.engine import importing
 from pipeline.prepare.engine.shard_tasks import Settings
 from pipeline.prepare.engine.write import Preparation
 from pipeline.train.progress import Progress
 from pipeline.transfer import dry_run, preflight, stages
-from tests.e2e.conftest import ROOT, SAMPLES, TINY
+from tests.e2e.conftest import ROOT, SAMPLES, TINY, read_few_rows
 
 JOBS = sorted((ROOT / "jobs").rglob("*.yaml"))
 QUICKSTART = ROOT / "jobs/quickstart.yaml"
@@ -378,23 +375,7 @@ def few_rows(job, monkeypatch):
         few = {"train": 12, "validation": 5, "test": 5}
     elif job.stem in LARGE or "${MINILM}" in job.read_text():
         few = {"train": 24, "validation": 10, "test": 10}
-    real = manifests.splits
-
-    def splits(*words, **options):
-        found = real(*words, **options)
-        thin, masks = {}, {}
-        for name, most in few.items():
-            rows = getattr(found, name)
-            masks[name] = np.arange(len(rows)) % max(1, -(-len(rows) // most)) == 0
-            thin[name] = rows.keep(masks[name])
-        of_corpus = np.split(masks["train"], np.cumsum(found.corpus_sizes)[:-1])
-        thin["corpus_sizes"] = tuple(int(mask.sum()) for mask in of_corpus)
-        thin["train_by_corpus"] = tuple(
-            map(manifests.Selection.keep, found.train_by_corpus, of_corpus)
-        )
-        return dataclasses.replace(found, **thin)
-
-    monkeypatch.setattr(manifests, "splits", splits)
+    read_few_rows(monkeypatch, few)
 
 
 @pytest.mark.slow

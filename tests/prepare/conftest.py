@@ -221,10 +221,13 @@ def folder(tmp_path):
 
 @pytest.fixture
 def imagenet(tmp_path):
+    return write_imagenet(tmp_path / "imagenet")
+
+
+def write_imagenet(root: Path) -> Path:
     """A tar of tars for training with 3, 2 and 1 images of the sorted classes, and a tar of six
     flat validation images with the devkit's ground truth.
     """
-    root = tmp_path / "imagenet"
     number = iter(range(1000))
     tars = {
         f"{wnid}.tar": tar({f"{wnid}_{i}.JPEG": encoded(next(number)) for i in range(3 - k)})
@@ -312,10 +315,13 @@ def rle(mask: np.ndarray) -> list[int]:
 
 @pytest.fixture
 def coco(tmp_path):
+    return write_coco(tmp_path / "coco")
+
+
+def write_coco(root: Path) -> Path:
     """Three images of train (one without boxes) and one of val; category ids with a hole; polygons,
     a crowd of run lengths.
     """
-    root = tmp_path / "coco"
     crowd = np.zeros((30, 40), dtype=int)
     crowd[5:20, 3:30] = 1
     categories = [

@@ -32,8 +32,11 @@ def record(number: int, age=54, gender=0, height=-1, unit=4, weight=-1, more: st
 
 @pytest.fixture
 def challenge(tmp_path) -> Path:
+    return write_challenge(tmp_path / "challenge")
+
+
+def write_challenge(root: Path) -> Path:
     """Two records of set a, one of b, one of c (which has no outcomes)."""
-    root = tmp_path / "challenge"
     files = {
         "set-a/132539.txt": record(
             132539,
