@@ -5,8 +5,8 @@ boxes of one image, c crowd regions of one image, A anchors of one image, N any 
 channels of the pyramid, h and w height and width of one of its maps.
 """
 
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 # torchvision's detectors, whose classes are extended here, have no types.
-# pyright: basic
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def without_padding(detections: Detections, frame: Tensor) -> Detections:
         detections: ``boxes`` in pixels of the input, and others of each image.
         frame: (B, 4) where the images lie in the input.
     """
-    kept = []
+    kept: Detections = []
     for detected, of_image in zip(detections, frame, strict=True):
         lowest = of_image[2:].repeat(2)
         boxes = detected["boxes"].clamp(lowest, lowest + of_image[:2].repeat(2))
@@ -250,8 +250,7 @@ class Sampler:
 
     def __call__(self, matched_idxs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Return masks of the samples of each image, where labels are 1 or more, and 0."""
-        positive = []
-        negative = []
+        positive, negative = list[Tensor](), list[Tensor]()
         for key, labels in zip(self.keys, matched_idxs, strict=True):
             order = uniform(key[None], len(labels), self.stream)[0].argsort()
             most_positive = int(self.size * self.positive)
@@ -272,7 +271,9 @@ def _first(mask: Tensor, order: Tensor, most: int) -> Tensor:
 class Proposals(RegionProposalNetwork):
     """A region proposal network whose losses are kept apart by image, also in evaluation."""
 
-    def forward(self, images, features, targets=None):
+    def forward(
+        self, images: ImageList, features: dict[str, Tensor], targets: Targets | None = None
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Return the proposed boxes (k, 4) of each image, and with targets losses (B,) by name.
 
         Args:
@@ -291,7 +292,7 @@ class Proposals(RegionProposalNetwork):
         if targets is None:
             return boxes, {}
         labels, matched = self.assign_targets_to_anchors(anchors, targets)
-        without_crowds = []
+        without_crowds = list[Tensor]()
         for of_image, boxes_of_image, target in zip(labels, anchors, targets, strict=True):
             is_background = of_image == 0
             is_ignored = is_background & in_crowd(boxes_of_image, target["crowd"])
@@ -302,7 +303,9 @@ class Proposals(RegionProposalNetwork):
         wanted = self.box_coder.encode(matched, anchors)
         return boxes, self.by_image(scores, shifts, labels, wanted)
 
-    def by_image(self, scores, shifts, labels, wanted):
+    def by_image(
+        self, scores: Tensor, shifts: Tensor, labels: list[Tensor], wanted: Any
+    ) -> dict[str, Tensor]:
         """Return means over each image's samples (B,) by name."""
         positive, negative = (torch.stack(masks) for masks in self.fg_bg_sampler(labels))
         sampled = positive | negative
@@ -365,7 +368,7 @@ class FasterRCNN(nn.Module):
             nms_thresh=0.7,
         )
         levels = [str(i) for i in range(len(self.backbone.base))]
-        self.roi_heads = RoIHeads(
+        self.roi_heads: Any = RoIHeads(
             MultiScaleRoIAlign(levels, 7, 2),
             TwoMLPHead(width * 49, 1024),
             FastRCNNPredictor(1024, classes + 1),
@@ -410,7 +413,7 @@ class FasterRCNN(nn.Module):
         # 0 is the background
         shifted = [{**target, "labels": target["labels"] + 1} for target in targets]
         boxes, parts = self.rpn(image_list(batch), maps, shifted)
-        usable = []
+        usable = list[Tensor]()
         for of_image, target in zip(boxes, targets, strict=True):
             is_in_crowd = in_crowd(of_image, target["crowd"])
             is_on_object = (box_iou(of_image, target["boxes"]) >= 0.5).any(1)
@@ -427,7 +430,7 @@ class FasterRCNN(nn.Module):
         box = box.sum(-1)
         box = torch.zeros_like(classification).masked_scatter(is_object, box)
         for name, values in (("classification", classification), ("box", box)):
-            means = [part.sum() / max(1, len(part)) for part in values.split(sizes)]
+            means = [part.sum() / max(1, len(part)) for part in torch.split(values, sizes)]
             parts[name] = torch.stack(means)
         return parts, Regions(boxes, matched, labels)
 
