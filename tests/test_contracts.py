@@ -346,7 +346,7 @@ def test_an_objective_trains_everything_it_made(objective):
     assert all(any(name.startswith(part) for name in left) for part in unused)
 
 
-def test_an_empty_batch_gives_noughts_and_touches_every_parameter(objective):
+def test_an_empty_batch_gives_zeros_and_touches_every_parameter(objective):
     """A rank whose rows were all undecodable takes part in the reduction."""
     task, rows = objective.task, objective.rows
     batch = take(rows, np.arange(2), objective=task.objective)

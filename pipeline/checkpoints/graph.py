@@ -220,7 +220,8 @@ def reason(error: BaseException) -> str:
     causes = [error]
     while (inner := causes[-1].__cause__) is not None:
         causes.append(inner)
-    lines = [line.strip() for line in str(causes[-1]).splitlines() if line.strip()]
+    last_cause = str(causes[-1])
+    lines = [line.strip() for line in last_cause.splitlines() if line.strip()]
     message = " ".join(lines[:2])[:MAX_MESSAGE] or type(causes[-1]).__name__
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "/pipeline/" in frame.filename]

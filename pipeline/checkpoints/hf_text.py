@@ -673,7 +673,9 @@ def _sequence(
     if family == "distilbert":
         # the class has a dense layer with ReLU in between: relu(z) - relu(-z) is z
         positive, negative = slice(labels), slice(labels, 2 * labels)
-        pre, shift, post = torch.zeros(width, width), torch.zeros(width), torch.zeros(labels, width)
+        pre = torch.zeros(width, width)
+        shift = torch.zeros(width)
+        post = torch.zeros(labels, width)
         pre[positive], pre[negative] = weight, -weight
         shift[positive], shift[negative] = bias, -bias
         post[:, positive], post[:, negative] = torch.eye(labels), -torch.eye(labels)
@@ -717,7 +719,8 @@ def _with_padding_token(
     tokenizer.add_special_tokens([specials["pad_token"]])
     name = f"{FAMILIES['gpt2'][1]}{_embedding('gpt2')}"
     more = tokenizer.token_to_id(specials["pad_token"]) + 1 - tensors[name].shape[0]
-    return {**tensors, name: torch.nn.functional.pad(tensors[name], (0, 0, 0, max(0, more)))}
+    added_rows = (0, 0, 0, max(0, more))
+    return {**tensors, name: torch.nn.functional.pad(tensors[name], added_rows)}
 
 
 def _save(kind: Any, config: Any, tensors: dict[str, Tensor], folder: Path) -> None:

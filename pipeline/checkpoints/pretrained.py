@@ -445,7 +445,8 @@ def _meta_backbone(architecture: str, tensors: dict[str, Tensor]) -> Backbone:
     It has as many input channels as the checkpoint's first convolution.
     """
     arch, _ = timm_input_spec(architecture, {})
-    channels = next((tensor.shape[1] for tensor in tensors.values() if tensor.dim() == 4), 16)
+    kernels = (tensor for tensor in tensors.values() if tensor.dim() == 4)
+    channels = next((kernel.shape[1] for kernel in kernels), 16)
     if channels >= 16:  # a stem that turns blocks of 4 x 4 pixels into channels, or another network
         channels = arch.inputs["channels"]
     with torch.device("meta"):
@@ -670,7 +671,8 @@ def _timm_folder(folder: str, config: dict[str, Any], names_only: bool) -> Pretr
             f"hf:{folder}: model.safetensors is missing; save the model with "
             "timm.models.save_for_hf(model, folder, safe_serialization=True)"
         )
-    built = {k: v for k, v in config.get("model_args", {}).items() if k not in IGNORED_ARGUMENTS}
+    arguments = config.get("model_args", {})
+    built = {k: v for k, v in arguments.items() if k not in IGNORED_ARGUMENTS}
     options = {}
     if isinstance(built.get("patch_size"), int):
         options["patch_size"] = built.pop("patch_size")

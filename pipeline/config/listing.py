@@ -99,7 +99,7 @@ def describe(kind: str, name: str) -> str:
 
 
 def explanation(entry: Entry) -> str:
-    """Return a component's documentation, indented, without what only its Python code is told."""
+    """Return a component's documentation, indented, without what concerns its Python code alone."""
     paragraphs = plain(entry.documentation).removeprefix("Return ").split("\n\n")
     text = "\n\n".join(
         paragraph

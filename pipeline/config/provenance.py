@@ -149,7 +149,8 @@ class Provenance:
     @property
     def hash(self) -> str:
         """Return one hash for all the code, as the column ``made_by`` has it."""
-        return hashlib.sha256(json.dumps(sorted(self.code.items())).encode()).hexdigest()[:12]
+        code = json.dumps(sorted(self.code.items()))
+        return hashlib.sha256(code.encode()).hexdigest()[:12]
 
     @property
     def made_by(self) -> MadeBy:
@@ -423,7 +424,8 @@ def _hash(body: Iterable[ast.stmt]) -> str:
     imports: set[str] = set()
     for statement in body:
         _serialize_node(statement, words, imports)
-    return hashlib.sha256("\n".join([*sorted(imports), *words]).encode()).hexdigest()[:12]
+    text = "\n".join([*sorted(imports), *words])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @cache

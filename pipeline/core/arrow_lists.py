@@ -95,7 +95,8 @@ def take(table: pa.Table, places: np.ndarray) -> pa.Table:
         return table.take(pa.array(places))
     others = table.drop_columns(list(long))
     others = others.take(pa.array(places)) if others.num_columns else others
-    cuts = [0, *(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), len(places)]
+    gaps = np.flatnonzero(np.diff(places) != 1) + 1
+    cuts = [0, *gaps.tolist(), len(places)]
     columns: list[pa.ChunkedArray] = []
     for name in table.column_names:
         if name not in long:

@@ -303,7 +303,7 @@ class MakesRandomRows(Protocol):
 
 @runtime_checkable
 class MeasuresThroughput(Protocol):
-    """A modality whose throughput is told in another unit than rows."""
+    """A modality whose throughput is logged in another unit than rows."""
 
     throughput_unit: ClassVar[str]
     """For messages: tokens, s of sound."""
@@ -314,7 +314,7 @@ class MeasuresThroughput(Protocol):
 
 
 def measures_throughput(modality: Any) -> TypeIs[MeasuresThroughput]:
-    """Return whether the modality's throughput is told in another unit than rows."""
+    """Return whether the modality's throughput is logged in another unit than rows."""
     return isinstance(modality, MeasuresThroughput)
 
 

@@ -56,7 +56,8 @@ def uniform(keys: Tensor, count: int, stream: int = 0) -> Tensor:
     Args:
         stream: Separates uses of the same key.
     """
-    index = torch.arange(1, count + 1, device=keys.device, dtype=torch.int64) + (stream << 40)
+    numbers = torch.arange(1, count + 1, device=keys.device, dtype=torch.int64)
+    index = numbers + (stream << 40)
     z = keys[:, None] + index[None, :] * _signed(_GAMMA)
     z = (z ^ _shift(z, 30)) * _signed(_M1)
     z = (z ^ _shift(z, 27)) * _signed(_M2)

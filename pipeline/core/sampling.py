@@ -13,4 +13,6 @@ def evenly_spread(n: int, count: int) -> np.ndarray:
     Returns:
         (min(n, count),) int64, in ascending order.
     """
-    return np.unique(np.linspace(0, max(0, n - 1), min(n, count)).astype(np.int64))
+    last = max(0, n - 1)
+    places = np.linspace(0, last, min(n, count))
+    return np.unique(places.astype(np.int64))

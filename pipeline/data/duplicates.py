@@ -132,7 +132,8 @@ class SignatureMaker:
     def __call__(self, span: tuple[int, int]) -> dict[str, np.ndarray]:
         kind = registry.get("modality", self.modality)
         names = list(dict.fromkeys([*self.columns.values(), *filter(None, [self.record])]))
-        table = Reader(self.selection.manifest, names).take(self.selection.ids(np.arange(*span)))
+        ids = self.selection.ids(np.arange(*span))
+        table = Reader(self.selection.manifest, names).take(ids)
         if decodes_on_device(kind):
             table, out = self._files(kind, table)
         elif file_roles(kind):

@@ -864,7 +864,8 @@ def fold_of_rows(
         folds[np.lexsort((order, classes))] = np.arange(len(classes)) % count
         return folds
     _, first, group_of_row = np.unique(groups, return_index=True, return_inverse=True)
-    rows = np.zeros((len(first), int(classes.max()) + 1), dtype=np.int64)
+    num_classes = int(classes.max()) + 1
+    rows = np.zeros((len(first), num_classes), dtype=np.int64)
     np.add.at(rows, (group_of_row, classes), 1)
     # whole numbers: rounded sums would break ties differently on another machine
     shares = rows * SHARE_UNIT // np.maximum(rows.sum(axis=0), 1)

@@ -156,17 +156,16 @@ def map_items(
     *,
     cpus: float = 1.0,
     gpus: float = 0.0,
-    ahead: int | None = None,
 ) -> Iterator[Any]:
     """Yield the results of `fn` over items, in order: by Ray tasks, or in this process if Ray is
     not running.
 
-    As results come in order, a caller that has kept some of them can resume with the items left.
+    Two tasks are submitted for each one that can run. As results come in order, a caller that has
+    kept some of them can resume with the items left.
 
     Args:
         cpus: CPUs of a task.
         gpus: GPUs of a task.
-        ahead: Tasks that are submitted at a time; None: two for each task that can run.
     """
     import ray
     from ray.exceptions import RayTaskError
@@ -175,7 +174,7 @@ def map_items(
         yield from map(fn, items)
         return
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(_apply)
-    window = ahead or max(2, int(2 * ray.cluster_resources().get("CPU", 1) / cpus))
+    window = max(2, int(2 * ray.cluster_resources().get("CPU", 1) / cpus))
     shared_fn, fences = ray.put(fn), write_fence.current_fences()
     items = iter(items)
     pending = deque(task.remote(shared_fn, item, fences) for item in islice(items, window))

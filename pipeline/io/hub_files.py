@@ -75,7 +75,8 @@ class _Hub(WebServers):
 
     def list_files(self, uri: str, recursive: bool) -> list[str]:
         file = _parsed(uri)
-        root = uri.rstrip("/")[: len(uri.rstrip("/")) - len(file.path)].rstrip("/")
+        plain = uri.rstrip("/")
+        root = plain[: len(plain) - len(file.path)].rstrip("/")
         return [
             f"{root}/{one.path}"
             for one in self._tree(uri, recursive)

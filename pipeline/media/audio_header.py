@@ -148,7 +148,9 @@ def is_joined(file: Any) -> bool:
     # the first pages of multiplexed streams come before all other pages
     while start[at : at + 4] == b"OggS" and len(start) >= at + 27 and start[at + 5] & 2:
         serials.add(start[at + 14 : at + 18])
-        at += 27 + start[at + 26] + sum(start[at + 27 : at + 27 + start[at + 26]])
+        num_segments = start[at + 26]
+        segment_bytes = start[at + 27 : at + 27 + num_segments]
+        at += 27 + num_segments + sum(segment_bytes)
     last = _last_page(file, file.seek(0, io.SEEK_END)) if serials else b""
     return len(last) >= 18 and last[14:18] not in serials
 

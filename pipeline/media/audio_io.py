@@ -431,7 +431,8 @@ def resample(samples: np.ndarray, rate: int, to: int) -> np.ndarray:
 def pcm(samples: np.ndarray) -> np.ndarray:
     """Round and clip floats from -1 to 1 to int16; exact for samples that came from 16 bits."""
     scaled = samples * np.float32(32768)
-    return np.clip(np.rint(scaled, out=scaled), -32768, 32767, out=scaled).astype(np.int16)
+    np.rint(scaled, out=scaled)
+    return np.clip(scaled, -32768, 32767, out=scaled).astype(np.int16)
 
 
 def encode(samples: np.ndarray, rate: int) -> bytes:
@@ -563,7 +564,8 @@ def _quietest_cuts(energies: np.ndarray, total: float, max_seconds: float, hop: 
     several such places. At least a quarter of a longest piece is left after the last cut.
     """
     width = round(QUIET_SECONDS / HOP_SECONDS)
-    sums = np.cumsum(np.concatenate([[0.0], np.pad(energies, width // 2, mode="edge")]))
+    padded = np.pad(energies, width // 2, mode="edge")
+    sums = np.cumsum(np.concatenate([[0.0], padded]))
     # over the 0.2 s around the beginning of each hop
     quiet = (sums[width:] - sums[:-width])[: len(energies)]
     quiet = np.maximum(quiet, 1e-9)  # silence is silence, whatever the rounding of sums

@@ -87,7 +87,8 @@ def lay_masks(
     """
     out = picture.copy()
     for mask, number in reversed(list(zip(masks, classes, strict=True))):
-        out[mask] = (picture[mask] // 2) + np.array(colour(number), dtype=np.uint8) // 2
+        own_colour = np.array(colour(number), dtype=np.uint8)
+        out[mask] = picture[mask] // 2 + own_colour // 2
     return out
 
 

@@ -322,7 +322,8 @@ def _classes(
         )
     steps = lengths(column).astype(np.int64)
     flat = pc.cast(pc.list_flatten(column), pa.string()).dictionary_encode()
-    values, ends = filled(flat.indices, -1), np.concatenate([[0], np.cumsum(np.maximum(steps, 0))])
+    values = filled(flat.indices, -1)
+    ends = np.concatenate([[0], np.cumsum(np.maximum(steps, 0))])
     for i in np.flatnonzero(steps < 0).tolist():
         reasons[i] = reasons[i] or f"the {role} are null"
     for i, at in first_of_rows(values < 0, ends):

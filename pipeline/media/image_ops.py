@@ -174,7 +174,8 @@ def _weights(centres: Tensor, scale: Tensor, side: int) -> Tensor:
     """
     pixels = torch.arange(side, device=centres.device) + 0.5
     reach = scale.clamp(min=1)[:, None, None]
-    weights = (1 - (centres[:, :, None] - pixels).abs() / reach).clamp(min=0)
+    distances = (centres[:, :, None] - pixels).abs()
+    weights = (1 - distances / reach).clamp(min=0)
     return weights / weights.sum(2, keepdim=True).clamp(min=1e-6)
 
 
@@ -324,7 +325,10 @@ def saturation(x: Tensor, factor: Tensor) -> Tensor:
     Args:
         factor: (B, 1, 1, 1) share of the image.
     """
-    return x if x.shape[1] == 1 else (x * factor + grey(x) * (1 - factor)).clamp(0, 1)
+    if x.shape[1] == 1:
+        return x
+    blended = x * factor + grey(x) * (1 - factor)
+    return blended.clamp(0, 1)
 
 
 def hue(x: Tensor, turn: Tensor) -> Tensor:
@@ -367,7 +371,8 @@ def colour_jitter(x: Tensor, u: Tensor, amount: float) -> Tensor:
     spread = 2 * u[:, :4, None, None, None] - 1
     factor = (1 + amount * spread[:, :3]).clamp(min=0)
     amounts = torch.cat([factor, spread[:, 3:] * min(amount / 4, 0.5)], 1)
-    changes, order = (brightness, contrast, saturation, hue), u[:, 4:8].argsort(1).cpu()
+    changes = (brightness, contrast, saturation, hue)
+    order = u[:, 4:8].argsort(1).cpu()
     out = x.clone()
     for place in range(len(changes)):
         for kind, rows in _groups(order[:, place], x.device):
@@ -387,7 +392,8 @@ def blur(x: Tensor, sigma: Tensor) -> Tensor:
     side = x.shape[-1]
     radius = max(1, side // 20)
     along = torch.arange(side, device=x.device)
-    taps = torch.exp(-0.5 * (torch.arange(radius + 1, device=x.device) / sigma[:, None]) ** 2)
+    deviations = torch.arange(radius + 1, device=x.device) / sigma[:, None]
+    taps = torch.exp(-0.5 * deviations**2)
     total = 2 * taps.sum(1, keepdim=True) - taps[:, :1]
     beyond_radius = torch.zeros_like(taps[:, :1])
     taps = torch.cat([taps / total, beyond_radius], 1)

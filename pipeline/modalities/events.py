@@ -35,7 +35,7 @@ from pipeline.media.static_features import (
 
 MAX_NAMED = 8
 MIN_UNREAD = 0.001
-"""A smaller share of events at hours that are not read is not told."""
+"""A smaller share of events at hours that are not read is not reported."""
 DROP = 0
 """Random stream of a row's key."""
 

@@ -131,7 +131,8 @@ class Timm(Backbone):
         places = (~token_mask).nonzero()[:, 1].view(len(x), -1)
         index = places[:, :, None].expand(-1, -1, x.shape[2])
         kept = x[:, prefix:].gather(1, index)
-        return m.norm(m.blocks(m.norm_pre(torch.cat([x[:, :prefix], kept], dim=1))))
+        visible = torch.cat([x[:, :prefix], kept], dim=1)
+        return m.norm(m.blocks(m.norm_pre(visible)))
 
     def convert_checkpoint(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Adapt a checkpoint to these channels and this image size, by timm's rules.

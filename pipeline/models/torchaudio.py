@@ -212,7 +212,8 @@ class Torchaudio(Backbone):
     ) -> Features:
         mel, mask = batch["mel"], batch["mask"]
         if mel.shape[1] == 0:  # a batch whose rows all have no samples
-            mel, mask = F.pad(mel, (0, 0, 0, 1)), F.pad(mask, (0, 1))
+            mel = F.pad(mel, (0, 0, 0, 1))
+            mask = F.pad(mask, (0, 1))
         lengths = mask.sum(1)
         x = mel * mask[:, :, None]
         latent = None
@@ -448,7 +449,8 @@ def _convolution(module: Any, x: Tensor, real: Tensor) -> Tensor:
     count = (real.sum(1) * x.shape[1]).clamp(min=1)[:, None, None]
     mean = (x * own).sum((1, 2), keepdim=True) / count
     variance = ((x - mean).square() * own).sum((1, 2), keepdim=True) / count
-    x = (x - mean) * (variance + norm.eps).rsqrt() * norm.weight[:, None] + norm.bias[:, None]
+    x = (x - mean) * (variance + norm.eps).rsqrt()
+    x = x * norm.weight[:, None] + norm.bias[:, None]
     for part in rest:
         x = part(x)
     return x.transpose(1, 2)

@@ -141,7 +141,8 @@ class WaveNet(Backbone):
             )
         wave, mask = batch["wave"], batch["mask"]
         short = max(0, self.options.pool - wave.shape[1])
-        skip = self._skip(self.embed(self.levels(F.pad(wave, (0, short)))).transpose(1, 2))
+        levels = self.levels(F.pad(wave, (0, short)))
+        skip = self._skip(self.embed(levels).transpose(1, 2))
         valid = conv_arithmetic.count(mask.sum(1), self.own)
         x = F.avg_pool1d(skip.relu(), self.options.pool)
         real = torch.arange(x.shape[2], device=x.device) < valid[:, None]

@@ -313,7 +313,8 @@ def _tokens(captions: Sequence[str | None], state: CLIPState) -> np.ndarray:
     room = state["length"] - 2
     documents = [(text or "").encode() for text in captions]
     encoded = tokenization.encode_first(tokenizer, documents, room, np.int32)
-    return ragged(np.array([cls, *one.ids[:room], sep], dtype=np.int32) for one in encoded)
+    ids = ([cls, *one.ids[:room], sep] for one in encoded)
+    return ragged(np.array(one, dtype=np.int32) for one in ids)
 
 
 @lru_cache(maxsize=2)

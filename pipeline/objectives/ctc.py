@@ -531,7 +531,8 @@ def ctc_losses(
     if not log_probs.shape[1]:
         log_probs = F.pad(log_probs, (0, 0, 0, 1))
     inside = torch.arange(labels.shape[1], device=labels.device) < counts[:, None]
-    repeats = ((labels[:, 1:] == labels[:, :-1]) & inside[:, 1:]).sum(1)
+    is_repeated = labels[:, 1:] == labels[:, :-1]
+    repeats = (is_repeated & inside[:, 1:]).sum(1)
     has_no_alignment = counts + repeats > ends
     with torch.autocast(log_probs.device.type, enabled=False):
         losses = F.ctc_loss(

@@ -313,7 +313,8 @@ class Hourly(Objective):
             return times, positions < lengths
         every = self.options.every
         # a column of its own, since a batch may have no tokens
-        last = F.pad(ends.masked_fill(~real, -torch.inf), (0, 1), value=-torch.inf).amax(1)
+        real_ends = ends.masked_fill(~real, -torch.inf)
+        last = F.pad(real_ends, (0, 1), value=-torch.inf).amax(1)
         count = (last / every).ceil().clamp(min=1)
         most = int(count.max().item())
         numbers = torch.arange(1, most + 1, device=ends.device, dtype=ends.dtype)

@@ -318,13 +318,15 @@ def _compared(batch: Batch, row: int, masks: Tensor, boxes: Tensor) -> dict[str,
     lengths, ends = runs[1::2], runs.cumsum(0)[1::2]
     pixels = height * width
     # The last run, where it is empty, begins behind the last object
-    owner = ((ends - lengths) // pixels).clamp(max=max(0, int((labels >= 0).sum()) - 1))
+    last_object = max(0, int((labels >= 0).sum()) - 1)
+    owner = ((ends - lengths) // pixels).clamp(max=last_object)
     true_areas.index_add_(0, owner, lengths.int())
     ends = ends - owner * pixels
     at = 0
     for part in _pasted(masks, boxes[: len(masks)], (height, width)):
         span = slice(at, at + len(part))
-        before = F.pad(part.transpose(1, 2).flatten(1).cumsum(1, dtype=torch.int32), (1, 0))
+        by_column = part.transpose(1, 2).flatten(1)
+        before = F.pad(by_column.cumsum(1, dtype=torch.int32), (1, 0))
         areas[span] = before[:, -1]
         shared[span].index_add_(1, owner, before[:, ends] - before[:, ends - lengths])
         at += len(part)
@@ -371,7 +373,8 @@ class MaskRCNN(FasterRCNN):
         of_class = scores[torch.arange(len(scores), device=scores.device), torch.cat(classes)]
         pixels = F.binary_cross_entropy_with_logits(of_class, torch.cat(wanted), reduction="none")
         sizes = [len(of_image) for of_image in boxes]
-        means = [part.sum() / max(1, len(part)) for part in pixels.mean((1, 2)).split(sizes)]
+        by_image = pixels.mean((1, 2)).split(sizes)
+        means = [part.sum() / max(1, len(part)) for part in by_image]
         parts["mask"] = torch.stack(means)
         return parts, torch.ones(len(boxes), device=scores.device)
 

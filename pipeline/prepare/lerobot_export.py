@@ -399,7 +399,8 @@ def _combined(episodes: list[Statistics]) -> Statistics:
     """
     stacked = {name: np.stack([one[name] for one in episodes]) for name in episodes[0]}
     count = stacked.pop("count")
-    shares = (count / count.sum()).reshape(-1, *[1] * (stacked["mean"].ndim - 1))
+    num_axes = stacked["mean"].ndim - 1
+    shares = (count / count.sum()).reshape(-1, *[1] * num_axes)
     mean = (stacked["mean"] * shares).sum(0)
     variance = ((stacked["std"] ** 2 + (stacked["mean"] - mean) ** 2) * shares).sum(0)
     return {

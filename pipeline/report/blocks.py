@@ -120,7 +120,10 @@ def decimal_places(intervals: Iterable[tuple[float | None, float | None]]) -> in
     widths = [
         high - low for low, high in intervals if low is not None and high is not None and high > low
     ]
-    return min(6, max(0, math.ceil(-math.log10(median(widths) / 2)) + 1)) if widths else 3
+    if not widths:
+        return 3
+    half = median(widths) / 2
+    return min(6, max(0, math.ceil(-math.log10(half)) + 1))
 
 
 def format_interval(
@@ -199,7 +202,8 @@ def _cell_as_markdown(value: str | Value) -> str:
 
 def _fence(text: str) -> str:
     text = without_secrets(text)
-    ticks = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
+    longest = max(map(len, re.findall(r"`+", text)), default=0)
+    ticks = "`" * max(3, 1 + longest)
     return f"{ticks}\n{text.strip(chr(10))}\n{ticks}"
 
 

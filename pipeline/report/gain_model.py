@@ -92,7 +92,8 @@ class GainModel:
         self.levels = [
             list(dict.fromkeys(place[k] for place in places)) for k in range(len(places[0]))
         ]
-        self.factor = np.repeat(np.arange(len(self.levels)), [len(one) for one in self.levels])
+        num_levels = [len(one) for one in self.levels]
+        self.factor = np.repeat(np.arange(len(self.levels)), num_levels)
         self.design = self._design(places)
         self.size = float(np.sqrt(np.mean(self.gains**2 + self.variances)))
         self.spreads, self.weights = self._average()
@@ -118,7 +119,8 @@ class GainModel:
             (m, q) units of the effects, (m, q, q) left and (m, q) right sides.
         """
         precision = 1 / (self.variances + spreads[0, -1] ** 2)
-        units = np.concatenate([np.ones((len(spreads), 1)), spreads[:, self.factor]], axis=1)
+        ones = np.ones((len(spreads), 1))
+        units = np.concatenate([ones, spreads[:, self.factor]], axis=1)
         left = (self.design.T * precision) @ self.design
         left = units[:, :, None] * left * units[:, None, :]
         left += np.diag([0.0] + [1.0] * len(self.factor))  # the mean has no prior
@@ -131,9 +133,11 @@ class GainModel:
             these = spreads[:, -1] == rest
             _, left, right = self._equations(spreads[these])
             total = self.variances + rest**2
-            explained = (right * np.linalg.solve(left, right[:, :, None])[:, :, 0]).sum(1)
+            solved = np.linalg.solve(left, right[:, :, None])[:, :, 0]
+            explained = (right * solved).sum(1)
             distance = self.gains @ (self.gains / total) - explained
-            out[these] = -0.5 * (np.log(total).sum() + np.linalg.slogdet(left)[1] + distance)
+            log_determinant = np.log(total).sum() + np.linalg.slogdet(left)[1]
+            out[these] = -0.5 * (log_determinant + distance)
         return out
 
     def _log_posterior(self, spreads: np.ndarray) -> np.ndarray:
@@ -185,7 +189,9 @@ class GainModel:
         gains = np.concatenate([self.gains[chosen], np.zeros(len(unmeasured))])
         variances = np.concatenate([self.variances[chosen], np.full(len(unmeasured), np.inf)])
         means, deviations = np.empty((2, len(self.weights), len(gains)))
-        covariance, share = np.zeros((len(gains), len(gains))), np.zeros(len(gains))
+        count = len(gains)
+        covariance = np.zeros((count, count))
+        share = np.zeros(count)
         for place, (weight, spreads) in enumerate(zip(self.weights, self.spreads, strict=True)):
             equations = self._equations(spreads[None])
             units: np.ndarray = equations[0][0]

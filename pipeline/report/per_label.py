@@ -6,6 +6,7 @@ confusion matrix, or the metrics of each label or entity type; for two classes a
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -398,21 +399,17 @@ def _class_table(
     names = ours[0].labels
     counts = measure.count(ours[0].predictions, len(names))
     sizes = counts.sum(0)
-    frequent: list[int] = [k for k in np.argsort(-sizes, kind="stable").tolist() if sizes[k]]
-    lines: list[tuple[int, list[tuple[float, float, float]], stats.Gain]] = []
-    for k in frequent[:MAX_LABELS]:
-        metric = measure.of(k)
-        means = [stats.mean_interval(metric, side) for side in (ours, scratch)]
-        lines.append((k, means, stats.compare(metric, ours, scratch)))
-    lines.sort(key=lambda line: -line[2].value if np.isfinite(line[2].value) else np.inf)
-    digits = decimal_places([(low, high) for _, means, _ in lines for _, low, high in means])
+    most_frequent_first: list[int] = np.argsort(-sizes, kind="stable").tolist()
+    frequent = [k for k in most_frequent_first if sizes[k]]
+    compared = [(k, compare(measure.of(k), ours, scratch)) for k in frequent[:MAX_LABELS]]
+    compared.sort(key=lambda pair: pair[1].descending_gain)
+    digits = decimal_places([bounds for _, one in compared for bounds in one.bounds])
     body: list[list[str | Value]] = []
-    for k, means, gain in lines:
+    for k, comparison in compared:
         units = count_units(counts[:, k] > 0, ours[0].groups)
         enough = units >= measure.min_units
-        shown = [estimate(mean, digits) for mean in means]
-        cell = gain_estimate(gain, digits, enough, entry)
-        body.append([names[k], f"{sizes[k]:,}", *shown, cell])
+        cells = comparison.cells(digits, enough, entry)
+        body.append([names[k], f"{sizes[k]:,}", *cells])
     caption = (
         f"{target}: {measure.meaning}, of {entry_label(entry)} of labels and of scratch, mean over "
         f"{_plural(len(ours))} with 95 % intervals; the largest gain first.{GAIN_LEGEND}"
@@ -456,18 +453,13 @@ def _two_class_blocks(
     body: list[list[str | Value]] = []
     for name in names:
         metric = catalog.metric(name)
-        means = [
-            stats.mean_interval(metric, side) for side in ((ours, scratch) if paired else (ours,))
-        ]
-        gain = stats.compare(metric, ours, scratch) if paired else None
-        bounds = [(low, high) for _, low, high in means] + ([(gain.low, gain.high)] if gain else [])
-        digits = decimal_places(bounds)
+        comparison = compare(metric, ours, scratch if paired else [])
+        bounds = comparison.bounds
+        if comparison.gain is not None:
+            bounds = [*bounds, (comparison.gain.low, comparison.gain.high)]
         enough = all(stats.evidence(run, name).enough for run in (*ours, *scratch))
-        line: list[str | Value] = [
-            f"{name} {'↑' if metric.higher_is_better else '↓'}",
-            *(estimate(mean, digits) for mean in means),
-        ]
-        body.append([*line, *([gain_estimate(gain, digits, enough, best)] if gain else [])])
+        cells = comparison.cells(decimal_places(bounds), enough, best)
+        body.append([f"{name} {'↑' if metric.higher_is_better else '↓'}", *cells])
     caption = (
         f"{target}: {entry_label(best)} of labels{' and scratch' if paired else ''}, mean "
         f"over {_plural(len(ours))} with 95 % intervals; the positive "
@@ -588,13 +580,11 @@ def _calibration_errors(
         return []
     body: list[list[str | Value]] = []
     for name, words in (("ece", "expected calibration error ↓"), ("brier", "Brier score ↓")):
-        metric = catalog.metric(name)
-        means = [stats.mean_interval(metric, side) for side in (scratch, ours)]
-        gain = stats.compare(metric, ours, scratch)
-        digits = decimal_places([(low, high) for _, low, high in means])
+        comparison = compare(catalog.metric(name), ours, scratch)
+        digits = decimal_places(comparison.bounds)
         enough = all(stats.evidence(run).enough for run in (*ours, *scratch))
-        shown = [estimate(mean, digits) for mean in means]
-        body.append([words, *shown, gain_estimate(gain, digits, enough, entry)])
+        of_entry, of_scratch, gain = comparison.cells(digits, enough, entry)
+        body.append([words, of_scratch, of_entry, gain])
     return [Table(["", "scratch", f"{entry.source} · {entry.technique}", "Gain"], body)]
 
 
@@ -613,31 +603,23 @@ def _label_table(
     most_frequent_first: list[int] = np.argsort(-positive, kind="stable").tolist()
     most = len(ours[0].rows) if kind is LABELS else np.inf  # every row has it: no AUROC
     often = [k for k in most_frequent_first if 0 < positive[k] < most]
-    estimates: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
-    gains: dict[str, list[stats.Gain]] = defaultdict(list)
     paired = have_common_seed(ours, scratch)
+    compared: dict[int, list[Comparison]] = defaultdict(list)
     for k in often[:MAX_LABELS]:
         for name, _ in kind.measures:
             per_label_metric = catalog.per_label(name)
             assert per_label_metric is not None
             metric = per_label_metric.of(names[k], k)
-            estimates[name].append(stats.mean_interval(metric, ours))
-            if paired:
-                estimates[f"{name} scratch"].append(stats.mean_interval(metric, scratch))
-                gains[name].append(stats.compare(metric, ours, scratch))
-    digits = decimal_places([(low, high) for _, low, high in estimates[kind.measures[0][0]]])
+            compared[k].append(compare(metric, ours, scratch if paired else []))
+    digits = decimal_places([of_measures[0].bounds[0] for of_measures in compared.values()])
+    body: list[list[str | Value]] = []
+    for k, of_measures in compared.items():
+        enough = _enough_of_label(kind, ours[0], k)
+        cells = [cell for one in of_measures for cell in one.cells(digits, enough, entry)]
+        body.append([names[k], f"{positive[k]:,}", *cells])
     head = [kind.first, kind.counted]
-    body: list[list[str | Value]] = [[names[k], f"{positive[k]:,}"] for k in often[:MAX_LABELS]]
-    for name, shown_name in kind.measures:
-        for extra in ("", " scratch") if paired else ("",):
-            head.append(f"{shown_name}{extra.replace(' scratch', ', scratch')}")
-            for line, mean in zip(body, estimates[f"{name}{extra}"], strict=True):
-                line.append(estimate(mean, digits))
-        if paired:
-            head.append(f"{shown_name}, gain")
-            for line, gain, k in zip(body, gains[name], often, strict=False):
-                enough = _enough_of_label(kind, ours[0], k)
-                line.append(gain_estimate(gain, digits, enough, entry))
+    for _, name in kind.measures:
+        head += [name, f"{name}, scratch", f"{name}, gain"] if paired else [name]
     least = max(
         int(run.predictions.get("min_positives", np.ones(1)).max(initial=1)) for run in ours
     )
@@ -674,6 +656,45 @@ def _enough_of_label(kind: LabelKind, run: RunPredictions, column: int) -> bool:
             >= stats.MIN_RARER_UNITS
         )
     return count_units(run.predictions["actual"][:, column] > 0, run.groups) >= stats.MIN_UNITS
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A metric of an entry, and of its scratch network where seeds can be paired."""
+
+    means: list[tuple[float, float, float]]
+    """Middle, low and high: of the entry, then of scratch."""
+    gain: stats.Gain | None
+
+    @property
+    def bounds(self) -> list[tuple[float, float]]:
+        return [(low, high) for _, low, high in self.means]
+
+    @property
+    def descending_gain(self) -> float:
+        """What to sort by so that the largest gain comes first, and a missing one last."""
+        value = math.nan if self.gain is None else self.gain.value
+        return -value if math.isfinite(value) else math.inf
+
+    def cells(self, digits: int, enough: bool, entry: MatrixEntry) -> list[Value | str]:
+        """Return the table cells of the entry and, where there is scratch, of that and the gain.
+
+        ``enough`` is that of `gain_estimate`.
+        """
+        cells = [estimate(mean, digits) for mean in self.means]
+        if self.gain is not None:
+            cells.append(gain_estimate(self.gain, digits, enough, entry))
+        return cells
+
+
+def compare(
+    metric: Metric, ours: list[RunPredictions], scratch: list[RunPredictions]
+) -> Comparison:
+    """Compare runs of an entry with those of its scratch network, if there are any."""
+    if not scratch:
+        return Comparison([stats.mean_interval(metric, ours)], None)
+    means = [stats.mean_interval(metric, side) for side in (ours, scratch)]
+    return Comparison(means, stats.compare(metric, ours, scratch))
 
 
 def estimate(mean_and_bounds: tuple[float, float, float], digits: int) -> Value | str:

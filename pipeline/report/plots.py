@@ -471,7 +471,8 @@ def mean_curve(seeds: Sequence[Points]) -> Points:
     At a step that a seed was not validated at, its value is interpolated. Steps before a seed's
     first validation or after its last one are left out, so that each point is of all seeds.
     """
-    first, last = max(points[0][0] for points in seeds), min(points[-1][0] for points in seeds)
+    first = max(points[0][0] for points in seeds)
+    last = min(points[-1][0] for points in seeds)
     steps = sorted({step for points in seeds for step, _ in points if first <= step <= last})
     values = [
         np.interp(steps, [step for step, _ in points], [value for _, value in points])

@@ -156,7 +156,8 @@ def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
     mean = float(array.mean()) if len(array) else math.nan
     if len(array) < 2:
         return mean, math.nan, math.nan
-    half = Uncertainty(float(array.var(ddof=1)) / len(array), len(array) - 1).half_width()
+    variance_of_mean = float(array.var(ddof=1)) / len(array)
+    half = Uncertainty(variance_of_mean, len(array) - 1).half_width()
     return mean, mean - half, mean + half
 
 
@@ -639,7 +640,8 @@ def _counts_of_seed(n: int, draws: int, seed: int) -> np.ndarray:
 
 def _counts(n: int, draws: int, rng: np.random.Generator) -> np.ndarray:
     """Return (draws, n) int64 counts of each of n units when n are sampled with replacement."""
-    picked = rng.integers(0, n, (draws, n)) + n * np.arange(draws)[:, None]
+    first_of_draw = n * np.arange(draws)[:, None]
+    picked = rng.integers(0, n, (draws, n)) + first_of_draw
     return np.bincount(picked.reshape(-1), minlength=draws * n).reshape(draws, n)
 
 

@@ -234,17 +234,15 @@ def subgroup_blocks(
     paired = per_label.have_common_seed(ours, scratch) and all(
         np.array_equal(run.rows, ours[0].rows) for run in scratch
     )
-    sides = (ours, scratch) if paired else (ours,)
-    selected = {
-        subgroup.name: [[select_subgroup(run, subgroup.where) for run in side] for side in sides]
-        for subgroup in shown
-        if subgroup.scored or subgroup is everyone
-    }
-    means = {
-        name: [stats.mean_interval(metric, side) for side in of_sides]
-        for name, of_sides in selected.items()
-    }
-    digits = decimal_places([estimates[0][1:] for estimates in means.values()])
+    selected: dict[str, list[RunPredictions]] = {}
+    comparisons: dict[str, per_label.Comparison] = {}
+    for subgroup in shown:
+        if subgroup.scored or subgroup is everyone:
+            of_ours = [select_subgroup(run, subgroup.where) for run in ours]
+            of_scratch = [select_subgroup(run, subgroup.where) for run in scratch if paired]
+            selected[subgroup.name] = of_ours + of_scratch
+            comparisons[subgroup.name] = per_label.compare(metric, of_ours, of_scratch)
+    digits = decimal_places([comparison.bounds[0] for comparison in comparisons.values()])
     unit = "Test rows" if ours[0].groups is None else "Test groups"
     head = [
         "Subgroup",
@@ -256,17 +254,12 @@ def subgroup_blocks(
     body: list[list[str | Value]] = []
     for subgroup in shown:
         line: list[str | Value] = [subgroup.name, format_size(subgroup.units)]
-        estimates = means.get(subgroup.name)
-        if estimates:
+        if subgroup.name in comparisons:
             if subgroup.positives is not None:
                 line.append(format_size(subgroup.positives))
-            line += [per_label.estimate(mean, digits) for mean in estimates]
-            if paired:
-                of_ours, of_scratch = selected[subgroup.name]
-                runs_shown = (*of_ours, *of_scratch)
-                enough = all(stats.evidence(run, metric.name).enough for run in runs_shown)
-                gain = stats.compare(metric, of_ours, of_scratch)
-                line.append(per_label.gain_estimate(gain, digits, enough, best))
+            of_runs = selected[subgroup.name]
+            enough = all(stats.evidence(run, metric.name).enough for run in of_runs)
+            line += comparisons[subgroup.name].cells(digits, enough, best)
         body.append(line + [DASH] * (len(head) - len(line)))
     caption = (
         f"{target}: {entry_label(best)} of labels{' and scratch' if paired else ''}, "

@@ -231,7 +231,8 @@ def _frictionless(model: Any) -> str:
     # a contact takes condim from the geom of higher priority, else the larger of the two
     ahead = model.geom_priority[:, None] - model.geom_priority
     own = np.broadcast_to(model.geom_condim[:, None], meets.shape)
-    condim = np.where(ahead > 0, own, np.where(ahead < 0, own.T, np.maximum(own, own.T)))
+    equal = np.maximum(own, own.T)
+    condim = np.where(ahead > 0, own, np.where(ahead < 0, own.T, equal))
     return "" if (condim[meets] > 1).any() else "its contacts have condim 1, without friction"
 
 

@@ -135,7 +135,8 @@ class Pushing:
         pusher, puck, goal = data.qpos[:2], data.qpos[2:4], plain.goal
         way, pushing = self._way(pusher, puck, goal)
         mass = float(model.body("pusher").mass[0])
-        force = model.dof_damping[:2] * data.qvel[:2] + mass * self.GRIP * (way - data.qvel[:2])
+        velocity = data.qvel[:2]
+        force = model.dof_damping[:2] * velocity + mass * self.GRIP * (way - velocity)
         if pushing:  # the puck's own mass and friction
             heavy = float(model.body("puck").mass[0])
             along = way / max(float(np.linalg.norm(way)), 1e-9)

@@ -43,7 +43,10 @@ AHEAD, LEFT = slice(10, 15), slice(17, 20)
 """Sensors S11..S15 and S18..S20, which the driver used."""
 NEAR_AHEAD, NEAR_LEFT, FAR_LEFT = 0.9, 0.4945, 0.9
 """Thresholds of the driver's rule, in metres."""
-SPEED, SLIGHT_LEFT, SLIGHT_RIGHT, SHARP_RIGHT = (0.15, 0.2), (6.0, 11.0), (1.0, 3.0), (8.0, 13.0)
+SPEED = (0.15, 0.2)
+SLIGHT_LEFT = (6.0, 11.0)
+SLIGHT_RIGHT = (1.0, 3.0)
+SHARP_RIGHT = (8.0, 13.0)
 """Ranges of m/s and degrees/s, drawn once a room."""
 BEAM = np.deg2rad((-14.0, -7.0, 0.0, 7.0, 14.0))
 """Rays of one sensor's beam; it reads the nearest echo."""
@@ -208,7 +211,8 @@ def cast(
     to = start - np.atleast_2d(place)[:, None]  # (n or 1, M, 2)
     cross = x * along[:, 1] - y * along[:, 0]
     safe = np.where(np.abs(cross) < 1e-12, np.nan, cross)
-    distance = (to[..., 0] * along[:, 1] - to[..., 1] * along[:, 0]) / safe
+    to_wall = to[..., 0] * along[:, 1] - to[..., 1] * along[:, 0]
+    distance = to_wall / safe
     share = (to[..., 0] * y - to[..., 1] * x) / safe
     distance = np.where(
         (distance > 0) & (share >= 0) & (share <= 1),
@@ -234,7 +238,8 @@ def clearance(walls: np.ndarray, place: np.ndarray) -> float:
         0,
         1,
     )
-    return float(np.linalg.norm(start + share[:, None] * along - place, axis=1).min())
+    nearest = start + share[:, None] * along
+    return float(np.linalg.norm(nearest - place, axis=1).min())
 
 
 def room(rng: np.random.Generator) -> np.ndarray:
@@ -278,7 +283,8 @@ def _start(walls: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, flo
     corner = walls[:4].reshape(-1, 2).max(0)
     while True:
         wall = walls[rng.integers(4)]
-        way = (wall[2:] - wall[:2]) / np.linalg.norm(wall[2:] - wall[:2])
+        along = wall[2:] - wall[:2]
+        way = along / np.linalg.norm(along)
         inward = np.array([-way[1], way[0]])
         place = (
             wall[:2] + rng.uniform(0, 1) * (wall[2:] - wall[:2]) + rng.uniform(0.4, 1.1) * inward

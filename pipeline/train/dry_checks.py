@@ -224,7 +224,8 @@ def check_sample(
     # lower bound of the share of bad rows in the split
     lowest_share = 0.0
     if bad:
-        lowest_share = float(special.betaincinv(len(bad), len(part) - len(bad) + 1, 1 - CONFIDENCE))
+        num_good = len(part) - len(bad)
+        lowest_share = float(special.betaincinv(len(bad), num_good + 1, 1 - CONFIDENCE))
     if is_whole or lowest_share > max_bad:
         try:
             check_bad_row_budget(bad, len(part), max_bad, part)

@@ -73,7 +73,8 @@ class RowTrace:
     def __call__(self, step: int, rows: np.ndarray) -> None:
         write_fence.check(str(self.path))
         with s3.naming("write", self.path), open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, "rows": rows.tolist(), "pid": os.getpid()}) + "\n")
+            line = {"step": step, "rows": rows.tolist(), "pid": os.getpid()}
+            file.write(json.dumps(line) + "\n")
 
 
 class MetricsLog:

@@ -313,7 +313,8 @@ def fit(run: TrainingRun) -> TrainingOutcome:
             "batch, which micro-batches would cut: leave it out"
         )
     phases = run.technique.phases(run.steps)
-    phase_starts = np.concatenate([[0], np.cumsum([p.steps for p in phases])]).tolist()
+    phase_ends = np.cumsum([p.steps for p in phases])
+    phase_starts = np.concatenate([[0], phase_ends]).tolist()
     assert phase_starts[-1] == run.steps, f"phases last {phase_starts[-1]}, the run {run.steps}"
 
     # ---- once: device, memory format, resume point (rank 0 reads it for all)

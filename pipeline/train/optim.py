@@ -195,7 +195,8 @@ def lr_factor(step: int, steps: int, train: Train) -> float:
         return (step + 1) / warm
     if train.schedule == "constant":
         return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    angle = math.pi * (step - warm) / max(1, steps - warm)
+    return 0.5 * (1 + math.cos(angle))
 
 
 def global_norm(parameters: list[nn.Parameter]) -> Tensor:

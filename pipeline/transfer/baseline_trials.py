@@ -283,7 +283,8 @@ def fit(
 
     def log_odds(rows: Any) -> np.ndarray:
         logs = [np.log(probabilities(rows)) for probabilities in by_label]
-        return np.stack([log[:, 1] - log[:, 0] for log in logs], axis=1).astype(np.float32)
+        scores = [log[:, 1] - log[:, 0] for log in logs]
+        return np.stack(scores, axis=1).astype(np.float32)
 
     return log_odds
 

@@ -217,7 +217,8 @@ class HeadStack(nn.Module):
         A head whose gradient is not finite does not change in this step, and is counted in ``bad``.
         """
         grads = [p.grad for p in self.stacked if p.grad is not None]
-        norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0) * to_mean
+        by_tensor = [g.flatten(1).norm(dim=1) for g in grads]
+        norms = torch.stack(by_tensor).norm(dim=0) * to_mean
         is_finite = torch.isfinite(norms)
         self.bad.add_((~is_finite).float())
         scale = (max_norm / (norms + 1e-6)).clamp(max=1.0) if max_norm else torch.ones_like(norms)
@@ -436,7 +437,8 @@ def draws_random_numbers(head: Objective, rows: SplitFeatures) -> bool:
     The losses of two equal heads are computed under `vmap` on two rows: it raises where random
     numbers are drawn.
     """
-    pooled, tensors = rows[0][:2], {name: tensor[:2] for name, tensor in rows[1].items()}
+    pooled = rows[0][:2]
+    tensors = {name: tensor[:2] for name, tensor in rows[1].items()}
     twins = HeadStack([head, head], []).to(pooled.device).train()
     both = Batch(
         np.zeros(2, dtype=np.int64),

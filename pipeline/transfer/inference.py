@@ -258,7 +258,7 @@ def check(uri: str, options: OutputOptions | None = None) -> bundle.Manifest:
     stated = loaded.manifest.objective.options
     if any(stated.get(option) for option in registry.path_options("objective", name)):
         try:
-            loaded.task()  # a file that cannot be read is told now, not by each data worker
+            loaded.task()  # a file that cannot be read is reported now, not by each data worker
         except ValueError as error:
             raise BundleError(f"{uri}: {error}") from None
     if options.srt and "words" not in output_types(objective):

@@ -266,7 +266,8 @@ def _drifts(
     test: Any = scipy.stats.ks_2samp(values, others)
     p = float(test.pvalue)
     if shares != (1.0, 1.0):
-        n, m = max(len(values) * shares[0], 1.0), max(len(others) * shares[1], 1.0)
+        n = max(len(values) * shares[0], 1.0)
+        m = max(len(others) * shares[1], 1.0)
         rows = max(round(n * m / (n + m)), 1)
         p = float(scipy.stats.kstwo.sf(test.statistic, rows))
     return [*out, (float(test.statistic), p, "numbers")]

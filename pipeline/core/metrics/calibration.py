@@ -160,7 +160,8 @@ def best_threshold(
     order = np.argsort(-probability, kind="stable")
     ranked = probability[order]
     true_positives, called_positive = np.cumsum(positive[order]), np.arange(1, len(order) + 1)
-    ends = np.flatnonzero(np.concatenate([ranked[1:] != ranked[:-1], [True]]))
+    is_last_of_ties = np.append(ranked[1:] != ranked[:-1], True)
+    ends = np.flatnonzero(is_last_of_ties)
     true_positives, called_positive = true_positives[ends], called_positive[ends]
     num_positive = int(positive.sum())
     if goal == "f1":

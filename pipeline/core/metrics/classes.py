@@ -40,7 +40,8 @@ def _among_best(p: Predictions, k: int) -> np.ndarray:
     if not len(label):
         return np.zeros((0, 2))
     best = scores.topk(min(k, scores.shape[-1]), dim=-1).indices
-    return sum_known((best == label[..., None]).any(-1).numpy(), p["label"] >= 0)
+    is_hit = (best == label[..., None]).any(-1)
+    return sum_known(is_hit.numpy(), p["label"] >= 0)
 
 
 @register("metric", "accuracy")
@@ -124,7 +125,8 @@ def macro_f1(p: Predictions, counts: np.ndarray) -> np.ndarray:
     """
     if "labels" in p:
         kept, drawn = scored(p), counts_by_row(counts)
-        true, guess = p["labels"][:, kept].astype(bool), p["scores"][:, kept] > 0
+        true = p["labels"][:, kept].astype(bool)
+        guess = p["scores"][:, kept] > 0
         hits, true, guessed = (
             part.T.astype(np.float64) @ drawn for part in (true & guess, true, guess)
         )
@@ -144,7 +146,8 @@ def kappa(p: Predictions, counts: np.ndarray) -> np.ndarray:
     classes: int = scores.shape[1]
     cell = label * classes + scores.argmax(1)
     table = sum_draws(cell, drawn, classes * classes).reshape(classes, classes, -1)
-    distance = np.abs(np.arange(classes)[:, None] - np.arange(classes)).astype(np.float64)
+    numbers = np.arange(classes)
+    distance = np.abs(numbers[:, None] - numbers).astype(np.float64)
     found = np.einsum("cd,cdr->r", distance, table)
     by_chance = np.einsum("cr,cd,dr->r", table.sum(1), distance, table.sum(0))
     expected = by_chance / np.maximum(table.sum((0, 1)), 1)

@@ -139,7 +139,8 @@ def _matched(
     for start in range(0, n, IMAGES_AT_ONCE):
         part = slice(start, start + IMAGES_AT_ONCE)
         true_classes, crowd = found["true_classes"][part], found["true_crowd"][part].astype(bool)
-        width = int(np.flatnonzero((true_classes >= 0).any(0)).max(initial=-1)) + 1
+        is_used = (true_classes >= 0).any(0)
+        width = int(np.flatnonzero(is_used).max(initial=-1)) + 1
         depth = int((classes[part] >= 0).sum(1).max(initial=0))
         if not width or not depth:
             continue
@@ -244,7 +245,8 @@ def _average_precision_of_class(
     size = max(1, CELLS_AT_ONCE // max(1, len(image)))
     for start in range(0, len(counts), size):
         part = slice(start, start + size)
-        drawn, num_objects = counts[part][:, image], np.maximum(objects[part], 1)[:, None]
+        drawn = counts[part][:, image]
+        num_objects = np.maximum(objects[part], 1)[:, None]
         so_far = drawn.cumsum(1)
         for t in range(len(hit)):
             at = np.flatnonzero(hit[t])
@@ -259,6 +261,7 @@ def _average_precision_of_class(
             precision = hits / (seen + np.spacing(1))
             precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
             reached = np.searchsorted(RECALLS, hits / num_objects, side="right")
-            out[part, t] = (precision * np.diff(reached, axis=1, prepend=0)).sum(1) / len(RECALLS)
+            num_reached = np.diff(reached, axis=1, prepend=0)
+            out[part, t] = (precision * num_reached).sum(1) / len(RECALLS)
         out[part] *= (objects[part] > 0)[:, None]
     return out

@@ -98,7 +98,8 @@ def _of_labels(ranking: Ranking, p: Predictions, counts: np.ndarray) -> np.ndarr
 def micro_f1(p: Predictions) -> np.ndarray:
     """F1 over all pairs of row and label, by probabilities above 0.5."""
     true, guess = p["labels"].astype(bool), p["scores"] > 0
-    return numerator_denominator(2 * (true & guess).sum(1), true.sum(1) + guess.sum(1))
+    num_hits = (true & guess).sum(1)
+    return numerator_denominator(2 * num_hits, true.sum(1) + guess.sum(1))
 
 
 @register("metric", "macro_auroc")

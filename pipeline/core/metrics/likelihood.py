@@ -17,7 +17,9 @@ from pipeline.core.metrics.metric import (
 
 
 def _mean_loss(p: Predictions) -> np.ndarray:
-    return numerator_denominator(p["loss"], p["count"] if "count" in p else np.ones(len(p["loss"])))
+    losses = p["loss"]
+    count = p["count"] if "count" in p else np.ones(len(losses))
+    return numerator_denominator(losses, count)
 
 
 def _loss_bounds(p: Predictions) -> Bounds:

@@ -210,10 +210,14 @@ def resampled(
         def checked(p: Predictions, counts: np.ndarray) -> np.ndarray:
             wrong = rows_with_nan(p, column)
             found = values(p, counts)
-            return np.where(counts[:, wrong].any(1), np.nan, found) if wrong.any() else found
+            if not wrong.any():
+                return found
+            has_wrong = counts[:, wrong].any(1)
+            return np.where(has_wrong, np.nan, found)
 
         def value(p: Predictions) -> float:
-            once = np.ones((1, len(next(iter(p.values())))), dtype=np.int64)
+            num_rows = len(next(iter(p.values())))
+            once = np.ones((1, num_rows), dtype=np.int64)
             return float(checked(p, once)[0])
 
         return Metric(

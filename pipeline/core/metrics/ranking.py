@@ -74,7 +74,8 @@ def weighted_average_precision(
     hits, misses = _ranked(scores, positive, drawn)
     found = np.cumsum(hits, axis=0)
     precision = found / np.maximum(found + np.cumsum(misses, axis=0), 1e-300)
-    total, both = hits.sum(0), (hits.sum(0) > 0) & (misses.sum(0) > 0)
+    total = hits.sum(0)
+    both = (total > 0) & (misses.sum(0) > 0)
     return np.where(
         both,
         (hits * precision).sum(0) / np.maximum(total, 1e-300),

@@ -110,7 +110,8 @@ def action_chunks(actions: Tensor, mask: Tensor, size: int) -> tuple[Tensor, Ten
 
     Also returns (B, T, size) bool, true within the row's mask (B, T).
     """
-    ahead = F.pad(actions, (0, 0, 0, size - 1)).unfold(1, size, 1).movedim(-1, 2)
+    padded = F.pad(actions, (0, 0, 0, size - 1))
+    ahead = padded.unfold(1, size, 1).movedim(-1, 2)
     is_inside = F.pad(mask, (0, size - 1), value=False).unfold(1, size, 1)
     return ahead, is_inside & mask[..., None]
 
@@ -188,7 +189,8 @@ def losses(head: str, out: Tensor, target: Tensor, components: int, beta: float 
     negative = -torch.logsumexp(
         shares + _log_densities(target[..., None, :], mean, log_std).sum(-1), -1
     )
-    return negative * torch.exp(2 * beta * (shares.exp() * log_std.mean(-1)).sum(-1).detach())
+    mean_log_std = (shares.exp() * log_std.mean(-1)).sum(-1)
+    return negative * torch.exp(2 * beta * mean_log_std.detach())
 
 
 def most_likely_action(head: str, out: Tensor, components: int) -> Tensor:
@@ -197,5 +199,6 @@ def most_likely_action(head: str, out: Tensor, components: int) -> Tensor:
         return out.chunk(2, -1)[0]
     if head == "mixture":
         logits, mean, _ = _mixture(out, components)
-        return mean.take_along_dim(logits.argmax(-1)[..., None, None], -2)[..., 0, :]
+        likeliest = logits.argmax(-1)[..., None, None]
+        return mean.take_along_dim(likeliest, -2)[..., 0, :]
     return out

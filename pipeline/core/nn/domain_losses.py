@@ -79,7 +79,9 @@ def kernel_mmd(kernels: Tensor, sources: int) -> Tensor:
     within = kernels - torch.diag(kernels.diagonal())
     source, target = within[:n, :n].sum(), within[n:, n:].sum()
     across = kernels[:n, n:].sum()
-    return source / (n * (n - 1)) + target / (m * (m - 1)) - 2 * across / (n * m)
+    within_source = source / (n * (n - 1))
+    within_target = target / (m * (m - 1))
+    return within_source + within_target - 2 * across / (n * m)
 
 
 def joint_mmd(source: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:

@@ -31,7 +31,8 @@ def row_norm(x: Tensor, norm: nn.GroupNorm, lengths: Tensor) -> Tensor:
     Args:
         lengths: (B,) steps of each row.
     """
-    real = (torch.arange(x.shape[2], device=x.device) < lengths[:, None])[:, None]
+    steps = torch.arange(x.shape[2], device=x.device)
+    real = (steps < lengths[:, None])[:, None]
     count, wide = lengths.clamp(min=1)[:, None, None], x.float()
     centred = wide - (wide * real).sum(2, keepdim=True) / count
     variance = (centred * real).square().sum(2, keepdim=True) / count

@@ -302,7 +302,8 @@ class MimicImporter(GroupedImporter):
         """
         if not set(PARTS_OF_GCS) <= set(names):
             return None
-        is_new = np.append(True, (np.diff(rows) != 0) | (np.diff(hours) != 0))[: len(rows)]
+        has_changed = (np.diff(rows) != 0) | (np.diff(hours) != 0)
+        is_new = np.append(True, has_changed)[: len(rows)]
         moments, moment = np.flatnonzero(is_new), np.cumsum(is_new) - 1
         total, count = np.zeros(len(moments)), np.zeros(len(moments), dtype=np.int64)
         for name in PARTS_OF_GCS:
@@ -481,7 +482,8 @@ def _values(batch: pa.Table, conversions: np.ndarray) -> plausible.Numbers:
         if here.any():
             found = convert(written)
             values = np.where(here, found, values)
-            reasons = np.where(here, np.where(np.isnan(found), 2, 0), reasons).astype(np.int8)
+            own_reasons = np.where(np.isnan(found), 2, 0)
+            reasons = np.where(here, own_reasons, reasons).astype(np.int8)
     return plausible.Numbers(values, reasons, censored)
 
 

@@ -180,7 +180,8 @@ def number_problem(steps: np.ndarray, what: str, names: Sequence[str] = ()) -> s
         found = np.argwhere(~np.isfinite(steps.astype(np.float32, copy=False)))
     if not len(found):
         return ""
-    step, place = int(found[0][0]), int(found[0][1]) if steps.ndim > 1 else 0
+    step = int(found[0][0])
+    place = int(found[0][1]) if steps.ndim > 1 else 0
     value = float(steps[step, place] if steps.ndim > 1 else steps[step])
     kind = (
         "no number"

@@ -375,7 +375,8 @@ def _label(column: Any, name: str) -> Any:
     if name == "boolean_value":
         text = pc.utf8_lower(pc.utf8_trim_whitespace(column))
         known = pc.if_else(pc.is_in(text, value_set=pa.array(FALSE)), 0, None)
-        return pc.if_else(pc.is_in(text, value_set=pa.array(TRUE)), 1, known).cast(pa.int64())
+        is_true = pc.is_in(text, value_set=pa.array(TRUE))
+        return pc.if_else(is_true, 1, known).cast(pa.int64())
     if name == "float_value":
         found = plausible.numbers(column)
         return pa.array(found.values, pa.float64(), mask=found.reasons != 0)

@@ -156,4 +156,5 @@ def _said(line: Line) -> tuple[str, Line]:
         return line.text.strip()[:80], line._replace(
             reason=line.reason or "no line that ends in (NAME)"
         )
-    return found[2], line._replace(text=" ".join(NO_WORD.sub(" ", found[1]).split()))
+    words = NO_WORD.sub(" ", found[1]).split()
+    return found[2], line._replace(text=" ".join(words))

@@ -60,7 +60,7 @@ class Yolo(ImageImporter):
 
     Folders called train, valid, test, obj_train_data or the like tell the splits. So do lists of
     images: train.txt, valid.txt, or those that obj.data or the .yaml names. Without any all rows
-    are in train. An image is refused if its split is not told while that of others is, or if
+    are in train. An image is refused if nothing says its split while that of others is known, or if
     several splits are stated.
 
     A line of a label file is one of these:

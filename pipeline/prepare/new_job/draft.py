@@ -39,7 +39,9 @@ FEW_ROWS = 500
 RARE, RARE_PREPARED = 3, 5
 """A class with fewer rows cannot stand in three splits; the second where splits are not known yet.
 """
-LENGTHS, SIZES, BATCHES = (32, 64, 128, 256), (32, 48, 64, 96), (8, 16, 32, 64)
+LENGTHS = (32, 64, 128, 256)
+SIZES = (32, 48, 64, 96)
+BATCHES = (8, 16, 32, 64)
 PATCHES, MAX_STEPS = (16, 8, 4, 2), 1024
 """Steps of a patch of a series, and of a row at most."""
 TOKENS_PER_WORD, LETTERS_PER_TOKEN = 1.5, 4

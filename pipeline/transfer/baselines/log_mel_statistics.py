@@ -113,5 +113,6 @@ def _statistics(rows: BaselineRows, mels: int) -> np.ndarray:
     for row, samples in zip(found, rows.arrays["audio"], strict=True):
         sound = spectrogram.floats(torch.tensor(samples))[None]
         mel = spectrogram.log_mel(sound, rate, window, hop, mels)[0]
-        row[:] = torch.cat([mel.mean(0), mel.std(0, correction=0)]).numpy()
+        both = [mel.mean(0), mel.std(0, correction=0)]
+        row[:] = torch.cat(both).numpy()
     return found

@@ -49,7 +49,9 @@ class NearestSteps(Baseline):
         steps = rows.modality.collate({name: rows.arrays[name] for name in READ})
         is_step = steps["mask"].numpy()
         row, _ = np.nonzero(is_step)
-        group = np.stack([steps["space"].numpy()[row], steps["task"].numpy()[row]], axis=1)
+        space = steps["space"].numpy()[row]
+        task = steps["task"].numpy()[row]
+        group = np.stack([space, task], axis=1)
         observations = steps["observations"].numpy()[is_step]
         return np.concatenate([group.astype(np.float32), observations], axis=1)
 
