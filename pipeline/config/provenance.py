@@ -56,6 +56,7 @@ MAKES_NO_NUMBERS = frozenset(
         "pipeline.io.run_lock",
         "pipeline.io.write_fence",
         "pipeline.io.file_identity",
+        "pipeline.io.places",
         "pipeline.io.checksums",
         "pipeline.io.json_values",
         "pipeline.io.threads",
