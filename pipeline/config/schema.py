@@ -1193,7 +1193,7 @@ class Job(Spec):
     tracking: ComponentConfig | None = Field(
         None,
         exclude=True,  # it changes no result, so no hash; its address may have a password
-        description="a program that records runs: mlflow, wandb",
+        description="a program that records runs: mlflow, trackio, wandb",
     )
 
     @model_validator(mode="after")

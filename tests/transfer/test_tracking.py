@@ -637,3 +637,23 @@ def test_weights_and_biases_offline(ended, tmp_path, monkeypatch):
         one["id"] for one in stored.values()
     }
     assert len(stored) == 5
+
+
+def test_trackio_keeps_runs_on_this_machine(ended, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    trackio = pytest.importorskip("trackio", reason="trackio is not installed")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    config = ComponentConfig(name="trackio", options={"bundles": True})
+    ended.state.job = ended.state.job.model_copy(update={"tracking": config})
+    run(ended)
+    run(ended)
+    assert ended.state.progress.notes == [] and not capsys.readouterr().out
+    found = {one.name.rpartition("-")[0]: one for one in trackio.Api().runs(ended.state.job.name)}
+    assert len(found) == 5 and {one.config["_Group"] for one in found.values()} == {
+        ended.state.job.name
+    }
+    one = found[ended.trials[1].name]
+    values = SQLiteStorage.get_logs(ended.state.job.name, one.name, run_id=one.id)
+    merged = {name: value for row in values for name, value in row.items()}
+    assert merged["gain/accuracy"] == 0.2 and merged["status"] == "done"
