@@ -28,6 +28,14 @@ class Point(NamedTuple):
     """Seconds since 1970."""
 
 
+def values_by_step(points: Sequence[Point]) -> dict[int, dict[str, float]]:
+    """Return each step's values by their names, in the order of the steps."""
+    out: dict[int, dict[str, float]] = {}
+    for one in sorted(points, key=lambda point: point.step):
+        out.setdefault(one.step, {})[one.name] = one.value
+    return out
+
+
 @dataclass(frozen=True)
 class RunDescription:
     """A run that a tracker is to begin: a job, a source that is trained, or a trial."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -15,7 +14,13 @@ from typing import Any
 from pydantic import Field
 
 from pipeline.config.registry import Options, register
-from pipeline.core.contracts.tracker import Point, RunDescription, RunStatus, Tracker
+from pipeline.core.contracts.tracker import (
+    Point,
+    RunDescription,
+    RunStatus,
+    Tracker,
+    values_by_step,
+)
 
 INSTALL = "uv pip install 'trackio>=0.43'"
 PRINTING = ("trackio", "trackio.run", "trackio.utils")
@@ -96,11 +101,8 @@ class Trackio(Tracker[TrackioOptions]):
         return self.exists(run_id)
 
     def log(self, run_id: str, points: Sequence[Point]) -> None:
-        by_step: dict[int, dict[str, float]] = defaultdict(dict)
-        for one in points:
-            by_step[one.step][one.name] = one.value
         with self._open(run_id) as run:
-            for step, values in sorted(by_step.items()):
+            for step, values in values_by_step(points).items():
                 run.log(values, step=step)
 
     def upload(self, run_id: str, path: Path, folder: str = "") -> None:

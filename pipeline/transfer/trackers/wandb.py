@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -15,7 +14,13 @@ from pydantic import Field
 
 from pipeline.config import extras
 from pipeline.config.registry import Options, register
-from pipeline.core.contracts.tracker import Point, RunDescription, RunStatus, Tracker
+from pipeline.core.contracts.tracker import (
+    Point,
+    RunDescription,
+    RunStatus,
+    Tracker,
+    values_by_step,
+)
 
 EXIT_CODES = {"done": 0, "failed": 1, "pruned": 0, "stopped": 255}
 ENVIRONMENT = {
@@ -127,11 +132,8 @@ class Wandb(Tracker[WandbOptions]):
             run.finish()
 
     def log(self, run_id: str, points: Sequence[Point]) -> None:
-        by_step: dict[int, dict[str, float]] = defaultdict(dict)
-        for one in points:
-            by_step[one.step][one.name] = one.value
         with self._open(run_id) as run:
-            for step, values in sorted(by_step.items()):
+            for step, values in values_by_step(points).items():
                 # steps of the program only grow, and a run may be logged again in part
                 run.log({**values, "training_step": step})
             run.summary.update({one.name: one.value for one in points})
