@@ -714,16 +714,16 @@ def export(
 ) -> None:
     """Write a bundle in a form that other programs open.
 
-    The forms are those of `--kind`. What is written is compared with the bundle on random rows, and
-    refused if it gives other numbers.
+    `--kind` names the form. What is written is compared with the bundle on random rows, and refused
+    if it gives other numbers.
 
-    A `hugging-face` folder of images is opened by
+    A `hugging-face` folder of a timm network is opened by
     `timm.create_model("local-dir:OUTPUT", pretrained=True)`.
 
-    Other folders are opened by transformers' Auto classes. `onnx` and `torch-export` add a
-    description of how rows are prepared, and code that runs the graph. If timm or transformers has
-    no class for the head, `hugging-face` adds the code that loads it
-    (`from classifier import load`), and `state-dict` a file `NAME_classifier.py`.
+    Other `hugging-face` folders are opened by transformers' Auto classes. If timm or transformers
+    has no class for the head, `hugging-face` adds the code that loads it
+    (`from classifier import load`), and `state-dict` a file `NAME_classifier.py`. `onnx` and
+    `torch-export` add a description of how rows are prepared, and code that runs the graph.
 
     Example: `onetomany export runs/quickstart model --target clothing --kind onnx`
     """
@@ -945,8 +945,8 @@ def submit(
 ) -> None:
     """Run a job on a Ray cluster, and follow its log.
 
-    It sends the job file, the files that it names by paths relative to itself, and this program's
-    code. `--dry-run` lists them.
+    It sends the job file, the files that the job names by relative paths, and this program's code.
+    `--dry-run` lists them.
 
     Example: `onetomany submit vision.yaml --address http://head:8265`
     """

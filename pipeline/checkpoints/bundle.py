@@ -221,9 +221,9 @@ def transfer(
 def carry_head(task: Task, bundle: Bundle) -> str:
     """Load the bundle's head when its labels have the same names, in any order.
 
-    Labels decide, not shapes: a head for other labels is new, and so is one that reads other
-    features (option ``norm``). One whose labels are letters
-    (`CarriesLabels`) keeps those that both have.
+    Labels decide, not shapes: a head for other labels is new, and so is one with another option
+    ``norm`` (layer norm before the head). One whose labels are letters (`CarriesLabels`) keeps
+    those that both have.
 
     Returns:
         What was done, in words.
@@ -237,7 +237,7 @@ def carry_head(task: Task, bundle: Bundle) -> str:
     options = objective.options
     source_options = type(options)(**source_objective.options)
     if getattr(source_options, "norm", None) != getattr(options, "norm", None):
-        return "new head: the bundle's was trained with another norm"
+        return "new head: the bundle's head was trained with another value of option norm"
     outcome = load_head(objective, bundle.head_tensors(), source_objective.state.get("labels"))
     if (
         outcome.startswith("head kept")
@@ -273,7 +273,10 @@ def load_head(
         objective.names_taken_over = frozenset(tensors)
         return "head kept: the same labels"
     if len(set(old)) < len(old):  # ImageNet has two cranes
-        return "new head: two of its labels have one name, which does not say whose row is whose"
+        return (
+            "new head: two of the source's labels have the same name, so its rows cannot be "
+            "matched to labels"
+        )
     differ = sorted(set(old) ^ set(new))
     shared = [label for label in new if label in old]
     names = f"{len(differ)} names, e.g. {', '.join(map(str, differ[:4]))}"
@@ -382,7 +385,7 @@ class Manifest:
         return build_modality(limit_modality(self.modality, self.arch)[0])
 
     def to_publish(self) -> Manifest:
-        """Return the manifest of a whole bundle that names no place of this machine."""
+        """Return the manifest of a whole bundle, without paths of this machine."""
         return replace(
             self,
             modality=without_folders("modality", self.modality),

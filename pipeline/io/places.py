@@ -1,4 +1,4 @@
-"""What is published names no place of the machine that it was made on."""
+"""Remove paths of this machine from what is published."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.io import storage
 
 
 def without_places(text: str) -> str:
-    """Return a text with the last part alone of each place on a disk or in a bucket.
+    """Shorten each path or address in a text to its last part (``/home/ann/a.yaml`` to ``a.yaml``).
 
     The user name, password and query of an address are cut too.
     """
@@ -19,7 +19,7 @@ def without_places(text: str) -> str:
 
 
 def json_without_places(value: Any) -> Any:
-    """Return JSON with the last part alone of each place in its texts (`without_places`)."""
+    """Shorten the paths in all texts of a JSON value (`without_places`)."""
     if isinstance(value, str):
         return without_places(value)
     if isinstance(value, Mapping):

@@ -71,8 +71,10 @@ FULL_SCALE = {
 }
 """Largest sample of a subtype where it is below 0.9999: 32767 of 32768 is 0.99997."""
 MIN_MEAN_ENERGY = 0.02
-"""Least energy of the mean of n channels, times n, as a share of theirs: n where all are alike, 1
-where they have nothing in common, 0 where one of two is the other inverted."""
+"""Below this the channels cancel each other. It is n times the energy of the mean of n channels,
+divided by the mean energy of a channel: n for equal channels, 1 for unrelated ones, 0 for two of
+which one is the other inverted.
+"""
 MAX_PEAK = 16.0
 """Times full scale that samples of a floating-point file may reach. Beyond it the file is probably
 in integer scale (32768 is full there) and nearly all of it would be clipped.

@@ -81,8 +81,8 @@ class HuggingFaceOptions(Options):
 class HuggingFace(Backbone):
     """Any model of transformers; of an encoder-decoder its encoder.
 
-    Use it for checkpoints (``hf:FOLDER``, ``hf-hub:NAME``), and for families that have no
-    library of their own here. Wolf et al. 2020, "Transformers: State-of-the-Art Natural
+    Use it for checkpoints (``hf:FOLDER``, ``hf-hub:NAME``), and for families that library
+    ``transformers`` does not build. Wolf et al. 2020, "Transformers: State-of-the-Art Natural
     Language Processing".
 
     ``model`` is transformers' own model, and its parameters keep their names. What it reads:

@@ -59,8 +59,8 @@ class PolicyOptions(Options):
 class Policy(Backbone):
     """Networks for episodes of observations and actions (modality ``trajectory``).
 
-    Use ``mlp`` where the last observations say enough, and few demonstrations are there;
-    ``transformer`` where the policy must remember.
+    Use ``mlp`` where the last observations suffice and demonstrations are few; ``transformer``
+    where the policy needs a memory.
 
     ``mlp``: the encoded observations of the last ``window`` steps, concatenated (0 before the
     start), then ``layers`` times linear, GELU, dropout. It does not read actions.

@@ -92,8 +92,8 @@ class TransformersOptions(Options):
 def build(architecture: str, options: TransformersOptions, inputs: Any) -> Backbone:
     """BERT, RoBERTa, DistilBERT, GPT-2 and wav2vec 2.0 of transformers, in any size.
 
-    Devlin et al. 2019 (BERT), Liu et al. 2019, Sanh et al. 2019, Radford et al. 2019 (GPT-2),
-    Baevski et al. 2020 (wav2vec 2.0).
+    Devlin et al. 2019 (BERT), Liu et al. 2019 (RoBERTa), Sanh et al. 2019 (DistilBERT), Radford et
+    al. 2019 (GPT-2), Baevski et al. 2020 (wav2vec 2.0).
 
     Take this library to train one of them from the start: packed documents run in one pass, and
     objective ``wav2vec2`` can mask frames. Library ``hf`` has all other models of transformers.

@@ -68,8 +68,8 @@ class WaveNetOptions(Options):
 class WaveNet(Backbone):
     """WaveNet over the samples of a recording (van den Oord et al. 2016).
 
-    Use it to pretrain on the samples themselves (``next_sample``). It is slow: it has a step
-    for each sample.
+    Use it to pretrain on the samples themselves (``next_sample``). It is slow: a second
+    of sound has thousands of positions.
 
     Input: ``wave`` (B, n) float32 in [-1, 1] with ``mask`` (B, n).
 

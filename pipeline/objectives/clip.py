@@ -123,7 +123,7 @@ class CLIP(Objective):
     """CLIP: bring a row nearer to its own caption than to the other captions, and each caption
     nearer to its own row.
 
-    It needs rows with captions, best many thousands. Use it to pretrain without class labels,
+    It needs rows with captions, the more the better. Use it to pretrain without class labels,
     and to name classes by texts (``zero_shot``). Radford et al. 2021, "Learning Transferable
     Visual Models From Natural Language Supervision".
 

@@ -123,9 +123,9 @@ def as_buffers(module: nn.Module) -> Any:
 class DINO(Objective):
     """DINO: train a student on what its moving average outputs for other views of a row.
 
-    It needs images alone, best many, and takes more memory than ``simclr``, as it keeps a
-    teacher. Use it to pretrain vision transformers or convolutional networks without labels.
-    Caron et al. 2021, "Emerging Properties in Self-Supervised Vision Transformers".
+    It needs images alone, the more the better, and memory for a second network (the teacher) and
+    several views of each image. Use it to pretrain vision transformers or convolutional networks
+    without labels. Caron et al. 2021, "Emerging Properties in Self-Supervised Vision Transformers".
 
     The student (the backbone) matches, from every view, the teacher's output for the row's other
     large view. The teacher's output is centred by its mean over the global batch and sharpened by

@@ -71,10 +71,11 @@ class CausalOptions(Options):
 
 @register("objective", "mlm", options=MaskedOptions)
 class MaskedLM(PositionLosses):
-    """Masked language modelling.
+    """Masked language modelling: predict hidden tokens from both sides.
 
     It needs texts and an encoder (BERT, RoBERTa and the like). Use it to pretrain, or to train
-    a checkpoint further, on texts without labels.
+    a checkpoint further, on texts without labels. Devlin et al. 2019 (BERT), with the dynamic masks
+    of Liu et al. 2019 (RoBERTa).
 
     Every row predicts at most the same number of positions. So shapes are fixed, and scores over
     the vocabulary are computed for these positions only. Padding does not count: in a batch with
@@ -279,7 +280,7 @@ class CausalLM(PositionLosses):
 
     It needs texts and a decoder (``transformers/gpt2``, Llama, Qwen and the like). Use it to
     pretrain, or to train a checkpoint further, on texts without labels, or to write texts.
-    Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training".
+    Radford et al. 2018 (GPT) and 2019 (GPT-2).
 
     The output is the token embedding, or a layer ``output`` where the family has one (Llama).
 

@@ -41,9 +41,9 @@ class MAE(PositionLosses):
     """Masked autoencoder pretraining: a small decoder predicts the pixels of hidden patches.
 
     It needs images alone, and a plain vision transformer (``timm/vit_*``, ``timm/deit_*``). Use it
-    to pretrain one without labels: it is cheaper a step than ``dino``, and pays with full
-    fine-tuning more than with a linear probe. He et al. 2022, "Masked Autoencoders Are Scalable
-    Vision Learners".
+    to pretrain one without labels: a step is cheaper than one of ``dino``, and full fine-tuning
+    gains more by it than a linear probe. He et al. 2022, "Masked Autoencoders Are Scalable Vision
+    Learners".
 
     The backbone reads the visible patches alone. The loss of a patch is its mean squared error
     over channels and pixels; patches count once each. Which patches are hidden follows from the

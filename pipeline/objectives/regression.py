@@ -51,7 +51,7 @@ class Regression(PooledHead):
 
     Use it to predict a number, such as a price, an age or a duration; for ordered grades
     ``classification`` with metric ``kappa`` may fit better. The loss is the squared error, or
-    Huber's (Huber 1964), which suits numbers with a few far values.
+    Huber's (Huber 1964), which suits numbers with a few outliers.
 
     The number is standardised by mean and deviation of the training rows, so learning rates and
     penalties do not depend on its unit. Predictions and metrics are in the unit of the column;

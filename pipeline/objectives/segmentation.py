@@ -57,7 +57,8 @@ class Segmentation(Objective):
     """Semantic segmentation with the branch of Panoptic FPN (Kirillov et al. 2019).
 
     It needs images with a mask each, and a backbone with feature maps. Use it where every pixel
-    has a class; for single objects take ``instance_segmentation``.
+    has a class; to separate objects of one class take
+    ``instance_segmentation``.
 
     The levels of a feature pyramid are brought to the size of the finest one, with one convolution
     for each, and summed. One more convolution and a classifier follow, whose scores are upsampled

@@ -43,8 +43,8 @@ class SimCLROptions(Options):
 class SimCLR(Objective):
     """SimCLR: bring two views of a row nearer to each other than to other rows' views (NT-Xent).
 
-    It needs images alone, and large batches: the other rows of a step are what a view is told
-    apart from. Use it to pretrain any image backbone without labels. Chen et al. 2020, "A
+    It needs images alone, and large batches: a view is compared with the views of all other rows of
+    the step. Use it to pretrain any image backbone without labels. Chen et al. 2020, "A
     Simple Framework for Contrastive Learning of Visual Representations".
 
     Views are compared after a projection head, which is dropped later. N rows have 2 N terms, one

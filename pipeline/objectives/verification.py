@@ -52,8 +52,8 @@ class Verification(Objective):
     """Verification: embeddings of which the cosine tells whether two rows have the same identity.
 
     It needs rows with an identity, several of each. Use it where the question is whether two
-    rows show the same person or thing, also of identities that training did not see; for a
-    fixed set of them take ``classification``.
+    rows show the same person or thing, also of identities that training did not see; if all
+    identities are known in training, take ``classification``.
 
     An embedding is a linear projection of the pooled features, of length 1. It is trained to tell
     the identities of the training rows apart, with an additive angular margin (ArcFace, Deng et al.

@@ -133,7 +133,7 @@ class Compared:
 class Wav2Vec2Pretraining(Objective):
     """wav2vec 2.0 pretraining: tell a hidden frame's code from those of other hidden frames.
 
-    It needs recordings alone, best hundreds of hours, and ``transformers/wav2vec2``,
+    It needs recordings alone, hundreds of hours if possible, and ``transformers/wav2vec2``,
     ``torchaudio/deepspeech2`` or ``torchaudio/conformer``. Use it to pretrain a recogniser where
     few recordings have transcripts. Baevski et al. 2020, "wav2vec 2.0: A Framework for
     Self-Supervised Learning of Speech Representations".

@@ -26,8 +26,8 @@ REFITTING = ("lp_ft", "full", "lora")
 AT_TEST = ("tent",)
 UNALIGNED = ("mcc",)
 NOT_BY_SHARE = (
-    "The metrics balanced_accuracy and (of two classes) auroc do not depend on the shares; "
-    "class_weight: balanced trains for the first"
+    "The metrics balanced_accuracy and, for two classes, auroc do not depend on the shares. "
+    "class_weight: balanced trains for balanced accuracy"
 )
 SHOWN = 5
 
@@ -174,7 +174,10 @@ def _label_advice(shift: Shift, techniques: Sequence[str]) -> str:
     if shift.within_target:
         return ""
     learning = "techniques that learn the shares from the target's labels"
-    unaligned = "without labels, a technique that does not bring the domains together"
+    unaligned = (
+        "without labels, where no class is rare, a technique that does not bring the domains "
+        "together"
+    )
     return _advice(learning, REFITTING, techniques) + _advice(unaligned, UNALIGNED, techniques)
 
 

@@ -253,8 +253,9 @@ class _PhaseState:
         sizes = [len(group["params"]) for group in saved["param_groups"]]
         if sizes != [len(group["params"]) for group in self.groups]:
             raise ValueError(
-                "the resume point was written by other code, which gave other parameters a rate or "
-                "weight decay of their own: start again with --remake changed"
+                "the resume point was written by another version of the code, which grouped the "
+                "parameters in another way (learning rate, weight decay): start again with "
+                "--remake changed"
             )
         self.optimizer.load_state_dict(saved)
 

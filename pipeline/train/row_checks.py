@@ -218,10 +218,10 @@ def picture_levels(
 
 
 def doubtful_steps(metric: str | None, rows: Selection, columns: dict[str, str]) -> list[Finding]:
-    """Warn where the metric is ``steps``, more of which count as better, though they are worse.
+    """Warn where the metric ``steps`` ranks worse episodes higher.
 
-    So it is where an episode ends with success: better episodes are shorter. Demonstrations and
-    random episodes are compared.
+    It counts longer episodes as better. Where an episode ends with success, the shorter ones are
+    better. Demonstrations and random episodes are compared.
     """
     if metric != "steps" or not len(rows):
         return []

@@ -326,7 +326,7 @@ def decide(
         values: Value of each trial on validation rows, by its id, larger is better; None: it failed
             or has no value. Trials that have not ended are left out.
         losses: Loss on validation rows of each that has a value. It compares trials of equal value:
-            few rows are often all right, and after a short run no word or box may be right yet.
+            several may predict all of few rows correctly or, after a short run, no word or box.
     """
     history, out = History(), Decision()
     for target in dict.fromkeys(bracket.target for bracket in brackets):

@@ -361,7 +361,7 @@ def release_memory() -> None:
 
 
 WORST_METRIC = -1e30
-"""In the place of NaN, which compares with nothing: ASHA would neither count nor stop it."""
+"""Stands for NaN, which ASHA can neither rank nor stop."""
 
 
 def _with_finite_metric(result: dict[str, Any]) -> dict[str, Any]:
@@ -375,7 +375,7 @@ class GroupedASHA(TrialScheduler):
     """ASHA (Li et al. 2020) within each entry.
 
     Only trials of one source, target, technique and label fraction compete. A metric that is not
-    finite, as of a network whose weights are lost, counts as worse than any other.
+    finite (the training diverged) counts as worse than any other.
     """
 
     def __init__(self, entries: dict[int, str]):

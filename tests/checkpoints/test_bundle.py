@@ -214,12 +214,12 @@ def test_other_labels_get_a_new_head_that_says_so(task, tmp_path):
         assert all(torch.equal(before[n], t) for n, t in weights(new.objective).items())
 
 
-def test_labels_that_share_a_name_do_not_tell_whose_row_is_whose(tmp_path):
+def test_a_head_with_two_labels_of_one_name_is_new_in_another_order(tmp_path):
     """A crane is a bird or a machine. In the very same order they are the same."""
     cranes = ("crane", "cat", "crane")
     new = make(("cat", "crane"), seed=5)
     found = carried(make(cranes, seed=1), new, tmp_path)
-    assert found.startswith("new head: two of its labels have one name")
+    assert found.startswith("new head: two of the source's labels have the same name")
     new = make(cranes, seed=5)
     assert carried(make(cranes, seed=1), new, tmp_path) == "head kept: the same labels"
 
@@ -261,7 +261,7 @@ def test_a_head_with_another_norm_is_new(objective, tmp_path):
     other = replace(spec, options={**spec.options, "norm": not spec.options["norm"]})
     for asked, expected in (
         (spec, "head kept"),
-        (other, "new head: the bundle's was trained with"),
+        (other, "new head: the bundle's head was trained with another"),
     ):
         new = bundle.build_task(task.backbone.arch, asked, seed=5)
         before = weights(new.objective)

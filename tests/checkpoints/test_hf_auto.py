@@ -707,7 +707,7 @@ def test_images_of_another_size_are_classified_by_the_written_code(kind, tmp_pat
         ("bert", {"features": "wave", "rate": 16000}, "hf/bert reads texts; these rows are wave"),
     ],
 )
-def test_rows_that_a_family_cannot_read_are_told(family, inputs, message):
+def test_rows_that_a_family_cannot_read_are_reported(family, inputs, message):
     """Also where the longest recording is asked for before the backbone is built."""
     arch = Architecture(f"hf/{family}", {}, inputs)
     assert bundle.largest_options(arch) == {}

@@ -482,7 +482,7 @@ def test_causal_language_modelling_has_no_head_to_carry(tmp_path):
     assert float(loss / count) == pytest.approx(float(theirs), rel=1e-5)
 
 
-def test_an_output_that_is_not_the_embedding_is_told(tmp_path):
+def test_an_output_that_is_not_the_embedding_is_reported(tmp_path):
     for kind, objective, name in (
         ("bert.ForMaskedLM", "mlm", "cls.predictions.decoder.weight"),
         ("gpt2.LMHeadModel", "clm", "lm_head.weight"),

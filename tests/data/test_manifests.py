@@ -1403,7 +1403,7 @@ def test_values_that_may_name_people_are_not_told(tmp_path, split, by, values, g
     )
 
 
-def test_where_that_keeps_no_row_of_a_further_split_or_corpus_is_told(files, tmp_path, split):
+def test_where_that_keeps_no_row_of_a_further_split_or_corpus_is_reported(files, tmp_path, split):
     write(tmp_path / "other.parquet", people(0, 8).assign(kind="z"))
     with pytest.raises(
         ValueError,

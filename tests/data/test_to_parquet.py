@@ -216,7 +216,7 @@ def test_compressed_files_on_s3(s3_server, suffix):
 
 
 @SUFFIXES
-def test_a_bomb_and_rows_beyond_the_limit_are_told(tmp_path, imports, suffix, monkeypatch):
+def test_a_bomb_and_rows_beyond_the_limit_are_reported(tmp_path, imports, suffix, monkeypatch):
     """A small file that unpacks to a row without end: reading stops at the limit."""
     monkeypatch.setattr(made, "LINE_BYTES", 1 << 20)
     read = []

@@ -79,7 +79,7 @@ def test_policies_are_tried_in_each_test_world(done, rollouts):
     assert len(budget) == 4 and {row["steps"] for row in budget} == {8}
 
 
-def test_what_transfers_to_another_robot_is_told(done):
+def test_what_transfers_to_another_robot_is_reported(done):
     rows = [
         row
         for row in pq.read_table(done[0] / "results.parquet").to_pylist()

@@ -252,7 +252,7 @@ def test_stat_reads_nothing(tmp_path, reads):
     assert file_identity.fingerprint(path, "stat") != first
 
 
-def test_what_is_no_file_is_told(tmp_path):
+def test_what_is_no_file_is_reported(tmp_path):
     with pytest.raises(storage.NotFoundError, match="gone"):
         file_identity.identify([str(tmp_path / "gone")])
     with pytest.raises(storage.StorageError, match="is a folder"):

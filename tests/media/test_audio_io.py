@@ -74,7 +74,7 @@ def test_every_kind_decodes_to_its_samples(form, subtype, seconds):
     assert audio_io.inspect(io.BytesIO(data)) == info
 
 
-def test_channels_that_cancel_each_other_are_told():
+def test_channels_that_cancel_each_other_are_refused():
     """Their mean is silence. Unlike channels, one that is silent and silence are none of these."""
     rng = np.random.default_rng(0)
     one, other = rng.uniform(-0.5, 0.5, (2, 1000))
@@ -227,7 +227,7 @@ def test_a_writer_into_a_pipe_does_not_know_the_length():
         ("MP3", "MPEG_LAYER_III", 0.5),
     ],
 )
-def test_a_file_that_was_cut_off_is_told(form, subtype, kept):
+def test_a_file_that_was_cut_off_is_reported(form, subtype, kept):
     data = saved(
         np.random.default_rng(0).uniform(-0.5, 0.5, 3 * RATE).astype(np.float32),
         form=form,
@@ -335,7 +335,7 @@ def ogg_pages(data: bytes) -> list[bytes]:
 
 
 @pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
-def test_recordings_joined_in_one_ogg_file_are_told(subtype):
+def test_recordings_joined_in_one_ogg_file_are_reported(subtype):
     """libsndfile reads the first one, without a word."""
     one, two = (saved(tone(seconds), form="OGG", subtype=subtype) for seconds in (1.0, 2.0))
     assert one[14:18] != two[14:18], "serial numbers"
@@ -360,7 +360,7 @@ def test_streams_side_by_side_in_an_ogg_file_are_no_joined_recordings(subtype):
 
 
 @pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
-def test_an_ogg_file_cut_between_pages_is_told(subtype):
+def test_an_ogg_file_cut_between_pages_is_reported(subtype):
     """All of its pages are whole; that none says it is the last tells."""
     pages = ogg_pages(
         saved(np.random.default_rng(0).uniform(-0.5, 0.5, 5 * RATE), form="OGG", subtype=subtype)
@@ -410,7 +410,7 @@ def test_samples_that_are_no_numbers(wrong):
 
 @pytest.mark.parametrize("subtype", ["FLOAT", "DOUBLE"])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_floating_point_samples_in_integer_scale_are_told(subtype, sign):
+def test_floating_point_samples_in_integer_scale_are_reported(subtype, sign):
     """16 times full scale is let through, as loud as nobody writes it; beyond it nearly all samples
     would be clipped. Channels may have unlike signs.
     """
@@ -428,7 +428,7 @@ def test_floating_point_samples_in_integer_scale_are_told(subtype, sign):
     assert audio_io.measure(saved(samples[:, 0] / 1250, subtype=subtype))[2] == 16
 
 
-def test_a_flipped_bit_in_flac_is_told():
+def test_a_flipped_bit_in_flac_is_reported():
     data = bytearray(saved(np.random.default_rng(0).normal(0, 0.1, 3 * RATE), form="FLAC"))
     data[len(data) // 2] ^= 0x10
     with pytest.raises(BrokenAudioError, match="broken FLAC"):

@@ -130,7 +130,7 @@ def test_a_number_that_few_rows_have_is_not_known_and_one_far_out_moves_little()
     assert one["mean"][0] < 50 and one["std"][0] < 50
 
 
-def test_a_field_of_another_kind_than_it_was_fitted_on_is_refused_and_no_value_is_told():
+def test_a_field_of_another_kind_than_it_was_fitted_on_is_refused_and_no_value_is_reported():
     for field, value, message in (
         ("age", "63", "holds string here and numbers"),
         ("sex", 1.0, "holds double here and texts"),

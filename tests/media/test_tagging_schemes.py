@@ -201,7 +201,7 @@ def test_the_scheme_is_seen(tags, scheme):
         ("B-a I-a X", "tag 'X' has no prefix of a scheme, 'B-a' has one"),
     ],
 )
-def test_tags_of_no_scheme_are_told(tags, message):
+def test_tags_of_no_scheme_are_reported(tags, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         tagging_schemes.scheme(tags.split())
 

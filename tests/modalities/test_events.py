@@ -174,7 +174,7 @@ def test_fit_of_rows_that_cannot_be_used_says_so():
         Events.fit(EventsOptions(), table(([1.0], [], [1.0])), COLUMNS, "")
 
 
-def test_what_is_known_of_other_rows_is_told():
+def test_what_is_known_of_other_rows_is_reported():
     rows = table(
         ([1.0, 2.0, 3.0], ["HR", "drug: x", "note: Mr S"], [1.0, 1.0, 1.0]),
         ([1.0, 1.0], ["Temp", "drug: x"], [37.0, 1.0]),
@@ -190,7 +190,7 @@ def test_what_is_known_of_other_rows_is_told():
         Events(EventsOptions(min_rows=2), STATE).check_known_share(others, COLUMNS)
 
 
-def test_static_features_that_no_column_is_named_for_are_told():
+def test_static_features_that_no_column_is_named_for_are_reported():
     """As where `predict` reads rows with a bundle that holds no names of columns."""
     static = {"numbers": ["Age"], "mean": [60.0], "std": [10.0], "codes": []}
     modality = Events(EventsOptions(), {**STATE, "static": static})
@@ -202,7 +202,7 @@ def test_static_features_that_no_column_is_named_for_are_told():
     assert said not in known
 
 
-def test_events_at_hours_that_are_not_read_are_told():
+def test_events_at_hours_that_are_not_read_are_reported():
     rows = table(
         ([-1.0, 0.0, 47.9], ["HR"] * 3, [1.0] * 3), ([48.0, 2000.0], ["Temp", "HR"], [37.0, 1.0])
     )

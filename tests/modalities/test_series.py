@@ -173,7 +173,7 @@ def test_channels_of_unequal_length_are_bad():
         (pa.struct({"a": pa.list_(pa.int16())}), ""),
     ],
 )
-def test_columns_of_another_type_are_told(kind, says):
+def test_columns_of_another_type_are_reported(kind, says):
     found = series().required_type("series", kind)
     assert says in found and bool(says) == bool(found)
 

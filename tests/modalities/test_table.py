@@ -44,7 +44,7 @@ def test_what_nothing_can_be_learned_of_is_refused():
         Table.fit(TableOptions(), pa.table({"static": pa.array([{"a": "x"}])}), COLUMNS, "")
 
 
-def test_fields_that_are_not_known_are_told():
+def test_fields_that_are_not_known_are_reported():
     modality = Table(TableOptions(), Table.fit(TableOptions(min_rows=1), stays(8), COLUMNS, ""))
     assert modality.coverage(stays(8), COLUMNS) == ""
     assert (

@@ -396,7 +396,7 @@ def test_a_bad_row_names_its_place_and_leaves_the_others(row, reason):
         )
 
 
-def test_what_a_named_robot_cannot_be_is_told():
+def test_what_a_named_robot_cannot_be_is_reported():
     modality = made(table(walk(4), walk(5, 4, 1), embodiment=["arm", "leg"]))
     _, bad = read(
         modality, table(walk(4), walk(4), walk(4, 4, 1), embodiment=["amr", "leg", "leg"])
@@ -628,7 +628,7 @@ def test_rows_without_a_name_find_the_space_that_has_their_classes():
     assert not any(bad) and batch["space"].tolist() == [0, 0]
 
 
-def test_numbers_far_beyond_the_source_are_told():
+def test_numbers_far_beyond_the_source_are_reported():
     source = made(table(walk(50, 3, 2, seed=1)))
     near, far = table(walk(50, 3, 2, seed=2)), table(walk(50, 3, 2, seed=2, shift=1e4))
     assert source.coverage(near, COLUMNS) == "1 of 1 robots are known"

@@ -64,7 +64,7 @@ def test_no_token_of_the_recurrent_network_knows_the_future(rows):
 
 
 @torch.no_grad()
-def test_values_are_carried_forward_and_their_age_is_told(rows):
+def test_values_are_carried_forward_and_their_age_is_reported(rows):
     """One measurement at the start: every later step has its value, and the steps differ by its age
     alone.
     """

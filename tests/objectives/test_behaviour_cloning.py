@@ -529,7 +529,7 @@ def test_classes_stand_in_the_order_of_the_modality(names, order):
         ),
     ],
 )
-def test_columns_and_options_that_cannot_be_used_are_told(done, options, message):
+def test_columns_and_options_that_cannot_be_used_are_reported(done, options, message):
     with pytest.raises(ValueError, match=message):
         BehaviourCloning.fit(
             BehaviourCloningOptions(**options), pa.table({"done": done}), {"actions": "done"}
@@ -1178,7 +1178,7 @@ def test_worlds_that_cannot_be_are_told_before_anything_is_trained():
         BehaviourCloning.check_test(OPTIONS, wrong, PENDULUM, {**state, "columns": []})
 
 
-def test_actions_of_another_kind_or_width_than_the_world_takes_are_told():
+def test_actions_of_another_kind_or_width_than_the_world_takes_are_reported():
     """One number would be cut to a class in a world of classes, and repeated in one of three."""
     state = {"kind": "continuous", "columns": ["environment"]}
     table = pa.table({"environment": [World("CartPole-v1", 5, 0).text()]})
@@ -1209,7 +1209,7 @@ def test_a_world_that_no_row_can_be_of_is_told_before_anything_is_trained(monkey
         BehaviourCloning.check_test(OPTIONS, table, PENDULUM, state)
 
 
-def test_rows_of_another_environment_are_told():
+def test_rows_of_another_environment_are_reported():
     task, raw_rows, found = lawful(demonstrations(2, width=8))
     with pytest.raises(ValueError, match="space o8a1"):
         task.objective.rollout_evaluation(task.backbone, found, raw_rows)

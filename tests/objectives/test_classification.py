@@ -63,7 +63,7 @@ def plain(*chunks: list) -> pa.ChunkedArray:
 
 
 @pytest.mark.parametrize("column", [plain, dictionary])
-def test_unknown_and_missing_labels_are_told(column):
+def test_unknown_and_missing_labels_are_reported(column):
     state = Classification.fit(OPTIONS, pa.table({"kind": column(["cat", "dog"])}), COLUMNS)
     with pytest.raises(
         ValueError,
@@ -84,7 +84,7 @@ def test_unknown_and_missing_labels_are_told(column):
 
 
 @pytest.mark.parametrize("column", [pa.array([1, 2]), pa.array([1, 2]).dictionary_encode()])
-def test_labels_of_another_type_than_in_training_are_told(column):
+def test_labels_of_another_type_than_in_training_are_reported(column):
     state = Classification.fit(OPTIONS, pa.table({"kind": ["cat", "dog"]}), COLUMNS)
     with pytest.raises(
         ValueError,
@@ -249,7 +249,7 @@ def test_nothing_is_mixed_in_evaluation():
     assert all(torch.equal(found[name], want[name]) for name in want)
 
 
-def test_what_cannot_be_mixed_is_told():
+def test_what_cannot_be_mixed_is_reported():
     task = task_with(mixup=0.4)
     with pytest.raises(ValueError, match="cannot train a head on cached features"):
         task.objective.head_loss(torch.zeros(4, 16), batch(4))
@@ -344,7 +344,7 @@ def test_a_positive_class_of_any_type_is_found_by_value_or_name(column, positive
         ),
     ],
 )
-def test_options_of_two_classes_that_do_not_fit_are_told(options, column, message):
+def test_options_of_two_classes_that_do_not_fit_are_reported(options, column, message):
     with pytest.raises(ValueError, match=message):
         Classification.fit(ClassificationOptions(**options), pa.table({"kind": column}), COLUMNS)
 

@@ -447,7 +447,7 @@ def test_padding_changes_neither_loss_nor_gradient_nor_text():
     )
 
 
-def test_a_row_without_alignment_counts_for_nothing_and_is_told():
+def test_a_row_without_alignment_counts_for_nothing_and_is_reported():
     mels, said = random_rows(3)
     task = task_of(width=5)
     mels, said = [*mels, torch.randn(3, 5)], [*said, [2, 2]]  # its blank too has a frame

@@ -346,7 +346,7 @@ def test_what_stands_still_or_is_not_there_makes_no_number_infinite():
 # ---------------------------------------------------------------- what is refused
 
 
-def test_what_cannot_be_learned_is_told():
+def test_what_cannot_be_learned_is_reported():
     with pytest.raises(ValueError, match="toys/net is not a policy: dynamics takes"):
         Dynamics(Net(), DynamicsOptions(), {})
     with pytest.raises(ValueError, match="forward and inverse of dynamics are both 0"):

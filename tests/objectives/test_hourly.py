@@ -180,7 +180,7 @@ def test_rows_that_cannot_be_used_are_refused_without_their_values(hours, dies, 
         ),
     ],
 )
-def test_columns_and_options_that_cannot_be_used_are_told(options, hours, dies, message):
+def test_columns_and_options_that_cannot_be_used_are_reported(options, hours, dies, message):
     with pytest.raises(ValueError, match=message):
         Hourly.fit(
             HourlyOptions(**options),
@@ -210,7 +210,7 @@ def test_training_labels_after_the_last_hour_are_refused_before_any_row_is_decod
         )
 
 
-def test_test_rows_of_one_class_are_told():
+def test_test_rows_of_one_class_are_reported():
     Hourly.check_test(BINARY, TABLE, COLUMNS, STATE)
     with pytest.raises(ValueError, match="these 3 rows hold labels of one class only"):
         Hourly.check_test(BINARY, TABLE.slice(1, 3), COLUMNS, STATE)

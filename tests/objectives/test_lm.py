@@ -418,7 +418,7 @@ def test_words_are_drawn_evenly():
         ),
     ],
 )
-def test_what_cannot_be_done_is_told(family, options, inputs, backbone, message):
+def test_what_cannot_be_done_is_reported(family, options, inputs, backbone, message):
     with pytest.raises(ValueError, match=message):
         make(family, options, inputs, **backbone)
 

@@ -107,7 +107,7 @@ def test_rows_without_any_label_in_a_batch_and_rows_without_the_column():
         ),
     ],
 )
-def test_columns_that_cannot_be_used_are_told(options, rows, message):
+def test_columns_that_cannot_be_used_are_reported(options, rows, message):
     with pytest.raises(ValueError, match=message):
         Multilabel.fit(
             MultilabelOptions(**options), pa.table({"findings": pa.array(rows)}), COLUMNS

@@ -150,7 +150,7 @@ def test_characters_are_those_of_the_text_and_not_bytes():
         ),
     ],
 )
-def test_columns_that_cannot_be_used_are_told(columns, options, answers, message):
+def test_columns_that_cannot_be_used_are_reported(columns, options, answers, message):
     table = pa.table({"answers": answers, "starts": [0] * len(answers)})
     with pytest.raises(ValueError, match=message):
         QuestionAnswering.fit(

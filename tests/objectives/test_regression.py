@@ -64,7 +64,7 @@ def test_rows_without_a_number_are_left_out():
         ([True, False], "column year holds bool"),
     ],
 )
-def test_columns_that_cannot_be_learned_are_told(values, message):
+def test_columns_that_cannot_be_learned_are_reported(values, message):
     with pytest.raises(ValueError, match=message):
         Regression.fit(OPTIONS, table(values), COLUMNS)
 

@@ -151,7 +151,7 @@ def test_the_scheme_decides_the_primary_metric():
         ({}, [[0.5]], "column tags holds list<.*double>: tags are a list"),
     ],
 )
-def test_columns_that_cannot_be_used_are_told(options, tags, message):
+def test_columns_that_cannot_be_used_are_reported(options, tags, message):
     with pytest.raises(ValueError, match=message):
         Tagging.fit(TaggingOptions(**options), pa.table({"tags": tags}), COLUMNS)
 
@@ -211,7 +211,7 @@ def test_rows_that_cannot_be_used_are_refused_with_their_reason():
         Tagging.invalid_label_reasons(table_of([["O"]], ["a text"]), COLUMNS, state)
 
 
-def test_test_rows_without_an_entity_are_told():
+def test_test_rows_without_an_entity_are_reported():
     with pytest.raises(ValueError, match="none of these 2 rows holds an entity"):
         Tagging.check_test(TaggingOptions(), table_of([["O"], ["O", "O"]]), COLUMNS, fitted())
     Tagging.check_test(TaggingOptions(), table_of(ROWS), COLUMNS, fitted())

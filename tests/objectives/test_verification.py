@@ -62,7 +62,7 @@ def test_identities_have_the_same_number_in_every_split(kind):
         ([True, False], "column speaker holds bool"),
     ],
 )
-def test_columns_that_cannot_be_learned_are_told(values, message):
+def test_columns_that_cannot_be_learned_are_reported(values, message):
     with pytest.raises(ValueError, match=message):
         Verification.fit(OPTIONS, table(values), COLUMNS)
 

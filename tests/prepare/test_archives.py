@@ -264,7 +264,7 @@ def test_the_fingerprint_changes_with_a_file(tmp_path):
     assert archives.listing(str(tmp_path / "a")).fingerprint != first
 
 
-def test_empty_folders_are_told(tmp_path):
+def test_empty_folders_are_reported(tmp_path):
     write(tmp_path / "a/cat/1.jpg", b"one")
     (tmp_path / "a/dog").mkdir()
     assert archives.listing(str(tmp_path / "a")).empty == ["dog"]

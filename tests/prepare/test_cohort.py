@@ -247,7 +247,7 @@ def test_no_value_of_a_patient_stands_beside_the_rows(tmp_path):
         ),
     ],
 )
-def test_what_is_wrong_is_told(pairs, change, said, tmp_path):
+def test_what_is_wrong_is_reported(pairs, change, said, tmp_path):
     table = rows(*(stay(i, hours=change.get("hours", 60.0)) for i in range(2)))
     if "drop" in change:
         table = table.drop_columns(change["drop"])

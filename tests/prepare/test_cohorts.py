@@ -360,7 +360,7 @@ def test_a_death_after_discharge_may_be_left_out_or_count_as_a_readmission(death
     assert why.tolist() == (left_out if deaths == "exclude" else [""] * 5)
 
 
-def test_rows_that_do_not_tell_of_death_after_discharge_are_told():
+def test_rows_that_do_not_tell_of_death_after_discharge_are_reported():
     """MIMIC-III has hours of deaths in the hospital alone."""
     kind = registry.get("cohort", "readmission")
     definition = kind(kind.options_class(deaths="exclude"))
@@ -586,7 +586,7 @@ def test_the_future_is_not_seen(task):
     assert len(kept) > 10 and sinks[0].getvalue().equals(sinks[1].getvalue())
 
 
-def test_rows_that_are_no_event_rows_are_told():
+def test_rows_that_are_no_event_rows_are_reported():
     nan = {**stay(1), "times": [0.0, math.nan, 1.0]}
     short, none, nobody = (
         {**stay(2), "values": [1.0]},
@@ -625,7 +625,7 @@ class Careless(cohort.CohortDefinition):
         (60.0, "its column label is null of 1 rows"),
     ],
 )
-def test_a_definition_with_a_gap_is_told(hours, said):
+def test_a_definition_with_a_gap_is_reported(hours, said):
     with pytest.raises(ValueError, match=said):
         cohort.select(Careless(), rows(stay(hours=hours)))
 

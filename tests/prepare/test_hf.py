@@ -156,7 +156,7 @@ def test_images_are_resized_and_broken_ones_left_out(tmp_path):
         prepare(tmp_path / "saved", tmp_path / "strict", max_bad=0)
 
 
-def test_scans_of_12_bits_that_resize_makes_nearly_black_are_told(tmp_path):
+def test_scans_of_12_bits_that_resize_makes_nearly_black_are_reported(tmp_path):
     made = cells(5)
     scan = np.linspace(0, 4095, 40 * 40).reshape(40, 40).astype(np.uint16)
     made["image"][2] = {"bytes": image_file(scan), "path": None}

@@ -97,7 +97,7 @@ def test_folders_of_splits_may_be_written_in_any_case_and_have_a_year(folder, tm
     }
 
 
-def test_scans_of_12_bits_that_resize_makes_nearly_black_are_told(folder, tmp_path):
+def test_scans_of_12_bits_that_resize_makes_nearly_black_are_reported(folder, tmp_path):
     scan = np.linspace(0, 4095, 40 * 40).reshape(40, 40).astype(np.uint16)
     for split, number in (("train", 0), ("train", 1), ("val", 0)):
         write(folder / split / "cat" / f"scan{number}.png", image_file(scan + number))

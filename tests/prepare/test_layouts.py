@@ -120,7 +120,7 @@ def test_broken_sentences_are_listed_with_their_line(tmp_path):
     assert len(fixed) == 42 and found["notes"]["I- without B-, now B-"] == 2
 
 
-def test_bioes_is_checked_and_bilou_and_tags_of_another_kind_are_told(tmp_path):
+def test_bioes_is_checked_and_bilou_and_tags_of_another_kind_are_reported(tmp_path):
     text = "a B-X\nb E-X\n\nc S-X\n\nd B-X\n\n" + "e O\n\n" * 20
     rows, found = prepare_and_read(
         "conll", write(tmp_path / "a.txt", text), tmp_path / "out", max_bad=0.1
@@ -495,7 +495,7 @@ def test_a_row_of_empty_fields_and_one_without_a_split_are_broken(tmp_path):
         prepare_and_read("csv", source, tmp_path / "none", "split_column=fold", "split=test")
 
 
-def test_what_cannot_be_is_told(tmp_path):
+def test_what_cannot_be_is_reported(tmp_path):
     write(tmp_path / "a.csv", "text,label,split\na,1,dev\nb,2,train\nc,3,test\n")
     for pairs, said in (
         (["columns=text=txet"], "a.csv:1: no column 'txet' for --set columns; did you mean text?"),

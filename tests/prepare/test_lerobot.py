@@ -274,7 +274,7 @@ def test_frames_are_those_of_each_rows_time(layout, request, tmp_path):
                 assert abs(np.asarray(image).mean() - grey(number, step)) < 4, (number, step)
 
 
-def test_a_row_that_is_late_has_the_nearest_frame_and_one_without_any_is_told(v21, tmp_path):
+def test_a_row_that_is_late_has_the_nearest_frame_and_one_without_any_is_reported(v21, tmp_path):
     file = v21 / "data/chunk-000/episode_000001.parquet"
     steps(1, 6).assign(timestamp=np.array([0.04, 0.06, 0.24, 0.33], dtype=np.float32)).to_parquet(
         file, index=False

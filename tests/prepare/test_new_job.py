@@ -677,13 +677,13 @@ def test_images_of_every_mode_are_looked_at():
         ),
     ],
 )
-def test_data_of_another_task_are_told(columns, said):
+def test_data_of_another_task_are_reported(columns, said):
     pq.write_table(pa.table(columns), "rows.parquet")
     code, shown = command("init", "rows.parquet")
     assert code == 2 and said in shown
 
 
-def test_several_tables_in_a_folder_are_told():
+def test_several_tables_in_a_folder_are_reported():
     csv("set/a.csv", {"text": texts(60), "label": [0, 1] * 30})
     csv("set/b.csv", {"name": texts(60)})
     code, shown = command("init", "set")

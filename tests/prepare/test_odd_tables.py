@@ -105,7 +105,7 @@ def test_ids_of_parquet_are_whole_numbers_or_texts(tmp_path):
         (1, 0.01, r"3 of 4 rows are broken.*people\.csv:row 2: no start"),
     ],
 )
-def test_a_start_in_another_format_is_told(usable, max_bad, said, tmp_path, monkeypatch):
+def test_a_start_in_another_format_is_reported(usable, max_bad, said, tmp_path, monkeypatch):
     lines = ["9,2101-06-01 00:00:00"] * usable + [f"{i},01/06/2101 SECRET" for i in range(3)]
     people = "entity,begin\n" + "\n".join(lines) + "\n"
     events = LONG_HEAD + "1,2101-06-01 06:30:00,HR,80\n9,2101-06-01 06:30:00,HR,80\n"

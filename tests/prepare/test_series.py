@@ -192,7 +192,7 @@ def test_recordings_at_several_rates_are_resampled_to_the_slowest(tmp_path):
         (["channels=x", "test_share=0.5", "validation_share=0.5"], "leave no train steps"),
     ],
 )
-def test_what_cannot_be_cut_is_told(tmp_path, pairs, said):
+def test_what_cannot_be_cut_is_reported(tmp_path, pairs, said):
     table = log(
         12, run=["a"] * 4 + ["b"] * 4 + ["a"] * 4, word="none", empty="", back=range(12, 0, -1)
     )

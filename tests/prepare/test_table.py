@@ -267,7 +267,7 @@ def test_broken_rows_are_told_by_place_without_their_values(tmp_path):
         ("a,b\n1,2\n", ["lable=b"], "importer table has no option 'lable'; did you mean label"),
     ],
 )
-def test_what_is_wrong_is_told(text, pairs, said, tmp_path):
+def test_what_is_wrong_is_reported(text, pairs, said, tmp_path):
     with pytest.raises(ValueError, match=said):
         prepare(write(tmp_path / "a.csv", text), tmp_path / "out", *pairs)
 

@@ -436,7 +436,7 @@ def test_places_of_broken_rows_in_later_ranges_are_those_of_the_file(tmp_path):
         ("conll", "Anna O\rRome O\r\r"),
     ],
 )
-def test_lines_that_end_with_a_carriage_return_alone_are_told(name, text, tmp_path):
+def test_lines_that_end_with_a_carriage_return_alone_are_reported(name, text, tmp_path):
     suffix = {"text": "txt"}.get(name, name)
     with pytest.raises(
         ValueError,
@@ -623,7 +623,7 @@ def test_the_command_line_lists_the_importers_of_text():
 
 
 def test_types_of_values_have_a_common_one_that_holds_both():
-    values = {0: None, 1: True, 2: 5, 3: 0.5, 4: "a"}
+    values = dict(enumerate([None, True, 5, 2**53 + 1, 0.5, "a"]))
     assert [value_types.type_of_value(value) for value in values.values()] == list(values)
     for a in values:
         for b in values:
@@ -632,6 +632,8 @@ def test_types_of_values_have_a_common_one_that_holds_both():
             both = [value_types.convert(values[one], common) for one in (a, b)]
             column = pa.array(both, common.column_type)
             assert len(column) == 2 and (values[a] is None) == (column[0].as_py() is None)
+            if isinstance(values[a], int) and common != value_types.ValueType.BOOL:
+                assert int(json.loads(str(column[0].as_py()).lower())) == values[a]
     string = value_types.ValueType.STRING
     assert value_types.convert(True, string) == "true"
     assert value_types.convert({"a": [1]}, string) == '{"a": [1]}'

@@ -458,7 +458,7 @@ def test_an_incomplete_folder_is_not_completed_by_other_code(folder, tmp_path):
     prepare("imagefolder", folder, out, rows_per_part=3)
 
 
-def test_the_code_of_a_cohort_is_that_of_its_definition_too():
+def test_a_changed_cohort_definition_changes_the_code_hash():
     kind = registry.get("importer", "cohort")
     cohort = kind(kind.options_class(task="mortality"))
     assert "cohort mortality" in provenance.code_of((), cohort.components)

@@ -191,7 +191,7 @@ def test_a_mistake_is_told_with_its_field(fields, said, tmp_path):
         ),
     ],
 )
-def test_what_does_not_suit_the_checkpoint_is_told(given, said, tmp_path):
+def test_what_does_not_suit_the_checkpoint_is_reported(given, said, tmp_path):
     with pytest.raises(BundleError, match=said):
         imported(written(tmp_path, modality=given))
 

@@ -149,7 +149,7 @@ def test_a_key_follows_the_name_since_the_seed_does(tmp_path, images):
 
 
 @pytest.mark.parametrize(("objective", "is_told"), [("simclr", True), ("classification", False)])
-def test_augmentation_that_views_do_not_read_is_told(tmp_path, images, objective, is_told):
+def test_augmentation_that_views_do_not_read_is_reported(tmp_path, images, objective, is_told):
     job = image_job(tmp_path, images, objective=objective)
     data = job.sources["src"].data
     assert data is not None

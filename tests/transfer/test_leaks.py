@@ -54,7 +54,7 @@ def test_categories_tell_by_themselves_and_numbers_of_rows_tell_nothing():
     "load",
     [datasets.load_iris, datasets.load_breast_cancer, datasets.load_wine, datasets.load_digits],
 )
-def test_no_column_of_published_tables_is_told(load):
+def test_no_column_of_published_tables_is_reported(load):
     found = load()
     assert max(message(column, found.target) for column in found.data.T) < 0.95
 

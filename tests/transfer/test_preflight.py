@@ -97,7 +97,7 @@ def test_null_texts_of_a_source_are_refused_as_its_run_refuses_them(tmp_path, ob
         source.prepare_source(checked(job).sources["src"])
 
 
-def test_documents_that_do_not_fill_a_batch_are_told(tmp_path):
+def test_documents_that_do_not_fill_a_batch_are_reported(tmp_path):
     job = with_source(tmp_path, written(tmp_path / "rows.parquet"), "mlm")
     spec = job.sources["src"]
     large = spec.model_copy(update={"train": spec.train.model_copy(update={"global_batch": 512})})
@@ -221,7 +221,7 @@ def test_null_texts_of_a_target_are_refused_as_its_run_refuses_them(tmp_path, mo
     assert "data.max_bad_rows=0.05 " in message and "data.max_bad_rows=0.05 " in str(run.value)
 
 
-def test_a_few_bad_rows_are_told(tmp_path, models):  # noqa: F811
+def test_a_few_bad_rows_are_reported(tmp_path, models):  # noqa: F811
     job = job_of(
         tmp_path,
         models["bert"],
@@ -236,7 +236,7 @@ def test_a_few_bad_rows_are_told(tmp_path, models):  # noqa: F811
     ), lines
 
 
-def test_a_speaker_on_both_sides_of_a_random_split_is_told(tmp_path, models):  # noqa: F811
+def test_a_speaker_on_both_sides_of_a_random_split_is_reported(tmp_path, models):  # noqa: F811
     rows = written(tmp_path / "rows.parquet")
     table = pq.read_table(rows)
     pq.write_table(table.append_column("speaker", pa.array([i // 2 for i in range(120)])), rows)
@@ -439,7 +439,7 @@ def test_a_backbone_is_checked_without_its_weights(tmp_path, models, monkeypatch
 
 
 @pytest.mark.parametrize(("patience", "idle"), [(3, False), (4, True)])
-def test_patience_that_ends_no_run_is_told(tmp_path, models, texts, patience, idle):  # noqa: F811
+def test_patience_that_ends_no_run_is_reported(tmp_path, models, texts, patience, idle):  # noqa: F811
     """The run is validated after every second step, and ends with the fifth validation."""
     job = job_of(
         tmp_path,
@@ -458,7 +458,7 @@ def test_patience_that_ends_no_run_is_told(tmp_path, models, texts, patience, id
 
 
 @pytest.mark.parametrize("patience", [2, None])
-def test_patience_of_what_takes_its_last_weights_is_told(tmp_path, patience):
+def test_patience_warns_where_the_last_weights_are_kept(tmp_path, patience):
     paths = image_files(tmp_path, {"train": 12, "validation": 4})
     data = {"train": paths["train"], "validation": paths["validation"], "modality": "image"}
     source = {
@@ -474,7 +474,7 @@ def test_patience_of_what_takes_its_last_weights_is_told(tmp_path, patience):
 
 
 @pytest.mark.parametrize(("average", "is_slow"), [(0.99, True), (0.7, False)])
-def test_an_average_that_is_mostly_the_start_is_told(
+def test_a_weight_average_that_is_mostly_the_start_is_a_warning(
     tmp_path,
     models,  # noqa: F811
     texts,  # noqa: F811

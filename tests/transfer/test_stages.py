@@ -936,7 +936,7 @@ def test_a_part_is_checked_without_the_rest(tmp_path, bundles, paths, monkeypatc
     assert list(state.sources) == list(state.job.sources) == ["a"], "b reads no images"
 
 
-def test_files_that_are_known_by_size_and_time_are_told(tmp_path, bundles, paths, here):
+def test_files_that_are_known_by_size_and_time_are_reported(tmp_path, bundles, paths, here):
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch",))
     assert prepared(job).notes == []
     state = prepared(with_data(job, "task", identity="stat"))
@@ -946,7 +946,7 @@ def test_files_that_are_known_by_size_and_time_are_told(tmp_path, bundles, paths
     )
 
 
-def test_a_job_that_carries_nothing_over_is_told(tmp_path, bundles, paths):
+def test_a_job_that_carries_nothing_over_is_reported(tmp_path, bundles, paths):
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=())
     said = "targets.task: scratch is its only technique, so no source is transferred to it"
     assert prepared(job).progress.lines == [said]
@@ -1105,7 +1105,7 @@ def test_rows_are_read_once_to_be_compared(leaking, here, monkeypatch):
     stages.prepare_shared(prepared(leaking))
 
 
-def test_repeats_of_a_targets_own_training_rows_are_told(tmp_path, bundles, paths, here):
+def test_repeats_of_a_targets_own_training_rows_are_reported(tmp_path, bundles, paths, here):
     pq.write_table(
         pa.concat_tables(
             [

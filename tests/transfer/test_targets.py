@@ -759,7 +759,7 @@ def test_texts_that_are_cut_stand_in_the_report(tmp_path, models, texts):
     assert "validation " in found and "test " in found
 
 
-def test_batches_and_label_counts_beyond_the_data_are_told(tmp_path, models, texts):
+def test_batches_and_label_counts_beyond_the_data_are_reported(tmp_path, models, texts):
     columns = {"text": "words", "label": "kind"}
     job = job_of(
         tmp_path,

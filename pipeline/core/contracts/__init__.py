@@ -1,6 +1,6 @@
 """What modalities, backbones, objectives, techniques and baselines promise: a page for each.
 
-Imports other files of ``core`` and lower layers, never a component that keeps a promise.
+Imports other files of ``core`` and lower layers, never an implementation of one.
 """
 
 from pipeline.core.batch import Batch

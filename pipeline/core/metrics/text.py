@@ -23,8 +23,9 @@ def _f1_of_type(p: Predictions, k: int) -> np.ndarray:
 @register("metric", "entity_f1")
 @ratio(bounds=SHARE, per_label=PerLabel("entity_f1", units=_f1_of_type))
 def entity_f1(p: Predictions) -> np.ndarray:
-    """F1 of entities: 2 hits / (found + true), each summed over all types (micro average),
-    as seqeval counts them (Tjong Kim Sang and De Meulder 2003).
+    """F1 of entities: 2 hits / (found + true), each summed over all types (micro average).
+    A hit has the span and the type of a true entity, as in CoNLL-2003 (Tjong Kim Sang and De
+    Meulder 2003) and seqeval.
     """
     return numerator_denominator(2 * p["hits"].sum(1), p["guessed"].sum(1) + p["actual"].sum(1))
 

@@ -18,7 +18,7 @@ def head_inputs(features: Tensor, options: Any, training: bool) -> Tensor:
 
     Args:
         options: Those of the objective: ``norm``, a layer norm without parameters, and ``dropout``.
-        training: Whether features are dropped.
+        training: Whether dropout is active.
     """
     if options.norm:
         features = F.layer_norm(features, features.shape[-1:])
@@ -26,11 +26,13 @@ def head_inputs(features: Tensor, options: Any, training: bool) -> Tensor:
 
 
 class PooledHead(Objective, ABC):
-    """An objective that reads the pooled features alone: a head on cached ones is the same."""
+    """An objective that reads the pooled features alone, so that its head can be trained on cached
+    ones.
+    """
 
     @abstractmethod
     def scores(self, pooled: Tensor) -> Tensor:
-        """Return what the head gives of pooled features (B, D): (B, L)."""
+        """Return the head's outputs (B, L) for pooled features (B, D)."""
 
     @abstractmethod
     def head_loss(self, features: Tensor, batch: Batch) -> Loss:

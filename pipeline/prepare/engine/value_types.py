@@ -13,10 +13,10 @@ EXACT_IN_FLOAT = 1 << 53
 
 
 class ValueType(IntEnum):
-    """Each type holds the values of those before it.
+    """Types of values, from narrow to wide: a column has the widest type of its values.
 
-    But only a STRING holds a BOOL beside other values, or a LONG_INTEGER beside a FLOAT, which
-    would round it: two ids could become one.
+    A BOOL beside any other type makes a STRING, and so does a LONG_INTEGER beside a FLOAT, because
+    a float would round the number: two ids could become one.
     """
 
     NULL = 0
@@ -67,7 +67,9 @@ def convert(value: Any, value_type: int) -> Any:
     """Convert a value to a type; None stays None, and what is no text is a string of JSON."""
     if value is None or isinstance(value, str):
         return value
-    if value_type != ValueType.STRING and type_of_value(value) == value_type:
+    own_type = type_of_value(value)
+    both_whole = own_type.is_whole and ValueType(value_type).is_whole
+    if both_whole or (own_type == value_type and value_type != ValueType.STRING):
         return value
     if value_type == ValueType.FLOAT:
         return float(value)

@@ -130,7 +130,8 @@ class Preparation:
         if self._holds_parts():
             raise ValueError(
                 f"{self.output} is incomplete, and another version of the code made the parts "
-                "there, by rules that may be others: give an empty folder"
+                "there. Its rules may differ, so the folder cannot be completed: empty it, or give "
+                "another one"
             )
         storage.remove_tree(storage.join(self.output, SCANS))
 

@@ -38,7 +38,7 @@ class LogMelStatistics(Baseline):
     It knows timbre and level, but not the order of sounds: strong for scenes and speakers, weak for
     words.
 
-    The features are the usual ones of speech (Davis and Mermelstein 1980).
+    Log-mel bands are the step before the cepstral coefficients of Davis and Mermelstein 1980.
     """
 
     roles = ("audio",)

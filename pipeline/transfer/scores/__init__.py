@@ -1,5 +1,5 @@
 """Transferability scores, one family a file; `pipeline.transfer.scoring` computes them.
 
-A family may import the rest of ``transfer`` and lower layers; it computes with arrays alone, so
-that few need more than ``core``.
+A score computes on arrays. It may import the rest of ``transfer`` and lower layers; most import
+only ``core``.
 """

@@ -77,8 +77,8 @@ def mmd(
     (Gretton et al. 2012). Pairs of rows of the same group are left out of a side's own mean: they
     are alike, and two groups of one population would look like two domains.
 
-    It needs rows of the source, and no labels. Use it as ``frechet``, where features are not
-    Gaussian.
+    It needs rows of the source, and no labels. Use it in place of ``frechet`` where
+    features are far from Gaussian.
 
     Args:
         features: (n, D) features of the target's rows.
@@ -134,8 +134,8 @@ def proxy_a(
     side has four groups). The interval is Wilson's of the error. Where rows have groups, no group
     is in two folds, the error is the mean of the groups' errors, and each group is one observation.
 
-    It needs rows of the source, and no labels. Use it to see whether a shift between source and
-    target can be told at all.
+    It needs rows of the source, and no labels. Use it to see whether source and target can be
+    told apart at all.
 
     Args:
         features: (n, D) features of the target's rows.

@@ -29,8 +29,8 @@ def knn(
     the score is the macro AUROC of the number of neighbours with each label. It is NaN where no
     label varies, where no class has rows of two groups, or where all rows are of one group.
 
-    It needs classes or label sets. Use it where a linear head may be too simple (Cover and Hart
-    1967).
+    It needs classes or label sets. Use it where a linear head may be too simple. The rule of the
+    nearest neighbours is Cover and Hart's (1967).
 
     Args:
         features: (n, D) features.

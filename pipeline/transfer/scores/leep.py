@@ -48,8 +48,8 @@ def nce(probabilities: np.ndarray, labels: np.ndarray) -> float:
 
     In nats; higher is better, 0 is the best (negative conditional entropy, Tran et al., ICCV 2019).
 
-    It needs classes, and a source with a head for classes. Use it as ``leep``, where the source's
-    probabilities are badly calibrated.
+    It needs classes, and a source with a head for classes. Use it in place of ``leep``
+    where the source's probabilities are not to be trusted: its likeliest class alone counts.
 
     Args:
         probabilities: (n, Z) of the source's classes.
@@ -70,7 +70,7 @@ def nleep(
     clusters are a mixture of Gaussians with diagonal covariances on the principal components that
     keep 80 % of the variance, five for each class where there are enough rows.
 
-    It needs classes. Use it as ``leep``, where the source has no classes of its own.
+    It needs classes. Use it in place of ``leep`` where the source has no head for classes.
 
     Args:
         features: (n, D) features.

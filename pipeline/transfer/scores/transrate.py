@@ -18,10 +18,10 @@ def transrate(features: np.ndarray, labels: np.ndarray) -> float:
 
     R(Z) - sum_c n_c / n R(Z_c) with R(Z) = log det(I + Z' Z / (n e)) / 2 in nats (Huang et al.,
     ICML 2022). The features are centred and divided by the root of their total variance, so that
-    the scale of a network does not count. The authors' code has 1 / C in place of n_c / n, which is
-    the same for C balanced classes; information weighs them by their frequency.
+    the scale of a network does not count. The authors' code has 1 / C in place of n_c / n. Both
+    are the same for C balanced classes; mutual information weighs classes by their frequency.
 
-    It needs classes. Use it beside ``logme``; it reads features alone, without fitting a head.
+    It needs classes. Use it beside ``logme``: it fits no head.
 
     Args:
         features: (n, D) features.
