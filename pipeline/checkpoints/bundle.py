@@ -234,9 +234,8 @@ def carry_head(task: Task, bundle: Bundle) -> str:
             f"new head: the objective was {source_objective.name}, now it is "
             f"{objective.registered_name}"
         )
-    options = objective.options
-    source_options = type(options)(**source_objective.options)
-    if getattr(source_options, "norm", None) != getattr(options, "norm", None):
+    norm = getattr(objective.options, "norm", None)
+    if source_objective.options.get("norm", norm) != norm:
         return "new head: the bundle's head was trained with another value of option norm"
     outcome = load_head(objective, bundle.head_tensors(), source_objective.state.get("labels"))
     if (
@@ -272,11 +271,8 @@ def load_head(
         objective.load_state_dict(dict(tensors))
         objective.names_taken_over = frozenset(tensors)
         return "head kept: the same labels"
-    if len(set(old)) < len(old):  # ImageNet has two cranes
-        return (
-            "new head: two of the source's labels have the same name, so its rows cannot be "
-            "matched to labels"
-        )
+    if any(len(set(labels)) < len(labels) for labels in (old, new)):  # ImageNet has two cranes
+        return "new head: two labels have the same name, so its rows cannot be matched to labels"
     differ = sorted(set(old) ^ set(new))
     shared = [label for label in new if label in old]
     names = f"{len(differ)} names, e.g. {', '.join(map(str, differ[:4]))}"

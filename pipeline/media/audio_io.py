@@ -75,6 +75,8 @@ MIN_MEAN_ENERGY = 0.02
 divided by the mean energy of a channel: n for equal channels, 1 for unrelated ones, 0 for two of
 which one is the other inverted.
 """
+SMALLEST_STEP = 1 / 32768
+"""Of samples of 16 bits. Below it there is no sound that could be cancelled."""
 MAX_PEAK = 16.0
 """Times full scale that samples of a floating-point file may reach. Beyond it the file is probably
 in integer scale (32768 is full there) and nearly all of it would be clipped.
@@ -377,8 +379,11 @@ def _read(
             "volume=1/32768 out.wav)"
         )
     if channels.shape[1] > 1:
-        least = MIN_MEAN_ENERGY * np.square(channels).mean() / channels.shape[1]
-        if np.square(samples).mean() < least:
+        sound = channels - channels.mean(0)  # without the offset of a converter
+        energy = np.square(sound).mean()
+        least = MIN_MEAN_ENERGY * energy / channels.shape[1]
+        is_audible = energy > SMALLEST_STEP**2
+        if is_audible and np.square(sound.mean(1)).mean() < least:
             raise BrokenAudioError(
                 "its channels cancel each other in their mean, as where one is the other inverted: "
                 "keep one of them (ffmpeg -i in.wav -af pan='mono|c0=c0' out.wav)"

@@ -742,14 +742,15 @@ def check_labels_for_backbone(spec: Source | Target, splits: Splits, state: Stat
     """Raise ValueError for labels of held-out rows that the backbone cannot predict.
 
     Otherwise they would be found during training, at the first evaluation. `bind_state` has checked
-    those of the training rows.
+    those of the training rows. A source's test rows are not read.
     """
     assert spec.data is not None and spec.objective is not None
     name = spec.objective.name
     if not binds_to_backbone(registry.get("objective", name)):
         return
+    unread = ("train", "test") if isinstance(spec, Source) else ("train",)
     for split, rows in splits.by_name().items():
-        if split == "train":
+        if split in unread:
             continue
         try:
             fit_components.encode_labels(name, state, rows, spec.data.columns)

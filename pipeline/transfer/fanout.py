@@ -360,28 +360,20 @@ def release_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-WORST_METRIC = -1e30
-"""Stands for NaN, which ASHA can neither rank nor stop."""
-
-
-def _with_finite_metric(result: dict[str, Any]) -> dict[str, Any]:
-    """Return a result of Tune whose metric can be compared."""
-    if math.isfinite(result["signed_metric"]):
-        return result
-    return {**result, "signed_metric": WORST_METRIC}
-
-
 class GroupedASHA(TrialScheduler):
     """ASHA (Li et al. 2020) within each entry.
 
-    Only trials of one source, target, technique and label fraction compete. A metric that is not
-    finite (the training diverged) counts as worse than any other.
+    Only trials of one source, target, technique and label fraction compete. A trial whose metric is
+    not finite (the training diverged) is stopped from the first rung on, unless none of the others
+    has a finite one.
     """
 
     def __init__(self, entries: dict[int, str]):
         super().__init__()
         self.entries = entries
         self.groups: dict[str, TrialScheduler] = {}
+        self.with_values: set[str] = set()
+        """Entries of which a trial has had a finite metric."""
         self._metric, self._mode = "signed_metric", "max"
         self._order = FIFOScheduler()
 
@@ -409,12 +401,19 @@ class GroupedASHA(TrialScheduler):
     def on_trial_result(self, tune_controller, trial, result):
         if result.get("finished"):
             return TrialScheduler.CONTINUE
-        return self._of(trial).on_trial_result(tune_controller, trial, _with_finite_metric(result))
+        entry = self.entries[trial.config["item_index"]]
+        if math.isfinite(result["signed_metric"]):
+            self.with_values.add(entry)
+            return self._of(trial).on_trial_result(tune_controller, trial, result)
+        is_judged = result["percent"] >= RUNGS["grace_period"] and entry in self.with_values
+        return TrialScheduler.STOP if is_judged else TrialScheduler.CONTINUE
 
     def on_trial_complete(self, tune_controller, trial, result):
         if not result.get("finished"):
-            rivals = self._of(trial)
-            rivals.on_trial_complete(tune_controller, trial, _with_finite_metric(result))
+            value = result["signed_metric"]
+            ranked = value if math.isfinite(value) else math.nan  # ASHA leaves NaN out of its rungs
+            last = {**result, "signed_metric": ranked}
+            self._of(trial).on_trial_complete(tune_controller, trial, last)
 
     def on_trial_remove(self, tune_controller, trial):
         self._of(trial).on_trial_remove(tune_controller, trial)

@@ -84,6 +84,9 @@ def test_channels_that_cancel_each_other_are_refused():
     for fine in (other, 0 * one, one, -0.5 * one):
         assert len(audio_io.decode(saved(np.stack([one, fine], axis=1)))[0]) == 1000
     audio_io.decode(saved(np.zeros((1000, 2))))
+    offset = np.array([0.02, -0.02])
+    audio_io.decode(saved(np.tile(offset, (1000, 1))))
+    audio_io.decode(saved(0.01 * one[:, None] + offset))
 
 
 def test_channels_are_averaged():

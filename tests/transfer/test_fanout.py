@@ -166,6 +166,8 @@ def test_a_trial_whose_metric_is_not_finite_is_stopped(lost):
     assert play(entries, {0: [0.9] * 5, 1: [0.9] * 5, 2: [lost] * 5}) == {2: 20.0}
     assert play(entries, {0: [0.1] * 5, 1: [0.1, lost] + [0.1] * 3, 2: [0.1] * 5}) == {1: 40.0}
     assert play(entries, {unit: [lost] * 5 for unit in range(3)}) == {}
+    found = play(entries, {0: [0.8] * 5, 1: [lost] * 5, 2: [0.1] * 5})
+    assert found == {1: 20.0, 2: 20.0}, "the others are judged as if it were not there"
 
 
 def test_trials_of_an_entry_may_come_when_others_are_through():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import (
@@ -17,9 +18,9 @@ from pipeline.io import atomic_folder, storage
 @register("export", "bundle")
 def export(saved: bundle.Bundle, output: str, backbone_only: bool) -> str:
     """A verified copy of the folder, whole where it held what differs from another one: this
-    program. It names no folder of this machine.
+    program. It keeps the places of its parent and of large language models: ``push`` removes them.
     """
-    manifest = saved.manifest.to_publish()
+    manifest = replace(saved.manifest, base=None)
     with storage.scratch_folder() as scratch:
         path = Path(scratch, "weights.safetensors")
         save_file(saved.tensors, path)
