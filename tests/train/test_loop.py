@@ -810,7 +810,9 @@ def test_a_resume_point_of_other_parameter_groups_is_refused(
     """Moments of one parameter would go to another, or torch would not say what to do."""
     loop.fit(resumable(rows, validation, tmp_path, "full"))
     monkeypatch.setattr(Task, "undecayed_parameters", lambda self: {"objective.head.weight"})
-    with pytest.raises(ValueError, match=r"written by another version of the code, .*--remake changed"):
+    with pytest.raises(
+        ValueError, match=r"written by another version of the code, .*--remake changed"
+    ):
         loop.fit(resumable(rows, validation, tmp_path, "full"))
 
 
