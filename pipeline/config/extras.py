@@ -8,6 +8,8 @@ EXTRAS = {
     "speech": ("flashlight",),
     "robotics": ("gymnasium", "mujoco", "stable_baselines3", "av"),
     "optuna": ("optuna",),
+    "hyperopt": ("hyperopt",),
+    "bayesopt": ("bayes_opt",),
     "quantized": ("bitsandbytes",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "mlflow": ("mlflow",),

@@ -1016,13 +1016,15 @@ class Fanout(Spec):
             "they are, and the first draw is the job's own settings",
         )
     )
-    searcher: Literal["random", "optuna"] = Field(
+    searcher: Literal["random", "optuna", "hyperopt", "bayesopt"] = Field(
         "random",
         # hashes of jobs are those from before there was a choice
         exclude_if=lambda value: value == "random",
-        description="random: independent draws; optuna (extra optuna): the first quarter is "
-        "random, and Optuna's tree-structured Parzen estimator proposes each further quarter from "
-        "the validation values of the entry's earlier trials",
+        description="random: independent draws. The others are searchers of Ray Tune, each with "
+        "an extra of its name: the first quarter of the settings is random, and each further "
+        "quarter is proposed from the validation values of the entry's earlier trials. optuna: "
+        "tree-structured Parzen estimator over all settings together; hyperopt: the same, each "
+        "setting by itself; bayesopt: Gaussian process, for ranges alone",
     )
     search_finalists: Finalists = Field(
         default_factory=lambda: Finalists.model_validate({}),
@@ -1114,11 +1116,11 @@ class Fanout(Spec):
             problems += _unused_field_problems(
                 self, ["scheduler"], f"{nothing}, and asha stops draws alone"
             )
-        if self.searcher == "optuna" and self.scheduler == "asha":
+        if self.searcher != "random" and self.scheduler == "asha":
             problems.add(
                 ("searcher",),
-                "optuna learns from trials that ran to their end, and asha stops some: say "
-                "scheduler fifo, or searcher random",
+                f"{self.searcher} learns from trials that ran to their end, and asha stops some: "
+                "say scheduler fifo, or searcher random",
             )
         if self.trials > 1 and self.budget is not None:
             problems.add(

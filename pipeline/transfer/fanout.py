@@ -11,13 +11,14 @@ import ctypes
 import gc
 import math
 import shutil
+import sys
 import tempfile
 import threading
 import time
 import uuid
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +30,7 @@ from ray import cloudpickle, tune
 from ray.exceptions import GetTimeoutError, RayError
 from ray.tune.execution import class_cache
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher, create_searcher
 
 from pipeline.config.schema import Fanout, Job
 from pipeline.core.metrics.catalog import metric
@@ -49,6 +51,8 @@ RUNGS = {"grace_period": 20, "reduction_factor": 2, "max_t": 100}
 """ASHA halves the trials of an entry at 20, 40 and 80 percent of their steps, however often they
 validate.
 """
+SEARCHED_METRIC = "value"
+"""The result that a searcher maximises."""
 MAX_STACKED_TRIALS = 64
 """Most heads that train together: with more work items, more workers are busy."""
 
@@ -423,6 +427,44 @@ class GroupedASHA(TrialScheduler):
 
     def debug_string(self) -> str:
         return f"ASHA in {len(self.groups)} entries"
+
+
+def build_searcher(
+    name: str,
+    domains: Mapping[str, tuple[float, float] | int],
+    points: Sequence[Mapping[str, float]],
+    seed: int,
+) -> Searcher:
+    """Build a searcher of Ray Tune.
+
+    It makes no random proposals once it knows the value of a point.
+
+    Args:
+        name: optuna (tree-structured Parzen estimator, Bergstra et al. 2011), hyperopt (the same,
+            each name by itself) or bayesopt (Gaussian process).
+        domains: For each name the ends of a range, or a number of choices, which are numbered.
+        points: What it proposes first.
+        seed: Of its random numbers.
+    """
+    options: dict[str, Any]
+    if name == "optuna":
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=1, multivariate=True)
+        options = {"sampler": sampler}
+    elif name == "hyperopt":
+        options = {"random_state_seed": seed, "n_initial_points": 1}
+    else:  # a setting that is proposed twice is tried once
+        options = {"random_state": seed, "random_search_steps": 0}
+        options |= {"skip_duplicate": False, "patience": sys.maxsize}
+    out = create_searcher(name, points_to_evaluate=[dict(point) for point in points], **options)
+    space = {
+        key: tune.choice(list(range(ends))) if isinstance(ends, int) else tune.uniform(*ends)
+        for key, ends in domains.items()
+    }
+    out.set_search_properties(SEARCHED_METRIC, "max", space)
+    return out
 
 
 class ProgressCallback(tune.Callback):

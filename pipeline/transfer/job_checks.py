@@ -153,11 +153,19 @@ def budget_problems(job: Job, target: TargetStage) -> list[str]:
 
 def search_problems(job: Job, target: TargetStage) -> list[str]:
     """Return what techniques declare to be searched and do not take, or what the search lacks."""
-    if job.fanout.searcher == "optuna":
-        try:
-            proposals.library()
-        except ValueError as error:
-            return [str(error)]
+    try:
+        proposals.check_installed(job.fanout.searcher)
+    except ValueError as error:
+        return [str(error)]
+    if job.fanout.searcher == "bayesopt":
+        for component in target.techniques:
+            space = grid.search_space(job, target.spec, component)
+            choices = [name for name in space.values if not space.is_range(name)]
+            if choices:
+                return [
+                    f"fanout.searcher: bayesopt searches ranges alone, and {component.name} has "
+                    f"choices of {', '.join(choices)}: say optuna or hyperopt, or give a range"
+                ]
     if job.fanout.search != "auto":
         return []
     return [

@@ -1,9 +1,8 @@
 """The settings that a search tries, generation by generation.
 
-With ``fanout.searcher: optuna`` those of a generation are proposed from the validation values of
-the earlier ones (tree-structured Parzen estimator, Bergstra et al. 2011). They are a pure function
-of these values and of the job's seed, so that a job that was killed continues with the settings
-that it had.
+With a ``fanout.searcher`` of Ray Tune (optuna, hyperopt, bayesopt) those of a generation are
+proposed from the validation values of the earlier ones. They are a pure function of these values
+and of the job's seed, so that a job that was killed continues with the settings that it had.
 
 Population-based training (Jaderberg et al. 2017) is not offered. It copies weights between trials
 and changes settings in the middle of one, while a trial here is a function of its settings: that is
@@ -15,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -23,29 +22,27 @@ import numpy as np
 from pipeline.config import extras
 from pipeline.config.schema import ComponentConfig, Job, Target
 from pipeline.core.rng import mix
-from pipeline.transfer import grid
+from pipeline.transfer import fanout, grid
 from pipeline.transfer.grid import HyperParameters, SearchSpace, Trial
 
 GENERATIONS = 4
-"""Parts of a search with Optuna, as equal as they can be. The trials of each run side by side."""
+"""Parts of a search that learns, as equal as they can be. The trials of each run side by side."""
 Drawn = tuple[tuple[str, Any], ...]
 """For each name a value of its range, or the index of a choice."""
 
 
-def library() -> Any:
-    """Return Optuna. It logs no more than warnings.
+def check_installed(searcher: str) -> None:
+    """Check that the library of a searcher is there.
 
     Raises:
         ValueError: It is not installed.
     """
-    try:
-        optuna = import_module("optuna")
-    except ImportError:
-        raise ValueError(
-            f"fanout.searcher: optuna is not installed: {extras.install('optuna')}, or use random"
-        ) from None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna
+    for module in extras.EXTRAS.get(searcher, ()):
+        if find_spec(module) is None:
+            raise ValueError(
+                f"fanout.searcher: {searcher} is not installed: {extras.install(searcher)}, or use "
+                "random"
+            )
 
 
 def search_trials(
@@ -58,10 +55,10 @@ def search_trials(
 ) -> list[Trial]:
     """Return the search trials of an entry, as far as they are known.
 
-    Random draws are all known at once (`grid.draws`). With Optuna the first generation consists of
-    the first random draws, and each further one is known when all trials of the earlier ones have
-    ended. A setting that is drawn or proposed twice is tried once. There are no trials where
-    nothing is searched.
+    Random draws are all known at once (`grid.draws`). With another searcher the first generation
+    consists of the first random draws, and each further one is known when all trials of the earlier
+    ones have ended. A setting that is drawn or proposed twice is tried once. There are no trials
+    where nothing is searched.
 
     Args:
         in_memory: Whether the rows of the target are held in memory.
@@ -82,7 +79,7 @@ def search_trials(
         if any(one.id not in values for one in out):
             break
         values_so_far = [values[one.id] for one in out]
-        proposed = propose(space, settings, values_so_far, size, generation)
+        proposed = propose(job.fanout.searcher, space, settings, values_so_far, size, generation)
         settings = grid.without_repeats([*settings, *proposed])
         out = [make(setting) for setting in settings]
     return out
@@ -95,6 +92,7 @@ def _sizes(trials: int) -> list[int]:
 
 
 def propose(
+    searcher: str,
     space: SearchSpace,
     tried: Sequence[HyperParameters],
     values: Sequence[float | None],
@@ -117,7 +115,7 @@ def propose(
         (tuple(sorted(space.from_hyper_parameters(hyper).items())), value)
         for hyper, value in zip(tried, values, strict=True)
     )
-    proposed = ask(ranges, known, count, mix(space.seed, generation) % 2**32)
+    proposed = ask(searcher, ranges, known, count, mix(space.seed, generation) % 2**32)
     return [
         space.to_hyper_parameters(
             {
@@ -131,40 +129,66 @@ def propose(
 
 @lru_cache(maxsize=4096)  # a command asks again whenever trials have ended
 def ask(
+    name: str,
     ranges: tuple[tuple[str, tuple[float, ...] | int], ...],
     known: tuple[tuple[Drawn, float | None], ...],
     count: int,
     seed: int,
 ) -> list[Drawn]:
-    """Ask a study for values.
+    """Ask a searcher of Ray Tune for values.
+
+    It gets the earlier trials as if it had proposed them. What it proposes has the worst of their
+    values until it has run, so that the settings of a generation differ ("constant liar",
+    Ginsbourger et al. 2010).
 
     Args:
+        name: optuna, hyperopt or bayesopt.
         ranges: For each name the ends of a range, which is searched on a logarithmic scale, or a
             number of choices.
         known: What earlier trials drew (of choices the indices), each with its validation value.
+            Those that lack a name, because the job's own value is outside of its range, are left
+            out.
     """
-    optuna = library()
-    distributions = {
-        name: optuna.distributions.CategoricalDistribution(range(values))
-        if isinstance(values, int)
-        else optuna.distributions.FloatDistribution(*values, log=True)
-        for name, values in ranges
+    searched = {key: ends for key, ends in ranges if isinstance(ends, int) or ends[0] < ends[1]}
+    fixed = [
+        (key, ends[0]) for key, ends in ranges if not isinstance(ends, int) and key not in searched
+    ]
+    if not searched:
+        return [tuple(fixed)] * count
+    tried = [
+        (dict(drawn), value) for drawn, value in known if searched.keys() <= dict(drawn).keys()
+    ]
+    points = [
+        {key: _to_searched(drawn[key], ends) for key, ends in searched.items()}
+        for drawn, _ in tried
+    ]
+    domains = {
+        key: ends if isinstance(ends, int) else (math.log(ends[0]), math.log(ends[1]))
+        for key, ends in searched.items()
     }
-    # settings without a value yet count as bad, so that those of a generation differ
-    sampler = optuna.samplers.TPESampler(
-        seed=seed, n_startup_trials=1, multivariate=True, constant_liar=True
-    )
-    study = optuna.create_study(direction="maximize", sampler=sampler)
-    for drawn, value in known:
-        is_known = value is not None and math.isfinite(value)
-        params = dict(drawn)
-        study.add_trial(
-            optuna.trial.create_trial(
-                state=optuna.trial.TrialState[("FAIL", "COMPLETE")[is_known]],
-                value=value if is_known else None,
-                params=params,
-                distributions={name: distributions[name] for name in params},
-            )
-        )
-    asked = [study.ask(distributions) for _ in range(count)]
-    return [tuple(trial.params.items()) for trial in asked]
+    searcher = fanout.build_searcher(name, domains, points, seed)
+    values = [value if value is not None and math.isfinite(value) else None for _, value in tried]
+    worst = min(filter(lambda value: value is not None, values), default=None)
+    out: list[Drawn] = []
+    for number, value in enumerate([*values, *[worst] * count]):
+        suggested = searcher.suggest(str(number))
+        assert isinstance(suggested, dict), f"{name} proposed {suggested}"
+        result = None if value is None else {fanout.SEARCHED_METRIC: value}
+        searcher.on_trial_complete(str(number), result, error=value is None)
+        if number >= len(tried):
+            found = [(key, _from_searched(suggested[key], ends)) for key, ends in searched.items()]
+            out.append((*fixed, *found))
+    return out
+
+
+def _to_searched(value: float, ends: tuple[float, ...] | int) -> float:
+    """Return the index of a choice, or the logarithm of a value of a range."""
+    return value if isinstance(ends, int) else math.log(value)
+
+
+def _from_searched(value: float, ends: tuple[float, ...] | int) -> float:
+    """Undo `_to_searched`; a rounded value is put back into its range."""
+    if isinstance(ends, int):
+        return value
+    low, high = ends
+    return min(max(math.exp(value), low), high)

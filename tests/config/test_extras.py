@@ -9,6 +9,7 @@ from pipeline.config import extras
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
 PACKAGES = {
+    "bayes_opt": "bayesian-optimization",
     "flashlight": "flashlight-text",
     "mujoco": "gymnasium[mujoco]",
     "stable_baselines3": "stable-baselines3",

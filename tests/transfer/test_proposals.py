@@ -1,10 +1,9 @@
-"""A search with Optuna: proposals follow from the validation values and the seed alone, lie in
+"""A search with a searcher of Ray Tune: proposals follow from the validation values and the seed alone, lie in
 their ranges, and find a planted optimum better than random draws.
 """
 
 import json
 import math
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,13 +12,16 @@ import stage_runs
 from pydantic import ValidationError
 from toys import image_files
 
+from pipeline.config import extras
 from pipeline.config.registry import Options
 from pipeline.config.schema import ComponentConfig, Fanout, Job, spec_hash
 from pipeline.io import storage
 from pipeline.report import trial_folder
-from pipeline.transfer import dry_run, existing_trials, grid, proposals, stages
+from pipeline.transfer import dry_run, existing_trials, fanout, grid, proposals, stages
 
 LOW, HIGH = 1e-4, 1e-1
+BAYESOPT = pytest.param("bayesopt", marks=pytest.mark.slow)  # 4 s a generation
+each_searcher = pytest.mark.parametrize("searcher", ["optuna", "hyperopt", "bayesopt"])
 
 
 def make(setting: dict):
@@ -103,10 +105,11 @@ def test_a_generation_waits_for_every_trial_of_the_earlier_ones():
         assert known(job, some) == whole[: 4 * (place // 4 + 1)]
 
 
+@pytest.mark.parametrize("searcher", ["optuna", "hyperopt", BAYESOPT])
 @pytest.mark.parametrize("changed", [9.0, None])
-def test_the_same_values_give_the_same_proposals_and_another_best_one_does_not(changed):
+def test_the_same_values_give_the_same_proposals_and_another_best_one_does_not(changed, searcher):
     """Another trial becomes the best, or the best one fails: the estimator reads their order."""
-    job = job_of({"search": "auto"})
+    job = job_of({"search": "auto", "searcher": searcher})
 
     def value(setting):
         return math.sin(100 * sum(setting.values()))
@@ -127,8 +130,9 @@ def test_the_same_values_give_the_same_proposals_and_another_best_one_does_not(c
     assert searched(job.model_copy(update={"seed": 1}), value)[0][1:] != whole[1:]
 
 
-def test_a_search_goes_on_where_every_trial_failed():
-    found, sizes = searched(job_of(RATE), lambda setting: None)
+@each_searcher
+def test_a_search_goes_on_where_every_trial_failed(searcher):
+    found, sizes = searched(job_of({**RATE, "searcher": searcher}), lambda setting: None)
     assert sizes == [4] * 4 and len({one["lr"] for one in found}) == 16
 
 
@@ -143,8 +147,9 @@ def test_random_draws_wait_for_nothing_and_nothing_to_search_is_no_trial():
 # ---------------------------------------------------------------- ranges
 
 
-def test_proposals_lie_in_the_ranges_and_choices_that_techniques_declare():
-    job = job_of({"search": "auto", "trials": 32})
+@pytest.mark.parametrize("searcher", ["optuna", "hyperopt"])
+def test_proposals_lie_in_the_ranges_and_choices_that_techniques_declare(searcher):
+    job = job_of({"search": "auto", "trials": 32, "searcher": searcher})
     for technique in ("full", "lora", "lp_ft"):
         # the best settings lie at an end of their range
         found, _ = searched(job, lambda setting: sum(setting.values()), technique)
@@ -216,18 +221,35 @@ def test_the_jobs_own_settings_count_where_they_lie_in_the_ranges():
 # ---------------------------------------------------------------- what it finds
 
 
-def test_a_planted_optimum_is_found_better_than_by_random_draws():
+@pytest.mark.parametrize(
+    ("searcher", "seeds", "distance", "wins"),
+    [
+        ("optuna", 20, 0.5, 0.7),
+        ("hyperopt", 60, 0.7, 0.55),
+        pytest.param("bayesopt", 4, 0.5, 0.7, marks=pytest.mark.slow),
+    ],
+)
+def test_a_planted_optimum_is_found_better_than_by_random_draws(searcher, seeds, distance, wins):
     """Mean and number of seeds with a smaller distance to the optimum, with as many trials."""
     search = {"lr": [LOW, HIGH], "weight_decay": [LOW, HIGH]}
     found, drawn = [], []
-    for seed in range(20):
-        job = job_of({"search": search, "trials": 24}).model_copy(update={"seed": seed})
+    for seed in range(seeds):
+        job = job_of({"search": search, "trials": 24, "searcher": searcher})
+        job = job.model_copy(update={"seed": seed})
         value = bowl({"lr": 5e-4, "weight_decay": 3e-2})
         random = grid.draws(job, job.targets["task"], ComponentConfig(name="full"))
         found.append(-max(map(value, searched(job, value)[0])))
         drawn.append(-max(map(value, random)))
-    assert np.mean(found) < 0.5 * np.mean(drawn), (found, drawn)
-    assert sum(np.array(found) < np.array(drawn)) >= 14
+    assert np.mean(found) < distance * np.mean(drawn), (found, drawn)
+    assert np.mean(np.array(found) < np.array(drawn)) >= wins
+
+
+@each_searcher
+def test_a_searcher_gets_the_earlier_trials_as_they_were(searcher):
+    """The points that it is given come back in their order, as what it proposed first."""
+    points = [{"a": 0.25, "b": -1.5}, {"a": 0.75, "b": -0.5}, {"a": 0.5, "b": -1.0}]
+    built = fanout.build_searcher(searcher, {"a": (0.0, 1.0), "b": (-2.0, 0.0)}, points, 3)
+    assert [built.suggest(str(number)) for number in range(3)] == points
 
 
 # ---------------------------------------------------------------- a job
@@ -261,7 +283,7 @@ def toy_job(folder, toy, **fan) -> Job:
 @pytest.mark.slow
 def test_a_job_that_was_killed_goes_on_with_the_settings_that_it_had(tmp_path, toy, monkeypatch):
     ran = stage_runs.trials_in_this_process(monkeypatch)
-    whole = toy_job(tmp_path / "whole", toy)
+    whole = toy_job(tmp_path / "whole", toy, searcher="hyperopt")
     _, rows = stage_runs.run_through(whole)
     expected = list(ran)
     assert len(expected) == len(set(expected)) == 2 * 4 + 2
@@ -293,16 +315,31 @@ def test_a_dry_run_counts_no_more_than_for_random_draws(tmp_path, toy):
     assert said("optuna") == said("random") and "10 trials" in said("random")
 
 
-def test_without_optuna_a_job_is_refused_before_anything_starts(tmp_path, toy, monkeypatch):
-    monkeypatch.setitem(sys.modules, "optuna", None)
+@each_searcher
+def test_a_job_is_refused_before_anything_starts_where_its_searcher_is_not_installed(
+    searcher, tmp_path, toy, monkeypatch
+):
+    (module,) = extras.EXTRAS[searcher]
+    monkeypatch.setattr(proposals, "find_spec", lambda name: None if name == module else name)
     with pytest.raises(ValueError) as error:
-        stage_runs.prepared(toy_job(tmp_path, toy))
+        stage_runs.prepared(toy_job(tmp_path, toy, searcher=searcher))
     assert str(error.value) == (
-        "fanout.searcher: optuna is not installed: uv pip install -e '.[optuna]' "
+        f"fanout.searcher: {searcher} is not installed: uv pip install -e '.[{searcher}]' "
         "(without a GPU add --torch-backend cpu; without a clone: pip install "
-        "'onetomany[optuna]'), or use random"
+        f"'onetomany[{searcher}]'), or use random"
     )
     stage_runs.prepared(toy_job(tmp_path, toy, searcher="random"))
+
+
+def test_bayesopt_refuses_choices(tmp_path, toy):
+    search = {"lr": [LOW, HIGH], "weight_decay": [0.0, 0.01, 0.1]}
+    with pytest.raises(ValueError) as error:
+        stage_runs.prepared(toy_job(tmp_path, toy, searcher="bayesopt", search=search))
+    assert str(error.value) == (
+        "fanout.searcher: bayesopt searches ranges alone, and scratch has choices of "
+        "weight_decay: say optuna or hyperopt, or give a range"
+    )
+    stage_runs.prepared(toy_job(tmp_path, toy, searcher="hyperopt", search=search))
 
 
 def test_jobs_without_it_have_the_hashes_that_they_had():
