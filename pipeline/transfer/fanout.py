@@ -458,7 +458,9 @@ def build_searcher(
     else:  # a setting that is proposed twice is tried once
         options = {"random_state": seed, "random_search_steps": 0}
         options |= {"skip_duplicate": False, "patience": sys.maxsize}
-    out = create_searcher(name, points_to_evaluate=[dict(point) for point in points], **options)
+    out: Any = create_searcher(
+        name, points_to_evaluate=[dict(point) for point in points], **options
+    )
     space = {
         key: tune.choice(list(range(ends))) if isinstance(ends, int) else tune.uniform(*ends)
         for key, ends in domains.items()

@@ -168,7 +168,7 @@ def ask(
     }
     searcher = fanout.build_searcher(name, domains, points, seed)
     values = [value if value is not None and math.isfinite(value) else None for _, value in tried]
-    worst = min(filter(lambda value: value is not None, values), default=None)
+    worst = min((value for value in values if value is not None), default=None)
     out: list[Drawn] = []
     for number, value in enumerate([*values, *[worst] * count]):
         suggested = searcher.suggest(str(number))
