@@ -1,5 +1,5 @@
-"""A search with a searcher of Ray Tune: proposals follow from the validation values and the seed alone, lie in
-their ranges, and find a planted optimum better than random draws.
+"""A search that learns: proposals follow from the validation values and the seed alone, lie in their
+ranges, and find a planted optimum better than random draws.
 """
 
 import json
