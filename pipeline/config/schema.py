@@ -1023,8 +1023,9 @@ class Fanout(Spec):
         description="random: independent draws. The others are searchers of Ray Tune, each with "
         "an extra of its name: the first quarter of the settings is random, and each further "
         "quarter is proposed from the validation values of the entry's earlier trials. optuna: "
-        "tree-structured Parzen estimator over all settings together; hyperopt: the same, each "
-        "setting by itself; bayesopt: Gaussian process, for ranges alone",
+        "tree-structured Parzen estimator over all settings together; hyperopt: the same "
+        "estimator, each setting independently of the others; bayesopt: Gaussian process, for "
+        "ranges alone (a technique whose own search has choices, as lora has, is refused)",
     )
     search_finalists: Finalists = Field(
         default_factory=lambda: Finalists.model_validate({}),

@@ -437,14 +437,14 @@ def build_searcher(
 ) -> Searcher:
     """Build a searcher of Ray Tune.
 
-    It makes no random proposals once it knows the value of a point.
+    It proposes by its model as soon as it knows the value of one point.
 
     Args:
-        name: optuna (tree-structured Parzen estimator, Bergstra et al. 2011), hyperopt (the same,
-            each name by itself) or bayesopt (Gaussian process).
+        name: optuna (tree-structured Parzen estimator, Bergstra et al. 2011), hyperopt (the same
+            estimator, each name independently of the others) or bayesopt (Gaussian process).
         domains: For each name the ends of a range, or a number of choices, which are numbered.
         points: What it proposes first.
-        seed: Of its random numbers.
+        seed: Seed of its random numbers.
     """
     options: dict[str, Any]
     if name == "optuna":
@@ -455,9 +455,8 @@ def build_searcher(
         options = {"sampler": sampler}
     elif name == "hyperopt":
         options = {"random_state_seed": seed, "n_initial_points": 1}
-    else:  # a setting that is proposed twice is tried once
-        options = {"random_state": seed, "random_search_steps": 0}
-        options |= {"skip_duplicate": False, "patience": sys.maxsize}
+    else:
+        options = {"random_search_steps": 0, "skip_duplicate": False, "patience": sys.maxsize}
     out: Any = create_searcher(
         name, points_to_evaluate=[dict(point) for point in points], **options
     )
@@ -466,6 +465,12 @@ def build_searcher(
         for key, ends in domains.items()
     }
     out.set_search_properties(SEARCHED_METRIC, "max", space)
+    if name == "bayesopt":  # its own may not propose an end of a range twice
+        from bayes_opt import BayesianOptimization
+
+        out.optimizer = BayesianOptimization(
+            None, domains, random_state=seed, verbose=0, allow_duplicate_points=True
+        )
     return out
 
 

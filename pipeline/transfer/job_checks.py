@@ -164,7 +164,8 @@ def search_problems(job: Job, target: TargetStage) -> list[str]:
             if choices:
                 return [
                     f"fanout.searcher: bayesopt searches ranges alone, and {component.name} has "
-                    f"choices of {', '.join(choices)}: say optuna or hyperopt, or give a range"
+                    f"choices of {', '.join(choices)}: say optuna or hyperopt, or state a range "
+                    "(with search: auto, state the option in techniques)"
                 ]
     if job.fanout.search != "auto":
         return []

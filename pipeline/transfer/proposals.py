@@ -14,7 +14,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from importlib.metadata import version
 from importlib.util import find_spec
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from pipeline.transfer.grid import HyperParameters, SearchSpace, Trial
 
 GENERATIONS = 4
 """Parts of a search that learns, as equal as they can be. The trials of each run side by side."""
+BAYESOPT_VERSION = "1.4.3"
 Drawn = tuple[tuple[str, Any], ...]
 """For each name a value of its range, or the index of a choice."""
 
@@ -35,7 +38,7 @@ def check_installed(searcher: str) -> None:
     """Check that the library of a searcher is there.
 
     Raises:
-        ValueError: It is not installed.
+        ValueError: It is not installed, or in a version that Ray Tune cannot call.
     """
     for module in extras.EXTRAS.get(searcher, ()):
         if find_spec(module) is None:
@@ -43,6 +46,11 @@ def check_installed(searcher: str) -> None:
                 f"fanout.searcher: {searcher} is not installed: {extras.install(searcher)}, or use "
                 "random"
             )
+    if searcher == "bayesopt" and (found := version("bayesian-optimization")) != BAYESOPT_VERSION:
+        raise ValueError(
+            f"fanout.searcher: Ray Tune calls version {BAYESOPT_VERSION} of bayesian-optimization, "
+            f"and {found} is installed: {extras.install(searcher)}, or use optuna"
+        )
 
 
 def search_trials(
@@ -137,8 +145,8 @@ def ask(
 ) -> list[Drawn]:
     """Ask a searcher of Ray Tune for values.
 
-    It gets the earlier trials as if it had proposed them. What it proposes has the worst of their
-    values until it has run, so that the settings of a generation differ ("constant liar",
+    It gets the earlier trials as if it had proposed them. A failed trial counts as the worst. So
+    does a proposal that has not run yet, so that those of a generation differ ("constant liar",
     Ginsbourger et al. 2010).
 
     Args:
@@ -146,8 +154,8 @@ def ask(
         ranges: For each name the ends of a range, which is searched on a logarithmic scale, or a
             number of choices.
         known: What earlier trials drew (of choices the indices), each with its validation value.
-            Those that lack a name, because the job's own value is outside of its range, are left
-            out.
+            Those that lack a name, because the search could not have drawn the job's own value,
+            are left out.
     """
     searched = {key: ends for key, ends in ranges if isinstance(ends, int) or ends[0] < ends[1]}
     fixed = [
@@ -158,6 +166,8 @@ def ask(
     tried = [
         (dict(drawn), value) for drawn, value in known if searched.keys() <= dict(drawn).keys()
     ]
+    if name == "hyperopt":
+        tried.reverse()  # Ray Tune numbers its points from the last, and hyperopt forgets the first
     points = [
         {key: _to_searched(drawn[key], ends) for key, ends in searched.items()}
         for drawn, _ in tried
@@ -167,18 +177,35 @@ def ask(
         for key, ends in searched.items()
     }
     searcher = fanout.build_searcher(name, domains, points, seed)
-    values = [value if value is not None and math.isfinite(value) else None for _, value in tried]
-    worst = min((value for value in values if value is not None), default=None)
+    values = _without_outliers([value for _, value in tried])
+    worst = min(values, default=0.0)
     out: list[Drawn] = []
     for number, value in enumerate([*values, *[worst] * count]):
         suggested = searcher.suggest(str(number))
         assert isinstance(suggested, dict), f"{name} proposed {suggested}"
-        result = None if value is None else {fanout.SEARCHED_METRIC: value}
-        searcher.on_trial_complete(str(number), result, error=value is None)
+        searcher.on_trial_complete(str(number), {fanout.SEARCHED_METRIC: value})
         if number >= len(tried):
             found = [(key, _from_searched(suggested[key], ends)) for key, ends in searched.items()]
             out.append((*fixed, *found))
     return out
+
+
+def _without_outliers(values: Sequence[float | None]) -> list[float]:
+    """Return values that a Gaussian process can be fitted to.
+
+    None of them is farther below the median than three times what the best is above it. The loss of
+    a training that diverged would hide all other differences. A failed trial has the smallest.
+    """
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if not known:
+        return [0.0] * len(values)
+    middle, best = median(known), max(known)
+    lowest = max(min(known), middle - 3 * (best - middle))
+    failed = lowest if lowest < best else best - 1
+    return [
+        failed if value is None or not math.isfinite(value) else max(value, lowest)
+        for value in values
+    ]
 
 
 def _to_searched(value: float, ends: tuple[float, ...] | int) -> float:

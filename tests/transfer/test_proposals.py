@@ -20,7 +20,6 @@ from pipeline.report import trial_folder
 from pipeline.transfer import dry_run, existing_trials, fanout, grid, proposals, stages
 
 LOW, HIGH = 1e-4, 1e-1
-BAYESOPT = pytest.param("bayesopt", marks=pytest.mark.slow)  # 4 s a generation
 each_searcher = pytest.mark.parametrize("searcher", ["optuna", "hyperopt", "bayesopt"])
 
 
@@ -105,8 +104,16 @@ def test_a_generation_waits_for_every_trial_of_the_earlier_ones():
         assert known(job, some) == whole[: 4 * (place // 4 + 1)]
 
 
-@pytest.mark.parametrize("searcher", ["optuna", "hyperopt", BAYESOPT])
-@pytest.mark.parametrize("changed", [9.0, None])
+@pytest.mark.parametrize(
+    ("searcher", "changed"),
+    [
+        ("optuna", 9.0),
+        ("optuna", None),
+        ("hyperopt", 9.0),
+        ("hyperopt", None),
+        pytest.param("bayesopt", 9.0, marks=pytest.mark.slow),  # 4 s a generation
+    ],
+)
 def test_the_same_values_give_the_same_proposals_and_another_best_one_does_not(changed, searcher):
     """Another trial becomes the best, or the best one fails: the estimator reads their order."""
     job = job_of({"search": "auto", "searcher": searcher})
@@ -245,6 +252,49 @@ def test_a_planted_optimum_is_found_better_than_by_random_draws(searcher, seeds,
 
 
 @each_searcher
+def test_a_huge_value_of_a_training_that_diverged_hides_no_differences(searcher):
+    """The ends of the range are known and the best: bayesopt may propose them again."""
+    ends = (("lr", (1e-3, 1.0)),)
+    rates = (1e-3, 0.01, 0.05, 0.2, 0.6, 1.0)
+    known = tuple(((("lr", rate),), math.log(rate)) for rate in rates)
+    found = [
+        proposals.ask(searcher, ends, (*known, ((("lr", 0.002),), lowest)), 3, 1)
+        for lowest in (-50.0, -1e200)
+    ]
+    assert found[0] == found[1] and len(found[0]) == 3
+
+
+@each_searcher
+def test_a_failed_setting_counts_as_the_worst(searcher):
+    """All others are as good as each other: it goes where none has failed."""
+    ends = (("lr", (1e-3, 1.0)),)
+    rates = (1e-3, 2e-3, 4e-3, 0.2, 0.5, 1.0)
+    failed = tuple(((("lr", rate),), 1.0 if rate < 0.1 else None) for rate in rates)
+    found = [
+        dict(one)["lr"] for s in range(8) for one in proposals.ask(searcher, ends, failed, 1, s)
+    ]
+    assert np.median(found) < 0.03, found
+
+
+def test_hyperopt_numbers_the_earlier_trials_from_the_oldest(monkeypatch):
+    """It gives those with the smallest numbers the least weight."""
+    built = []
+
+    def build(*args):
+        built.append(fanout.build_searcher(*args))
+        return built[-1]
+
+    monkeypatch.setattr(proposals, "fanout", SimpleNamespace(**vars(fanout)))
+    monkeypatch.setattr(proposals.fanout, "build_searcher", build)
+    known = tuple(((("lr", rate),), rate) for rate in (0.01, 0.1, 0.5))
+    proposals.ask("hyperopt", (("lr", (1e-3, 1.0)),), known, 1, 12345)
+    points = built[0].get_state()["hyperopt_trials"].trials[:3]
+    assert [math.exp(one["misc"]["vals"]["lr"][0]) for one in points] == pytest.approx(
+        [0.01, 0.1, 0.5]
+    )
+
+
+@each_searcher
 def test_a_searcher_gets_the_earlier_trials_as_they_were(searcher):
     """The points that it is given come back in their order, as what it proposed first."""
     points = [{"a": 0.25, "b": -1.5}, {"a": 0.75, "b": -0.5}, {"a": 0.5, "b": -1.0}]
@@ -337,7 +387,8 @@ def test_bayesopt_refuses_choices(tmp_path, toy):
         stage_runs.prepared(toy_job(tmp_path, toy, searcher="bayesopt", search=search))
     assert str(error.value) == (
         "fanout.searcher: bayesopt searches ranges alone, and scratch has choices of "
-        "weight_decay: say optuna or hyperopt, or give a range"
+        "weight_decay: say optuna or hyperopt, or state a range (with search: auto, state the "
+        "option in techniques)"
     )
     stage_runs.prepared(toy_job(tmp_path, toy, searcher="hyperopt", search=search))
 
