@@ -503,6 +503,8 @@ def _on_new_target(new: NewTarget, models: dict[tuple[_Kind, str], _LikeEntries]
         if of_target or not same_task or new.metric not in (None, metric):
             continue
         untried = like.untried([], (new.name, new.label_fraction))
+        if not untried:  # all entries combine the trials of others
+            continue
         decimals = _decimals(untried[0].high - untried[0].low)
         out.append(
             Advice(

@@ -167,7 +167,8 @@ def format_percent(share: float) -> str:
     """Return a share from 0 to 1 as whole per cent, "<1" or "·" for zero."""
     if share == 0:
         return "·"
-    return "<1" if share < 0.005 else f"{100 * share:.0f}"
+    percent = f"{100 * share:.0f}"
+    return "<1" if percent == "0" else percent
 
 
 # ---------------------------------------------------------------- Markdown

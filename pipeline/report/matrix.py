@@ -189,6 +189,8 @@ class MatrixEntry:
     """
     best_baseline: str = ""
     over_best_baseline: GainEstimate = GainEstimate()
+    trial_ids: tuple[str, ...] = ()
+    """Its finished final trials, one for each seed; those of folds are pooled (`folds.pool`)."""
     compared_with: tuple[EntryKey, ...] = ()
     """Keys (`entry_key`) of the entries that its gains are over: the one of ``over_scratch``, the
     best scratch network and the best baseline.
@@ -667,6 +669,7 @@ def _entry(
         best_scratch=best_scratch.key.backbone if best_scratch is not None and done else "",
         over_best_scratch=over_best_scratch,
         validation=_finite_or_none(trials.validation()),
+        trial_ids=tuple(row.trial_id for row in done),
         best_baseline=best_baseline.key.technique if best_baseline is not None and done else "",
         over_best_baseline=over_best_baseline,
         compared_with=tuple(dict.fromkeys(compared_with)),

@@ -285,7 +285,11 @@ def _making(manifest: Manifest, row: ResultRow | None) -> list[str]:
     libraries = ("onetomany", "torch", "timm", "transformers", "peft")
     named = [f"{one} {manifest.versions[one]}" for one in libraries if one in manifest.versions]
     facts["versions"] = ", ".join(named)
-    cells = [[name, places.without_places(str(value))] for name, value in facts.items() if value]
+    cells = [
+        [name, places.without_places(str(value))]
+        for name, value in facts.items()
+        if value not in (None, "")
+    ]
     return ["## How it was made", _table(["", ""], cells)]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -36,7 +36,6 @@ from pipeline.report.matrix import (
     SCRATCH,
     MatrixEntry,
     best_on_validation,
-    entry_key,
     verdict,
 )
 from pipeline.report.plots import entry_label, predicted_and_true, reliability, truncate
@@ -117,16 +116,16 @@ def label_blocks(
     Args:
         target: Name of the target.
         done: Entries of the target that have a mean.
-        rows: Results rows, of any target.
+        rows: Results rows, of any target: what was measured where there are two classes.
         runs: Trial id to test predictions.
 
     Returns:
         No block where test predictions are missing or have none of these.
     """
-    shown = [(entry, seeds) for entry in done if (seeds := runs_of(entry, rows, runs))]
+    shown = [(entry, seeds) for entry in done if (seeds := runs_of(entry, runs))]
     if not shown:
         return []
-    compared = best_entry(done, rows, runs)
+    compared = best_entry(done, runs)
     best, ours = compared[:2] if compared is not None else _best(shown)
     has_classes = all(map(_has_classes, ours))
     confused = _confusion(target, best, ours) if has_classes else []
@@ -152,7 +151,7 @@ def label_blocks(
 
 
 def best_entry(
-    done: Sequence[MatrixEntry], rows: Sequence[ResultRow], runs: dict[str, RunPredictions]
+    done: Sequence[MatrixEntry], runs: Mapping[str, RunPredictions]
 ) -> tuple[MatrixEntry, list[RunPredictions], list[RunPredictions]] | None:
     """Return the best finished network's entry with its runs and the runs of its scratch network.
 
@@ -161,7 +160,7 @@ def best_entry(
     Returns None where there are no test predictions.
     """
     networks = [entry for entry in done if not entry.is_baseline]
-    shown = [(entry, seeds) for entry in networks if (seeds := runs_of(entry, rows, runs))]
+    shown = [(entry, seeds) for entry in networks if (seeds := runs_of(entry, runs))]
     if not shown:
         return None
     best, ours = _best([pair for pair in shown if pair[0].source != SCRATCH] or shown)
@@ -191,18 +190,9 @@ def _best(
     )
 
 
-def runs_of(
-    entry: MatrixEntry, rows: Sequence[ResultRow], runs: dict[str, RunPredictions]
-) -> list[RunPredictions]:
+def runs_of(entry: MatrixEntry, runs: Mapping[str, RunPredictions]) -> list[RunPredictions]:
     """Return the test predictions of an entry, one run for each seed."""
-    ids = dict.fromkeys(
-        row.trial_id
-        for row in rows
-        if (row.trial_stage, row.status) == ("final", "done")
-        and (row.target, row.source) == (entry.target, entry.source)  # the key is slow to make
-        and entry_key(row) == entry.key
-    )
-    return [runs[trial_id] for trial_id in ids if trial_id in runs]
+    return [runs[trial_id] for trial_id in entry.trial_ids if trial_id in runs]
 
 
 def have_common_seed(ours: list[RunPredictions], scratch: list[RunPredictions]) -> bool:

@@ -164,7 +164,7 @@ def _content(root_uri: str, inputs: ReportInputs) -> list[Block]:
         *_summary_blocks(entries, groups, rows, decimals),
         *gains.heat_maps(comparable, decimals),
         *_gain_blocks(groups),
-        *without_labels.blocks_of(entries, *pooled, decimals),
+        *without_labels.blocks_of(entries, pooled[1], decimals),
         *targets,
         *_missing_blocks(entries, rows, inputs.scores, inputs.left_out, inputs.notes),
         *_cost_blocks(entries, rows, inputs.pretraining),
@@ -224,6 +224,10 @@ def _headline_without_comparisons(entries: Sequence[MatrixEntry]) -> str:
         return "No verdict: there are too few test rows"
     if any(entry.paired_seeds == 1 for entry in entries):
         return f"No verdict: one seed cannot tell a gain from luck, {MIN_SEEDS} are needed"
+    if any(entry.verdict == SEARCH_NOISE for entry in entries):
+        return "No verdict: it is not known how much the search itself varies"
+    if any(entry.source != SCRATCH and entry.gain is not None for entry in entries):
+        return "No verdict: test predictions are missing"
     return "Nothing to compare with scratch yet"
 
 
@@ -461,8 +465,8 @@ def _target_blocks(
     return (
         out
         + per_label.label_blocks(target, done, *pooled)
-        + subgroups.subgroup_blocks(target, done, *pooled)
-        + rollouts.rollout_blocks(target, done, *pooled)
+        + subgroups.subgroup_blocks(target, done, pooled[1])
+        + rollouts.rollout_blocks(target, done, pooled[1])
     )
 
 

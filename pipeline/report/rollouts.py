@@ -6,7 +6,7 @@ They are compared with those of the expert and of random actions.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -25,7 +25,6 @@ from pipeline.report.blocks import (
 )
 from pipeline.report.matrix import REFERENCE, MatrixEntry, fraction_order
 from pipeline.report.per_label import runs_of
-from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
 
 SHOWN_METRICS = ("success", "return", "steps")
@@ -41,8 +40,7 @@ Estimate = tuple[float, float, float]
 def rollout_blocks(
     target: str,
     done: Sequence[MatrixEntry],
-    rows: Sequence[ResultRow],
-    runs: dict[str, RunPredictions],
+    runs: Mapping[str, RunPredictions],
 ) -> list[Block]:
     """Return the blocks on the policies of a target in its simulator.
 
@@ -53,7 +51,7 @@ def rollout_blocks(
     ran = [
         (entry, seeds)
         for entry in done
-        if (seeds := [run for run in runs_of(entry, rows, runs) if "return" in run.predictions])
+        if (seeds := [run for run in runs_of(entry, runs) if "return" in run.predictions])
     ]
     if not ran:
         return []

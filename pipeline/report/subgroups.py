@@ -11,7 +11,7 @@ their names.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -210,14 +210,13 @@ def result_rows(run: RunPredictions, row: ResultRow) -> list[ResultRow]:
 def subgroup_blocks(
     target: str,
     done: Sequence[MatrixEntry],
-    rows: Sequence[ResultRow],
-    runs: dict[str, RunPredictions],
+    runs: Mapping[str, RunPredictions],
 ) -> list[Block]:
     """Return the table of subgroups for the best finished entry with a source, and for scratch.
 
     Returns no block where no subgroups were named or test predictions are missing.
     """
-    compared = per_label.best_entry(done, rows, runs)
+    compared = per_label.best_entry(done, runs)
     if compared is None or not all(run.subgroups for run in compared[1]):
         return []
     best, ours, scratch = compared

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from pipeline.checkpoints.export import can_be_graph, usual_kind
@@ -70,7 +71,8 @@ def winner(
 def _uses_no_label(entry: MatrixEntry) -> bool:
     """Return whether an entry uses no label and trains nothing (``zero_shot``).
 
-    It is listed at every label fraction. What combines trials uses the labels of these.
+    Its label fraction is 0, and it stands beside networks of any other. What combines trials uses
+    the labels of these.
     """
     return entry.params_trained == 0 and not entry.n_train and not entry.combines_trials
 
@@ -116,10 +118,11 @@ def bundle_of(entry: MatrixEntry, rows: Sequence[ResultRow]) -> str | None:
 
 
 def _validations(entry: MatrixEntry, rows: Sequence[ResultRow]) -> list[ResultRow]:
-    """Return the rows with the values that a network was chosen by, one for each seed.
+    """Return the rows with the values that a network was chosen by, one for each seed that has one.
 
-    Their metric is the first that was measured on validation rows. It is another one than the
-    entry's where that needs a simulator, and so has values on test rows alone.
+    A seed whose value is NaN has none: its network diverged. The metric is the first that was
+    measured on validation rows. It is another one than the entry's where that needs a simulator,
+    and so has values on test rows alone.
     """
     row_of_trial: dict[str, ResultRow] = {}
     for row in rows:
@@ -127,6 +130,7 @@ def _validations(entry: MatrixEntry, rows: Sequence[ResultRow]) -> list[ResultRo
             row.trial_stage == "final"
             and row.split == results.VALIDATION
             and row.value is not None
+            and not math.isnan(row.value)
             and matrix.entry_key(row) == entry.key
         ):
             row_of_trial.setdefault(row.trial_id, row)

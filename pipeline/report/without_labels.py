@@ -7,15 +7,13 @@ one trial is paired with each seed of the other technique.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from pipeline.core.metrics import catalog
-from pipeline.report import blocks, matrix, plots, stats
+from pipeline.report import blocks, matrix, per_label, plots, stats
 from pipeline.report.blocks import Block, Value
-from pipeline.report.matrix import EntryKey, MatrixEntry
-from pipeline.report.results import ResultRow
+from pipeline.report.matrix import MatrixEntry
 from pipeline.report.stats import RunPredictions
 
 ZERO_SHOT = "zero_shot"
@@ -23,7 +21,6 @@ ZERO_SHOT = "zero_shot"
 
 def blocks_of(
     entries: Sequence[MatrixEntry],
-    rows: Sequence[ResultRow],
     runs: Mapping[str, RunPredictions],
     decimals: Mapping[str, int],
 ) -> list[Block]:
@@ -31,14 +28,9 @@ def blocks_of(
 
     Args:
         entries: Entries of all targets.
-        rows: Results rows, those of a target's folds pooled (`folds.pool`).
-        runs: Test predictions by trial id.
+        runs: Test predictions by trial id, those of a target's folds pooled (`folds.pool`).
         decimals: Number of decimals of each target's metric.
     """
-    trials: dict[EntryKey, dict[str, None]] = defaultdict(dict)
-    for row in rows:
-        if row.is_tested:
-            trials[matrix.entry_key(row)][row.trial_id] = None
     without = [entry for entry in entries if entry.n_seeds and _uses_no_label(entry)]
     references = {_place(entry): entry for entry in without if entry.technique_name == ZERO_SHOT}
     body: list[list[str | Value]] = []
@@ -46,10 +38,7 @@ def blocks_of(
         reference = references.get(_place(entry))
         if reference is None or entry.technique_name == ZERO_SHOT:
             continue
-        ours, theirs = (
-            [runs[trial_id] for trial_id in trials[of.key] if trial_id in runs]
-            for of in (entry, reference)
-        )
+        ours, theirs = (per_label.runs_of(of, runs) for of in (entry, reference))
         gain, word = _gain(entry, ours, theirs, decimals[entry.target])
         before, after = (
             blocks.format_interval(of.mean, of.low, of.high, decimals[entry.target], "")

@@ -409,6 +409,13 @@ def test_a_new_target_gets_predictions_and_no_recommendation():
     assert "no similar entry is there (image, classification" in none.headline
 
 
+def test_trials_that_combine_others_predict_nothing_for_a_new_target():
+    known = store(entry("none", "scratch", 0.6), entry("good", "uniform_soup", 0.8))
+    new = NewTarget("w", "1.0", "table", "classification")
+    (found,) = advice.advise([known], "w", [new])
+    assert "no similar entry is there" in found.headline and not found.untried
+
+
 def test_a_job_that_has_not_run_is_advised_on_from_another(tmp_path, monkeypatch):
     known = planted()
     results.append(str(tmp_path / "old"), known.rows)

@@ -98,6 +98,7 @@ def test_people_read_intervals_subgroups_cost_and_limits(job):
     assert "| accuracy@sex=f |" in text and "41.0 s on cpu" in text and "| 300 |" in text
     assert "Licence of the weights: unknown" in text and "## Limits" in text
     assert "lr 0.001" in text and "ab12cd3" in text and "| steps |" in text
+    assert "| seed | 0 |" in text
 
 
 def test_a_head_that_was_solved_has_iterations_and_no_steps(job, monkeypatch):

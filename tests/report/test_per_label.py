@@ -107,6 +107,11 @@ def test_the_confusion_matrix_is_that_at_the_decision_threshold():
     assert "one seed, at the decision threshold. Per cent" in heat.caption
 
 
+def test_a_share_that_is_not_zero_is_not_shown_as_zero():
+    shares = (0, 0.0001, 0.005, 0.0051, 0.996)
+    assert [blocks.format_percent(share) for share in shares] == ["·", "<1", "<1", "1", "100"]
+
+
 def test_all_tables_of_a_section_are_of_the_best_network():
     """A model without a network that is better has its own row in the matrix."""
     made = {
@@ -318,6 +323,19 @@ def test_nothing_is_said_without_predictions_or_names():
         )
         == []
     )
+
+
+def test_a_seed_that_diverged_is_in_no_table():
+    """As in the matrix, where it counts as a failed trial."""
+    made = {
+        ("none", "scratch"): [classes(90, NAMES, s, 0.2) for s in range(3)],
+        ("src", "full"): [classes(90, NAMES, s, 1.5) for s in range(3)],
+    }
+    rows, runs = table("accuracy", made)
+    without = said([row for row in rows if row.trial_id != "src-full-0"], runs)
+    made["src", "full"][0].predictions["scores"].fill(np.nan)
+    assert said(*table("accuracy", made)) == without
+    assert "2 seeds together" in without[1].caption
 
 
 def test_both_are_written_for_readers(tmp_path):

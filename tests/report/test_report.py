@@ -497,6 +497,17 @@ def test_too_few_units_outside_of_the_most_frequent_class_are_too_few_to_tell(tm
     assert find(report.matrix_entries(rows, runs)).verdict == "wins"
 
 
+def test_the_title_says_why_no_comparison_has_a_verdict(tmp_path):
+    skill = {"clothing": {("none", "scratch"): 0.3, ("garments", "full"): 0.95}}
+    rows, runs, curves = simulate(skill, fractions=("1.0",))
+    _, without_predictions, _ = write(tmp_path, rows, {}, curves)
+    assert without_predictions.startswith("# vision: no verdict: test predictions are missing")
+    entries = report.matrix_entries(rows, runs)
+    noisy = [replace(one, verdict="search noise") for one in entries if one.source != "none"]
+    text, _ = report_texts(tmp_path, rows, runs, entries=noisy)
+    assert "no verdict: it is not known how much the search itself varies" in text
+
+
 # ---------------------------------------------------------------- words
 
 

@@ -58,7 +58,7 @@ def message(technique, source, fraction, n_train, seed, success, rollout_frames=
 def shown(*trials):
     rows, runs = [row for row, _ in trials], {row.trial_id: run for row, run in trials}
     found = matrix.matrix_entries(rows, runs)
-    return rollouts.rollout_blocks("robot", found, rows, runs)
+    return rollouts.rollout_blocks("robot", found, runs)
 
 
 def test_policies_stand_behind_expert_and_chance_by_how_much_they_saw():
@@ -122,9 +122,7 @@ def test_episodes_that_diverged_are_counted():
 def test_nothing_is_told_of_targets_without_a_simulator():
     row, run = message("full", "sim", "1 rows", 1, 0, 6)
     run.predictions.pop("return")
-    assert (
-        rollouts.rollout_blocks("robot", [], [row], {row.trial_id: run}) == [] == shown((row, run))
-    )
+    assert rollouts.rollout_blocks("robot", [], {row.trial_id: run}) == [] == shown((row, run))
 
 
 def test_pictures_are_of_the_untrained_and_of_the_fewest_demonstrations():

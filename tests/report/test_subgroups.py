@@ -292,7 +292,7 @@ def test_the_report_has_a_line_for_each_part_and_hides_small_ones():
     assert {entry.metric for entry in entries} == {
         "auroc"
     }  # rows of parts are not taken for the primary one
-    heading, text, listed = subgroups.subgroup_blocks("t", entries, rows, runs)
+    heading, text, listed = subgroups.subgroup_blocks("t", entries, runs)
     assert heading.text == "Subgroups"
     assert "src · full" in text.text
     assert "fewer than 20 test rows" in text.text
@@ -325,12 +325,12 @@ def test_the_report_has_a_line_for_each_part_and_hides_small_ones():
             float(mine.lines[0]) - float(scratch.lines[0]), abs=0.02
         )
         assert "[" in gain.lines[1]
-    assert subgroups.subgroup_blocks("t", entries, rows, {}) == []
+    assert subgroups.subgroup_blocks("t", entries, {}) == []
     bare = {
         key: RunPredictions(run.rows, run.predictions, run.seed, labels=run.labels)
         for key, run in runs.items()
     }
-    assert subgroups.subgroup_blocks("t", entries, rows, bare) == []
+    assert subgroups.subgroup_blocks("t", entries, bare) == []
 
 
 def test_few_positives_are_hidden_too():
@@ -398,7 +398,7 @@ def test_predictions_at_positions_have_them_without_a_confusion_matrix():
         for block in per_label.label_blocks("t", entries, rows, runs)
         if isinstance(block, blocks.Heading)
     ] == ["All metrics", "Calibration"]
-    listed = subgroups.subgroup_blocks("t", entries, rows, runs)[2]
+    listed = subgroups.subgroup_blocks("t", entries, runs)[2]
     assert listed.rows[0][:3] == [
         "all test rows",
         "400",

@@ -1,5 +1,6 @@
 """What the report says to use for each target, and the bundle that `predict` then takes."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -33,6 +34,12 @@ def plain():
     return [row for row in rows if row.split != "validation"], runs, curves
 
 
+def best_of_tables(entries):
+    """The entry that the tables of classes and labels are of."""
+    runs = dict.fromkeys(one for entry in entries for one in entry.trial_ids)
+    return per_label.best_entry(entries, runs)[0]
+
+
 def entries_of(rows, target="clothing"):
     return [entry for entry in matrix.matrix_entries(rows, {}) if entry.target == target]
 
@@ -49,7 +56,7 @@ def test_the_winner_is_the_best_on_validation_rows_not_on_test_rows():
 
 @pytest.mark.parametrize(
     "choose",
-    [winners.winner, gains.chosen, lambda tied: per_label._best([(one, []) for one in tied])[0]],
+    [winners.winner, gains.chosen, best_of_tables],
 )
 def test_test_rows_break_no_tie(choose):
     rows, _, _ = plain()
@@ -161,6 +168,8 @@ def test_the_bundle_is_that_of_the_best_seed():
     assert winners.bundle_of(best, found) == "bundles/cl-ga-lp_ft-1.0-2"
     dropped = [replace(row, bundle_uri=None) if row.seed == 2 else row for row in found]
     assert winners.bundle_of(best, dropped) == "bundles/cl-ga-lp_ft-1.0-1"
+    diverged = [replace(row, value=math.nan) if row.seed == 0 else row for row in found]
+    assert winners.bundle_of(best, diverged) == "bundles/cl-ga-lp_ft-1.0-2"
 
 
 def without_bundles_of(rows, source, technique):

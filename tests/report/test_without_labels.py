@@ -16,7 +16,7 @@ LABELS = {"label_fraction": "0/class"}
 def page(*entries) -> str:
     known = store(entry("none", "scratch", 0.6), entry("src", "full", 0.8), *entries)
     found = matrix.matrix_entries(known.rows, known.runs)
-    shown = without_labels.blocks_of(found, known.rows, known.runs, {"t": 3})
+    shown = without_labels.blocks_of(found, known.runs, {"t": 3})
     return blocks.markdown("x", shown)
 
 
@@ -44,7 +44,7 @@ def test_without_predictions_nothing_is_compared(lost):
     known = store(zero_shot, dann)
     runs = {name: run for name, run in known.runs.items() if lost not in name}
     found = matrix.matrix_entries(known.rows, known.runs)
-    shown = without_labels.blocks_of(found, known.rows, runs, {"t": 3})
+    shown = without_labels.blocks_of(found, runs, {"t": 3})
     assert matrix.UNCOMPARED in blocks.markdown("x", shown)
 
 
