@@ -452,6 +452,9 @@ def batches_of_blocks(
 
     Args:
         device: Where encoded rows are decoded; None: they are decoded already.
+
+    Raises:
+        ValueError: Rows of an array have other shapes in one block than in another.
     """
     # blocks of each shard that are not used up, each with the number of its rows already used
     queues: dict[int, deque[list[Any]]] = {
@@ -477,6 +480,13 @@ def batches_of_blocks(
                     if name not in arrays:
                         shape = (len(positions), *array.shape[1:])
                         arrays[name] = np.empty(shape, dtype=array.dtype)
+                    shapes = arrays[name].shape[1:], array.shape[1:]
+                    if shapes[0] != shapes[1]:  # numpy would repeat a row of one number
+                        raise ValueError(
+                            f"modality {rows.modality.registered_name}: a row of {name} has shape "
+                            f"{shapes[0]} in one block of rows and {shapes[1]} in another: decode "
+                            "rows of several lengths as pipeline.core.ragged.ragged does"
+                        )
                     arrays[name][filled] = array[taken]
                 ids[filled], epochs[filled] = block.rows[taken], block.epochs[taken]
                 for slot, reason in zip(filled, block.bad[taken], strict=True):

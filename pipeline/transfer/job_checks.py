@@ -135,11 +135,6 @@ def budget_problems(job: Job, target: TargetStage) -> list[str]:
         for component in grid.techniques(job, target.spec)
         if grid.combines_trials(component)
     ]
-    if not len(target.splits.validation):
-        out.append(
-            f"{place}: fanout.select.budget chooses by validation rows, and there are none: give "
-            "data.validation_fraction, or leave the budget out"
-        )
     if isinstance(steps, int) and steps < budget.MIN_STEPS:
         length = f"steps: {steps}"
         if train.steps is None:

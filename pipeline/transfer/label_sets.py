@@ -39,6 +39,12 @@ class LabelMatch:
         return tuple(name for name in self.target if name in self.source)
 
     @property
+    def ambiguous(self) -> tuple[str, ...]:
+        """Shared labels of which one side has several: ImageNet has two cranes."""
+        sides = self.source, self.target
+        return tuple(dict.fromkeys(n for n in self.shared if any(s.count(n) > 1 for s in sides)))
+
+    @property
     def of_source_alone(self) -> tuple[str, ...]:
         return tuple(name for name in self.source if name not in self.target)
 
@@ -190,6 +196,8 @@ def carry_head(
     if differ:
         return 0, f"new head: the source's head was trained with another {', '.join(differ)}"
     match = compare(source.state, objective.state)
+    if match.ambiguous:
+        return 0, f"new head: several labels are called {_some(match.ambiguous)}"
     own = objective.state_dict()
     theirs = [match.source.index(name) for name in match.shared]
     ours = [match.target.index(name) for name in match.shared]

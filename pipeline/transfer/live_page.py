@@ -270,9 +270,13 @@ class LivePage:
         out: list[Block] = []
         for name, uri in self.logs.items():
             lines = _log_lines(uri)
-            points = [(line["step"], line["loss"]) for line in lines if "loss" in line]
             if not lines:
                 continue
+            points = [
+                (line["step"], line["loss"])
+                for line in lines
+                if math.isfinite(line.get("loss", math.nan))
+            ]
             caption = f"{name}: step {_step(lines[-1])}, {_newest(lines)}"
             is_curve = len(points) > 1
             out.append(

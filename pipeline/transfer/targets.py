@@ -714,8 +714,6 @@ def findings(target: TargetStage, reading: TargetReading) -> list[Finding]:
 def _pair_problems(target: TargetStage, state: State) -> list[Finding]:
     """Return a warning where the validation rows have no pairs to be judged by (`check_test`)."""
     spec, rows = target.spec, target.splits.validation
-    if not len(rows):
-        return []
     table = manifests.read_columns(rows, fit_components.label_columns(spec))
     try:
         _check_test_rows(table, spec, state)

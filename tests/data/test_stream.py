@@ -293,6 +293,26 @@ def test_bad_rows_are_left_out_and_told_with_their_reason(tmp_path, ranks):
     assert sorted(got) == sorted(set(range(N)) - set(BROKEN))
 
 
+class Digits(Squares):
+    """Rows have three digits in the first block that is decoded, and one in the others."""
+
+    registered_name = "digits"
+
+    def decode(self, table, columns):
+        arrays, bad = super().decode(table, columns)
+        width = 3 if len(DECODED) == len(table) else 1
+        return arrays | {"digits": np.zeros((len(table), width))}, bad
+
+
+def test_rows_of_another_shape_in_another_block_are_refused(rows):
+    rows = replace(rows, decoder=replace(rows.decoder, modality=Digits(None, {})))
+    batches = stream.train_batches(rows, plan_of(rows), range(13))
+    with pytest.raises(
+        ValueError, match=r"digits: a row of digits has shape \(3,\) in one block .*1"
+    ):
+        next(batches)
+
+
 def test_a_batch_without_a_good_row_is_empty(tmp_path):
     rows = make(tmp_path / "rows", {i: f"bad {i}" for i in range(N)})
     for batch, bad, _ in stream.train_batches(rows, plan_of(rows), range(3)):

@@ -165,6 +165,20 @@ def test_rows_of_a_head_go_to_labels_of_the_same_name():
     )
 
 
+@pytest.mark.parametrize("source", [["crane", "fox", "crane"], ["crane", "fox", "fox"]])
+def test_a_label_that_a_head_has_twice_is_not_carried_over(source):
+    """Which of both rows is meant, its name does not say; others may be there twice."""
+    from toys import Net
+
+    state = {"values": [0, 1], "labels": ["crane", "dog"]}
+    made = Classification(Net(), ClassificationOptions(), state)
+    theirs = ObjectiveSpec("classification", {"norm": True}, {"labels": source})
+    tensors = {"head.weight": torch.randn(3, 16), "head.bias": torch.randn(3)}
+    refused = (0, "new head: several labels are called crane")
+    found = label_sets.carry_head(made, theirs, tensors)
+    assert found == refused if source[2] == "crane" else found[0] == 1
+
+
 # ---------------------------------------------------------------- trials
 
 

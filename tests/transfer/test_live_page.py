@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import math
 import re
 import socket
 import time
@@ -129,6 +130,16 @@ def test_the_page_shows_trials_done_what_leads_and_curves(running):
     assert "garments: step 30 of 90, loss 0.03333" in text
     assert page.count("<polyline") == 3, "the loss of the source, and two entries"
     assert "&lt;b&gt;out of memory" in page and "<b>out of memory" not in page
+
+
+def test_a_step_whose_loss_is_not_finite_is_no_point_of_the_curve(running):
+    log = Path(running.sources["garments"].uri, "log", "metrics.jsonl")
+    with open(log, "a") as file:
+        file.write(json.dumps({"step": 40, "steps": 90, "loss": math.nan}) + "\n")
+    with served(running) as port:
+        _, page, _ = ask(port)
+    curves = re.findall('<polyline points="([^"]*)"', page)
+    assert len(curves) == 3 and "nan" not in " ".join(curves)
 
 
 def test_the_best_search_trial_does_not_lead_a_mean_of_final_trials(running):
