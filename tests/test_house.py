@@ -8,7 +8,7 @@ import re
 import subprocess
 import tokenize
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -385,6 +385,18 @@ def test_a_capability_is_asked_for_in_one_place():
     assert not {name: places for name, places in asked.items() if len(places) > 1}
 
 
+def with_whole_strings(tokens: Iterable[tokenize.TokenInfo]) -> Iterator[tokenize.TokenInfo]:
+    """Yield tokens, an f-string as one. Python 3.12 and later give its parts."""
+    depth = 0
+    for token in tokens:
+        name = tokenize.tok_name[token.type]
+        ends = name in ("FSTRING_END", "TSTRING_END")
+        depth -= ends
+        if not depth and not ends:
+            yield token
+        depth += name in ("FSTRING_START", "TSTRING_START")
+
+
 def tokens_by_line(file: Path) -> Counter[int]:
     """How many tokens a line of code has. Docstrings and comments are no code."""
     layout = (
@@ -405,7 +417,7 @@ def tokens_by_line(file: Path) -> Counter[int]:
     }
     return Counter(
         token.start[0]
-        for token in tokenize.generate_tokens(io.StringIO(text).readline)
+        for token in with_whole_strings(tokenize.generate_tokens(io.StringIO(text).readline))
         if token.type not in layout and token.start[0] not in documentation
     )
 

@@ -421,6 +421,16 @@ FILES = [
         },
     ),
     Mistake(
+        "a folder of texts in Latin-1",
+        (FILMS, "      uri: letters\n      format: documents"),
+        ("bad/0.txt: not UTF-8 text (", "it looks like Latin-1: convert the file (iconv -f LAT"),
+        {
+            f"letters/{word}/{i}.txt": f"c'est {word}, très bien".encode("latin-1")
+            for word in ("good", "bad")
+            for i in range(10)
+        },
+    ),
+    Mistake(
         "one JSON list",
         (FILMS, "      uri: films.json"),
         ("films.json: it holds one JSON list, and JSON Lines has one object a line",),
@@ -766,9 +776,18 @@ def test_an_error_of_a_run_names_the_line_that_was_read(folder, capsys):
         (("predict", "job.yaml", "films.csv", "-o", "out"), 2, "no trial has finished here"),
         (("techniques", "finetune"), 2, "unknown technique 'finetune'; did you mean full?"),
         (("prepare", "csvs", "films.csv", "-o", "out"), 2, "did you mean csv?"),
+        (
+            ("prepare", "mimic3", "records", "-o", "out"),
+            2,
+            "records: this is MIMIC-IV (icu/icustays.csv has a column stay_id), and mimic3 reads "
+            "MIMIC-III; run onetomany prepare mimic4",
+        ),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, tuple) else "",
 )
 def test_what_other_commands_say(folder, words, code, said):
     (folder / "runs" / "films").mkdir(parents=True)
+    for name, column in (("hosp/patients", "subject_id"), ("icu/icustays", "stay_id")):
+        (folder / "records" / name).parent.mkdir(parents=True)
+        (folder / "records" / f"{name}.csv").write_text(f"{column}\n1\n")
     assert said in said_of(*words, code=code)

@@ -93,8 +93,8 @@ class Manifest:
         return storage.without_secrets(origin.name if origin else self.files[file])
 
     def location(self, row: int) -> str:
-        """Return file and number of a row id, for messages; of a folder of images the row's own
-        file.
+        """Return file and number of a row id, for messages; of a folder of images, recordings or
+        texts the row's own file.
         """
         file = self.row_groups[int(np.searchsorted(self.starts, row, side="right")) - 1].file
         origin = self.origins[file] if self.origins else None

@@ -338,7 +338,7 @@ def to_parquet(
         fingerprint,
         Origin(
             files[0] if len(files) == 1 else ", ".join(uris),
-            {"images": "image", "audio": "audio"}.get(kind, ""),
+            {"images": "image", "audio": "audio"}.get(kind, "id" if has_labels else ""),
             kind,
         ),
     )

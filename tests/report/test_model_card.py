@@ -1,15 +1,13 @@
 """Model cards: what hubs read of them, and that they name no row, secret or place."""
 
-import base64
 import json
 import shutil
-import threading
 from dataclasses import replace
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from hub_server import hub_server
 from huggingface_hub import ModelCard
 from toys import task_of
 
@@ -234,57 +232,10 @@ def test_what_cannot_be_pushed_is_refused(job, tmp_path):
         publishing.push(uri, str(Path(uri).parent))
 
 
-class Hub(BaseHTTPRequestHandler):
-    """The calls of an upload, as huggingface_hub makes them for files that need no LFS."""
-
-    def do_POST(self):
-        content = self.rfile.read(int(self.headers["Content-Length"]))
-        address = f"http://127.0.0.1:{self.server.server_port}/me/clothes"
-        if self.server.refuses:
-            answer, status = {"error": "no write access"}, 403
-        elif self.path == "/api/repos/create":
-            self.server.seen["created"] = json.loads(content)
-            answer, status = {"url": address}, 200
-        elif self.path == "/api/validate-yaml":
-            self.server.seen["card"] = json.loads(content)["content"]
-            answer, status = {"errors": [], "warnings": []}, 200
-        elif self.path == "/api/models/me/clothes/preupload/main":
-            names = [one["path"] for one in json.loads(content)["files"]]
-            listed = [{"path": name, "uploadMode": "regular"} for name in names]
-            answer, status = {"files": [{**one, "shouldIgnore": False} for one in listed]}, 200
-        else:
-            assert self.path == "/api/models/me/clothes/commit/main"
-            lines = [json.loads(line) for line in content.splitlines()]
-            self.server.seen["files"] = {
-                line["value"]["path"]: base64.b64decode(line["value"]["content"])
-                for line in lines
-                if line["key"] == "file"
-            }
-            self.server.seen["token"] = self.headers["Authorization"]
-            answer, status = {"commitUrl": f"{address}/commit/a1", "commitOid": "a1"}, 200
-        data = json.dumps(answer).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *words):
-        pass
-
-
 @pytest.fixture
-def hub(monkeypatch):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.seen, server.refuses = {}, False
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", "hf_for_this_test")
-    yield server
-    server.shutdown()
-    server.server_close()
+def hub():
+    with hub_server() as server:
+        yield server
 
 
 @pytest.mark.parametrize("prefix", ["hf-hub:", "hf:"])
