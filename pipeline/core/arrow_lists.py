@@ -33,13 +33,9 @@ def is_number(kind: pa.DataType) -> bool:
 
 
 def is_class_name(kind: pa.DataType) -> bool:
-    """Whether values of a type may name a class: texts, whole numbers and booleans."""
+    """Return whether values may name a class: texts, whole numbers and booleans."""
     plain = kind.value_type if pa.types.is_dictionary(kind) else kind
-    types = pa.types
-    return any(
-        fits(plain)
-        for fits in (types.is_string, types.is_large_string, types.is_integer, types.is_boolean)
-    )
+    return is_text(kind) or pa.types.is_integer(plain) or pa.types.is_boolean(plain)
 
 
 def is_text(kind: pa.DataType) -> bool:

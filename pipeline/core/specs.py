@@ -43,11 +43,10 @@ class Spec:
                 f"{document!r:.80}"
             )
         values = dict(cast(Mapping[str, Any], document))
-        if differing := sorted(set(names) ^ set(values)):
-            raise ValueError(
-                f"{cls.__name__}: its fields are {', '.join(names)}; {', '.join(differing)} "
-                "should not be missing or are too many"
-            )
+        missing, unknown = (sorted(one) for one in (set(names) - {*values}, {*values} - set(names)))
+        if missing or unknown:
+            which = f"{', '.join(missing)} missing" if missing else f"not {', '.join(unknown)}"
+            raise ValueError(f"{cls.__name__}: its fields are {', '.join(names)}; {which}")
         for name, value in values.items():
             if not isinstance(value, str if name == "name" else dict):
                 raise ValueError(

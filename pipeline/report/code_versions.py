@@ -102,10 +102,15 @@ def mark_entries(
     return out
 
 
-def describe_changes(trial_provenance: Mapping[str, TrialProvenance]) -> list[str]:
+def describe_changes(
+    trial_provenance: Mapping[str, TrialProvenance], are_remade: bool = False
+) -> list[str]:
     """Return a sentence on the trials of other code or versions, and one for each reason.
 
     Returns an empty list where there are no such trials.
+
+    Args:
+        are_remade: Whether they are made again; otherwise they are used as they are.
     """
     changed = [made for made in trial_provenance.values() if made.changes]
     if not changed:
@@ -115,12 +120,10 @@ def describe_changes(trial_provenance: Mapping[str, TrialProvenance]) -> list[st
         more = len(made.changes) - MAX_REASONS
         reason = ", ".join(made.changes[:MAX_REASONS])
         by_reason[f"{reason} and {more} more" if more > 0 else reason] += 1
-    head = (
-        f"{len(changed)} of {len(trial_provenance)} trials were made by other code or versions "
-        "than those of now and are used as they are"
-    )
+    used = "are used as they are; --remake changed makes them anew"
     return [
-        f"{head}; --remake changed makes them anew",
+        f"{len(changed)} of {len(trial_provenance)} trials were made by other code or versions "
+        f"than those of now and {'are made anew' if are_remade else used}",
         *(f"{plural(count, 'trial')}: {reason}" for reason, count in by_reason.most_common()),
     ]
 

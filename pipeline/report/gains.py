@@ -58,6 +58,7 @@ def _compared(entries: Sequence[MatrixEntry]) -> list[MatrixEntry]:
 
 
 def gain_text(entry: MatrixEntry, decimals: int) -> str:
+    """Return the gain of an entry over scratch with its interval."""
     return format_interval(entry.gain, entry.gain_low, entry.gain_high, decimals, "+")
 
 
@@ -185,6 +186,13 @@ MAX_TARGETS_ACROSS = 7
 
 
 def heat_map(corner: str, entries: Sequence[MatrixEntry], decimals: Mapping[str, int]) -> Table:
+    """Return the gains of sources by targets, each with the technique that `chosen` takes.
+
+    Args:
+        corner: The header above the names.
+        entries: Entries of one label fraction with a gain.
+        decimals: Number of decimals of each target.
+    """
     sources, targets = (
         sorted({getattr(entry, name) for entry in entries}) for name in ("source", "target")
     )

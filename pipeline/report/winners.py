@@ -302,6 +302,7 @@ def _commands(
 
 
 def gain_cell(entry: MatrixEntry, decimals: int) -> str | Value:
+    """Return the table cell of a network's gain over scratch, with its verdict."""
     if entry.gain is None or entry.source == SCRATCH:
         return DASH
     gain = format_interval(entry.gain, entry.gain_low, entry.gain_high, decimals, "+")

@@ -41,6 +41,7 @@ from pipeline.transfer.grid import Trial, label_subset
 from pipeline.transfer.trial import Shared, TrialSummary
 
 BLOCK_ROWS = 512
+"""Rows that are read at once."""
 MIN_PROBABILITY = 1e-6
 """Probabilities are at least this, and at most 1 minus it, so that logarithms are finite."""
 

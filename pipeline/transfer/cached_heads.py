@@ -57,6 +57,7 @@ from pipeline.transfer.pruning import STACKS
 from pipeline.transfer.trial import Shared, TargetData, TrialSummary
 
 FEATURES_FORMAT = 1
+"""Version of the files of features: with another one they are computed again."""
 FEATURES_CODE = ("pipeline.train.online_probe",)
 """Modules that features start from, with the modality and the backbone's library."""
 

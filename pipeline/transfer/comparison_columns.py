@@ -42,8 +42,8 @@ def fill_comparison(rows: list[ResultRow], entries: list[matrix.MatrixEntry]) ->
     diverged = diverged_trials(rows)
     scratch_rows: RowsBySeed = defaultdict(dict)
     for row in rows:
-        is_scratch = row.source == SCRATCH and results.technique(row) == "scratch"
-        if row.is_tested and is_scratch and row.trial_id not in diverged:
+        is_scratch = row.is_tested and matrix.entry_key(row).is_scratch
+        if is_scratch and row.trial_id not in diverged:
             key = (row.backbone, row.target, row.label_fraction, row.metric, row.fold)
             scratch_rows[key][row.seed] = row
     out: list[ResultRow] = []

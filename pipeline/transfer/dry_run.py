@@ -321,11 +321,10 @@ def _add_fraction(
 def _describe_reuse(state: JobState) -> list[str]:
     """Return which results of other code or versions are used unchanged or made again."""
     _, made_by = existing_trials.reusable_results(state)
-    lines = describe_changes(made_by)
-    if "trials" not in state.remake:
+    are_remade = "trials" in state.remake
+    lines = describe_changes(made_by, are_remade)
+    if not are_remade:
         return lines
-    if lines:
-        lines[0] = lines[0].partition(" and are used")[0] + " and are made anew"
     remade = [name for name, stage in state.sources.items() if stage.remake and stage.changes()]
     if remade:
         lines.append(

@@ -48,10 +48,13 @@ from pipeline.transfer.measured_shift import LabelledRows, SourceSide
 from pipeline.transfer.trial import Shared, TargetData
 
 SCORES_FORMAT = 4
+"""Version of the files of scores: with another one they are computed again."""
 SCORING_CODE = ("pipeline.transfer.scoring", "pipeline.transfer.measured_shift")
+"""Modules whose changes make scores be computed again."""
 DEFAULT_SCORE = "logme"
 """The score by which sources are sorted where none chooses them."""
 SCORE_ROWS = 2000
+"""Training rows of a target, or positions of its rows, that scores read."""
 SOURCE_ROWS = 500
 """Training rows of a source that distances and shift read. They are evenly spread, as those of the
 target are: consecutive rows of a sorted file would differ from the target's for that reason alone.
@@ -546,8 +549,7 @@ def value_of(score: Score, inputs: ScoreInputs) -> ScoreValue:
     interval, reason = (np.nan, np.nan), ""
     num_units, unit = _fewest_units(arrays, groups)
     if num_units < MIN_UNITS:  # an interval that the score made itself is left out too
-        if unit == "groups":
-            reason = f"{plural(num_units, 'group')}; an interval needs {MIN_UNITS}"
+        reason = f"{plural(num_units, unit)}; an interval needs {MIN_UNITS}"
     elif isinstance(result, tuple):
         interval = result[1:]
     else:
@@ -614,11 +616,11 @@ def _interval(
 def _fewest_units(
     arrays: Mapping[str, np.ndarray], groups: Mapping[str, np.ndarray | None]
 ) -> tuple[int, str]:
-    """Return the smaller side's number of units, and whether they are "rows" or "groups"."""
+    """Return the smaller side's number of units, and what one is: "row" or "group"."""
     sides = [(len(arrays["features" if "features" in arrays else "labels"]), groups["groups"])]
     if "source_features" in arrays:
         sides.append((len(arrays["source_features"]), groups["source_groups"]))
     return min(
-        (num_units(count, of_side), "rows" if of_side is None else "groups")
+        (num_units(count, of_side), "row" if of_side is None else "group")
         for count, of_side in sides
     )

@@ -98,7 +98,11 @@ from pipeline.transfer.grid import (
 from pipeline.transfer.trial import TargetData
 
 MEMORY_BYTES = 2 << 30
-CHECKED_ROWS, TRIED_ROWS = 1 << 16, 64
+"""Decoded rows of a target are held in memory up to this size (``data.decode: auto``)."""
+CHECKED_ROWS = 1 << 16
+"""Rows whose labels are encoded at once."""
+TRIED_ROWS = 64
+"""Rows that are encoded with all columns before any label is checked."""
 
 
 @dataclass(frozen=True)

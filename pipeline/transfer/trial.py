@@ -90,6 +90,7 @@ from pipeline.transfer.grid import (
 )
 
 EVAL_ROWS = 256
+"""Rows of a batch in validation and test."""
 MAX_ERROR_CHARACTERS = 2000
 """An error is cut at this length in a trial's record."""
 AT_THRESHOLD = (
@@ -129,7 +130,6 @@ class TargetData:
     """Files that trials read, where the rows are not in memory or a technique reads them again. No
     record is written when one of them has changed.
     """
-
     findings: tuple[Finding, ...] = ()
     """Findings about its rows from before training, for terminal and report."""
     unlabelled: Rows | None = None

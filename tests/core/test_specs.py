@@ -32,8 +32,8 @@ def test_a_spec_comes_back_as_it_was(spec):
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        ({"name": "image", "options": {}}, "state should not be missing"),
-        ({**IMAGE.to_json(), "inputs": {}}, "inputs should not be missing or are too many"),
+        ({"name": "image", "options": {}}, "options, state; state missing"),
+        ({**IMAGE.to_json(), "inputs": {}}, "options, state; not inputs"),
         ({**IMAGE.to_json(), "state": []}, "state is .*JSON object was expected"),
         ({**IMAGE.to_json(), "name": 3}, "name is 3; a text"),
         ("image", "a JSON object with name, options, state was expected"),

@@ -665,7 +665,7 @@ def test_the_time_left_falls_while_trials_run(monkeypatch):
     ]
     now[0] += 100
     for trial in trials[:2]:  # Tune gives them another status after it has told
-        show._ended(trials, trial)
+        show.on_trial_complete(0, trials, trial)
     for passed in (60, 60, 120):
         now[0] += passed
         show.on_step_end(0, trials)

@@ -461,6 +461,13 @@ def test_copies_of_a_row_make_no_interval_narrower(name):
     )
 
 
+def test_the_value_of_few_rows_has_a_reason_in_place_of_an_interval():
+    x, y = rows(9, 4, signal=1)
+    found = scoring.value_of(logme, scoring.ScoreInputs({"features": x, "labels": y}))
+    assert found.value is not None and found.low is None
+    assert found.reason == "9 rows; an interval needs 10"
+
+
 def test_a_score_says_what_it_reads_and_takes():
     plain = Score(lambda features, labels, k=3: 1.0)
     assert plain.inputs == ("features", "labels")

@@ -6,6 +6,7 @@ at the end of this file.
 
 Training and transfer:
     `CachedHead`, `MixesInputs`: the head needs pooled features alone, unless inputs are mixed.
+    `DropsFeatures`: the head drops features in training, so its loss is random.
     `BalancesLabels`: rows weigh by the labels of the training rows.
     `CouplesRows`: rows of a global batch are compared.
     `ComparesViews`: random views of a row are compared.
@@ -13,6 +14,7 @@ Training and transfer:
     `MayReplaceBackbone` are options that decide the latter.
     `TransfersHead`: a target starts with its source's head.
     `NamesLabels`: a head can be carried over label by label, by their names.
+    `CarriesLabels`: some of its labels can, since they mean the same everywhere (letters).
     `ReadsTexts`: it has learned to compare rows with texts, so texts about classes can be a head.
 
 Rows and labels:

@@ -266,5 +266,5 @@ def _frozen_layers(technique: str, freeze: int | str | None, names: list[str]) -
 
 
 def trains(technique: Technique) -> bool:
-    """Tell whether a technique takes any training step; one that does not is tried once."""
+    """Return whether a technique takes any training step; one that does not is tried once."""
     return bool(technique.phases(1))
