@@ -22,6 +22,7 @@ from pipeline.train.progress import Progress
 from pipeline.transfer import existing_trials, fanout, live_page
 from pipeline.transfer.grid import Trial
 from tests.report.test_report import failure, trial
+from tests.report.test_widths import CHROMIUM, DARK, DESK, PHONE, measure
 
 
 class Lines(Progress):
@@ -309,3 +310,21 @@ def test_a_head_that_was_solved_has_no_curve_and_an_entry_alone_does_not_lead(ru
     text = text_of(page)
     assert "letters: values so far" in text and "0.9 mean of 2 seeds" in text
     assert "step 950" not in page and "▲" not in text
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="neither chromium nor chrome is installed")
+def test_the_page_fits_on_a_phone_and_can_be_read_in_the_dark(running, tmp_path):
+    rows, _, _ = trial("clothing", "photographs_of_everyday_clothing_2024", "full", "1.0", 7, 0.9)
+    rows = [replace(rows[0], split="validation", value=0.7, target="handwriting_of_2024")]
+    one = planned_trial("photographs_of_everyday_clothing_2024", "full", 7, rows[0].trial_id)
+    path, found = record(one, rows)
+    storage.write_json(storage.join(running.job.root, path), found)
+    running.progress.add_trials([one])
+    with served(running) as port:
+        page = ask(port)[1]
+    dark = page.replace(DARK, "@media all")
+    for measured in measure([(page, PHONE), (page, DESK), (dark, DESK)], tmp_path):
+        assert measured["page"] <= measured["width"]
+        assert measured["wide"] == [] and measured["broken"] == []
+        assert measured["text_outside"] <= 1, "text of a figure is cut off"
+        assert measured["contrast"]["ratio"] >= 4.5, measured["contrast"]
