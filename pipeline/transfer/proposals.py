@@ -30,6 +30,7 @@ from pipeline.transfer.grid import HyperParameters, SearchSpace, Trial
 GENERATIONS = 4
 """Parts of a search that learns, as equal as they can be. The trials of each run side by side."""
 BAYESOPT_VERSION = "1.4.3"
+"""The version of bayesian-optimization that Ray Tune calls; later ones have another interface."""
 Drawn = tuple[tuple[str, Any], ...]
 """For each name a value of its range, or the index of a choice."""
 

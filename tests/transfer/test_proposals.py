@@ -4,6 +4,8 @@ ranges, and find a planted optimum better than random draws.
 
 import json
 import math
+import tomllib
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +22,8 @@ from pipeline.report import trial_folder
 from pipeline.transfer import dry_run, existing_trials, fanout, grid, proposals, stages
 
 LOW, HIGH = 1e-4, 1e-1
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+BAYESOPT_EXTRA = PROJECT["optional-dependencies"]["bayesopt"]
 each_searcher = pytest.mark.parametrize("searcher", ["optuna", "hyperopt", "bayesopt"])
 
 
@@ -379,6 +383,14 @@ def test_a_job_is_refused_before_anything_starts_where_its_searcher_is_not_insta
         f"'onetomany[{searcher}]'), or use random"
     )
     stage_runs.prepared(toy_job(tmp_path, toy, searcher="random"))
+
+
+def test_another_version_of_bayesopt_is_refused(tmp_path, toy, monkeypatch):
+    assert f"bayesian-optimization=={proposals.BAYESOPT_VERSION}" in BAYESOPT_EXTRA
+    monkeypatch.setattr(proposals, "version", lambda package: "3.0.0")
+    with pytest.raises(ValueError, match=r"calls version 1\.4\.3 of bayesian-optimization, and 3"):
+        stage_runs.prepared(toy_job(tmp_path, toy, searcher="bayesopt"))
+    stage_runs.prepared(toy_job(tmp_path, toy, searcher="hyperopt"))
 
 
 def test_bayesopt_refuses_choices(tmp_path, toy):
