@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,21 +37,24 @@ class LabelMatch:
     @property
     def shared(self) -> tuple[str, ...]:
         """Labels that both have, in the order of the target."""
-        return tuple(name for name in self.target if name in self.source)
+        theirs = set(self.source)
+        return tuple(name for name in self.target if name in theirs)
 
     @property
     def ambiguous(self) -> tuple[str, ...]:
         """Shared labels of which one side has several: ImageNet has two cranes."""
-        sides = self.source, self.target
-        return tuple(dict.fromkeys(n for n in self.shared if any(s.count(n) > 1 for s in sides)))
+        ours, theirs = Counter(self.target), Counter(self.source)
+        return tuple(name for name in ours if theirs[name] and ours[name] + theirs[name] > 2)
 
     @property
     def of_source_alone(self) -> tuple[str, ...]:
-        return tuple(name for name in self.source if name not in self.target)
+        ours = set(self.target)
+        return tuple(name for name in self.source if name not in ours)
 
     @property
     def of_target_alone(self) -> tuple[str, ...]:
-        return tuple(name for name in self.target if name not in self.source)
+        theirs = set(self.source)
+        return tuple(name for name in self.target if name not in theirs)
 
     def text(self) -> str:
         """Describe a partial or open label set; "" where both have the same labels."""
@@ -199,8 +203,9 @@ def carry_head(
     if match.ambiguous:
         return 0, f"new head: several labels are called {_some(match.ambiguous)}"
     own = objective.state_dict()
-    theirs = [match.source.index(name) for name in match.shared]
-    ours = [match.target.index(name) for name in match.shared]
+    places = {name: place for place, name in enumerate(match.source)}
+    ours = [place for place, name in enumerate(match.target) if name in places]
+    theirs = [places[match.target[place]] for place in ours]
     for name, tensor in tensors.items():
         if name not in own or own[name].shape[1:] != tensor.shape[1:]:
             return 0, f"new head: {name} of the source's head has another shape"
