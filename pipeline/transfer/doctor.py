@@ -62,7 +62,7 @@ OLDEST_DRIVER = {"11": "450.80.02", "12": "525.60.13", "13": "580.65.06"}
 CUDA release notes).
 """
 
-OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 13)
+OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 14)
 """The versions that pyproject.toml allows (`requires-python`)."""
 
 
