@@ -113,7 +113,7 @@ def rows_of_bundle(uri: str, manifest: Manifest) -> list[ResultRow]:
     if trial_id != manifest.spec_hash or not storage.exists(storage.join(root, results.FILE)):
         return []
     rows = [row for row in results.read(root) if row.trial_id == trial_id and row.metric]
-    return sorted(rows, key=lambda row: (row.split != "test", "@" in (row.metric or "")))
+    return sorted(rows, key=lambda row: (row.split != "test", row.is_of_subgroup))
 
 
 def _words(name: str) -> str:
@@ -156,7 +156,7 @@ def _header(manifest: Manifest, rows: Sequence[ResultRow], licence: str, name: s
 
 def _is_whole(row: ResultRow) -> bool:
     """Return whether a row is of all test rows, not of a subgroup or a single label."""
-    return "@" not in (row.metric or "") and "/" not in (row.metric or "")
+    return not (row.is_of_subgroup or row.is_of_label)
 
 
 def _with_interval(row: ResultRow) -> str:
@@ -232,7 +232,7 @@ def _gain(row: ResultRow) -> str:
 
 
 def _subgroups(rows: Sequence[ResultRow]) -> list[str]:
-    found = [row for row in rows if "@" in (row.metric or "") and (row.n_eval or 0) >= MIN_ROWS]
+    found = [row for row in rows if row.is_of_subgroup and (row.n_eval or 0) >= MIN_ROWS]
     if not found:
         return []
     cells = [

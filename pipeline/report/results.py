@@ -186,6 +186,19 @@ class ResultRow:
         return self.trial_stage == "final" and self.status == "done" and self.split == "test"
 
     @property
+    def is_of_subgroup(self) -> bool:
+        """Whether it is of a subgroup of the rows: its metric is named ``auroc@sex=female``.
+
+        A label that is named with @ makes none: ``auroc/a@b`` is of a single label.
+        """
+        return "@" in (self.metric or "").partition("/")[0]
+
+    @property
+    def is_of_label(self) -> bool:
+        """Whether it is of a single label: its metric is named ``auroc/Effusion``."""
+        return "/" in (self.metric or "").partition("@")[0]
+
+    @property
     def is_validation(self) -> bool:
         """Whether it is a value on validation rows, by which trials are chosen."""
         return self.split in (VALIDATION, SOURCE_VALIDATION)

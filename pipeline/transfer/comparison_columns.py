@@ -49,8 +49,7 @@ def fill_comparison(rows: list[ResultRow], entries: list[matrix.MatrixEntry]) ->
     out: list[ResultRow] = []
     for row in rows:
         entry = by_key.get(matrix.entry_key(row))
-        is_subgroup = "@" in (row.metric or "")
-        if entry is None or not row.is_tested or row.source == SCRATCH or is_subgroup:
+        if entry is None or not row.is_tested or row.source == SCRATCH or row.is_of_subgroup:
             out.append(row)
             continue
         key = (entry.best_scratch, row.target, row.label_fraction, row.metric, row.fold)
@@ -160,8 +159,8 @@ def _gain_over(
     gain = _signed_gain(row, others)
     if gain is None or row.metric is None:
         return None, None, None
-    if "/" in row.metric or "@" in row.metric:
-        # of one label or subgroup: the report has its interval over all seeds
+    if row.is_of_label or row.is_of_subgroup:
+        # the report has its interval over all seeds
         return gain, None, None
     scorer = metric(row.metric)
     own_run = predictions(row.folder, row.seed)

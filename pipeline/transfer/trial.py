@@ -887,7 +887,8 @@ def make_record(
         status: "done", "failed" or "pruned".
         error: Why it failed or was stopped.
     """
-    data = data_of(trial, shared)
+    # without the validation rows of a source, which may be what cannot be read
+    data = shared.targets[trial.target, trial.backbone_key]
     error = None if error is None else storage.without_secrets(error)
     parent = shared.parents.get(trial.source)
     template = ResultRow(
@@ -918,11 +919,10 @@ def make_record(
         fold=data.spec.fold,
         trial_folder=trial.folder,
     )
-    validation_split = SOURCE_VALIDATION if is_without_labels(trial) else VALIDATION
-    rows = [
-        *(_test_rows(data, template, test) if test else ()),
-        *(_validation_rows(data, template, validation, validation_split) if validation else ()),
-    ]
+    rows = _test_rows(data, template, test) if test else []
+    if validation:
+        split = SOURCE_VALIDATION if is_without_labels(trial) else VALIDATION
+        rows += _validation_rows(data_of(trial, shared), template, validation, split)
     made = trial_made_by(trial, data.spec, shared.backbone_groups[trial.backbone_key])
     return TrialRecord(
         trial_id=trial.id,

@@ -114,6 +114,13 @@ def test_no_person_and_no_place_is_named(job, tmp_path):
     assert str(tmp_path) not in text and "rows.parquet" in text
 
 
+def test_a_label_that_is_named_with_an_at_sign_is_no_subgroup(job):
+    uri, rows = job
+    root, _ = trial_folder.split_bundle(uri)
+    results.append(root, [*rows, replace(rows[0], metric="f1/me@home.org")])
+    assert "me@home.org" not in model_card.model_card(uri)
+
+
 def test_a_bundle_of_no_trial_has_its_validation_metrics(task, tmp_path):
     uri = str(tmp_path / "bundle")
     training = {"rows": 900, "seconds": 12.0, "device": "cpu", "steps": 60}

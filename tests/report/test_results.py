@@ -65,6 +65,22 @@ def test_round_trip(tmp_path):
     assert pq.read_schema(tmp_path / "job" / results.FILE).equals(results.SCHEMA)
 
 
+@pytest.mark.parametrize(
+    ("metric", "label", "subgroup"),
+    [
+        (None, False, False),
+        ("auroc", False, False),
+        ("auroc/Effusion", True, False),
+        ("auroc/a@b", True, False),
+        ("auroc@sex=f", False, True),
+        ("auroc@dose=5 mg/ml", False, True),
+    ],
+)
+def test_a_metric_says_whether_it_is_of_a_label_or_of_a_subgroup(metric, label, subgroup):
+    found = ResultRow(metric=metric)
+    assert (found.is_of_label, found.is_of_subgroup) == (label, subgroup)
+
+
 def test_trials_are_listed_for_people(tmp_path):
     """With the values of the primary metric, the folder and the bundle, sorted by name."""
     names = {"a": "t/s/full/1.0/seed1", "b": "t/s/full/1.0/seed0"}

@@ -738,6 +738,23 @@ def test_a_soup_is_compared_with_every_seed_in_the_results_as_in_the_report():
     assert second.baseline_gain is None, "a diverged network is no reference"
 
 
+def test_a_label_that_is_named_with_an_at_sign_has_a_gain_as_other_labels_have():
+    rows, runs = rows_and_runs(ENTRIES)
+    entries = matrix.matrix_entries(rows, runs)
+    labels = [
+        dataclasses.replace(row, metric=f"f1/{name}")
+        for row in rows
+        if row.is_tested
+        for name in ("a@b", "plain")
+    ]
+    filled = comparison_columns.fill_comparison(labels, entries)
+    gains = {
+        name: [row.baseline_gain for row in filled if row.metric == f"f1/{name}"]
+        for name in ("a@b", "plain")
+    }
+    assert gains["a@b"] == gains["plain"] and any(gains["plain"])
+
+
 def test_a_baseline_without_a_validation_value_is_never_the_best():
     entries = {**ENTRIES, ("none", "majority", "none"): (0.9, float("nan"))}
     found = matrix.matrix_entries(*rows_and_runs(entries))

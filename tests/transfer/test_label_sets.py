@@ -284,6 +284,23 @@ def test_of_trials_without_labels_the_best_on_the_sources_rows_is_chosen(tmp_pat
     assert fanout.is_better(records[1], records[0]) and not fanout.is_better(*records)
 
 
+def test_rows_of_a_source_that_cannot_be_read_fail_their_trial_alone(tmp_path, paths):
+    """Its record is written without reading them again."""
+    files = {**paths, "more": tmp_path / "more.parquet"}
+    pq.write_table(pq.read_table(paths["more"]), files["more"])
+    job, shared = world(tmp_path, files, "dann")
+    theirs, head = shared.heads["src"]
+    state = {name: [*values, "class 9"] for name, values in STATE.items()}
+    shared.heads["src"] = (ObjectiveSpec("classification", theirs.options, state), head)
+    files["more"].unlink()
+    one = trial_of(job, shared, "dann", fraction=0)
+    with pytest.raises(OSError) as error:
+        trial.data_of(one, shared)
+    record = trial.failed_record(one, shared, error.value)
+    assert record.failed and "more.parquet" in record.error
+    assert trial.read_record(shared.root, one.folder) == record
+
+
 def test_a_trained_head_of_which_nothing_is_kept_is_refused_without_labels(tmp_path, paths):
     free = {"pseudo_labels": {"source_weight": 0.0}}
     job, shared = world(tmp_path, paths, free)

@@ -328,11 +328,6 @@ class NeedsLabels(Protocol):
     """Those roles. Such rows are left out, listed, and count against the budget of bad rows."""
 
 
-def needed_roles(objective: type[Objective]) -> tuple[str, ...]:
-    """Return the roles of which a null makes a row unusable (`NeedsLabels`)."""
-    return objective.needed_roles if isinstance(objective, NeedsLabels) else ()
-
-
 @runtime_checkable
 class LengthBound(Protocol):
     """An objective whose rows can be too short to be trained on, though they can be scored."""
@@ -554,21 +549,6 @@ class RescalesScores(Protocol):
         ...
 
 
-def output_scale(objective: Any) -> tuple[float, float]:
-    """Return what the scores of a head are multiplied by, and what is added to them."""
-    return objective.output_scale if rescales_scores(objective) else (1.0, 0.0)
-
-
-def rescales_scores(objective: Any) -> TypeIs[RescalesScores]:
-    """Return whether the predictions of an objective are in a unit of their own."""
-    return isinstance(objective, RescalesScores)
-
-
-def exports_head(objective: Any) -> TypeIs[ExportsHead]:
-    """Return whether transformers has a class for the head of an objective."""
-    return isinstance(objective, ExportsHead)
-
-
 @runtime_checkable
 class GivesRawOutputs(Protocol):
     """An objective with outputs for a graph of tensors (ONNX, torch.export).
@@ -585,16 +565,6 @@ class GivesRawOutputs(Protocol):
             ValueError: No graph can hold what this network computes.
         """
         ...
-
-
-def gives_raw_outputs(objective: Any) -> TypeIs[GivesRawOutputs]:
-    """Return whether an objective has outputs for a graph; tracing may still refuse the network."""
-    return isinstance(objective, GivesRawOutputs)
-
-
-def transformers_head(objective: Any) -> TransformersHead | None:
-    """Return how transformers holds the head of an objective; None where it has no class."""
-    return objective.transformers_head if exports_head(objective) else None
 
 
 @runtime_checkable
@@ -649,6 +619,31 @@ def keeps_trained_backbone(objective: Any, options: Any) -> bool:
 def averages_predictions(objective: Any) -> TypeIs[AveragesPredictions]:
     """Return whether several networks can predict together."""
     return isinstance(objective, AveragesPredictions)
+
+
+def exports_head(objective: Any) -> TypeIs[ExportsHead]:
+    """Return whether transformers has a class for the head of an objective."""
+    return isinstance(objective, ExportsHead)
+
+
+def transformers_head(objective: Any) -> TransformersHead | None:
+    """Return how transformers holds the head of an objective; None where it has no class."""
+    return objective.transformers_head if exports_head(objective) else None
+
+
+def gives_raw_outputs(objective: Any) -> TypeIs[GivesRawOutputs]:
+    """Return whether an objective has outputs for a graph; tracing may still refuse the network."""
+    return isinstance(objective, GivesRawOutputs)
+
+
+def rescales_scores(objective: Any) -> TypeIs[RescalesScores]:
+    """Return whether the predictions of an objective are in a unit of their own."""
+    return isinstance(objective, RescalesScores)
+
+
+def output_scale(objective: Any) -> tuple[float, float]:
+    """Return what the scores of a head are multiplied by, and what is added to them."""
+    return objective.output_scale if rescales_scores(objective) else (1.0, 0.0)
 
 
 def transfers_head(objective: Any) -> TypeIs[TransfersHead]:
@@ -768,6 +763,11 @@ def source_metrics(objective: type[Objective], options: Any, state: State) -> tu
 def rollout_metrics(objective: type[Objective], options: Any, state: State) -> tuple[str, ...]:
     """Return the metrics of a policy's own episodes; () for other objectives."""
     return objective.rollout_metrics(options, state) if rolls_out(objective) else ()
+
+
+def needed_roles(objective: type[Objective]) -> tuple[str, ...]:
+    """Return the roles of which a null makes a row unusable (`NeedsLabels`)."""
+    return objective.needed_roles if isinstance(objective, NeedsLabels) else ()
 
 
 def invalid_label_reasons(
