@@ -169,11 +169,12 @@ def test_a_folder_of_images(tmp_path):
         label = ("cat", "dog")[number % 2]
         write(tmp_path / f"photos/{label}/{number}.jpg", encoded(number, size=(70, 60)))
     write(tmp_path / "photos/README.txt", "where they are from")
+    write(tmp_path / "photos/notes.csv", "file,note\n")  # a table without rows
     text = init("photos")
     data = target().data
     assert data.modality.options == {"size": 48, "channels": 3} and data.format == "images"
     assert "images: colour, shorter side 60 to 60 pixels" in text
-    assert "files of other kinds are left out: 1 text" in text
+    assert "files of other kinds are left out: 1 csv, 1 text" in text
     assert "train" in dry_run()
 
 

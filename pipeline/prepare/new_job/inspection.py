@@ -7,7 +7,7 @@ import math
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -149,11 +149,16 @@ def inspect(places: Sequence[str], scratch: str) -> Inspection:
         if kind == "documents":
             fields, left_out = _class_folders([file for file, _ in files], fields)
         delimiter = _delimiter(files[0][0]) if kind == "csv" else ""
+        places_of_field = fields or {"uri": list(places)}
         by_field = {
             name: _manifest(uris, kind, scratch, delimiter)
-            for name, uris in (fields or {"uri": list(places)}).items()
+            for name, uris in places_of_field.items()
         }
         first = by_field.get("uri") or by_field["train"]
+        is_stray = not is_media and to_parquet.NAMED_FILE_KINDS & set(kinds)
+        if is_stray and not first.num_rows:
+            continue  # a table without rows names no image
+        _check_rows(by_field, places_of_field)
         table, columns = _sample(first, kind)
         if (
             is_media
@@ -172,7 +177,7 @@ def inspect(places: Sequence[str], scratch: str) -> Inspection:
         notes.append(f"a file's class is its own folder, not one above it, as in {too_deep}")
     return Inspection(
         kind,
-        fields or {"uri": list(places)},
+        places_of_field,
         by_field,
         table,
         _of_all_rows(first, columns, len(table)),
@@ -335,9 +340,17 @@ def _manifest(uris: list[str], kind: str, scratch: str, delimiter: str) -> Manif
         if "differ" not in str(error):
             raise
         raise ValueError(f"{error}: these are several tables; name the files of one") from None
-    if not found.num_rows:
-        raise ValueError(f"{', '.join(uris)}: no rows, a header at most: add rows")
     return found
+
+
+def _check_rows(
+    by_field: Mapping[str, Manifest], places_of_field: Mapping[str, Sequence[str]]
+) -> None:
+    """Raise ValueError where the files of a field of data have no row."""
+    for name, manifest in by_field.items():
+        if not manifest.num_rows:
+            places = ", ".join(places_of_field[name])
+            raise ValueError(f"{places}: no rows, a header at most: add rows")
 
 
 def _as_parquet(files: list[str], delimiter: str, scratch: str) -> list[str]:
