@@ -416,6 +416,14 @@ def test_types_are_the_same_over_all_files(tmp_path):
         prepare_and_read("csv", tmp_path / "in", tmp_path / "none", "types=zip=int")
 
 
+def test_whole_numbers_that_float_would_round_are_no_floats(tmp_path):
+    source = write(tmp_path / "a.csv", f"text,id,small\na,{2**53 + 1},3\nb,5,4\n")
+    with pytest.raises(ValueError, match=r"types=id=float: .* beyond 2\^53, which float would rou"):
+        prepare_and_read("csv", source, tmp_path / "id", "types=id=float")
+    rows, _ = prepare_and_read("csv", source, tmp_path / "out", "types=id=int,small=float")
+    assert {(row["id"], row["small"]) for row in rows} == {(2**53 + 1, 3.0), (5, 4.0)}
+
+
 def test_quotes_line_ends_in_fields_and_a_quote_that_is_left_open(tmp_path):
     text = (
         'text,label\n"two\nlines, and ""quotes""",1\n"left open,2\nafter,3\n5" '

@@ -159,12 +159,7 @@ class Csv(TableImporter):
                 raise ValueError(
                     f"--set types: no column {name!r}; {registry.nearest(name, types)}"
                 )
-            if types[name] > NAMES[given]:
-                is_string = types[name] == ValueType.STRING
-                raise ValueError(
-                    f"--set types={name}={given}: it holds values that are "
-                    f"{NO_NUMBERS if is_string else 'no whole numbers'}"
-                )
+            _check_given(name, types[name], given)
             types[name] = NAMES[given]
         missing = {
             name: first_few(
@@ -195,6 +190,20 @@ class Csv(TableImporter):
             if "split" in row:
                 values["split"] = SPLITS[row["split"].strip().lower()]
             yield values
+
+
+def _check_given(name: str, found: ValueType, given: str) -> None:
+    """Raise ValueError where a type that is given does not hold a column's values."""
+    where = f"--set types={name}={given}"
+    if NAMES[given] == ValueType.FLOAT and found == ValueType.LONG_INTEGER:
+        raise ValueError(
+            f"{where}: it holds whole numbers beyond 2^53, which float would round; write int, "
+            "or string for names of things"
+        )
+    if found > NAMES[given]:
+        is_string = found == ValueType.STRING
+        reason = NO_NUMBERS if is_string else "no whole numbers"
+        raise ValueError(f"{where}: it holds values that are {reason}")
 
 
 def _pairs(option: str, text: str) -> dict[str, str]:
