@@ -436,7 +436,11 @@ def resample(samples: np.ndarray, rate: int, to: int) -> np.ndarray:
 
 
 def pcm(samples: np.ndarray) -> np.ndarray:
-    """Round and clip floats from -1 to 1 to int16; exact for samples that came from 16 bits."""
+    """Round floats to int16, where 1 is full scale; exact for samples that came from 16 bits.
+
+    Samples beyond full scale, which floating-point files may hold, are clipped to it, as
+    ``soundfile.write`` and ffmpeg clip what they write with 16 bits. ``level`` counts them.
+    """
     scaled = samples * np.float32(32768)
     np.rint(scaled, out=scaled)
     return np.clip(scaled, -32768, 32767, out=scaled).astype(np.int16)

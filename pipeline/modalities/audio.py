@@ -182,6 +182,8 @@ class Audio(Modality):
     - With ``start`` (seconds) a row is the part of its recording from there on. It is ``seconds``
       long, or without ``seconds`` goes to the end.
     - A row without ``start`` is the whole recording.
+    - Floating-point samples beyond full scale (1) are clipped to it, as where soundfile or ffmpeg
+      write 16 bits. ``prepare`` counts such recordings as clipped.
 
     Tensors: ``audio``, ragged from ``decode``, and (B, n) with ``audio_lengths`` (B,) after
     ``collate``. ``augment`` and ``finish`` replace ``audio`` by one of

@@ -431,6 +431,17 @@ def test_floating_point_samples_in_integer_scale_are_reported(subtype, sign):
     assert audio_io.measure(saved(samples[:, 0] / 1250, subtype=subtype))[2] == 16
 
 
+def test_floating_point_samples_beyond_full_scale_are_clipped_and_counted():
+    loud = tone(amplitude=3.0)
+    data = saved(loud, subtype="FLOAT")
+    samples, _, peak, clipped = audio_io.measure(data)
+    assert np.allclose(samples, loud), "decoded as they are"
+    assert peak == pytest.approx(3, rel=1e-3) and 0.7 < clipped < 0.85
+    written = np.clip(loud, -1, 1)  # what soundfile writes with 16 bits
+    difference = audio_io.pcm(samples).astype(int) - audio_io.pcm(written)
+    assert np.abs(difference).max() <= 1
+
+
 def test_a_flipped_bit_in_flac_is_reported():
     data = bytearray(saved(np.random.default_rng(0).normal(0, 0.1, 3 * RATE), form="FLAC"))
     data[len(data) // 2] ^= 0x10

@@ -71,9 +71,11 @@ SLACK_SECONDS = 0.1
 SILENT = 1e-3
 """A recording is silent if no sample is above this share of full scale (-60 dB)."""
 CLIPPED = 1e-3
-"""A recording is clipped if a larger share of its samples is at full scale."""
+"""A recording is clipped if a larger share of its samples is at full scale or beyond."""
 LEVELS = (
-    "silent: no sample above 0.001 of full scale; clipped: over 0.1 % of the samples at full scale"
+    "silent: no sample above 0.001 of full scale; clipped: over 0.1 % of the samples at full scale "
+    "or beyond it, to which such samples of a floating-point file are clipped (make it quieter: "
+    "ffmpeg -i in.wav -af volume=0.25 out.wav)"
 )
 COUNTED = ("silent", "clipped", "cut out of longer recordings", "written anew as FLAC")
 
