@@ -17,6 +17,7 @@ from pipeline.config import registry
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Features
 from pipeline.core.inputs import TrajectoryInputs
+from pipeline.core.nn.action_heads import pick_space
 from pipeline.core.specs import Architecture
 
 ARCHITECTURES = ["mlp", "transformer"]
@@ -189,6 +190,13 @@ class Policy(Backbone):
         """Encode (B, T, n) to (B, T, width) with the encoder of each row's space, 0 where there is
         none.
         """
+        if torch.compiler.is_exporting() and len(self.spaces) > 1:  # a graph has no lists of rows
+            encoded = {
+                self.spaces.index(name): encoder(x[..., : encoder.in_features])
+                for name, encoder in encoders.items()
+            }
+            zeros = x.new_zeros(*x.shape[:2], self.options.width)
+            return pick_space(encoded, space, zeros)
         parts, rows_of_parts = [], []
         # Ascending, as `unique` sorts
         present: list[int] = (space.unique().tolist() if len(self.spaces) > 1 else []) or [0]

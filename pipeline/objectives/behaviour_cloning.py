@@ -366,21 +366,26 @@ class BehaviourCloning(Objective):
     def raw_outputs(self, backbone, batch):
         """`actions` (B, T, H, A): at each step the likeliest next H actions, standardised.
 
-        Times `action_std` plus `action_mean` of `space` they are in the environment's own units.
-        Of classes they are scores, one for each of `discrete`.
+        Times `action_std` plus `action_mean` of the row's space they are in the environment's own
+        units. Of classes they are scores, one for each of `discrete`. Where there are several
+        spaces, the input `space` is the row's place among `spaces`, and each row's actions are
+        followed by zeros up to the widest space's.
         """
-        if len(self.spaces) > 1:
-            raise ValueError(
-                f"a policy of {len(self.spaces)} spaces takes another layer for each row "
-                "(aten.nonzero): no graph of fixed outputs holds that"
-            )
-        [(name, decoder)] = self.decoders.items()
         tokens = backbone(batch, want=("tokens",)).tokens
-        output = decoder(tokens).float().unflatten(-1, (self.options.chunk, -1))
-        likeliest = action_heads.most_likely_action(
-            self.heads[name], output, self.options.components
-        )
-        return {"actions": likeliest}
+        decoded: dict[int, Tensor] = {}
+        for number, (name, decoder) in enumerate(self.decoders.items()):
+            of_space = self.spaces[name]
+            if of_space["discrete"] != (self.state["kind"] == "discrete"):
+                continue
+            output = decoder(tokens).float().unflatten(-1, (self.options.chunk, -1))
+            best = action_heads.most_likely_action(
+                self.heads[name], output, self.options.components
+            )
+            decoded[number] = F.pad(best, (0, self.widest - of_space["action"]))
+        if len(self.spaces) == 1:
+            return {"actions": decoded[0]}
+        zeros = torch.zeros_like(next(iter(decoded.values())))
+        return {"actions": action_heads.pick_space(decoded, batch["space"], zeros)}
 
     def _losses(self, head: str, name: str, output: Tensor, rows: Tensor, batch: Batch) -> _Losses:
         """Return the losses of the rows (n,) of space ``name``, by the output of a head."""

@@ -193,6 +193,17 @@ def losses(head: str, out: Tensor, target: Tensor, components: int, beta: float 
     return negative * torch.exp(2 * beta * mean_log_std.detach())
 
 
+def pick_space(by_space: dict[int, Tensor], space: Tensor, out: Tensor) -> Tensor:
+    """Return ``out`` (B, ...), where a row's ``space`` (B,) is known its tensor (B, ...) instead.
+
+    It computes every space for every row, as a graph of fixed operators must.
+    """
+    space = space.view(-1, *[1] * (out.dim() - 1))
+    for number, of_space in by_space.items():
+        out = torch.where(space == number, of_space, out)
+    return out
+
+
 def most_likely_action(head: str, out: Tensor, components: int) -> Tensor:
     """Return (..., A) the action that a policy takes, standardised; for classes their scores."""
     if head == "gaussian":
