@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from pipeline.config import listing, registry
 from pipeline.config.schema import (
     COMPONENT_FIELDS,
+    Change,
     Data,
     Fanout,
     Finalists,
@@ -118,6 +119,14 @@ global_batch: 128
 lr: 0.0005
 weight_decay: 0.01
 eval_every_steps: 100
+""",
+    ),
+    Change: (
+        "Changes in the course of a training",
+        """\
+step: 200
+lr: 0.0003
+weight_decay: 0.2
 """,
     ),
     Fanout: (

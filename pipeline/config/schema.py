@@ -371,6 +371,16 @@ class Data(Spec):
         return self
 
 
+class Change(Spec):
+    """Settings that a training has from a step on."""
+
+    step: int = Field(ge=1, description="number of the first step that has them, counted from 0")
+    lr: float | None = Field(
+        None, gt=0, description="peak learning rate; left out: as in the step before"
+    )
+    weight_decay: float | None = Field(None, ge=0, description="left out: as in the step before")
+
+
 class Train(Spec):
     """How long and how to train.
 
@@ -423,6 +433,12 @@ class Train(Spec):
     warmup: float = Field(0.1, ge=0, le=1, description="share of the steps with linear warm-up")
     schedule: Literal["cosine", "constant"] = Field(
         "cosine", description="learning rate after the warm-up"
+    )
+    changes: tuple[Change, ...] = Field(
+        (),
+        exclude_if=lambda changes: not changes,  # hashes are those from before there were any
+        description="learning rate and weight decay from a step on, e.g. [{step: 40, lr: 3e-4}]; "
+        "warm-up and schedule go on as if nothing had changed. searcher pbt finds such changes",
     )
     clip_norm: float | None = Field(
         1.0, gt=0, description="largest global gradient norm; null: off"
@@ -497,7 +513,28 @@ class Train(Spec):
                 self, unread, f"the optimizer is {self.optimizer}, which does not read it"
             )
         )
+        _refuse(_change_problems(self))
         return self
+
+
+def _change_problems(train: Train) -> Problems:
+    """Return what is wrong with the changes of a training."""
+    problems, before = Problems(), 0
+    for number, change in enumerate(train.changes):
+        place = ("changes", number)
+        if change.step <= before:
+            problems.add((*place, "step"), f"{change.step}: name the steps in rising order")
+        before = change.step
+        if train.steps is not None and change.step >= train.steps:
+            problems.add((*place, "step"), f"{change.step}: the training has {train.steps} steps")
+        if change.lr is None and change.weight_decay is None:
+            problems.add(place, "say which lr or weight_decay the training has from this step on")
+        if change.weight_decay is not None and not train.weight_decay:
+            problems.add(
+                (*place, "weight_decay"),
+                "it changes only where the training begins with a weight_decay above 0",
+            )
+    return problems
 
 
 _INTEGER: tuple[Any, ...] = (int, int | None)
@@ -531,6 +568,17 @@ def round_hyper_parameter(name: str, value: float) -> float:
     return (
         round(value) if Train.model_fields[name].annotation in _INTEGER else float(f"{value:.6g}")
     )
+
+
+def hyper_parameter_text(name: str, value: Any) -> str:
+    """Return a hyper-parameter as texts show it; changes as ``from step 40 lr 0.003``."""
+    if name != "changes":
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+    changes: list[str] = []
+    for change in value:
+        changed = [f"{key} {one:.4g}" for key, one in change.items() if key != "step"]
+        changes.append(f"from step {change['step']} {' and '.join(changed)}")
+    return ", ".join(changes)
 
 
 def search_problems(
@@ -990,6 +1038,19 @@ def _searchable(name: str) -> str:
     return name
 
 
+MIN_POPULATION_TRIALS = 7
+"""The fewest trials of ``searcher: pbt``."""
+POPULATION_CONSTANTS = (
+    "steps",
+    "epochs",
+    "global_batch",
+    "batch_cost",
+    "eval_every_steps",
+    "patience",
+)
+"""What ``searcher: pbt`` cannot search, since its members are compared at the same steps."""
+
+
 class Fanout(Spec):
     """How the trials are drawn and run."""
 
@@ -1016,16 +1077,21 @@ class Fanout(Spec):
             "they are, and the first draw is the job's own settings",
         )
     )
-    searcher: Literal["random", "optuna", "hyperopt", "bayesopt"] = Field(
+    searcher: Literal["random", "optuna", "hyperopt", "bayesopt", "pbt"] = Field(
         "random",
         # hashes of jobs are those from before there was a choice
         exclude_if=lambda value: value == "random",
-        description="random: independent draws. The others are searchers of Ray Tune, each with "
-        "an extra of its name: the first quarter of the settings is random, and each further "
-        "quarter is proposed from the validation values of the entry's earlier trials. optuna: "
-        "tree-structured Parzen estimator over all settings together; hyperopt: the same "
-        "estimator, each setting independently of the others; bayesopt: Gaussian process, for "
-        "ranges alone (a technique whose own search has choices, as lora has, is refused)",
+        description="random: independent draws. optuna, hyperopt and bayesopt are searchers of "
+        "Ray Tune, each with an extra of its name: the first quarter of the settings is random, "
+        "and each further quarter is proposed from the validation values of the entry's earlier "
+        "trials. optuna: tree-structured Parzen estimator over all settings together; hyperopt: "
+        "the same estimator, each setting independently of the others; bayesopt: Gaussian process, "
+        "for ranges alone (a technique whose own search has choices, as lora has, is refused). "
+        "pbt: population-based training, which needs no extra. Settings are drawn as with random, "
+        "and lr and weight_decay change in the course of a training (train.changes): three times, "
+        "the worse members of a population are replaced by children of the better. Each child is "
+        "one of the trials. "
+        "A technique that searches neither lr nor weight_decay is searched as with random",
     )
     search_finalists: Finalists = Field(
         default_factory=lambda: Finalists.model_validate({}),
@@ -1123,6 +1189,8 @@ class Fanout(Spec):
                 f"{self.searcher} learns from trials that ran to their end, and asha stops some: "
                 "say scheduler fifo, or searcher random",
             )
+        if self.searcher == "pbt" and self.trials > 1:
+            problems += self._population_problems()
         if self.trials > 1 and self.budget is not None:
             problems.add(
                 ("select", "budget"),
@@ -1132,6 +1200,25 @@ class Fanout(Spec):
             )
         _refuse(problems)
         return self
+
+    def _population_problems(self) -> Problems:
+        """Return what keeps searcher pbt from finding changes of lr and weight_decay."""
+        problems = Problems()
+        if self.trials < MIN_POPULATION_TRIALS:
+            problems.add(
+                ("trials",),
+                f"searcher pbt needs at least {MIN_POPULATION_TRIALS}: a population of four, and a "
+                "child at each of three points",
+            )
+        for name in POPULATION_CONSTANTS:
+            if name in self.stated_search:
+                text = "searcher pbt compares its members at the same steps: leave it out"
+                problems.add(("search", name), text)
+        if self.stated_search and not {"lr", "weight_decay"} & self.stated_search.keys():
+            problems.add(
+                ("search",), "searcher pbt changes lr or weight_decay: give a range of one of them"
+            )
+        return problems
 
     @property
     def by_score(self) -> Select | None:
@@ -1229,6 +1316,12 @@ class Job(Spec):
                     "put 0 in a job of its own"
                 )
                 problems.add((*at, "label_fractions"), text)
+            if self.fanout.budget is not None and target.train.changes:
+                text = (
+                    "fanout.select.budget also runs trials of a ninth of the steps, which would "
+                    "not reach them: leave one of them out"
+                )
+                problems.add((*at, "train", "changes"), text)
             if self.fanout.budget is not None and target.folds is not None:
                 text = (
                     "fanout.select.budget would keep other pairs of source and technique in each "

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.config import provenance, registry
+from pipeline.config.schema import hyper_parameter_text
 from pipeline.io import storage
 from pipeline.io.wording import plural
 from pipeline.report import (
@@ -1249,7 +1250,7 @@ def _format_parameters(text: str) -> str:
     except (ValueError, AttributeError):
         return text
     shown = [
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        f"{name} {hyper_parameter_text(name, value)}"
         for name, value in named
         if value is not None and name != "start_weights"
     ]

@@ -259,14 +259,16 @@ class _PhaseState:
             )
         self.optimizer.load_state_dict(saved)
 
-    def set_lr(self, phase: Phase, step_in_phase: int, train: Train) -> None:
-        """Set the learning rate of every group for a step of the phase."""
+    def set_rates(self, phase: Phase, step: int, step_in_phase: int, train: Train) -> None:
+        """Set learning rate and weight decay of every group for a step."""
         if phase.factor:
             lr_factor = phase.factor(step_in_phase, phase.steps)
         else:
             lr_factor = optim.lr_factor(step_in_phase, phase.steps, train)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * lr_factor
+        for group, at_start in zip(self.optimizer.param_groups, self.groups, strict=True):
+            multipliers = optim.multipliers(at_start["train"], step)
+            group["lr"] = group["peak"] * lr_factor * multipliers.lr
+            group["weight_decay"] = at_start["weight_decay"] * multipliers.weight_decay
 
     def no_sync(self, last: bool):
         """Return a context in which gradients are not reduced, except for the last micro-batch."""
@@ -312,6 +314,11 @@ def fit(run: TrainingRun) -> TrainingOutcome:
         raise ValueError(
             f"train.micro_batch: {run.technique.registered_name} compares the rows of a whole "
             "batch, which micro-batches would cut: leave it out"
+        )
+    if train.changes and train.changes[-1].step >= run.steps:
+        raise ValueError(
+            f"train.changes: step {train.changes[-1].step} is never reached: the training has "
+            f"{run.steps} steps"
         )
     phases = run.technique.phases(run.steps)
     phase_ends = np.cumsum([p.steps for p in phases])
@@ -365,7 +372,7 @@ def fit(run: TrainingRun) -> TrainingOutcome:
                     checkpoint.restore_rng(saved, run.seed, ranks)
             phase = phases[phase_number]
             step_in_phase = step - phase_starts[phase_number]
-            state.set_lr(phase, step_in_phase, train)
+            state.set_rates(phase, step, step_in_phase, train)
 
             # ---- one step
             batch, extra_batches, waited = _next_batches(run, stream, extra_streams, progress)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +111,26 @@ class ParameterGroup(TypedDict):
     peak: float
     """Learning rate at the top of the schedule."""
     weight_decay: float
+    train: Train
+    """The settings of the training, or of one head of a stack."""
+
+
+class Multipliers(NamedTuple):
+    """What learning rate and weight decay of the start are multiplied by at a step."""
+
+    lr: float
+    weight_decay: float
+
+
+def multipliers(train: Train, step: int) -> Multipliers:
+    """Return what ``train.changes`` make of learning rate and weight decay at a step."""
+    lr, weight_decay = train.lr, train.weight_decay
+    for change in train.changes:
+        if change.step <= step:
+            lr = lr if change.lr is None else change.lr
+            weight_decay = weight_decay if change.weight_decay is None else change.weight_decay
+    at_start = train.weight_decay or 1.0  # one of 0 does not change
+    return Multipliers(lr / train.lr, weight_decay / at_start)
 
 
 def parameter_groups(task: Task, rates: dict[str, float], train: Train) -> list[ParameterGroup]:
@@ -127,14 +147,22 @@ def parameter_groups(task: Task, rates: dict[str, float], train: Train) -> list[
             decay = train.weight_decay if is_decayed else 0.0
             out.setdefault((rates[name], decay), []).append(parameter)
     return [
-        ParameterGroup(params=params, peak=rate * train.lr, weight_decay=decay)
+        ParameterGroup(params=params, peak=rate * train.lr, weight_decay=decay, train=train)
         for (rate, decay), params in sorted(out.items(), key=lambda i: i[0])
     ]
 
 
 def build_optimizer(groups: list[ParameterGroup], train: Train) -> torch.optim.Optimizer:
     """Return fused AdamW or SGDW with Nesterov momentum (both Loshchilov and Hutter 2019)."""
-    with_rates = [{**group, "lr": group["peak"]} for group in groups]
+    with_rates = [
+        {
+            "params": group["params"],
+            "peak": group["peak"],
+            "weight_decay": group["weight_decay"],
+            "lr": group["peak"],
+        }
+        for group in groups
+    ]
     if train.optimizer == "adamw":
         return torch.optim.AdamW(
             with_rates, lr=train.lr, betas=(train.beta1, train.beta2), fused=True

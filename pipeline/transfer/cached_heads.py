@@ -206,7 +206,7 @@ class HeadStack(nn.Module):
                 decay = settings.weight_decay if view.dim() > 1 else 0.0
                 decayed.setdefault(decay, []).append(view)
             out += [
-                ParameterGroup(params=params, peak=settings.lr, weight_decay=decay)
+                ParameterGroup(params=params, peak=settings.lr, weight_decay=decay, train=settings)
                 for decay, params in decayed.items()
             ]
         return out

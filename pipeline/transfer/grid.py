@@ -15,7 +15,14 @@ import numpy as np
 from pipeline.config import provenance, registry
 from pipeline.config.provenance import Provenance
 from pipeline.config.registry import Options
-from pipeline.config.schema import ComponentConfig, Job, Target, round_hyper_parameter, spec_hash
+from pipeline.config.schema import (
+    ComponentConfig,
+    Job,
+    Target,
+    hyper_parameter_text,
+    round_hyper_parameter,
+    spec_hash,
+)
 from pipeline.core.contracts import Technique, trains
 from pipeline.core.contracts.objective_capabilities import (
     counts_rows,
@@ -115,7 +122,10 @@ class Trial:
         parts = [self.target, source, _named(self.technique.name, self.technique.options)]
         parts += [str(self.label_fraction), f"seed{self.seed}"]
         if self.stage == "search":
-            drawn = [f"{name}={value}" for name, value in sorted(self.hyper_parameters.items())]
+            drawn = [
+                f"{name}={hyper_parameter_text(name, value)}"
+                for name, value in sorted(self.hyper_parameters.items())
+            ]
             parts += ["search", *filter(None, [",".join(drawn)])]
         return "/".join(parts)
 
@@ -251,7 +261,7 @@ def draws(
     out: list[HyperParameters] = [] if space.is_stated else [{}]
     while len(out) < job.fanout.trials:
         drawn = {
-            name: _drawn(values, space.is_range(name), generator)
+            name: draw_value(values, space.is_range(name), generator)
             for name, values in sorted(space.values.items())
         }
         out.append(space.to_hyper_parameters(drawn))
@@ -379,7 +389,7 @@ def _is_range(values: Sequence[Any]) -> bool:
     return len(values) == 2 and all(isinstance(value, float) for value in values)
 
 
-def _drawn(values: Sequence[Any], is_range: bool, generator: np.random.Generator) -> Any:
+def draw_value(values: Sequence[Any], is_range: bool, generator: np.random.Generator) -> Any:
     """Draw from a range [low, high] (log-uniform), or choose one of the values."""
     if is_range:
         return float(np.exp(generator.uniform(*np.log(values))))

@@ -20,6 +20,7 @@ from pipeline.transfer import (
     budget,
     grid,
     label_sets,
+    population,
     proposals,
     scoring,
     targets,
@@ -152,6 +153,8 @@ def search_problems(job: Job, target: TargetStage) -> list[str]:
         proposals.check_installed(job.fanout.searcher)
     except ValueError as error:
         return [str(error)]
+    if job.fanout.searcher == "pbt" and (found := population.problems(target.name, target.spec)):
+        return found
     if job.fanout.searcher == "bayesopt":
         for component in target.techniques:
             space = grid.search_space(job, target.spec, component)

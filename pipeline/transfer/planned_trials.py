@@ -16,9 +16,10 @@ from functools import partial
 import numpy as np
 
 from pipeline.config.schema import ComponentConfig, spec_hash
+from pipeline.report.results import ResultRow
 from pipeline.report.trial_record import TrialRecord
 from pipeline.train.experiment import technique_of
-from pipeline.transfer import budget, grid, proposals, targets, trial
+from pipeline.transfer import budget, grid, population, proposals, targets, trial
 from pipeline.transfer.grid import SCRATCH, BackboneGroup, PlannedEntry, Trial
 from pipeline.transfer.job_state import (
     JobState,
@@ -86,7 +87,7 @@ def search_trials(
         return known
     # each generation that has ended makes the next one known
     existing: dict[str, TrialRecord] = {}
-    for _ in range(proposals.GENERATIONS - 1):
+    for _ in range(max(proposals.GENERATIONS - 1, population.POINTS)):
         unread = [one for one in known if one.id not in existing]
         existing |= trial.read_records(state.job.root, grid.folders(unread))
         known = _search_trials_after(state, groups, chosen, existing)
@@ -102,6 +103,7 @@ def _search_trials_after(
     """Return the search trials that are known once the trials with these records have ended."""
     streamed = _streamed(state)
     values = {trial_id: validation_value(record) for trial_id, record in records.items()}
+    curves = {trial_id: validation_curve(record) for trial_id, record in records.items()}
     out: list[Trial] = []
     for name, entry in _entries(state, groups, chosen):
         if grid.needs_training(entry.technique):
@@ -112,6 +114,7 @@ def _search_trials_after(
                 f"{name}|{entry.group.key}" not in streamed,
                 partial(_trial, state, name, entry, seed=grid.SEARCH_SEED, stage="search"),
                 values,
+                curves,
             )
     return out
 
@@ -206,10 +209,30 @@ def validation_value(record: TrialRecord) -> float | None:
 
     It is None where the trial failed, was stopped early or has no value.
     """
-    row = next((r for r in record.rows if r.metric and r.is_validation), None)
-    if record.status != "done" or row is None or row.value is None or math.isnan(row.value):
+    row = _validation_row(record)
+    if row is None or row.value is None or math.isnan(row.value):
         return None
     return row.value if row.higher_is_better else -row.value
+
+
+def _validation_row(record: TrialRecord) -> ResultRow | None:
+    """Return the row of a finished trial with its primary metric on validation rows."""
+    if record.status != "done":
+        return None
+    return next((row for row in record.rows if row.metric and row.is_validation), None)
+
+
+def validation_curve(record: TrialRecord) -> dict[int, float]:
+    """Return the primary metric at each validation of a trial, by its step, larger is better.
+
+    It is empty where the trial failed, was stopped early or has no value.
+    """
+    row = _validation_row(record)
+    if row is None or row.metric is None:
+        return {}
+    sign = 1.0 if row.higher_is_better else -1.0
+    values = {point.step: sign * point.metrics.get(row.metric, math.nan) for point in record.curve}
+    return {step: value for step, value in values.items() if not math.isnan(value)}
 
 
 def validation_losses(records: Mapping[str, TrialRecord]) -> dict[str, float]:

@@ -4,9 +4,7 @@ With a ``fanout.searcher`` of Ray Tune (optuna, hyperopt, bayesopt) those of a g
 proposed from the validation values of the earlier ones. They are a pure function of these values
 and of the job's seed, so that a job that was killed continues with the settings that it had.
 
-Population-based training (Jaderberg et al. 2017) is not offered. It copies weights between trials
-and changes settings in the middle of one, while a trial here is a function of its settings: that is
-why it can be resumed, repeated and compared with scratch.
+Population-based training (pbt) has a module of its own, `pipeline.transfer.population`.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ import numpy as np
 from pipeline.config import extras
 from pipeline.config.schema import ComponentConfig, Job, Target
 from pipeline.core.rng import mix
-from pipeline.transfer import fanout, grid
+from pipeline.transfer import fanout, grid, population
 from pipeline.transfer.grid import HyperParameters, SearchSpace, Trial
 
 GENERATIONS = 4
@@ -61,6 +59,7 @@ def search_trials(
     in_memory: bool,
     make: Callable[[HyperParameters], Trial],
     values: Mapping[str, float | None],
+    curves: Mapping[str, population.Curve],
 ) -> list[Trial]:
     """Return the search trials of an entry, as far as they are known.
 
@@ -74,6 +73,7 @@ def search_trials(
         make: Makes the trial of a setting.
         values: Value of each trial on validation rows, by its id, larger is better; None: it failed
             or has no value. Trials that have not ended are left out.
+        curves: The same at each validation of the trial's training; pbt reads it.
     """
     drawn = grid.draws(job, target, technique, in_memory)
     if drawn == [{}]:
@@ -81,6 +81,11 @@ def search_trials(
     if job.fanout.searcher == "random":
         return [make(setting) for setting in grid.without_repeats(drawn)]
     space = grid.search_space(job, target, technique, in_memory)
+    if job.fanout.searcher == "pbt":
+        settings = population.settings_to_try(
+            space, drawn, target.train, lambda setting: curves.get(make(setting).id)
+        )
+        return [make(setting) for setting in settings]
     first, *further = _sizes(len(drawn))
     settings = grid.without_repeats(drawn[:first])
     out = [make(setting) for setting in settings]

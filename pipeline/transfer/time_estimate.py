@@ -141,12 +141,18 @@ def step_seconds(load: Workload, task: Task, batch: Batch, train: Train) -> tupl
         # forward, backward and optimiser all run in this thread
         ended.append((now if device.type == "cuda" else time.thread_time(), now))
 
-    changes = {"compile": False, "ema": None, "patience": None, "trace_rows": False}
+    short = {
+        "changes": (),
+        "compile": False,
+        "ema": None,
+        "patience": None,
+        "trace_rows": False,
+    }
     loop.fit(
         loop.TrainingRun(
             task=task,
             technique=technique,
-            train=train.model_copy(update=changes),
+            train=train.model_copy(update=short),
             steps=2,
             seed=0,
             batches=lambda steps: (LoadedBatch(batch, [], 0.0) for _ in steps),

@@ -41,7 +41,7 @@ def test_the_sections_that_fields_name_are_there():
 def test_types_bounds_and_defaults_are_in_words():
     items = re.sub(r"\n  (?=\S)", " ", job_page.page())
     fields = dict(re.findall(r"^- \*\*`(\w+)`\*\* (.*)$", items, re.MULTILINE))
-    assert fields["lr"].startswith("(number, above 0; default `0.001`): peak")
+    assert fields["clip_norm"].startswith("(number, above 0; default `1.0`): largest")
     assert fields["schedule"].startswith("(`cosine`, `constant`; default `cosine`): ")
     assert fields["plugins"].startswith("(list of texts): modules")
     assert fields["backbone"].startswith("(component, see `onetomany backbones`; required): ")

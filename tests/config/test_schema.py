@@ -1644,6 +1644,7 @@ def test_spec_hash_sees_every_field():
         "weight_decay": 0.1,
         "warmup": 0.2,
         "schedule": "constant",
+        "changes": (job.Change(step=3, lr=0.1),),
         "clip_norm": None,
         "precision": "fp32",
         "compile": True,

@@ -22,6 +22,7 @@ from toys import image_files, shared_of, trial_of
 from pipeline.config import schema as jobs
 from pipeline.config import yaml_loader
 from pipeline.config.schema import (
+    Change,
     ComponentConfig,
     Data,
     Fanout,
@@ -215,7 +216,7 @@ def test_every_part_of_a_job_is_looked_at():
         for thing in vars(jobs).values()
         if isinstance(thing, type) and issubclass(thing, jobs.Spec) and thing is not jobs.Spec
     }
-    assert specs == {ComponentConfig, Data, Train, *NAMES}
+    assert specs == {Change, ComponentConfig, Data, Train, *NAMES}
 
 
 # -------------------------------------------------------------- refused where nothing would read it

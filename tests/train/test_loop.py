@@ -31,7 +31,7 @@ from toys import (
 )
 
 from pipeline.config.registry import Options
-from pipeline.config.schema import Train
+from pipeline.config.schema import Change, Train
 from pipeline.core.contracts import Batch, Task, Technique
 from pipeline.data.stream import LoadedBatch
 from pipeline.io import storage
@@ -89,6 +89,14 @@ def reference(run: loop.TrainingRun, skip: tuple[int, ...] = ()):
     )
     losses = []
     for step, loaded in enumerate(run.batches(range(run.steps))):
+        for change in spec.changes:
+            if change.step == step:
+                decayed, _ = optimizer.param_groups
+                decayed["weight_decay"] = change.weight_decay or decayed["weight_decay"]
+                rate = change.lr or spec.lr
+                for number, group in enumerate(optimizer.param_groups):
+                    schedule.base_lrs[number] = rate
+                    group["lr"] = rate * schedule.lr_lambdas[number](step)
         batch = run.preprocess(loaded.batch, spec.augment)
         total, count, _ = task(batch)
         loss = total / count
@@ -118,6 +126,28 @@ def test_loop_equals_a_bare_torch_loop(rows, clip):
     assert [log["loss"] for log in logs] == pytest.approx(losses, abs=1e-6)
     assert [log["step"] for log in logs] == [1, 2, 3, 4, 5] and outcome.steps == 5
     assert [log["lr"] for log in logs] == pytest.approx([0.005, 0.01, 0.01, 0.0075, 0.0025])
+
+
+def test_rates_that_change_in_a_training_equal_a_bare_torch_loop(rows):
+    changes = ({"step": 2, "lr": 0.03}, {"step": 4, "lr": 0.002, "weight_decay": 0.5})
+    spec = {"steps": 6, "lr": 0.01, "warmup": 0.2, "weight_decay": 0.1}
+    run = make_run(rows, net_task(), **spec, changes=changes)
+    want, losses = reference(run)
+    logs = []
+    run.on_log = logs.append
+    loop.fit(run)
+    assert furthest(weights(run.task), want) < 1e-6
+    assert [log["loss"] for log in logs] == pytest.approx(losses, abs=1e-6)
+    factors = [optim.lr_factor(step, 6, run.train) for step in range(6)]
+    peaks = [0.01, 0.01, 0.03, 0.03, 0.002, 0.002]
+    assert [log["lr"] for log in logs] == pytest.approx(np.multiply(factors, peaks))
+
+
+def test_a_change_that_is_never_reached_is_refused(rows):
+    run = make_run(rows, net_task(), steps=4)
+    run.train = run.train.model_copy(update={"changes": (Change(step=4, lr=0.1),)})
+    with pytest.raises(ValueError, match="step 4 is never reached: the training has 4 steps"):
+        loop.fit(run)
 
 
 def test_clipping_is_clip_grad_norm(rows):
@@ -675,6 +705,9 @@ def resumable(rows, validation, folder, kind: str, optimizer: str = "adamw") -> 
         augment=True,
         lr=0.01,
         optimizer=optimizer,
+        changes=({"step": 4, "lr": 0.02}, {"step": 8, "weight_decay": 0.2})
+        if kind == "changes"
+        else (),
         eval_every_steps=4,
         checkpoint_every_steps=3,
         checkpoints=str(folder),
@@ -712,6 +745,8 @@ def same(a, b) -> bool:
         ("lp_ft", "adamw", "log", 5, 3),
         ("lp_ft", "adamw", "log", 7, 6),
         ("lp_ft", "sgd", "eval", 12, 9),
+        ("changes", "adamw", "log", 7, 6),
+        ("changes", "sgd", "log", 11, 9),
     ],
 )
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(

@@ -1,5 +1,5 @@
 """A search that learns: proposals follow from the validation values and the seed alone, lie in their
-ranges, and find a planted optimum better than random draws.
+ranges, and find a planted optimum better than random draws. So do the children of a population.
 """
 
 import json
@@ -16,10 +16,27 @@ from toys import image_files
 
 from pipeline.config import extras
 from pipeline.config.registry import Options
-from pipeline.config.schema import ComponentConfig, Fanout, Job, spec_hash
+from pipeline.config.schema import (
+    ComponentConfig,
+    Fanout,
+    Job,
+    Train,
+    hyper_parameter_text,
+    spec_hash,
+)
 from pipeline.io import storage
 from pipeline.report import trial_folder
-from pipeline.transfer import dry_run, existing_trials, fanout, grid, proposals, stages
+from pipeline.transfer import (
+    dry_run,
+    existing_trials,
+    fanout,
+    grid,
+    planned_trials,
+    population,
+    proposals,
+    stages,
+    trial,
+)
 
 LOW, HIGH = 1e-4, 1e-1
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
@@ -48,7 +65,7 @@ def job_of(fanout: dict, technique: str | dict = "full") -> Job:
 
 def known(job: Job, values: dict, technique: str | dict = "full") -> list[dict]:
     component = ComponentConfig.model_validate(technique)
-    found = proposals.search_trials(job, job.targets["task"], component, True, make, values)
+    found = proposals.search_trials(job, job.targets["task"], component, True, make, values, {})
     return [one.hyper_parameters for one in found]
 
 
@@ -422,3 +439,290 @@ def test_jobs_without_it_have_the_hashes_that_they_had():
 def test_what_it_does_not_go_with_is_refused(words, message):
     with pytest.raises(ValidationError, match=message):
         Fanout.model_validate({"searcher": "optuna", **words})
+
+
+# ---------------------------------------------------------------- populations
+
+PBT = {**RATE, "searcher": "pbt"}
+STEPS = (20, 40, 60, 80, 100)
+"""Validations of a training of 100 steps."""
+
+
+def known_members(job, curves: dict, technique: str | dict = "full") -> list[dict]:
+    component = ComponentConfig.model_validate(technique)
+    target = job.targets["task"]
+    found = proposals.search_trials(job, target, component, True, make, {}, curves)
+    return [one.hyper_parameters for one in found]
+
+
+def searched_members(job, curve, technique: str | dict = "full") -> tuple[list[dict], list[int]]:
+    """The settings of a whole search, and how many came at each point."""
+    curves, sizes = {}, []
+    while len(found := known_members(job, curves, technique)) > len(curves):
+        sizes.append(len(found) - len(curves))
+        curves = {make(one).id: curve(one) for one in found}
+    return found, sizes
+
+
+def rate_at(setting: dict, step: int, own: float = 0.01) -> float:
+    rates = [setting.get("lr", own)]
+    rates += [one["lr"] for one in setting.get("changes", ()) if one["step"] <= step]
+    return rates[-1]
+
+
+def progress(best):
+    """A curve that grows in each step by less, the further the rate is from ``best(step)``."""
+
+    def curve(setting: dict) -> dict[int, float]:
+        gains = [-abs(math.log(rate_at(setting, step) / best(step))) for step in range(100)]
+        return {step: float(np.sum(gains[:step])) for step in STEPS}
+
+    return curve
+
+
+constant = progress(lambda step: 3e-3)
+
+
+# ---------------------------------------------------------------- members and children
+
+
+@pytest.mark.parametrize(
+    ("trials", "sizes"), [(7, [4, 1, 1, 1]), (10, [7, 1, 1, 1]), (16, [10, 2, 2, 2])]
+)
+def test_there_are_as_many_trainings_as_trials(trials, sizes):
+    job = job_of({**PBT, "trials": trials})
+    found, counted = searched_members(job, constant)
+    drawn = grid.draws(job, job.targets["task"], ComponentConfig(name="full"))
+    assert counted == sizes and found[: sizes[0]] == drawn[: sizes[0]]
+
+
+def test_the_worst_are_replaced_by_children_of_the_best():
+    """By hand: at 20, 40 and 60 of 100 steps, the last validations of three quarters."""
+    found, sizes = searched_members(job_of({**PBT, "trials": 16}), constant)
+    members, children = found[: sizes[0]], found[sizes[0] :]
+    for point, step in enumerate((20, 40, 60)):
+        ranked = sorted(members, key=lambda one: -constant(one)[step])
+        best, rest = ranked[:2], ranked[:-2]
+        born = children[2 * point : 2 * point + 2]
+        for child in born:
+            *before, change = child["changes"]
+            parent = {**child, "changes": before} if before else {"lr": child["lr"]}
+            assert parent in best and change["step"] == step and set(change) == {"step", "lr"}
+            ratio = change["lr"] / rate_at(parent, step)
+            assert LOW <= change["lr"] <= HIGH and ratio != 1
+        members = [*rest, *born]
+
+
+def test_values_are_perturbed_as_in_the_paper_or_drawn_anew():
+    """By 0.8 or 1.2 with probability 3/4, as often one as the other."""
+    ratios = []
+    for seed in range(60):
+        job = job_of({**PBT, "trials": 30}).model_copy(update={"seed": seed})
+        found, _ = searched_members(job, constant)
+        for child in found:
+            for change in child.get("changes", ())[-1:]:
+                before = [child["lr"], *(one["lr"] for one in child["changes"][:-1])]
+                ratios.append(change["lr"] / before[-1])
+    ratios = np.array(ratios)
+    smaller, larger = np.isclose(ratios, 0.8, rtol=1e-4), np.isclose(ratios, 1.2, rtol=1e-4)
+    assert len(ratios) == 60 * 12
+    assert np.mean(smaller | larger) == pytest.approx(0.75, abs=0.05)
+    assert np.sum(smaller) / np.sum(smaller | larger) == pytest.approx(0.5, abs=0.06)
+
+
+def test_what_cannot_change_is_inherited_and_choices_move_to_a_neighbour():
+    search = {"lr": [1e-3, 3e-3, 1e-2, 3e-2], "weight_decay": [LOW, HIGH], "beta1": [0.8, 0.95]}
+    job = job_of({"search": search, "searcher": "pbt", "trials": 40})
+    found, _ = searched_members(job, constant)
+    children = [one for one in found if "changes" in one]
+    parents = {one["beta1"] for one in found if "changes" not in one}
+    assert len(children) == 15 and {one["beta1"] for one in children} <= parents
+    for child in children:
+        assert all(set(change) == {"step", "lr", "weight_decay"} for change in child["changes"])
+        assert {one["lr"] for one in child["changes"]} <= set(search["lr"])
+        Train.model_validate({"steps": 100, **child})
+
+
+def test_a_weight_decay_of_zero_stays():
+    search = {"lr": [LOW, HIGH], "weight_decay": [0.0, 0.0, 0.0]}
+    found, _ = searched_members(
+        job_of({"search": search, "searcher": "pbt", "trials": 14}), constant
+    )
+    changes = [change for one in found for change in one.get("changes", ())]
+    assert changes and all("weight_decay" not in change for change in changes)
+
+
+def test_members_that_failed_are_the_worst_and_have_no_children():
+    def curve(setting):
+        return {} if rate_at(setting, 0) > 1e-2 else constant(setting)
+
+    found, _ = searched_members(job_of({**PBT, "trials": 16}), curve)
+    assert len(found) == 16
+    assert all(one["lr"] <= 1e-2 for one in found if "changes" in one)
+    nothing, sizes = searched_members(job_of({**PBT, "trials": 16}), lambda setting: {})
+    assert sizes == [10] and not any("changes" in one for one in nothing)
+
+
+def test_children_wait_for_every_member_and_the_same_curves_give_the_same_children():
+    job = job_of({**PBT, "trials": 16})
+    whole, _ = searched_members(job, constant)
+    curves = {make(one).id: constant(one) for one in whole}
+    assert known_members(job, curves) == whole
+    for one in whole[:10]:
+        assert (
+            known_members(job, {k: v for k, v in curves.items() if k != make(one).id}) == whole[:10]
+        )
+    other = job.model_copy(update={"seed": 1})
+    assert searched_members(other, constant)[0] != whole
+
+
+def test_a_technique_without_a_rate_to_search_is_searched_at_random():
+    job = job_of({"search": "auto", "searcher": "pbt", "trials": 8})
+    drawn = grid.draws(job, job.targets["task"], ComponentConfig(name="head_to_toe"), True)
+    space = grid.search_space(job, job.targets["task"], ComponentConfig(name="head_to_toe"), True)
+    assert "lr" in space.values or known_members(job, {}, "head_to_toe") == grid.without_repeats(
+        drawn
+    )
+    found, _ = searched_members(job, constant)
+    assert found[0] == {} and sum("changes" in one for one in found) == 3
+    assert known_members(job, {}, "linear_probe") == [], "its head is solved, and there is no rate"
+
+
+@pytest.mark.parametrize(("falls", "least", "most"), [(True, 0.5, 0.75), (False, 1.2, 1.6)])
+def test_a_rate_that_should_fall_is_found_better_than_by_random_draws(falls, least, most):
+    """With as many trainings, over 40 seeds. Where one rate is best all along, fewer first members
+    find it less well.
+    """
+    curve = progress(lambda step: 3e-2 if falls and step < 50 else 1e-3)
+    found, drawn = [], []
+    for seed in range(40):
+        job = job_of({**PBT, "trials": 28}).model_copy(update={"seed": seed})
+        random = grid.draws(job, job.targets["task"], ComponentConfig(name="full"))
+        found.append(max(curve(one)[100] for one in searched_members(job, curve)[0]))
+        drawn.append(max(curve(one)[100] for one in random))
+    assert least < np.mean(found) / np.mean(drawn) < most
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({**PBT, "trials": 6}, "searcher pbt needs at least 7"),
+        ({"search": {"steps": [50, 90], "lr": [LOW, HIGH]}}, "compares its members at the same"),
+        ({"search": {"beta1": [0.8, 0.9]}}, "changes lr or weight_decay: give a range"),
+        ({**PBT, "scheduler": "asha"}, "asha stops some"),
+    ],
+)
+def test_a_search_that_is_no_population_is_refused(words, message):
+    with pytest.raises(ValidationError, match=message):
+        Fanout.model_validate({"trials": 8, "searcher": "pbt", **words})
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ({"steps": 3}, "train.steps: 3: searcher pbt needs at least 4"),
+        ({"steps": 20, "eval_every_steps": 6}, "a validation in each quarter: at most 5"),
+        ({"epochs": 2, "eval_every_steps": 6}, "or give steps instead of epochs"),
+        ({"steps": 20, "patience": 2}, "compares whole trainings: leave it out"),
+        ({"steps": 20, "changes": [{"step": 3, "lr": 0.1}]}, "finds them: leave them out"),
+    ],
+)
+def test_a_training_without_points_to_compare_at_is_refused(train, message):
+    target = job_of({**PBT, "trials": 8}).targets["task"]
+    [found] = population.problems(
+        "task", target.model_copy(update={"train": Train.model_validate(train)})
+    )
+    assert found.startswith("targets.task.train.") and message in found
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ({"changes": [{"step": 5, "lr": 0.1}, {"step": 5, "lr": 0.2}]}, "in rising order"),
+        ({"steps": 5, "changes": [{"step": 5, "lr": 0.1}]}, "the training has 5 steps"),
+        ({"changes": [{"step": 5}]}, "say which lr or weight_decay"),
+        (
+            {"weight_decay": 0, "changes": [{"step": 5, "weight_decay": 0.1}]},
+            "begins with a weight_decay above 0",
+        ),
+    ],
+)
+def test_changes_that_mean_nothing_are_refused(train, message):
+    with pytest.raises(ValidationError, match=message):
+        Train.model_validate(train)
+
+
+def test_a_training_without_changes_has_the_hash_that_it_had():
+    assert spec_hash(Train()) == "1ee53d7a85b2"
+    assert spec_hash(Train(changes=({"step": 3, "lr": 0.1},))) != "1ee53d7a85b2"
+
+
+# ---------------------------------------------------------------- a job
+
+
+def test_changes_are_shown_in_words():
+    changes = [{"step": 40, "lr": 0.00031234}, {"step": 60, "lr": 1e-3, "weight_decay": 0.1}]
+    assert hyper_parameter_text("changes", changes) == (
+        "from step 40 lr 0.0003123, from step 60 lr 0.001 and weight_decay 0.1"
+    )
+    assert hyper_parameter_text("lr", 0.01) == "0.01"
+
+
+def population_job(folder, toy) -> Job:
+    search = {"lr": [1e-3, 1e-1], "weight_decay": [0.01, 0.2]}
+    job = toy_job(folder, toy, searcher="pbt", trials=7, search=search)
+    target = job.targets["task"].model_dump(mode="json")
+    target["train"] |= {"steps": 4, "eval_every_steps": 1}
+    return stage_runs.changed(job, targets={"task": target})
+
+
+def test_a_dry_run_counts_members_and_children(tmp_path, toy):
+    job = population_job(tmp_path, toy)
+    lines = dry_run.describe(stage_runs.prepared(job))
+    assert any(line.startswith("in all: 16 trials") for line in lines), lines  # 2 x (7 + 1)
+
+
+@pytest.mark.slow
+def test_a_child_repeats_its_parent_up_to_its_change_and_a_killed_job_goes_on(
+    tmp_path,
+    toy,
+    monkeypatch,
+):
+    ran = stage_runs.trials_in_this_process(monkeypatch)
+    whole = population_job(tmp_path / "whole", toy)
+    _, rows = stage_runs.run_through(whole)
+    expected = list(ran)
+    assert len(expected) == len(set(expected)) == 2 * 7 + 2
+    records = {
+        one: trial.read_records(whole.root, {one: folder})[one]
+        for one, folder in trial_folder.find_all(whole.root).items()
+    }
+    drawn = {
+        row.trial_id: json.loads(row.drawn)
+        for row in rows
+        if row.trial_stage == "search" and row.source == "a"
+    }
+    children = {one: setting for one, setting in drawn.items() if "changes" in setting}
+    assert len(drawn) == 7 and len(children) == 3
+    for one, setting in children.items():
+        *before, change = setting["changes"]
+        inherited = {k: v for k, v in setting.items() if k != "changes"}
+        inherited |= {"changes": before} if before else {}
+        (parent,) = (other for other, of in drawn.items() if of == inherited)
+        curves = [planned_trials.validation_curve(records[x]) for x in (one, parent)]
+        same = [step for step in curves[0] if step <= change["step"]]
+        assert same and all(curves[0][step] == curves[1][step] for step in same)
+        losses = [{p.step: p.metrics["loss"] for p in records[x].curve} for x in (one, parent)]
+        assert all(losses[0][step] == losses[1][step] for step in same)
+        assert losses[0] != losses[1], "after the change it is another training"
+
+    for one in expected[9:]:  # it was killed when the first children had begun
+        storage.remove_tree(storage.join(whole.root, trial_folder.find_all(whole.root)[one]))
+    assert existing_trials.trial_status(stage_runs.prepared(whole)) == []
+    ran.clear()
+    _, again = stage_runs.run_through(whole)
+    assert ran == expected[9:]
+    assert [(one.trial_id, one.drawn) for one in again] == [(r.trial_id, r.drawn) for r in rows]
