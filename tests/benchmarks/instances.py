@@ -15,17 +15,19 @@ pixels of the stored images.
 What still differs: a job's pyramid and mask branch are this package's; a job pads images to squares
 of 128 pixels, torchvision pads them to multiples of 32; the order of rows and the random heads.
 
-Measured on 2026-12-03 (35 training and 44 test images, median [least, most]). The job's lines have
-three seeds. torchvision's side has one, since it takes 10 to 30 minutes on two busy cores:
+Measured on 2026-12-03 (35 training and 44 test images). The job's lines are medians of three seeds
+[least, most]. torchvision's side ran with one seed, from the checkpoint once with one thread and
+once with two, which round differently; a run took 6 to 30 minutes on two busy cores:
 
       network                  mask_map                    mask_map50
       -----------------------  --------------------------  -----------------------
       job, checkpoint          0.0159 [0.0075, 0.0183]     0.0570 [0.0322, 0.0695]
       job, scratch             0.0023 [0.0019, 0.0066]     0.0130 [0.0129, 0.0225]
-      torchvision, checkpoint  0.0138                      0.0326
+      torchvision, checkpoint  0.0138 and 0.0081           0.0326 and 0.0432
+      torchvision, scratch     0.0016                      0.0058
 
-So few images teach no useful detector. The checkpoint helps the job; on terms that are as equal as
-they can be, its network is about as good as torchvision's.
+So few images teach no useful detector. The checkpoint helps on both sides. With equal terms,
+torchvision's values from the checkpoint lie within the range of the job's.
 """
 
 from __future__ import annotations
