@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
+from scipy import optimize  # pyright: ignore[reportMissingTypeStubs]
 from torch import Tensor
 
 from pipeline.checkpoints import classifier_export, exported_classifier
@@ -141,6 +142,27 @@ def compare_outputs(
     return Comparison(
         float((ours - exported).abs().max()), float(ours.abs().max()), rows, what, unit
     )
+
+
+def in_order_of(ours: dict[str, Tensor], exported: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the exported detections of each image in the order of the bundle's nearest ones.
+
+    They come by score, so rounding swaps detections that are as sure. Other outputs stay.
+    """
+    names = ("boxes", "scores", "classes")
+    if any(name not in ours or ours[name].shape != exported[name].shape for name in names):
+        return exported
+    mine, theirs = (
+        torch.cat([one["boxes"], one["scores"][..., None], one["classes"][..., None]], 2)
+        for one in (ours, exported)
+    )
+    library: Any = optimize
+    apart = torch.cdist(mine, theirs, p=torch.inf).detach().numpy()
+    orders = [torch.as_tensor(library.linear_sum_assignment(of_image)[1]) for of_image in apart]
+    return {
+        name: torch.stack([of[order] for of, order in zip(tensor, orders, strict=True)])
+        for name, tensor in exported.items()
+    }
 
 
 def _features(backbone: Backbone, batch: Batch) -> Tensor:

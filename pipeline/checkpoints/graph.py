@@ -252,6 +252,7 @@ def compare(graph: Graph, uri: str, run: Callable[[Tensors], Tensors]) -> export
                 f"{uri}: the export does not take inputs of {sizes}, which the bundle takes: "
                 f"{reason(error)}; nothing was written. Take --kind bundle or state-dict"
             ) from error
+        exported = export_check.in_order_of(ours, exported)
         for name, tensor in ours.items():
             comparison = export_check.compare_outputs(
                 tensor, exported[name], name, scale=graph.scale

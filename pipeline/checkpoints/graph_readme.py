@@ -27,6 +27,10 @@ inputs = {{
 }}  # zeros: replace them by your rows, prepared as described below
 """
 
+FRAME = """
+inputs["frame"] = np.array([[width, height, left, top]], np.float32)  # of the picture in the input
+"""
+
 
 def write(saved: Bundle, graph: Graph, folder: Path, file: str, running: str) -> None:
     """Write the description and the README, for texts the tokenizer, for speech the language model.
@@ -86,6 +90,8 @@ def write(saved: Bundle, graph: Graph, folder: Path, file: str, running: str) ->
         code = ZEROS.format(sizes=dict.fromkeys(names, 2))
         docstring = inspect.getdoc(type(saved.modality())) or ""
         preparation = ["", "How rows become the inputs:", "", docstring.replace("``", "`")]
+    elif "frame" in shapes:
+        code = code.rstrip() + FRAME
     lines = [
         f"# {manifest.arch.name}, {manifest.objective.name}",
         "",

@@ -128,19 +128,22 @@ class Detection(BoxObjective):
         self.log_names = self.detector.loss_names
 
     def raw_outputs(self, backbone, batch):
-        """`boxes` (B, P, 4) and `scores` (B, P, C): candidates, before any is suppressed.
+        """`boxes` and `scores`, which `method` (in `objective_options`) says how to read.
 
+        `fcos`: `boxes` (B, P, 4) and `scores` (B, P, C), candidates before any is suppressed.
         Corners x0 y0 x1 y1 in pixels of the input; a score from 0 to 1 for each of `labels`. Keep
         those above `score_threshold`, and apply non-maximum suppression class by class with
         `nms_threshold`.
+
+        `faster_rcnn`: `boxes` (B, 100, 4), `scores` (B, 100) and `classes` (B, 100), the detections
+        that non-maximum suppression leaves. Keep those with a score above `score_threshold`.
+        Corners x0 y0 x1 y1 are shares of the whole image; a class is a place among `labels`, -1 is
+        none. The input `frame` is where the image lies in the input: width, height, left and top in
+        pixels.
         """
-        if not isinstance(self.detector, OneStage):
-            raise ValueError(
-                f"{self.detector.network} decides between its stages which regions are kept "
-                "(torchvision.ops.nms, roi_align), a number that differs from image to image: no "
-                "graph of fixed outputs holds that; train detection with method: fcos"
-            )
         _, maps = self.maps(backbone, batch)
+        if isinstance(self.detector, FasterRCNN):
+            return self.detector.fixed_detections(maps, batch)[0]
         return self.detector.candidates(maps, batch["image"])
 
     def predict_images(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from pipeline.core.nn.box_detectors import (
     Detections,
     FasterRCNN,
     Targets,
+    fixed_pool,
     image_list,
     predicted_boxes,
     without_padding,
@@ -146,6 +147,20 @@ class InstanceSegmentation(BoxObjective):
         super().__init__(backbone, options, state)
         self.detector = MaskRCNN(backbone, len(state["labels"]), options)
         self.log_names = self.detector.loss_names
+
+    def raw_outputs(self, backbone, batch):
+        """`boxes` (B, 100, 4), `scores`, `classes` (B, 100), `masks` (B, 100, 28, 28): detections.
+
+        Keep those with a score above `score_threshold` (in `objective_options`); non-maximum
+        suppression is done. Corners x0 y0 x1 y1 are shares of the whole image; a class is a place
+        among `labels`, -1 is none. A mask is the probability that each part of the box is the
+        object: resize it to the box, and the object is where it is above 0.5. The input `frame` is
+        where the image lies in the input: width, height, left and top in pixels.
+        """
+        _, maps = self.maps(backbone, batch)
+        found, boxes = self.detector.fixed_detections(maps, batch)
+        size = batch["image"].shape[-2:]
+        return {**found, "masks": self.detector.fixed_masks(maps, found["classes"], boxes, size)}
 
     def predict_images(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         """Return the surest detections first.
@@ -385,3 +400,15 @@ class MaskRCNN(FasterRCNN):
         classes = torch.cat([detected["labels"] for detected in detections])
         of_class = scores[torch.arange(len(scores), device=scores.device), classes].sigmoid()
         return [*of_class.split([len(of_image) for of_image in boxes])]
+
+    def fixed_masks(
+        self, maps: dict[str, Tensor], classes: Tensor, boxes: Tensor, size: tuple[int, int]
+    ) -> Tensor:
+        """Return what `masks` does (B, K, 28, 28) of boxes (B, K, 4), 0 without a class."""
+        pooled = fixed_pool(self.mask_pool, maps, boxes, size)
+        scores = self.mask_predictor(self.mask_head(pooled)).float()
+        scores = scores.view(*classes.shape, -1, MASK_SIDE, MASK_SIDE)
+        own_class = classes.clamp(min=0)[..., None, None, None]
+        own_class = own_class.expand(-1, -1, 1, MASK_SIDE, MASK_SIDE)
+        masks = scores.gather(2, own_class)[:, :, 0].sigmoid()
+        return masks.masked_fill((classes < 0)[..., None, None], 0.0)

@@ -18,7 +18,7 @@ from contract_rows import BACKBONES, OBJECTIVES, classified, demonstrations, pic
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from toys import SMALL, episodes, image_file, label_state, task_of
 
-from pipeline.checkpoints import bundle, export, graph, graph_readme
+from pipeline.checkpoints import bundle, export, export_check, graph, graph_readme
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.core.batch import Batch
 from pipeline.core.specs import ModalitySpec
@@ -281,6 +281,80 @@ def test_one_graph_holds_a_policy_of_several_robots(kind, architecture, tmp_path
         assert theirs.shape == (*ours.shape[:2], 2, ours.shape[2]) and theirs.std() > 1e-2
         real = batch["mask"]
         torch.testing.assert_close(theirs[:, :, 0][real], ours[real], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["torch-export", "onnx"])
+@pytest.mark.parametrize("objective", ["detection", "instance_segmentation"])
+def test_two_stage_detectors_give_the_bundles_detections(objective, kind, tmp_path):
+    """After the user's threshold they are those of `predict`, also where images are padded.
+
+    One image has detections and one has none.
+    """
+    modality = OBJECTIVES[objective].build(objective).rows.decoder.modality
+    state = OBJECTIVES[objective].build(objective).task.objective.state
+    own = {"method": "faster_rcnn"} if objective == "detection" else {"mask_convs": 1}
+    options = {"channels": 64, "anchor": 4.0, "score_threshold": 0.0, **own}
+
+    def task_with(**more):
+        inputs = modality.inputs()
+        task = task_of("timm/test_resnet", inputs, objective, state, options={**options, **more})
+        parts = task.objective.detector
+        for part in (parts.rpn.head, parts.roi_heads.box_predictor):
+            for parameter in part.parameters():
+                parameter.data.mul_(20)  # scores and boxes that differ
+        return task.eval()
+
+    side = modality.options.size
+    made = modality.random_rows(3, np.random.default_rng(7), 1.0)
+    batch = modality.finish(Batch(np.arange(3), torch.arange(3), made))
+    frames = [[side, side, 0, 0], [side - 40, side, 20, 0], [side, side - 60, 0, 30]]
+    image = batch["image"] * torch.tensor([1.0, 0.3, 0.1])[:, None, None, None]
+    inputs = {"image": image, "frame": torch.tensor(frames, dtype=torch.float32)}
+    batch = Batch(batch.rows, batch.keys, inputs)
+    with torch.no_grad():
+        task = task_with()
+        surest = task.objective.predict(task.backbone, batch)["scores"].amax(1).sort()[0]
+        assert surest[1] - surest[0] > 1e-3
+        task = task_with(score_threshold=float(surest[:2].mean()))
+        ours = task.objective.predict(task.backbone, batch)
+    found = (ours["classes"] >= 0).sum(1)
+    assert found.min() == 0 and (found > 0).sum() == 2
+    uri = saved(tmp_path, task, modality)
+    said = export.export_bundle(uri, str(tmp_path / "out"), kind, False)
+    assert re.search(r"largest difference of \w+ in batches of 4, 1, 3, 2 rows \d", said), said
+    described = json.loads((tmp_path / "out" / "graph.json").read_text())
+    assert [*described["inputs"]] == ["image", "frame"]
+    if kind == "onnx":
+        file = str(tmp_path / "out" / "model.onnx")
+        session = pytest.importorskip("onnxruntime").InferenceSession(file)
+        arrays = session.run(None, {name: inputs[name].numpy() for name in described["inputs"]})
+        theirs = dict(zip(described["outputs"], map(torch.from_numpy, arrays), strict=True))
+    else:
+        theirs = torch.export.load(tmp_path / "out" / "model.pt2").module()(inputs)
+        assert "import torchvision" in (tmp_path / "out" / "README.md").read_text()
+    assert [*theirs] == ["boxes", "scores", "classes", *(["masks"] if "masks" in ours else [])]
+    for row in range(3):
+        is_sure = theirs["scores"][row] > described["objective_options"]["score_threshold"]
+        of_row = {name: theirs[name][row][is_sure][None] for name in theirs}
+        expected = {name: ours[name][row][: found[row]][None] for name in theirs}
+        of_row = export_check.in_order_of(expected, of_row)
+        for name, tensor in expected.items():
+            torch.testing.assert_close(of_row[name], tensor, rtol=1e-4, atol=1e-4)
+
+
+def test_detections_that_are_as_sure_may_swap_and_no_more():
+    ours = {
+        "boxes": torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0)),
+        "scores": torch.tensor([[0.5, 0.5, 0.1]] * 2),
+        "classes": torch.tensor([[0, 1, -1]] * 2),
+    }
+    swapped = {name: tensor[:, [1, 0, 2]] for name, tensor in ours.items()}
+    found = export_check.in_order_of(ours, swapped)
+    assert all(torch.equal(found[name], tensor) for name, tensor in ours.items())
+    twice = {name: tensor[:, [0, 0, 2]] for name, tensor in ours.items()}
+    found = export_check.in_order_of(ours, twice)
+    assert not torch.equal(found["boxes"], ours["boxes"]), "one detection is lost"
 
 
 def in_folder(folder: Path, monkeypatch) -> dict[str, np.ndarray]:

@@ -16,6 +16,7 @@ import torch
 from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.ops import batched_nms
 
 from pipeline.config import registry
 from pipeline.core.contracts import Batch, Task
@@ -609,10 +610,40 @@ def test_predictions_without_labels(method):
     assert set(found["classes"].unique().tolist()) <= {-1, 0, 1, 2}
 
 
-def test_no_graph_holds_faster_rcnn():
-    task = task_of("faster_rcnn")
-    with pytest.raises(ValueError, match=r"Faster R-CNN decides between .* method: fcos"):
-        task.objective.raw_outputs(task.backbone, batch_of(1))
+def test_what_a_graph_chooses_is_what_torchvision_chooses():
+    """Boxes of three classes, some equally sure and some that are none."""
+    rng = torch.Generator().manual_seed(0)
+    low = torch.rand(2, 200, 2, generator=rng) * 60
+    boxes = torch.cat([low, low + 10 + torch.rand(2, 200, 2, generator=rng) * 30], 2)
+    scores = (torch.rand(2, 200, generator=rng) * 50).round() / 50
+    scores[:, ::7] = -1.0
+    classes = torch.arange(200) % 3
+    places, chosen = box_detectors.surest(boxes, classes, scores, 150, 0.5)
+    for row in range(2):
+        there = (scores[row] >= 0).nonzero()[:, 0]
+        kept = batched_nms(boxes[row, there], scores[row, there], classes[there], 0.5)
+        assert 20 < len(kept) < 140
+        assert torch.equal(places[row, : len(kept)], there[kept])
+        assert (chosen[row, len(kept) :] == -1).all()
+
+
+def test_raw_outputs_of_faster_rcnn_are_the_predictions():
+    """They are torchvision's own choice, whatever the threshold."""
+    task, batch = task_of("faster_rcnn", score_threshold=0.0).eval(), batch_of(2)
+    frame = torch.tensor([[SIDE, SIDE, 0.0, 0.0], [SIDE - 40.0, SIDE, 20.0, 0.0]])
+    new = Batch(batch.rows, batch.keys, {"image": batch["image"], "frame": frame})
+    task.objective.detector.rpn._post_nms_top_n["testing"] = 100  # seconds less
+    with torch.no_grad():
+        raw = task.objective.raw_outputs(task.backbone, new)
+        for least in (0.0, float(raw["scores"].sort()[0][:, -10:-8].mean())):
+            task.objective.detector.roi_heads.score_thresh = least
+            ours = task.objective.predict(task.backbone, new)
+            for row in range(2):
+                is_found = ours["classes"][row] >= 0
+                is_sure = raw["scores"][row] > least
+                assert is_found.sum() == is_sure.sum() > 0
+                for name in ("boxes", "scores", "classes"):
+                    torch.testing.assert_close(raw[name][row][is_sure], ours[name][row][is_found])
 
 
 def test_what_cannot_be_built_is_refused():

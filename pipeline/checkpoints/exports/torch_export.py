@@ -38,7 +38,10 @@ def export(saved: Bundle, output: str, backbone_only: bool) -> str:
             warnings.filterwarnings("ignore", "The given buffer is not writable")
             model = torch.export.load(path).module()
         compared = graph.compare(traced, saved.uri, model)
-        graph_readme.write(saved, traced, folder, FILE, RUNNING)
+        running = RUNNING
+        if any(str(node.target).startswith("torchvision") for node in traced.program.graph.nodes):
+            running = f"\nimport torchvision  # the graph has its operators{RUNNING}"
+        graph_readme.write(saved, traced, folder, FILE, running)
         return f"{FILE} and what runs it ({graph_readme.README})", compared
 
     return export_folder.commit(saved, output, backbone_only, write)

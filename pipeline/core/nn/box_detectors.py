@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops.scan import scan
 from torch.nn import functional as F
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
@@ -25,7 +26,7 @@ from torchvision.models.detection.rpn import (
     RPNHead,
     concat_box_prediction_layers,
 )
-from torchvision.ops import MultiScaleRoIAlign, box_iou
+from torchvision.ops import MultiScaleRoIAlign, box_iou, poolers
 
 from pipeline.config.registry import BoxOptions
 from pipeline.core.batch import Batch
@@ -445,3 +446,155 @@ class FasterRCNN(nn.Module):
             {"boxes": boxes, "scores": scores, "labels": labels - 1}
             for boxes, scores, labels in zip(*processed, strict=True)
         ]
+
+    def fixed_detections(
+        self, maps: dict[str, Tensor], batch: Batch
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Return what `detections` chooses from any score on, by operators of fixed shapes.
+
+        Returns:
+            ``boxes`` (B, 100, 4) as shares of the whole image, ``scores`` (B, 100) and ``classes``
+            (B, 100; -1: none), and the boxes (B, 100, 4) in pixels of the input. They are cut at
+            the edge of the image; those wholly in the padding are none.
+        """
+        heads = self.roi_heads
+        h, w = batch["image"].shape[-2:]
+        regions, is_region = self.fixed_regions(maps, (h, w))
+        pooled = fixed_pool(heads.box_roi_pool, maps, regions, (h, w))
+        scores, shifts = heads.box_predictor(heads.box_head(pooled))
+        b, k = regions.shape[:2]
+        boxes = heads.box_coder.decode_single(shifts.float(), regions.flatten(0, 1))
+        boxes = _clipped(boxes.view(b, k, -1, 4)[:, :, 1:], (h, w))  # 0 is the background
+        scores = scores.float().softmax(-1).view(b, k, -1)[:, :, 1:]
+        is_box = is_region[..., None] & _is_wide(boxes, 1e-2)
+        scores = scores.masked_fill(~is_box, -1.0).flatten(1)
+        boxes = boxes.flatten(1, 2)
+        classes = torch.arange(scores.shape[1], device=scores.device) % is_box.shape[2]
+        at, scores = surest(boxes, classes, scores, DETECTIONS, heads.nms_thresh)
+        frame = batch["frame"].float()
+        low = frame[:, None, 2:].repeat(1, 1, 2)
+        boxes = _picked(boxes, at)
+        boxes = boxes.maximum(low).minimum(low + frame[:, None, :2].repeat(1, 1, 2))
+        is_found = (scores >= 0) & has_area(boxes)
+        boxes = torch.where(is_found[..., None], boxes, low)
+        found = {
+            "boxes": to_shares(boxes, frame),
+            "scores": scores.masked_fill(~is_found, 0.0),
+            "classes": torch.where(is_found, classes[at], -1),
+        }
+        return found, boxes
+
+    def fixed_regions(
+        self, maps: dict[str, Tensor], size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Return regions (B, K, 4) in pixels, and which of them (B, K) there are."""
+        rpn, levels = self.rpn, [*maps.values()]
+        of_levels, shifts = rpn.head(levels)
+        [anchors] = rpn.anchor_generator(ImageList(levels[0], [size]), levels)
+        sizes = [of_level[0].numel() for of_level in of_levels]
+        scores, shifts = concat_box_prediction_layers(of_levels, shifts)
+        scores = scores.float().view(-1, len(anchors))
+        b = scores.shape[0]
+        repeated = anchors.expand(b, -1, -1).reshape(-1, 4)
+        boxes = rpn.box_coder.decode_single(shifts.float(), repeated).view(b, -1, 4)
+        most = rpn.pre_nms_top_n()
+        start, places, groups = 0, list[Tensor](), list[Tensor]()
+        for number, size_of_level in enumerate(sizes):
+            of_level = scores[:, start : start + size_of_level]
+            first = of_level.topk(min(most, size_of_level), 1)[1]
+            places.append(first + start)
+            groups.append(torch.full_like(first[0], number))
+            start += size_of_level
+        place = torch.cat(places, 1)
+        scores = scores.gather(1, place).sigmoid()
+        boxes = _clipped(_picked(boxes, place), size)
+        scores = scores.masked_fill(~_is_wide(boxes, rpn.min_size), -1.0)
+        kept = min(rpn.post_nms_top_n(), scores.shape[1])
+        at, scores = surest(boxes, torch.cat(groups), scores, kept, rpn.nms_thresh)
+        return _picked(boxes, at), scores >= 0
+
+
+# ---------------------------------------------------------------- operators of fixed shapes
+
+
+def surest(
+    boxes: Tensor, groups: Tensor, scores: Tensor, most: int, threshold: float
+) -> tuple[Tensor, Tensor]:
+    """Choose as torchvision.ops.batched_nms does, the surest first.
+
+    Args:
+        boxes: (B, N, 4).
+        groups: (N,) class or level: boxes of different ones do not suppress each other.
+        scores: (B, N); below 0: no box.
+        most: How many are chosen of each row.
+        threshold: The overlap above which the less sure box is left out.
+
+    Returns:
+        Their places (B, most) and scores (B, most); -1 where there is none left.
+    """
+    # torch cannot decompose a scan that gradients would pass
+    boxes, scores = boxes.detach(), scores.detach()
+    areas = (boxes[..., 2:] - boxes[..., :2]).prod(-1)
+    number = torch.arange(boxes.shape[1], device=boxes.device)
+
+    def step(scores: Tensor, _: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        at = scores.argmax(1, keepdim=True)
+        box = _picked(boxes, at)
+        low = torch.maximum(boxes[..., :2], box[..., :2])
+        high = torch.minimum(boxes[..., 2:], box[..., 2:])
+        shared = (high - low).clamp(min=0).prod(-1)
+        overlap = shared / (areas + areas.gather(1, at) - shared)
+        is_over = (overlap > threshold) & (groups == groups[at])
+        left = scores.masked_fill(is_over | (number == at), -1.0)
+        return left, (at[:, 0], scores.gather(1, at)[:, 0])
+
+    steps = torch.arange(most, device=boxes.device)
+    if torch.compiler.is_exporting():
+        _, (places, chosen) = scan(step, scores, steps)
+        return places.T, chosen.T
+    found = list[tuple[Tensor, Tensor]]()
+    for one in steps:
+        scores, of_step = step(scores, one)
+        found.append(of_step)
+    places, chosen = (torch.stack(part, 1) for part in zip(*found, strict=True))
+    return places, chosen
+
+
+def fixed_pool(
+    pool: MultiScaleRoIAlign, maps: dict[str, Tensor], boxes: Tensor, size: tuple[int, int]
+) -> Tensor:
+    """Return (B K, D, ...) what ``pool`` gives for ``boxes`` (B, K, 4).
+
+    Every level is read for every box: which boxes are of which level is no fixed shape.
+    """
+    levels = [maps[name].float() for name in pool.featmap_names]
+    parts: Any = poolers
+    scales, level_of = parts._setup_scales(
+        levels, [size], pool.canonical_scale, pool.canonical_level
+    )
+    b, k = boxes.shape[:2]
+    row = torch.arange(b, device=boxes.device)[:, None, None].expand(b, k, 1)
+    regions = torch.cat([row.to(boxes.dtype), boxes], 2).flatten(0, 1)
+    level: Tensor = level_of([boxes.flatten(0, 1)])[:, None, None, None]
+    pooled: list[Tensor] = [
+        parts.roi_align(of_level, regions, pool.output_size, scale, pool.sampling_ratio)
+        for of_level, scale in zip(levels, scales, strict=True)
+    ]
+    out = pooled[0]
+    for number, of_level in enumerate(pooled):
+        out = torch.where(level == number, of_level, out)
+    return out
+
+
+def _picked(boxes: Tensor, places: Tensor) -> Tensor:
+    """Return the boxes at ``places`` (B, K)."""
+    return boxes.gather(1, places[..., None].expand(-1, -1, 4))
+
+
+def _clipped(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    h, w = size
+    return boxes.clamp(min=0.0).minimum(boxes.new_tensor([w, h, w, h]))
+
+
+def _is_wide(boxes: Tensor, least: float) -> Tensor:
+    return ((boxes[..., 2:] - boxes[..., :2]) >= least).all(-1)
