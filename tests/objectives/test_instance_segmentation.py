@@ -18,7 +18,6 @@ from torchvision.ops import box_convert, box_iou
 
 from pipeline.config import registry
 from pipeline.core.contracts import Batch, RawRows, Task
-from pipeline.core.contracts.objective_capabilities import gives_raw_outputs
 from pipeline.core.metrics.catalog import metric
 from pipeline.core.nn import box_detectors
 from pipeline.data.stream import Decoder
@@ -438,9 +437,24 @@ def test_many_images_are_predicted_in_parts(monkeypatch):
         torch.testing.assert_close(whole[name], parts[name], rtol=1e-3, atol=1e-4)
 
 
-def test_no_graph_is_offered():
-    """Which regions are kept is decided between the stages."""
-    assert not gives_raw_outputs(InstanceSegmentation)
+def test_raw_outputs_are_the_predictions():
+    """Also the masks of boxes that stick out of a padded image."""
+    task, batch = task_of(score_threshold=0.0).eval(), batch_of()
+    image = batch["image"][:2]
+    side = float(image.shape[-1])
+    frame = torch.tensor([[side, side, 0.0, 0.0], [side - 40, side, 20.0, 0.0]])
+    new = Batch(batch.rows[:2], batch.keys[:2], {"image": image, "frame": frame})
+    task.objective.detector.rpn._post_nms_top_n["testing"] = 100  # seconds less
+    with torch.no_grad():
+        ours = task.objective.predict(task.backbone, new)
+        raw = task.objective.raw_outputs(task.backbone, new)
+    assert [*raw] == ["boxes", "scores", "classes", "masks"]
+    for row in range(2):
+        is_found, is_sure = ours["classes"][row] >= 0, raw["classes"][row] >= 0
+        assert is_found.sum() == is_sure.sum() > 0
+        for name, tensor in raw.items():
+            torch.testing.assert_close(tensor[row][is_sure], ours[name][row][is_found])
+        assert (raw["masks"][row][~is_sure] == 0).all()
 
 
 # ---------------------------------------------------------------- learning
