@@ -133,13 +133,25 @@ def build_task(
     Raises:
         ValueError: Backbone and objective do not fit each other.
     """
-    backbone = build_backbone(arch, seed)
+    if head_seed is None and seed is not None:
+        head_seed = seed + 1
+    return add_head(build_backbone(arch, seed), objective, head_seed)
+
+
+def add_head(backbone: Backbone, objective: ObjectiveSpec, seed: int | None = None) -> Task:
+    """Build an objective with random weights on a backbone that is there.
+
+    Args:
+        seed: Seed of the head's weights; None for torch's generator as it is.
+
+    Raises:
+        ValueError: Backbone and objective do not fit each other.
+    """
     kind = registry.get("objective", objective.name)
+    options = kind.options_class(**objective.options)
     with torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
-        if seed is not None or head_seed is not None:
-            own_seed = head_seed if head_seed is not None else (seed or 0) + 1
-            torch.manual_seed(own_seed)  # pyright: ignore[reportUnknownMemberType]
-        options = kind.options_class(**objective.options)
+        if seed is not None:
+            torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
         return Task(backbone, kind(backbone, options, objective.state))
 
 

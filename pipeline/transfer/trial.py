@@ -382,14 +382,6 @@ class BuiltBackbone:
         self.backbone, self.digest = backbone, hashlib.sha256()
         _add_weights(self.digest, "backbone", backbone)
 
-    def with_head(self, objective: ObjectiveSpec, seed: int) -> Task:
-        """Return a task with a new head, as `bundle.build_task` makes it."""
-        kind = registry.get("objective", objective.name)
-        options = kind.options_class(**objective.options)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return Task(self.backbone, kind(self.backbone, options, objective.state))
-
 
 def build_task(
     trial: Trial,
@@ -416,7 +408,7 @@ def build_task(
     if built is None:
         task = bundle.build_task(data.arch, objective, seed=seed, head_seed=mix(seed, 1))
     else:
-        task = built.with_head(objective, mix(seed, 1))
+        task = bundle.add_head(built.backbone, objective, mix(seed, 1))
     if trial.combines_trials:
         records = [_record_of_member(shared, one) for one in trial.members]
         technique = technique or trial.technique_object
