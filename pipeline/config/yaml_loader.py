@@ -327,7 +327,8 @@ def _settings_of_unknown_entries(
     for path, setting in set_by.items():
         entry = path[:2]
         is_misspelt = len(path) > 2 and entry in wrong_entries and entry not in lines
-        names = [str(line[1]) for line in lines if len(line) == 2 and line[:1] == entry[:1]]
+        entries = [line for line in lines if len(line) == 2 and line[:1] == entry[:1]]
+        names = [str(line[1]) for line in entries]
         if is_misspelt and names:
             kind, name = str(entry[0]).removesuffix("s"), str(entry[1])
             advice = registry.nearest(name, names)

@@ -43,7 +43,8 @@ class Spec:
                 f"{document!r:.80}"
             )
         values = dict(cast(Mapping[str, Any], document))
-        missing, unknown = (sorted(one) for one in (set(names) - {*values}, {*values} - set(names)))
+        missing = sorted(set(names) - set(values))
+        unknown = sorted(set(values) - set(names))
         if missing or unknown:
             which = f"{', '.join(missing)} missing" if missing else f"not {', '.join(unknown)}"
             raise ValueError(f"{cls.__name__}: its fields are {', '.join(names)}; {which}")

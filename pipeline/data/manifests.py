@@ -442,7 +442,8 @@ def _expanded_bytes(part: pa.Array) -> int:
     if not pa.types.is_dictionary(part.type):
         return part.nbytes
     sizes = pc.fill_null(pc.binary_length(part.dictionary), 0)
-    return pc.sum(sizes.take(pc.drop_null(part.indices)).cast(pa.int64())).as_py() or 0
+    size_of_rows = sizes.take(pc.drop_null(part.indices)).cast(pa.int64())
+    return pc.sum(size_of_rows).as_py() or 0
 
 
 def _too_large(name: str, number: int, size: int, packed: int) -> str:
@@ -586,7 +587,8 @@ def _share(values: pa.ChunkedArray | None, ids: np.ndarray, salt: str) -> np.nda
     from pipeline.core.rng import mix, row_keys
 
     keys = row_keys(mix(*salt.encode()), np.zeros(1, dtype=np.int64), ids)
-    own = (keys.view(np.uint64) >> np.uint64(11)).astype(np.float64) / float(1 << 53)
+    leading_53_bits = keys.view(np.uint64) >> np.uint64(11)
+    own = leading_53_bits.astype(np.float64) / float(1 << 53)
     if values is None:
         return own
     codes, dictionary = codes_of(values)

@@ -451,9 +451,8 @@ class _File(NamedTuple):
 def _identified_files(pairs: list[tuple[str, str]], mode: identity.Mode) -> list[_File]:
     plain = [storage.without_query(file) for file, _ in pairs]
     # folders of the files that were given one by one, and how many of them all files share
-    folders = [
-        name.split("/")[:-1] for name, (_, root) in zip(plain, pairs, strict=True) if not root
-    ]
+    given_alone = [name for name, (_, root) in zip(plain, pairs, strict=True) if not root]
+    folders = [name.split("/")[:-1] for name in given_alone]
     shared = min(map(len, folders), default=0)
     for depth, names in enumerate(zip(*folders, strict=False)):
         if len(set(names)) > 1:

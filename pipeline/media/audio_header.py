@@ -247,4 +247,7 @@ def _frame(head: bytes) -> tuple[int, int]:
 def _has_table(frame: bytes) -> bool:
     """Tell whether the first frame holds the number of frames."""
     at = max(frame[:64].find(b"Xing"), frame[:64].find(b"Info"))
-    return frame[36:40] == b"VBRI" or (at >= 0 and len(frame) >= at + 8 and bool(frame[at + 7] & 1))
+    if frame[36:40] == b"VBRI":
+        return True
+    has_flags = at >= 0 and len(frame) >= at + 8
+    return has_flags and bool(frame[at + 7] & 1)

@@ -218,7 +218,9 @@ def _flac_length(file: _CheckedFile) -> bytes:
     """
     file.seek(0)
     start = file.read(FLAC_LENGTH.stop)
-    if start[:4] != b"fLaC" or len(start) < FLAC_LENGTH.stop or start[21] & 15 or any(start[22:]):
+    if start[:4] != b"fLaC" or len(start) < FLAC_LENGTH.stop:
+        return b""
+    if start[21] & 15 or any(start[22:]):  # it says its length
         return b""
     ends = hashlib.sha256(f"{file.size} ".encode())
     for at in (0, max(0, file.size - KNOWN_BYTES)):
@@ -561,9 +563,8 @@ def _energies(blocks: Iterator[np.ndarray], frames: int, rate: int) -> np.ndarra
         block = next(blocks, np.zeros(0, dtype=np.float32))
         if not len(block):
             raise BrokenAudioError(_truncated_message(done / rate, frames / rate))
-        energies.append(
-            np.add.reduceat(block.astype(np.float64) ** 2, np.arange(0, len(block), hop)) / hop
-        )
+        squares = block.astype(np.float64) ** 2
+        energies.append(np.add.reduceat(squares, np.arange(0, len(block), hop)) / hop)
         done += len(block)
     return np.minimum(np.nan_to_num(np.concatenate(energies), nan=MAX_ENERGY), MAX_ENERGY)
 

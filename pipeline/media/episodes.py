@@ -50,10 +50,9 @@ class StepValues:
 
     def rows(self, values: np.ndarray, kept: np.ndarray) -> Iterator[np.ndarray]:
         """Cut values like these into one array for each row; empty for rows that are not kept."""
-        for start, stop, good in zip(
-            self.ends[:-1].tolist(), self.ends[1:].tolist(), kept.tolist(), strict=True
-        ):
-            yield values[start : stop if good else start]
+        spans = itertools.pairwise(self.ends.tolist())
+        for (start, stop), is_kept in zip(spans, kept.tolist(), strict=True):
+            yield values[start : stop if is_kept else start]
 
 
 class SpaceState(TypedDict):

@@ -201,7 +201,9 @@ def _by_pillow(data: bytes, channels: int) -> Tensor:
         # broken bytes make Pillow raise OSError, SyntaxError, struct.error, DecompressionBombError
         # and others
         raise ValueError(f"broken image: {error}") from None
-    return torch.from_numpy(array.reshape(*array.shape[:2], channels)).permute(2, 0, 1).contiguous()
+    height, width = array.shape[:2]
+    image = torch.from_numpy(array.reshape(height, width, channels))
+    return image.permute(2, 0, 1).contiguous()
 
 
 def class_numbers(data: bytes) -> np.ndarray:

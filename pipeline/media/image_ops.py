@@ -146,10 +146,9 @@ def resize_antialiased(
     out = _separable(values, down, across)
     if fill is None:
         return out
-    inside = [((centre >= 0) & (centre < side)).to(out.dtype) for centre in centres]
-    return out * (inside[1][:, None, :, None] * inside[0][:, None, None, :]) + fill.view(
-        1, -1, 1, 1
-    )
+    columns, rows = (((centre >= 0) & (centre < side)).to(out.dtype) for centre in centres)
+    inside = rows[:, None, :, None] * columns[:, None, None, :]
+    return out * inside + fill.view(1, -1, 1, 1)
 
 
 def _separable(x: Tensor, down: Tensor, across: Tensor) -> Tensor:
@@ -208,6 +207,11 @@ def move_frame(frame: Tensor, window: CropWindow, size: int) -> Tensor:
     return torch.stack([width, height * down, left, (top - window.top) * down], 1)
 
 
+def _lengths(ends: Tensor) -> Tensor:
+    """Return (B, M) differences of (B, M, 2) ends."""
+    return ends[..., 1] - ends[..., 0]
+
+
 def move_boxes(shares: Tensor, frame: Tensor, size: int) -> Tensor:
     """Convert boxes in shares of the image to (B, M, 4) corners in pixels of the input.
 
@@ -225,9 +229,9 @@ def move_boxes(shares: Tensor, frame: Tensor, size: int) -> Tensor:
     x = left[..., None] + shares[..., 0::2] * width[..., None]
     y = top[..., None] + shares[..., 1::2] * height[..., None]
     x = x.sort(2).values
-    area = (x[..., 1] - x[..., 0]) * (y[..., 1] - y[..., 0])
+    area = _lengths(x) * _lengths(y)
     x, y = x.clamp(0, size), y.clamp(0, size)
-    visible = (x[..., 1] - x[..., 0]) * (y[..., 1] - y[..., 0])
+    visible = _lengths(x) * _lengths(y)
     is_kept = (visible > 0) & (visible >= VISIBLE * area)
     boxes = torch.stack([x[..., 0], y[..., 0], x[..., 1], y[..., 1]], 2)
     return torch.where(is_kept[..., None], boxes, torch.zeros_like(boxes))
@@ -401,9 +405,8 @@ def blur(x: Tensor, sigma: Tensor) -> Tensor:
     # distances to the reflections of a pixel in both borders
     before = torch.where(old > 0, new + old, radius + 1)
     after = torch.where(old < side - 1, 2 * (side - 1) - new - old, radius + 1)
-    band = sum(
-        taps[:, distance.clamp(max=radius + 1)] for distance in ((new - old).abs(), before, after)
-    )
+    distances = ((new - old).abs(), before, after)
+    band = sum(taps[:, distance.clamp(max=radius + 1)] for distance in distances)
     assert isinstance(band, Tensor)
     return _separable(x, band, band)
 
@@ -437,6 +440,11 @@ def _affine(
     )
 
 
+def _shift(x: Tensor, level: float) -> int:
+    """Return the pixels of a shift, which is at most 150 of 331 as in AutoAugment's code."""
+    return int(150 / 331 * x.shape[-1] * level)
+
+
 SIGNED: tuple[Callable[[Tensor, float, list[float]], Tensor], ...] = (
     lambda x, level, fill: TF.adjust_brightness(x, 1 + 0.9 * level),
     lambda x, level, fill: TF.adjust_saturation(x, 1 + 0.9 * level),
@@ -444,8 +452,8 @@ SIGNED: tuple[Callable[[Tensor, float, list[float]], Tensor], ...] = (
     lambda x, level, fill: TF.adjust_sharpness(x, 1 + 0.9 * level),
     lambda x, level, fill: _affine(x, fill, shear=(0.3 * level, 0), about=[0, 0]),
     lambda x, level, fill: _affine(x, fill, shear=(0, 0.3 * level), about=[0, 0]),
-    lambda x, level, fill: _affine(x, fill, shift=(int(150 / 331 * x.shape[-1] * level), 0)),
-    lambda x, level, fill: _affine(x, fill, shift=(0, int(150 / 331 * x.shape[-1] * level))),
+    lambda x, level, fill: _affine(x, fill, shift=(_shift(x, level), 0)),
+    lambda x, level, fill: _affine(x, fill, shift=(0, _shift(x, level))),
     lambda x, level, fill: TF.rotate(
         x, 30 * level, interpolation=InterpolationMode.BILINEAR, fill=fill
     ),
@@ -475,10 +483,10 @@ def rand_augment(
     kinds = (operations * 2 + negative).cpu()
     out, level = x.clone(), magnitude / 30
     for turn in range(2):
-        for kind, rows in _groups(
-            torch.where(kinds[:, turn] < 2 * len(signed), kinds[:, turn], kinds[:, turn] // 2 * 2),
-            x.device,
-        ):
+        drawn = kinds[:, turn]
+        # unsigned operations have no negative kind
+        drawn = torch.where(drawn < 2 * len(signed), drawn, drawn // 2 * 2)
+        for kind, rows in _groups(drawn, x.device):
             operation, part = kind // 2, out[rows]
             if operation < len(signed):
                 changed = signed[operation](part, -level if kind % 2 else level, fill)

@@ -30,9 +30,8 @@ def shingles(text: str) -> set[bytes]:
     A shorter text has one shingle of all its words; one without words has its punctuation.
     """
     words = WORD.findall(unicodedata.normalize("NFC", text).lower()) or text.split()
-    return {
-        " ".join(words[i : i + SHINGLE]).encode() for i in range(max(1, len(words) - SHINGLE + 1))
-    }
+    starts = range(max(1, len(words) - SHINGLE + 1))
+    return {" ".join(words[i : i + SHINGLE]).encode() for i in starts}
 
 
 def signatures(texts: Iterator[str]) -> Iterator[np.ndarray]:

@@ -115,7 +115,10 @@ def bands(u: Tensor, lengths: Tensor, size: int, most: Tensor) -> Tensor:
     Widths are uniform integers in 0..``most`` (B,), starts uniform in the rest of ``lengths`` (B,).
     ``u``: (B, M, 2).
     """
-    widths = torch.minimum((u[..., 0] * (most[:, None] + 1)).floor(), lengths[:, None])
+    widths = (u[..., 0] * (most[:, None] + 1)).floor()
+    widths = torch.minimum(widths, lengths[:, None])
     starts = (u[..., 1] * (lengths[:, None] - widths + 1)).floor()
+    stops = starts + widths
     places = torch.arange(size, device=u.device)
-    return ((places >= starts[..., None]) & (places < (starts + widths)[..., None])).any(1)
+    is_covered = (places >= starts[..., None]) & (places < stops[..., None])  # (B, M, size)
+    return is_covered.any(1)

@@ -309,7 +309,9 @@ def edit_distances(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> 
         table = np.broadcast_to(ramp, (len(rows), len(ramp)))
         out[rows] = ends[1]  # of those that are empty
         for i in range(a.shape[1]):
-            change = np.minimum(table[:, :-1] + (b != a[:, i : i + 1]), table[:, 1:] + 1)
+            replaced = table[:, :-1] + (b != a[:, i : i + 1])
+            deleted = table[:, 1:] + 1
+            change = np.minimum(replaced, deleted)
             change = np.concatenate([np.full((len(rows), 1), i + 1), change], axis=1)
             # insertions: a value further left, plus 1 for each column between
             table = np.minimum.accumulate(change - ramp, axis=1) + ramp

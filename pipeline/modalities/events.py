@@ -331,7 +331,8 @@ class Events(Modality):
         kept = (place >= 0) & _in_window(time, self.options)
         if not kept.all():
             row, time, place, value = row[kept], time[kept], place[kept], value[kept]
-        if ((time[1:] < time[:-1]) & (row[1:] == row[:-1])).any():
+        is_same_row = row[1:] == row[:-1]
+        if ((time[1:] < time[:-1]) & is_same_row).any():
             order = np.lexsort((time, row))
             row, time, place, value = row[order], time[order], place[order], value[order]
         mean, std = (of_all.astype(value.dtype)[place] for of_all in (self.mean, self.std))

@@ -513,7 +513,8 @@ class Image(Modality):
         if "frame" in batch.data or self.options.fit != "squash":
             return batch["frame"]
         size = float(self.options.size)
-        return torch.tensor([size, size, 0, 0], device=batch["image"].device).expand(len(batch), 4)
+        whole = torch.tensor([size, size, 0, 0], device=batch["image"].device)
+        return whole.expand(len(batch), 4)
 
     def views(self, batch: Batch, views: tuple[View, ...]) -> Batch:
         """Make random views: resized crop, flip, colour jitter, grey, blur (sigma 0.1 to 2),

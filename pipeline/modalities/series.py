@@ -511,11 +511,11 @@ class Lists(NamedTuple):
 def _channels(struct: Any, names: list[str]) -> SeriesRows:
     """Read structs with a list for each channel."""
     fields = dict(zip(_names(struct.type) or [], struct.flatten(), strict=True))
-    lists = [Lists.of(fields[name]) if name in fields else None for name in names]
+    lists = {k: Lists.of(fields[name]) for k, name in enumerate(names) if name in fields}
     values: list[np.ndarray] = []
     reasons: list[str] = []
     for i in range(len(struct)):
-        own = {k: one[i] for k, one in enumerate(lists) if one is not None and one.lengths[i] >= 0}
+        own = {k: one[i] for k, one in lists.items() if one.lengths[i] >= 0}
         steps = {len(one) for one in own.values()}
         reason = _reason(own.values(), steps)
         row = np.full((0 if reason else steps.pop(), len(names)), np.nan)

@@ -505,7 +505,8 @@ class Trajectory(Modality):
             for i, (row, space) in enumerate(zip(arrays[name], spaces, strict=True)):
                 own_width = getattr(space, what)
                 if what == "action" and space.discrete is not None:
-                    flat[i, (np.arange(len(row)) * width + row.astype(np.int64))[row >= 0]] = 1.0
+                    places = np.arange(len(row)) * width + row.astype(np.int64)
+                    flat[i, places[row >= 0]] = 1.0
                 elif own_width == width:
                     space.standardise(row, what, flat[i, : len(row)])
                 elif len(row):

@@ -204,7 +204,8 @@ class Grid(nn.Module):
         value = value.gather(1, last.clamp(min=0)) * (last >= 0)
         steps_ago = torch.where(last >= 0, at[:, None] - last, at[:, None] + 1)
         ago = steps_ago * (self.step / (2 * DAY))
-        x = torch.cat([value, seen.to(value.dtype), ago.to(value.dtype).clamp(max=2.0)], 2)
+        ago = ago.to(value.dtype).clamp(max=2.0)
+        x = torch.cat([value, seen.to(value.dtype), ago], 2)
         tokens, _ = self.gru(self.drop(torch.relu(self.enter(x) + static[:, None])))
         real = at < steps[:, None]
         tokens = tokens * real[..., None]

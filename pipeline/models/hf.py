@@ -253,7 +253,8 @@ class HuggingFace(Backbone):
         frames = conv_arithmetic.count(lengths, self.convolutions)
         real = torch.arange(count, device=mask.device) < frames[:, None]
         # a row without frames attends to its first one, so that no softmax is empty
-        seen = torch.arange(wave.shape[1], device=mask.device) < lengths.clamp(min=least)[:, None]
+        seen_lengths = lengths.clamp(min=least)
+        seen = torch.arange(wave.shape[1], device=mask.device) < seen_lengths[:, None]
         return {"input_values": wave, "attention_mask": seen.long()}, real
 
     @classmethod
@@ -449,7 +450,9 @@ def _token_mask(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
     """Return (B, N) which tokens are real, of (B, M) positions of the input, M / N a token."""
     if mask is None or mask.shape[1] == hidden.shape[1]:
         return mask
-    return mask[:, :: max(1, mask.shape[1] // hidden.shape[1])][:, : hidden.shape[1]]
+    num_tokens = hidden.shape[1]
+    positions_a_token = max(1, mask.shape[1] // num_tokens)
+    return mask[:, ::positions_a_token][:, :num_tokens]
 
 
 # ---------------------------------------------------------------- looking into a model

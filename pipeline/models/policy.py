@@ -199,7 +199,8 @@ class Policy(Backbone):
             return pick_space(encoded, space, zeros)
         parts, rows_of_parts = [], []
         # Ascending, as `unique` sorts
-        present: list[int] = (space.unique().tolist() if len(self.spaces) > 1 else []) or [0]
+        present: list[int] = space.unique().tolist() if len(self.spaces) > 1 else []
+        present = present or [0]
         for number in present:
             rows = (space == number).nonzero()[:, 0] if len(present) > 1 else None
             of_space = x if rows is None else x[rows]
@@ -306,9 +307,8 @@ class Policy(Backbone):
         if old is not None and old.shape != new.shape and old.shape[1:] == new.shape[1:]:
             kept = min(len(old), len(new))
             known = old[1:kept].mean(0, keepdim=True) if kept > 1 else torch.zeros_like(old[:1])
-            out["tasks.weight"] = torch.cat([old[:kept], known.expand(len(new) - kept, -1)]).to(
-                new.dtype
-            )
+            added = known.expand(len(new) - kept, -1)
+            out["tasks.weight"] = torch.cat([old[:kept], added]).to(new.dtype)
             rest = f"{len(new) - kept} new" if len(new) > kept else f"{len(old) - kept} dropped"
             notes.append(f"tasks: {kept - 1} kept, {rest}")
         return out, [*notes, "trunk kept"] if notes else []
@@ -414,7 +414,8 @@ class CausalTransformer(nn.Module):
             kept = F.pad(mask, (0, spare)).view(rows * pieces, self.context).any(1)
 
             def cut(part: Tensor) -> Tensor:
-                return F.pad(part, (0, 0, 0, spare)).view(rows * pieces, self.context, width)[kept]
+                padded = F.pad(part, (0, 0, 0, spare))
+                return padded.view(rows * pieces, self.context, width)[kept]
 
             x = cut(x)
             actions = None if actions is None else cut(actions)

@@ -149,7 +149,8 @@ class Timm(Backbone):
             tensor = out.get(name)
             if tensor is None or tensor.shape == own.shape or tensor.dim() != own.dim():
                 continue
-            if name in firsts and tensor.shape[1] in (1, 3) and tensor.shape[2:] == own.shape[2:]:
+            has_same_kernel = tensor.shape[2:] == own.shape[2:]
+            if name in firsts and tensor.shape[1] in (1, 3) and has_same_kernel:
                 had, has = tensor.shape[1], own.shape[1]
                 out[name] = (
                     adapt_input_conv(has, tensor) if had == 3 else tensor.repeat(1, has, 1, 1) / has

@@ -345,7 +345,8 @@ class Tagging(Objective):
         losses = F.cross_entropy(
             scores.flatten(0, 1), tags.flatten(), reduction="none", ignore_index=-1
         )
-        known = {"loss": losses.view_as(tags).sum(1), "count": (tags >= 0).sum(1).float()}
+        loss = losses.view_as(tags).sum(1)
+        known = {"loss": loss, "count": (tags >= 0).sum(1).float()}
         return {**self._compare(guess, batch["tags"]), **known}
 
     def _compare(self, guess: Tensor, tags: Tensor) -> dict[str, Tensor]:

@@ -157,10 +157,8 @@ class GainModel:
                 last = min(near[-1] + 1, len(scanned) - 1)
                 ranges[k] = float(scanned[max(near[0] - 1, 0)]), float(scanned[last])
         # evenly spaced square roots: a spread is the more uncertain, the larger it is
-        roots = [
-            np.sqrt(low) + (np.sqrt(high) - np.sqrt(low)) * (np.arange(POINTS) + 0.5) / POINTS
-            for low, high in ranges
-        ]
+        ends = [(np.sqrt(low), np.sqrt(high)) for low, high in ranges]
+        roots = [low + (high - low) * (np.arange(POINTS) + 0.5) / POINTS for low, high in ends]
         grid = np.stack(np.meshgrid(*roots, indexing="ij"), axis=-1).reshape(-1, len(roots))
         log_weights = self._log_posterior(grid**2) + np.log(grid).sum(1)
         weights = np.exp(log_weights - log_weights.max())

@@ -323,10 +323,11 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     """
     front: list[int] = []
     highest = -math.inf
-    for index in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1], i)):
-        if points[index][1] > highest:
+    by_cost = sorted((cost, -gain, index) for index, (cost, gain) in enumerate(points))
+    for _, loss, index in by_cost:
+        if -loss > highest:
             front.append(index)
-            highest = points[index][1]
+            highest = -loss
     return front
 
 

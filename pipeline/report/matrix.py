@@ -276,7 +276,8 @@ class _EntryTrials:
 
     @property
     def metric(self) -> str:
-        return next((row.metric for row in (*self.done[:1], *self.group) if row.metric), "")
+        rows = [*self.done[:1], *self.group]
+        return next((row.metric for row in rows if row.metric), "")
 
     @property
     def rows(self) -> list[ResultRow]:

@@ -121,7 +121,8 @@ def forest_limits(groups: dict[str, list[MatrixEntry]]) -> dict[str, tuple[float
             ends.setdefault(entry.metric, [0.0]).extend(
                 v for v in (entry.gain, entry.gain_low, entry.gain_high) if v is not None
             )
-    margins = {name: 0.06 * ((max(values) - min(values)) or 1.0) for name, values in ends.items()}
+    widths = {name: max(values) - min(values) for name, values in ends.items()}
+    margins = {name: 0.06 * (width or 1.0) for name, width in widths.items()}
     return {
         group: (min(ends[m]) - margins[m], max(ends[m]) + margins[m])
         for group, entries in groups.items()

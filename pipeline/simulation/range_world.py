@@ -172,16 +172,17 @@ class RangeWorld(gymnasium.Env):
         """
         rays = (self.heading + ANGLES[:, None] + BEAM).ravel()
         distance, cosine, wall, corner = cast(self.walls, self.place, rays)
-        distances = (
-            np.where((cosine >= self.mirror) | corner, distance, np.inf).reshape(SENSORS, -1).min(1)
-        )
+        is_echo = (cosine >= self.mirror) | corner
+        echoes = np.where(is_echo, distance, np.inf)
+        distances = echoes.reshape(SENSORS, -1).min(1)
         deaf = np.flatnonzero(np.isinf(distances))
         if len(deaf):
             ray = deaf * len(BEAM) + len(BEAM) // 2
             along = self.walls[wall[ray], 2:] - self.walls[wall[ray], :2]
             angle = 2 * np.arctan2(along[:, 1], along[:, 0]) - rays[ray]  # mirrored
             way = np.stack([np.cos(rays[ray]), np.sin(rays[ray])], 1)
-            second = cast(self.walls, self.place + (distance[ray] - 1e-6)[:, None] * way, angle)[0]
+            mirrored_at = self.place + (distance[ray] - 1e-6)[:, None] * way
+            second = cast(self.walls, mirrored_at, angle)[0]
             distances[deaf] = np.where(
                 self.echo_draws[deaf] < self.lost, MAX_RANGE, distance[ray] + second
             )
@@ -286,9 +287,7 @@ def _start(walls: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, flo
         along = wall[2:] - wall[:2]
         way = along / np.linalg.norm(along)
         inward = np.array([-way[1], way[0]])
-        place = (
-            wall[:2] + rng.uniform(0, 1) * (wall[2:] - wall[:2]) + rng.uniform(0.4, 1.1) * inward
-        )
+        place = wall[:2] + rng.uniform(0, 1) * along + rng.uniform(0.4, 1.1) * inward
         heading = float(np.arctan2(-way[1], -way[0]) + rng.uniform(-0.5, 0.9))
         if (
             (place > 0.4).all()

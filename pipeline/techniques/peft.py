@@ -866,7 +866,8 @@ class _RankBudget(nn.Module):
                 * self.get_buffer(f"spread_{part}{number}")
                 for part in ("A", "B", "E")
             }
-            scores.append(importance["E"][:, 0] + importance["A"].mean(1) + importance["B"].mean(0))
+            of_a, of_b = importance["A"].mean(1), importance["B"].mean(0)
+            scores.append(importance["E"][:, 0] + of_a + of_b)
         ranked = torch.cat(scores)
         count = len(ranked) - budget
         threshold = ranked.kthvalue(count).values if count else ranked.new_tensor(-torch.inf)

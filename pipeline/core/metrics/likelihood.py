@@ -60,6 +60,5 @@ def bits_per_byte(p: Predictions) -> np.ndarray:
     """Mean bits per UTF-8 byte of the text, comparable between tokenizers, as perplexity is not.
     Lower is better. There is no value for rows whose bytes were not counted.
     """
-    return numerator_denominator(
-        p["loss"] / math.log(2), p["bytes"] if "bytes" in p else np.zeros(len(p["loss"]))
-    )
+    num_bytes = p["bytes"] if "bytes" in p else np.zeros(len(p["loss"]))
+    return numerator_denominator(p["loss"] / math.log(2), num_bytes)

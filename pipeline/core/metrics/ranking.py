@@ -34,7 +34,8 @@ def _ranked(
     held = np.add.reduceat(y.astype(np.int64), starts) > 0
     starts = starts[held | np.concatenate([[True], held[:-1]])]
     run = np.empty(len(order), dtype=np.int64)
-    run[order] = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(order)))
+    lengths = np.diff(starts, append=len(order))
+    run[order] = np.repeat(np.arange(len(starts)), lengths)
     rows = sum_draws(run, drawn, len(starts))
     hits = sum_draws(run, drawn, len(starts), weight=positive)
     return hits, rows - hits
@@ -56,9 +57,8 @@ def weighted_auroc(scores: np.ndarray, positive: np.ndarray, drawn: np.ndarray) 
     hits, misses = _ranked(scores, positive, drawn)
     pairs = hits.sum(0) * misses.sum(0)
     below = misses.sum(0) - np.cumsum(misses, axis=0)
-    return np.where(
-        pairs > 0, (hits * (below + misses / 2)).sum(0) / np.maximum(pairs, 1e-300), np.nan
-    )
+    won = (hits * (below + misses / 2)).sum(0)  # a tie is half a pair
+    return np.where(pairs > 0, won / np.maximum(pairs, 1e-300), np.nan)
 
 
 def weighted_average_precision(

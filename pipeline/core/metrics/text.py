@@ -17,7 +17,8 @@ from pipeline.core.metrics.metric import (
 
 
 def _f1_of_type(p: Predictions, k: int) -> np.ndarray:
-    return numerator_denominator(2 * p["hits"][:, k], p["guessed"][:, k] + p["actual"][:, k])
+    hits, guessed, actual = (p[name][:, k] for name in ("hits", "guessed", "actual"))
+    return numerator_denominator(2 * hits, guessed + actual)
 
 
 @register("metric", "entity_f1")
@@ -27,7 +28,8 @@ def entity_f1(p: Predictions) -> np.ndarray:
     A hit has the span and the type of a true entity, as in CoNLL-2003 (Tjong Kim Sang and De
     Meulder 2003) and seqeval.
     """
-    return numerator_denominator(2 * p["hits"].sum(1), p["guessed"].sum(1) + p["actual"].sum(1))
+    hits, guessed, actual = (p[name].sum(1) for name in ("hits", "guessed", "actual"))
+    return numerator_denominator(2 * hits, guessed + actual)
 
 
 @register("metric", "word_accuracy")

@@ -61,7 +61,8 @@ def class_numbers(column: pa.ChunkedArray, names: list[str]) -> np.ndarray:
     T is the number of actions of the longest row.
     """
     flat = pc.cast(pc.list_flatten(column), pa.string())
-    numbers = pc.fill_null(pc.index_in(flat, pa.array(names, pa.string())), -1).to_numpy()
+    places = pc.index_in(flat, pa.array(names, pa.string()))
+    numbers = pc.fill_null(places, -1).to_numpy()
     ends = np.cumsum(num_actions(column))
     rows = np.split(numbers, ends[:-1])[: len(column)]  # of no rows there is one, empty
     return pad(ragged(rows), fill=-1)
@@ -160,9 +161,8 @@ def _mixture(out: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _log_densities(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """Return (..., A) log densities of single numbers."""
-    return (
-        -0.5 * ((x - mean) * torch.exp(-log_std)).square() - log_std - 0.5 * math.log(2 * math.pi)
-    )
+    deviations = (x - mean) * torch.exp(-log_std)
+    return -0.5 * deviations.square() - log_std - 0.5 * math.log(2 * math.pi)
 
 
 def losses(head: str, out: Tensor, target: Tensor, components: int, beta: float = 0.0) -> Tensor:

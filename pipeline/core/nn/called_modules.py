@@ -50,7 +50,8 @@ class CalledModules:
         if not past:
             return
         more = f" and {len(past) - 3} more" if len(past) > 3 else ""
-        others = sorted({*map(_last, self.called & {*self.names})} - {*map(_last, past)})
+        called_endings = {_last(name) for name in self.names if name in self.called}
+        others = sorted(called_endings - {*map(_last, past)})
         raise ValueError(
             f"{architecture} uses the weights of {', '.join(past[:3])}{more} without calling these "
             "modules, so that adapters there do nothing. Name others by their endings, as in "

@@ -75,9 +75,8 @@ class Pyramid(nn.Module):
         )
         self.top = blocks if self.simple is not None else None
         self.base = strides
-        self.strides = strides + tuple(
-            strides[-1] * 2 ** (i + 1) for i in range({"none": 0, "p6p7": 2, "pool": 1}[top])
-        )
+        num_more = {"none": 0, "p6p7": 2, "pool": 1}[top]
+        self.strides = strides + tuple(strides[-1] * 2 ** (i + 1) for i in range(num_more))
 
     def forward(self, features: Features, size: tuple[int, int]) -> dict[str, Tensor]:
         """Return maps (B, channels, ceil(H / stride), ceil(W / stride)) by names "0", "1", ...

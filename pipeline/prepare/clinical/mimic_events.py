@@ -138,7 +138,8 @@ class MimicImporter(GroupedImporter):
     def _labels(self) -> tuple[np.ndarray, list[str], np.ndarray, np.ndarray]:
         """Read D_ITEMS: (sorted item ids, their labels, factors and kinds as of `_amount_unit`)."""
         if "d_items" not in self.tables or not self.options.inputs:
-            return np.empty(0, dtype=np.int64), [], np.empty(0), np.empty(0, dtype=np.int64)
+            none = np.empty(0, dtype=np.int64)
+            return none, [], np.empty(0), none
         columns = {
             "itemid": Column("id"),
             "label": Column("text"),

@@ -77,9 +77,8 @@ def numbers(column: Any, pair: int | np.ndarray = 0) -> Numbers:
     kind = array.type.value_type if pa.types.is_dictionary(array.type) else array.type
     if not is_text(kind):
         found = _plain(array)
-        return Numbers(
-            found, np.where(np.isnan(found), 1, 0).astype(np.int8), np.zeros(len(array), dtype=bool)
-        )
+        reasons = np.where(np.isnan(found), 1, 0).astype(np.int8)
+        return Numbers(found, reasons, np.zeros(len(array), dtype=bool))
     codes, texts = dictionary_codes(array)
     first, second, reasons, censored = _texts(texts.cast(pa.string()))
     at = np.where(codes < 0, len(texts), codes)
@@ -88,9 +87,9 @@ def numbers(column: Any, pair: int | np.ndarray = 0) -> Numbers:
     is_pair = reason == REASONS.index(PAIR)
     taken = is_pair & (np.asarray(pair) > 0)
     out = np.where(is_pair, np.where(np.asarray(pair) == 2, two, one), one)
-    return Numbers(
-        np.where(is_pair & ~taken, np.nan, out), np.where(taken, 0, reason).astype(np.int8), bound
-    )
+    out = np.where(is_pair & ~taken, np.nan, out)
+    reason = np.where(taken, 0, reason).astype(np.int8)
+    return Numbers(out, reason, bound)
 
 
 def drop_unusable(

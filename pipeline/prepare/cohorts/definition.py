@@ -320,7 +320,8 @@ def prediction_hours(
     the first event, `after` (B,). A row has none where either bound is not finite.
     """
     fine = np.isfinite(after) & np.isfinite(last)
-    low = np.maximum(np.ceil(first / every - EPS), np.floor(np.where(fine, after, 0.0) / every) + 1)
+    later_than_after = np.floor(np.where(fine, after, 0.0) / every) + 1
+    low = np.maximum(np.ceil(first / every - EPS), later_than_after)
     high = np.floor(np.where(fine, last, -1.0) / every + EPS)
     counts = np.where(fine, np.maximum(high - low + 1, 0), 0).astype(np.int64)
     within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -28,7 +28,8 @@ from pipeline.prepare.engine.importing import (
 from pipeline.prepare.readers import archives
 from pipeline.prepare.readers.picture_check import Picture
 
-COLUMNS = {**boxes.COLUMNS, "tags": pa.list_(pa.string()), "tag": pa.string(), **boxes.SIZE_COLUMNS}
+TAG_COLUMNS = {"tags": pa.list_(pa.string()), "tag": pa.string()}
+COLUMNS = {**boxes.COLUMNS, **TAG_COLUMNS, **boxes.SIZE_COLUMNS}
 UNKNOWN = 0
 """Width and height of an image without boxes, where the export does not state them."""
 

@@ -34,9 +34,8 @@ class IndexShardTask(ShardTask):
         self.index: Index = importer.index(source)
         rows = self.index.rows
         self.order = _order(rows)
-        self.shards = _parts(
-            rows["split"].take(pa.array(self.order)).to_pylist(), self.sizes()[self.order], settings
-        )
+        splits = rows["split"].take(pa.array(self.order)).to_pylist()
+        self.shards = _parts(splits, self.sizes()[self.order], settings)
         sized = [settings.part_mb] if settings.part_mb else []
         self.key = (
             *self.depends,

@@ -174,7 +174,8 @@ class LongTable(GroupedImporter):
         o = self.options
         if not o.entities:
             ids = self._ids()
-            rows = pa.table({"entity": ids, "split": pa.array([o.split] * len(ids), pa.string())})
+            splits = pa.array([o.split] * len(ids), pa.string())
+            rows = pa.table({"entity": ids, "split": splits})
             return Entities(
                 rows, {"ids": ids, "start": None, "start_zoned": set()}, info=self._info([], [])
             )

@@ -79,7 +79,8 @@ class ImageFolder(ImageImporter):
 
 
 def _top_folders(listing: archives.Listing) -> set[str]:
-    return {name.split("/")[0] for name in [*(e.name for e in listing.images), *listing.empty]}
+    names = [*(entry.name for entry in listing.images), *listing.empty]
+    return {name.split("/")[0] for name in names}
 
 
 def _without_images(listing: archives.Listing, wanted: int) -> list[str]:

@@ -120,7 +120,8 @@ class Table(TableImporter):
         self.categorical = parse_names(o.categorical)
         self.numeric = parse_names(o.numeric)
         self.header = parse_names(o.names)
-        self.copied = list(dict.fromkeys([*self.labels, *parse_names(o.id), *parse_names(o.group)]))
+        copied = [*self.labels, *parse_names(o.id), *parse_names(o.group)]
+        self.copied = list(dict.fromkeys(copied))
         self.missing = frozenset(text.strip() for text in o.missing.split(","))
         both = sorted(set(self.categorical) & set(self.numeric))
         if both:

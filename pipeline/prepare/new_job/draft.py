@@ -574,7 +574,9 @@ def _is_read_without_conversion(draft: Draft) -> bool:
 def _note_other_columns(draft: Draft, splits: Column | None) -> None:
     if draft.modality == "table" or draft.found.kind in IN_FOLDERS:
         return
-    used = {*draft.inputs.values(), *draft.labels.values(), *([splits.name] if splits else [])}
+    used = {*draft.inputs.values(), *draft.labels.values()}
+    if splits is not None:
+        used.add(splits.name)
     rest = [column.name for column in draft.found.columns if column.name not in used]
     if rest:
         draft.notes.append(f"columns that are not read: {', '.join(rest)}")

@@ -64,9 +64,8 @@ def letter_shares(text: str, script: str) -> tuple[float, float]:
 
 def digest(text: str) -> bytes:
     """Return 16 bytes of the SHA-1 of the text in lower case with single spaces."""
-    return hashlib.sha1(" ".join(text.lower().split()).encode(), usedforsecurity=False).digest()[
-        :16
-    ]
+    normalised = " ".join(text.lower().split())
+    return hashlib.sha1(normalised.encode(), usedforsecurity=False).digest()[:16]
 
 
 # ---------------------------------------------------------------- all documents
@@ -96,9 +95,8 @@ def first_near_duplicates(signs: np.ndarray, threshold: float) -> np.ndarray:
                 lefts.append(a[alike])
                 rights.append(b[alike])
     a, b = np.concatenate(lefts), np.concatenate(rights)
-    _, component = connected_components(
-        coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=(n, n)), directed=False
-    )
+    pairs = coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=(n, n))
+    _, component = connected_components(pairs, directed=False)
     firsts = np.full(component.max() + 1, n, dtype=np.int64)
     np.minimum.at(firsts, component, np.arange(n))
     return firsts[component]

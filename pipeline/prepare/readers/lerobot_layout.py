@@ -163,10 +163,11 @@ def splits_of_info(layout: Layout, fixed: str = "") -> tuple[dict[int, str], int
                 "validation or test; pass --set split=train"
             )
         start, stop = int(found[1]), int(found[2])
-        if both := next((other for a, b, other in ranges if max(a, start) < min(b, stop)), ""):
+        overlapping = [other for a, b, other in ranges if max(a, start) < min(b, stop)]
+        if overlapping:
             raise ValueError(
-                f"{INFO}: split {name!r}: {text!r} overlaps the range of {both}; correct the "
-                "ranges, or pass --set split=train"
+                f"{INFO}: split {name!r}: {text!r} overlaps the range of {overlapping[0]}; "
+                "correct the ranges, or pass --set split=train"
             )
         ranges.append((start, stop, split))
     out = {

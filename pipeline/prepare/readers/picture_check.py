@@ -154,9 +154,8 @@ def _orientation(image: PIL.Image.Image) -> int:
 def eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
     """Convert to grey or RGB with 8 bits, without transparency, as the image modality decodes."""
     if image.mode.startswith("I"):
-        return PIL.Image.fromarray(
-            ((np.asarray(image).astype(np.int64) + 128) // 257).clip(0, 255).astype(np.uint8)
-        )
+        levels = (np.asarray(image).astype(np.int64) + 128) // 257  # of 16 bits
+        return PIL.Image.fromarray(levels.clip(0, 255).astype(np.uint8))
     return (
         image
         if image.mode in ("L", "RGB")

@@ -161,5 +161,6 @@ def _channel_summaries(
                 continue
             change = np.abs(np.diff(found)).mean() if len(found) > 1 else 0.0
             least, largest = found.min(), found.max()
-            out[i, channel, 1:] = (found[-1], found.mean(), found.std(), least, largest, change)
+            mean, std = found.mean(), found.std()
+            out[i, channel, 1:] = (found[-1], mean, std, least, largest, change)
     return out.reshape(len(series), -1)

@@ -84,7 +84,8 @@ class _NearestSteps(RegressorMixin, BaseEstimator):
     def predict(self, inputs: np.ndarray) -> np.ndarray:
         """Return (m, A) actions; zeros, the mean action, for a robot without a demonstration."""
         out = np.zeros((len(inputs), self.width))
-        for space, task in np.unique(inputs[:, :2], axis=0).astype(np.int64).tolist():
+        tasks = np.unique(inputs[:, :2], axis=0).astype(np.int64)
+        for space, task in tasks.tolist():
             mine = (inputs[:, :2] == (space, task)).all(1)
             model = self.of_task.get((space, task), self.of_robot.get(space))
             if model is not None:

@@ -109,7 +109,8 @@ def mmd(
     apart /= -2 * width
     kernel = np.exp(apart, out=apart)
     within = 0.0
-    for side, unit in ((kernel[:n, :n], units[0]), (kernel[n:, n:], units[1])):
+    sides = kernel[:n, :n], kernel[n:, n:]
+    for side, unit in zip(sides, units, strict=True):
         within += float(side[unit[:, None] != unit].mean())
     return within - 2 * float(kernel[:n, n:].mean())
 

@@ -45,7 +45,8 @@ def knn(
     nearest = y[neighbours(features, k, groups=groups)]
     if y.dim() == 1:
         is_right = (nearest.mode(1).values == y).double()
-        return float(torch.stack([is_right[y == label].mean() for label in y.unique()]).mean())
+        recalls = [is_right[y == label].mean() for label in y.unique()]
+        return float(torch.stack(recalls).mean())
     everyone = np.ones((len(features), 1))
     areas = [
         weighted_auroc(vote, label, everyone)[0]

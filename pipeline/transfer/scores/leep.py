@@ -170,7 +170,8 @@ def _expect(
 ) -> tuple[np.ndarray, float]:
     """Return (n, K) probabilities of the components, and the mean log likelihood of the rows."""
     precision = 1 / variance
-    distance = x**2 @ precision.T - 2 * x @ (mean * precision).T + (mean**2 * precision).sum(1)
+    constants = (mean**2 * precision).sum(1)
+    distance = x**2 @ precision.T - 2 * x @ (mean * precision).T + constants
     constant = np.log(2 * np.pi * variance).sum(1)
     joint = np.log(weight) - 0.5 * (distance + constant)
     most = joint.max(1, keepdims=True)
