@@ -28,7 +28,7 @@ from pipeline.core.nn.eager import eager
 from pipeline.core.nn.linear_head import PooledHead, head_inputs
 from pipeline.core.rng import uniform
 
-_BETA, _CUT = 101, 102
+BETA, CUT = 101, 102
 """Random streams of a row's key: how much is mixed, and where the patch lies."""
 _TRIES = 32
 """Draws of which the first accepted one is a number from a beta distribution."""
@@ -470,8 +470,8 @@ def mixed(batch: Batch, mixup: float, cutmix: float) -> tuple[Tensor, Tensor, Te
     image = batch["image"]
     keys = batch.keys
     other = batch.partners().to(image.device)
-    coin = uniform(keys, 1, _CUT)[:, 0]
-    centre = uniform(keys, 3, _CUT)[:, 1:]
+    coin = uniform(keys, 1, CUT)[:, 0]
+    centre = uniform(keys, 3, CUT)[:, 1:]
     if mixup and cutmix:
         is_cut = coin < 0.5
     else:
@@ -494,7 +494,7 @@ def beta(keys: Tensor, alpha: float) -> Tensor:
     U ** (1 / alpha) is 0 in float32 for a small alpha. At worst (alpha 1) a try is accepted half
     of the time, so none is once in 4e9 rows.
     """
-    u = uniform(keys, 2 * _TRIES, _BETA).clamp(min=2.0**-25)
+    u = uniform(keys, 2 * _TRIES, BETA).clamp(min=2.0**-25)
     u = u.log() / alpha
     a = u[:, :_TRIES]
     b = u[:, _TRIES:]

@@ -85,9 +85,9 @@ class Side:
         stream = self.stream()
         for _ in range(self.warm):
             next(stream)
-        before, began = ingest._processor(), time.perf_counter()
+        before, began = ingest.processor_seconds(), time.perf_counter()
         sound = sum(next(stream) for _ in range(self.steps))
-        took, after = time.perf_counter() - began, ingest._processor()
+        took, after = time.perf_counter() - began, ingest.processor_seconds()
         stream.close()  # type: ignore[attr-defined]
         here, elsewhere = after[0] - before[0], 0.0 if self.alone else after[1] - before[1]
         self.wall.append(sound / took)

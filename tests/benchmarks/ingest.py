@@ -145,10 +145,10 @@ class Steady:
         stream = self.batches()
         for _ in range(self.spec["warm"]):
             next(stream)
-        before, began = _processor(), time.perf_counter()
+        before, began = processor_seconds(), time.perf_counter()
         for _ in range(self.spec["steps"]):
             next(stream)
-        took, after = time.perf_counter() - began, _processor()
+        took, after = time.perf_counter() - began, processor_seconds()
         stream.close()  # type: ignore[attr-defined]
         rows = self.spec["steps"] * self.spec["batch"]
         self.here.append(1e3 * (after[0] - before[0]) / rows)
@@ -157,7 +157,7 @@ class Steady:
         return rows / took
 
 
-def _processor() -> tuple[float, float]:
+def processor_seconds() -> tuple[float, float]:
     """Processor seconds of this process and of all that it started."""
     import psutil
 

@@ -189,7 +189,7 @@ def test_cutmix_is_the_code_of_the_authors(monkeypatch):
     monkeypatch.setattr(classification, "beta", lambda keys, alpha: lam)
     other, share, found = classification.mixed(rows, 0.0, 1.0)
     assert torch.equal(other, ring(64))
-    place = classification.uniform(rows.keys, 3, classification._CUT)
+    place = classification.uniform(rows.keys, 3, classification.CUT)
     for i in range(64):
         x0, y0, x1, y1 = rand_bbox(
             10, 12, lam[i].item(), int(place[i, 2] * 10), int(place[i, 1] * 12)
