@@ -546,6 +546,7 @@ class Splits:
 
     @property
     def fingerprint(self) -> str:
+        """Hash of the files, numbers of rows and draws of all splits: part of a stage's key."""
         # left out where it is empty: fingerprints of earlier versions do not have it
         return spec_hash(
             [s.manifest.fingerprint for s in (self.train, self.validation, self.test)],
@@ -554,9 +555,11 @@ class Splits:
         )
 
     def by_name(self) -> dict[str, Selection]:
+        """Return the splits by name: train, validation, test."""
         return {name: getattr(self, name) for name in SPLITS}
 
     def sizes(self) -> str:
+        """Return a sentence with the rows of each split, and where the splits come from."""
         by = "split by " if self.origin.startswith("column ") else ""
         return (
             f"train {len(self.train)}, validation {len(self.validation)}, test {len(self.test)} "

@@ -219,6 +219,7 @@ class Rows:
 
     @property
     def modality(self) -> Modality:
+        """The modality that decodes the rows."""
         return self.decoder.modality
 
     def in_memory(

@@ -19,6 +19,7 @@ class Board:
         self.fatal: str | None = None
 
     def post(self, record: LogRecord) -> None:
+        """Keep the newest record of rank 0; what an earlier record had beside it stays."""
         before = self.record
         # after a restart steps are taken again
         if before is not None and record["step"] >= before["step"]:
@@ -26,7 +27,9 @@ class Board:
         self.record = record
 
     def fail(self, message: str) -> None:
+        """Keep the first message of an error that ends the run."""
         self.fatal = self.fatal or message
 
     def read(self) -> tuple[LogRecord | None, str | None]:
+        """Return the newest record, and the error that ends the run; None for what is not there."""
         return self.record, self.fatal

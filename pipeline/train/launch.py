@@ -229,10 +229,12 @@ class Cluster:
 
     @property
     def cpus(self) -> float:
+        """Logical CPUs of all nodes."""
         return sum(cpus for cpus, _ in self.nodes)
 
     @property
     def gpus(self) -> float:
+        """Logical GPUs of all nodes."""
         return sum(gpus for _, gpus in self.nodes)
 
 
@@ -544,6 +546,10 @@ def first_cause(error: BaseException) -> str:
 
 
 def follow_ranks(board: Any, name: str, progress: Progress, stop: threading.Event) -> None:
+    """Show the progress that the ranks post on the board, until ``stop`` is set.
+
+    Runs in a thread beside the trainer. Warnings and restarts are shown once, as notes.
+    """
     last_warning, last_start = "", 0
     while not stop.wait(0.5):
         try:
@@ -722,6 +728,12 @@ def _reason(error: Exception | None) -> str:
 def make_trainer(
     stage: source.SourceStage, rank_resources: RankResources, inputs: Any, verbose: bool, most: int
 ) -> Any:
+    """Return Ray Train's trainer of a source.
+
+    Args:
+        inputs: What every rank is given (`_RankInputs`).
+        most: The most ranks; the fewest are those that the job allows.
+    """
     import ray.train
 
     low = stage.spec.worker_range[0]

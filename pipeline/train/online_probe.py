@@ -212,6 +212,7 @@ class Probe:
     max_bad_rows: float
 
     def decoder(self, modality: Modality) -> Decoder:
+        """Return the decoder of the probe's rows and labels."""
         return Decoder(modality, LABELS, self.state, self.columns)
 
 

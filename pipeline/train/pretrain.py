@@ -77,6 +77,7 @@ class RankJob:
 
     @property
     def data(self) -> Data:
+        """The data of the source; a source without data is never given to ranks."""
         assert self.spec.data is not None
         return self.spec.data
 
@@ -155,6 +156,7 @@ def order_of(work: RankJob, rows: Rows, item_rows: int | None = None) -> Plan:
 
 
 def decoder_of(fitted: FittedSource) -> Decoder:
+    """Return the decoder of a source's rows, with the fitted modality and objective."""
     return Decoder(
         bundle.build_modality(fitted.modality),
         fitted.objective.name,
@@ -164,6 +166,7 @@ def decoder_of(fitted: FittedSource) -> Decoder:
 
 
 def training_rows(work: RankJob) -> Rows:
+    """Return the training rows of a source, not decoded yet."""
     return Rows(work.fitted.train, decoder_of(work.fitted), costs=work.fitted.costs)
 
 
@@ -309,6 +312,7 @@ def write_bundle(work: RankJob, finished: Finished, metadata: dict[str, Any]) ->
 
 
 def device_name(device: torch.device) -> str:
+    """Return the name of the GPU as CUDA has it, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 

@@ -102,6 +102,13 @@ class Progress:
         self.trials = {**self.trials, **{trial.id: trial for trial in trials}}
 
     def update(self, line: str, final: bool = False) -> None:
+        """Show a line in place of the one before.
+
+        Without a terminal a line is printed when one is due, and not twice in a row.
+
+        Args:
+            final: Whether the line is the last of its kind, which is shown in any case.
+        """
         self.newest = line
         if self._live:
             self._live.update(Text(self._timed(line)))
@@ -113,4 +120,5 @@ class Progress:
             self.console.print(self._timed(line), markup=False)
 
     def note(self, line: str) -> None:
+        """Print a line that stays."""
         self.console.print(self._timed(line), markup=False)

@@ -17,6 +17,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
+        """Whether this is rank 0, which writes files and shows progress."""
         return self.rank == 0
 
 

@@ -152,16 +152,19 @@ class SourceStage:
 
     @property
     def uri(self) -> str:
+        """The source's folder below that of the job."""
         return storage.join(self.job.root, "sources", f"{self.name}-{self.key}")
 
     @property
     def bundle_uri(self) -> str:
+        """The source's bundle: in its folder, or the existing one that the job names."""
         if self.is_existing_bundle:
             return self.spec.backbone.name.partition(":")[2]
         return storage.join(self.uri, "bundle")
 
     @property
     def seed(self) -> int:
+        """The seed of the source, from that of the job and the source's name."""
         return mix(self.job.seed, *self.name.encode())
 
     @property
@@ -171,6 +174,7 @@ class SourceStage:
 
     @property
     def has_bundle(self) -> bool:
+        """Whether the bundle is complete."""
         return bundle.exists(self.bundle_uri)
 
     @property
@@ -198,6 +202,7 @@ class SourceStage:
 
     @property
     def packed(self) -> bool:
+        """Whether the objective reads documents that are packed into rows of tokens."""
         return (
             self.spec.objective is not None
             and registry.get("objective", self.spec.objective.name).packed
