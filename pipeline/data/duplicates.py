@@ -131,7 +131,8 @@ class SignatureMaker:
 
     def __call__(self, span: tuple[int, int]) -> dict[str, np.ndarray]:
         kind = registry.get("modality", self.modality)
-        names = list(dict.fromkeys([*self.columns.values(), *filter(None, [self.record])]))
+        record = [self.record] if self.record else []
+        names = list(dict.fromkeys([*self.columns.values(), *record]))
         ids = self.selection.ids(np.arange(*span))
         table = Reader(self.selection.manifest, names).take(ids)
         if decodes_on_device(kind):

@@ -86,7 +86,8 @@ def unpacked(text: str | bytes) -> np.ndarray:
     A number has 5 bits a character, the lowest first; from the fourth on it is the difference to
     the run before the last. Raises ValueError for an invalid text.
     """
-    data = np.frombuffer(text.encode() if isinstance(text, str) else text, np.uint8) - np.int64(48)
+    characters = text.encode() if isinstance(text, str) else text
+    data = np.frombuffer(characters, np.uint8) - np.int64(48)
     if ((data < 0) | (data > 63)).any():
         raise ValueError("the compressed RLE holds a character outside ASCII 48 to 111")
     ends = np.flatnonzero(data & 0x20 == 0)

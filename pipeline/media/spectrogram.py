@@ -67,9 +67,8 @@ def log_mel(x: Tensor, rate: int, window: int, hop: int, mels: int) -> Tensor:
         power = torchaudio.functional.spectrogram(
             x.float(), 0, shape, size, hop, window, power=2.0, normalized=False, center=False
         )
-        return (
-            (power.transpose(1, 2) @ _filters(size // 2 + 1, rate, mels, str(x.device))) + FLOOR
-        ).log()
+        filters = _filters(size // 2 + 1, rate, mels, str(x.device))
+        return (power.transpose(1, 2) @ filters + FLOOR).log()
 
 
 def standardized(x: Tensor, lengths: Tensor) -> Tensor:

@@ -438,7 +438,8 @@ def file_names(recordings: Iterable[str], suffix: str) -> dict[str, str]:
     for name in names:
         path = PurePosixPath(*parts[name][shared:])
         bare = path.with_suffix("") if re.fullmatch(r"\.[A-Za-z]\w{1,4}", path.suffix) else path
-        tries = (str(bare), str(path), *(f"{path}-{number}" for number in range(2, len(names) + 2)))
+        numbered = (f"{path}-{number}" for number in range(2, len(names) + 2))
+        tries = (str(bare), str(path), *numbered)
         out[name] = next(one for one in tries if one.casefold() not in taken) + suffix
         taken.add(out[name].removesuffix(suffix).casefold())
     return out

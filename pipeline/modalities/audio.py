@@ -532,11 +532,9 @@ class Audio(Modality):
             return x
         low, high = self.options.noise_snr
         noise = uniform(keys[rows], x.shape[1], WHITE) - 0.5
-        return x.index_copy(
-            0,
-            rows,
-            spectrogram.noisy(x[rows], lengths[rows], noise, low + (high - low) * u[rows, 1]),
-        )
+        decibels = low + (high - low) * u[rows, 1]
+        noisy = spectrogram.noisy(x[rows], lengths[rows], noise, decibels)
+        return x.index_copy(0, rows, noisy)
 
     def _apply_masks(self, batch: Batch) -> Batch:
         options, mel, mask = self.options, batch["mel"], batch["mask"]

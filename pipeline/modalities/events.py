@@ -179,7 +179,8 @@ class Events(Modality):
                 f"{len(table)} rows in {_window(options)}: lower min_rows, or raise hours"
             )
         counts = np.bincount(place, minlength=len(names))
-        by_variable = np.split(value[np.argsort(place, kind="stable")], np.cumsum(counts)[:-1])
+        sorted_values = value[np.argsort(place, kind="stable")]
+        by_variable = np.split(sorted_values, np.cumsum(counts)[:-1])
         values_of = dict(zip(names, by_variable, strict=True))
         state: EventsState = {"variables": kept, "mean": [], "std": []}
         for variable in kept:
@@ -420,7 +421,9 @@ class Events(Modality):
 
 def _rows_with(row: np.ndarray, place: np.ndarray, words: int) -> np.ndarray:
     """Count the rows that have each word: (words,) from (E,) row and (E,) word of every event."""
-    return np.bincount(np.unique(row * max(1, words) + place) % max(1, words), minlength=words)
+    factor = max(1, words)
+    pairs = np.unique(row * factor + place)
+    return np.bincount(pairs % factor, minlength=words)
 
 
 def _in_window(time: np.ndarray, options: EventsOptions) -> np.ndarray:
@@ -479,7 +482,8 @@ def _lists(table: pa.Table, columns: dict[str, str]) -> tuple[Parts, list[str]]:
             )
     counts = {role: lengths(column).astype(np.int64) for role, column in columns_by_role.items()}
     n = counts["times"]
-    for i in np.flatnonzero((n < 0) | (n != counts["variables"]) | (n != counts["values"])):
+    differs = (n != counts["variables"]) | (n != counts["values"])
+    for i in np.flatnonzero((n < 0) | differs):
         description = ", ".join(
             f"{counts[role][i]} {role}" if counts[role][i] >= 0 else f"null {role}"
             for role in Events.roles

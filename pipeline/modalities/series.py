@@ -408,7 +408,8 @@ def _thumbnail(row: np.ndarray) -> np.ndarray:
     std = centred.std(0)
     # the noise of a channel that hardly varies is not enlarged
     divisor = np.maximum(std, MIN_STD_SHARE * std.max())
-    channels = torch.from_numpy((centred / np.where(divisor > 0, divisor, 1.0)).T.copy())[None]
+    scaled = centred / np.where(divisor > 0, divisor, 1.0)
+    channels = torch.from_numpy(scaled.T.copy())[None]
     averages = F.adaptive_avg_pool1d(channels, max(1, THUMB_SIZE // row.shape[1])).reshape(
         1,
         1,

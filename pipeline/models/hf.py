@@ -245,7 +245,8 @@ class HuggingFace(Backbone):
             return {self.reads: spectrogram, **({"attention_mask": real} if takes else {})}, real
         assert self.convolutions is not None
         least = conv_arithmetic.field(self.convolutions)
-        wave = F.pad(batch["wave"], (0, max(0, least - batch["wave"].shape[1])))
+        missing = max(0, least - batch["wave"].shape[1])
+        wave = F.pad(batch["wave"], (0, missing))
         lengths = mask.sum(1)
         for norm in self._row_norms:
             norm.lengths = conv_arithmetic.count(lengths, self.convolutions[:1])

@@ -306,7 +306,9 @@ class Policy(Backbone):
         old, new = tensors.get("tasks.weight"), own["tasks.weight"]
         if old is not None and old.shape != new.shape and old.shape[1:] == new.shape[1:]:
             kept = min(len(old), len(new))
-            known = old[1:kept].mean(0, keepdim=True) if kept > 1 else torch.zeros_like(old[:1])
+            known = torch.zeros_like(old[:1])
+            if kept > 1:
+                known = old[1:kept].mean(0, keepdim=True)
             added = known.expand(len(new) - kept, -1)
             out["tasks.weight"] = torch.cat([old[:kept], added]).to(new.dtype)
             rest = f"{len(new) - kept} new" if len(new) > kept else f"{len(old) - kept} dropped"

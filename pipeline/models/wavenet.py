@@ -217,7 +217,8 @@ class _Gated(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return (B, residual, n) for the next layer and (B, skip, n)."""
-        filtered, gate = self.dilated(F.pad(x, (self.reach, 0))).chunk(2, dim=1)
+        padded = F.pad(x, (self.reach, 0))  # on the left: no sample sees a later one
+        filtered, gate = self.dilated(padded).chunk(2, dim=1)
         out = self.out(filtered.tanh() * gate.sigmoid())
         return (x + out[:, : self.width] if self.width else x), out[:, self.width :]
 

@@ -103,7 +103,8 @@ class Head(nn.Module):
         """
         fixed = self.prototypes.detach()
         prototypes = fixed + train_prototypes * (self.prototypes - fixed)
-        return F.linear(F.normalize(self.mlp(x), dim=1), F.normalize(prototypes, dim=1))
+        embeddings = F.normalize(self.mlp(x), dim=1)
+        return F.linear(embeddings, F.normalize(prototypes, dim=1))
 
 
 def as_buffers(module: nn.Module) -> Any:

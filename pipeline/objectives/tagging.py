@@ -484,7 +484,8 @@ def _label_numbers(flat: pa.Array, name: str, state: TaggingState) -> np.ndarray
             f"column {name}: tag {value!r} is in no training row, nor in objective.names "
             f"({len(known)} tags known); {nearest(value, known)}"
         )
-    numbers = np.array([*(state["labels"].index(tag) for tag in known.values()), -1])
+    number_of_tags = [state["labels"].index(tag) for tag in known.values()]
+    numbers = np.array([*number_of_tags, -1])
     indices = pc.fill_null(positions, -1)
     return numbers[indices.to_numpy(zero_copy_only=False)]
 

@@ -220,7 +220,8 @@ def heat_map(corner: str, entries: Sequence[MatrixEntry], decimals: Mapping[str,
             line.append(Value((f"{gain} {mark}".strip(), entry.technique), shade=shade))
         body.append(line)
     if len(targets) > max(MAX_TARGETS_ACROSS, len(sources)):
-        sideways = [list(line) for line in zip(targets, *(line[1:] for line in body), strict=True)]
+        columns = [line[1:] for line in body]
+        sideways = [list(line) for line in zip(targets, *columns, strict=True)]
         return Table([corner, *sources], sideways, heat=True)
     return Table([corner, *targets], body, heat=True)
 

@@ -248,7 +248,8 @@ def _interval(
         finite = np.array([value for value in taus if value is not None])
         if len(finite) < MANY_TARGETS:
             return None, None
-        means = finite[rng.integers(0, len(finite), (10 * DRAWS, len(finite)))].mean(1)
+        drawn = rng.integers(0, len(finite), (10 * DRAWS, len(finite)))
+        means = finite[drawn].mean(1)
         low, high = np.percentile(means, (2.5, 97.5))
         return float(low), float(high)
     drawn_taus: list[float] = []

@@ -143,7 +143,8 @@ def sample_dynamics(ranges: Mapping[str, float | Sequence[float]], seed: int) ->
         if isinstance(value, int | float):
             out[name] = float(value)
             continue
-        if len(value) != 2 or not value[0] <= value[1] or (name in MULTIPLIERS and value[0] <= 0):
+        is_range = len(value) == 2 and value[0] <= value[1]
+        if not is_range or (name in MULTIPLIERS and value[0] <= 0):
             raise ValueError(
                 f"dynamics {name}={tuple(value)}: a range is (low, high), for multipliers above 0"
             )

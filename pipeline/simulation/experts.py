@@ -59,9 +59,9 @@ class LQR:
     def __init__(self, world: World):
         if world.id.partition("-")[0] not in self.IDS:
             raise ValueError(f"expert lqr balances {' and '.join(self.IDS)}, not {world.id}")
-        self.transition, self.control, self.gain = self._solved(
-            world.id, tuple((k, v) for k, v in sorted(world.dynamics.items()) if k not in ADDED)
-        )
+        dynamics = sorted(world.dynamics.items())
+        constants = tuple((name, value) for name, value in dynamics if name not in ADDED)
+        self.transition, self.control, self.gain = self._solved(world.id, constants)
 
     @classmethod
     @lru_cache(maxsize=8)

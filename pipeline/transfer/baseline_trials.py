@@ -273,7 +273,8 @@ def fit(
     if label_kind == "actions":
         model = estimator().fit(inputs, labels)
         # scikit-learn's dummy leaves out the axis of a single number
-        return lambda rows: np.asarray(model.predict(rows), np.float32).reshape(-1, labels.shape[1])
+        width = labels.shape[1]
+        return lambda rows: np.asarray(model.predict(rows), np.float32).reshape(-1, width)
     if label_kind == "identities":
         model = estimator().fit(inputs, labels)
         return lambda rows: np.asarray(model.transform(rows), dtype=np.float32)

@@ -796,7 +796,8 @@ def missing_classes(target: TargetStage) -> list[Finding]:
     if classes is None:
         return []
     present = set(classes.tolist())
-    names = [str(name) for k, name in enumerate(target.state.get("labels", ())) if k not in present]
+    labels = enumerate(target.state.get("labels", ()))
+    names = [str(name) for k, name in labels if k not in present]
     if not names:
         return []
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""

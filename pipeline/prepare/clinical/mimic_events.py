@@ -474,9 +474,8 @@ def _values(batch: pa.Table, conversions: np.ndarray) -> plausible.Numbers:
     stands = number.reasons == 0
     values = np.where(stands, number.values, text.values)
     censored = np.where(stands, number.censored, text.censored)
-    reasons = np.where(stands, 0, np.where(text.reasons == 1, number.reasons, text.reasons)).astype(
-        np.int8
-    )
+    reasons = np.where(text.reasons == 1, number.reasons, text.reasons)
+    reasons = np.where(stands, 0, reasons).astype(np.int8)
     written = batch["value"].combine_chunks()
     for name, convert in (("refill", _refill), ("present", _present)):
         here = conversions == CONVERSIONS.index(name)

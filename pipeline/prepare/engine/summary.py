@@ -278,7 +278,9 @@ def _class_table(classes: dict[str, Any]) -> list[str]:
         ]
     rows = list(zip(labels, *counts, strict=True))
     without = [found["rows_without"] for found in classes.values() if "rows_without" in found]
-    return _table(["label", *classes], [*rows, *([("(no label)", *without)] if without else [])])
+    if without:
+        rows.append(("(no label)", *without))
+    return _table(["label", *classes], rows)
 
 
 def _format_counts(counts: dict[str, Any]) -> str:

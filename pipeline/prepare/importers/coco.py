@@ -354,7 +354,8 @@ def _read(uri: str) -> CocoFile:
             f"{uri}: {f'{place}: ' if place else ''}{first['msg']}{got}; correct the file"
         ) from None
     for name, key in (("images", "id"), ("images", "file_name"), ("categories", "id")):
-        doubled = [value for value, n in Counter(item[key] for item in data[name]).items() if n > 1]
+        counts = Counter(item[key] for item in data[name])
+        doubled = [value for value, count in counts.items() if count > 1]
         if doubled:
             raise ValueError(f"{uri}: {name} with the same {key}: {first_few(doubled)}")
     return data

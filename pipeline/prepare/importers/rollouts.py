@@ -198,7 +198,8 @@ class Rollouts(EpisodeImporter):
         }
         made_by = [content, *map(" ".join, versions.items()), *filter(None, [self.code])]
         fingerprint = " ".join([source, str(steps), *made_by])
-        sizes = np.full(len(jobs), 4.0 * steps * max(seen + 2 * done + 1 for seen, done in widths))
+        numbers_a_step = max(seen + 2 * done + 1 for seen, done in widths)
+        sizes = np.full(len(jobs), 4.0 * steps * numbers_a_step)
         columns = [*episode_fields(self.classes is not None, True, executed=True), *MORE]
         return Episodes(
             jobs,

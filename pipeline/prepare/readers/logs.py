@@ -368,8 +368,9 @@ def column_types(
         "moment": pa.types.is_temporal,
         "number": lambda kind: pa.types.is_floating(kind) or pa.types.is_decimal(kind),
     }
+    type_of = {name: found.field(name).type for name in names}
     types = {
-        name: next((kind for kind, holds in kinds.items() if holds(found.field(name).type)), "text")
+        name: next((kind for kind, holds in kinds.items() if holds(type_of[name])), "text")
         for name in names
     }
     return types, {name: pa.array(["x"]) for name, kind in types.items() if kind == "text"}

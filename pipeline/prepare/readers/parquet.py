@@ -54,8 +54,9 @@ def split_files(
     for (entry, split), sizes in zip(listed.files, sizes_of_files, strict=True):
         parts: list[InputSplit] = []
         for i, size in enumerate(sizes):
-            if parts and parts[-1].size + size <= most:
-                parts[-1] = parts[-1]._replace(stop=i + 1, size=parts[-1].size + size)
+            extended = parts[-1].size + size if parts else 0
+            if parts and extended <= most:
+                parts[-1] = parts[-1]._replace(stop=i + 1, size=extended)
             else:
                 parts.append(InputSplit(entry.name, split, entry, i, i + 1, size))
         out += parts or cut_others(InputFiles([(entry, split)], {}, ""))

@@ -25,7 +25,8 @@ def cka(features: np.ndarray, labels: np.ndarray) -> float:
     Returns:
         The score, NaN where features or labels do not vary.
     """
-    f, y = features.astype(np.float64), labels.reshape(len(labels), -1).astype(np.float64)
+    f = features.astype(np.float64)
+    y = labels.reshape(len(labels), -1).astype(np.float64)
     if not np.issubdtype(labels.dtype, np.floating) and labels.ndim == 1:
         y = (labels[:, None] == np.unique(labels)).astype(np.float64)
     f, y = f - f.mean(0), y - y.mean(0)

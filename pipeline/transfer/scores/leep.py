@@ -55,7 +55,9 @@ def nce(probabilities: np.ndarray, labels: np.ndarray) -> float:
         probabilities: (n, Z) of the source's classes.
         labels: (n,) class numbers.
     """
-    hard = (np.arange(probabilities.shape[1]) == probabilities.argmax(1)[:, None]).astype(float)
+    num_classes = probabilities.shape[1]
+    hard = np.arange(num_classes) == probabilities.argmax(1)[:, None]
+    hard = hard.astype(float)
     return _mean_log_likelihood(hard, labels)
 
 
