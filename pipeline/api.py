@@ -525,9 +525,9 @@ def export(
         kind: A registered kind of export, in ``pipeline/checkpoints/exports``. ``bundle``: a
             verified copy; ``hugging-face``: a folder that transformers or timm opens; ``onnx`` and
             ``torch-export``: the network as a graph; ``state-dict``: one .safetensors or .pt file.
-            Or ``lerobot``: prepared episodes as a LeRobot data set.
+            ``lerobot``: a policy that LeRobot opens, or prepared episodes as its data set.
         backbone_only: Leave the head out.
-        fps: Steps a second, for kind ``lerobot``; None: what the folder says.
+        fps: Steps a second, for prepared episodes; None: what the folder says.
         plugins: Modules or paths that hold components the bundle is made of.
 
     Returns:
@@ -543,15 +543,15 @@ def export(
     from pipeline.transfer import publishing
 
     bundle, output = str(bundle), str(output)
-    if kind == lerobot_export.KIND:
+    if kind == lerobot_export.KIND and lerobot_export.is_prepared(bundle):
         if target is not None or backbone_only or plugins:
             raise ValueError(
-                f"export: --kind {kind} writes episodes and no network: leave --target, "
+                f"export: {bundle} holds episodes and no network: leave --target, "
                 "--backbone-only and --plugin out"
             )
         return lerobot_export.export(bundle, output, fps)
     if fps is not None:
-        raise ValueError(f"export: --kind {kind} has no steps a second: leave --fps out")
+        raise ValueError("export: a network has no steps a second: leave --fps out")
     use_plugins(plugins)
     bundle = _resolve(bundle, target)
     written = export_bundle(bundle, output, kind, backbone_only)

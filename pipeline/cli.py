@@ -681,9 +681,9 @@ def embed(
 
 EXPORT_KINDS = (
     "bundle: a verified copy; hugging-face: a folder for transformers' Auto classes or timm; "
-    "lerobot: prepared episodes as a LeRobot data set; onnx: a graph for onnxruntime (extra "
-    "onnx); peft: an adapter alone; sentence-transformers: texts to vectors; state-dict: one "
-    ".safetensors or .pt file; torch-export: a graph for torch.export.load."
+    "lerobot: a policy for LeRobot, or prepared episodes as its data set; onnx: a graph for "
+    "onnxruntime (extra onnx); peft: an adapter alone; sentence-transformers: texts to vectors; "
+    "state-dict: one .safetensors or .pt file; torch-export: a graph for torch.export.load."
 )
 
 
@@ -708,7 +708,7 @@ def export(
     ] = False,
     fps: Annotated[
         float | None,
-        typer.Option(help="lerobot: steps per second, if the prepared folder does not say it."),
+        typer.Option(help="lerobot: steps per second, if prepared episodes do not say it."),
     ] = None,
     plugin: Plugin = None,
 ) -> None:

@@ -4,16 +4,7 @@ Written as LeRobot 0.6 itself writes: ``meta/info.json``, ``stats.json``, ``task
 ``episodes/``, and ``data/`` with one row a step. Frames lie in the rows as they are (dtype
 ``image``), not as video, which would lose some of each.
 
-Policies are not written so. That would need a class of LeRobot's that holds our networks exactly:
-linear layers with GELU, or GPT-2 over observations and actions. Release 0.6.1 (2026-12-01)
-has none:
-
-- ``act``, ``gaussian_actor`` and ``tdmpc`` have a LayerNorm in every layer;
-- ``vqbet`` takes actions from a codebook;
-- ``diffusion`` and the vision-language models denoise actions, or write them as tokens.
-
-A type of our own would open only where a plugin of ours is installed. The exports ``onnx`` and
-``torch-export`` hold a policy exactly.
+Policies are written by `pipeline.checkpoints.exports.lerobot`.
 """
 
 from __future__ import annotations
@@ -107,14 +98,14 @@ def export(source: str, output: str, fps: float | None = None) -> str:
     )
 
 
+def is_prepared(source: str) -> bool:
+    """Return whether a place is a folder of `prepare`."""
+    return storage.exists(storage.join(source, MANIFEST))
+
+
 def _manifest(source: str) -> dict[str, Any]:
     """Return the manifest of a prepared folder. Raises ValueError for one without episodes."""
     what = "a folder that `onetomany prepare` wrote with one episode a row"
-    if not storage.exists(storage.join(source, MANIFEST)):
-        raise ValueError(
-            f"{source}: no {MANIFEST}; --kind {KIND} takes {what}. No policy class of LeRobot "
-            "holds the network of a bundle: --kind onnx writes that"
-        )
     manifest = atomic_folder.open_folder(source, MANIFEST)
     columns = manifest["columns"]
     if columns.get("observations") != str(VECTORS):

@@ -142,6 +142,10 @@ WRITTEN = {
         f"clothing-model/{file}" for file in ("config.json", "model.safetensors", "README.md")
     ],
     "export records/first/heavy": ["heavy-lerobot/meta/info.json"],
+    "export runs/robotics-first-steps": [
+        *("heavy-policy/config.json", "heavy-policy/model.safetensors"),
+        *("heavy-policy/pyproject.toml", "heavy-policy/README.md"),
+    ],
     "quickstart": ["quickstart/quickstart.yaml", "quickstart/data/README.md"],
     "run jobs/quickstart.yaml": [
         *("runs/quickstart/report.html", "runs/quickstart/report.md"),

@@ -96,10 +96,12 @@ def test_the_folder_names_no_place_of_this_machine(written):
         ("lerobot", {"target": "task"}, "leave --target, --backbone-only and --plugin out"),
         ("lerobot", {"backbone_only": True}, "leave --target, --backbone-only and --plugin out"),
         ("lerobot", {"plugins": ["mine.py"]}, "leave --target, --backbone-only and --plugin out"),
-        ("onnx", {"fps": 10}, "--kind onnx has no steps a second: leave --fps out"),
+        ("onnx", {"fps": 10}, "a network has no steps a second: leave --fps out"),
     ],
 )
 def test_options_that_a_kind_does_not_read_are_refused(kind, options, message, tmp_path):
+    if kind == "lerobot":  # a prepared folder
+        (tmp_path / lerobot_export.MANIFEST).write_text("{}")
     with pytest.raises(ValueError, match=message):
         export(str(tmp_path), str(tmp_path / "out"), kind=kind, **options)
 
@@ -226,10 +228,9 @@ def test_an_export_of_episodes_is_not_pushed_as_a_network(written, tmp_path):
     assert not (tmp_path / "pushed").exists()
 
 
-def test_a_bundle_and_a_taken_folder_are_refused(tmp_path):
-    with pytest.raises(
-        ValueError, match="No policy class of LeRobot holds the network of a bundle"
-    ):
+def test_an_empty_and_a_taken_folder_are_refused(tmp_path):
+    with pytest.raises(OSError, match="there is no complete folder at"):
         export(str(tmp_path), str(tmp_path / "out"), kind="lerobot")
+    (tmp_path / lerobot_export.MANIFEST).write_text("{}")
     with pytest.raises(ValueError, match="is there already"):
         export(str(tmp_path), str(tmp_path), kind="lerobot")

@@ -11,5 +11,5 @@ It writes to ``output``, compares what it wrote with the bundle and returns what
 with the largest difference. It raises BundleError, and writes nothing, where the bundle cannot be
 written so, or gives other numbers.
 
-``--kind lerobot`` writes prepared episodes, no bundle: `pipeline.prepare.lerobot_export`.
+``--kind lerobot`` writes prepared episodes too: `pipeline.prepare.lerobot_export`.
 """
