@@ -370,7 +370,7 @@ class Front(nn.Module):
                 x = parts["convolution"](_whole_strides(x, self.shapes[number][1])).transpose(1, 2)
             lengths = conv_arithmetic.count(lengths, self.shapes[number : number + 1])
             real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
-            x = parts["norm"](x).clamp(0, self.clip) * real[:, :, None]
+            x = parts["norm"](x).clamp(0.0, self.clip) * real[:, :, None]
         return x, lengths
 
 
@@ -405,15 +405,9 @@ def _packed(rnn: nn.RNNBase, x: Tensor, lengths: Tensor) -> Tensor:
     In float32 under autocast too: on the CPU autocast skips packed rows, and on CUDA it uses
     float16 for recurrent layers even when bfloat16 was asked for (ATen/cudnn/AutocastRNN.cpp),
     which overflows without a scaled loss.
-
-    Raises:
-        ValueError: In an export: packed rows cannot be a graph of tensors.
     """
     if torch.compiler.is_exporting():
-        raise ValueError(
-            "a recurrent layer over rows of several lengths (pack_padded_sequence) is not a graph "
-            "of tensors; torchaudio/conformer and transformers/wav2vec2 have none"
-        )
+        return _unpacked(rnn, x, lengths)
     with torch.autocast(x.device.type, enabled=False):
         output, _ = rnn(
             pack_padded_sequence(
@@ -454,3 +448,40 @@ def _convolution(module: Any, x: Tensor, real: Tensor) -> Tensor:
     for part in rest:
         x = part(x)
     return x.transpose(1, 2)
+
+
+def _unpacked(rnn: nn.RNNBase, x: Tensor, lengths: Tensor) -> Tensor:
+    """Return what `_packed` gives, as a graph of tensors, which has no packed rows.
+
+    The second direction reads each row from its own end. What it reads before that is padding.
+
+    Raises:
+        ValueError: The layer is no GRU.
+    """
+    if not isinstance(rnn, nn.GRU):
+        raise ValueError(
+            f"a layer {type(rnn).__name__} over rows of several lengths (pack_padded_sequence) is "
+            "not a graph of tensors; torchaudio/deepspeech2 and conformer are"
+        )
+    step = torch.arange(x.shape[1], device=x.device)
+    last = lengths[:, None] - 1
+    is_real = step <= last
+    reversed_step = torch.where(is_real, last - step, step)
+    forward = _one_direction(rnn, x, "")
+    backward = _one_direction(rnn, _picked(x, reversed_step), "_reverse")
+    both = torch.cat([forward, _picked(backward, reversed_step)], 2)
+    return both * is_real[:, :, None]
+
+
+def _picked(x: Tensor, steps: Tensor) -> Tensor:
+    """Return the ``steps`` (B, N) of each row of ``x`` (B, N, D)."""
+    return x.gather(1, steps[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def _one_direction(gru: nn.GRU, x: Tensor, suffix: str) -> Tensor:
+    """Run one direction of a layer over the steps as they come: (B, N, D) to (B, N, hidden)."""
+    names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+    weights = [getattr(gru, name + suffix) for name in names]
+    start = x.new_zeros(1, x.shape[0], gru.hidden_size)
+    output, _ = torch.gru(x, start, weights, True, 1, 0.0, False, False, True)
+    return output

@@ -441,7 +441,7 @@ def test_an_export_is_whole_or_absent_and_never_over_another_folder(
         export.export_bundle(
             text_bundle, str(tmp_path / "mine" / "thesis.txt"), "hugging-face", False
         )
-    with pytest.raises(ValueError, match=r"pickle.*bundle, hugging-face, onnx"):
+    with pytest.raises(ValueError, match=r"pickle.*bundle, hugging-face, lerobot, onnx"):
         export.export_bundle(text_bundle, str(tmp_path / "x"), "pickle", False)
 
 
